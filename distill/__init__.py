@@ -1,0 +1,6 @@
+"""Distil a flow-matching text-to-image teacher into a one-step student (Flow Generator Matching).
+
+Importing this package imports no torch; the modules below do where they need it.
+"""
+
+__version__ = "0.1.0"

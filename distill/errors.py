@@ -1,0 +1,36 @@
+"""Everything that `distill` raises on purpose. The command line prints the message and exits with 2.
+
+Each message names the file, field or flag at fault and how to mend it.
+"""
+
+
+class DistillError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(DistillError):
+    """A preset, file or override that is not a valid configuration."""
+
+
+class TeacherError(DistillError):
+    """A teacher or student folder that is missing, truncated, or in another format."""
+
+
+class PromptError(DistillError):
+    """A prompt source that cannot be read as prompts."""
+
+
+class CacheError(DistillError):
+    """An embedding cache that is partial, damaged, or made by another teacher."""
+
+
+class CheckpointError(DistillError):
+    """A checkpoint that is damaged or belongs to another configuration."""
+
+
+class DivergedError(DistillError):
+    """Training produced a number that is not finite."""
+
+
+class SizeError(DistillError):
+    """An image size that the model was not made for."""
