@@ -1,7 +1,9 @@
 """The `distill` command: parse, call, print. No command imports torch before it runs."""
 
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +19,93 @@ scenes = typer.Typer(help="The small world that ships with the project.", no_arg
 app.add_typer(scenes, name="scenes")
 
 
-# commands are added here, one function each
+@app.command()
+def teacher(
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path("runs/teacher"),
+    vae_images: Annotated[int, typer.Option(help="Images that the autoencoder is trained on.")] = 26_000,
+    images: Annotated[int, typer.Option(help="Images that the transformer is trained on.")] = 800_000,
+    scenes: Annotated[int, typer.Option(help="Different scenes among them.")] = 40_960,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")] = False,
+) -> None:
+    """Train the small world's teacher from nothing, in Stable Diffusion 3's own format.
+
+    First the autoencoder, then the transformer with its text encoders. The same command continues a run that was
+    stopped; larger budgets continue a finished one.
+    """
+    from distill.console import image_bar
+    from distill.device import resolve_device
+    from distill.scenes.train import TeacherRecipe, train_teacher
+    from distill.scenes.vae import VaeRecipe, train_vae
+
+    where = resolve_device(device)
+    stages = [
+        ("autoencoder", train_vae(VaeRecipe(images=vae_images, seed=seed), out, where)),
+        ("teacher", train_teacher(TeacherRecipe(images=images, scenes=scenes, seed=seed + 1), out, where, compiled)),
+    ]
+    for name, training in stages:
+        with image_bar(name, vae_images if name == "autoencoder" else images) as bar:
+            for progress in training:
+                bar.update(progress.images, progress.figures)
+    typer.echo(f"The teacher is in {out}; `distill evaluate --teacher {out}` judges it.")
+
+
+@app.command()
+def evaluate(
+    student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")] = None,
+    per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 28,
+    guidance: Annotated[float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Judge teacher and student on the same held-out prompts and seeds of the small world.
+
+    Scores per task are GenEval's verdicts in [0, 1]; the Frechet distance (lower is better) is to true scenes.
+    """
+    from distill.console import image_bar, out, table
+    from distill.device import resolve_device
+    from distill.evaluate.compare import SHIPPED_STUDENT, SHIPPED_TEACHER, Comparison
+
+    comparison = Comparison(
+        teacher or SHIPPED_TEACHER, student or SHIPPED_STUDENT, per_task, steps, guidance, seed, resolve_device(device)
+    )
+    with image_bar("images", comparison.count) as bar:
+        result = comparison.run(bar.advance)
+    result.save_picture(picture)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+        return
+    out.print(table("held-out prompts", ("", "teacher", "student", "student / teacher"), result.rows()))
+    out.print(f"The picture is {picture}.")
+
+
+@scenes.command()
+def show(
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/scenes.png"),
+    count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.")] = 0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
+) -> None:
+    """Write a grid of scenes with their prompts under them."""
+    import numpy as np
+
+    from distill.evaluate.picture import labelled_grid, save_png
+    from distill.scenes.captions import TASKS, evaluation_prompts, sample_prompt, wording
+    from distill.scenes.render import place, render
+
+    rng = np.random.default_rng(seed)
+    if held_out:
+        prompts = evaluation_prompts(-(-count // len(TASKS)), seed)[:count]
+    else:
+        prompts = [sample_prompt(rng) for _ in range(count)]
+    images = render([place(prompt, rng) for prompt in prompts])
+    save_png(labelled_grid([("scene", images)], [wording(prompt, rng) for prompt in prompts]), out)
+    typer.echo(f"The grid is {out}.")
 
 
 def main() -> None:

@@ -1,0 +1,173 @@
+"""A distillation run as one typed, frozen value: from a preset or a YAML file, with overrides, checked by name."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distill import methods
+from distill.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_Positive = Annotated[float, Field(gt=0)]
+_Count = Annotated[int, Field(ge=1)]
+
+
+class Prompts(BaseModel):
+    """Where prompts come from: `scenes`, or a txt, jsonl, csv or parquet file; `count` of them at most."""
+
+    model_config = _FROZEN
+    source: str = "scenes"
+    count: _Count = 20_000
+    seed: int = 0
+
+
+class Optimizer(BaseModel):
+    """Adam for both roles. Rates warm up over `warmup` images and fall to nothing over the last `decay` of the run."""
+
+    model_config = _FROZEN
+    student_rate: _Positive = 1e-4
+    fake_rate: _Positive = 2e-4
+    betas: tuple[float, float] = (0.0, 0.999)
+    eps: _Positive = 1e-8
+    clip: _Positive = 1.0
+    warmup: Annotated[int, Field(ge=0)] = 2_000
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class Cadence(BaseModel):
+    """How often, in images seen; what does not change the result of a run."""
+
+    model_config = _FROZEN
+    log: _Count = 1_000
+    sample: _Count = 10_000
+    checkpoint: _Count = 10_000
+    evaluate: _Count = 10_000
+    keep: _Count = 2
+
+
+class Run(BaseModel):
+    """Everything that a run depends on."""
+
+    model_config = _FROZEN
+    teacher: str = "scenes"
+    prompts: Prompts = Prompts()
+    method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
+    networks: dict[str, Any] = Field(default_factory=lambda: {"kind": "full"})
+    optimizer: Optimizer = Optimizer()
+    images: _Count = 100_000
+    batch: _Count = 128
+    micro_batch: _Count | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    cadence: Cadence = Cadence()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name = value.get("name", "fgm")
+        if name not in methods.names():
+            raise ValueError(f"no method {name!r}; there are {', '.join(methods.names())}")
+        return methods.config_class(name).model_validate(value)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML takes them."""
+        plain = self.model_dump(mode="json", exclude={"method"})
+        return {**plain, "method": self.method.model_dump(mode="json")}
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it: all but budget and cadence, flat."""
+        plain = self.as_dict()
+        for free in ("cadence", "images", "micro_batch"):
+            plain.pop(free)
+        return dict(_flat(plain))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
+    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top.
+
+    Raises ConfigError that names the preset, file or key at fault.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+        raise ConfigError(f"no preset or file {name!r}{_nearest(name, known)}; presets are {', '.join(known)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4")
+        _put(values, key.split("."), _parse(text), override)
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _parse(text: str) -> Any:
+    value = yaml.safe_load(text) if text else text
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {key!r} holds no further keys")
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's complaints as a sentence."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], sorted(_known_keys()))}"
+    given = f", not {first['input']!r}" if where else ""
+    return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _known_keys() -> set[str]:
+    keys: set[str] = set()
+    models: list[Any] = [Run, *(methods.config_class(name) for name in methods.names())]
+    while models:
+        for name, field in models.pop().model_fields.items():
+            keys.add(name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                models.append(field.annotation)
+    return keys
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows

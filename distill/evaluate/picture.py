@@ -1,0 +1,54 @@
+"""Grids of images with words: rows of models over columns of prompts, captions wrapped under the tiles."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 128  # pixels
+GAP = 6
+LINE = 13
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, NDArray[np.uint8]]], captions: Sequence[str], columns: int = 8
+) -> Image.Image:
+    """Each row's images (N, H, W, 3) over one another, the row's name at the left, the prompt under each column.
+
+    Longer rows break into bands of `columns`.
+    """
+    font = ImageFont.load_default(11)
+    left = 12 + max(int(font.getlength(name)) for name, _ in rows)
+    wrapped = [textwrap.wrap(caption, TILE // 6) for caption in captions]
+    bands = [range(i, min(i + columns, len(captions))) for i in range(0, len(captions), columns)]
+    heights = [len(rows) * (TILE + GAP) + LINE * max(len(wrapped[i]) for i in band) + GAP for band in bands]
+    width = left + min(columns, len(captions)) * (TILE + GAP) + GAP
+    page = Image.new("RGB", (width, sum(heights) + GAP), PAPER)
+    draw = ImageDraw.Draw(page)
+    top = GAP
+    for band, height in zip(bands, heights, strict=True):
+        for k, (name, images) in enumerate(rows):
+            y = top + k * (TILE + GAP)
+            draw.text((GAP, y + TILE // 2 - LINE // 2), name, INK, font)
+            for column, i in enumerate(band):
+                tile = Image.fromarray(images[i]).resize((TILE, TILE), Image.Resampling.LANCZOS)
+                page.paste(tile, (left + column * (TILE + GAP), y))
+        for column, i in enumerate(band):
+            for n, line in enumerate(wrapped[i]):
+                y = top + len(rows) * (TILE + GAP) + n * LINE - 2
+                draw.text((left + column * (TILE + GAP), y), line, INK, font)
+        top += height
+    return page
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write aside and rename, so that a viewer never opens half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    image.save(aside, format="PNG")
+    os.replace(aside, path)

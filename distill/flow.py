@@ -1,0 +1,81 @@
+"""Rectified-flow maths, and nothing else: no model, no framework.
+
+Convention (Stable Diffusion 3's and diffusers'): t in [0, 1], t = 1 is noise, x_t = (1 - t) x_0 + t eps, and networks
+predict the velocity w = eps - x_0 = dx_t/dt. The FGM paper runs time the other way; t here is 1 - t there.
+Batches are (B, ...) and times (B,).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Cond = TypeVar("Cond")
+
+
+def _as(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) shaped to multiply a batch (B, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x_0 + t eps."""
+    t = _as(t, x_0)
+    return (1 - t) * x_0 + t * eps
+
+
+def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_0 = x_t - t v."""
+    return x_t - _as(t, x_t) * v
+
+
+def velocity_from_x_0(x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    """v = (x_t - x_0) / t, for t > 0."""
+    return (x_t - x_0) / _as(t, x_t)
+
+
+def shift_time(t: Tensor, s: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t): adds ln s to logit(t), which moves mass towards noise for s > 1."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def uniform(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Times (count,) uniform in [0, 1)."""
+    return torch.rand(count, generator=generator)
+
+
+def logit_normal(count: int, mean: float, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Times (count,) = sigmoid(N(mean, std)); SD3 trains with mean 0, std 1 and then shifts."""
+    return torch.sigmoid(torch.randn(count, generator=generator) * std + mean)
+
+
+def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal (len(seeds), *shape), fp32 on the CPU: one generator a seed, alike alone and in any batch."""
+    rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
+    """x_0 = z - v(z, 1, cond): one Euler step from pure noise to data; differentiable in the velocity's weights."""
+    return z - velocity(z, torch.ones(len(z), device=z.device), cond)
+
+
+class Draw:
+    """Random numbers for a batch, one generator an image, from (seed, purpose, image index) alone.
+
+    An image's numbers are the same on one device or many, in a first run or a resumed one, in any batch.
+    """
+
+    def __init__(self, seed: int, purpose: str, images: Iterable[int]) -> None:
+        key = int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 2
+        self._generators = [torch.Generator().manual_seed((key + i * 0x9E3779B97F4A7C15) % 2**63) for i in images]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal (B, *shape), fp32 on the CPU."""
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators])
+
+    def uniform(self) -> Tensor:
+        """Uniform (B,) in [0, 1)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators])

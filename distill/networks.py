@@ -1,0 +1,198 @@
+"""Teacher, fake and student: full copies, or two LoRA adapters on one shared base.
+
+Whichever it is, the trainer sees the same: three velocities, the trainable tensors of two roles, and the weights of
+the student. A loss differentiates through teacher and fake into their *input* only. That derivative is taken by
+`_InputGradient`, which puts the role's adapter on again before it goes backward: gradient checkpointing runs a
+network's forward a second time there, and with one base it would otherwise run whichever adapter is active by then.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from distill.methods import Velocity
+from distill.teacher import load_transformer, velocity
+
+ROLES = ("fake", "student")
+
+
+class Full(BaseModel):
+    """Fake and student as whole copies of the teacher, in fp32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["full"] = "full"
+    checkpointing: bool = False
+
+
+class Lora(BaseModel):
+    """Fake and student as adapters on the teacher; memory is one base. Adapters are fp32 whatever the base is in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 64
+    targets: tuple[str, ...] = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "net.0.proj", "net.2",
+    )  # fmt: skip
+    checkpointing: bool = False
+
+
+Kind = Annotated[Full | Lora, Field(discriminator="kind")]
+
+
+class Networks(Protocol):
+    """What the trainer knows of the three roles."""
+
+    def velocity(self, role: str) -> Velocity:
+        """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
+
+    def field(self, role: str) -> Velocity:
+        """The same with gradient to `x_t` only."""
+
+    def trainable(self, role: str) -> dict[str, Tensor]:
+        """The trainable tensors of "fake" or "student" by name; alike for both roles."""
+
+    def using(self, role: str) -> Any:
+        """A context in which a backward through `velocity(role)` is right."""
+
+
+class FullCopies:
+    """Three transformers."""
+
+    def __init__(self, teacher: SD3Transformer2DModel, kind: Full) -> None:
+        self._models = {"teacher": teacher.requires_grad_(False)}
+        for role in ROLES:
+            self._models[role] = deepcopy(teacher).float().requires_grad_(True)
+        if kind.checkpointing:
+            for model in self._models.values():
+                _checkpoint(model)
+
+    def velocity(self, role: str) -> Velocity:
+        return partial(velocity, self._models[role])
+
+    def field(self, role: str) -> Velocity:
+        return _field(self.velocity(role), partial(self.using, role))
+
+    def trainable(self, role: str) -> dict[str, Tensor]:
+        return dict(self._models[role].named_parameters())
+
+    @contextmanager
+    def using(self, role: str) -> Iterator[None]:
+        yield
+
+
+class SharedBase:
+    """One transformer with an adapter for each role; the teacher is the base alone."""
+
+    def __init__(self, teacher: SD3Transformer2DModel, kind: Lora) -> None:
+        self.config = LoraConfig(
+            r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
+        )
+        self._model = teacher.requires_grad_(False)
+        for role in ROLES:
+            self._model.add_adapter(self.config, adapter_name=role)
+        self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in ROLES}
+        for name, parameter in self._model.named_parameters():
+            for role in ROLES:
+                if f".{role}." in name:
+                    parameter.data = parameter.data.float()
+                    self._adapters[role][name.replace(f".{role}.", ".")] = parameter
+        self._active: str | None = ""
+        self._put_on("student")
+        if kind.checkpointing:
+            _checkpoint(self._model)
+
+    def velocity(self, role: str) -> Velocity:
+        def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            with self.using(role):
+                return velocity(self._model, x_t, t, cond)
+
+        return v
+
+    def field(self, role: str) -> Velocity:
+        return _field(self.velocity(role), partial(self.using, role))
+
+    def trainable(self, role: str) -> dict[str, Tensor]:
+        return dict(self._adapters[role])
+
+    @contextmanager
+    def using(self, role: str) -> Iterator[None]:
+        before = self._active
+        self._put_on(None if role == "teacher" else role)
+        try:
+            yield
+        finally:
+            self._put_on(before)
+
+    def _put_on(self, adapter: str | None) -> None:
+        if adapter == self._active:
+            return
+        for layer in self._layers:
+            layer.enable_adapters(adapter is not None)
+            if adapter is not None:
+                layer.set_adapter(adapter)
+        # peft turns gradients off for what it takes off; a graph that still holds it would lose them in silence.
+        for parameters in self._adapters.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+        self._active = adapter
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The student's adapter in peft's own naming."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(self._model, adapter_name="student")
+        return state
+
+
+class _InputGradient(torch.autograd.Function):
+    """y = f(x), with dy/dx taken under `using()` and no gradient to f's weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], using: Callable[[], Any]) -> Tensor:
+        ctx.using = using
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_(True)
+            ctx.y = f(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        with ctx.using():
+            (gradient,) = torch.autograd.grad(ctx.y, ctx.x, grads[0])
+        del ctx.x, ctx.y
+        return gradient, None, None
+
+
+def _field(v: Velocity, using: Callable[[], Any]) -> Velocity:
+    """`v` with gradient to x_t only, right under gradient checkpointing."""
+
+    def field(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        if not (torch.is_grad_enabled() and x_t.requires_grad):
+            with torch.no_grad():
+                return v(x_t, t, cond)
+        out: Tensor = _InputGradient.apply(x_t, lambda x: v(x, t, cond), using)
+        return out
+
+    return field
+
+
+def _checkpoint(model: SD3Transformer2DModel) -> None:
+    model.enable_gradient_checkpointing()
+    model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
+
+
+def build(folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device) -> FullCopies | SharedBase:
+    """The three roles from a teacher folder; the frozen weights are held in `dtype`."""
+    teacher = load_transformer(folder, dtype, device)
+    return FullCopies(teacher, kind) if isinstance(kind, Full) else SharedBase(teacher, kind)

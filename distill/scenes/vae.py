@@ -1,0 +1,164 @@
+"""The world's autoencoder: 64x64 RGB to 16x16 latents of 4 channels and back, trained from nothing.
+
+The autoencoder bounds everything after it, so it is trained first, on the densest scenes, and judged by how many of
+its round trips still score as right.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.scenes.captions import Prompt, Thing, sample_prompt
+from distill.scenes.render import SIZE, place, render
+from distill.scenes.score import score
+from distill.scenes.shapes import SHAPES
+from distill.scenes.state import load_state, save_state
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """How long and how fast; `images` is the budget that the learning rate decays over."""
+
+    images: int = 26_000
+    batch: int = 16
+    learning_rate: float = 2e-3
+    kl_weight: float = 1e-6
+    ema: float = 0.995
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Images seen, out of how many, and figures to show beside the bar."""
+
+    images: int
+    total: int
+    figures: dict[str, float]
+
+
+def make_vae() -> AutoencoderKL:
+    """An untrained autoencoder: f4, 4 channels, no attention, in AutoencoderKL's own format."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    # A posterior that starts wide drowns the code in noise, and the decoder settles on the ground colour.
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[4:] = 0
+        vae.encoder.conv_out.bias[4:] = -6
+    return vae
+
+
+def to_pixels(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_images(pixels: Tensor) -> NDArray[np.uint8]:
+    """float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
+    scaled = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Scenes of one to four different objects, mostly four: more to learn from an image than the prompts' own mix."""
+    scenes = []
+    for n in rng.choice([1, 2, 3, 4], count, p=[0.15, 0.15, 0.2, 0.5]):
+        names = rng.choice(len(SHAPES), n)
+        scenes.append(place(Prompt("two_object", tuple(Thing(SHAPES[i]) for i in names)), rng))
+    return render(scenes)
+
+
+def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[Progress]:
+    """Train until the budget is seen, continuing from `folder` if it holds a state; the EMA ends in `folder/vae`."""
+    torch.manual_seed(recipe.seed)
+    vae = make_vae().to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    average = torch.optim.swa_utils.AveragedModel(
+        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+    )
+    modules = {"vae": vae, "ema": average}
+    images = load_state(folder / "vae-state", modules, {"vae": optimizer}, recipe)
+
+    while images < recipe.images:
+        # 1. data: every step from its own seed, so that a resumed run draws the same scenes
+        rng = np.random.default_rng((recipe.seed, images))
+        torch.manual_seed(recipe.seed * 1_000_003 + images)
+        pixels = to_pixels(crowded_scenes(recipe.batch, rng)).to(device)
+
+        # 2. round trip
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+
+        # 3. loss: absolute error keeps edges sharp, the squared one colours exact
+        error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
+        loss = error + recipe.kl_weight * posterior.kl().mean()
+
+        # 4. step, along a one-cycle rate
+        done = images / recipe.images
+        warm = min(1.0, images / (20 * recipe.batch) + 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * done))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(vae)
+        images += recipe.batch
+
+        # 5. report and keep
+        finished = images >= recipe.images
+        figures: dict[str, float] = {}
+        if finished or (images // recipe.batch) % 50 == 0:
+            figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+        if finished or (images // recipe.batch) % 500 == 0:
+            figures["round_trip"] = round_trip(average.module, 256, seed=0, device=device)
+            save_state(folder / "vae-state", modules, {"vae": optimizer}, images, recipe)
+        yield Progress(images, recipe.images, figures)
+
+    finished_vae = average.module
+    set_latent_scale(finished_vae, recipe.seed, device)
+    finished_vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def set_latent_scale(vae: AutoencoderKL, seed: int, device: torch.device) -> None:
+    """Set `shift_factor` and `scaling_factor` so that latents have mean 0 and standard deviation 1, as SD3's."""
+    rng = np.random.default_rng((seed, 10**9))
+    scenes = [place(sample_prompt(rng), rng) for _ in range(1024)]
+    latents = encode_mean(vae, render(scenes), device)
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+
+
+@torch.no_grad()
+def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
+    """Posterior means (N, 4, 16, 16), unscaled, on the CPU."""
+    parts: Sequence[Tensor] = to_pixels(images).split(batch)
+    return torch.cat([vae.encode(part.to(device)).latent_dist.mean.cpu() for part in parts])
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> float:
+    """Overall score of `count` fresh training scenes after encoding and decoding, in [0, 1]: the world's ceiling."""
+    rng = np.random.default_rng((seed, count))
+    prompts = [sample_prompt(rng) for _ in range(count)]
+    latents = encode_mean(vae, render([place(prompt, rng) for prompt in prompts]), device)
+    decoded = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in latents.split(128)])
+    return score(prompts, to_images(decoded))["overall"]

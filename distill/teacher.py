@@ -1,0 +1,106 @@
+"""The frozen teacher: loading its parts, its velocity with and without guidance, and sampling from it.
+
+A velocity is a function of `x_t` (B, C, h, w), `t` (B,) in [0, 1] with 1 = noise, and a condition. Latents are the
+scaled ones that the transformer sees.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor
+
+from distill.flow import shift_time
+from distill.spec import TeacherSpec, read_spec
+from distill.text import TextCondition
+
+__all__ = [
+    "TeacherSpec", "Velocity", "decode_latents", "encode_images", "euler_times", "guided", "load_transformer", "load_vae",
+    "read_spec", "sample", "velocity",
+]  # fmt: skip
+
+Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
+
+_LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
+
+
+def load_transformer(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> SD3Transformer2DModel:
+    """The transformer of a checked folder, in evaluation mode and frozen."""
+    path = read_spec(folder).folder / "transformer"
+    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_vae(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKL:
+    """The autoencoder of a checked folder, in evaluation mode and frozen."""
+    path = read_spec(folder).folder / "vae"
+    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): the posterior's mean, scaled."""
+    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents: Tensor = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pixels (B, 3, H, W), nominally in [-1, 1]."""
+    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
+    return pixels
+
+
+def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+    """The transformer's velocity (B, C, h, w) in fp32, computed in its own dtype; t stays fp32."""
+    dtype = transformer.dtype
+    out: Tensor = transformer(
+        hidden_states=x_t.to(dtype),
+        encoder_hidden_states=cond.embeds.to(dtype),
+        pooled_projections=cond.pooled.to(dtype),
+        timestep=1000 * t.float(),
+        return_dict=False,
+    )[0]
+    return out.float()
+
+
+def guided(unguided: Velocity, null: TextCondition, scale: float) -> Velocity:
+    """Classifier-free guidance, u = u_null + scale (u_c - u_null), both halves in one call.
+
+    `null` is the encoded empty prompt, one row. At a scale of 1 the null half is not computed.
+    """
+    if scale == 1:
+        return unguided
+
+    def u(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+        both = TextCondition.cat([null.expand(len(cond)), cond])
+        u_null, u_c = unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return u_null + scale * (u_c - u_null)
+
+    return u
+
+
+def euler_times(steps: int, shift: float) -> Tensor:
+    """Times (steps + 1,) of `FlowMatchEulerDiscreteScheduler` with a static shift, from 1 down to 0.
+
+    The scheduler shifts twice: the end points of its even spacing, and then every point.
+    """
+    last = shift_time(torch.tensor(_LAST_TIME, dtype=torch.float64), shift)
+    times = shift_time(torch.linspace(1, float(last), steps, dtype=torch.float64), shift)
+    return torch.cat([times, times.new_zeros(1)]).float()
+
+
+@torch.no_grad()
+def sample(u: Velocity, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
+    """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, as the stock pipeline takes its steps."""
+    x = noise.float()
+    times = euler_times(steps, shift).to(x.device)
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = x + (t_next - t) * u(x, t.expand(len(x)), cond)
+    return x

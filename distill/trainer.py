@@ -1,0 +1,329 @@
+"""The loop: for each turn of the method, for its steps: loss, backward, average over devices, clip, step.
+
+It owns optimizers, rhythm, checkpoints and logs, and yields progress to its caller. Every random number is a function
+of (seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from distill import checkpoint
+from distill.config import Run
+from distill.errors import CheckpointError, ConfigError, DivergedError
+from distill.flow import Draw, one_step
+from distill.methods import Turn, Velocities
+from distill.networks import ROLES, Networks
+from distill.text import TextCondition
+
+BUCKETS = 5  # of t, for the gap between teacher and fake
+SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
+
+
+class Conditions(Protocol):
+    """Encoded prompts, as the trainer reads them."""
+
+    null: TextCondition
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> TextCondition: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a round of turns. `generate(cond, z)` is the averaged student, `average` its weights."""
+
+    before: int
+    images: int
+    figures: dict[str, float]
+    generate: Callable[[TextCondition, Tensor], Tensor]
+    average: dict[str, Tensor]
+
+    def crosses(self, every: int) -> bool:
+        """Whether a cadence of `every` images fell due in this round."""
+        return self.images // every > self.before // every
+
+
+def accelerator_for(precision: str, out: Path) -> Accelerator:
+    """Accelerate's view of the machine, one process or many, with its trackers in the run folder."""
+    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=out)
+
+
+def train(
+    config: Run,
+    out: Path,
+    networks: Networks,
+    conditions: Conditions,
+    latent_shape: tuple[int, int, int],
+    accelerator: Accelerator,
+) -> Iterator[Progress]:
+    """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
+
+    Raises CheckpointError for a checkpoint of another configuration, DivergedError for a number that is not finite.
+    """
+    set_seed(config.seed)
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    if config.batch % world:
+        raise ConfigError(f"batch {config.batch} does not divide over {world} processes")
+    local = config.batch // world
+    micro = min(config.micro_batch or local, local)
+
+    # 1. state
+    rates = {"fake": config.optimizer.fake_rate, "student": config.optimizer.student_rate}
+    weights = {role: networks.trainable(role) for role in ROLES}
+    optimizers = {
+        role: torch.optim.Adam(
+            list(weights[role].values()), lr=rates[role], betas=config.optimizer.betas, eps=config.optimizer.eps
+        )
+        for role in ROLES
+    }
+    average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
+    images = _restore(out / "checkpoints", config, weights, average, optimizers)
+    log = _Log(out, accelerator, images)
+
+    null = conditions.null.to(device)
+    asked = {  # in its own turn the fake learns, in the student's it only passes gradient on to its input
+        "fake": Velocities(networks.field("teacher"), networks.velocity("fake"), null),
+        "student": Velocities(networks.field("teacher"), networks.field("fake"), null),
+    }
+    student = networks.velocity("student")
+
+    def generate(cond: TextCondition, z: Tensor) -> Tensor:
+        with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
+            return one_step(student, z.to(device), cond.to(device))
+
+    while images < config.images:
+        scale = _rate(config, images)
+        for turn in config.method.turns():
+            for step in range(turn.steps):
+                # 2. loss and gradient, over this process's share of the global batch
+                first = images + rank * local
+                for start in range(first, first + local, micro):
+                    rows = range(start, min(start + micro, first + local))
+                    draw = Draw(config.seed, f"{turn.role} {step}", rows)
+                    cond = conditions.rows(_prompt_rows(config.seed, rows, len(conditions))).to(device)
+                    with networks.using(turn.role):
+                        loss = _loss(turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log)
+                        (loss * (len(rows) / local)).backward()
+
+                # 3. average over processes, clip, step
+                tensors = list(weights[turn.role].values())
+                _average_gradients(tensors, accelerator)
+                norm = float(torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip))
+                if not math.isfinite(norm):
+                    raise DivergedError(
+                        f"the {turn.role}'s gradient is {norm} after {images} images; lower "
+                        f"optimizer.{turn.role}_rate, or train with precision fp32; the last checkpoint is sound"
+                    )
+                optimizers[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
+                optimizers[turn.role].step()
+                optimizers[turn.role].zero_grad()
+                log.add(f"gradient_norm/{turn.role}", norm)
+
+        # 4. average the student
+        # The first images count for more: an average that starts at the teacher should not stay there.
+        keep = min(config.ema, (1 + images / config.batch) / (10 + images / config.batch))
+        for name, tensor in average.items():
+            tensor.lerp_(weights["student"][name].detach(), 1 - keep)
+
+        # 5. report and keep
+        before, images = images, images + config.batch
+        progress = Progress(before, images, {}, generate, average)
+        if progress.crosses(config.cadence.log) or images >= config.images:
+            progress.figures.update(log.write(images))
+        if progress.crosses(config.cadence.checkpoint) or images >= config.images:
+            if accelerator.is_main_process:
+                _save(out / "checkpoints", config, weights, average, optimizers, images)
+            accelerator.wait_for_everyone()
+        yield progress
+    accelerator.end_training()
+
+
+def _loss(
+    turn: Turn,
+    velocities: Velocities,
+    student: Any,
+    cond: TextCondition,
+    draw: Draw,
+    latent_shape: tuple[int, int, int],
+    accelerator: Accelerator,
+    log: "_Log",
+) -> Tensor:
+    """The turn's loss on fresh images of the student, in fp32 but for the networks themselves."""
+    z = draw.normal(latent_shape).to(accelerator.device)
+    with accelerator.autocast():
+        with torch.set_grad_enabled(turn.role == "student"):
+            x_0 = one_step(student, z, cond).float()
+        loss = turn.loss(velocities, x_0, cond, draw)
+    log.add(f"loss/{turn.role}", float(loss.value.detach()))
+    log.add_figures(loss.figures)
+    if turn.role == "student":
+        log.add_latents(x_0.detach())
+    return loss.value
+
+
+def _prompt_rows(seed: int, images: range, count: int) -> list[int]:
+    """Which prompt each image gets: every epoch is a permutation of its own, found from the image index alone."""
+    rows = []
+    for image in images:
+        epoch, place = divmod(image, count)
+        rows.append(int(_permutation(seed, epoch, count)[place]))
+    return rows
+
+
+_permutations: dict[tuple[int, int, int], Tensor] = {}
+
+
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    key = (seed, epoch, count)
+    if key not in _permutations:
+        _permutations.clear()
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        _permutations[key] = torch.randperm(count, generator=generator)
+    return _permutations[key]
+
+
+def _rate(config: Run, images: int) -> float:
+    """Share of the full rate: a linear rise, a plateau, a half cosine to zero."""
+    warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup, 1))
+    start = config.images * (1 - config.optimizer.decay)
+    if images <= start:
+        return warm
+    return warm * (0.5 + 0.5 * math.cos(math.pi * (images - start) / (config.images - start)))
+
+
+def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
+    """Mean over processes, in one message: each role has few tensors, and any number of forwards stays right."""
+    if accelerator.num_processes == 1:
+        return
+    flat = accelerator.reduce(torch.cat([tensor.grad.flatten() for tensor in tensors]), "mean")
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.grad.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def _swapped(weights: dict[str, Tensor], others: dict[str, Tensor]) -> Iterator[None]:
+    """`weights` hold `others` for a while."""
+    own = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(others[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(own[name])
+
+
+def _save(
+    folder: Path,
+    config: Run,
+    weights: dict[str, dict[str, Tensor]],
+    average: dict[str, Tensor],
+    optimizers: dict[str, torch.optim.Adam],
+    images: int,
+) -> None:
+    tensors = checkpoint.pack("average", average)
+    for role in ROLES:
+        tensors |= checkpoint.pack(role, weights[role])
+        tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
+    target = folder / checkpoint.state_name(images)
+    if not target.exists():
+        checkpoint.save(target, tensors, {"images": images, "config": config.identity()})
+        checkpoint.prune(folder, config.cadence.keep)
+
+
+def _restore(
+    folder: Path,
+    config: Run,
+    weights: dict[str, dict[str, Tensor]],
+    average: dict[str, Tensor],
+    optimizers: dict[str, torch.optim.Adam],
+) -> int:
+    """Images seen by the newest checkpoint, whose state is put back; 0 without one."""
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        return 0
+    tensors, record = checkpoint.load(newest)
+    for key, value in config.identity().items():
+        if record["config"].get(key) != json.loads(json.dumps(value)):
+            raise CheckpointError(
+                f"{newest} was made with {key} = {record['config'].get(key)}, not {value}; "
+                "set it back, or give another --out folder"
+            )
+    with torch.no_grad():
+        for name, tensor in checkpoint.unpack("average", tensors).items():
+            average[name].copy_(tensor)
+        for role in ROLES:
+            for name, tensor in checkpoint.unpack(role, tensors).items():
+                weights[role][name].copy_(tensor)
+    for role in ROLES:
+        checkpoint.restore_optimizer(optimizers[role], checkpoint.unpack(f"{role}-optimizer", tensors))
+    return int(record["images"])
+
+
+class _Log:
+    """Means since the last line, to metrics.jsonl and to accelerate's trackers.
+
+    The losses swing round zero and say little. What tells whether a run is well: `gap` (log10 |u - v|^2 by t),
+    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, images: int) -> None:
+        self._path = out / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._sums: dict[str, list[float]] = {}
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            _cut(self._path, images)
+        accelerator.init_trackers("tensorboard")
+
+    def add(self, name: str, value: float) -> None:
+        self._sums.setdefault(name, []).append(value)
+
+    def add_figures(self, figures: dict[str, Tensor]) -> None:
+        """Squared distances by bucket of t, and over all."""
+        t = figures["t"].cpu()
+        for name, values in figures.items():
+            if name == "t":
+                continue
+            values = values.float().cpu()
+            self.add(name, float(values.mean()))
+            for bucket in range(BUCKETS):
+                inside = (t * BUCKETS).long().clamp(max=BUCKETS - 1) == bucket
+                if inside.any():
+                    self.add(f"log10_{name}/t{bucket / BUCKETS:.1f}", float(values[inside].mean().clamp(1e-12).log10()))
+
+    def add_latents(self, x_0: Tensor) -> None:
+        self.add("latent/std", float(x_0.std()))
+        self.add("latent/saturated", float((x_0.abs() > SATURATED).float().mean()))
+        flat = x_0.flatten(1)[:32].float()
+        if len(flat) > 1:
+            self.add("latent/diversity", float(torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5))
+
+    def write(self, images: int) -> dict[str, float]:
+        figures = {name: sum(values) / len(values) for name, values in sorted(self._sums.items())}
+        self._sums.clear()
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"images": images, **figures}) + "\n")
+        self._accelerator.log(figures, step=images)
+        return figures
+
+
+def _cut(path: Path, images: int) -> None:
+    """Drop lines after the checkpoint that a run continues from; they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
+        checkpoint.write_aside(path, "".join(line + "\n" for line in lines))
