@@ -52,6 +52,67 @@ def teacher(
 
 
 @app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
+) -> None:
+    """Distil a teacher into a one-step student.
+
+    The same command continues a run that was stopped, killed or given a larger budget. Under
+    `accelerate launch -m distill.cli run ...` it uses every process.
+    """
+    import yaml
+
+    from distill.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    folder = out or Path("runs") / Path(config).stem
+
+    from distill import run as runs
+    from distill.console import image_bar
+
+    runs.prepare(resolved, folder)
+    machine = runs.accelerator(resolved, folder)
+    if machine.is_main_process:
+        typer.echo(yaml.safe_dump(resolved.as_dict(), sort_keys=False))
+        with image_bar("prompts", resolved.prompts.count) as bar:
+            for encoded in runs.embed(resolved, folder, machine.device):
+                bar.update(encoded.prompts, {"truncated": encoded.truncated})
+    machine.wait_for_everyone()
+    shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
+    with image_bar("distilling", resolved.images) as bar:
+        for progress in runs.distil(resolved, folder, machine):
+            figures = {name: progress.figures[name] for name in shown if name in progress.figures}
+            bar.update(progress.images, figures)
+    if machine.is_main_process:
+        typer.echo(f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it.")
+
+
+@app.command()
+def embed(
+    teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
+    prompts: Annotated[str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Encode prompts once, so that training holds no text encoder."""
+    from distill.console import image_bar
+    from distill.device import resolve_device
+    from distill.embed import embed_prompts
+    from distill.prompts import read_prompts
+
+    encoded = None
+    with image_bar("prompts", count) as bar:
+        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, resolve_device(device)):
+            bar.update(encoded.prompts, {"truncated": encoded.truncated})
+    if encoded is not None and encoded.truncated:
+        typer.echo(f"{encoded.truncated} prompts are over the token limit; the model sees their beginnings.")
+    typer.echo(f"The embeddings are in {out}.")
+
+
+@app.command()
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")] = None,

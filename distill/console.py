@@ -20,8 +20,8 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def image_bar(what: str, total: int, seen: int = 0) -> Iterator["ImageBar"]:
-    """A bar over images seen, with images/s and the time left; `seen` when a run continues."""
+def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator["ImageBar"]:
+    """A bar over images seen, with images/s and the time left; no `total` when it is unknown."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

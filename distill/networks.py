@@ -149,9 +149,10 @@ class SharedBase:
                 parameter.requires_grad_(True)
         self._active = adapter
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """The student's adapter in peft's own naming."""
-        state: dict[str, Tensor] = get_peft_model_state_dict(self._model, adapter_name="student")
+    def adapter_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of an adapter, named as `trainable` names them, in peft's own naming."""
+        named = {name.replace(".weight", ".student.weight"): tensor for name, tensor in weights.items()}
+        state: dict[str, Tensor] = get_peft_model_state_dict(self._model, named, adapter_name="student")
         return state
 
 

@@ -127,6 +127,10 @@ class SD3TextEncoder:
         counts = [[len(ids) > limit for ids in _untruncated(tok, prompts)] for tok, limit in lengths]
         return [any(over) for over in zip(*counts, strict=True)]
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """CLIP tokens of each prompt, start and end included, at most `clip_length`."""
+        return [min(len(ids), self.clip_length) for ids in _untruncated(self.clip_tokenizers[0], prompts)]
+
     @property
     def clip_length(self) -> int:
         """CLIP tokens of every prompt, start and end included; stock takes the first tokenizer's for both."""

@@ -1,0 +1,157 @@
+"""One distillation from configuration to student folder; what `distill run` and jobs call.
+
+The run folder: `config.yaml` (resolved), `embeddings/`, `checkpoints/`, `best/` (the averaged student that judged
+best so far), `metrics.jsonl`, `tensorboard/`, `samples/`, and at the end `student/`. The same call continues a run.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import TypeAdapter
+
+from distill import checkpoint
+from distill.config import Run
+from distill.device import fast_bfloat16
+from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
+from distill.errors import ConfigError
+from distill.evaluate.compare import SHIPPED_TEACHER
+from distill.evaluate.judge import Generate, Images, Questions, judge
+from distill.evaluate.picture import labelled_grid, save_png
+from distill.export import export_student
+from distill.flow import noise
+from distill.networks import Kind, SharedBase, build
+from distill.prompts import read_prompts
+from distill.scenes.render import SIZE
+from distill.scenes.vae import to_images, to_pixels
+from distill.spec import TeacherSpec, read_spec
+from distill.teacher import decode_latents, encode_images, load_vae
+from distill.text import SD3TextEncoder
+from distill.trainer import Progress, accelerator_for, train
+
+GRID = 16  # images in a sample grid
+JUDGED = 16  # prompts of each task that a student is judged on while it is trained
+
+
+def teacher_folder(config: Run) -> Path:
+    """The folder that `teacher` names; `scenes` is the one that ships with the package."""
+    return SHIPPED_TEACHER if config.teacher == "scenes" else Path(config.teacher)
+
+
+def prepare(config: Run, out: Path) -> TeacherSpec:
+    """Check the teacher and write the resolved configuration. Raises TeacherError before anything is computed."""
+    spec = read_spec(teacher_folder(config))
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_aside(out / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    return spec
+
+
+def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
+    """Encode the run's prompts, unless a whole cache lies there."""
+    if not (out / "embeddings" / MANIFEST).exists():
+        prompts = read_prompts(config.prompts.source, config.prompts.count, config.prompts.seed)
+        yield from embed_prompts(teacher_folder(config), prompts, out / "embeddings", device)
+
+
+def accelerator(config: Run, out: Path) -> Accelerator:
+    """Accelerate with the run's precision; `auto` is bf16 where that is the faster."""
+    probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bfloat16(probe))
+    return accelerator_for("bf16" if bf16 else "no", out)
+
+
+def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
+    """Train to the budget with grids, judgements and checkpoints on the way; the student ends in `out/student`."""
+    folder = teacher_folder(config)
+    spec = read_spec(folder)
+    conditions = EmbeddingCache(out / "embeddings", folder)
+    dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
+    torch.manual_seed(config.seed)  # adapters start from it
+    networks = build(folder, TypeAdapter(Kind).validate_python(config.networks), dtype, machine.device)
+
+    watch = _Watch(config, out, folder, spec, machine.device) if machine.is_main_process else None
+    last = None
+    for progress in train(config, out, networks, conditions, spec.latent_shape, machine):
+        if watch is not None:
+            watch.look(progress)
+        machine.wait_for_everyone()
+        yield progress
+        last = progress
+    if watch is not None and (last is not None or not (out / "student").exists()):
+        average, images = watch.chosen(last)
+        recipe = {"name": f"{spec.name}-one-step", "method": config.method.name, "images_seen": images}
+        recipe["config"] = config.as_dict()
+        if isinstance(networks, SharedBase):
+            export_student(folder, networks.adapter_state(average), out / "student", recipe, networks.config)
+        else:
+            export_student(folder, average, out / "student", recipe)
+    machine.wait_for_everyone()
+
+
+class _Watch:
+    """Looks at the averaged student at the run's cadences: grids for people, and judgements to keep the best by.
+
+    Judgements need a world that can be scored: the small one. Elsewhere the last average is the student.
+    """
+
+    def __init__(self, config: Run, out: Path, folder: Path, spec: TeacherSpec, device: torch.device) -> None:
+        self._config = config
+        self._out = out
+        self._shape = spec.latent_shape
+        self._vae = load_vae(folder, device=device)
+        text = SD3TextEncoder.load(folder, device)
+        self._judged = config.prompts.source == "scenes" and spec.image_size == SIZE
+        questions = Questions.make(JUDGED, config.seed, held_out=False)
+        self._questions = questions
+        self._texts = list(read_prompts(config.prompts.source, GRID, config.prompts.seed))
+        every = dict.fromkeys([*self._texts, *questions.texts]) if self._judged else self._texts
+        self._conditions = {prompt: text.encode([prompt]) for prompt in every}
+
+    def look(self, progress: Progress) -> None:
+        """Whatever falls due."""
+
+        @torch.no_grad()
+        def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+            cond = type(self._conditions[prompts[0]]).cat([self._conditions[prompt] for prompt in prompts])
+            return to_images(decode_latents(self._vae, progress.generate(cond, noise(seeds, self._shape))))
+
+        finished = progress.images >= self._config.images
+        if progress.crosses(self._config.cadence.sample) or finished:
+            images = generate(self._texts, list(range(len(self._texts))))
+            path = self._out / "samples" / f"{progress.images:012d}.png"
+            save_png(labelled_grid([("student", images)], self._texts), path)
+        if self._judged and (progress.crosses(self._config.cadence.evaluate) or finished):
+            self._judge(progress, generate)
+
+    def _judge(self, progress: Progress, generate: Generate) -> None:
+        encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
+        result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
+        figures = {"overall": result.overall, "frechet": result.frechet, "diversity": result.diversity}
+        progress.figures.update(figures)
+        with (self._out / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps({"images": progress.images, **figures, **result.tasks}) + "\n")
+        # A student that says the same thing well is not the best one.
+        fitness = result.overall * result.diversity
+        best = checkpoint.latest(self._out / "best")
+        if best is None or fitness >= checkpoint.load(best)[1]["fitness"]:
+            target = self._out / "best" / checkpoint.state_name(progress.images)
+            if not target.exists():
+                checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
+            checkpoint.prune(self._out / "best", 1)
+
+    def chosen(self, last: Progress | None) -> tuple[dict[str, torch.Tensor], int]:
+        """The average to export and the images it has seen: the best judged, else the last."""
+        best = checkpoint.latest(self._out / "best")
+        if best is not None:
+            tensors, record = checkpoint.load(best)
+            return tensors, int(record["images"])
+        if last is not None:
+            return last.average, last.images
+        newest = checkpoint.latest(self._out / "checkpoints")
+        if newest is None:
+            raise ConfigError(f"{self._out} holds nothing to export; raise images")
+        tensors, record = checkpoint.load(newest)
+        return checkpoint.unpack("average", tensors), int(record["images"])
