@@ -16,6 +16,8 @@ from distill.spec import RECORD, read_json, read_spec
 from distill.teacher import decode_latents, load_transformer, load_vae, velocity
 from distill.text import SD3TextEncoder, TextCondition
 
+SHIPPED_STUDENT = Path(__file__).parent / "scenes" / "weights" / "student"
+
 
 @dataclass(frozen=True)
 class OneStepSpec:
@@ -26,6 +28,7 @@ class OneStepSpec:
     sizes: tuple[tuple[int, int], ...]
     latent_channels: int
     vae_scale_factor: int
+    patch_size: int
     token_limit: int  # CLIP tokens of a prompt, start and end included
     max_sequence_length: int
     teacher: str
@@ -49,6 +52,7 @@ def read_student(folder: Path | str) -> OneStepSpec:
         sizes=((side, side),),
         latent_channels=spec.latent_channels,
         vae_scale_factor=spec.vae_scale_factor,
+        patch_size=spec.patch_size,
         token_limit=spec.clip_length,
         max_sequence_length=int(record["max_sequence_length"]),
         teacher=str(record["teacher"]),

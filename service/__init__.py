@@ -1,0 +1,1 @@
+"""Serve one-step students over REST, in the OpenAI Images format."""

@@ -12,7 +12,7 @@ from distill.errors import SizeError
 from distill.evaluate.judge import Images, Judgement, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.flow import noise
-from distill.pipeline import OneStepPipeline
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 from distill.scenes.captions import TASKS
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
@@ -28,9 +28,7 @@ from distill.teacher import (
 )
 from distill.text import SD3TextEncoder
 
-_WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
-SHIPPED_TEACHER = _WEIGHTS / "teacher"
-SHIPPED_STUDENT = _WEIGHTS / "student"
+SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
 
 PICTURED = 4  # prompts of each task in the picture
 

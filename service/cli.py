@@ -1,0 +1,40 @@
+"""The `fgm-service` command. Imports no torch before it serves."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `serve` a command of its own while it is the only one."""
+
+
+@app.command()
+def serve(
+    model: Annotated[list[Path] | None, typer.Option(help="Student folder; repeat for more, the first is the default.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, or simulator.")] = None,
+) -> None:
+    """Serve students (the shipped one if none is named) in the OpenAI Images format.
+
+    Further settings are environment variables: SERVICE_MAX_BATCH, SERVICE_QUEUE_LIMIT, SERVICE_API_KEYS and more.
+    SIGTERM finishes what was accepted, then ends.
+    """
+    import uvicorn
+
+    from service.app import create_app
+    from service.settings import Settings
+
+    given: dict[str, Any] = {"models": tuple(model or ()), "device": device}
+    settings = Settings(**{name: value for name, value in given.items() if value})
+    uvicorn.run(create_app(settings), host=host, port=port, timeout_graceful_shutdown=settings.drain_seconds)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()

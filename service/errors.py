@@ -1,0 +1,70 @@
+"""One tree of errors, and one table from error to status and OpenAI error type."""
+
+from typing import Any
+
+
+class ServiceError(Exception):
+    """Something that a client is told. `param` names the request's field at fault, `code` the case for programs."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(ServiceError):
+    """A field that is missing, unknown, of the wrong type, or asks for what the model cannot do."""
+
+
+class Unauthorized(ServiceError):
+    """No API key, or one that is not known."""
+
+
+class NotFound(ServiceError):
+    """A path or model that does not exist."""
+
+
+class MethodNotAllowed(ServiceError):
+    """A path that exists, asked in another way."""
+
+
+class BodyTooLarge(ServiceError):
+    """More bytes than the server reads."""
+
+
+class Overloaded(ServiceError):
+    """The queue is full; `retry_after` says in how many seconds there is room."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message, code="queue_full")
+        self.retry_after = retry_after
+
+
+class GenerationFailed(ServiceError):
+    """The model failed on this one image."""
+
+
+class Unavailable(ServiceError):
+    """The server is starting or draining."""
+
+
+TABLE: dict[type[ServiceError], tuple[int, str]] = {
+    InvalidRequest: (400, "invalid_request_error"),
+    Unauthorized: (401, "authentication_error"),
+    NotFound: (404, "invalid_request_error"),
+    MethodNotAllowed: (405, "invalid_request_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
+    Overloaded: (429, "rate_limit_error"),
+    GenerationFailed: (500, "server_error"),
+    ServiceError: (500, "server_error"),
+    Unavailable: (503, "server_error"),
+}
+
+
+def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error."""
+    status, kind = TABLE[type(error)]
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else {}
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return status, {"error": body}, headers

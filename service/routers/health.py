@@ -1,0 +1,26 @@
+"""`/healthz`, `/readyz` and `/metrics`: for orchestrators and dashboards; never behind a key."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.dependencies import Running, Service
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz")
+async def alive() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def ready(engine: Running) -> dict[str, str]:
+    """The real path has run once and work is taken; 503 otherwise."""
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: Service) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

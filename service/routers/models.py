@@ -1,0 +1,28 @@
+"""`/v1/models`: the students that are loaded."""
+
+from fastapi import APIRouter, Depends
+
+from service.dependencies import Service, require_key
+from service.engine.backend import Card
+from service.errors import NotFound
+from service.schemas import Model, ModelList
+
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
+
+
+@router.get("")
+async def index(service: Service) -> ModelList:
+    """All models, the default one first."""
+    return ModelList(data=[_model(backend.card) for backend in service.backends.values()])
+
+
+@router.get("/{model:path}")
+async def show(model: str, service: Service) -> Model:
+    """One model."""
+    if model not in service.backends:
+        raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
+    return _model(service.backends[model].card)
+
+
+def _model(card: Card) -> Model:
+    return Model(id=card.name, created=card.created, owned_by=card.owner)

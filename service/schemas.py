@@ -1,0 +1,92 @@
+"""What goes over the wire: OpenAI's names and types, with our extensions marked."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ImageRequest(BaseModel):
+    """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: Literal[False] | None = None
+    user: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None = None
+
+
+class ImageData(BaseModel):
+    """One image. `seed` is an extension: it makes the image again."""
+
+    b64_json: str
+    seed: int
+
+
+class TokenDetails(BaseModel):
+    """Tokens by kind."""
+
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Text tokens in (start and end included), latent patches out."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    output_tokens_details: TokenDetails
+    total_tokens: int
+
+
+class ImagesResponse(BaseModel):
+    """`warnings` is an extension, present when there is something to warn of."""
+
+    created: int
+    data: list[ImageData]
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+    usage: Usage
+    warnings: list[str] | None = None
+
+
+class Model(BaseModel):
+    """One student."""
+
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """What every refusal looks like."""
+
+    error: ErrorBody
