@@ -1,0 +1,36 @@
+"""Servers over a simulator, and the real client."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import openai
+import pytest
+from running import serving
+
+from service.app import create_app
+from service.engine.backend import Backend, Simulator
+from service.settings import Settings
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Start a server over a backend, with settings; returns its base URL."""
+    with contextlib.ExitStack() as stack:
+
+        def start(backend: Backend | None = None, **settings) -> str:
+            backend = backend or Simulator()
+            app = create_app(Settings(**settings), lambda _: {backend.card.name: backend})
+            return stack.enter_context(serving(app))
+
+        yield start
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., openai.OpenAI]]:
+    """The real client for a base URL; retries off, so that every answer is seen."""
+    with contextlib.ExitStack() as stack:
+
+        def client(url: str, key: str = "none") -> openai.OpenAI:
+            return stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
+
+        yield client

@@ -1,0 +1,215 @@
+"""The wire: what the real OpenAI client sees, and what everything that goes wrong looks like."""
+
+import base64
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+from running import serving
+
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.settings import Settings
+
+
+def picture(answer, i=0) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer.data[i].b64_json)))
+
+
+def value(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def test_the_openai_client_gets_images_of_its_seeds(serve, connect):
+    client = connect(serve())
+    answer = client.images.generate(prompt="a red circle", n=3, size="auto", extra_body={"seed": 7})
+    assert [item.seed for item in answer.data] == [7, 8, 9]
+    assert answer.size == "64x64"
+    assert answer.output_format == "png"
+    assert answer.usage.input_tokens == 5
+    assert answer.usage.total_tokens == 5 + 3 * 16
+    assert picture(answer).size == (64, 64)
+    again = client.images.generate(prompt="a red circle", extra_body={"seed": 8})
+    assert again.data[0].b64_json == answer.data[1].b64_json
+    assert client.images.generate(prompt="a", size="128x64", model="simulator").size == "128x64"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_output_formats(serve, connect, name, kind):
+    answer = connect(serve()).images.generate(prompt="a", output_format=name)
+    assert picture(answer).format == kind
+    assert answer.output_format == name
+
+
+def test_models_are_listed_and_shown(serve, connect):
+    client = connect(serve())
+    assert [model.id for model in client.models.list()] == ["simulator"]
+    assert client.models.retrieve("simulator").owned_by == "simulator"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("other")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({"prompt": "a", "n": 11}, "n"),
+        ({"prompt": "a", "size": "big"}, "size"),
+        ({"prompt": "a", "size": "1024x1024"}, "size"),
+        ({"prompt": "a", "response_format": "url"}, "response_format"),
+        ({"prompt": "a", "output_format": "gif"}, "output_format"),
+        ({"prompt": "a", "output_compression": 50}, "output_compression"),
+        ({"prompt": "a", "output_compression": 101, "output_format": "jpeg"}, "output_compression"),
+        ({"prompt": "a", "quality": "hd"}, "quality"),
+        ({"prompt": "a", "style": "vivid"}, "style"),
+        ({"prompt": "a", "background": "transparent"}, "background"),
+        ({"prompt": "a", "stream": True}, "stream"),
+        ({"prompt": "a", "partial_images": 1}, "partial_images"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "negative_prompt": "b"}, "negative_prompt"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(api, body, param):
+    answer = httpx.post(f"{api}/v1/images/generations", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.fixture(scope="module")
+def api():
+    simulator = Simulator(0, 0)
+    with serving(create_app(Settings(max_body_bytes=2000), lambda _: {"simulator": simulator})) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/v1/images/generations", 405), ("POST", "/v1/models", 405)],
+)
+def test_other_paths_and_methods_answer_in_the_same_form(api, method, path, status):
+    answer = httpx.request(method, f"{api}{path}")
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_broken_and_large_bodies(api):
+    answer = httpx.post(f"{api}/v1/images/generations", content=b"{", headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    answer = httpx.post(f"{api}/v1/images/generations", json={"prompt": "x" * 3000})
+    assert answer.status_code == 413
+    assert "2000 bytes" in answer.json()["error"]["message"]
+
+
+def test_a_long_prompt_is_cut_and_the_answer_says_so(api):
+    answer = httpx.post(f"{api}/v1/images/generations", json={"prompt": "word " * 90}).json()
+    assert "77 tokens" in answer["warnings"][0]
+    assert answer["usage"]["input_tokens"] == 77
+    assert "warnings" not in httpx.post(f"{api}/v1/images/generations", json={"prompt": "word"}).json()
+
+
+def test_keys_are_asked_for_where_they_are_set(serve, connect):
+    url = serve(api_keys=("first", "second"))
+    assert connect(url, "second").models.list().data
+    for key in ("wrong", "secon"):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            connect(url, key).images.generate(prompt="a")
+        assert caught.value.code == "invalid_api_key"
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_concurrent_clients_share_batches(serve, connect):
+    url = serve(Simulator(call_seconds=0.02, image_seconds=0.0))
+    client = connect(url)
+    before = value(url, "batch_images_count")
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda i: client.images.generate(prompt="a", extra_body={"seed": i}), range(32)))
+    assert [answer.data[0].seed for answer in answers] == list(range(32))
+    calls = value(url, "batch_images_count") - before
+    assert value(url, "images_total") == 32
+    assert calls <= 16  # at least two images a call
+
+
+class Gate(Simulator):
+    """A backend that waits inside the device call until it is let go, and keeps what it was asked."""
+
+    def __init__(self, fails_on=None):
+        super().__init__(0, 0, fails_on)
+        self.entered, self.open, self.asked = threading.Event(), threading.Event(), []
+        self.warm = 2  # calls of the warm-up
+
+    def generate(self, prompts, seeds, width, height):
+        if self.warm:
+            self.warm -= 1
+        else:
+            self.asked.append(list(prompts))
+            self.entered.set()
+            assert self.open.wait(30)
+        return super().generate(prompts, seeds, width, height)
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
+    gate = Gate()
+    url = serve(gate, queue_limit=4, max_batch=4)
+    client = connect(url)
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(client.images.generate, prompt="a", n=4)]
+        assert gate.entered.wait(30)
+        running += [pool.submit(client.images.generate, prompt="b", n=4)]  # ready behind it
+        running += [pool.submit(client.images.generate, prompt="c", n=4)]  # fills the queue, whichever comes first
+        while value(url, "queued_images") < 4:
+            pass
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.images.generate(prompt="d")
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert caught.value.code == "queue_full"
+        gate.open.set()
+        assert all(len(done.result().data) == 4 for done in running)
+
+
+def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
+    gate = Gate()
+    url = serve(gate, max_batch=1)
+    client = connect(url)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(client.images.generate, prompt="runs")
+        assert gate.entered.wait(30)
+        second = pool.submit(client.images.generate, prompt="ready behind")
+        while value(url, "requests_total") < 0 or not second.running():
+            pass
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/images/generations", json={"prompt": "leaves"}, timeout=httpx.Timeout(5, read=0.5))
+        gate.open.set()
+        first.result()
+        second.result()
+    client.images.generate(prompt="later")
+    assert value(url, "dropped_images_total") >= 1
+    assert ["leaves"] not in gate.asked
+
+
+def test_one_bad_image_does_not_fail_its_batch(serve, connect):
+    gate = Gate(fails_on="poison")
+    url = serve(gate)
+    client = connect(url)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(client.images.generate, prompt="first")
+        assert gate.entered.wait(30)
+        good = [pool.submit(client.images.generate, prompt=f"good {i}") for i in range(4)]
+        bad = pool.submit(client.images.generate, prompt="poison")
+        gate.open.set()
+        assert all(len(done.result().data) == 1 for done in [first, *good])
+        with pytest.raises(openai.InternalServerError) as caught:
+            bad.result()
+        assert "simulated" not in str(caught.value)
