@@ -6,6 +6,7 @@ the student. A loss differentiates through teacher and fake into their *input* o
 network's forward a second time there, and with one base it would otherwise run whichever adapter is active by then.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -100,8 +101,10 @@ class SharedBase:
             r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
         )
         self._model = teacher.requires_grad_(False)
-        for role in ROLES:
-            self._model.add_adapter(self.config, adapter_name=role)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
+            for role in ROLES:
+                self._model.add_adapter(self.config, adapter_name=role)
         self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
         self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in ROLES}
         for name, parameter in self._model.named_parameters():

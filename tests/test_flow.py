@@ -1,0 +1,59 @@
+"""The flow's maths against diffusers' scheduler and against itself."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy import stats
+
+from distill.flow import Draw, interpolate, logit_normal, noise, one_step, shift_time, velocity_from_x_0, x_0_from_velocity
+
+
+def test_interpolation_is_the_scheduler_s():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x_0, eps = torch.randn(2, 6, 4, 8, 8)
+    timesteps = scheduler.timesteps[[0, 10, 250, 500, 900, 999]]
+    t = timesteps / 1000
+    torch.testing.assert_close(interpolate(x_0, eps, t), scheduler.scale_noise(x_0, timesteps, eps))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_step_is_the_scheduler_s_single_step(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(1)
+    assert scheduler.sigmas.tolist() == [1.0, 0.0]
+    z, v = torch.randn(2, 3, 4, 8, 8)
+    stepped = scheduler.step(v, scheduler.timesteps[0], z).prev_sample
+    torch.testing.assert_close(one_step(lambda x, t, c: v, z, None), stepped)
+
+
+def test_velocity_and_x_0_are_two_views_of_one_field():
+    x_0, eps = torch.randn(2, 5, 3)
+    t = torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0])
+    x_t = interpolate(x_0, eps, t)
+    torch.testing.assert_close(x_0_from_velocity(x_t, eps - x_0, t), x_0)
+    torch.testing.assert_close(velocity_from_x_0(x_t, x_0, t), eps - x_0, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shift_adds_its_logarithm_to_the_logit():
+    t = torch.linspace(0.05, 0.95, 19)
+    torch.testing.assert_close(torch.logit(shift_time(t, 3.0)), torch.logit(t) + torch.log(torch.tensor(3.0)))
+
+
+def test_times_follow_their_laws():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.logit(logit_normal(4000, 0.7, 1.6, generator)).double().numpy()
+    assert stats.kstest(logits, "norm", args=(0.7, 1.6)).pvalue > 1e-3
+    draw = Draw(0, "times", range(4000))
+    assert stats.kstest(draw.uniform().numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(draw.normal(()).numpy(), "norm").pvalue > 1e-3
+
+
+def test_noise_and_draws_depend_on_the_image_alone():
+    batch = noise([5, 3, 9], (4, 2, 2))
+    assert torch.equal(batch[1:2], noise([3], (4, 2, 2)))
+    whole, part = Draw(1, "student", range(8)), Draw(1, "student", range(4, 8))
+    assert torch.equal(whole.normal((3,))[4:], part.normal((3,)))
+    assert torch.equal(whole.uniform()[4:], part.uniform())
+    others = [Draw(2, "student", range(1)), Draw(1, "fake", range(1)), Draw(1, "student", range(1, 2))]
+    mine = Draw(1, "student", range(1)).normal((3,))
+    assert not any(torch.equal(mine, other.normal((3,))) for other in others)

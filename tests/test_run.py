@@ -1,0 +1,149 @@
+"""The real command on a tiny teacher: a whole run, a killed one, another configuration, a full disk, two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill import checkpoint
+from distill.errors import CheckpointError
+from distill.pipeline import OneStepPipeline
+
+ARGUMENTS = ("batch=8", "images=96", "cadence.checkpoint=16", "cadence.log=16", "cadence.sample=96", "optimizer.warmup=0")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\ncircle and square\nred\nleft of a circle\n")
+    return path
+
+
+def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[str]:
+    values = [f"teacher={teacher}", f"prompts.source={prompts}", *ARGUMENTS, *overrides]
+    sets = [part for value in values for part in ("--set", value)]
+    return [sys.executable, "-m", "distill.cli", "run", "scenes-debug", *sets, "--out", str(out)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def finish(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=240)
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    assert newest.name == "000000000096"
+    return load_file(newest / "state.safetensors")
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def whole(request, teacher, prompts, tmp_path_factory) -> tuple[str, Path]:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / request.param
+    done = finish(command(teacher, prompts, out, f"networks.kind={request.param}"))
+    assert done.returncode == 0, done.stderr
+    return request.param, out
+
+
+def test_a_run_leaves_everything_it_promises(whole):
+    kind, out = whole
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [16, 32, 48, 64, 80, 96]
+    for name in ("gap", "loss/fake", "gradient_norm/student", "gradient_norm/fake", "latent/std", "latent/diversity"):
+        assert all(name in line for line in lines)
+    assert any(name.startswith("log10_gap/t") for name in lines[0])
+    assert (out / "samples" / "000000000096.png").exists()
+    assert list((out / "tensorboard").rglob("events*"))
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    pipeline = OneStepPipeline.load(out / "student")
+    assert pipeline.spec.images_seen == 96
+    assert pipeline(["a red circle"], [0]).shape == (1, 16, 16, 3)
+    assert (out / "student" / "pytorch_lora_weights.safetensors").exists() is (kind == "lora")
+
+
+def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path):
+    kind, undisturbed = whole
+    out = tmp_path / "killed"
+    arguments = command(teacher, prompts, out, f"networks.kind={kind}")
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and checkpoint.latest(out / "checkpoints") is None:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.latest(out / "checkpoints") is not None
+    assert finish(arguments).returncode == 0
+    expected, found = final(undisturbed), final(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (out / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(whole, teacher, prompts):
+    kind, out = whole
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    assert finish(command(teacher, prompts, out, f"networks.kind={kind}")).returncode == 0
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
+    refused = finish(command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.clip=2"))
+    assert refused.returncode == 2
+    assert "optimizer.clip = 1.0, not 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
+    kind, alone = whole
+    out = tmp_path / "two"
+    arguments = command(teacher, prompts, out, f"networks.kind={kind}")[1:]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = finish([*launch, *arguments], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    expected, found = final(alone), final(out)
+    for name, tensor in expected.items():
+        if name.startswith("average/"):
+            torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+    moved = max((tensor - expected[name.replace("student/", "average/")]).abs().max() for name, tensor in found.items() if name.startswith("student/"))
+    assert moved > 1e-5  # it did learn
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
+    import resource
+
+    tensors = {"x": torch.zeros(1000)}
+    checkpoint.save(tmp_path / "000000000001", tensors, {"images": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(CheckpointError, match="make room"):
+            checkpoint.save(tmp_path / "000000000002", {"x": torch.zeros(1 << 20)}, {"images": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.latest(tmp_path) == tmp_path / "000000000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000001"]
+    assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "000000000001"
+    checkpoint.save(folder, {"x": torch.zeros(1000)}, {"images": 1})
+    with (folder / "state.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(CheckpointError, match="000000000001"):
+        checkpoint.load(folder)
+
+
+def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
+    done = finish(command(teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30"))
+    assert done.returncode == 2
+    assert "lower optimizer." in done.stderr
