@@ -1,13 +1,19 @@
 """The `distill` command: parse, call, print. No command imports torch before it runs."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from distill.errors import DistillError
+
+# The libraries' own bars and notices would run through ours.
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    os.environ.setdefault(_name, "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     help="Distil a Stable Diffusion 3 type teacher into a one-step student.",
@@ -21,13 +27,19 @@ app.add_typer(scenes, name="scenes")
 
 @app.command()
 def teacher(
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path("runs/teacher"),
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path(
+        "runs/teacher"
+    ),
     vae_images: Annotated[int, typer.Option(help="Images that the autoencoder is trained on.")] = 26_000,
     images: Annotated[int, typer.Option(help="Images that the transformer is trained on.")] = 800_000,
     scenes: Annotated[int, typer.Option(help="Different scenes among them.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")
+    ] = False,
 ) -> None:
     """Train the small world's teacher from nothing, in Stable Diffusion 3's own format.
 
@@ -42,7 +54,10 @@ def teacher(
     where = resolve_device(device)
     stages = [
         ("autoencoder", train_vae(VaeRecipe(images=vae_images, seed=seed), out, where)),
-        ("teacher", train_teacher(TeacherRecipe(images=images, scenes=scenes, seed=seed + 1), out, where, compiled)),
+        (
+            "teacher",
+            train_teacher(TeacherRecipe(images=images, scenes=scenes, seed=seed + 1), out, where, compiled),
+        ),
     ]
     for name, training in stages:
         with image_bar(name, vae_images if name == "autoencoder" else images) as bar:
@@ -53,8 +68,12 @@ def teacher(
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
+    config: Annotated[
+        str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
 ) -> None:
     """Distil a teacher into a one-step student.
@@ -86,16 +105,22 @@ def run(
             figures = {name: progress.figures[name] for name in shown if name in progress.figures}
             bar.update(progress.images, figures)
     if machine.is_main_process:
-        typer.echo(f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it.")
+        typer.echo(
+            f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
+        )
 
 
 @app.command()
 def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
-    prompts: Annotated[str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")],
+    prompts: Annotated[
+        str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
 ) -> None:
     """Encode prompts once, so that training holds no text encoder."""
     from distill.console import image_bar
@@ -114,14 +139,24 @@ def embed(
 
 @app.command()
 def evaluate(
-    student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Student folder; the shipped one if not given.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")
+    ] = None,
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 28,
-    guidance: Annotated[float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path(
+        "runs/teacher-vs-student.png"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Judge teacher and student on the same held-out prompts and seeds of the small world.
@@ -130,10 +165,17 @@ def evaluate(
     """
     from distill.console import image_bar, out, table
     from distill.device import resolve_device
-    from distill.evaluate.compare import SHIPPED_STUDENT, SHIPPED_TEACHER, Comparison
+    from distill.evaluate.compare import SHIPPED_TEACHER, Comparison
+    from distill.pipeline import SHIPPED_STUDENT
 
     comparison = Comparison(
-        teacher or SHIPPED_TEACHER, student or SHIPPED_STUDENT, per_task, steps, guidance, seed, resolve_device(device)
+        teacher or SHIPPED_TEACHER,
+        student or SHIPPED_STUDENT,
+        per_task,
+        steps,
+        guidance,
+        seed,
+        resolve_device(device),
     )
     with image_bar("images", comparison.count) as bar:
         result = comparison.run(bar.advance)
@@ -150,7 +192,9 @@ def show(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/scenes.png"),
     count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.")] = 0,
-    held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Combinations that training never sees.")
+    ] = False,
 ) -> None:
     """Write a grid of scenes with their prompts under them."""
     import numpy as np

@@ -35,7 +35,9 @@ def export_student(
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(spec.folder, aside, ignore=shutil.ignore_patterns(RECORD, "*-state", "latents-*", ".*", "*.md"))
+        shutil.copytree(
+            spec.folder, aside, ignore=shutil.ignore_patterns(RECORD, "*-state", "latents-*", ".*", "*.md")
+        )
         weight_files = sorted((aside / "transformer").glob("*.safetensors*"))
         transformer = _transformer(spec.folder, weights, lora, aside)
         for path in weight_files:
@@ -69,7 +71,9 @@ def export_student(
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
+        raise CheckpointError(
+            f"could not write the student to {out}: {error}; make room and export again"
+        ) from error
     return out
 
 
@@ -84,7 +88,9 @@ def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Any, aside: 
     StableDiffusion3Pipeline.save_lora_weights(
         aside, transformer_lora_layers=adapter, transformer_lora_adapter_metadata=lora.to_dict()
     )
-    state, metadata = StableDiffusion3Pipeline.lora_state_dict(aside, return_lora_metadata=True, local_files_only=True)
+    state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+        aside, return_lora_metadata=True, local_files_only=True
+    )
     transformer.load_lora_adapter(state, metadata=metadata, prefix="transformer")
     transformer.fuse_lora()
     transformer.unload_lora()

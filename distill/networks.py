@@ -98,11 +98,16 @@ class SharedBase:
 
     def __init__(self, teacher: SD3Transformer2DModel, kind: Lora) -> None:
         self.config = LoraConfig(
-            r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
+            r=kind.rank,
+            lora_alpha=kind.alpha,
+            target_modules=list(kind.targets),
+            init_lora_weights="gaussian",
         )
         self._model = teacher.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # two adapters are what is meant
             for role in ROLES:
                 self._model.add_adapter(self.config, adapter_name=role)
         self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
@@ -168,7 +173,8 @@ class _InputGradient(torch.autograd.Function):
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_(True)
             ctx.y = f(ctx.x)
-        return ctx.y.detach()
+        y: Tensor = ctx.y.detach()
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
@@ -185,7 +191,8 @@ def _field(v: Velocity, using: Callable[[], Any]) -> Velocity:
         if not (torch.is_grad_enabled() and x_t.requires_grad):
             with torch.no_grad():
                 return v(x_t, t, cond)
-        out: Tensor = _InputGradient.apply(x_t, lambda x: v(x, t, cond), using)
+        apply: Any = _InputGradient.apply
+        out: Tensor = apply(x_t, lambda x: v(x, t, cond), using)
         return out
 
     return field
@@ -196,7 +203,9 @@ def _checkpoint(model: SD3Transformer2DModel) -> None:
     model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
 
 
-def build(folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device) -> FullCopies | SharedBase:
+def build(
+    folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device
+) -> FullCopies | SharedBase:
     """The three roles from a teacher folder; the frozen weights are held in `dtype`."""
     teacher = load_transformer(folder, dtype, device)
     return FullCopies(teacher, kind) if isinstance(kind, Full) else SharedBase(teacher, kind)

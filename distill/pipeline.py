@@ -42,9 +42,13 @@ def read_student(folder: Path | str) -> OneStepSpec:
     spec = read_spec(folder)
     record = read_json(spec.folder / RECORD)
     if "start_time" not in record:
-        raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first")
+        raise TeacherError(
+            f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first"
+        )
     if record["start_time"] != 1.0 or record.get("format") != 1:
-        raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
+        raise TeacherError(
+            f"{spec.folder}/{RECORD} is of another format; export the student again with this version"
+        )
     side = int(record["image_size"])
     return OneStepSpec(
         name=str(record["name"]),
@@ -126,7 +130,11 @@ class OneStepPipeline:
         return asked
 
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], width: int | None = None, height: int | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        width: int | None = None,
+        height: int | None = None,
     ) -> Tensor:
         """Images, uint8 (B, H, W, 3), of prompts and seeds."""
         return self.decode(self.latents(self.encode(prompts), seeds, width, height))

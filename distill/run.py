@@ -82,7 +82,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         last = progress
     if watch is not None and (last is not None or not (out / "student").exists()):
         average, images = watch.chosen(last)
-        recipe = {"name": f"{spec.name}-one-step", "method": config.method.name, "images_seen": images}
+        recipe = {"name": f"{Path(config.teacher).name}-one-step", "method": config.method.name, "images_seen": images}
         recipe["config"] = config.as_dict()
         if isinstance(networks, SharedBase):
             export_student(folder, networks.adapter_state(average), out / "student", recipe, networks.config)
@@ -139,7 +139,9 @@ class _Watch:
         if best is None or fitness >= checkpoint.load(best)[1]["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             if not target.exists():
-                checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
+                checkpoint.save(
+                    target, progress.average, {"images": progress.images, "fitness": fitness, **figures}
+                )
             checkpoint.prune(self._out / "best", 1)
 
     def chosen(self, last: Progress | None) -> tuple[dict[str, torch.Tensor], int]:

@@ -16,9 +16,18 @@ from distill.spec import TeacherSpec, read_spec
 from distill.text import TextCondition
 
 __all__ = [
-    "TeacherSpec", "Velocity", "decode_latents", "encode_images", "euler_times", "guided", "load_transformer", "load_vae",
-    "read_spec", "sample", "velocity",
-]  # fmt: skip
+    "TeacherSpec",
+    "Velocity",
+    "decode_latents",
+    "encode_images",
+    "euler_times",
+    "guided",
+    "load_transformer",
+    "load_vae",
+    "read_spec",
+    "sample",
+    "velocity",
+]
 
 Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
 
@@ -30,7 +39,9 @@ def load_transformer(
 ) -> SD3Transformer2DModel:
     """The transformer of a checked folder, in evaluation mode and frozen."""
     path = read_spec(folder).folder / "transformer"
-    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = SD3Transformer2DModel.from_pretrained(
+        path, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -39,7 +50,9 @@ def load_vae(
 ) -> AutoencoderKL:
     """The autoencoder of a checked folder, in evaluation mode and frozen."""
     path = read_spec(folder).folder / "vae"
-    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = AutoencoderKL.from_pretrained(
+        path, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -83,7 +83,10 @@ def train(
     weights = {role: networks.trainable(role) for role in ROLES}
     optimizers = {
         role: torch.optim.Adam(
-            list(weights[role].values()), lr=rates[role], betas=config.optimizer.betas, eps=config.optimizer.eps
+            list(weights[role].values()),
+            lr=rates[role],
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
         )
         for role in ROLES
     }
@@ -113,7 +116,9 @@ def train(
                     draw = Draw(config.seed, f"{turn.role} {step}", rows)
                     cond = conditions.rows(_prompt_rows(config.seed, rows, len(conditions))).to(device)
                     with networks.using(turn.role):
-                        loss = _loss(turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log)
+                        loss = _loss(
+                            turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log
+                        )
                         (loss * (len(rows) / local)).backward()
 
                 # 3. average over processes, clip, step
@@ -206,9 +211,10 @@ def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
     """Mean over processes, in one message: each role has few tensors, and any number of forwards stays right."""
     if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(torch.cat([tensor.grad.flatten() for tensor in tensors]), "mean")
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.grad.copy_(part.view_as(tensor))
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @contextmanager
@@ -303,7 +309,10 @@ class _Log:
             for bucket in range(BUCKETS):
                 inside = (t * BUCKETS).long().clamp(max=BUCKETS - 1) == bucket
                 if inside.any():
-                    self.add(f"log10_{name}/t{bucket / BUCKETS:.1f}", float(values[inside].mean().clamp(1e-12).log10()))
+                    self.add(
+                        f"log10_{name}/t{bucket / BUCKETS:.1f}",
+                        float(values[inside].mean().clamp(1e-12).log10()),
+                    )
 
     def add_latents(self, x_0: Tensor) -> None:
         self.add("latent/std", float(x_0.std()))

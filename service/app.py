@@ -90,14 +90,20 @@ async def _answer_validation(request: Request, error: Exception) -> JSONResponse
         return await _answer(request, errors.InvalidRequest("the body is not JSON", code="invalid_json"))
     param = ".".join(where) or None
     if first["type"] == "extra_forbidden":
-        return await _answer(request, errors.InvalidRequest(f"{param} is not supported", param, "unknown_parameter"))
-    return await _answer(request, errors.InvalidRequest(f"{param or 'body'}: {first['msg']}", param, "invalid_value"))
+        return await _answer(
+            request, errors.InvalidRequest(f"{param} is not supported", param, "unknown_parameter")
+        )
+    return await _answer(
+        request, errors.InvalidRequest(f"{param or 'body'}: {first['msg']}", param, "invalid_value")
+    )
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return await _answer(request, errors.MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
+        return await _answer(
+            request, errors.MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}")
+        )
     if error.status_code == 404:
         return await _answer(request, errors.NotFound(f"there is no {request.url.path}"))
     return await _answer(request, errors.InvalidRequest(str(error.detail)))
@@ -105,4 +111,6 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_bug(request: Request, error: Exception) -> JSONResponse:
     """Starlette logs the traceback; the client is told nothing of it."""
-    return await _answer(request, errors.ServiceError("something went wrong here; the server's log says what"))
+    return await _answer(
+        request, errors.ServiceError("something went wrong here; the server's log says what")
+    )

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -15,7 +17,9 @@ def _commands() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[list[Path] | None, typer.Option(help="Student folder; repeat for more, the first is the default.")] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Student folder; repeat for more, the first is the default.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, or simulator.")] = None,
@@ -38,3 +42,7 @@ def serve(
 def main() -> None:
     """Entry point of the console command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,8 @@ Running = Annotated[Engine, Depends(_running)]
 
 
 def require_key(
-    service: Service, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+    service: Service,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
 ) -> None:
     """Refuse a request without one of the server's keys; a server without keys is open."""
     keys = service.settings.api_keys
@@ -38,4 +39,6 @@ def require_key(
     token = given.credentials.encode() if given else b""
     # Every key is compared, each in constant time, so that time tells nothing about any of them.
     if not sum(hmac.compare_digest(token, key.get_secret_value().encode()) for key in keys):
-        raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
+        raise Unauthorized(
+            "a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key"
+        )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 from service.engine.backend import Backend, Card, Pixels, Simulator
 from service.settings import Settings
 
@@ -45,6 +45,8 @@ def load_backends(settings: Settings) -> dict[str, Backend]:
     for folder in settings.models or (SHIPPED_STUDENT,):
         backend = StudentBackend(folder, torch.device(name))
         if backend.card.name in backends:
-            raise ValueError(f"{folder}: a model named {backend.card.name!r} is loaded already; rename one in onestep.json")
+            raise ValueError(
+                f"{folder}: a model named {backend.card.name!r} is loaded already; rename one in onestep.json"
+            )
         backends[backend.card.name] = backend
     return backends

@@ -17,7 +17,9 @@ def test_presets_are_valid_and_survive_a_round_trip(preset, tmp_path):
 
 
 def test_overrides_reach_nested_keys():
-    config = load_config("scenes", ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=64", "networks.kind=lora"])
+    config = load_config(
+        "scenes", ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=64", "networks.kind=lora"]
+    )
     assert config.optimizer.student_rate == 1e-5
     assert config.method.alpha == 0.5
     assert config.images == 64

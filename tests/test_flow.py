@@ -5,7 +5,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
-from distill.flow import Draw, interpolate, logit_normal, noise, one_step, shift_time, velocity_from_x_0, x_0_from_velocity
+from distill.flow import (
+    Draw,
+    interpolate,
+    logit_normal,
+    noise,
+    one_step,
+    shift_time,
+    velocity_from_x_0,
+    x_0_from_velocity,
+)
 
 
 def test_interpolation_is_the_scheduler_s():

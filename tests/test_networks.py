@@ -54,7 +54,9 @@ def test_one_base_has_the_gradients_of_three_copies(teacher, conditions, role, c
     one = shared(teacher, checkpointing)
     fake = one.velocity("fake") if role == "fake" else one.field("fake")
     with one.using(role):
-        found = gradients((one.field("teacher"), fake), one.velocity("student"), one.trainable(role), role, conditions)
+        found = gradients(
+            (one.field("teacher"), fake), one.velocity("student"), one.trainable(role), role, conditions
+        )
 
     a, b, c = separate(teacher)
     plain = (a.velocity("teacher"), b.velocity("fake"))
@@ -80,7 +82,8 @@ def test_full_copies_pass_gradient_on_and_keep_none(teacher, conditions, checkpo
     copies = [load_transformer(teacher) for _ in range(2)]
     again = build(teacher, Full(), torch.float32, CPU)
     plain = [
-        lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0] for model in copies
+        lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
+        for model in copies
     ]
     expected = gradients(plain, again.velocity("student"), again.trainable("student"), "student", conditions)
     for name, gradient in expected.items():

@@ -15,7 +15,14 @@ from distill import checkpoint
 from distill.errors import CheckpointError
 from distill.pipeline import OneStepPipeline
 
-ARGUMENTS = ("batch=8", "images=96", "cadence.checkpoint=16", "cadence.log=16", "cadence.sample=96", "optimizer.warmup=0")
+ARGUMENTS = (
+    "batch=8",
+    "images=96",
+    "cadence.checkpoint=16",
+    "cadence.log=16",
+    "cadence.sample=96",
+    "optimizer.warmup=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,14 @@ def test_a_run_leaves_everything_it_promises(whole):
     kind, out = whole
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [16, 32, 48, 64, 80, 96]
-    for name in ("gap", "loss/fake", "gradient_norm/student", "gradient_norm/fake", "latent/std", "latent/diversity"):
+    for name in (
+        "gap",
+        "loss/fake",
+        "gradient_norm/student",
+        "gradient_norm/fake",
+        "latent/std",
+        "latent/diversity",
+    ):
         assert all(name in line for line in lines)
     assert any(name.startswith("log10_gap/t") for name in lines[0])
     assert (out / "samples" / "000000000096.png").exists()
@@ -75,7 +89,9 @@ def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path)
     kind, undisturbed = whole
     out = tmp_path / "killed"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and checkpoint.latest(out / "checkpoints") is None:
         pass
     process.send_signal(signal.SIGKILL)
@@ -103,7 +119,16 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     kind, alone = whole
     out = tmp_path / "two"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")[1:]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = finish([*launch, *arguments], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
@@ -111,7 +136,11 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     for name, tensor in expected.items():
         if name.startswith("average/"):
             torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
-    moved = max((tensor - expected[name.replace("student/", "average/")]).abs().max() for name, tensor in found.items() if name.startswith("student/"))
+    moved = max(
+        (tensor - expected[name.replace("student/", "average/")]).abs().max()
+        for name, tensor in found.items()
+        if name.startswith("student/")
+    )
     assert moved > 1e-5  # it did learn
 
 
@@ -144,6 +173,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
-    done = finish(command(teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30"))
+    done = finish(
+        command(
+            teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30"
+        )
+    )
     assert done.returncode == 2
     assert "lower optimizer." in done.stderr

@@ -112,7 +112,9 @@ DAMAGE = {
     "config.json is missing": lambda folder: (folder / "transformer" / "config.json").unlink(),
     "it is truncated": _truncate,
     "not a whole safetensors file": _cut_header,
-    "only safetensors weights are loaded": lambda folder: (folder / "text_encoder" / "model.safetensors").unlink(),
+    "only safetensors weights are loaded": lambda folder: (
+        folder / "text_encoder" / "model.safetensors"
+    ).unlink(),
     "holds a FluxPipeline": lambda folder: _edit(folder / "model_index.json", _class_name="FluxPipeline"),
     "has UNet2DModel as transformer": lambda folder: _edit(
         folder / "model_index.json", transformer=["diffusers", "UNet2DModel"]
@@ -120,7 +122,9 @@ DAMAGE = {
     "only a static shift": lambda folder: _edit(
         folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True
     ),
-    "lacks 'patch_size'": lambda folder: (folder / "transformer" / "config.json").write_text('{"in_channels": 4, "sample_size": 8}'),
+    "lacks 'patch_size'": lambda folder: (folder / "transformer" / "config.json").write_text(
+        '{"in_channels": 4, "sample_size": 8}'
+    ),
     "is not usable": lambda folder: _edit(folder / "vae" / "config.json", shift_factor=None),
 }
 

@@ -4,8 +4,19 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from distill.tokenizer import build_clip_tokenizer
 
@@ -95,11 +106,15 @@ def _clip(tokenizer, width: int) -> CLIPTextModelWithProjection:
 
 
 def _t5() -> T5EncoderModel:
-    config = T5Config(vocab_size=64, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=64, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
     return T5EncoderModel(config)
 
 
 def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + word, -1.0) for word in WORDS] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces += [("▁" + word, -1.0) for word in WORDS] + [
+        (letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"
+    ]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)

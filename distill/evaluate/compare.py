@@ -84,7 +84,10 @@ class Result:
         lines = [("overall", t.overall, s.overall)]
         lines += [(task, t.tasks[task], s.tasks[task]) for task in TASKS if task in t.tasks]
         lines += [("frechet", t.frechet, s.frechet), ("diversity", t.diversity, s.diversity)]
-        lines += [("calls", t.calls, s.calls), ("seconds_per_image", t.seconds_per_image, s.seconds_per_image)]
+        lines += [
+            ("calls", t.calls, s.calls),
+            ("seconds_per_image", t.seconds_per_image, s.seconds_per_image),
+        ]
         return [(name, f"{a:.4g}", f"{b:.4g}", f"{b / a:.3f}" if a else "-") for name, a, b in lines]
 
     def save_picture(self, path: Path) -> None:

@@ -83,7 +83,12 @@ def features(images: Images, encode: Encode) -> Features:
 
 
 def judge(
-    questions: Questions, generate: Generate, calls: int, encode: Encode, seed: int, report: Report = lambda n: None
+    questions: Questions,
+    generate: Generate,
+    calls: int,
+    encode: Encode,
+    seed: int,
+    report: Report = lambda n: None,
 ) -> tuple[Judgement, Images]:
     """The figures of one model, and its images of `questions.texts` in order."""
     started = time.perf_counter()

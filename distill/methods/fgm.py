@@ -57,7 +57,9 @@ class Guidance(BaseModel):
     teacher: float | tuple[float, float] = 4.5
     fake: Literal["unguided", "alike"] = "unguided"
     interval: tuple[float, float] = (0.0, 1.0)
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = (
+        0.1  # for the fake's null prompt, when it is guided
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -150,7 +152,14 @@ class Config(BaseModel):
         x_t = interpolate(x_0, eps, t)
         w = eps - x_0
         u = _guided(nets.teacher, nets.null, x_t, t, cond, scales)
-        v = _guided(nets.fake, nets.null, x_t, t, cond, scales if self.guidance.fake == "alike" else torch.ones_like(t))
+        v = _guided(
+            nets.fake,
+            nets.null,
+            x_t,
+            t,
+            cond,
+            scales if self.guidance.fake == "alike" else torch.ones_like(t),
+        )
 
         gap = _dot(u - v, u - v)
         loss = _dot(u - v, u - w) - self.alpha * gap

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.scenes.captions import Prompt
-from distill.scenes.shapes import COLOURS, GROUND, RADII, RGB, SHAPES, STEP, WINDOW, coverage
+from distill.scenes.shapes import COLOURS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage
 
 SIZE = 64  # pixels
 MARGIN = 2  # pixels kept free round each object, so that two objects never touch
@@ -61,7 +61,9 @@ def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
     return tuple(objects)
 
 
-def _halves(relation: str | None, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
+def _halves(
+    relation: str | None, rng: np.random.Generator
+) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
     """Upper left corners and sizes of two cells side by side, the first one `relation` of the second.
 
     With a relation, both cells are cut to one band, so that the offset is clearly along the axis that is asked.
@@ -98,9 +100,9 @@ def render(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
         x = np.array([round(o.x / STEP) for o in found])
         y = np.array([round(o.y / STEP) for o in found])
         alpha = bank[shape, radius, y % per_pixel, x % per_pixel]  # (n, WINDOW, WINDOW)
-        tint = RGB[[COLOURS.index(o.colour) for o in found]] - np.float32(GROUND)  # (n, 3)
+        tint = RGB[[COLOURS.index(o.colour) for o in found]] - GROUND_RGB  # (n, 3)
         ys = (y // per_pixel)[:, None, None] + window[:, None]
         xs = (x // per_pixel)[:, None, None] + window
         canvas[rows[:, None, None], ys, xs] += alpha[..., None] * tint[:, None, None]
-    inner = canvas[:, pad : pad + SIZE, pad : pad + SIZE] + np.float32(GROUND)
-    return np.clip(np.rint(inner), 0, 255).astype(np.uint8)
+    inner = canvas[:, pad : pad + SIZE, pad : pad + SIZE] + GROUND_RGB
+    return np.asarray(np.clip(np.rint(inner), 0, 255), np.uint8)

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from distill.scenes.captions import TASKS, Prompt, Thing
 from distill.scenes.render import SIZE, Object, Scene
-from distill.scenes.shapes import COLOURS, GROUND, RADII, RGB, SHAPES, STEP, WINDOW, coverage, extents
+from distill.scenes.shapes import COLOURS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage, extents
 
 CONTRAST = 40.0  # RGB distance from the ground at which a pixel belongs to an object
 SMALLEST_AREA = 40  # pixels; specks below are neither objects nor errors
@@ -24,12 +24,14 @@ POSITION_THRESHOLD = 0.1  # GenEval's: share of the objects' sizes that an offse
 def detect(images: NDArray[np.uint8]) -> list[Scene]:
     """The objects in each image of (N, 64, 64, 3). A region without a clear shape and colour is no object."""
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
-        raise ValueError(f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}")
+        raise ValueError(
+            f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}"
+        )
     return [_detect_one(image.astype(np.float32)) for image in images]
 
 
 def _detect_one(image: NDArray[np.float32]) -> Scene:
-    offset = image - np.float32(GROUND)
+    offset = image - GROUND_RGB
     labels, _ = ndimage.label(np.linalg.norm(offset, axis=-1) > CONTRAST, structure=np.ones((3, 3)))
     objects = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -46,11 +48,11 @@ def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None
     """The object whose offset from the ground is `offset` (h, w, 3), zero outside of it; None if it is none."""
     contrast = np.linalg.norm(offset, axis=-1)
     core = offset[contrast >= np.quantile(contrast[contrast > 0], 0.5)]
-    distances = np.linalg.norm(RGB - np.float32(GROUND) - np.median(core, axis=0), axis=-1)
+    distances = np.linalg.norm(RGB - GROUND_RGB - np.median(core, axis=0), axis=-1)
     colour = int(distances.argmin())
     if distances[colour] > COLOUR_TOLERANCE:
         return None
-    tint = RGB[colour] - np.float32(GROUND)
+    tint = RGB[colour] - GROUND_RGB
     alpha = np.clip(offset @ tint / (tint @ tint), 0, 1)  # (h, w): how much of the object each pixel holds
     if max(alpha.shape) > WINDOW:
         return None
@@ -69,7 +71,9 @@ def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None
     best = int(overlaps.argmax())
     if overlaps[best] < OVERLAP:
         return None
-    return Object(SHAPES[best], COLOURS[colour], float(left + x[best]), float(top + y[best]), float(radius[best]))
+    return Object(
+        SHAPES[best], COLOURS[colour], float(left + x[best]), float(top + y[best]), float(radius[best])
+    )
 
 
 def _bounds(profile: NDArray[np.float32]) -> tuple[float, float]:
@@ -98,7 +102,9 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
                     continue
                 canvas[cy : cy + height, cx : cx + width] = alpha
                 template = coverage()[shape, r, qy % 4, qx % 4]
-                best = max(best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum()))
+                best = max(
+                    best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum())
+                )
     return best
 
 

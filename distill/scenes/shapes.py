@@ -28,6 +28,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS = tuple(PALETTE)
 RGB: Floats = np.array(list(PALETTE.values()), np.float32)  # (10, 3)
+GROUND_RGB: Floats = np.array(GROUND, np.float32)  # (3,)
 
 STEP = 0.25  # pixels: the grid of sizes and centres
 RADII: Floats = np.arange(6, 13, STEP, dtype=np.float32)  # half the side of the frame, pixels
@@ -46,7 +47,7 @@ def _polygon(vertices: NDArray[np.float64]) -> Callable[[Floats, Floats], Floats
             nearest = np.minimum(nearest, (x - ax - along * ex) ** 2 + (y - ay - along * ey) ** 2)
             crosses = (ay > y) != (by > y)
             inside ^= crosses & (x < ax + (y - ay) * ex / (ey if ey else 1.0))
-        return (np.sqrt(nearest) * np.where(inside, -1, 1)).astype(np.float32)
+        return np.asarray(np.sqrt(nearest) * np.where(inside, -1, 1), np.float32)
 
     return distance
 

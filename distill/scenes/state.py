@@ -19,7 +19,11 @@ from distill.errors import CheckpointError
 
 
 def save_state(
-    folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], images: int, recipe: Any
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    images: int,
+    recipe: Any,
 ) -> None:
     """Write everything that a run needs to go on after `images` images."""
     aside = folder.with_name(folder.name + ".partial")
@@ -66,7 +70,9 @@ def load_state(
     tensors = load_file(folder / "state.safetensors")
     for name, module in modules.items():
         prefix = f"module.{name}."
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        module.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
     for name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         prefix = f"optimizer.{name}."

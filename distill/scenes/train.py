@@ -11,10 +11,16 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +33,7 @@ from distill.scenes.captions import Prompt, evaluation_prompts, sample_prompt, v
 from distill.scenes.render import place, render
 from distill.scenes.score import score
 from distill.scenes.state import load_state, save_state
-from distill.scenes.vae import Progress, encode_mean, to_images
+from distill.scenes.vae import Progress, ema, encode_mean, to_images
 from distill.teacher import decode_latents, guided, sample
 from distill.text import TextCondition
 from distill.tokenizer import build_clip_tokenizer
@@ -104,7 +110,9 @@ class Denoiser(nn.Module):
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids (B, TOKENS)."""
-    batch = tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    batch = tokenizer(
+        list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    )
     ids: Tensor = batch.input_ids
     return ids
 
@@ -114,7 +122,9 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device) else nullcontext()
 
 
-def scene_latents(vae: AutoencoderKL, recipe: TeacherRecipe, folder: Path, device: torch.device) -> tuple[list[Prompt], Tensor]:
+def scene_latents(
+    vae: AutoencoderKL, recipe: TeacherRecipe, folder: Path, device: torch.device
+) -> tuple[list[Prompt], Tensor]:
     """The training scenes' prompts and scaled latents (N, 4, 16, 16), encoded once and kept in the folder."""
     rng = np.random.default_rng((recipe.seed, recipe.scenes))
     prompts = [sample_prompt(rng) for _ in range(recipe.scenes)]
@@ -131,7 +141,9 @@ def scene_latents(vae: AutoencoderKL, recipe: TeacherRecipe, folder: Path, devic
     return prompts, load_file(path)["latents"]
 
 
-def train_teacher(recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = True) -> Iterator[Progress]:
+def train_teacher(
+    recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = True
+) -> Iterator[Progress]:
     """Train until the budget is seen, continuing from the folder's state; needs `folder/vae`.
 
     At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with EMA weights.
@@ -140,10 +152,14 @@ def train_teacher(recipe: TeacherRecipe, folder: Path, device: torch.device, com
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
     model = Denoiser(len(tokenizer), tokenizer.eos_token_id).to(device)
-    ema_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_fn)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema(recipe.ema))
+    averaged: Any = average.module
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        model.parameters(),
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     modules: dict[str, nn.Module] = {"model": model, "ema": average}
     images = load_state(folder / "teacher-state", modules, {"model": optimizer}, recipe)
@@ -174,7 +190,7 @@ def train_teacher(recipe: TeacherRecipe, folder: Path, device: torch.device, com
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
@@ -188,17 +204,26 @@ def train_teacher(recipe: TeacherRecipe, folder: Path, device: torch.device, com
             figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
         if finished or step % 2000 == 0:
             save_state(folder / "teacher-state", modules, {"model": optimizer}, images, recipe)
-            figures |= quick_score(average.module, vae, tokenizer, device)
+            figures |= quick_score(averaged, vae, tokenizer, device)
         yield Progress(images, recipe.images, figures)
 
-    save_pipeline(average.module, vae, tokenizer, folder)
-    record = {"max_sequence_length": T5_TOKENS, "guidance": best_guidance(average.module, vae, tokenizer, device)}
+    save_pipeline(averaged, vae, tokenizer, folder)
+    record = {
+        "max_sequence_length": T5_TOKENS,
+        "guidance": best_guidance(averaged, vae, tokenizer, device),
+    }
     (folder / "onestep.json").write_text(json.dumps({**record, "recipe": asdict(recipe)}, indent=2) + "\n")
 
 
 @torch.no_grad()
 def generate(
-    model: Denoiser, vae: AutoencoderKL, ids: Tensor, null: Tensor, guidance: float, steps: int, device: torch.device
+    model: Denoiser,
+    vae: AutoencoderKL,
+    ids: Tensor,
+    null: Tensor,
+    guidance: float,
+    steps: int,
+    device: torch.device,
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Images (N, 64, 64, 3) for token ids (N, TOKENS), seeds 0 to N - 1."""
     z = noise(range(len(ids)), (4, 16, 16)).to(device)
@@ -208,8 +233,14 @@ def generate(
 
 
 def quick_score(
-    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device,
-    guidance: float = 2.5, per_task: int = 16, held_out: bool = True, steps: int = 16,
+    model: Denoiser,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    device: torch.device,
+    guidance: float = 2.5,
+    per_task: int = 16,
+    held_out: bool = True,
+    steps: int = 16,
 ) -> dict[str, float]:
     """Score per task of guided samples."""
     prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
@@ -218,7 +249,9 @@ def quick_score(
     return score(prompts, generate(model, vae, ids, tokenize(tokenizer, [""]), guidance, steps, device))
 
 
-def best_guidance(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> float:
+def best_guidance(
+    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
+) -> float:
     """The guidance scale of the highest score on prompts that training saw; the held-out ones stay untouched."""
     scales = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     scores = [quick_score(model, vae, tokenizer, device, g, 32, False, 28)["overall"] for g in scales]

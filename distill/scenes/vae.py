@@ -4,9 +4,10 @@ The autoencoder bounds everything after it, so it is trained first, on the dense
 its round trips still score as right.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,12 @@ class Progress:
     images: int
     total: int
     figures: dict[str, float]
+
+
+def ema(decay: float) -> Any:
+    """An `AveragedModel`'s averaging function: exponential, one fused update."""
+    make: Any = torch.optim.swa_utils.get_ema_multi_avg_fn
+    return make(decay)
 
 
 def make_vae() -> AutoencoderKL:
@@ -92,7 +99,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     vae = make_vae().to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
     average = torch.optim.swa_utils.AveragedModel(
-        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+        vae, multi_avg_fn=ema(recipe.ema)
     )
     modules = {"vae": vae, "ema": average}
     images = load_state(folder / "vae-state", modules, {"vae": optimizer}, recipe)
@@ -117,7 +124,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * done))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(vae)
@@ -133,7 +140,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
             save_state(folder / "vae-state", modules, {"vae": optimizer}, images, recipe)
         yield Progress(images, recipe.images, figures)
 
-    finished_vae = average.module
+    finished_vae: Any = average.module
     set_latent_scale(finished_vae, recipe.seed, device)
     finished_vae.save_pretrained(folder / "vae")
 
@@ -148,9 +155,11 @@ def set_latent_scale(vae: AutoencoderKL, seed: int, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
+def encode_mean(
+    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128
+) -> Tensor:
     """Posterior means (N, 4, 16, 16), unscaled, on the CPU."""
-    parts: Sequence[Tensor] = to_pixels(images).split(batch)
+    parts = torch.split(to_pixels(images), batch)
     return torch.cat([vae.encode(part.to(device)).latent_dist.mean.cpu() for part in parts])
 
 
@@ -160,5 +169,5 @@ def round_trip(vae: AutoencoderKL, count: int, seed: int, device: torch.device) 
     rng = np.random.default_rng((seed, count))
     prompts = [sample_prompt(rng) for _ in range(count)]
     latents = encode_mean(vae, render([place(prompt, rng) for prompt in prompts]), device)
-    decoded = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in latents.split(128)])
+    decoded = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in torch.split(latents, 128)])
     return score(prompts, to_images(decoded))["overall"]

@@ -29,7 +29,9 @@ Image = NDArray[np.uint8]  # (H, W, 3)
 class Engine:
     """Takes work in on the event loop and answers it from the backends."""
 
-    def __init__(self, backends: Mapping[str, Backend], max_batch: int, queue_limit: int, metrics: Metrics) -> None:
+    def __init__(
+        self, backends: Mapping[str, Backend], max_batch: int, queue_limit: int, metrics: Metrics
+    ) -> None:
         self._backends = backends
         self._batcher = Batcher(max_batch, queue_limit)
         self._queue_limit = queue_limit
@@ -120,7 +122,9 @@ class Engine:
                 await self._run(batch[:middle])
                 await self._run(batch[middle:])
             elif not batch[0].reply.done():
-                batch[0].reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
+                batch[0].reply.set_exception(
+                    GenerationFailed("the model failed on this image; try another seed")
+                )
             return
         self._metrics.batch_size.observe(len(batch))
         self._metrics.images.labels(model).inc(len(batch))

@@ -45,11 +45,16 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     seeds = [first + i for i in range(n)]
     tokens, truncated = await asyncio.to_thread(backend.count_tokens, body.prompt)
 
-    images = await _unless_disconnected(request, engine.generate(card.name, body.prompt, seeds, width, height))
+    images = await _unless_disconnected(
+        request, engine.generate(card.name, body.prompt, seeds, width, height)
+    )
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     encoded = await asyncio.gather(
-        *(loop.run_in_executor(service.encoders, encode, image, output_format, compression) for image in images)
+        *(
+            loop.run_in_executor(service.encoders, encode, image, output_format, compression)
+            for image in images
+        )
     )
     service.metrics.stages.labels("encode").observe(time.monotonic() - started)
     service.metrics.bytes.labels(output_format).inc(sum(map(len, encoded)))
@@ -57,7 +62,10 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     patches = n * (width // card.pixels_per_token) * (height // card.pixels_per_token)
     return ImagesResponse(
         created=int(time.time()),
-        data=[ImageData(b64_json=base64.b64encode(e).decode(), seed=s) for e, s in zip(encoded, seeds, strict=True)],
+        data=[
+            ImageData(b64_json=base64.b64encode(e).decode(), seed=s)
+            for e, s in zip(encoded, seeds, strict=True)
+        ],
         output_format=output_format,
         size=f"{width}x{height}",
         usage=Usage(

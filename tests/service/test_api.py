@@ -105,7 +105,9 @@ def test_other_paths_and_methods_answer_in_the_same_form(api, method, path, stat
 
 
 def test_broken_and_large_bodies(api):
-    answer = httpx.post(f"{api}/v1/images/generations", content=b"{", headers={"content-type": "application/json"})
+    answer = httpx.post(
+        f"{api}/v1/images/generations", content=b"{", headers={"content-type": "application/json"}
+    )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     answer = httpx.post(f"{api}/v1/images/generations", json={"prompt": "x" * 3000})
     assert answer.status_code == 413
@@ -135,7 +137,9 @@ def test_concurrent_clients_share_batches(serve, connect):
     client = connect(url)
     before = value(url, "batch_images_count")
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda i: client.images.generate(prompt="a", extra_body={"seed": i}), range(32)))
+        answers = list(
+            pool.map(lambda i: client.images.generate(prompt="a", extra_body={"seed": i}), range(32))
+        )
     assert [answer.data[0].seed for answer in answers] == list(range(32))
     calls = value(url, "batch_images_count") - before
     assert value(url, "images_total") == 32
@@ -168,7 +172,9 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
         running = [pool.submit(client.images.generate, prompt="a", n=4)]
         assert gate.entered.wait(30)
         running += [pool.submit(client.images.generate, prompt="b", n=4)]  # ready behind it
-        running += [pool.submit(client.images.generate, prompt="c", n=4)]  # fills the queue, whichever comes first
+        running += [
+            pool.submit(client.images.generate, prompt="c", n=4)
+        ]  # fills the queue, whichever comes first
         while value(url, "queued_images") < 4:
             pass
         with pytest.raises(openai.RateLimitError) as caught:
@@ -190,7 +196,9 @@ def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
         while value(url, "requests_total") < 0 or not second.running():
             pass
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/images/generations", json={"prompt": "leaves"}, timeout=httpx.Timeout(5, read=0.5))
+            httpx.post(
+                f"{url}/v1/images/generations", json={"prompt": "leaves"}, timeout=httpx.Timeout(5, read=0.5)
+            )
         gate.open.set()
         first.result()
         second.result()

@@ -1,0 +1,61 @@
+"""The halves meet in one file, and nothing heavy is imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports(package: str) -> Iterator[tuple[str, str]]:
+    """(file, imported module) of every import in a package, at the top of a file or inside a function."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path.relative_to(ROOT).as_posix(), alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from ((path.relative_to(ROOT).as_posix(), name) for name in names)
+
+
+def importers(package: str, module: str) -> set[str]:
+    """The files of a package that import a module or something from it."""
+    return {file for file, name in imports(package) if f"{name}.".startswith(f"{module}.")}
+
+
+def test_distillation_never_imports_the_service() -> None:
+    assert importers("distill", "service") == set()
+
+
+def test_the_service_imports_only_the_pipeline_and_in_one_file() -> None:
+    assert importers("service", "distill") == importers("service", "distill.pipeline") == {"service/registry.py"}
+    names = {name for file, name in imports("service") if name.startswith("distill")}
+    assert all(name.startswith("distill.pipeline.") for name in names)
+
+
+def test_peft_and_accelerate_have_their_places() -> None:
+    assert importers("distill", "peft") == {"distill/networks.py"}
+    glue = {"diffusers", "transformers", "accelerate", "peft"}
+    assert all("distill/flow.py" not in importers("distill", library) for library in glue)
+
+
+def test_batching_policy_needs_neither_torch_nor_asyncio() -> None:
+    assert "service/engine/batcher.py" not in importers("service", "torch") | importers("service", "asyncio")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import distill, service",
+        "from distill.cli import app; app(['--help'], standalone_mode=False)",
+        "from distill.cli import app; app(['run', '--help'], standalone_mode=False)",
+        "from service.cli import app; app(['serve', '--help'], standalone_mode=False)",
+    ],
+)
+def test_torch_is_not_imported_by(statement: str) -> None:
+    code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
