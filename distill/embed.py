@@ -132,7 +132,7 @@ class EmbeddingCache:
         self._starts = [0, *accumulate(shard["rows"] for shard in manifest["shards"])]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
 
     def rows(self, indices: Sequence[int]) -> TextCondition:
         """The conditions of some prompts, in the order asked. Raises IndexError for one that is not there."""

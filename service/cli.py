@@ -1,13 +1,14 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+from service.errors import StartError
+
+app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -31,17 +32,23 @@ def serve(
     """
     import uvicorn
 
-    from service.app import create_app
-    from service.settings import Settings
+    from service.app import create_app, load_backends
+    from service.settings import read_settings
 
     given: dict[str, Any] = {"models": tuple(model or ()), "device": device}
-    settings = Settings(**{name: value for name, value in given.items() if value})
-    uvicorn.run(create_app(settings), host=host, port=port, timeout_graceful_shutdown=settings.drain_seconds)
+    settings = read_settings({name: value for name, value in given.items() if value})
+    backends = load_backends(settings)  # before the server starts, so that a bad folder is one sentence
+    server = create_app(settings, lambda _: backends)
+    uvicorn.run(server, host=host, port=port, timeout_graceful_shutdown=settings.drain_seconds)
 
 
 def main() -> None:
-    """Entry point of the console command."""
-    app()
+    """Entry point of the console command: what keeps the server from starting is one sentence and status 2."""
+    try:
+        app()
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,14 @@ class Unavailable(ServiceError):
     """The server is starting or draining."""
 
 
+class ClientGone(ServiceError):
+    """The client hung up before its answer; nobody reads this one, but the metrics count it."""
+
+
+class StartError(Exception):
+    """What keeps the server from starting: a model or a setting. No client is told; the command line prints it."""
+
+
 TABLE: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
@@ -56,6 +64,7 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
     MethodNotAllowed: (405, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
+    ClientGone: (499, "client_closed_request"),
     GenerationFailed: (500, "server_error"),
     ServiceError: (500, "server_error"),
     Unavailable: (503, "server_error"),
@@ -65,6 +74,12 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error."""
     status, kind = TABLE[type(error)]
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else {}
     body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    match error:
+        case Overloaded():
+            headers = {"retry-after": str(error.retry_after)}
+        case BodyTooLarge():
+            headers = {"connection": "close"}  # the rest of the body is never read
+        case _:
+            headers = {}
     return status, {"error": body}, headers

@@ -1,13 +1,18 @@
-"""What every request passes: an id, a limit on its body, and a count of its answer. Plain ASGI, so nothing buffers."""
+"""What every request passes: an id, a limit on its body, a count of its answer. Plain ASGI, so nothing buffers."""
 
+import logging
 import secrets
+import time
 
-from starlette.datastructures import MutableHeaders
-from starlette.responses import JSONResponse
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, to_openai
+from service.errors import ServiceError
+from service.handlers import respond
 from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 
 class Front:
@@ -24,33 +29,38 @@ class Front:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
+        began = time.monotonic()
+        status: int | None = None
+        too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
+        declared = Headers(scope=scope).get("content-length", "")
         received = 0
-        refused = False
-
-        async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-                route = getattr(scope.get("route"), "path", "none")
-                self._metrics.requests.labels(route, str(message["status"])).inc()
-            await send(message)
-
-        async def refuse() -> None:
-            nonlocal refused
-            refused = True
-            error = BodyTooLarge(f"the body is over {self._max_body_bytes} bytes")
-            status, body, _ = to_openai(error)
-            await JSONResponse(body, status, {"connection": "close"})(scope, receive, labelled)
 
         async def limited() -> Message:
             nonlocal received
+            if declared.isdecimal() and int(declared) > self._max_body_bytes:
+                raise too_large  # before a byte of it is read
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes and not refused:
-                await refuse()
-            return {"type": "http.disconnect"} if refused else message
+            if received > self._max_body_bytes:
+                raise too_large
+            return message
 
-        async def unless_refused(message: Message) -> None:
-            if not refused:
-                await labelled(message)
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
 
-        await self._app(scope, limited, unless_refused)
+        try:
+            await self._app(scope, limited, labelled)
+        except Exception:
+            log.exception("%s failed", request_id)
+            if status is not None:
+                raise  # too late for another answer: the server closes the connection
+            error = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
+            await respond(error)(scope, receive, labelled)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.request_seconds.labels(route).observe(time.monotonic() - began)

@@ -10,9 +10,7 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[
-        str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])
-    ]
+    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
@@ -22,11 +20,11 @@ class ImageRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
+    style: None = None
     stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
     user: str | None = None
-    seed: (
-        Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None
-    ) = None
+    seed: Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None = None
 
 
 class ImageData(BaseModel):

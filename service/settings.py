@@ -1,10 +1,13 @@
 """Settings of the server: command line, then `SERVICE_*` environment variables, then these defaults."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from service.errors import StartError
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -17,8 +20,20 @@ class Settings(BaseSettings):
     models: tuple[Path, ...] = ()  # student folders; none is the student that ships
     device: str = "auto"  # auto, cpu, cuda, cuda:1, or simulator
     max_batch: _Count = 16  # images in one call of the network
-    queue_limit: _Count = 512  # images waiting, over which requests are refused
+    queue_limit: Annotated[int, Field(ge=10)] = 512  # images waiting at most; the largest request must fit
     encode_threads: _Count = 2
     max_body_bytes: _Count = 1 << 20
     api_keys: tuple[SecretStr, ...] = ()  # none leaves the server open
     drain_seconds: _Count = 30  # time that running requests get after SIGTERM
+
+
+def read_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings with some given. Raises StartError naming the environment variable that is wrong."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]  # the input may be a key
+        name = "_".join(str(part) for part in first["loc"][:1]).upper()
+        raise StartError(f"SERVICE_{name}: {first['msg']}") from None
+    except SettingsError as error:
+        raise StartError(f'{error}; lists are JSON, for example SERVICE_API_KEYS=\'["one", "two"]\'') from None

@@ -38,9 +38,7 @@ class Backend(Protocol):
 class Simulator:
     """A backend that takes the time of a model and paints one colour per seed."""
 
-    def __init__(
-        self, call_seconds: float = 0.01, image_seconds: float = 0.002, fails_on: str | None = None
-    ) -> None:
+    def __init__(self, call_seconds: float = 0.01, image_seconds: float = 0.002, fails_on: str | None = None) -> None:
         self.card = Card("simulator", "simulator", 0, ((64, 64), (128, 64)), 16, 77)
         self._call_seconds = call_seconds
         self._image_seconds = image_seconds

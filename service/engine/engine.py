@@ -29,9 +29,7 @@ Image = NDArray[np.uint8]  # (H, W, 3)
 class Engine:
     """Takes work in on the event loop and answers it from the backends."""
 
-    def __init__(
-        self, backends: Mapping[str, Backend], max_batch: int, queue_limit: int, metrics: Metrics
-    ) -> None:
+    def __init__(self, backends: Mapping[str, Backend], max_batch: int, queue_limit: int, metrics: Metrics) -> None:
         self._backends = backends
         self._batcher = Batcher(max_batch, queue_limit)
         self._queue_limit = queue_limit
@@ -41,9 +39,7 @@ class Engine:
         self._image_seconds = 0.1  # running mean; the first batches set it right
         self._draining = False
 
-    async def generate(
-        self, model: str, prompt: str, seeds: Sequence[int], width: int, height: int
-    ) -> list[Image]:
+    async def generate(self, model: str, prompt: str, seeds: Sequence[int], width: int, height: int) -> list[Image]:
         """One image per seed. Cancelling the call drops what still waits.
 
         Raises Overloaded without queueing anything, GenerationFailed for what the model failed on.
@@ -82,11 +78,6 @@ class Engine:
             await asyncio.wait(self._in_flight)
         self._device.shutdown()
 
-    @property
-    def draining(self) -> bool:
-        """Whether new work is refused."""
-        return self._draining
-
     def _dispatch(self) -> None:
         while len(self._in_flight) < IN_FLIGHT:
             self._metrics.dropped.inc(self._batcher.drop_cancelled())
@@ -108,12 +99,13 @@ class Engine:
         backend = self._backends[model]
         prompts, seeds = [work.prompt for work in batch], [work.seed for work in batch]
 
-        def timed() -> tuple[Image, float, float]:
+        def timed() -> tuple[list[tuple[Work, Image]], float, float]:
             started = time.monotonic()
-            return backend.generate(prompts, seeds, width, height), started, time.monotonic()
+            images = backend.generate(prompts, seeds, width, height)
+            return list(zip(batch, images, strict=True)), started, time.monotonic()
 
         try:
-            images, started, ended = await asyncio.get_running_loop().run_in_executor(self._device, timed)
+            made, started, ended = await asyncio.get_running_loop().run_in_executor(self._device, timed)
         except Exception:
             self._metrics.failures.labels(model).inc()
             log.exception("a batch of %d images failed on %s", len(batch), model)
@@ -122,15 +114,13 @@ class Engine:
                 await self._run(batch[:middle])
                 await self._run(batch[middle:])
             elif not batch[0].reply.done():
-                batch[0].reply.set_exception(
-                    GenerationFailed("the model failed on this image; try another seed")
-                )
+                batch[0].reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
             return
         self._metrics.batch_size.observe(len(batch))
         self._metrics.images.labels(model).inc(len(batch))
         self._metrics.stages.labels("device").observe(ended - started)
         self._image_seconds += 0.2 * ((ended - started) / len(batch) - self._image_seconds)
-        for work, image in zip(batch, images, strict=True):
+        for work, image in made:
             self._metrics.stages.labels("queue").observe(started - work.arrived)
             with contextlib.suppress(asyncio.InvalidStateError):  # its client left meanwhile
                 work.reply.set_result(image)

@@ -5,15 +5,14 @@ import base64
 import contextlib
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 
 from service.dependencies import Running, Service, require_key
 from service.encode import encode
-from service.engine.backend import Backend
-from service.errors import InvalidRequest, NotFound
+from service.errors import ClientGone, InvalidRequest
 from service.schemas import ErrorResponse, ImageData, ImageRequest, ImagesResponse, TokenDetails, Usage
 
 router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key)])
@@ -25,7 +24,7 @@ T = TypeVar("T")
 @router.post(
     "/generations",
     response_model_exclude_none=True,
-    responses={code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503)},
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 async def generate(body: ImageRequest, request: Request, service: Service, engine: Running) -> ImagesResponse:
     """Make `n` images of a prompt, each from one call of the network.
@@ -33,7 +32,7 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    backend = _backend(service.backends, body.model)
+    backend = service.backend(body.model)
     card = backend.card
     width, height = _size(body.size, card.sizes)
     output_format = body.output_format or "png"
@@ -42,30 +41,21 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
         raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
     n = body.n or 1
     first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
-    seeds = [first + i for i in range(n)]
-    tokens, truncated = await asyncio.to_thread(backend.count_tokens, body.prompt)
+    seeds = range(first, first + n)
 
-    images = await _unless_disconnected(
-        request, engine.generate(card.name, body.prompt, seeds, width, height)
-    )
+    images = await _unless_disconnected(request, engine.generate(card.name, body.prompt, seeds, width, height))
     started = time.monotonic()
     loop = asyncio.get_running_loop()
-    encoded = await asyncio.gather(
-        *(
-            loop.run_in_executor(service.encoders, encode, image, output_format, compression)
-            for image in images
-        )
-    )
+    encoding = [loop.run_in_executor(service.encoders, encode, i, output_format, compression) for i in images]
+    encoded: Sequence[bytes] = await asyncio.gather(*encoding)
     service.metrics.stages.labels("encode").observe(time.monotonic() - started)
     service.metrics.bytes.labels(output_format).inc(sum(map(len, encoded)))
 
+    tokens, truncated = await loop.run_in_executor(service.encoders, backend.count_tokens, body.prompt)
     patches = n * (width // card.pixels_per_token) * (height // card.pixels_per_token)
     return ImagesResponse(
         created=int(time.time()),
-        data=[
-            ImageData(b64_json=base64.b64encode(e).decode(), seed=s)
-            for e, s in zip(encoded, seeds, strict=True)
-        ],
+        data=[ImageData(b64_json=base64.b64encode(e).decode(), seed=s) for e, s in zip(encoded, seeds, strict=True)],
         output_format=output_format,
         size=f"{width}x{height}",
         usage=Usage(
@@ -79,21 +69,11 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     )
 
 
-def _backend(backends: Any, name: str | None) -> Backend:
-    """The model asked for; the first one when none is."""
-    if name is None:
-        name = next(iter(backends))
-    if name not in backends:
-        raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
-    backend: Backend = backends[name]
-    return backend
-
-
-def _size(size: str | None, allowed: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def _size(size: str | None, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Width and height meant; `auto` is the model's own."""
-    if size in (None, "auto"):
+    if size is None or size == "auto":
         return allowed[0]
-    width, height = map(int, str(size).split("x"))
+    width, height = map(int, size.split("x"))
     if (width, height) not in allowed:
         known = ", ".join(f"{w}x{h}" for w, h in allowed)
         raise InvalidRequest(f"the model makes images of {known}, not {size}", "size", "invalid_value")
@@ -101,19 +81,19 @@ def _size(size: str | None, allowed: tuple[tuple[int, int], ...]) -> tuple[int, 
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; the work is cancelled as soon as the client hangs up."""
+    """The work's result; when the client hangs up first, the work is cancelled and ClientGone raised."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            task.cancel()
-        return await task
+            raise ClientGone("the client hung up")
+        return task.result()
     finally:
         for pending in (task, gone):
             pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
+            with contextlib.suppress(asyncio.CancelledError):
+                await pending
 
 
 async def _disconnected(request: Request) -> None:

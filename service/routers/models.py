@@ -4,7 +4,6 @@ from fastapi import APIRouter, Depends
 
 from service.dependencies import Service, require_key
 from service.engine.backend import Card
-from service.errors import NotFound
 from service.schemas import Model, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
@@ -19,9 +18,7 @@ async def index(service: Service) -> ModelList:
 @router.get("/{model:path}")
 async def show(model: str, service: Service) -> Model:
     """One model."""
-    if model not in service.backends:
-        raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
-    return _model(service.backends[model].card)
+    return _model(service.backend(model).card)
 
 
 def _model(card: Card) -> Model:

@@ -1,0 +1,55 @@
+"""Whatever goes wrong in a request, as an OpenAI error object."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError, to_openai
+
+_UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
+
+
+def install(app: FastAPI) -> None:
+    """Answer our own errors, FastAPI's complaints about a body, and Starlette's about a path in the same form."""
+    app.add_exception_handler(ServiceError, _ours)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+
+
+def respond(error: ServiceError) -> JSONResponse:
+    """The response that tells of an error."""
+    status, body, headers = to_openai(error)
+    return JSONResponse(body, status, headers)
+
+
+async def _ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return respond(error)
+
+
+async def _validation(request: Request, error: Exception) -> JSONResponse:
+    """The first complaint, with the field as `param`; the values themselves, prompts among them, are not repeated."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return respond(InvalidRequest("the body is not JSON", code="invalid_json"))
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    if first["type"] in _UNSUPPORTED:
+        return respond(InvalidRequest(f"{param} is not supported", param, "unknown_parameter"))
+    if param is None:
+        return respond(InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json"))
+    return respond(InvalidRequest(f"{param}: {first['msg']}", param, "invalid_value"))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    match error.status_code:
+        case 404:
+            return respond(NotFound(f"there is no {request.url.path}"))
+        case 405:
+            return respond(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
+        case 413:
+            return respond(BodyTooLarge(error.detail))
+        case _:
+            return respond(InvalidRequest(error.detail))
