@@ -29,9 +29,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _TENSORS
-        )
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _TENSORS)
         (aside / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
         for path in (aside / _TENSORS, aside / _RECORD, aside):
             flush(path)
@@ -50,9 +48,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return load_file(folder / _TENSORS), json.loads((folder / _RECORD).read_text())
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({error}); remove it to go on from the one before"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before") from error
 
 
 def latest(folder: Path) -> Path | None:

@@ -27,19 +27,13 @@ app.add_typer(scenes, name="scenes")
 
 @app.command()
 def teacher(
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path(
-        "runs/teacher"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path("runs/teacher"),
     vae_images: Annotated[int, typer.Option(help="Images that the autoencoder is trained on.")] = 26_000,
     images: Annotated[int, typer.Option(help="Images that the transformer is trained on.")] = 800_000,
     scenes: Annotated[int, typer.Option(help="Different scenes among them.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")
-    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")] = False,
 ) -> None:
     """Train the small world's teacher from nothing, in Stable Diffusion 3's own format.
 
@@ -68,12 +62,8 @@ def teacher(
 
 @app.command()
 def run(
-    config: Annotated[
-        str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")
-    ] = None,
+    config: Annotated[str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
 ) -> None:
     """Distil a teacher into a one-step student.
@@ -113,14 +103,10 @@ def run(
 @app.command()
 def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
-    prompts: Annotated[
-        str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")
-    ],
+    prompts: Annotated[str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
     """Encode prompts once, so that training holds no text encoder."""
     from distill.console import image_bar
@@ -139,24 +125,14 @@ def embed(
 
 @app.command()
 def evaluate(
-    student: Annotated[
-        Path | None, typer.Option(help="Student folder; the shipped one if not given.")
-    ] = None,
-    teacher: Annotated[
-        Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")
-    ] = None,
+    student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")] = None,
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 28,
-    guidance: Annotated[
-        float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")
-    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path(
-        "runs/teacher-vs-student.png"
-    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Judge teacher and student on the same held-out prompts and seeds of the small world.
@@ -192,9 +168,7 @@ def show(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/scenes.png"),
     count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.")] = 0,
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Combinations that training never sees.")
-    ] = False,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
 ) -> None:
     """Write a grid of scenes with their prompts under them."""
     import numpy as np

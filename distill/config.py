@@ -104,9 +104,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.exists():
         known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
-        raise ConfigError(
-            f"no preset or file {name!r}{_nearest(name, known)}; presets are {', '.join(known)}"
-        )
+        raise ConfigError(f"no preset or file {name!r}{_nearest(name, known)}; presets are {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -116,9 +114,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(
-                f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4"
-            )
+            raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4")
         _put(values, key.split("."), _parse(text), override)
     try:
         return Run.model_validate(values)

@@ -15,6 +15,4 @@ def fast_bfloat16(device: torch.device) -> bool:
 
     CPUs without such units emulate bf16, a hundred times slower.
     """
-    return (
-        device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    )
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -71,9 +71,7 @@ def embed_prompts(
                     count += len(batch)
                     yield Encoded(count, truncated)
                 name = f"shard-{len(shards):05d}.safetensors"
-                shards.append(
-                    {"name": name, "rows": len(rows), "sha256": _save(TextCondition.cat(parts), out / name)}
-                )
+                shards.append({"name": name, "rows": len(rows), "sha256": _save(TextCondition.cat(parts), out / name)})
                 texts.writelines(json.dumps(prompt) + "\n" for prompt in rows)
         if not shards:
             raise PromptError("there are no prompts to encode")
@@ -92,9 +90,7 @@ def embed_prompts(
         }
         checkpoint.write_aside(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        raise CacheError(
-            f"could not write embeddings to {out}: {error}; make room and run it again"
-        ) from error
+        raise CacheError(f"could not write embeddings to {out}: {error}; make room and run it again") from error
 
 
 def _save(cond: TextCondition, path: Path) -> str:

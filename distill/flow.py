@@ -69,12 +69,8 @@ class Draw:
     """
 
     def __init__(self, seed: int, purpose: str, images: Iterable[int]) -> None:
-        key = (
-            int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 2
-        )
-        self._generators = [
-            torch.Generator().manual_seed((key + i * 0x9E3779B97F4A7C15) % 2**63) for i in images
-        ]
+        key = int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 2
+        self._generators = [torch.Generator().manual_seed((key + i * 0x9E3779B97F4A7C15) % 2**63) for i in images]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal (B, *shape), fp32 on the CPU."""

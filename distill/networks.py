@@ -105,9 +105,7 @@ class SharedBase:
         )
         self._model = teacher.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Already found a `peft_config`"
-            )  # two adapters are what is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
             for role in ROLES:
                 self._model.add_adapter(self.config, adapter_name=role)
         self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
@@ -203,9 +201,7 @@ def _checkpoint(model: SD3Transformer2DModel) -> None:
     model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
 
 
-def build(
-    folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device
-) -> FullCopies | SharedBase:
+def build(folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device) -> FullCopies | SharedBase:
     """The three roles from a teacher folder; the frozen weights are held in `dtype`."""
     teacher = load_transformer(folder, dtype, device)
     return FullCopies(teacher, kind) if isinstance(kind, Full) else SharedBase(teacher, kind)

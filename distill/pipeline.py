@@ -1,6 +1,6 @@
 """`OneStepPipeline`: a student folder, prompts and seeds in, images out. The one class that serving builds on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from distill.teacher import decode_latents, load_transformer, load_vae, velocity
 from distill.text import SD3TextEncoder, TextCondition
 
 SHIPPED_STUDENT = Path(__file__).parent / "scenes" / "weights" / "student"
+FILLING_TOKENS = 1024  # an image of so many leaves a device nothing to gain from a second one beside it
 
 
 @dataclass(frozen=True)
@@ -36,61 +37,83 @@ class OneStepSpec:
     images_seen: int
     created: int  # Unix seconds of the record
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that the transformer sees of a native image."""
+        width, height = self.sizes[0]
+        return width * height // (self.vae_scale_factor * self.patch_size) ** 2
+
 
 def read_student(folder: Path | str) -> OneStepSpec:
     """Check a student folder and read its record; raises TeacherError when it is missing, cut off, or no student."""
     spec = read_spec(folder)
     record = read_json(spec.folder / RECORD)
     if "start_time" not in record:
-        raise TeacherError(
-            f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first"
-        )
+        raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first")
     if record["start_time"] != 1.0 or record.get("format") != 1:
-        raise TeacherError(
-            f"{spec.folder}/{RECORD} is of another format; export the student again with this version"
+        raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
+    try:
+        side = int(record["image_size"])
+        return OneStepSpec(
+            name=str(record["name"]),
+            digest=spec.digest,
+            sizes=((side, side),),
+            latent_channels=spec.latent_channels,
+            vae_scale_factor=spec.vae_scale_factor,
+            patch_size=spec.patch_size,
+            token_limit=spec.clip_length,
+            max_sequence_length=int(record["max_sequence_length"]),
+            teacher=str(record["teacher"]),
+            method=str(record["method"]),
+            images_seen=int(record["images_seen"]),
+            created=int((spec.folder / RECORD).stat().st_mtime),
         )
-    side = int(record["image_size"])
-    return OneStepSpec(
-        name=str(record["name"]),
-        digest=spec.digest,
-        sizes=((side, side),),
-        latent_channels=spec.latent_channels,
-        vae_scale_factor=spec.vae_scale_factor,
-        patch_size=spec.patch_size,
-        token_limit=spec.clip_length,
-        max_sequence_length=int(record["max_sequence_length"]),
-        teacher=str(record["teacher"]),
-        method=str(record.get("method", "unknown")),
-        images_seen=int(record.get("images_seen", 0)),
-        created=int((spec.folder / RECORD).stat().st_mtime),
-    )
+    except (KeyError, TypeError, ValueError) as error:
+        raise TeacherError(f"{spec.folder}/{RECORD} lacks or garbles {error}; export the student again") from None
 
 
 class OneStepPipeline:
-    """A student on a device. Every stage is a method of its own, so that a server can overlap them."""
+    """A student on a device. Every stage is a method of its own, so that a server can overlap them.
+
+    A prompt and a seed give the same image, to the bit, alone and in any batch. Matrix products round differently in
+    batches of different size, so every stage computes blocks of one size, `rows`, and fills the last one up.
+    """
 
     def __init__(
-        self, spec: OneStepSpec, text: SD3TextEncoder, transformer: SD3Transformer2DModel, vae: AutoencoderKL
+        self,
+        spec: OneStepSpec,
+        text: SD3TextEncoder,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL,
+        rows: int,
     ) -> None:
         self.spec = spec
+        self._rows = rows
         self._text = text
         self._transformer = transformer
         self._vae = vae
 
     @classmethod
     def load(
-        cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: int | None = None,
     ) -> Self:
         """Load a student folder; dtype None is bf16 on GPUs, fp32 elsewhere.
 
-        Raises TeacherError for a folder that is not a whole student.
+        `rows` is the number of images computed together; None is 4 for small images and 1 for those that fill a
+        device alone. Raises TeacherError for a folder that is not a whole student.
         """
         spec = read_student(folder)
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if rows is None:
+            rows = 4 if spec.image_tokens < FILLING_TOKENS else 1
         text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length)
-        return cls(spec, text, load_transformer(folder, dtype, device), load_vae(folder, dtype, device))
+        return cls(spec, text, load_transformer(folder, dtype, device), load_vae(folder, dtype, device), rows)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether the model sees only its beginning."""
@@ -102,28 +125,45 @@ class OneStepPipeline:
 
     def encode(self, prompts: Sequence[str]) -> TextCondition:
         """Conditions of prompts, one row each."""
-        return self._text.encode(prompts)
+        parts = [self._text.encode([prompts[i] for i in block]) for block in self._blocks(len(prompts))]
+        return TextCondition.cat(parts)[: len(prompts)]
 
     @torch.no_grad()
     def latents(
         self, cond: TextCondition, seeds: Sequence[int], width: int | None = None, height: int | None = None
     ) -> Tensor:
-        """One call of the network: latents (B, C, h, w). Raises SizeError for a size not made for."""
+        """One call of the network for each image: latents (B, C, h, w).
+
+        Raises SizeError for a size not made for, ValueError when there is not a seed for each condition.
+        """
+        if len(cond) != len(seeds):
+            raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
         width, height = self.size(width, height)
         factor = self.spec.vae_scale_factor
         z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))
-        return one_step(partial(velocity, self._transformer), z.to(self._transformer.device), cond)
+        z = z.to(self._transformer.device)
+        v = partial(velocity, self._transformer)
+        parts = [one_step(v, z[block], cond[block]) for block in self._blocks(len(z))]
+        return torch.cat(parts)[: len(z)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images, uint8 (B, H, W, 3) on the CPU; rounded on the device, a quarter of the bytes to move."""
-        pixels = decode_latents(self._vae, latents).float()
-        return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        parts = []
+        for block in self._blocks(len(latents)):
+            pixels = decode_latents(self._vae, latents[block]).float()
+            parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts)[: len(latents)]
+
+    def _blocks(self, count: int) -> Iterator[Tensor]:
+        """Indices of the rows to compute together; the last block repeats the last row until it is full."""
+        for start in range(0, count, self._rows):
+            yield torch.arange(start, start + self._rows).clamp(max=count - 1)
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The size meant, the native one for None. Raises SizeError for one that the student was not trained for."""
         native = self.spec.sizes[0]
-        asked = (width or native[0], height or native[1])
+        asked = (native[0] if width is None else width, native[1] if height is None else height)
         if asked not in self.spec.sizes:
             known = ", ".join(f"{w}x{h}" for w, h in self.spec.sizes)
             raise SizeError(f"{self.spec.name} makes images of {known}, not {asked[0]}x{asked[1]}")

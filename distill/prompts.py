@@ -36,9 +36,7 @@ def _texts(source: str) -> Iterator[str]:
         return
     path = Path(source)
     if not path.is_file():
-        raise PromptError(
-            f"no prompt file {source}; give a txt, jsonl, csv or parquet file, `scenes`, or - for stdin"
-        )
+        raise PromptError(f"no prompt file {source}; give a txt, jsonl, csv or parquet file, `scenes`, or - for stdin")
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return

@@ -139,9 +139,7 @@ class _Watch:
         if best is None or fitness >= checkpoint.load(best)[1]["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             if not target.exists():
-                checkpoint.save(
-                    target, progress.average, {"images": progress.images, "fitness": fitness, **figures}
-                )
+                checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
             checkpoint.prune(self._out / "best", 1)
 
     def chosen(self, last: Progress | None) -> tuple[dict[str, torch.Tensor], int]:

@@ -92,9 +92,7 @@ def read_spec(folder: Path | str) -> TeacherSpec:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != _PIPELINE:
         raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
-    present = {
-        name: kind for name, kind in {**_MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)
-    }
+    present = {name: kind for name, kind in {**_MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
     if ("text_encoder_3" in present) != ("tokenizer_3" in present):
         raise TeacherError(
             f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
@@ -113,9 +111,7 @@ def read_spec(folder: Path | str) -> TeacherSpec:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     for key in _SCHEDULES:
         if scheduler.get(key):
-            raise TeacherError(
-                f"{folder}/scheduler/scheduler_config.json sets {key}; only a static shift is supported"
-            )
+            raise TeacherError(f"{folder}/scheduler/scheduler_config.json sets {key}; only a static shift is supported")
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     try:
         return TeacherSpec(
@@ -138,9 +134,7 @@ def read_spec(folder: Path | str) -> TeacherSpec:
             guidance=float(record.get("guidance", _STOCK_GUIDANCE)),
         )
     except KeyError as missing:
-        raise TeacherError(
-            f"{folder}: a component's configuration lacks {missing}; save the pipeline again"
-        ) from None
+        raise TeacherError(f"{folder}: a component's configuration lacks {missing}; save the pipeline again") from None
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{folder}: a component's configuration is not usable: {error}") from None
 
@@ -152,9 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
     except (ValueError, OSError) as error:
-        raise TeacherError(
-            f"{path} cannot be read as JSON ({error}); fetch or export the folder again"
-        ) from None
+        raise TeacherError(f"{path} cannot be read as JSON ({error}); fetch or export the folder again") from None
     if not isinstance(value, dict):
         raise TeacherError(f"{path} does not hold a JSON object; fetch or export the folder again")
     return value
@@ -208,9 +200,7 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
     except FileNotFoundError:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
     except (struct.error, ValueError, KeyError, MemoryError) as error:
-        raise TeacherError(
-            f"{path} is not a whole safetensors file ({error}); fetch or export it again"
-        ) from None
+        raise TeacherError(f"{path} is not a whole safetensors file ({error}); fetch or export it again") from None
     return sum(_product(entry["shape"]) for entry in tensors)
 
 

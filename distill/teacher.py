@@ -39,9 +39,7 @@ def load_transformer(
 ) -> SD3Transformer2DModel:
     """The transformer of a checked folder, in evaluation mode and frozen."""
     path = read_spec(folder).folder / "transformer"
-    model = SD3Transformer2DModel.from_pretrained(
-        path, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -50,9 +48,7 @@ def load_vae(
 ) -> AutoencoderKL:
     """The autoencoder of a checked folder, in evaluation mode and frozen."""
     path = read_spec(folder).folder / "vae"
-    model = AutoencoderKL.from_pretrained(
-        path, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     return model.to(device).eval().requires_grad_(False)
 
 

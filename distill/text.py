@@ -88,18 +88,11 @@ class SD3TextEncoder:
         own: dict[str, Any] = {"local_files_only": True}
 
         def load(kind: Any, name: str) -> Any:
-            return (
-                kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own)
-                .to(device)
-                .eval()
-            )
+            return kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own).to(device).eval()
 
         return cls(
             [load(CLIPTextModelWithProjection, name) for name in ("text_encoder", "text_encoder_2")],
-            [
-                CLIPTokenizer.from_pretrained(spec.folder / name, **own)
-                for name in ("tokenizer", "tokenizer_2")
-            ],
+            [CLIPTokenizer.from_pretrained(spec.folder / name, **own) for name in ("tokenizer", "tokenizer_2")],
             load(T5EncoderModel, "text_encoder_3") if spec.has_t5 else None,
             T5TokenizerFast.from_pretrained(spec.folder / "tokenizer_3", **own) if spec.has_t5 else None,
             spec.joint_dim,
@@ -116,9 +109,7 @@ class SD3TextEncoder:
         for encoder, tokenizer in zip(self.clips, self.clip_tokenizers, strict=True):
             ids = _tokens(tokenizer, prompts, self.clip_length).to(encoder.device)
             outputs.append(encoder(ids, output_hidden_states=True))
-        clip = torch.cat(
-            [output.hidden_states[-2] for output in outputs], dim=-1
-        )  # (B, clip_length, D1 + D2)
+        clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, clip_length, D1 + D2)
         clip = F.pad(clip, (0, self.joint_dim - clip.shape[-1]))  # (B, clip_length, D)
         if self.t5 is None or self.max_sequence_length == 0:
             t5 = clip.new_zeros(len(prompts), self.max_sequence_length, self.joint_dim)
@@ -148,9 +139,7 @@ class SD3TextEncoder:
 
 def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Token ids (B, length), padded and cut."""
-    batch = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
+    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids
 

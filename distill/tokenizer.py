@@ -42,11 +42,7 @@ def _apply(merges: Mapping[Pair, int], word: str) -> list[str]:
     """Byte-pair encoding of one word: the pair of lowest rank joins first."""
     pieces = [*word[:-1], word[-1] + _WORD_END]
     while True:
-        ranked = [
-            (merges[pair], i)
-            for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))
-            if pair in merges
-        ]
+        ranked = [(merges[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]
         if not ranked:
             return pieces
         i = min(ranked)[1]

@@ -116,9 +116,7 @@ def train(
                     draw = Draw(config.seed, f"{turn.role} {step}", rows)
                     cond = conditions.rows(_prompt_rows(config.seed, rows, len(conditions))).to(device)
                     with networks.using(turn.role):
-                        loss = _loss(
-                            turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log
-                        )
+                        loss = _loss(turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log)
                         (loss * (len(rows) / local)).backward()
 
                 # 3. average over processes, clip, step

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 from service.engine.backend import Backend, Card, Pixels, Simulator
 from service.errors import StartError
 from service.settings import Settings

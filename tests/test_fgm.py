@@ -72,13 +72,9 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
         def normal(self, shape):
             return eps
 
-    config = Config(
-        alpha=alpha, weight="velocity-uniform", times=Times(law="uniform"), guidance=Guidance(teacher=1)
-    )
+    config = Config(alpha=alpha, weight="velocity-uniform", times=Times(law="uniform"), guidance=Guidance(teacher=1))
     fake = gaussian_field(mean.detach(), std.detach())
-    loss = config.student_loss(
-        Velocities(gaussian_field(m, s), fake, None), mean + std * z, None, Fixed()
-    ).value
+    loss = config.student_loss(Velocities(gaussian_field(m, s), fake, None), mean + std * z, None, Fixed()).value
     found = torch.autograd.grad(2 * loss, (mean, std))
 
     exact = torch.autograd.grad(gaussian_gap(mean, std, m, s, t), (mean, std))
@@ -99,9 +95,7 @@ def small_networks():
     return field(teacher), field(fake), student
 
 
-@pytest.mark.parametrize(
-    ("alpha", "paper"), [(0.5, lambda l1, l2: (l1 + l2) / 2), (1.0, lambda l1, l2: l2 / 2)]
-)
+@pytest.mark.parametrize(("alpha", "paper"), [(0.5, lambda l1, l2: (l1 + l2) / 2), (1.0, lambda l1, l2: l2 / 2)])
 def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
     teacher, fake, student = small_networks()
     config = Config(alpha=alpha, weight="velocity-uniform", guidance=Guidance(teacher=1))
@@ -111,9 +105,7 @@ def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
         return torch.autograd.grad(loss, list(student.parameters()))
 
     ours = gradient(
-        config.student_loss(
-            Velocities(teacher, fake, None), student(z), None, Draw(SEED, "x", range(64))
-        ).value
+        config.student_loss(Velocities(teacher, fake, None), student(z), None, Draw(SEED, "x", range(64))).value
     )
 
     draw = Draw(SEED, "x", range(64))
@@ -134,9 +126,7 @@ def test_the_fake_learns_by_flow_matching_on_fresh_noise():
     t, eps = Config().times.sample(draw), draw.normal((2,))
     expected = (fake(interpolate(x_0, eps, t), t, None) - (eps - x_0)).square().mean()
     torch.testing.assert_close(loss.value, expected)
-    assert all(
-        g is None for g in torch.autograd.grad(loss.value, list(student.parameters()), allow_unused=True)
-    )
+    assert all(g is None for g in torch.autograd.grad(loss.value, list(student.parameters()), allow_unused=True))
 
 
 def test_weights_are_what_their_names_say_and_per_image():
@@ -176,9 +166,7 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
     x_0 = torch.randn(4, 2)
     for fake, rows in (("unguided", 4), ("alike", 8)):
         config = Config(weight="velocity-uniform", guidance=Guidance(teacher=3.0, fake=fake))
-        loss = config.student_loss(
-            Velocities(field("u"), field("v"), null), x_0, cond, Draw(SEED, "x", range(4))
-        )
+        loss = config.student_loss(Velocities(field("u"), field("v"), null), x_0, cond, Draw(SEED, "x", range(4)))
         assert (seen["u"], seen["v"]) == (8, rows)
         draw = Draw(SEED, "x", range(4))
         t, eps = config.times.sample(draw), draw.normal((2,))
@@ -204,9 +192,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
     torch.manual_seed(SEED)
 
     def network(inputs):
-        return nn.Sequential(
-            nn.Linear(inputs, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
-        )
+        return nn.Sequential(nn.Linear(inputs, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
 
     student, fake_net = network(2), network(3)
     fake = lambda x, t, cond: fake_net(torch.cat([x, t.view(-1, 1)], 1))  # noqa: E731

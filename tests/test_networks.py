@@ -54,9 +54,7 @@ def test_one_base_has_the_gradients_of_three_copies(teacher, conditions, role, c
     one = shared(teacher, checkpointing)
     fake = one.velocity("fake") if role == "fake" else one.field("fake")
     with one.using(role):
-        found = gradients(
-            (one.field("teacher"), fake), one.velocity("student"), one.trainable(role), role, conditions
-        )
+        found = gradients((one.field("teacher"), fake), one.velocity("student"), one.trainable(role), role, conditions)
 
     a, b, c = separate(teacher)
     plain = (a.velocity("teacher"), b.velocity("fake"))

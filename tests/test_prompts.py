@@ -68,5 +68,5 @@ def test_a_source_that_is_not_prompts_is_refused(name: str, content: bytes, sent
 
 
 def test_a_missing_file_is_refused() -> None:
-    with pytest.raises(PromptError, match="no prompt file nowhere.txt"):
+    with pytest.raises(PromptError, match=r"no prompt file nowhere.txt"):
         list(read_prompts("nowhere.txt"))

@@ -89,9 +89,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path)
     kind, undisturbed = whole
     out = tmp_path / "killed"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")
-    process = subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and checkpoint.latest(out / "checkpoints") is None:
         pass
     process.send_signal(signal.SIGKILL)
@@ -174,9 +172,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
     done = finish(
-        command(
-            teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30"
-        )
+        command(teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30")
     )
     assert done.returncode == 2
     assert "lower optimizer." in done.stderr

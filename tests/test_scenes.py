@@ -46,9 +46,7 @@ def test_the_scorer_reads_fresh_scenes_as_they_were_drawn():
 @pytest.mark.parametrize("radius", [8.0, 11.0])
 def test_every_shape_in_every_colour_is_told_from_all_others(shape, radius):
     drawn = [(Object(shape, colour, 30.25, 33.5, radius),) for colour in COLOURS]
-    assert [[(o.shape, o.colour) for o in found] for found in detect(render(drawn))] == [
-        [(shape, c)] for c in COLOURS
-    ]
+    assert [[(o.shape, o.colour) for o in found] for found in detect(render(drawn))] == [[(shape, c)] for c in COLOURS]
 
 
 def test_images_that_answer_nothing_score_nothing():
@@ -74,9 +72,7 @@ def test_a_scene_for_another_prompt_is_wrong():
         assert not verdict(three, detect(render([scene]))[0])
     a, b = Thing("star", "red"), Thing("heart", "blue")
     swapped = (Thing("star", "blue"), Thing("heart", "red"))
-    assert not verdict(
-        Prompt("color_attr", (a, b)), detect(render([place(Prompt("color_attr", swapped), rng)]))[0]
-    )
+    assert not verdict(Prompt("color_attr", (a, b)), detect(render([place(Prompt("color_attr", swapped), rng)]))[0])
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -99,10 +95,7 @@ def test_training_never_sees_what_is_held_out():
     assert {t.shape for p in seen for t in p.things} == set(SHAPES)
     assert {t.colour for p in seen for t in p.things} == {None, *COLOURS}
     mirrored = Prompt("position", (Thing("ring"), Thing("star")), relation="right")
-    assert (
-        mirrored.combination()
-        == Prompt("position", (Thing("star"), Thing("ring")), relation="left").combination()
-    )
+    assert mirrored.combination() == Prompt("position", (Thing("star"), Thing("ring")), relation="left").combination()
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -117,10 +110,7 @@ def test_words_come_from_the_vocabulary_and_seeds_fix_them():
     texts = training_prompts(2000, seed=2)
     assert texts == training_prompts(2000, seed=2)
     assert {word for text in texts for word in text.split()} == set(vocabulary())
-    assert (
-        len({wording(prompt, np.random.default_rng(i)) for i in range(30) for prompt in [scenes(1, 9)[0][0]]})
-        > 1
-    )
+    assert len({wording(prompt, np.random.default_rng(i)) for i in range(30) for prompt in [scenes(1, 9)[0][0]]}) > 1
 
 
 def test_objects_never_touch_and_pixels_are_reproducible():

@@ -52,9 +52,7 @@ def test_times_are_the_schedulers(steps: int, shift: float) -> None:
 
 @pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (3, 1.0), (5, 4.0)])
 @pytest.mark.parametrize("name", ["teacher", "teacher_t5"])
-def test_sampling_is_the_stock_pipelines(
-    name: str, steps: int, scale: float, request: pytest.FixtureRequest
-) -> None:
+def test_sampling_is_the_stock_pipelines(name: str, steps: int, scale: float, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     spec = read_spec(folder)
     z = torch.randn(len(PROMPTS), *spec.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -112,9 +110,7 @@ DAMAGE = {
     "config.json is missing": lambda folder: (folder / "transformer" / "config.json").unlink(),
     "it is truncated": _truncate,
     "not a whole safetensors file": _cut_header,
-    "only safetensors weights are loaded": lambda folder: (
-        folder / "text_encoder" / "model.safetensors"
-    ).unlink(),
+    "only safetensors weights are loaded": lambda folder: (folder / "text_encoder" / "model.safetensors").unlink(),
     "holds a FluxPipeline": lambda folder: _edit(folder / "model_index.json", _class_name="FluxPipeline"),
     "has UNet2DModel as transformer": lambda folder: _edit(
         folder / "model_index.json", transformer=["diffusers", "UNet2DModel"]

@@ -114,7 +114,5 @@ def _t5() -> T5EncoderModel:
 
 def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + word, -1.0) for word in WORDS] + [
-        (letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"
-    ]
+    pieces += [("▁" + word, -1.0) for word in WORDS] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)

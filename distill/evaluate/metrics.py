@@ -19,9 +19,7 @@ def frechet(a: Features, b: Features) -> float:
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     shared = np.sqrt(np.clip(linalg.eigvalsh(root @ np.atleast_2d(cov_b) @ root), 0, None)).sum()
     offset = a.mean(axis=0) - b.mean(axis=0)
-    return float(
-        offset @ offset + np.trace(np.atleast_2d(cov_a)) + np.trace(np.atleast_2d(cov_b)) - 2 * shared
-    )
+    return float(offset @ offset + np.trace(np.atleast_2d(cov_a)) + np.trace(np.atleast_2d(cov_b)) - 2 * shared)
 
 
 def diversity(groups: NDArray[np.float64]) -> float:

@@ -57,9 +57,7 @@ class Guidance(BaseModel):
     teacher: float | tuple[float, float] = 4.5
     fake: Literal["unguided", "alike"] = "unguided"
     interval: tuple[float, float] = (0.0, 1.0)
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = (
-        0.1  # for the fake's null prompt, when it is guided
-    )
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -53,9 +53,7 @@ class Prompt:
     def combination(self, colours: bool = True) -> str:
         """The identity that the held-out split goes by."""
         names = [f"{t.colour if colours else None} {t.shape}" for t in self.things]
-        relation = self.relation or (
-            "and" if len(names) == 2 else "coloured" if self.task == "colors" else "alone"
-        )
+        relation = self.relation or ("and" if len(names) == 2 else "coloured" if self.task == "colors" else "alone")
         if relation in _MIRRORED:  # "a right of b" is "b left of a"
             relation, names = _MIRRORED[relation], names[::-1]
         elif relation == "and":  # "a and b" is "b and a"

@@ -61,9 +61,7 @@ def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
     return tuple(objects)
 
 
-def _halves(
-    relation: str | None, rng: np.random.Generator
-) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
+def _halves(relation: str | None, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
     """Upper left corners and sizes of two cells side by side, the first one `relation` of the second.
 
     With a relation, both cells are cut to one band, so that the offset is clearly along the axis that is asked.

@@ -24,9 +24,7 @@ POSITION_THRESHOLD = 0.1  # GenEval's: share of the objects' sizes that an offse
 def detect(images: NDArray[np.uint8]) -> list[Scene]:
     """The objects in each image of (N, 64, 64, 3). A region without a clear shape and colour is no object."""
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
-        raise ValueError(
-            f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}"
-        )
+        raise ValueError(f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}")
     return [_detect_one(image.astype(np.float32)) for image in images]
 
 
@@ -71,9 +69,7 @@ def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None
     best = int(overlaps.argmax())
     if overlaps[best] < OVERLAP:
         return None
-    return Object(
-        SHAPES[best], COLOURS[colour], float(left + x[best]), float(top + y[best]), float(radius[best])
-    )
+    return Object(SHAPES[best], COLOURS[colour], float(left + x[best]), float(top + y[best]), float(radius[best]))
 
 
 def _bounds(profile: NDArray[np.float32]) -> tuple[float, float]:
@@ -102,9 +98,7 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
                     continue
                 canvas[cy : cy + height, cx : cx + width] = alpha
                 template = coverage()[shape, r, qy % 4, qx % 4]
-                best = max(
-                    best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum())
-                )
+                best = max(best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum()))
     return best
 
 

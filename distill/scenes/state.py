@@ -48,9 +48,7 @@ def save_state(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(
-    folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], recipe: Any
-) -> int:
+def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], recipe: Any) -> int:
     """Restore what `save_state` wrote and return the images seen; 0 when there is nothing to restore.
 
     Raises CheckpointError when the state was made by a recipe that differs in more than its budget.
@@ -70,9 +68,7 @@ def load_state(
     tensors = load_file(folder / "state.safetensors")
     for name, module in modules.items():
         prefix = f"module.{name}."
-        module.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         prefix = f"optimizer.{name}."

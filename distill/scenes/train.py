@@ -110,9 +110,7 @@ class Denoiser(nn.Module):
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids (B, TOKENS)."""
-    batch = tokenizer(
-        list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    )
+    batch = tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids
 
@@ -249,9 +247,7 @@ def quick_score(
     return score(prompts, generate(model, vae, ids, tokenize(tokenizer, [""]), guidance, steps, device))
 
 
-def best_guidance(
-    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
-) -> float:
+def best_guidance(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> float:
     """The guidance scale of the highest score on prompts that training saw; the held-out ones stay untouched."""
     scales = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     scores = [quick_score(model, vae, tokenizer, device, g, 32, False, 28)["overall"] for g in scales]

@@ -98,9 +98,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     torch.manual_seed(recipe.seed)
     vae = make_vae().to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
-    average = torch.optim.swa_utils.AveragedModel(
-        vae, multi_avg_fn=ema(recipe.ema)
-    )
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=ema(recipe.ema))
     modules = {"vae": vae, "ema": average}
     images = load_state(folder / "vae-state", modules, {"vae": optimizer}, recipe)
 
@@ -155,9 +153,7 @@ def set_latent_scale(vae: AutoencoderKL, seed: int, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def encode_mean(
-    vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128
-) -> Tensor:
+def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
     """Posterior means (N, 4, 16, 16), unscaled, on the CPU."""
     parts = torch.split(to_pixels(images), batch)
     return torch.cat([vae.encode(part.to(device)).latent_dist.mean.cpu() for part in parts])

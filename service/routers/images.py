@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
@@ -90,10 +89,9 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
             raise ClientGone("the client hung up")
         return task.result()
     finally:
-        for pending in (task, gone):
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await pending
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait({task, gone})
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,10 +1,11 @@
-"""A real server on a free port of the loopback, in a thread of its own."""
+"""A real server on a free port of the loopback, in a thread of its own, and what its metrics say."""
 
 import contextlib
 import socket
 import threading
 from collections.abc import Iterator
 
+import httpx
 import uvicorn
 
 
@@ -30,3 +31,19 @@ def serving(app) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         listener.close()
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """A metric's value, summed over the labels that are not given."""
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    total = 0.0
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        sample, _, value = line.rpartition(" ")
+        if sample.split("{")[0] == f"fgm_{name}" and all(label in sample for label in wanted):
+            total += float(value)
+    return total
+
+
+def until(condition) -> None:
+    """Poll a server until something has come true in it; fails after many tries."""
+    assert any(condition() for _ in range(2000))

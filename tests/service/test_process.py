@@ -1,0 +1,55 @@
+"""The `fgm-service` command as a process: start, refusal to start, SIGTERM."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from running import metric, until
+
+SERVE = [sys.executable, "-m", "service.cli", "serve"]
+
+
+def test_help_and_imports_bring_no_torch():
+    code = "import sys, service.app, service.cli; assert not {'torch', 'diffusers', 'distill'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sigterm_answers_what_was_accepted_then_ends():
+    environment = os.environ | {"SERVICE_MAX_BATCH": "1"}
+    command = [*SERVE, "--device", "simulator", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        with ThreadPoolExecutor(6) as pool:
+            bodies = [{"prompt": "a", "n": 10, "seed": seed} for seed in range(6)]
+            answers = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body) for body in bodies]
+            until(lambda: metric(url, "queued_images") + metric(url, "images_total") >= 50)
+            process.send_signal(signal.SIGTERM)
+            log = process.stderr.read()
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert [len(answer.result().json()["data"]) for answer in answers] == [10] * 6
+        assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["--model", "nowhere"], {}, "nowhere"),
+        (["--model", "nowhere", "--device", "tpu9"], {}, "tpu9"),
+        ([], {"SERVICE_MAX_BATCH": "none"}, "SERVICE_MAX_BATCH"),
+        ([], {"SERVICE_API_KEYS": "not json"}, "api_keys"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, arguments, environment, named):
+    root = Path(__file__).parents[2]
+    environment = os.environ | environment | {"PYTHONPATH": str(root)}
+    ended = subprocess.run([*SERVE, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert named in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
