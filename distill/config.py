@@ -1,15 +1,16 @@
 """A distillation run as one typed, frozen value: from a preset or a YAML file, with overrides, checked by name."""
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill import methods
-from distill.errors import ConfigError
+from distill.errors import CheckpointError, ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -24,6 +25,28 @@ class Prompts(BaseModel):
     source: str = "scenes"
     count: _Count = 20_000
     seed: int = 0
+
+
+class Full(BaseModel):
+    """Fake and student as whole copies of the teacher, in fp32."""
+
+    model_config = _FROZEN
+    kind: Literal["full"] = "full"
+    checkpointing: bool = False
+
+
+class Lora(BaseModel):
+    """Fake and student as adapters on the teacher; memory is one base. Adapters are fp32 whatever the base is in."""
+
+    model_config = _FROZEN
+    kind: Literal["lora"] = "lora"
+    rank: _Count = 64
+    alpha: _Positive = 64
+    targets: tuple[str, ...] = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "net.0.proj", "net.2",
+    )  # fmt: skip
+    checkpointing: bool = False
 
 
 class Optimizer(BaseModel):
@@ -57,7 +80,7 @@ class Run(BaseModel):
     teacher: str = "scenes"
     prompts: Prompts = Prompts()
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
-    networks: dict[str, Any] = Field(default_factory=lambda: {"kind": "full"})
+    networks: Annotated[Full | Lora, Field(discriminator="kind")] = Full()
     optimizer: Optimizer = Optimizer()
     images: _Count = 100_000
     batch: _Count = 128
@@ -93,7 +116,17 @@ class Run(BaseModel):
         plain = self.as_dict()
         for free in ("cadence", "images", "micro_batch"):
             plain.pop(free)
+        plain["networks"].pop("checkpointing")
         return dict(_flat(plain))
+
+    def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
+        """Raise CheckpointError when `identity`, as `where` keeps it, is that of another run; names the first field."""
+        for key, value in json.loads(json.dumps(self.identity())).items():
+            if identity.get(key) != value:
+                raise CheckpointError(
+                    f"{where} was made with {key} = {identity.get(key)}, not {value}; "
+                    "set it back, or give another --out folder"
+                )
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
@@ -144,6 +177,8 @@ def _explain(error: ValidationError) -> str:
     """The first of pydantic's complaints as a sentence."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
+    if where[:1] == ["networks"]:  # pydantic puts the kind's name into the path
+        del where[1:2]
     if first["type"] == "extra_forbidden":
         return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], sorted(_known_keys()))}"
     given = f", not {first['input']!r}" if where else ""
@@ -156,8 +191,8 @@ def _known_keys() -> set[str]:
     while models:
         for name, field in models.pop().model_fields.items():
             keys.add(name)
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                models.append(field.annotation)
+            kinds = get_args(field.annotation) or (field.annotation,)
+            models += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return keys
 
 

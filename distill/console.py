@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 out = Console(soft_wrap=True)
+_bars = Console(stderr=True)  # standard output holds results alone
 
 
 class _Rate(ProgressColumn):
@@ -39,7 +40,7 @@ def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator["ImageBar
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=out, speed_estimate_period=60) as progress:
+    with Progress(*columns, console=_bars, speed_estimate_period=60) as progress:
         yield ImageBar(progress, progress.add_task(what, total=total, completed=seen, figures=""))
 
 

@@ -12,44 +12,19 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from distill.config import Full, Lora
 from distill.methods import Velocity
 from distill.teacher import load_transformer, velocity
 
 ROLES = ("fake", "student")
-
-
-class Full(BaseModel):
-    """Fake and student as whole copies of the teacher, in fp32."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["full"] = "full"
-    checkpointing: bool = False
-
-
-class Lora(BaseModel):
-    """Fake and student as adapters on the teacher; memory is one base. Adapters are fp32 whatever the base is in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1)] = 64
-    alpha: Annotated[float, Field(gt=0)] = 64
-    targets: tuple[str, ...] = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-        "net.0.proj", "net.2",
-    )  # fmt: skip
-    checkpointing: bool = False
-
-
-Kind = Annotated[Full | Lora, Field(discriminator="kind")]
 
 
 class Networks(Protocol):
@@ -69,12 +44,11 @@ class Networks(Protocol):
 
 
 class FullCopies:
-    """Three transformers."""
+    """Three transformers: the teacher in `dtype`, and two copies of it that learn in its own fp32."""
 
-    def __init__(self, teacher: SD3Transformer2DModel, kind: Full) -> None:
-        self._models = {"teacher": teacher.requires_grad_(False)}
-        for role in ROLES:
-            self._models[role] = deepcopy(teacher).float().requires_grad_(True)
+    def __init__(self, teacher: SD3Transformer2DModel, kind: Full, dtype: torch.dtype) -> None:
+        self._models = {role: deepcopy(teacher).float().requires_grad_(True) for role in ROLES}
+        self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         if kind.checkpointing:
             for model in self._models.values():
                 _checkpoint(model)
@@ -203,5 +177,6 @@ def _checkpoint(model: SD3Transformer2DModel) -> None:
 
 def build(folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device) -> FullCopies | SharedBase:
     """The three roles from a teacher folder; the frozen weights are held in `dtype`."""
-    teacher = load_transformer(folder, dtype, device)
-    return FullCopies(teacher, kind) if isinstance(kind, Full) else SharedBase(teacher, kind)
+    if isinstance(kind, Full):
+        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype)
+    return SharedBase(load_transformer(folder, dtype, device), kind)

@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 from tiny import PROMPTS, make_teacher
+from typer.testing import CliRunner
 
+from distill import embed
+from distill.cli import app
 from distill.embed import MANIFEST, EmbeddingCache, embed_prompts
 from distill.errors import CacheError, PromptError
 from distill.text import SD3TextEncoder
@@ -54,3 +57,36 @@ def test_no_prompts_is_an_error_and_an_old_cache_is_not_overwritten(cache, teach
         list(embed_prompts(teacher, [], tmp_path / "empty"))
     with pytest.raises(CacheError, match="already"):
         list(embed_prompts(teacher, PROMPTS, cache))
+
+
+def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "SHARD_ROWS", 2)
+    texts = ["a", "red", "blue", "circle", "square"]
+    list(embed_prompts(teacher, texts, tmp_path / "cache"))
+    opened = EmbeddingCache(tmp_path / "cache", teacher)
+    assert len(list((tmp_path / "cache").glob("shard-*"))) == 3
+    expected = SD3TextEncoder.load(teacher).encode([texts[4], texts[1], texts[2]])
+    torch.testing.assert_close(opened.rows([4, 1, 2]).pooled, expected.pooled)
+    with pytest.raises(IndexError):
+        opened.rows([5])
+
+
+def test_what_a_killed_call_left_is_written_anew(teacher, tmp_path):
+    killed = embed_prompts(teacher, ["a", "red"], tmp_path / "cache")
+    next(killed)
+    killed.close()
+    with pytest.raises(CacheError, match="not a whole"):
+        EmbeddingCache(tmp_path / "cache", teacher)
+    list(embed_prompts(teacher, ["a", "red", "blue"], tmp_path / "cache"))
+    assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 3
+
+
+def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n" + "a " * 30)
+    out = str(tmp_path / "cache")
+    result = CliRunner().invoke(
+        app, ["embed", str(teacher), str(tmp_path / "prompts.txt"), "--out", out, "--device", "cpu"]
+    )
+    assert result.exit_code == 0
+    assert "1 prompts are over the token limit" in result.output
+    assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 2

@@ -1,13 +1,14 @@
 """The student folder: stock diffusers and our pipeline make the same of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import PROMPTS, stock_pipeline
 
-from distill.errors import SizeError, TeacherError
+from distill.errors import CheckpointError, SizeError, TeacherError
 from distill.export import export_student
 from distill.flow import noise, one_step
 from distill.networks import ROLES, Lora, SharedBase, build
@@ -107,3 +108,27 @@ def test_export_replaces_a_student_only_by_a_whole_one(teacher, tmp_path):
     assert OneStepPipeline.load(out).spec.images_seen == 13
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert SD3TextEncoder.load(out).encode([""]).embeds.shape == (1, 8, 48)
+
+
+def test_only_what_stock_loads_is_copied_and_no_path_of_this_machine_with_it(teacher, tmp_path):
+    crowded = shutil.copytree(teacher, tmp_path / "crowded")
+    (crowded / "whole_model.safetensors").write_bytes(b"twice the size")
+    (crowded / "text_encoder" / "model.fp16.safetensors").write_bytes(b"a variant")
+    (crowded / "teacher-state").mkdir()
+    weights = dict(load_transformer(crowded).named_parameters())
+    out = export_student(crowded, weights, tmp_path / "student", RECIPE)
+
+    def files(folder):
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    assert files(out) == files(teacher) | {"README.md"}
+    assert all(str(tmp_path) not in path.read_text() for path in out.rglob("*.json"))
+    card = (out / "README.md").read_text()
+    assert "text_encoder_3=None" in card
+    assert "max_sequence_length=0" in card
+
+
+def test_a_disk_that_refuses_is_told_in_one_sentence(teacher, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="could not write the student"):
+        export_student(teacher, {}, tmp_path / "file" / "student", RECIPE)

@@ -1,0 +1,59 @@
+"""`OneStepPipeline` tells what it will not do: cut prompts, other sizes, records that are not whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CLIP_LENGTH, PROMPTS
+
+from distill.errors import TeacherError
+from distill.export import export_student
+from distill.pipeline import OneStepPipeline, read_student
+from distill.teacher import load_transformer
+
+
+@pytest.fixture(scope="module")
+def student(teacher_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = {"name": "tiny-t5-one-step", "method": "fgm", "images_seen": 0}
+    weights = dict(load_transformer(teacher_t5).named_parameters())
+    return export_student(teacher_t5, weights, tmp_path_factory.mktemp("students") / "t5", recipe)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_images_are_bytes_and_as_many_as_asked(count: int, student: Path) -> None:
+    images = OneStepPipeline.load(student)(PROMPTS[:1] * count, range(count))
+    assert (images.shape, images.dtype) == ((count, 16, 16, 3), torch.uint8)
+    assert len({image.numpy().tobytes() for image in images}) == count
+
+
+def test_rows_computed_together_change_no_image_that_an_eye_could_tell(student: Path) -> None:
+    one, three = (OneStepPipeline.load(student, rows=rows)(PROMPTS, range(4)).int() for rows in (1, 3))
+    assert (one - three).abs().max() <= 1
+
+
+def test_a_cut_prompt_is_told(student: Path) -> None:
+    pipeline = OneStepPipeline.load(student)
+    assert pipeline.spec.token_limit == CLIP_LENGTH
+    assert pipeline.truncated(["a", "a " * CLIP_LENGTH]) == [False, True]
+    assert pipeline.count_tokens(["a red circle", "a " * CLIP_LENGTH]) == [5, CLIP_LENGTH]
+
+
+def test_each_condition_needs_a_seed(student: Path) -> None:
+    with pytest.raises(ValueError, match="2 conditions need as many seeds, not 1"):
+        OneStepPipeline.load(student)(["a", "red"], [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"start_time": 0.9}, "another format"), ({"format": 2}, "another format"), ({"image_size": "big"}, "garbles")],
+)
+def test_a_record_that_this_version_cannot_serve_is_refused(
+    change: dict[str, object], sentence: str, student: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(student, tmp_path / "copy")
+    record = json.loads((copy / "onestep.json").read_text())
+    (copy / "onestep.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(TeacherError, match=sentence):
+        read_student(copy)
