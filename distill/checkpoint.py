@@ -85,6 +85,13 @@ def write_aside(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def trim_lines(path: Path, images: int) -> None:
+    """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
+        write_aside(path, "".join(line + "\n" for line in lines))
+
+
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `prefix/`."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}

@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +72,8 @@ def run(
 ) -> None:
     """Distil a teacher into a one-step student.
 
-    The same command continues a run that was stopped, killed or given a larger budget. Under
-    `accelerate launch -m distill.cli run ...` it uses every process.
+    The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
+    a step and keeps what was learnt. Under `accelerate launch -m distill.cli run ...` it uses every process.
     """
     import yaml
 
@@ -78,26 +82,52 @@ def run(
     resolved = load_config(config, overrides or [])
     folder = out or Path("runs") / Path(config).stem
 
+    from distill import console
     from distill import run as runs
     from distill.console import image_bar
 
-    runs.prepare(resolved, folder)
     machine = runs.accelerator(resolved, folder)
+    console.quiet(not machine.is_main_process)
     if machine.is_main_process:
+        runs.prepare(resolved, folder)
         typer.echo(yaml.safe_dump(resolved.as_dict(), sort_keys=False))
         with image_bar("prompts", resolved.prompts.count) as bar:
             for encoded in runs.embed(resolved, folder, machine.device):
                 bar.update(encoded.prompts, {"truncated": encoded.truncated})
     machine.wait_for_everyone()
     shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
-    with image_bar("distilling", resolved.images) as bar:
+    with image_bar("distilling", resolved.images) as bar, _asked_to_stop() as stop:
         for progress in runs.distil(resolved, folder, machine):
             figures = {name: progress.figures[name] for name in shown if name in progress.figures}
             bar.update(progress.images, figures)
+            if stop.is_set() and machine.is_main_process:
+                progress.save()
+                typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
+                raise typer.Exit(130)
+    machine.end_training()
     if machine.is_main_process:
         typer.echo(
             f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
         )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM sets the event, so that a step can end and be saved; the second ends at once."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: object) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -20,6 +20,11 @@ out = Console(soft_wrap=True)
 _bars = Console(stderr=True)  # standard output holds results alone
 
 
+def quiet(silent: bool) -> None:
+    """Print nothing, as all processes but the first do."""
+    out.quiet = _bars.quiet = silent
+
+
 class _Rate(ProgressColumn):
     """Images a second."""
 

@@ -44,10 +44,10 @@ class Networks(Protocol):
 
 
 class FullCopies:
-    """Three transformers: the teacher in `dtype`, and two copies of it that learn in its own fp32."""
+    """Three transformers from one in fp32: two copies that learn, and the teacher itself, held in `dtype`."""
 
     def __init__(self, teacher: SD3Transformer2DModel, kind: Full, dtype: torch.dtype) -> None:
-        self._models = {role: deepcopy(teacher).float().requires_grad_(True) for role in ROLES}
+        self._models = {role: deepcopy(teacher).requires_grad_(True) for role in ROLES}
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         if kind.checkpointing:
             for model in self._models.values():

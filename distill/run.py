@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 
 from distill import checkpoint
-from distill.config import Run
+from distill.config import Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
 from distill.errors import ConfigError
@@ -23,7 +22,7 @@ from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.export import export_student
 from distill.flow import noise
-from distill.networks import Kind, SharedBase, build
+from distill.networks import SharedBase, build
 from distill.prompts import read_prompts
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
@@ -32,6 +31,7 @@ from distill.teacher import decode_latents, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, train
 
+EVALUATIONS = "evaluations.jsonl"
 GRID = 16  # images in a sample grid
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
 
@@ -42,10 +42,16 @@ def teacher_folder(config: Run) -> Path:
 
 
 def prepare(config: Run, out: Path) -> TeacherSpec:
-    """Check the teacher and write the resolved configuration. Raises TeacherError before anything is computed."""
+    """Check the teacher and write the resolved configuration, before anything is computed.
+
+    Raises TeacherError, or CheckpointError when `out` holds a run of another configuration.
+    """
     spec = read_spec(teacher_folder(config))
+    kept = out / "config.yaml"
+    if kept.exists():
+        config.check_same(load_config(str(kept)).identity(), kept)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_aside(out / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
     return spec
 
 
@@ -70,7 +76,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     conditions = EmbeddingCache(out / "embeddings", folder)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     torch.manual_seed(config.seed)  # adapters start from it
-    networks = build(folder, TypeAdapter(Kind).validate_python(config.networks), dtype, machine.device)
+    networks = build(folder, config.networks, dtype, machine.device)
 
     watch = _Watch(config, out, folder, spec, machine.device) if machine.is_main_process else None
     last = None
@@ -101,6 +107,8 @@ class _Watch:
         self._config = config
         self._out = out
         self._shape = spec.latent_shape
+        newest = checkpoint.latest(out / "checkpoints")
+        checkpoint.trim_lines(out / EVALUATIONS, int(newest.name) if newest else 0)
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device)
         self._judged = config.prompts.source == "scenes" and spec.image_size == SIZE
@@ -131,7 +139,7 @@ class _Watch:
         result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
         figures = {"overall": result.overall, "frechet": result.frechet, "diversity": result.diversity}
         progress.figures.update(figures)
-        with (self._out / "evaluations.jsonl").open("a") as file:
+        with (self._out / EVALUATIONS).open("a") as file:
             file.write(json.dumps({"images": progress.images, **figures, **result.tasks}) + "\n")
         # A student that says the same thing well is not the best one.
         fitness = result.overall * result.diversity

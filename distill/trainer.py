@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Run
-from distill.errors import CheckpointError, ConfigError, DivergedError
+from distill.errors import ConfigError, DivergedError
 from distill.flow import Draw, one_step
 from distill.methods import Turn, Velocities
 from distill.networks import ROLES, Networks
@@ -41,13 +42,17 @@ class Conditions(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a round of turns. `generate(cond, z)` is the averaged student, `average` its weights."""
+    """Where a run stands after a round of turns, for as long as its next round has not begun.
+
+    `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
+    """
 
     before: int
     images: int
     figures: dict[str, float]
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
+    save: Callable[[], None]
 
     def crosses(self, every: int) -> bool:
         """Whether a cadence of `every` images fell due in this round."""
@@ -141,15 +146,15 @@ def train(
 
         # 5. report and keep
         before, images = images, images + config.batch
-        progress = Progress(before, images, {}, generate, average)
+        save = partial(_save, out / "checkpoints", config, weights, average, optimizers, images, world)
+        progress = Progress(before, images, {}, generate, average, save)
         if progress.crosses(config.cadence.log) or images >= config.images:
             progress.figures.update(log.write(images))
         if progress.crosses(config.cadence.checkpoint) or images >= config.images:
             if accelerator.is_main_process:
-                _save(out / "checkpoints", config, weights, average, optimizers, images)
+                save()
             accelerator.wait_for_everyone()
         yield progress
-    accelerator.end_training()
 
 
 def _loss(
@@ -177,23 +182,13 @@ def _loss(
 
 def _prompt_rows(seed: int, images: range, count: int) -> list[int]:
     """Which prompt each image gets: every epoch is a permutation of its own, found from the image index alone."""
-    rows = []
-    for image in images:
-        epoch, place = divmod(image, count)
-        rows.append(int(_permutation(seed, epoch, count)[place]))
-    return rows
+    return [int(_permutation(seed, image // count, count)[image % count]) for image in images]
 
 
-_permutations: dict[tuple[int, int, int], Tensor] = {}
-
-
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    key = (seed, epoch, count)
-    if key not in _permutations:
-        _permutations.clear()
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        _permutations[key] = torch.randperm(count, generator=generator)
-    return _permutations[key]
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
 
 
 def _rate(config: Run, images: int) -> float:
@@ -237,6 +232,7 @@ def _save(
     average: dict[str, Tensor],
     optimizers: dict[str, torch.optim.Adam],
     images: int,
+    processes: int,
 ) -> None:
     tensors = checkpoint.pack("average", average)
     for role in ROLES:
@@ -244,7 +240,7 @@ def _save(
         tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
     target = folder / checkpoint.state_name(images)
     if not target.exists():
-        checkpoint.save(target, tensors, {"images": images, "config": config.identity()})
+        checkpoint.save(target, tensors, {"images": images, "processes": processes, "config": config.identity()})
         checkpoint.prune(folder, config.cadence.keep)
 
 
@@ -260,12 +256,7 @@ def _restore(
     if newest is None:
         return 0
     tensors, record = checkpoint.load(newest)
-    for key, value in config.identity().items():
-        if record["config"].get(key) != json.loads(json.dumps(value)):
-            raise CheckpointError(
-                f"{newest} was made with {key} = {record['config'].get(key)}, not {value}; "
-                "set it back, or give another --out folder"
-            )
+    config.check_same(record["config"], newest)
     with torch.no_grad():
         for name, tensor in checkpoint.unpack("average", tensors).items():
             average[name].copy_(tensor)
@@ -290,7 +281,7 @@ class _Log:
         self._sums: dict[str, list[float]] = {}
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
-            _cut(self._path, images)
+            checkpoint.trim_lines(self._path, images)
         accelerator.init_trackers("tensorboard")
 
     def add(self, name: str, value: float) -> None:
@@ -327,10 +318,3 @@ class _Log:
                 file.write(json.dumps({"images": images, **figures}) + "\n")
         self._accelerator.log(figures, step=images)
         return figures
-
-
-def _cut(path: Path, images: int) -> None:
-    """Drop lines after the checkpoint that a run continues from; they will be written again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
-        checkpoint.write_aside(path, "".join(line + "\n" for line in lines))

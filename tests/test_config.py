@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.config import PRESETS, load_config
+from distill.config import PRESETS, Lora, load_config
 from distill.errors import ConfigError
 
 
@@ -18,12 +18,13 @@ def test_presets_are_valid_and_survive_a_round_trip(preset, tmp_path):
 
 def test_overrides_reach_nested_keys():
     config = load_config(
-        "scenes", ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=64", "networks.kind=lora"]
+        "scenes",
+        ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=64", "networks.kind=lora", "networks.rank=8"],
     )
     assert config.optimizer.student_rate == 1e-5
     assert config.method.alpha == 0.5
     assert config.images == 64
-    assert config.networks["kind"] == "lora"
+    assert config.networks == Lora(rank=8)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,8 @@ def test_overrides_reach_nested_keys():
         ("scenes", "optimzer.clip=1", ["optimzer", "did you mean 'optimizer'"]),
         ("scenes", "method.alfa=1", ["method.alfa", "did you mean 'alpha'"]),
         ("scenes", "method.guidance.techer=1", ["method.guidance.techer", "did you mean 'teacher'"]),
+        ("scenes", "networks.checkpoint=1", ["'networks.checkpoint'", "did you mean 'checkpointing'"]),
+        ("scenes", "networks.kind=lo", ["networks", "lora"]),
         ("scenes", "batch=many", ["batch", "many"]),
         ("scenes", "images=0", ["images"]),
         ("scenes", "method.name=fmg", ["fmg", "fgm"]),

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.config import Full, Lora
 from distill.flow import Draw, one_step
 from distill.methods import Velocities
 from distill.methods.fgm import Config, Guidance
-from distill.networks import ROLES, Full, FullCopies, Lora, SharedBase, build
+from distill.networks import ROLES, FullCopies, SharedBase, build
 from distill.teacher import load_transformer
 from distill.text import SD3TextEncoder
 

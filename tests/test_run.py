@@ -117,19 +117,11 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     kind, alone = whole
     out = tmp_path / "two"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")[1:]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = finish([*launch, *arguments], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
+    record = json.loads((out / "checkpoints" / "000000000096" / "state.json").read_text())
+    assert record["processes"] == 2
     expected, found = final(alone), final(out)
     for name, tensor in expected.items():
         if name.startswith("average/"):

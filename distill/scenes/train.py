@@ -256,10 +256,12 @@ def best_guidance(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer,
 
 def save_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the pipeline folder, fp16 safetensors, as stock diffusers loads it."""
+    vae = deepcopy(vae)
+    vae.register_to_config(_name_or_path="")  # else the folder it was trained in travels along
     pipeline = StableDiffusion3Pipeline(
         transformer=deepcopy(model.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
-        vae=deepcopy(vae),
+        vae=vae,
         text_encoder=deepcopy(model.text_encoder),
         tokenizer=tokenizer,
         text_encoder_2=deepcopy(model.text_encoder_2),

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -72,10 +73,12 @@ def test_models_are_listed_and_shown(serve, connect):
         ({"prompt": "a", "partial_images": 1}, "partial_images"),
         ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "negative_prompt": "b"}, "negative_prompt"),
+        ({"prompt": "\ud800"}, "prompt"),  # half of a surrogate pair: legal JSON, but no text
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(api, body, param):
-    answer = httpx.post(f"{api}/v1/images/generations", json=body)
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{api}/v1/images/generations", content=json.dumps(body), headers=headers)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
