@@ -33,7 +33,7 @@ def naive(model: str, port: int) -> None:
 
     record = json.loads((Path(model) / "onestep.json").read_text())
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        model, text_encoder_3=None, tokenizer_3=None, local_files_only=True, torch_dtype=torch.float32
+        model, text_encoder_3=None, tokenizer_3=None, local_files_only=True, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     lock = threading.Lock()
@@ -66,7 +66,7 @@ def naive(model: str, port: int) -> None:
 def measure(command: list[str], port: int, clients: int, requests: int) -> dict[str, float]:
     """Start a server, load it, stop it."""
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # stdout is for the figures
     try:
         while True:
             try:
