@@ -180,7 +180,7 @@ def _explain(error: ValidationError) -> str:
     if where[:1] == ["networks"]:  # pydantic puts the kind's name into the path
         del where[1:2]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], sorted(_known_keys()))}"
+        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], sorted(_known_keys() - {where[-1]}))}"
     given = f", not {first['input']!r}" if where else ""
     return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
 
