@@ -180,20 +180,25 @@ def _explain(error: ValidationError) -> str:
     if where[:1] == ["networks"]:  # pydantic puts the kind's name into the path
         del where[1:2]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], sorted(_known_keys() - {where[-1]}))}"
+        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
     given = f", not {first['input']!r}" if where else ""
     return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _known_keys() -> set[str]:
-    keys: set[str] = set()
-    models: list[Any] = [Run, *(methods.config_class(name) for name in methods.names())]
-    while models:
-        for name, field in models.pop().model_fields.items():
-            keys.add(name)
-            kinds = get_args(field.annotation) or (field.annotation,)
-            models += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return keys
+def _keys_beside(where: Sequence[str]) -> list[str]:
+    """The keys that are known in the place of a key."""
+    models: list[Any] = [Run]
+    for field in where[:-1]:
+        models = [kind for model in models for kind in _models_of(model, field)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_of(model: Any, field: str) -> list[Any]:
+    if (model, field) == (Run, "method"):
+        return [methods.config_class(name) for name in methods.names()]
+    annotation = model.model_fields[field].annotation
+    kinds = get_args(annotation) or (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def finish(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=240)
+
+
+def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Wait for a running process to get there."""
+    while not reached():
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended early with status {process.wait(0.02)}")
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -90,8 +99,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path)
     out = tmp_path / "killed"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")
     process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and checkpoint.latest(out / "checkpoints") is None:
-        pass
+    until(process, lambda: checkpoint.latest(out / "checkpoints") is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.latest(out / "checkpoints") is not None
@@ -111,6 +119,26 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert refused.returncode == 2
     assert "optimizer.clip = 1.0, not 2" in refused.stderr
     assert "Traceback" not in refused.stderr
+    assert "clip: 1.0" in (out / "config.yaml").read_text()
+
+
+def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
+    out = tmp_path / "interrupted"
+    endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
+    process = subprocess.Popen(
+        command(teacher, prompts, out, *endless), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    metrics = out / "metrics.jsonl"
+    until(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 130
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    images = int(saved.name)
+    assert f"Stopped after {images} images" in said.decode()
+    assert finish(command(teacher, prompts, out, *endless, f"images={images + 8}")).returncode == 0
+    assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
 
 
 def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
