@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,7 +33,8 @@ app.add_typer(scenes, name="scenes")
 def teacher(
     out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path("runs/teacher"),
     vae_images: Annotated[int, typer.Option(help="Images that the autoencoder is trained on.")] = 26_000,
-    images: Annotated[int, typer.Option(help="Images that the transformer is trained on.")] = 800_000,
+    images: Annotated[int, typer.Option(help="Images that the transformer is trained on.")] = 1_600_000,
+    coarse_images: Annotated[int, typer.Option(help="How many of them, the first, on large patches.")] = 660_000,
     scenes: Annotated[int, typer.Option(help="Different scenes among them.")] = 40_960,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
@@ -50,12 +51,10 @@ def teacher(
     from distill.scenes.vae import VaeRecipe, train_vae
 
     where = resolve_device(device)
+    recipe = TeacherRecipe(images=images, coarse_images=coarse_images, scenes=scenes, seed=seed + 1)
     stages = [
         ("autoencoder", train_vae(VaeRecipe(images=vae_images, seed=seed), out, where)),
-        (
-            "teacher",
-            train_teacher(TeacherRecipe(images=images, scenes=scenes, seed=seed + 1), out, where, compiled),
-        ),
+        ("teacher", train_teacher(recipe, out, where, compiled)),
     ]
     for name, training in stages:
         with image_bar(name, vae_images if name == "autoencoder" else images) as bar:
@@ -191,6 +190,55 @@ def evaluate(
         return
     out.print(table("held-out prompts", ("", "teacher", "student", "student / teacher"), result.rows()))
     out.print(f"The picture is {picture}.")
+
+
+@app.command()
+def plan(
+    teacher: Annotated[
+        str, typer.Argument(help="Teacher folder, or sd3-medium, sd3.5-medium, sd3.5-large.")
+    ] = "sd3-medium",
+    device_memory: Annotated[float, typer.Option(help="Memory of the device in GiB.", min=0)] = 80,
+    mode: Annotated[Literal["lora", "full"], typer.Option(help="Adapters on one base, or three models.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Images of one forward; `micro_batch` of a run.", min=1)] = 4,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 64,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
+    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
+    reserve: Annotated[float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0)] = 2,
+    tflops: Annotated[
+        float | None, typer.Option(help="Peak TFLOP/s; that of an H100 if not given: 989 in bf16, 67 in fp32.", min=0)
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached.", min=0, max=1)] = 0.35,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
+
+    Only configuration files are read: the real networks take the real turns on tensors without data.
+    """
+    from distill.console import out, table
+    from distill.plan import GIB, changes_that_fit, read_geometry, setting
+
+    geometry = read_geometry(teacher)
+    made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size)
+    result = made.plan()
+    available = int((device_memory - reserve) * GIB)
+    fits = result.peak <= available
+    changes = [] if fits else changes_that_fit(made, result, available)
+    speed = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilisation / result.flop_per_image
+    if as_json:
+        values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    rows = [(part, f"{size / GIB:.2f}") for part, size in result.parts().items()]
+    rows += [(f"peak: {moment}", f"{size / GIB:.2f}") for moment, size in result.moments.items()]
+    out.print(table(f"{geometry.name}, {result.parameters / 1e9:.2f} B parameters", ("", "GiB"), rows))
+    out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image; about {speed:.2f} images/s on such a device.")
+    needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
+    if fits:
+        out.print(f"It fits {device_memory:g} GiB: {needs}.")
+    else:
+        enough = f"enough alone: {', or '.join(changes)}" if changes else "no single change is enough"
+        out.print(f"It does not fit {device_memory:g} GiB: {needs}; {enough}.")
 
 
 @scenes.command()

@@ -8,7 +8,8 @@ from torch import nn
 
 from distill.flow import Draw, interpolate
 from distill.methods import Velocities
-from distill.methods.fgm import WEIGHTS, Config, Guidance, Times
+from distill.methods.fgm import Config
+from distill.policies import WEIGHTS, Guidance, Times
 from distill.text import TextCondition
 
 SEED = 0

@@ -3,6 +3,9 @@
 First the autoencoder (`vae.py`), then the transformer together with two small CLIP text encoders, by flow matching
 on latents that are encoded once: x_t = (1 - t) x_0 + t eps, |v(x_t, t, c) - (eps - x_0)|^2, logit-normal t, one
 caption in ten dropped so that guidance has its null prompt, and an exponential moving average of all weights.
+
+The transformer learns coarse to fine: on large patches, where an image is 16 tokens and cheap, it learns which words
+mean which colours and places; then the same blocks go on with small patches, 64 tokens, and learn exact shapes.
 """
 
 import json
@@ -24,7 +27,6 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.device import fast_bfloat16
@@ -39,14 +41,17 @@ from distill.text import TextCondition
 from distill.tokenizer import build_clip_tokenizer
 
 TOKENS = 16  # CLIP tokens of a prompt, start and end included
-T5_TOKENS = 0  # tokens of the absent T5: none, so that text does not outweigh the 16 image tokens
+T5_TOKENS = 0  # tokens of the absent T5: none, so that text does not outweigh the 64 image tokens
+COARSE, FINE = 4, 2  # sides of a patch, in latent pixels
+CHANNELS = 4  # of the latents
 
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """How the transformer and its text encoders are trained; `images` is the budget that the rate decays over."""
+    """How the transformer and its text encoders are trained; `images` of which the first `coarse_images` are coarse."""
 
-    images: int = 800_000
+    images: int = 1_600_000
+    coarse_images: int = 660_000
     scenes: int = 40_960
     batch: int = 64
     learning_rate: float = 1e-3
@@ -54,14 +59,15 @@ class TeacherRecipe:
     caption_dropout: float = 0.1
     time_mean: float = 0.4
     time_std: float = 1.2
-    ema: float = 0.9995
+    ema: float = 0.999
+    per_task: int = 32  # prompts of each task that it is judged by on the way, and that choose its guidance
     seed: int = 2
 
 
 class Denoiser(nn.Module):
     """Transformer and text encoders as one module: prompts' token ids in, velocity out."""
 
-    def __init__(self, vocabulary_size: int, end: int) -> None:
+    def __init__(self, vocabulary_size: int, end: int, patch: int) -> None:
         super().__init__()
         config = CLIPTextConfig(
             vocab_size=vocabulary_size,
@@ -79,9 +85,9 @@ class Denoiser(nn.Module):
         self.text_encoder_2 = CLIPTextModelWithProjection(deepcopy(config))
         self.transformer = SD3Transformer2DModel(
             sample_size=16,
-            patch_size=4,
-            in_channels=4,
-            out_channels=4,
+            patch_size=patch,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
             num_layers=4,
             num_attention_heads=11,
             attention_head_dim=16,
@@ -139,76 +145,100 @@ def scene_latents(
     return prompts, load_file(path)["latents"]
 
 
+def refine(coarse: Denoiser, fine: Denoiser) -> None:
+    """Start a fine denoiser from a coarse one's weights: each patch is cut into four.
+
+    A fine patch enters by the mean of its coarse patch's four quadrants (twice, since a quarter of the pixels carries
+    half of the norm) and leaves as the mean of what they were; positions are its own, all else is kept.
+    """
+    ratio = COARSE // FINE
+    into, out = "transformer.pos_embed.proj.weight", "transformer.proj_out."
+    weights = coarse.state_dict()
+    del weights["transformer.pos_embed.pos_embed"]
+    quadrants = weights[into].unflatten(2, (ratio, FINE)).unflatten(4, (ratio, FINE))  # (width, C, y, FINE, x, FINE)
+    weights[into] = ratio * quadrants.mean(dim=(2, 4))
+    for name in (out + "weight", out + "bias"):
+        quadrants = weights[name].unflatten(0, (ratio, FINE, ratio, FINE, CHANNELS))
+        weights[name] = quadrants.mean(dim=(0, 2)).flatten(0, 2)
+    fine.load_state_dict({**fine.state_dict(), **weights})
+
+
 def train_teacher(
     recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = True
 ) -> Iterator[Progress]:
-    """Train until the budget is seen, continuing from the folder's state; needs `folder/vae`.
+    """Train until the budget is seen, continuing from the folder's states; needs `folder/vae`.
 
     At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with EMA weights.
     """
     torch.manual_seed(recipe.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
-    model = Denoiser(len(tokenizer), tokenizer.eos_token_id).to(device)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema(recipe.ema))
-    averaged: Any = average.module
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    modules: dict[str, nn.Module] = {"model": model, "ema": average}
-    images = load_state(folder / "teacher-state", modules, {"model": optimizer}, recipe)
     prompts, latents = scene_latents(vae, recipe, folder, device)
-    forward = torch.compile(model) if compiled else model
+    averaged: Any = None
+    for patch, first, last in ((COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)):
+        model = Denoiser(len(tokenizer), tokenizer.eos_token_id, patch)
+        if averaged is not None:
+            refine(averaged, model)
+        model.to(device)
+        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema(recipe.ema))
+        averaged = average.module
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        modules: dict[str, nn.Module] = {"model": model, "ema": average}
+        state = folder / f"patch-{patch}-state"
+        images = max(first, load_state(state, modules, optimizer, recipe))
+        forward = torch.compile(model) if compiled else model
 
-    while images < recipe.images:
-        # 1. data: every step from its own seed, so that a resumed run draws the same
-        step = images // recipe.batch
-        rng = np.random.default_rng((recipe.seed, 1, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = rng.integers(len(prompts), size=recipe.batch)
-        dropped = rng.random(recipe.batch) < recipe.caption_dropout
-        texts = ["" if drop else wording(prompts[i], rng) for i, drop in zip(rows, dropped, strict=True)]
-        ids = tokenize(tokenizer, texts).to(device)
-        x_0 = latents[torch.from_numpy(rows)].to(device)
-        eps = torch.randn(x_0.shape, generator=generator).to(device)
-        t = logit_normal(recipe.batch, recipe.time_mean, recipe.time_std, generator=generator).to(device)
+        while images < last:
+            # 1. data: every step from its own seed, so that a resumed run draws the same
+            step = images // recipe.batch
+            rng = np.random.default_rng((recipe.seed, 1, step))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            rows = rng.integers(len(prompts), size=recipe.batch)
+            dropped = rng.random(recipe.batch) < recipe.caption_dropout
+            texts = ["" if drop else wording(prompts[i], rng) for i, drop in zip(rows, dropped, strict=True)]
+            ids = tokenize(tokenizer, texts).to(device)
+            x_0 = latents[torch.from_numpy(rows)].to(device)
+            eps = torch.randn(x_0.shape, generator=generator).to(device)
+            t = logit_normal(recipe.batch, recipe.time_mean, recipe.time_std, generator=generator).to(device)
 
-        # 2. flow matching
-        with autocast(device), sdpa_kernel(SDPBackend.MATH):
-            v = forward(interpolate(x_0, eps, t), t, ids)
-        loss = F.mse_loss(v.float(), eps - x_0)
+            # 2. flow matching
+            with autocast(device):
+                v = forward(interpolate(x_0, eps, t), t, ids)
+            loss = F.mse_loss(v.float(), eps - x_0)
 
-        # 3. step: warm up, hold, and decay over the last four tenths
-        done = images / recipe.images
-        rate = min(1.0, (step + 1) / 300, (1 - done) / 0.4)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(model)
-        images += recipe.batch
-        step += 1
+            # 3. step: warm up, hold, and decay over the last four tenths
+            done = (images - first) / (last - first)
+            rate = min(1.0, ((images - first) / recipe.batch + 1) / 300, (1 - done) / 0.4)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * rate
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(model)
+            images += recipe.batch
+            step += 1
 
-        # 4. report and keep
-        finished = images >= recipe.images
-        figures: dict[str, float] = {}
-        if finished or step % 100 == 0:
-            figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
-        if finished or step % 2000 == 0:
-            save_state(folder / "teacher-state", modules, {"model": optimizer}, images, recipe)
-            figures |= quick_score(averaged, vae, tokenizer, device)
-        yield Progress(images, recipe.images, figures)
+            # 4. report and keep
+            finished = images >= last
+            figures: dict[str, float] = {}
+            if finished or step % 100 == 0:
+                figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
+            if finished or step % 1000 == 0:
+                save_state(state, modules, optimizer, images, recipe)
+                figures |= quick_score(averaged, vae, tokenizer, device, 2.5, recipe.per_task, True, 16)
+            yield Progress(images, recipe.images, figures)
 
     save_pipeline(averaged, vae, tokenizer, folder)
     record = {
         "max_sequence_length": T5_TOKENS,
-        "guidance": best_guidance(averaged, vae, tokenizer, device),
+        "guidance": best_guidance(averaged, vae, tokenizer, recipe.per_task, device),
     }
     (folder / "onestep.json").write_text(json.dumps({**record, "recipe": asdict(recipe)}, indent=2) + "\n")
 
@@ -224,7 +254,7 @@ def generate(
     device: torch.device,
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Images (N, 64, 64, 3) for token ids (N, TOKENS), seeds 0 to N - 1."""
-    z = noise(range(len(ids)), (4, 16, 16)).to(device)
+    z = noise(range(len(ids)), (CHANNELS, 16, 16)).to(device)
     cond, empty = model.encode(ids.to(device)), model.encode(null.to(device))
     latents = sample(guided(model.velocity, empty, guidance), z, cond, steps)
     return to_images(decode_latents(vae, latents))
@@ -235,10 +265,10 @@ def quick_score(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     device: torch.device,
-    guidance: float = 2.5,
-    per_task: int = 16,
-    held_out: bool = True,
-    steps: int = 16,
+    guidance: float,
+    per_task: int,
+    held_out: bool,
+    steps: int,
 ) -> dict[str, float]:
     """Score per task of guided samples."""
     prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
@@ -247,10 +277,12 @@ def quick_score(
     return score(prompts, generate(model, vae, ids, tokenize(tokenizer, [""]), guidance, steps, device))
 
 
-def best_guidance(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> float:
+def best_guidance(
+    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, per_task: int, device: torch.device
+) -> float:
     """The guidance scale of the highest score on prompts that training saw; the held-out ones stay untouched."""
     scales = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
-    scores = [quick_score(model, vae, tokenizer, device, g, 32, False, 28)["overall"] for g in scales]
+    scores = [quick_score(model, vae, tokenizer, device, g, per_task, False, 28)["overall"] for g in scales]
     return scales[int(np.argmax(scores))]
 
 

@@ -32,6 +32,7 @@ class VaeRecipe:
     learning_rate: float = 2e-3
     kl_weight: float = 1e-6
     ema: float = 0.995
+    judged: int = 1024  # fresh scenes that its round trip is judged by and that set the latents' scale
     seed: int = 1
 
 
@@ -100,7 +101,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=ema(recipe.ema))
     modules = {"vae": vae, "ema": average}
-    images = load_state(folder / "vae-state", modules, {"vae": optimizer}, recipe)
+    images = load_state(folder / "vae-state", modules, optimizer, recipe)
 
     while images < recipe.images:
         # 1. data: every step from its own seed, so that a resumed run draws the same scenes
@@ -134,20 +135,20 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         if finished or (images // recipe.batch) % 50 == 0:
             figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
         if finished or (images // recipe.batch) % 500 == 0:
-            figures["round_trip"] = round_trip(average.module, 256, seed=0, device=device)
-            save_state(folder / "vae-state", modules, {"vae": optimizer}, images, recipe)
+            figures["round_trip"] = round_trip(average.module, recipe.judged, seed=0, device=device)
+            save_state(folder / "vae-state", modules, optimizer, images, recipe)
         yield Progress(images, recipe.images, figures)
 
     finished_vae: Any = average.module
-    set_latent_scale(finished_vae, recipe.seed, device)
+    set_latent_scale(finished_vae, recipe.judged, recipe.seed, device)
     finished_vae.save_pretrained(folder / "vae")
 
 
 @torch.no_grad()
-def set_latent_scale(vae: AutoencoderKL, seed: int, device: torch.device) -> None:
+def set_latent_scale(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> None:
     """Set `shift_factor` and `scaling_factor` so that latents have mean 0 and standard deviation 1, as SD3's."""
     rng = np.random.default_rng((seed, 10**9))
-    scenes = [place(sample_prompt(rng), rng) for _ in range(1024)]
+    scenes = [place(sample_prompt(rng), rng) for _ in range(count)]
     latents = encode_mean(vae, render(scenes), device)
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
 

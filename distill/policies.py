@@ -1,0 +1,129 @@
+"""Choices that distillation methods share: times, guidance, weights, and how the fake keeps up.
+
+Each is a named setting from the literature; velocities are u (teacher), v (fake) and w = eps - x_0, as in `flow.py`.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from distill.flow import Draw, interpolate, shift_time, x_0_from_velocity
+from distill.methods import Loss, Velocities, Velocity
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class Times(BaseModel):
+    """Where on [0, 1] the losses look.
+
+    `logit-normal` is sigmoid(N(mean, std)), then shifted; SiD-DiT takes mean ln 2 and std 1.6, SD3 shifts by 3.
+    `uniform` ignores mean and std. The clamp keeps 1/t and the ends' vanishing signal at bay.
+    """
+
+    model_config = _FROZEN
+    law: Literal["logit-normal", "uniform"] = "logit-normal"
+    mean: float = 0.6931
+    std: Annotated[float, Field(gt=0)] = 1.6
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    low: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    high: Annotated[float, Field(gt=0, lt=1)] = 0.98
+
+    def sample(self, draw: Draw) -> Tensor:
+        """Times (B,)."""
+        t = draw.uniform() if self.law == "uniform" else torch.sigmoid(draw.normal(()) * self.std + self.mean)
+        return shift_time(t, self.shift).clamp(self.low, self.high)
+
+
+class Guidance(BaseModel):
+    """Which guided fields the student is held to.
+
+    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8). `fake` 1 leaves the fake unguided
+    (DMD's way); SiD-DiT guides both alike. Outside of `interval` in t neither is guided.
+    """
+
+    model_config = _FROZEN
+    teacher: float | tuple[float, float] = 4.5
+    fake: Literal["unguided", "alike"] = "unguided"
+    interval: tuple[float, float] = (0.0, 1.0)
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, pair in (("teacher", self.teacher), ("interval", self.interval)):
+            if isinstance(pair, tuple) and pair[0] > pair[1]:
+                raise ValueError(f"{name} must go from low to high, not from {pair[0]} to {pair[1]}")
+        return self
+
+    def scales(self, t: Tensor, draw: Draw) -> Tensor:
+        """The scale of each image (B,), 1 outside of the interval."""
+        if isinstance(self.teacher, tuple):
+            low, high = self.teacher
+            scale = low + (high - low) * draw.uniform().to(t.device)
+        else:
+            scale = torch.full_like(t, self.teacher)
+        inside = (t >= self.interval[0]) & (t <= self.interval[1])
+        return torch.where(inside, scale, torch.ones_like(t))
+
+
+def velocity_uniform(x_0: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """The paper's: 1 in velocity space, which is 1 / t^2 in x_0 space."""
+    return torch.ones_like(t)
+
+
+def one_minus_t(x_0: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """SiD-DiT's: (1 - t) in x_0 space, which is t^2 (1 - t) here."""
+    return t**2 * (1 - t)
+
+
+def inverse_l1(x_0: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """SiD's and DMD's: 1 / mean |x_0 - f_u| in x_0 space, for each image by itself."""
+    error = (x_0 - x_0_from_velocity(x_t, u, t)).abs().flatten(1).mean(1)
+    return t**2 / error.clamp(min=1e-3)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "velocity-uniform": velocity_uniform,
+    "one-minus-t": one_minus_t,
+    "inverse-l1": inverse_l1,
+}
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Mean product over all but the batch: (B, ...) to (B,)."""
+    return (a * b).flatten(1).mean(1)
+
+
+def guided(field: Velocity, null: Any, x_t: Tensor, t: Tensor, cond: Any, scales: Tensor) -> Tensor:
+    """null + scale (field - null) with a scale per image; the null half only where a scale needs it."""
+    if bool((scales == 1).all()):
+        return field(x_t, t, cond)
+    both = type(cond).cat([null.expand(len(x_t)), cond])
+    empty, full = field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return empty + scales.view(-1, *[1] * (x_t.ndim - 1)) * (full - empty)
+
+
+def flow_matching(times: Times, guidance: Guidance, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
+    """The fake's loss |v - w|^2 on the student's images, held still, with an eps of its own."""
+    x_0 = x_0.detach()
+    t = times.sample(draw).to(x_0.device)
+    eps = draw.normal(x_0.shape[1:]).to(x_0.device)
+    if guidance.fake == "alike":
+        dropped = (draw.uniform() < guidance.caption_dropout).to(x_0.device)
+        cond = cond.where(dropped, nets.null)
+    w = eps - x_0
+    v = nets.fake(interpolate(x_0, eps, t), t, cond)
+    error = dot(v - w, v - w)
+    return Loss(error.mean(), {"t": t, "flow_matching": error.detach()})
+
+
+def guided_pair(
+    guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, cond: Any, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """Teacher's and fake's velocities u, v at x_t, each guided as the policy says."""
+    scales = guidance.scales(t, draw)
+    u = guided(nets.teacher, nets.null, x_t, t, cond, scales)
+    v = guided(nets.fake, nets.null, x_t, t, cond, scales if guidance.fake == "alike" else torch.ones_like(t))
+    return u, v

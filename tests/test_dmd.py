@@ -1,0 +1,78 @@
+"""DMD against the KL divergence of Gaussians, and through the same trainer as FGM."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill import methods
+from distill.flow import Draw
+from distill.methods import Velocities
+from distill.methods.dmd import Config
+from distill.policies import Guidance, Times
+
+
+def gaussian_field(mean: float, std: float):
+    """The marginal velocity E[eps - x_0 | x_t] of data N(mean, std^2)."""
+
+    def velocity(x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        t = t.view(-1, 1)
+        variance = (1 - t) ** 2 * std**2 + t**2
+        return (t - (1 - t) * std**2) / variance * (x_t - (1 - t) * mean) - mean
+
+    return velocity
+
+
+def test_the_direction_descends_the_kl_divergence():
+    m, s = 0.7, 0.5
+    mean = torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
+    std = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    count = 400_000
+    z, eps = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
+    t = 0.02 + 0.68 * torch.rand(count, generator=generator, dtype=torch.float64)
+
+    class Fixed(Draw):
+        def __init__(self):
+            pass
+
+        def uniform(self):
+            return t
+
+        def normal(self, shape):
+            return eps
+
+    config = Config(normalise=False, times=Times(law="uniform"), guidance=Guidance(teacher=1))
+    nets = Velocities(gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
+    loss = config.student_loss(nets, mean + std * z, None, Fixed()).value
+    found = torch.autograd.grad(loss, (mean, std))
+
+    student = (1 - t) ** 2 * std**2 + t**2
+    teacher = (1 - t) ** 2 * s**2 + t**2
+    kl = 0.5 * ((teacher / student).log() + (student + (1 - t) ** 2 * (mean - m) ** 2) / teacher - 1)
+    exact = torch.autograd.grad((t**2 / (1 - t) ** 2 * kl).mean(), (mean, std))
+    for got, expected in zip(found, exact, strict=True):
+        assert got.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_divisor_is_each_image_s_own():
+    x_0 = torch.randn(4, 3)
+    nets = Velocities(gaussian_field(0.5, 1.0), gaussian_field(0.0, 2.0), None)
+    config = Config(guidance=Guidance(teacher=1))
+
+    def gradient(rows: range) -> Tensor:
+        x = x_0[rows.start : rows.stop].requires_grad_(True)
+        (loss,) = torch.autograd.grad(config.student_loss(nets, x, None, Draw(0, "x", rows)).value, x)
+        return loss * len(rows)
+
+    torch.testing.assert_close(gradient(range(4))[:1], gradient(range(1)))
+
+
+def test_a_file_in_the_folder_is_all_that_a_method_needs():
+    """No other module of the package names a method but for the default of a configuration."""
+    package = Path(methods.__file__).parents[1]
+    assert set(methods.names()) == {path.stem for path in (package / "methods").glob("[!_]*.py")}
+    for path in package.glob("*.py"):
+        assert "methods.fgm" not in path.read_text(), path
+        assert "methods.dmd" not in path.read_text(), path
