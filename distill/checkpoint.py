@@ -4,13 +4,16 @@ A state is a folder, written beside its place, flushed, and renamed into it. Wha
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,10 +21,29 @@ from torch.optim import Optimizer
 from distill.errors import CheckpointError
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
+
+    Raises CheckpointError when another live process has claimed it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"another run is writing to {folder}; wait for it, or give another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a state to `folder`, which must not exist.
+    """Write a state to `folder`, in place of what may lie there.
 
     Raises CheckpointError when the disk refuses; nothing half-written keeps a final name.
     """
@@ -33,6 +55,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
         (aside / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
         for path in (aside / _TENSORS, aside / _RECORD, aside):
             flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -52,9 +75,18 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest state in a folder of states named by images seen; None when there is none."""
-    states = sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
-    return states[-1] if states else None
+    """The newest state that can be read in a folder of states named by images seen; None when there is none.
+
+    Damaged ones are passed over with a warning; a run that goes on from the one before writes them anew.
+    """
+    for path in sorted((path for path in folder.glob("[0-9]*") if path.is_dir()), reverse=True):
+        try:
+            json.loads((path / _RECORD).read_text())
+            with safe_open(path / _TENSORS, framework="pt"):  # checks the header against the file's length
+                return path
+        except (OSError, SafetensorError, ValueError) as error:
+            _log.warning("%s cannot be read (%s); the one before it is taken", path, error)
+    return None
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -4,9 +4,8 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,7 +71,8 @@ def run(
     """Distil a teacher into a one-step student.
 
     The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
-    a step and keeps what was learnt. Under `accelerate launch -m distill.cli run ...` it uses every process.
+    a step and keeps what was learnt (status 130; 143 after SIGTERM). Under `accelerate launch -m distill.cli run ...`
+    it uses every process.
     """
     import yaml
 
@@ -83,27 +83,29 @@ def run(
 
     from distill import console
     from distill import run as runs
+    from distill.checkpoint import claimed
     from distill.console import image_bar
 
     machine = runs.accelerator(resolved, folder)
     console.quiet(not machine.is_main_process)
-    if machine.is_main_process:
-        runs.prepare(resolved, folder)
-        typer.echo(yaml.safe_dump(resolved.as_dict(), sort_keys=False))
-        with image_bar("prompts", resolved.prompts.count) as bar:
-            for encoded in runs.embed(resolved, folder, machine.device):
-                bar.update(encoded.prompts, {"truncated": encoded.truncated})
-    machine.wait_for_everyone()
-    shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
-    with image_bar("distilling", resolved.images) as bar, _asked_to_stop() as stop:
-        for progress in runs.distil(resolved, folder, machine):
-            figures = {name: progress.figures[name] for name in shown if name in progress.figures}
-            bar.update(progress.images, figures)
-            if stop.is_set() and machine.is_main_process:
-                progress.save()
-                typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
-                raise typer.Exit(130)
-    machine.end_training()
+    with claimed(folder) if machine.is_main_process else nullcontext():
+        if machine.is_main_process:
+            runs.prepare(resolved, folder)
+            typer.echo(yaml.safe_dump(resolved.as_dict(), sort_keys=False))
+            with image_bar("prompts", resolved.prompts.count) as bar:
+                for encoded in runs.embed(resolved, folder, machine.device):
+                    bar.update(encoded.prompts, {"truncated": encoded.truncated})
+        machine.wait_for_everyone()
+        shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
+        with image_bar("distilling", resolved.images) as bar, _asked_to_stop() as asked:
+            for progress in runs.distil(resolved, folder, machine):
+                figures = {name: progress.figures[name] for name in shown if name in progress.figures}
+                bar.update(progress.images, figures)
+                if asked and machine.is_main_process:
+                    progress.save()
+                    typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
+                    raise typer.Exit(128 + asked[0])
+        machine.end_training()
     if machine.is_main_process:
         typer.echo(
             f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
@@ -111,13 +113,13 @@ def run(
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the event, so that a step can end and be saved; the second ends at once."""
-    asked = threading.Event()
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM is noted, so that a step can end and be saved; the second ends at once."""
+    asked: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, _: object) -> None:
-        asked.set()
+        asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

@@ -50,7 +50,10 @@ class Lora(BaseModel):
 
 
 class Optimizer(BaseModel):
-    """Adam for both roles. Rates warm up over `warmup` images and fall to nothing over the last `decay` of the run."""
+    """Adam for both roles. Rates warm up over `warmup` images and fall to nothing over the last `decay` of the run.
+
+    A step whose gradient is not finite is skipped and counted; more than `skips` in a row end the run.
+    """
 
     model_config = _FROZEN
     student_rate: _Positive = 1e-4
@@ -58,6 +61,7 @@ class Optimizer(BaseModel):
     betas: tuple[float, float] = (0.0, 0.999)
     eps: _Positive = 1e-8
     clip: _Positive = 1.0
+    skips: Annotated[int, Field(ge=0)] = 3
     warmup: Annotated[int, Field(ge=0)] = 2_000
     decay: Annotated[float, Field(ge=0, le=1)] = 0.5
 

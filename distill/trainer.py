@@ -105,6 +105,7 @@ def train(
         "student": Velocities(networks.field("teacher"), networks.field("fake"), null),
     }
     student = networks.velocity("student")
+    skipped = dict.fromkeys(ROLES, 0)  # steps in a row whose gradient was not finite
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
@@ -128,15 +129,20 @@ def train(
                 tensors = list(weights[turn.role].values())
                 _average_gradients(tensors, accelerator)
                 norm = float(torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip))
-                if not math.isfinite(norm):
+                sound = math.isfinite(norm)
+                skipped[turn.role] = 0 if sound else skipped[turn.role] + 1
+                if skipped[turn.role] > config.optimizer.skips:
                     raise DivergedError(
-                        f"the {turn.role}'s gradient is {norm} after {images} images; lower "
-                        f"optimizer.{turn.role}_rate, or train with precision fp32; the last checkpoint is sound"
+                        f"the {turn.role}'s gradient is {norm} after {images} images, {skipped[turn.role]} times "
+                        f"in a row; lower optimizer.{turn.role}_rate, or train with precision fp32; "
+                        "the last checkpoint is sound"
                     )
                 optimizers[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
-                optimizers[turn.role].step()
+                if sound:
+                    optimizers[turn.role].step()
+                    log.add(f"gradient_norm/{turn.role}", norm)
                 optimizers[turn.role].zero_grad()
-                log.add(f"gradient_norm/{turn.role}", norm)
+                log.add(f"skipped/{turn.role}", float(not sound))
 
         # 4. average the student
         # The first images count for more: an average that starts at the teacher should not stay there.
@@ -238,10 +244,9 @@ def _save(
     for role in ROLES:
         tensors |= checkpoint.pack(role, weights[role])
         tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
-    target = folder / checkpoint.state_name(images)
-    if not target.exists():
-        checkpoint.save(target, tensors, {"images": images, "processes": processes, "config": config.identity()})
-        checkpoint.prune(folder, config.cadence.keep)
+    record = {"images": images, "processes": processes, "config": config.identity()}
+    checkpoint.save(folder / checkpoint.state_name(images), tensors, record)
+    checkpoint.prune(folder, config.cadence.keep)
 
 
 def _restore(
@@ -285,7 +290,8 @@ class _Log:
         accelerator.init_trackers("tensorboard")
 
     def add(self, name: str, value: float) -> None:
-        self._sums.setdefault(name, []).append(value)
+        if math.isfinite(value):  # `skipped` counts what was not
+            self._sums.setdefault(name, []).append(value)
 
     def add_figures(self, figures: dict[str, Tensor]) -> None:
         """Squared distances by bucket of t, and over all."""

@@ -122,7 +122,8 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
-def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_it_learnt(stop, teacher, prompts, tmp_path):
     out = tmp_path / "interrupted"
     endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
     process = subprocess.Popen(
@@ -130,9 +131,12 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     )
     metrics = out / "metrics.jsonl"
     until(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
-    process.send_signal(signal.SIGINT)
+    refused = finish(command(teacher, prompts, out, *endless))
+    assert refused.returncode == 2
+    assert f"another run is writing to {out}" in refused.stderr
+    process.send_signal(stop)
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == 128 + stop
     saved = checkpoint.latest(out / "checkpoints")
     assert saved is not None
     images = int(saved.name)
@@ -188,6 +192,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         file.truncate(100)
     with pytest.raises(CheckpointError, match="000000000001"):
         checkpoint.load(folder)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.full((9,), images)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    with (newest / "state.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert str(newest) in caplog.text
+    checkpoint.save(newest, {"x": torch.full((9,), 2)}, {"images": 2})
+    assert checkpoint.latest(tmp_path) == newest
+    assert checkpoint.load(newest)[0]["x"][0] == 2
 
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):

@@ -20,10 +20,8 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
     tensors = checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
     for name, module in modules.items():
         tensors |= checkpoint.pack(name, module.state_dict())
-    target = folder / checkpoint.state_name(images)
-    if not target.exists():
-        checkpoint.save(target, tensors, {"images": images, "recipe": asdict(recipe)})
-        checkpoint.prune(folder, 1)
+    checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": asdict(recipe)})
+    checkpoint.prune(folder, 1)
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
