@@ -1,0 +1,454 @@
+"""Whether a distillation fits a device, and what it costs, from configuration files alone.
+
+Nothing is estimated that can be measured: the real networks, the fields of the real method and their real backward run
+on tensors without data, and every storage that lives is counted. Memory is in bytes, arithmetic in FLOP (a
+multiply-add is two). What the GPU's allocator rounds, its libraries' workspaces and its context are not in a plan's
+figures; the caller sets memory aside for them.
+"""
+
+import difflib
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from distill.config import Full, Lora, load_config
+from distill.errors import SizeError, TeacherError
+from distill.flow import Draw, one_step
+from distill.methods import Turn, Velocities
+from distill.networks import ROLES, FullCopies, SharedBase
+from distill.run import GRID
+from distill.spec import RECORD, read_json
+from distill.teacher import decode_latents
+from distill.text import TextCondition
+
+GIB = 2**30
+FP32 = 4  # bytes
+
+_aten = torch.ops.aten
+# FLOP of an operation from its arguments. The CPU's attention keeps what CUDA's fused kernels keep, and costs the same.
+_FLOP = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+_STOCK_TOKENS = (77, 256)  # CLIP's and T5's
+_SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+_NAMED: dict[str, dict[str, Any]] = {
+    "sd3-medium": _SD3
+    | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    "sd3.5-medium": _SD3
+    | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+    | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "sd3.5-large": _SD3
+    | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+    | {"qk_norm": "rms_norm"},
+}
+NAMES = tuple(_NAMED)
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "projection_dim": 768}
+_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+_T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128} | {
+    "feed_forward_proj": "gated-gelu"
+}
+_TEXT: dict[str, dict[str, Any]] = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Configurations of a teacher's parts, as its folder has them; `tokens` of a prompt, all encoders together."""
+
+    name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, dict[str, Any]]
+    tokens: int
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of a latent pixel in image pixels."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Native height and width in image pixels."""
+        return int(self.transformer["sample_size"]) * self.pixels_per_latent
+
+    def check_size(self, size: int) -> None:
+        """Raise SizeError unless images of `size` x `size` pixels can be made."""
+        unit = self.pixels_per_latent * int(self.transformer["patch_size"])
+        largest = unit * int(self.transformer["pos_embed_max_size"])
+        if size % unit or not 0 < size <= largest:
+            raise SizeError(
+                f"--size {size} must be a multiple of {unit} up to {largest}, which {self.name} is made for"
+            )
+
+
+def read_geometry(teacher: str) -> Geometry:
+    """Of a named model or of a folder, where `transformer/config.json` is enough: SD3's stand for what is missing.
+
+    Raises TeacherError for a name that there is not, or a folder of something else.
+    """
+    if teacher in _NAMED:
+        return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, sum(_STOCK_TOKENS))
+    folder = Path(teacher)
+    if not folder.is_dir():
+        close = difflib.get_close_matches(teacher, NAMES, len(NAMES), 0.5) or NAMES
+        raise TeacherError(f"{teacher!r} is neither a folder nor a known model; the nearest are {', '.join(close)}")
+    path = folder / "transformer" / "config.json"
+    transformer = read_json(path)
+    if transformer.get("_class_name") != SD3Transformer2DModel.__name__:
+        raise TeacherError(
+            f"{path} is of a {transformer.get('_class_name')}, not of a {SD3Transformer2DModel.__name__}"
+        )
+    missing = [key for key in _SD3 if key not in transformer and key != "out_channels"]
+    if missing:
+        raise TeacherError(f"{path} lacks {missing[0]}; save the pipeline again")
+
+    def read(name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        path = folder / name
+        return read_json(path) if path.exists() else otherwise
+
+    # A folder with any text encoder says by what it lacks that it has no T5.
+    text = {name: read_json(folder / name / "config.json") for name in _TEXT if (folder / name).is_dir()} or _TEXT
+    clip, t5 = _STOCK_TOKENS
+    clip = read("tokenizer/tokenizer_config.json", {}).get("model_max_length", clip)
+    t5 = read(RECORD, {}).get("max_sequence_length", t5)
+    return Geometry(folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip + t5)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What one turn of the method does for a batch: bytes that its backward waits with, bytes at its worst, FLOP."""
+
+    kept: int
+    peak: int
+    flop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part and by moment, FLOP by image.
+
+    `resident` is there from the first step to the last. `moments` are totals: the run's own peaks, one of which is the
+    largest. `activations` and `temporary` are those of the heaviest turn, beyond what is resident; gradients, which
+    come while activations go, are within `temporary`.
+    """
+
+    parameters: int  # of the transformer
+    trainable: int  # parameters of one role
+    resident: dict[str, int]
+    gradients: int
+    activations: int
+    temporary: int
+    moments: dict[str, int]
+    flop_per_image: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the heaviest moment of the run."""
+        return max(self.moments.values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of what is resident, and of the heaviest turn on top of it."""
+        return {
+            **self.resident,
+            "gradients, when the turn ends": self.gradients,
+            "activations kept for backward": self.activations,
+            "peak temporary, gradients within": self.temporary,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with their units in their names."""
+        return {
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
+            "parts_bytes": self.parts(),
+            "moments_bytes": self.moments,
+            "peak_bytes": self.peak,
+            "flop_per_image": self.flop_per_image,
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for: `batch` images of `size` x `size` pixels in each forward (a run's `micro_batch`)."""
+
+    geometry: Geometry
+    kind: Full | Lora
+    dtype: torch.dtype
+    batch: int
+    size: int
+    method: Any
+
+    def plan(self) -> Plan:
+        """Measure: half a minute for SD3-medium, and no memory to speak of; raises SizeError."""
+        geometry, dtype = self.geometry, self.dtype
+        geometry.check_size(self.size)
+        turns = self.method.turns()
+        asked = {turn.role: asks(turn) for turn in turns}
+        networks, models = build(geometry, self.kind, dtype)
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
+        weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
+        owned = networks.trainable("student").values()
+        role_bytes, trainable = sum(tensor.nbytes for tensor in owned), sum(tensor.numel() for tensor in owned)
+        with FakeTensorMode():
+            for model in [*models, vae]:
+                without_data(model)
+            turned = {}
+            for role, fields in asked.items():
+                z, cond = _inputs(geometry, self.batch, self.size)
+                turned[role] = take_turn(networks, role, fields, z, cond, dtype)
+                for tensor in networks.trainable(role).values():
+                    tensor.grad = None
+
+            z, cond = _inputs(geometry, GRID, self.size)
+            with Meter() as meter, torch.no_grad():
+                with _autocast(dtype):
+                    x_0 = one_step(networks.velocity("student"), z, cond)
+                decode_latents(vae, x_0)
+            grid = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
+
+        resident = {
+            "base weights": weights - len(ROLES) * role_bytes,
+            "student weights": role_bytes,
+            "fake weights": role_bytes,
+            "averaged student": role_bytes,
+            "optimizer states": len(ROLES) * 2 * role_bytes,  # Adam's two moments; its step counts are on the host
+            "autoencoder for grids": vae_bytes,
+        }
+        always = sum(resident.values())
+        heaviest = max(turned.values(), key=lambda turn: turn.peak)
+        moments = {
+            # The encoders that encode the grids' prompts go before the optimizers come.
+            "start": weights + vae_bytes + FP32 * _text_parameters(geometry),
+            **{f"{role}'s turn": always + turn.peak for role, turn in turned.items()},
+            "optimizer step": always + 2 * role_bytes,  # gradients, and the roots that Adam takes of all at once
+            "sample grid": always + role_bytes + grid,  # the student's own weights, kept aside
+        }
+        flop = sum(turn.steps * turned[turn.role].flop for turn in turns)
+        return Plan(
+            parameters=_parameters(geometry),
+            trainable=trainable,
+            resident=resident,
+            gradients=role_bytes,
+            activations=heaviest.kept,
+            temporary=heaviest.peak - heaviest.kept,
+            moments=moments,
+            flop_per_image=flop / self.batch,
+        )
+
+
+def setting(
+    geometry: Geometry, mode: str, rank: int, checkpointing: bool, dtype: str, batch: int, size: int
+) -> Setting:
+    """A setting in the command's words, with the method of the preset for SD3 and the targets of every LoRA run."""
+    kind = Lora(rank=rank, checkpointing=checkpointing) if mode == "lora" else Full(checkpointing=checkpointing)
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return Setting(geometry, kind, precision, batch, size, load_config("sd3-medium").method)
+
+
+def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
+    """Single changes after which the peak is at most `available` bytes; empty when none is enough."""
+    kind = setting.kind
+    found = []
+    if not kind.checkpointing:
+        checkpointed = replace(setting, kind=kind.model_copy(update={"checkpointing": True}))
+        if checkpointed.plan().peak <= available:
+            found.append("--checkpointing")
+    if isinstance(kind, Full):
+        lora = Lora(checkpointing=kind.checkpointing)
+        if replace(setting, kind=lora).plan().peak <= available:
+            found.append(f"--mode lora --rank {lora.rank}")
+    if setting.batch > 1:
+        least = replace(setting, batch=1).plan().peak
+        if least <= available:
+            # The peak is convex in the batch, a largest of straight lines, so the chord is on the safe side.
+            share = (available - least) / (plan.peak - least)
+            found.append(f"--batch {1 + int(share * (setting.batch - 1))}")
+    return found
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts FLOP, and bytes of the storages that operations make while it is on: `live` ones, and their `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.flop = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in _FLOP:
+            self.flop += _FLOP[func._overloadpacket](*args, **kwargs, out_val=out)
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            # What shares storage with an argument is a view of it, or the argument itself.
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def build(
+    geometry: Geometry, kind: Full | Lora, dtype: torch.dtype, device: str = "meta"
+) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
+    """The networks of a run, as `networks.build` makes them but for the loading, and the models that they are of."""
+    with torch.device(device):
+        model = SD3Transformer2DModel.from_config(geometry.transformer).eval().requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                # Autocast on CUDA normalises in fp32; tensors without data are cast by the CPU's rules, which do not.
+                module.register_forward_pre_hook(_to_fp32)
+        if isinstance(kind, Lora):
+            return SharedBase(model.to(dtype), kind), [model]
+        copies = FullCopies(model, kind, dtype)
+        return copies, list(copies._models.values())
+
+
+def without_data(model: nn.Module) -> None:
+    """Turn a model on the meta device into one on the CPU that holds no data; only in a FakeTensorMode.
+
+    The meta device has neither autocast nor attention without its (tokens, tokens) matrix. Parameters stay the same
+    objects, for networks that have listed them.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            shape, dtype, learns = parameter.shape, parameter.dtype, parameter.requires_grad
+            empty = torch.empty(shape, dtype=dtype, requires_grad=learns)
+            torch.utils.swap_tensors(parameter, empty)  # type: ignore[no-untyped-call]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _to_fp32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in inputs)
+
+
+def asks(turn: Turn) -> list[tuple[str, int]]:
+    """Which fields the turn's loss asks, in order, each with how many rows for each image; found by running it."""
+    found = []
+
+    def asked(role: str) -> Callable[[Tensor, Tensor, TextCondition], Tensor]:
+        def field(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+            found.append((role, len(x_t)))
+            return x_t
+
+        return field
+
+    x_0, cond = torch.zeros(1, 1, 2, 2), TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    turn.loss(Velocities(asked("teacher"), asked("fake"), cond), x_0, cond, Draw(0, "plan", range(1)))
+    return found
+
+
+def take_turn(
+    networks: FullCopies | SharedBase,
+    role: str,
+    asked: list[tuple[str, int]],
+    z: Tensor,
+    cond: TextCondition,
+    dtype: torch.dtype,
+) -> Turned:
+    """Forward and backward of a turn of `role` as the trainer runs them, from noise `z` (B, C, h, w).
+
+    The fields asked are the loss's own; its arithmetic between them, on latents alone, is a plain square.
+    """
+    with Meter() as meter, networks.using(role):
+        with _autocast(dtype):
+            with torch.set_grad_enabled(role == "student"):
+                x_0 = one_step(networks.velocity("student"), z, cond).float()
+            t = torch.ones(len(z))
+            loss = x_0.square().mean()
+            for name, rows in asked:
+                field = networks.velocity(name) if name == role else networks.field(name)
+                out = field(torch.cat([x_0] * rows), torch.cat([t] * rows), TextCondition.cat([cond] * rows))
+                loss = loss + out.square().mean()
+        kept = meter.live
+        loss.backward()  # type: ignore[no-untyped-call]
+    return Turned(kept, meter.peak, meter.flop)
+
+
+@contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """The trainer's: mixed precision for bf16, none for fp32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCondition]:
+    config = geometry.transformer
+    side = size // geometry.pixels_per_latent
+    z = torch.empty(batch, config["in_channels"], side, side)
+    embeds = torch.empty(batch, geometry.tokens, config["joint_attention_dim"])
+    return z, TextCondition(embeds, torch.empty(batch, config["pooled_projection_dim"]))
+
+
+def _parameters(geometry: Geometry) -> int:
+    with torch.device("meta"):
+        return _count(SD3Transformer2DModel.from_config(geometry.transformer))
+
+
+def _text_parameters(geometry: Geometry) -> int:
+    with torch.device("meta"):
+        return sum(
+            _count(
+                T5EncoderModel(T5Config(**config))
+                if name == "text_encoder_3"
+                else CLIPTextModelWithProjection(CLIPTextConfig(**config))
+            )
+            for name, config in geometry.text.items()
+        )
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
