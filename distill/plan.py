@@ -34,7 +34,6 @@ from distill.teacher import decode_latents
 from distill.text import TextCondition
 
 GIB = 2**30
-FP32 = 4  # bytes
 
 _aten = torch.ops.aten
 # FLOP of an operation from its arguments. The CPU's attention keeps what CUDA's fused kernels keep, and costs the same.
@@ -253,8 +252,8 @@ class Setting:
         always = sum(resident.values())
         heaviest = max(turned.values(), key=lambda turn: turn.peak)
         moments = {
-            # The encoders that encode the grids' prompts go before the optimizers come.
-            "start": weights + vae_bytes + FP32 * _text_parameters(geometry),
+            # The encoders that encode the grids' prompts go before the networks come.
+            "start": vae_bytes + dtype.itemsize * _text_parameters(geometry),
             **{f"{role}'s turn": always + turn.peak for role, turn in turned.items()},
             "optimizer step": always + 2 * role_bytes,  # gradients, and the roots that Adam takes of all at once
             "sample grid": always + role_bytes + grid,  # the student's own weights, kept aside

@@ -75,10 +75,11 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     spec = read_spec(folder)
     conditions = EmbeddingCache(out / "embeddings", folder)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
+    # The watch first: it holds the text encoders for a moment, when no network takes up memory yet.
+    watch = _Watch(config, out, folder, spec, machine.device, dtype) if machine.is_main_process else None
     torch.manual_seed(config.seed)  # adapters start from it
     networks = build(folder, config.networks, dtype, machine.device)
 
-    watch = _Watch(config, out, folder, spec, machine.device) if machine.is_main_process else None
     last = None
     for progress in train(config, out, networks, conditions, spec.latent_shape, machine):
         if watch is not None:
@@ -103,14 +104,16 @@ class _Watch:
     Judgements need a world that can be scored: the small one. Elsewhere the last average is the student.
     """
 
-    def __init__(self, config: Run, out: Path, folder: Path, spec: TeacherSpec, device: torch.device) -> None:
+    def __init__(
+        self, config: Run, out: Path, folder: Path, spec: TeacherSpec, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._config = config
         self._out = out
         self._shape = spec.latent_shape
         newest = checkpoint.latest(out / "checkpoints")
         checkpoint.trim_lines(out / EVALUATIONS, int(newest.name) if newest else 0)
         self._vae = load_vae(folder, device=device)
-        text = SD3TextEncoder.load(folder, device)
+        text = SD3TextEncoder.load(folder, device, dtype)
         self._judged = config.prompts.source == "scenes" and spec.image_size == SIZE
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions

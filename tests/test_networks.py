@@ -9,8 +9,8 @@ from distill.config import Full, Lora
 from distill.flow import Draw, one_step
 from distill.methods import Velocities
 from distill.methods.fgm import Config
-from distill.policies import Guidance
 from distill.networks import ROLES, FullCopies, SharedBase, build
+from distill.policies import Guidance
 from distill.teacher import load_transformer
 from distill.text import SD3TextEncoder
 
