@@ -26,6 +26,10 @@ app = typer.Typer(
 )
 scenes = typer.Typer(help="The small world that ships with the project.", no_args_is_help=True)
 app.add_typer(scenes, name="scenes")
+prompts = typer.Typer(help="Look at prompts before they are encoded.", no_args_is_help=True)
+app.add_typer(prompts, name="prompts")
+
+_SOURCE = "txt, jsonl, csv or parquet file, folder of a saved data set, `scenes`, or - for stdin."
 
 
 @app.command()
@@ -134,24 +138,68 @@ def _asked_to_stop() -> Iterator[list[int]]:
 @app.command()
 def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
-    prompts: Annotated[str, typer.Argument(help="txt, jsonl, csv or parquet file, `scenes`, or - for stdin.")],
+    prompts: Annotated[str, typer.Argument(help=_SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
+    shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
-    """Encode prompts once, so that training holds no text encoder."""
+    """Encode prompts once, so that training holds no text encoder.
+
+    A repeated prompt is encoded once. The same command continues one that was stopped or killed: files that are
+    whole are kept, if the source still begins with the prompts that they hold.
+    """
+    from distill.checkpoint import claimed
     from distill.console import image_bar
     from distill.device import resolve_device
     from distill.embed import embed_prompts
     from distill.prompts import read_prompts
 
     encoded = None
-    with image_bar("prompts", count) as bar:
-        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, resolve_device(device)):
-            bar.update(encoded.prompts, {"truncated": encoded.truncated})
-    if encoded is not None and encoded.truncated:
+    where = resolve_device(device)
+    with claimed(out), image_bar("prompts", count) as bar:
+        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, where, shard_rows):
+            bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
+    assert encoded is not None  # a source without prompts is an error
+    if encoded.truncated:
         typer.echo(f"{encoded.truncated} prompts are over the token limit; the model sees their beginnings.")
-    typer.echo(f"The embeddings are in {out}.")
+    repeated = f"; {encoded.repeated} more were repetitions of them" if encoded.repeated else ""
+    typer.echo(f"The embeddings of {encoded.prompts} prompts are in {out}{repeated}.")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.", metavar="PROMPT")] = None,
+    file: Annotated[str | None, typer.Option(help=f"More prompts: {_SOURCE}")] = None,
+    student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("runs/images"),
+    seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
+    batch: Annotated[int, typer.Option(help="Images made together; it changes none of them.", min=1)] = 16,
+    grid: Annotated[Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Make an image of each prompt in one step of a student.
+
+    Files are named by index and seed, and hold prompt and seed as text. An image's prompt with its seed makes it again.
+    """
+    from distill.console import image_bar
+    from distill.device import resolve_device
+    from distill.errors import PromptError
+    from distill.generate import generate_images
+    from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+    from distill.prompts import read_prompts
+
+    texts = [*(prompts or ()), *(read_prompts(file) if file is not None else ())]
+    if not texts:
+        raise PromptError("there is nothing to make; give prompts, or --file with a source of them")
+    pipeline = OneStepPipeline.load(student or SHIPPED_STUDENT, resolve_device(device))
+    with image_bar("images", len(texts)) as bar:
+        for made in generate_images(pipeline, texts, seed, batch, out, grid):
+            bar.update(made)
+    cut = sum(pipeline.truncated(texts))
+    if cut:
+        typer.echo(f"{cut} prompts are over the token limit; the model sees their beginnings.")
+    typer.echo(f"The images are in {out}." if grid is None else f"The images are in {out}, the grid is {grid}.")
 
 
 @app.command()
@@ -265,6 +313,28 @@ def show(
     images = render([place(prompt, rng) for prompt in prompts])
     save_png(labelled_grid([("scene", images)], [wording(prompt, rng) for prompt in prompts]), out)
     typer.echo(f"The grid is {out}.")
+
+
+@prompts.command()
+def stats(
+    source: Annotated[str, typer.Argument(help=_SOURCE)],
+    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, to count in its tokens too.")] = None,
+) -> None:
+    """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
+    from distill.console import out, table
+    from distill.prompts import prompt_stats
+
+    found = prompt_stats(source, teacher)
+    rows = []
+    for name, spread in found.lengths.items():
+        figures = (spread.minimum, spread.median, spread.p95, spread.maximum)
+        over = "" if spread.limit is None else f"{spread.over} over {spread.limit}"
+        rows.append((name, *map(str, figures), over))
+    out.print(table("lengths", ("", "min", "median", "p95", "max", "over the limit"), rows))
+    out.print(
+        f"{found.prompts} prompts, {found.prompts - found.repeated} different, {found.repeated} repeated; "
+        f"{found.empty} empty lines passed over."
+    )
 
 
 def main() -> None:

@@ -1,17 +1,37 @@
 """The embedding cache: what comes out is what the encoder makes, and what is not whole or not ours is refused."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import PROMPTS, make_teacher
+from tiny import PROMPTS, WORDS, make_teacher
 from typer.testing import CliRunner
 
-from distill import embed
 from distill.cli import app
-from distill.embed import MANIFEST, EmbeddingCache, embed_prompts
+from distill.embed import MANIFEST, UNFINISHED, EmbeddingCache, embed_prompts
 from distill.errors import CacheError, PromptError
 from distill.text import SD3TextEncoder
+
+TEXTS = [f"{a} {b}" for a in WORDS for b in (*WORDS, WORDS[0])]  # 72 prompts, each eighth repeats one before
+DIFFERENT = len(set(TEXTS))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The cache byte for byte; the empty lock beside it is no part of it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def begin(teacher: Path, out: Path, texts: list[str]) -> None:
+    """A call that ends without warning after its first shard of 8."""
+    killed = embed_prompts(teacher, texts, out, shard_rows=8)
+    while not (out / UNFINISHED).exists():
+        next(killed)
+    killed.close()
 
 
 @pytest.fixture
@@ -44,9 +64,17 @@ def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path
     shard = cache / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4] + b"\0\1\2\3")
+    damaged = EmbeddingCache(cache, teacher)
+    with pytest.raises(CacheError, match="shard-00000"):
+        damaged.rows([0])
+    shard.write_bytes(whole[:-4])
+    with pytest.raises(CacheError, match="shard-00000"):
+        EmbeddingCache(cache, teacher)
+    shard.unlink()
     with pytest.raises(CacheError, match="shard-00000"):
         EmbeddingCache(cache, teacher)
     shard.write_bytes(whole)
+    assert len(EmbeddingCache(cache, teacher).rows([0])) == 1
     (cache / MANIFEST).unlink()
     with pytest.raises(CacheError, match="not a whole"):
         EmbeddingCache(cache, teacher)
@@ -59,10 +87,31 @@ def test_no_prompts_is_an_error_and_an_old_cache_is_not_overwritten(cache, teach
         list(embed_prompts(teacher, PROMPTS, cache))
 
 
-def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "SHARD_ROWS", 2)
+@pytest.mark.parametrize(
+    "change",
+    [{"shards": [{}]}, {"shards": [{"name": "shard-00000.safetensors", "rows": 3, "sha256": ""}]}, {"null": 1}],
+)
+def test_an_index_that_is_not_of_its_files_is_refused(change, cache, teacher):
+    index = json.loads((cache / MANIFEST).read_text())
+    (cache / MANIFEST).write_text(json.dumps({**index, **change}))
+    with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
+        EmbeddingCache(cache, teacher)
+
+
+def test_the_lengths_that_rows_were_made_with_are_recorded_and_held_to(teacher_t5, tmp_path):
+    list(embed_prompts(teacher_t5, PROMPTS, tmp_path / "cache"))
+    path = tmp_path / "cache" / MANIFEST
+    index = json.loads(path.read_text())
+    assert (index["clip_length"], index["max_sequence_length"], index["t5"]) == (8, 6, True)
+    assert EmbeddingCache(tmp_path / "cache", teacher_t5).rows([0]).embeds.shape == (1, 14, 48)
+    path.write_text(json.dumps({**index, "max_sequence_length": 5}))
+    with pytest.raises(CacheError, match="max_sequence_length = 5, not 6"):
+        EmbeddingCache(tmp_path / "cache", teacher_t5)
+
+
+def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path):
     texts = ["a", "red", "blue", "circle", "square"]
-    list(embed_prompts(teacher, texts, tmp_path / "cache"))
+    list(embed_prompts(teacher, texts, tmp_path / "cache", shard_rows=2))
     opened = EmbeddingCache(tmp_path / "cache", teacher)
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 3
     expected = SD3TextEncoder.load(teacher).encode([texts[4], texts[1], texts[2]])
@@ -71,7 +120,7 @@ def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path, monkeyp
         opened.rows([5])
 
 
-def test_what_a_killed_call_left_is_written_anew(teacher, tmp_path):
+def test_a_call_killed_before_its_first_shard_leaves_nothing_that_binds(teacher, tmp_path):
     killed = embed_prompts(teacher, ["a", "red"], tmp_path / "cache")
     next(killed)
     killed.close()
@@ -79,6 +128,103 @@ def test_what_a_killed_call_left_is_written_anew(teacher, tmp_path):
         EmbeddingCache(tmp_path / "cache", teacher)
     list(embed_prompts(teacher, ["a", "red", "blue"], tmp_path / "cache"))
     assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 3
+
+
+def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS))
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums are rounded alike
+
+    def command(source: str, folder: Path) -> list[str]:
+        options = ["--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
+        return [sys.executable, "-m", "distill.cli", "embed", str(teacher), source, *options]
+
+    # Standard input that stays open holds the command between two shards, so the kill always finds it at work.
+    process = subprocess.Popen(
+        command("-", out),
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write("\n".join(TEXTS[:30]) + "\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 120
+    while not (out / UNFINISHED).exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    kept = out / "shard-00000.safetensors"
+    written = kept.stat().st_mtime_ns
+    assert not (out / MANIFEST).exists()
+
+    for folder in (out, whole):
+        done = subprocess.run(command(str(prompts), folder), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        repeated = len(TEXTS) - DIFFERENT
+        assert f"{DIFFERENT} prompts are in {folder}; {repeated} more were repetitions of them" in done.stdout
+    assert kept.stat().st_mtime_ns == written
+    assert len(EmbeddingCache(out, teacher)) == DIFFERENT
+    assert contents(out) == contents(whole)
+
+
+def test_what_a_kill_leaves_half_written_changes_no_byte(teacher, tmp_path):
+    out = tmp_path / "killed"
+    begin(teacher, out, TEXTS)
+    with (out / "prompts.jsonl").open("a") as file:
+        file.write('"a prompt of the next sh')
+    (out / ".shard-00001.safetensors.partial").write_bytes(b"half")
+    (out / f".{UNFINISHED}.partial").write_text("{")
+    (out / "shard-00001.safetensors").write_bytes(b"renamed, but not in the index")
+    list(embed_prompts(teacher, TEXTS, out, shard_rows=8))
+    list(embed_prompts(teacher, TEXTS, tmp_path / "whole", shard_rows=8))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("texts", [["blue", *TEXTS[1:]], TEXTS[:5]], ids=["another", "shorter"])
+def test_another_source_does_not_continue_a_cache(texts, teacher, tmp_path):
+    begin(teacher, tmp_path / "cache", TEXTS)
+    before = contents(tmp_path / "cache")
+    with pytest.raises(CacheError, match="cache was begun with other prompts; give those again, or remove it"):
+        list(embed_prompts(teacher, texts, tmp_path / "cache"))
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_source_that_has_grown_continues_a_cache(teacher, tmp_path):
+    begin(teacher, tmp_path / "cache", TEXTS[:20])
+    *_, last = embed_prompts(teacher, TEXTS, tmp_path / "cache")
+    assert (last.prompts, last.repeated) == (DIFFERENT, len(TEXTS) - DIFFERENT)
+    rows = EmbeddingCache(tmp_path / "cache", teacher).rows(range(DIFFERENT))
+    expected = SD3TextEncoder.load(teacher).encode(list(dict.fromkeys(TEXTS)))
+    torch.testing.assert_close(rows.embeds, expected.embeds)
+    lines = (tmp_path / "cache" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(dict.fromkeys(TEXTS))
+
+
+def test_what_was_begun_is_refused_when_it_is_damaged_or_foreign(teacher, tmp_path):
+    out = tmp_path / "cache"
+    begin(teacher, out, TEXTS)
+    with pytest.raises(CacheError, match="teacher_digest"):
+        list(embed_prompts(make_teacher(tmp_path / "other", seed=5), TEXTS, out))
+    index = (out / UNFINISHED).read_text()
+    (out / UNFINISHED).write_text(index.replace('"float32"', '"another"').replace('"bfloat16"', '"another"'))
+    with pytest.raises(CacheError, match="begun in another, and this device computes in"):
+        list(embed_prompts(teacher, TEXTS, out))
+    (out / UNFINISHED).write_text(index[:-20])
+    with pytest.raises(CacheError, match=f"{UNFINISHED} is damaged; remove"):
+        list(embed_prompts(teacher, TEXTS, out))
+    (out / UNFINISHED).write_text(index)
+    shard = out / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CacheError, match="shard-00000"):
+        list(embed_prompts(teacher, TEXTS, out))
+    with pytest.raises(CacheError, match=r"not a whole embedding cache .*embed again, which continues it"):
+        EmbeddingCache(out, teacher)
 
 
 def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):

@@ -1,0 +1,84 @@
+"""`distill generate`: files that say what they were made of, the same bytes for the same prompt and seed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.errors import DistillError, PromptError
+from distill.generate import generate_images
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+
+TEXTS = ["a red circle", "a blue square", "ein grüner Kreis – “naïve” 円", "two circles", "a star"]
+
+
+def generate(*arguments: str | Path):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"], catch_exceptions=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_each_prompt_becomes_a_file_that_tells_its_prompt_and_seed(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("\n".join(TEXTS[1:]), encoding="utf-8")
+    result = generate(TEXTS[0], "--file", tmp_path / "more.txt", "--out", tmp_path / "out", "--seed", 7, "--batch", 2)
+    assert result.exit_code == 0
+    assert sorted(files(tmp_path / "out")) == [f"0000{i}-{7 + i}.png" for i in range(5)]
+    expected = OneStepPipeline.load(SHIPPED_STUDENT)(TEXTS, range(7, 12))
+    for i, text in enumerate(TEXTS):
+        with Image.open(tmp_path / "out" / f"0000{i}-{7 + i}.png") as image:
+            assert (image.info["prompt"], image.info["seed"]) == (text, str(7 + i))
+            assert image.tobytes() == expected[i].numpy().tobytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_in_any_batch_and_alone(tmp_path: Path) -> None:
+    for name, batch in (("one", 1), ("again", 5), ("three", 3)):
+        assert generate(*TEXTS, "--out", tmp_path / name, "--seed", 3, "--batch", batch).exit_code == 0
+    assert files(tmp_path / "one") == files(tmp_path / "again") == files(tmp_path / "three")
+    assert generate(TEXTS[4], "--out", tmp_path / "alone", "--seed", 7).exit_code == 0
+    assert files(tmp_path / "alone")["00000-7.png"] == files(tmp_path / "one")["00004-7.png"]
+    assert generate(TEXTS[4], "--out", tmp_path / "other", "--seed", 8).exit_code == 0
+    assert files(tmp_path / "other")["00000-8.png"] != files(tmp_path / "alone")["00000-7.png"]
+
+
+def test_a_grid_shows_them_all(tmp_path: Path) -> None:
+    result = generate(*TEXTS, "--out", tmp_path / "out", "--batch", 2, "--grid", tmp_path / "grid.png")
+    assert result.exit_code == 0
+    assert "grid.png" in result.output
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 5 * 128
+
+
+def test_a_full_disk_leaves_the_image_that_was_there(tmp_path: Path) -> None:
+    pipeline = OneStepPipeline.load(SHIPPED_STUDENT)
+    list(generate_images(pipeline, ["a red circle"], 0, 1, tmp_path))
+    before = files(tmp_path)
+    aside = tmp_path / ".00000-0.png.partial"
+    os.symlink("/dev/full", aside)  # what is written aside meets a disk without room
+    with pytest.raises(DistillError, match=r"could not write .*00000-0.png: .*; make room or give another --out"):
+        list(generate_images(pipeline, ["a blue square"], 0, 1, tmp_path))
+    aside.unlink(missing_ok=True)
+    assert files(tmp_path) == before
+
+
+def test_cut_prompts_are_told(tmp_path: Path) -> None:
+    result = generate("a red circle", "circle " * 40, "--out", tmp_path)
+    assert "1 prompts are over the token limit" in result.output
+
+
+def test_nothing_to_make_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="give prompts, or --file"):
+        generate("--out", tmp_path)
+
+
+def test_any_student_folder_is_taken(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # the global generator plays no part
+    assert generate(TEXTS[0], "--student", SHIPPED_STUDENT, "--out", tmp_path / "a").exit_code == 0
+    torch.manual_seed(1)
+    assert generate(TEXTS[0], "--out", tmp_path / "b").exit_code == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
