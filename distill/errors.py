@@ -34,3 +34,7 @@ class DivergedError(DistillError):
 
 class SizeError(DistillError):
     """An image size that the model was not made for."""
+
+
+class RunError(DistillError):
+    """A folder that holds no run, or a file in it that is in another form."""

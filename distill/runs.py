@@ -1,0 +1,146 @@
+"""Run folders as they lie on disk, read without torch: what `distill runs` lists and `distill report` shows.
+
+The configuration is taken as it stands, not validated, so that runs of older versions stay readable.
+"""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+from distill.errors import RunError
+
+State = Literal["running", "finished", "stopped", "never started"]
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run. `images` is how many it has seen, `best` the figures of the kept student, `changed` seconds of Unix."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: State
+    images: int
+    metrics: list[Figures]
+    evaluations: list[Figures]
+    best: Figures
+    changed: float
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, also for `.`."""
+        return self.folder.resolve().name
+
+    @property
+    def budget(self) -> int:
+        """Images that the run is to see."""
+        return int(self.config["images"])
+
+
+def read_run(folder: Path) -> RunFolder:
+    """The run in a folder. Raises RunError when there is none."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(
+            f"{folder} is not a run: it has no config.yaml; give a folder that `distill run` made"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{path} cannot be read as YAML; `distill run` with the same --out writes it anew") from error
+    if not (isinstance(config, dict) and "teacher" in config and isinstance(config.get("images"), int)):
+        raise RunError(f"{folder} is not a run: its config.yaml names no teacher and images; give another folder")
+
+    logs = [folder / "metrics.jsonl", folder / "evaluations.jsonl"]
+    metrics, evaluations = map(_lines, logs)
+    checkpoints = [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
+    images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
+    if _claimed(folder):
+        state: State = "running"
+    elif not images:
+        state = "never started"
+    else:
+        state = "finished" if images >= config["images"] and (folder / "student").is_dir() else "stopped"
+    records = sorted((folder / "best").glob("[0-9]*/state.json"))
+    best = _figures(records[-1].read_text(encoding="utf-8")) if records else {}
+    written = [path, *logs, *checkpoints, folder / "student"]
+    changed = max(path.stat().st_mtime for path in written if path.exists())
+    return RunFolder(folder, config, state, images, metrics, evaluations, best, changed)
+
+
+def read_runs(folder: Path) -> list[RunFolder]:
+    """The runs right under a folder, by name; other folders are passed over. Raises RunError when it is no folder."""
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}; give the one that your runs are in")
+    runs = []
+    for child in sorted(folder.iterdir()):
+        with suppress(RunError):
+            runs.append(read_run(child))
+    return runs
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall time: all `seconds` that the run was up, and images/s up to each logged number of images."""
+
+    seconds: float
+    speeds: dict[int, float]
+
+
+def read_clock(folder: Path) -> Clock:
+    """What the event files of TensorBoard know of time; each time that the run was started wrote one of its own."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    seconds, speeds = 0.0, {}
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        times: dict[int, float] = {}
+        for raw in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(raw)
+            times.setdefault(int(event.step), event.wall_time)
+        if times:
+            seconds += max(times.values()) - min(times.values())
+        steps = sorted(step for step in times if step)  # the first event bears the start, as step 0
+        for before, after in zip(steps, steps[1:], strict=False):
+            if times[after] > times[before]:
+                speeds[after] = (after - before) / (times[after] - times[before])
+    return Clock(seconds, speeds)
+
+
+def _lines(path: Path) -> list[Figures]:
+    """A log's lines; one that is no figures, as a killed writer leaves it, is passed over."""
+    if not path.exists():
+        return []
+    lines = [_figures(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return [line for line in lines if "images" in line]
+
+
+def _figures(text: str) -> Figures:
+    """The finite numbers of a JSON object; none for anything else."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether a live process holds the claim of `checkpoint.claimed`."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # somebody else's folder: it cannot be known
+        return False
