@@ -3,7 +3,6 @@
 import argparse
 import base64
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 ADDRESS = "http://127.0.0.1:8000"
 PROMPT = "a photo of a red circle to the left of a blue square"
@@ -54,8 +54,8 @@ def main() -> int:
     return 0
 
 
-def _distill(*arguments: str, stdout: object = None) -> None:
-    done = subprocess.run([sys.executable, "-m", "distill.cli", *arguments], stdout=stdout, env=os.environ)  # type: ignore[call-overload]
+def _distill(*arguments: str, stdout: IO[str] | None = None) -> None:
+    done = subprocess.run([sys.executable, "-m", "distill.cli", *arguments], stdout=stdout)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -1,9 +1,10 @@
-"""DMD against the KL divergence of Gaussians, and through the same trainer as FGM."""
+"""DMD against the KL divergence of Gaussians; and what makes a method one file."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from gaussians import FixedDraw, gaussian_field
 from torch import Tensor
 
 from distill import methods
@@ -11,17 +12,6 @@ from distill.flow import Draw
 from distill.methods import Velocities
 from distill.methods.dmd import Config
 from distill.policies import Guidance, Times
-
-
-def gaussian_field(mean: float, std: float):
-    """The marginal velocity E[eps - x_0 | x_t] of data N(mean, std^2)."""
-
-    def velocity(x_t: Tensor, t: Tensor, cond: object = None) -> Tensor:
-        t = t.view(-1, 1)
-        variance = (1 - t) ** 2 * std**2 + t**2
-        return (t - (1 - t) * std**2) / variance * (x_t - (1 - t) * mean) - mean
-
-    return velocity
 
 
 def test_the_direction_descends_the_kl_divergence():
@@ -33,19 +23,9 @@ def test_the_direction_descends_the_kl_divergence():
     z, eps = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
     t = 0.02 + 0.68 * torch.rand(count, generator=generator, dtype=torch.float64)
 
-    class Fixed(Draw):
-        def __init__(self):
-            pass
-
-        def uniform(self):
-            return t
-
-        def normal(self, shape):
-            return eps
-
     config = Config(normalise=False, times=Times(law="uniform"), guidance=Guidance(teacher=1))
     nets = Velocities(gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
-    loss = config.student_loss(nets, mean + std * z, None, Fixed()).value
+    loss = config.student_loss(nets, mean + std * z, None, FixedDraw(t, eps)).value
     found = torch.autograd.grad(loss, (mean, std))
 
     student = (1 - t) ** 2 * std**2 + t**2

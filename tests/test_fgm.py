@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gaussians import FixedDraw, gaussian_field
 from torch import nn
 
 from distill.flow import Draw, interpolate
@@ -26,18 +27,6 @@ class BatchDraw(Draw):
 
     def uniform(self):
         return torch.rand(self.count, generator=self.generator)
-
-
-def gaussian_field(mean, std):
-    """The marginal velocity E[eps - x_0 | x_t] of data N(mean, std^2)."""
-
-    def velocity(x_t, t, cond=None):
-        t = t.view(-1, 1)
-        variance = (1 - t) ** 2 * std**2 + t**2
-        offset = x_t - (1 - t) * mean
-        return (t - (1 - t) * std**2) / variance * offset - mean
-
-    return velocity
 
 
 def gaussian_gap(mean, std, m, s, t):
@@ -63,19 +52,11 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
     t = 0.02 + 0.96 * torch.rand(count, generator=generator, dtype=torch.float64)
     eps = torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
-    class Fixed(Draw):
-        def __init__(self):
-            pass
-
-        def uniform(self):
-            return t
-
-        def normal(self, shape):
-            return eps
-
     config = Config(alpha=alpha, weight="velocity-uniform", times=Times(law="uniform"), guidance=Guidance(teacher=1))
     fake = gaussian_field(mean.detach(), std.detach())
-    loss = config.student_loss(Velocities(gaussian_field(m, s), fake, None), mean + std * z, None, Fixed()).value
+    loss = config.student_loss(
+        Velocities(gaussian_field(m, s), fake, None), mean + std * z, None, FixedDraw(t, eps)
+    ).value
     found = torch.autograd.grad(2 * loss, (mean, std))
 
     exact = torch.autograd.grad(gaussian_gap(mean, std, m, s, t), (mean, std))

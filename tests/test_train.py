@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
+from tiny import stock_pipeline
 
 from distill.errors import CheckpointError
 from distill.scenes.captions import vocabulary
@@ -44,10 +44,7 @@ def test_a_training_stopped_between_its_stages_ends_with_the_same_bits(trained: 
 
 def test_the_folder_runs_in_stock_diffusers_as_our_reader_describes_it(trained: Path) -> None:
     spec = read_spec(trained)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        trained, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = stock_pipeline(trained).to(torch.float32)
     image = pipeline("a red circle", num_inference_steps=2, max_sequence_length=spec.max_sequence_length).images[0]
     assert image.size == (spec.image_size, spec.image_size) == (64, 64)
     assert spec.patch_size == FINE
