@@ -28,7 +28,9 @@ ROLES = ("fake", "student")
 
 
 class Networks(Protocol):
-    """What the trainer knows of the three roles."""
+    """What the trainer knows of the three roles; `roles` are those that learn. A fake that does not is the teacher."""
+
+    roles: tuple[str, ...]
 
     def velocity(self, role: str) -> Velocity:
         """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
@@ -37,24 +39,27 @@ class Networks(Protocol):
         """The same with gradient to `x_t` only."""
 
     def trainable(self, role: str) -> dict[str, Tensor]:
-        """The trainable tensors of "fake" or "student" by name; alike for both roles."""
+        """The trainable tensors of a role that learns by name; alike for all of them."""
 
     def using(self, role: str) -> Any:
         """A context in which a backward through `velocity(role)` is right."""
 
 
 class FullCopies:
-    """Three transformers from one in fp32: two copies that learn, and the teacher itself, held in `dtype`."""
+    """Transformers from one in fp32: a copy for each role that learns, and the teacher itself, held in `dtype`."""
 
-    def __init__(self, teacher: SD3Transformer2DModel, kind: Full, dtype: torch.dtype) -> None:
-        self._models = {role: deepcopy(teacher).requires_grad_(True) for role in ROLES}
+    def __init__(
+        self, teacher: SD3Transformer2DModel, kind: Full, dtype: torch.dtype, roles: tuple[str, ...] = ROLES
+    ) -> None:
+        self.roles = roles
+        self._models = {role: deepcopy(teacher).requires_grad_(True) for role in roles}
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         if kind.checkpointing:
             for model in self._models.values():
                 _checkpoint(model)
 
     def velocity(self, role: str) -> Velocity:
-        return partial(velocity, self._models[role])
+        return partial(velocity, self._models[role if role in self.roles else "teacher"])
 
     def field(self, role: str) -> Velocity:
         return _field(self.velocity(role), partial(self.using, role))
@@ -70,7 +75,8 @@ class FullCopies:
 class SharedBase:
     """One transformer with an adapter for each role; the teacher is the base alone."""
 
-    def __init__(self, teacher: SD3Transformer2DModel, kind: Lora) -> None:
+    def __init__(self, teacher: SD3Transformer2DModel, kind: Lora, roles: tuple[str, ...] = ROLES) -> None:
+        self.roles = roles
         self.config = LoraConfig(
             r=kind.rank,
             lora_alpha=kind.alpha,
@@ -80,12 +86,12 @@ class SharedBase:
         self._model = teacher.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
-            for role in ROLES:
+            for role in roles:
                 self._model.add_adapter(self.config, adapter_name=role)
         self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-        self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in ROLES}
+        self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in roles}
         for name, parameter in self._model.named_parameters():
-            for role in ROLES:
+            for role in roles:
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
                     self._adapters[role][name.replace(f".{role}.", ".")] = parameter
@@ -110,7 +116,7 @@ class SharedBase:
     @contextmanager
     def using(self, role: str) -> Iterator[None]:
         before = self._active
-        self._put_on(None if role == "teacher" else role)
+        self._put_on(role if role in self.roles else None)
         try:
             yield
         finally:
@@ -175,8 +181,10 @@ def _checkpoint(model: SD3Transformer2DModel) -> None:
     model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
 
 
-def build(folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device) -> FullCopies | SharedBase:
-    """The three roles from a teacher folder; the frozen weights are held in `dtype`."""
+def build(
+    folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device, roles: tuple[str, ...] = ROLES
+) -> FullCopies | SharedBase:
+    """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`."""
     if isinstance(kind, Full):
-        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype)
-    return SharedBase(load_transformer(folder, dtype, device), kind)
+        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype, roles)
+    return SharedBase(load_transformer(folder, dtype, device), kind, roles)

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from distill.config import Full, Lora, load_config
 from distill.errors import SizeError, TeacherError
 from distill.flow import Draw, one_step
-from distill.methods import Turn, Velocities
+from distill.methods import Batch, Turn, Velocities
 from distill.networks import ROLES, FullCopies, SharedBase
 from distill.run import GRID
 from distill.spec import RECORD, read_json
@@ -218,7 +218,8 @@ class Setting:
         geometry.check_size(self.size)
         turns = self.method.turns()
         asked = {turn.role: asks(turn) for turn in turns}
-        networks, models = build(geometry, self.kind, dtype)
+        networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)))
+        learning = len(networks.roles)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
         weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
@@ -242,11 +243,11 @@ class Setting:
             grid = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
 
         resident = {
-            "base weights": weights - len(ROLES) * role_bytes,
+            "base weights": weights - learning * role_bytes,
             "student weights": role_bytes,
-            "fake weights": role_bytes,
+            "fake weights": (learning - 1) * role_bytes,
             "averaged student": role_bytes,
-            "optimizer states": len(ROLES) * 2 * role_bytes,  # Adam's two moments; its step counts are on the host
+            "optimizer states": learning * 2 * role_bytes,  # Adam's two moments; its step counts are on the host
             "autoencoder for grids": vae_bytes,
         }
         always = sum(resident.values())
@@ -336,7 +337,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def build(
-    geometry: Geometry, kind: Full | Lora, dtype: torch.dtype, device: str = "meta"
+    geometry: Geometry,
+    kind: Full | Lora,
+    dtype: torch.dtype,
+    roles: tuple[str, ...] = ROLES,
+    device: str = "meta",
 ) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
     """The networks of a run, as `networks.build` makes them but for the loading, and the models that they are of."""
     with torch.device(device):
@@ -346,8 +351,8 @@ def build(
                 # Autocast on CUDA normalises in fp32; tensors without data are cast by the CPU's rules, which do not.
                 module.register_forward_pre_hook(_to_fp32)
         if isinstance(kind, Lora):
-            return SharedBase(model.to(dtype), kind), [model]
-        copies = FullCopies(model, kind, dtype)
+            return SharedBase(model.to(dtype), kind, roles), [model]
+        copies = FullCopies(model, kind, dtype, roles)
         return copies, list(copies._models.values())
 
 
@@ -381,8 +386,9 @@ def asks(turn: Turn) -> list[tuple[str, int]]:
 
         return field
 
-    x_0, cond = torch.zeros(1, 1, 2, 2), TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    turn.loss(Velocities(asked("teacher"), asked("fake"), cond), x_0, cond, Draw(0, "plan", range(1)))
+    cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    nets = Velocities(asked("student"), asked("teacher"), asked("fake"), cond)
+    turn.loss(nets, Batch(torch.zeros(1, 1, 2, 2), cond, Draw(0, "plan", range(1))))
     return found
 
 
@@ -400,13 +406,13 @@ def take_turn(
     """
     with Meter() as meter, networks.using(role):
         with _autocast(dtype):
-            with torch.set_grad_enabled(role == "student"):
-                x_0 = one_step(networks.velocity("student"), z, cond).float()
             t = torch.ones(len(z))
-            loss = x_0.square().mean()
+            x, loss = z, torch.zeros(())
             for name, rows in asked:
                 field = networks.velocity(name) if name == role else networks.field(name)
-                out = field(torch.cat([x_0] * rows), torch.cat([t] * rows), TextCondition.cat([cond] * rows))
+                out = field(torch.cat([x] * rows), torch.cat([t] * rows), TextCondition.cat([cond] * rows))
+                if name == "student":
+                    x = out = (z - out).float()
                 loss = loss + out.square().mean()
         kept = meter.live
         loss.backward()  # type: ignore[no-untyped-call]

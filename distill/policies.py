@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill.flow import Draw, interpolate, shift_time, x_0_from_velocity
-from distill.methods import Loss, Velocities, Velocity
+from distill.flow import Draw, interpolate, one_step, shift_time, x_0_from_velocity
+from distill.methods import Batch, Loss, Velocities, Velocity
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,25 +105,35 @@ def guided(field: Velocity, null: Any, x_t: Tensor, t: Tensor, cond: Any, scales
     return empty + scales.view(-1, *[1] * (x_t.ndim - 1)) * (full - empty)
 
 
-def flow_matching(times: Times, guidance: Guidance, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
-    """The fake's loss |v - w|^2 on the student's images, held still, with an eps of its own."""
-    x_0 = x_0.detach()
+def made(nets: Velocities, batch: Batch) -> Tensor:
+    """The student's images x_0 = z - v(z, 1), in fp32; they carry gradient in the student's own turn."""
+    return one_step(nets.student, batch.z, batch.cond).float()
+
+
+def noised(times: Times, x_0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Times t (B,) and fresh noise eps, shaped as `x_0`, on its device."""
     t = times.sample(draw).to(x_0.device)
-    eps = draw.normal(x_0.shape[1:]).to(x_0.device)
+    return t, draw.normal(x_0.shape[1:]).to(x_0.device)
+
+
+def flow_matching(times: Times, guidance: Guidance, nets: Velocities, batch: Batch) -> Loss:
+    """The fake's loss |v - w|^2 on the student's images, held still, with an eps of its own."""
+    with torch.no_grad():
+        x_0 = made(nets, batch)
+    cond = batch.cond
+    t, eps = noised(times, x_0, batch.draw)
     if guidance.fake == "alike":
-        dropped = (draw.uniform() < guidance.caption_dropout).to(x_0.device)
+        dropped = (batch.draw.uniform() < guidance.caption_dropout).to(x_0.device)
         cond = cond.where(dropped, nets.null)
     w = eps - x_0
     v = nets.fake(interpolate(x_0, eps, t), t, cond)
     error = dot(v - w, v - w)
-    return Loss(error.mean(), {"t": t, "flow_matching": error.detach()})
+    return Loss(error.mean(), {"t": t, "flow_matching": error.detach()}, x_0)
 
 
-def guided_pair(
-    guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, cond: Any, draw: Draw
-) -> tuple[Tensor, Tensor]:
+def guided_pair(guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Teacher's and fake's velocities u, v at x_t, each guided as the policy says."""
-    scales = guidance.scales(t, draw)
-    u = guided(nets.teacher, nets.null, x_t, t, cond, scales)
-    v = guided(nets.fake, nets.null, x_t, t, cond, scales if guidance.fake == "alike" else torch.ones_like(t))
+    scales = guidance.scales(t, batch.draw)
+    u = guided(nets.teacher, nets.null, x_t, t, batch.cond, scales)
+    v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.fake == "alike" else torch.ones_like(t))
     return u, v

@@ -78,7 +78,8 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet.
     watch = _Watch(config, out, folder, spec, machine.device, dtype) if machine.is_main_process else None
     torch.manual_seed(config.seed)  # adapters start from it
-    networks = build(folder, config.networks, dtype, machine.device)
+    roles = tuple(sorted({turn.role for turn in config.method.turns()}))
+    networks = build(folder, config.networks, dtype, machine.device, roles)
 
     last = None
     for progress in train(config, out, networks, conditions, spec.latent_shape, machine):

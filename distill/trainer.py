@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,8 +22,8 @@ from distill import checkpoint
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError
 from distill.flow import Draw, one_step
-from distill.methods import Turn, Velocities
-from distill.networks import ROLES, Networks
+from distill.methods import Batch, Loss, Velocities
+from distill.networks import Networks
 from distill.text import TextCondition
 
 BUCKETS = 5  # of t, for the gap between teacher and fake
@@ -85,7 +85,7 @@ def train(
 
     # 1. state
     rates = {"fake": config.optimizer.fake_rate, "student": config.optimizer.student_rate}
-    weights = {role: networks.trainable(role) for role in ROLES}
+    weights = {role: networks.trainable(role) for role in networks.roles}
     optimizers = {
         role: torch.optim.Adam(
             list(weights[role].values()),
@@ -93,23 +93,19 @@ def train(
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
         )
-        for role in ROLES
+        for role in networks.roles
     }
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
     images = _restore(out / "checkpoints", config, weights, average, optimizers)
     log = _Log(out, accelerator, images)
 
     null = conditions.null.to(device)
-    asked = {  # in its own turn the fake learns, in the student's it only passes gradient on to its input
-        "fake": Velocities(networks.field("teacher"), networks.velocity("fake"), null),
-        "student": Velocities(networks.field("teacher"), networks.field("fake"), null),
-    }
-    student = networks.velocity("student")
-    skipped = dict.fromkeys(ROLES, 0)  # steps in a row whose gradient was not finite
+    asked = {role: _asked(networks, role, null) for role in networks.roles}
+    skipped = dict.fromkeys(networks.roles, 0)  # steps in a row whose gradient was not finite
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
-            return one_step(student, z.to(device), cond.to(device))
+            return one_step(asked["student"].student, z.to(device), cond.to(device))
 
     while images < config.images:
         scale = _rate(config, images)
@@ -122,8 +118,11 @@ def train(
                     draw = Draw(config.seed, f"{turn.role} {step}", rows)
                     cond = conditions.rows(_prompt_rows(config.seed, rows, len(conditions))).to(device)
                     with networks.using(turn.role):
-                        loss = _loss(turn, asked[turn.role], student, cond, draw, latent_shape, accelerator, log)
-                        (loss * (len(rows) / local)).backward()
+                        batch = Batch(draw.normal(latent_shape).to(device), cond, draw)
+                        with accelerator.autocast():
+                            loss = turn.loss(asked[turn.role], batch)
+                        (loss.value * (len(rows) / local)).backward()
+                    log.add_loss(turn.role, loss)
 
                 # 3. average over processes, clip, step
                 tensors = list(weights[turn.role].values())
@@ -163,27 +162,13 @@ def train(
         yield progress
 
 
-def _loss(
-    turn: Turn,
-    velocities: Velocities,
-    student: Any,
-    cond: TextCondition,
-    draw: Draw,
-    latent_shape: tuple[int, int, int],
-    accelerator: Accelerator,
-    log: "_Log",
-) -> Tensor:
-    """The turn's loss on fresh images of the student, in fp32 but for the networks themselves."""
-    z = draw.normal(latent_shape).to(accelerator.device)
-    with accelerator.autocast():
-        with torch.set_grad_enabled(turn.role == "student"):
-            x_0 = one_step(student, z, cond).float()
-        loss = turn.loss(velocities, x_0, cond, draw)
-    log.add(f"loss/{turn.role}", float(loss.value.detach()))
-    log.add_figures(loss.figures)
-    if turn.role == "student":
-        log.add_latents(x_0.detach())
-    return loss.value
+def _asked(networks: Networks, role: str, null: TextCondition) -> Velocities:
+    """In its own turn a role learns; in the other's it only passes gradient on to its input."""
+    fields = {
+        name: networks.velocity(name) if name == role else networks.field(name)
+        for name in ("student", "teacher", "fake")
+    }
+    return Velocities(**fields, null=null)
 
 
 def _prompt_rows(seed: int, images: range, count: int) -> list[int]:
@@ -241,7 +226,7 @@ def _save(
     processes: int,
 ) -> None:
     tensors = checkpoint.pack("average", average)
-    for role in ROLES:
+    for role in weights:
         tensors |= checkpoint.pack(role, weights[role])
         tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
     record = {"images": images, "processes": processes, "config": config.identity()}
@@ -265,10 +250,10 @@ def _restore(
     with torch.no_grad():
         for name, tensor in checkpoint.unpack("average", tensors).items():
             average[name].copy_(tensor)
-        for role in ROLES:
+        for role in weights:
             for name, tensor in checkpoint.unpack(role, tensors).items():
                 weights[role][name].copy_(tensor)
-    for role in ROLES:
+    for role in weights:
         checkpoint.restore_optimizer(optimizers[role], checkpoint.unpack(f"{role}-optimizer", tensors))
     return int(record["images"])
 
@@ -293,10 +278,13 @@ class _Log:
         if math.isfinite(value):  # `skipped` counts what was not
             self._sums.setdefault(name, []).append(value)
 
-    def add_figures(self, figures: dict[str, Tensor]) -> None:
-        """Squared distances by bucket of t, and over all."""
-        t = figures["t"].cpu()
-        for name, values in figures.items():
+    def add_loss(self, role: str, loss: Loss) -> None:
+        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
+        self.add(f"loss/{role}", float(loss.value.detach()))
+        if role == "student":
+            self.add_latents(loss.x_0)
+        t = loss.figures["t"].cpu()
+        for name, values in loss.figures.items():
             if name == "t":
                 continue
             values = values.float().cpu()

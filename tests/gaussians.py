@@ -19,6 +19,11 @@ def gaussian_field(mean: float | Tensor, std: float | Tensor) -> Callable[..., T
     return velocity
 
 
+def affine_student(mean: float | Tensor, std: float | Tensor) -> Callable[..., Tensor]:
+    """The velocity whose one step makes mean + std z of noise z."""
+    return lambda z, t, cond=None: z - (mean + std * z)
+
+
 class FixedDraw(Draw):
     """Times and noise that were drawn before."""
 

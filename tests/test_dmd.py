@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gaussians import FixedDraw, gaussian_field
+from gaussians import FixedDraw, affine_student, gaussian_field
 from torch import Tensor
 
 from distill import methods
 from distill.flow import Draw
-from distill.methods import Velocities
+from distill.methods import Batch, Velocities
 from distill.methods.dmd import Config
 from distill.policies import Guidance, Times
 
@@ -24,8 +24,8 @@ def test_the_direction_descends_the_kl_divergence():
     t = 0.02 + 0.68 * torch.rand(count, generator=generator, dtype=torch.float64)
 
     config = Config(normalise=False, times=Times(law="uniform"), guidance=Guidance(teacher=1))
-    nets = Velocities(gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
-    loss = config.student_loss(nets, mean + std * z, None, FixedDraw(t, eps)).value
+    nets = Velocities(affine_student(mean, std), gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
+    loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
     found = torch.autograd.grad(loss, (mean, std))
 
     student = (1 - t) ** 2 * std**2 + t**2
@@ -37,13 +37,13 @@ def test_the_direction_descends_the_kl_divergence():
 
 
 def test_the_divisor_is_each_image_s_own():
-    x_0 = torch.randn(4, 3)
-    nets = Velocities(gaussian_field(0.5, 1.0), gaussian_field(0.0, 2.0), None)
+    z = torch.randn(4, 3)
+    nets = Velocities(affine_student(0.0, 1.0), gaussian_field(0.5, 1.0), gaussian_field(0.0, 2.0), None)
     config = Config(guidance=Guidance(teacher=1))
 
     def gradient(rows: range) -> Tensor:
-        x = x_0[rows.start : rows.stop].requires_grad_(True)
-        (loss,) = torch.autograd.grad(config.student_loss(nets, x, None, Draw(0, "x", rows)).value, x)
+        x = z[rows.start : rows.stop].requires_grad_(True)
+        (loss,) = torch.autograd.grad(config.student_loss(nets, Batch(x, None, Draw(0, "x", rows))).value, x)
         return loss * len(rows)
 
     torch.testing.assert_close(gradient(range(4))[:1], gradient(range(1)))

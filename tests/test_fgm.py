@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from gaussians import FixedDraw, gaussian_field
+from gaussians import FixedDraw, affine_student, gaussian_field
 from torch import nn
 
 from distill.flow import Draw, interpolate
-from distill.methods import Velocities
+from distill.methods import Batch, Velocities
 from distill.methods.fgm import Config
 from distill.policies import WEIGHTS, Guidance, Times
 from distill.text import TextCondition
@@ -54,9 +54,8 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
 
     config = Config(alpha=alpha, weight="velocity-uniform", times=Times(law="uniform"), guidance=Guidance(teacher=1))
     fake = gaussian_field(mean.detach(), std.detach())
-    loss = config.student_loss(
-        Velocities(gaussian_field(m, s), fake, None), mean + std * z, None, FixedDraw(t, eps)
-    ).value
+    nets = Velocities(affine_student(mean, std), gaussian_field(m, s), fake, None)
+    loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
     found = torch.autograd.grad(2 * loss, (mean, std))
 
     exact = torch.autograd.grad(gaussian_gap(mean, std, m, s, t), (mean, std))
@@ -74,39 +73,36 @@ def small_networks():
     def field(net):
         return lambda x, t, cond: net(torch.cat([x, t.view(-1, 1)], 1))
 
-    return field(teacher), field(fake), student
+    return Velocities(field(student), field(teacher), field(fake), None), student
 
 
 @pytest.mark.parametrize(("alpha", "paper"), [(0.5, lambda l1, l2: (l1 + l2) / 2), (1.0, lambda l1, l2: l2 / 2)])
 def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
-    teacher, fake, student = small_networks()
+    nets, student = small_networks()
     config = Config(alpha=alpha, weight="velocity-uniform", guidance=Guidance(teacher=1))
-    z = torch.randn(64, 3)
+    z = torch.randn(64, 2)
 
     def gradient(loss):
         return torch.autograd.grad(loss, list(student.parameters()))
 
-    ours = gradient(
-        config.student_loss(Velocities(teacher, fake, None), student(z), None, Draw(SEED, "x", range(64))).value
-    )
+    ours = gradient(config.student_loss(nets, Batch(z, None, Draw(SEED, "x", range(64)))).value)
 
     draw = Draw(SEED, "x", range(64))
-    t, eps, x_0 = config.times.sample(draw), draw.normal((2,)), student(z)
+    t, eps, x_0 = config.times.sample(draw), draw.normal((2,)), z - nets.student(z, torch.ones(64), None)
     x_t = interpolate(x_0, eps, t)
-    u, v, w = teacher(x_t, t, None), fake(x_t, t, None), eps - x_0
+    u, v, w = nets.teacher(x_t, t, None), nets.fake(x_t, t, None), eps - x_0
     theirs = gradient(paper((u - v).square().mean(), 2 * ((u - v) * (v - w)).mean()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_the_fake_learns_by_flow_matching_on_fresh_noise():
-    teacher, fake, student = small_networks()
-    z = torch.randn(64, 3)
-    x_0 = student(z)
-    loss = Config().fake_loss(Velocities(teacher, fake, None), x_0, None, Draw(SEED, "fake", range(64)))
+    nets, student = small_networks()
+    z = torch.randn(64, 2)
+    loss = Config().fake_loss(nets, Batch(z, None, Draw(SEED, "fake", range(64))))
     draw = Draw(SEED, "fake", range(64))
-    t, eps = Config().times.sample(draw), draw.normal((2,))
-    expected = (fake(interpolate(x_0, eps, t), t, None) - (eps - x_0)).square().mean()
+    t, eps, x_0 = Config().times.sample(draw), draw.normal((2,)), z - nets.student(z, torch.ones(64), None)
+    expected = (nets.fake(interpolate(x_0, eps, t), t, None) - (eps - x_0)).square().mean()
     torch.testing.assert_close(loss.value, expected)
     assert all(g is None for g in torch.autograd.grad(loss.value, list(student.parameters()), allow_unused=True))
 
@@ -148,7 +144,8 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
     x_0 = torch.randn(4, 2)
     for fake, rows in (("unguided", 4), ("alike", 8)):
         config = Config(weight="velocity-uniform", guidance=Guidance(teacher=3.0, fake=fake))
-        loss = config.student_loss(Velocities(field("u"), field("v"), null), x_0, cond, Draw(SEED, "x", range(4)))
+        nets = Velocities(affine_student(0.0, 1.0), field("u"), field("v"), null)
+        loss = config.student_loss(nets, Batch(x_0, cond, Draw(SEED, "x", range(4))))
         assert (seen["u"], seen["v"]) == (8, rows)
         draw = Draw(SEED, "x", range(4))
         t, eps = config.times.sample(draw), draw.normal((2,))
@@ -179,7 +176,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
     student, fake_net = network(2), network(3)
     fake = lambda x, t, cond: fake_net(torch.cat([x, t.view(-1, 1)], 1))  # noqa: E731
     config = Config(alpha=0.5, weight="inverse-l1", guidance=Guidance(teacher=1), fake_steps=4)
-    nets = Velocities(teacher, fake, None)
+    nets = Velocities(lambda z, t, cond: student(z), teacher, fake, None)
     optimizers = {
         "student": torch.optim.Adam(student.parameters(), 3e-3, betas=(0.0, 0.999)),
         "fake": torch.optim.Adam(fake_net.parameters(), 6e-3, betas=(0.0, 0.999)),
@@ -191,8 +188,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
             full = 3e-3 if turn.role == "student" else 6e-3
             optimizers[turn.role].param_groups[0]["lr"] = full * (1 - step / steps)
             for _ in range(turn.steps):
-                z = draw.normal((2,))
-                loss = turn.loss(nets, z - student(z), None, draw).value
+                loss = turn.loss(nets, Batch(draw.normal((2,)), None, draw)).value
                 optimizers[turn.role].zero_grad()
                 loss.backward()
                 optimizers[turn.role].step()

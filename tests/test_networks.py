@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.config import Full, Lora
-from distill.flow import Draw, one_step
-from distill.methods import Velocities
+from distill.flow import Draw
+from distill.methods import Batch, Velocities
 from distill.methods.fgm import Config
 from distill.networks import ROLES, FullCopies, SharedBase, build
 from distill.policies import Guidance
@@ -39,14 +39,12 @@ def separate(teacher: Path) -> tuple[SharedBase, SharedBase, SharedBase]:
     return tuple(shared(teacher, checkpointing=False) for _ in range(3))
 
 
-def gradients(velocities, student, trainable, role, conditions):
+def gradients(velocities, trainable, role, conditions):
     cond, null = conditions
     config = Config(guidance=Guidance(teacher=3.0, fake="alike"))
     turn = {turn.role: turn for turn in config.turns()}[role]
     draw = Draw(0, role, range(3))
-    with torch.set_grad_enabled(role == "student"):
-        x_0 = one_step(student, draw.normal(SHAPE), cond)
-    turn.loss(Velocities(*velocities, null), x_0, cond, draw).value.backward()
+    turn.loss(Velocities(*velocities, null), Batch(draw.normal(SHAPE), cond, draw)).value.backward()
     return {name: tensor.grad for name, tensor in trainable.items()}
 
 
@@ -54,14 +52,14 @@ def gradients(velocities, student, trainable, role, conditions):
 @pytest.mark.parametrize("role", ROLES)
 def test_one_base_has_the_gradients_of_three_copies(teacher, conditions, role, checkpointing):
     one = shared(teacher, checkpointing)
-    fake = one.velocity("fake") if role == "fake" else one.field("fake")
+    student, fake = (one.velocity(name) if name == role else one.field(name) for name in ("student", "fake"))
     with one.using(role):
-        found = gradients((one.field("teacher"), fake), one.velocity("student"), one.trainable(role), role, conditions)
+        found = gradients((student, one.field("teacher"), fake), one.trainable(role), role, conditions)
 
     a, b, c = separate(teacher)
-    plain = (a.velocity("teacher"), b.velocity("fake"))
+    plain = (c.velocity("student"), a.velocity("teacher"), b.velocity("fake"))
     copies = {"fake": b, "student": c}[role]
-    expected = gradients(plain, c.velocity("student"), copies.trainable(role), role, conditions)
+    expected = gradients(plain, copies.trainable(role), role, conditions)
     assert found.keys() == expected.keys()
     assert len(found) > 20
     for name, gradient in expected.items():
@@ -74,9 +72,8 @@ def test_one_base_has_the_gradients_of_three_copies(teacher, conditions, role, c
 def test_full_copies_pass_gradient_on_and_keep_none(teacher, conditions, checkpointing):
     networks = build(teacher, Full(checkpointing=checkpointing), torch.float32, CPU)
     assert isinstance(networks, FullCopies)
-    velocities = (networks.field("teacher"), networks.field("fake"))
-    trainable = networks.trainable("student")
-    found = gradients(velocities, networks.velocity("student"), trainable, "student", conditions)
+    velocities = (networks.velocity("student"), networks.field("teacher"), networks.field("fake"))
+    found = gradients(velocities, networks.trainable("student"), "student", conditions)
     assert all(tensor.grad is None for tensor in networks.trainable("fake").values())
 
     copies = [load_transformer(teacher) for _ in range(2)]
@@ -85,7 +82,7 @@ def test_full_copies_pass_gradient_on_and_keep_none(teacher, conditions, checkpo
         lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
         for model in copies
     ]
-    expected = gradients(plain, again.velocity("student"), again.trainable("student"), "student", conditions)
+    expected = gradients([again.velocity("student"), *plain], again.trainable("student"), "student", conditions)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
 

@@ -75,7 +75,7 @@ def test_weights_gradients_and_moments_are_a_real_step_s_to_the_byte(teacher, ki
 @pytest.mark.parametrize("kind", KINDS, ids=label)
 def test_tensors_without_data_take_a_turn_as_real_ones_do(teacher, kind, dtype):
     made = setting(teacher, kind, dtype)
-    networks, _ = plans.build(made.geometry, kind, dtype, "cpu")
+    networks, _ = plans.build(made.geometry, kind, dtype, device="cpu")
     empty, models = plans.build(made.geometry, kind, dtype)
     fake = FakeTensorMode()
     with fake:
@@ -123,7 +123,7 @@ def test_what_is_kept_is_what_autograd_saves(teacher, kind):
 def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
     made = setting(teacher, Lora(rank=4))
     config = made.geometry.transformer
-    networks, _ = plans.build(made.geometry, made.kind, made.dtype, "cpu")
+    networks, _ = plans.build(made.geometry, made.kind, made.dtype, device="cpu")
     z, cond = inputs(made)
     with plans.Meter() as meter, torch.no_grad():
         networks.velocity("teacher")(z, torch.ones(BATCH), cond)

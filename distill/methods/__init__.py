@@ -2,7 +2,7 @@
 
 A method is stateless: a typed configuration whose `turns()` say which network learns, how often, from which loss. It
 never sees an optimizer, a device, an accelerator or a step number. A loss sees the networks as functions
-`velocity(x_t, t, cond) -> v` and the student's images `x_0`, so a closed form and a model of 8 B are the same to it.
+`velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B are the same to it.
 """
 
 import importlib
@@ -20,31 +20,42 @@ Velocity = Callable[[Tensor, Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class Velocities:
-    """The fields that a loss may ask, and the condition of the empty prompt, one row."""
+    """The fields that a loss may ask, and the condition of the empty prompt, one row.
 
+    Gradient reaches the weights of the role that learns, and the inputs of the others.
+    """
+
+    student: Velocity
     teacher: Velocity
     fake: Velocity
     null: Any
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a loss is computed on: noise `z` (B, C, h, w) in fp32, its prompts, and where more numbers are drawn."""
+
+    z: Tensor
+    cond: Any
+    draw: Draw
+
+
+@dataclass(frozen=True)
 class Loss:
-    """A scalar to descend, and figures per image (B,) to log: `t` and squared distances."""
+    """A scalar to descend, and what to log: figures per image (B,), `t` and squared distances, and images made."""
 
     value: Tensor
     figures: dict[str, Tensor]
+    x_0: Tensor
 
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, x_0, cond, draw)`.
-
-    `x_0` comes from the student; it carries gradient exactly in the student's own turns.
-    """
+    """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, batch)`."""
 
     role: str
     steps: int
-    loss: Callable[[Velocities, Tensor, Any, Draw], Loss]
+    loss: Callable[[Velocities, Batch], Loss]
 
 
 def names() -> list[str]:

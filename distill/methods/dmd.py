@@ -9,15 +9,14 @@ Nothing goes back through either network, which makes a step cheaper than FGM's 
 learns as in FGM; DMD2 lets it take five steps for each one of the student.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from distill.flow import Draw, interpolate, x_0_from_velocity
-from distill.methods import Loss, Turn, Velocities
-from distill.policies import Guidance, Times, dot, flow_matching, guided_pair
+from distill.flow import interpolate, x_0_from_velocity
+from distill.methods import Batch, Loss, Turn, Velocities
+from distill.policies import Guidance, Times, dot, flow_matching, guided_pair, made, noised
 
 
 class Config(BaseModel):
@@ -34,19 +33,19 @@ class Config(BaseModel):
         """The fake keeps up first, then the student moves."""
         return (Turn("fake", self.fake_steps, self.fake_loss), Turn("student", 1, self.student_loss))
 
-    def fake_loss(self, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
+    def fake_loss(self, nets: Velocities, batch: Batch) -> Loss:
         """|v - w|^2 on the student's images."""
-        return flow_matching(self.times, self.guidance, nets, x_0, cond, draw)
+        return flow_matching(self.times, self.guidance, nets, batch)
 
-    def student_loss(self, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
-        """<direction, x_0> with the direction held, at the student's images `x_0`, which carry the gradient."""
+    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
+        """<direction, x_0> with the direction held, at the student's images, which carry the gradient."""
+        x_0 = made(nets, batch)
         with torch.no_grad():
-            t = self.times.sample(draw).to(x_0.device)
-            eps = draw.normal(x_0.shape[1:]).to(x_0.device)
+            t, eps = noised(self.times, x_0, batch.draw)
             x_t = interpolate(x_0, eps, t)
-            u, v = guided_pair(self.guidance, nets, x_t, t, cond, draw)
+            u, v = guided_pair(self.guidance, nets, x_t, t, batch)
             f_u, f_v = x_0_from_velocity(x_t, u, t), x_0_from_velocity(x_t, v, t)
             error = (x_0 - f_u).abs().flatten(1).mean(1)  # per image, never over the batch
             weight = 1 / error.clamp(min=1e-3) if self.normalise else torch.ones_like(t)
         loss = weight * dot(f_v - f_u, x_0)
-        return Loss(loss.mean(), {"t": t, "gap": dot(u - v, u - v)})
+        return Loss(loss.mean(), {"t": t, "gap": dot(u - v, u - v)}, x_0.detach())

@@ -12,15 +12,14 @@ alpha = 0.5 is (L1 + L2) / 2, the paper's objective; alpha = 1 is L2 / 2, what t
 alpha = 1.2 is SiD's setting. Gradient flows through x_t into the inputs of u and v, and through w.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from distill.flow import Draw, interpolate
-from distill.methods import Loss, Turn, Velocities
-from distill.policies import WEIGHTS, Guidance, Times, dot, flow_matching, guided_pair
+from distill.flow import interpolate
+from distill.methods import Batch, Loss, Turn, Velocities
+from distill.policies import WEIGHTS, Guidance, Times, dot, flow_matching, guided_pair, made, noised
 
 
 class Config(BaseModel):
@@ -38,20 +37,20 @@ class Config(BaseModel):
         """The fake keeps up first, then the student moves."""
         return (Turn("fake", self.fake_steps, self.fake_loss), Turn("student", 1, self.student_loss))
 
-    def fake_loss(self, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
+    def fake_loss(self, nets: Velocities, batch: Batch) -> Loss:
         """|v - w|^2 on the student's images."""
-        return flow_matching(self.times, self.guidance, nets, x_0, cond, draw)
+        return flow_matching(self.times, self.guidance, nets, batch)
 
-    def student_loss(self, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw) -> Loss:
-        """L_alpha, weighted, at the student's images `x_0`, which carry the gradient."""
-        t = self.times.sample(draw).to(x_0.device)
-        eps = draw.normal(x_0.shape[1:]).to(x_0.device)
+    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
+        """L_alpha, weighted, at the student's images, which carry the gradient."""
+        x_0 = made(nets, batch)
+        t, eps = noised(self.times, x_0, batch.draw)
         x_t = interpolate(x_0, eps, t)
         w = eps - x_0
-        u, v = guided_pair(self.guidance, nets, x_t, t, cond, draw)
+        u, v = guided_pair(self.guidance, nets, x_t, t, batch)
 
         gap = dot(u - v, u - v)
         loss = dot(u - v, u - w) - self.alpha * gap
         with torch.no_grad():
             weight = WEIGHTS[self.weight](x_0, x_t, t, u)
-        return Loss((weight * loss).mean(), {"t": t, "gap": gap.detach()})
+        return Loss((weight * loss).mean(), {"t": t, "gap": gap.detach()}, x_0.detach())
