@@ -1,0 +1,247 @@
+"""Our distillation against the way it is usually written, in the same run: images/s, peak memory, and their ratios.
+
+The baseline holds whole copies of the model for every role, encodes prompts in every step, asks the teacher's guided
+field in two calls, and compiles nothing. Ours is `distill.trainer` as `distill run` drives it. Both train the same
+geometry with random weights, which cost what trained ones cost, with the same method, batch and precision. The sides
+take turns, each measurement in a process of its own, so that peak memory is a side's alone.
+
+    python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the figures
+    os.environ.setdefault(_name, "error")
+
+SHIPPED = Path(__file__).parents[1] / "distill" / "scenes" / "weights" / "teacher"
+GUIDANCE = 4.0
+WARM = 2  # steps before the clock starts
+
+
+def ours(arguments: argparse.Namespace) -> dict[str, float]:
+    """Train with the product's own loop; prompts were encoded before, so conditions are rows in memory."""
+    import torch
+
+    from distill.config import Run
+    from distill.plan import build, read_geometry
+    from distill.run import accelerator
+    from distill.text import TextCondition
+    from distill.trainer import train
+
+    class Rows:
+        """As many random conditions as there are prompts; a prompt's values change no cost."""
+
+        def __init__(self, tokens: int, width: int, pooled: int) -> None:
+            self.null = TextCondition(torch.randn(1, tokens, width), torch.randn(1, pooled))
+            self._all = TextCondition(torch.randn(64, tokens, width), torch.randn(64, pooled))
+
+        def __len__(self) -> int:
+            return len(self._all)
+
+        def rows(self, indices: list[int]) -> TextCondition:
+            return self._all[torch.tensor(indices)]
+
+    geometry = read_geometry(arguments.teacher)
+    config = Run.model_validate(
+        {
+            "networks": {"kind": arguments.kind, "checkpointing": arguments.checkpointing},
+            "method": {"name": "fgm", "guidance": {"teacher": GUIDANCE}},
+            "images": (WARM + arguments.steps) * arguments.batch,
+            "batch": arguments.batch,
+            "cadence": dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9),
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        machine = accelerator(config, Path(folder))
+        dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
+        networks, _ = build(geometry, config.networks, dtype, device=str(machine.device))
+        shape = geometry.transformer
+        rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])
+        side = (arguments.size or geometry.image_size) // geometry.pixels_per_latent
+        progress = train(config, Path(folder), networks, rows, (shape["in_channels"], side, side), machine)
+        for _ in range(WARM):
+            next(progress)
+        started = _clock(machine.device)
+        for _ in range(arguments.steps):
+            next(progress)
+        return _figures(started, machine.device, arguments)
+
+
+def baseline(arguments: argparse.Namespace) -> dict[str, float]:
+    """The straightforward script: three modules, encoders online, one field at a time."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+    from torch.nn import functional as F
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    from distill.config import Run
+    from distill.plan import read_geometry
+    from distill.run import accelerator
+
+    geometry = read_geometry(arguments.teacher)
+    machine = accelerator(Run(), Path(tempfile.gettempdir()))
+    device, bf16 = machine.device, machine.mixed_precision == "bf16"
+    torch.manual_seed(0)
+    with device:
+        teacher, fake, student, average = (SD3Transformer2DModel.from_config(geometry.transformer) for _ in range(4))
+        encoders = [
+            T5EncoderModel(T5Config(**kind))
+            if name == "text_encoder_3"
+            else CLIPTextModelWithProjection(CLIPTextConfig(**kind))
+            for name, kind in geometry.text.items()
+        ]
+    for model in (teacher, average, *encoders):
+        model.requires_grad_(False)
+    for model in (teacher, *encoders):
+        model.to(torch.bfloat16 if bf16 else torch.float32)
+    if arguments.checkpointing:
+        for model in (teacher, fake, student):
+            model.enable_gradient_checkpointing()
+    optimizers = [torch.optim.Adam(model.parameters(), 1e-4, betas=(0.0, 0.999)) for model in (fake, student)]
+    shape, batch = geometry.transformer, arguments.batch
+    side = (arguments.size or geometry.image_size) // geometry.pixels_per_latent
+    width, clip_tokens = shape["joint_attention_dim"], min(geometry.tokens, 77)
+
+    @torch.no_grad()
+    def encode() -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids to joint and pooled text, as the stock pipeline lays them out."""
+        clips, pooled, t5 = [], [], []
+        for encoder in encoders:
+            if isinstance(encoder, T5EncoderModel):
+                ids = torch.ones(batch, geometry.tokens - clip_tokens, dtype=torch.long, device=device)
+                t5.append(encoder(ids).last_hidden_state)
+            else:
+                ids = torch.ones(batch, clip_tokens, dtype=torch.long, device=device)
+                out = encoder(ids, output_hidden_states=True)
+                clips.append(out.hidden_states[-2])
+                pooled.append(out.text_embeds)
+        joint = torch.cat(clips, -1)
+        return torch.cat([F.pad(joint, (0, width - joint.shape[-1])), *t5], 1), torch.cat(pooled, -1)
+
+    def velocity(model, x, t, embeds, pooled):
+        kind = model.dtype
+        out = model(x.to(kind), embeds.to(kind), pooled.to(kind), 1000 * t, return_dict=False)[0]
+        return out.float()
+
+    def generate(embeds, pooled):
+        z = torch.randn(batch, shape["in_channels"], side, side, device=device)
+        return z - velocity(student, z, torch.ones(batch, device=device), embeds, pooled)
+
+    def noised(x_0):
+        t = torch.sigmoid(torch.randn(batch, device=device) * 1.6 + 0.69).clamp(0.02, 0.98)
+        eps, s = torch.randn_like(x_0), t.view(-1, 1, 1, 1)
+        return t, (1 - s) * x_0 + s * eps, eps - x_0
+
+    def step() -> None:
+        embeds, pooled = encode()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                x_0 = generate(embeds, pooled)
+            t, x_t, w = noised(x_0)
+            loss = F.mse_loss(velocity(fake, x_t, t, embeds, pooled), w)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+        embeds, pooled = encode()
+        null, null_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x_0 = generate(embeds, pooled)
+            t, x_t, w = noised(x_0)
+            u_null = velocity(teacher, x_t, t, null, null_pooled)
+            u = u_null + GUIDANCE * (velocity(teacher, x_t, t, embeds, pooled) - u_null)
+            v = velocity(fake, x_t, t, embeds, pooled)
+            with torch.no_grad():
+                f_u = x_t - t.view(-1, 1, 1, 1) * u
+                weight = t**2 / (x_0 - f_u).abs().flatten(1).mean(1)
+            loss = (weight * ((u - v) * (v - w)).flatten(1).mean(1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizers[1].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), student.parameters(), strict=True):
+                mean.lerp_(new, 0.01)
+
+    for _ in range(WARM):
+        step()
+    started = _clock(device)
+    for _ in range(arguments.steps):
+        step()
+    return _figures(started, device, arguments)
+
+
+def _clock(device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _figures(started: float, device, arguments: argparse.Namespace) -> dict[str, float]:
+    """Images/s since `started`, and the most bytes held: of the device's allocator, or of the process on a CPU."""
+    import torch
+
+    seconds = _clock(device) - started
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return {"images_per_second": arguments.steps * arguments.batch / seconds, "peak_bytes": peak}
+
+
+SIDES = {"ours": ours, "baseline": baseline}
+
+
+def main() -> None:
+    """Measure both sides by turns and print the medians and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", default=str(SHIPPED), help="folder, sd3-medium, sd3.5-medium or sd3.5-large")
+    parser.add_argument("--kind", choices=("full", "lora"), default="full", help="what our side trains")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, help="side of the images in pixels; native if not given")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](arguments)))
+        return
+
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(arguments.rounds):
+        for side in SIDES:
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[side].append(json.loads(output.splitlines()[-1]))
+    medians = {
+        side: {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        for side, rounds in found.items()
+    }
+    a, b = medians["ours"], medians["baseline"]
+    ratios = {name: a[name] / b[name] for name in a}
+    if arguments.json:
+        print(json.dumps({**medians, "ratios": ratios}, indent=2))
+        return
+    for side, figures in medians.items():
+        print(f"{side:9} {figures['images_per_second']:8.2f} images/s  {figures['peak_bytes'] / 2**30:6.2f} GiB")
+    print(f"{'ratio':9} {ratios['images_per_second']:8.2f}           {ratios['peak_bytes']:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
