@@ -13,23 +13,40 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from distill.evaluate.metrics import Features, diversity, frechet
+from distill.evaluate.metrics import (
+    Features,
+    Interval,
+    density_coverage,
+    diversity,
+    frechet,
+    interval,
+    kernel,
+    kernel_interval,
+    precision_recall,
+    saturation,
+    spreads,
+)
 from distill.scenes.captions import TASKS, Prompt, evaluation_prompts, wording
 from distill.scenes.render import place, render
-from distill.scenes.score import score
+from distill.scenes.score import verdicts
 
 Images = NDArray[np.uint8]
 Generate = Callable[[Sequence[str], Sequence[int]], Images]  # prompts, seeds -> (N, H, W, 3)
 Encode = Callable[[Images], torch.Tensor]  # images -> latents (N, C, h, w)
 Report = Callable[[int], None]  # called with the number of images just made
 
+FEATURES = "vae-latents-2x2"  # what distances are taken on, as outputs name it
 BATCH = 64
 DIVERSITY_SEEDS = 8
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One model's figures. Scores in [0, 1]; `calls` counts evaluations of the network per image."""
+    """One model's figures. Scores in [0, 1]; `calls` counts evaluations of the network per image.
+
+    `intervals` are those of 95 % of `overall`, each task, `kernel` and `diversity`. The other distances have none:
+    an image that resampling draws twice is its own nearest neighbour, and lowers the rank of a covariance.
+    """
 
     overall: float
     tasks: dict[str, float]
@@ -37,6 +54,13 @@ class Judgement:
     diversity: float
     calls: int
     seconds_per_image: float
+    kernel: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    saturation: float
+    intervals: dict[str, Interval]
 
     def as_dict(self) -> dict[str, object]:
         """The form that `--json` prints."""
@@ -99,11 +123,33 @@ def judge(
     again = _in_batches(generate, texts, seeds, report)
     seconds = (time.perf_counter() - started) / questions.count
 
-    scores = score(questions.prompts, images)
-    overall = scores.pop("overall")
+    right = verdicts(questions.prompts, images)
+    tasks = {task: float(each.mean()) for task, each in right.items()}
+    made, real = features(images, encode), features(questions.real(seed), encode)
     groups = features(again, encode).reshape(len(questions.repeated), DIVERSITY_SEEDS, -1)
-    distance = frechet(features(images, encode), features(questions.real(seed), encode))
-    return Judgement(overall, scores, distance, diversity(groups), calls, seconds), images
+    precision, recall = precision_recall(made, real)
+    density, coverage = density_coverage(made, real)
+    judgement = Judgement(
+        overall=float(np.mean(list(tasks.values()))),
+        tasks=tasks,
+        frechet=frechet(made, real),
+        diversity=diversity(groups),
+        calls=calls,
+        seconds_per_image=seconds,
+        kernel=kernel(made, real),
+        precision=precision,
+        recall=recall,
+        density=density,
+        coverage=coverage,
+        saturation=saturation(images),
+        intervals={
+            "overall": interval(list(right.values()), seed),
+            **{task: interval([each], seed) for task, each in right.items()},
+            "kernel": kernel_interval(made, real, seed),
+            "diversity": interval([spreads(groups)], seed),
+        },
+    )
+    return judgement, images
 
 
 def _in_batches(generate: Generate, texts: Sequence[str], seeds: Sequence[int], report: Report) -> Images:

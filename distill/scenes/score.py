@@ -130,12 +130,14 @@ def _relations(a: Object, b: Object) -> set[str]:
     return {name for name, holds in names.items() if holds}
 
 
+def verdicts(prompts: Sequence[Prompt], images: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+    """For each task present the verdicts on its images, 1 for a right one, in the prompts' order."""
+    found = [verdict(prompt, scene) for prompt, scene in zip(prompts, detect(images), strict=True)]
+    by_task = {task: [right for right, p in zip(found, prompts, strict=True) if p.task == task] for task in TASKS}
+    return {task: np.array(right, float) for task, right in by_task.items() if right}
+
+
 def score(prompts: Sequence[Prompt], images: NDArray[np.uint8]) -> dict[str, float]:
     """Share of right images for each task present, and `overall`, the mean of the tasks, all in [0, 1]."""
-    verdicts = [verdict(prompt, scene) for prompt, scene in zip(prompts, detect(images), strict=True)]
-    by_task = {
-        task: float(np.mean([v for v, p in zip(verdicts, prompts, strict=True) if p.task == task]))
-        for task in TASKS
-        if any(p.task == task for p in prompts)
-    }
+    by_task = {task: float(right.mean()) for task, right in verdicts(prompts, images).items()}
     return {"overall": float(np.mean(list(by_task.values()))), **by_task}
