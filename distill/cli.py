@@ -206,39 +206,57 @@ def generate(
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder; the shipped one if not given.")] = None,
-    per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.")] = 128,
-    steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 28,
+    per_task: Annotated[int, typer.Option(help="Prompts of each of the six tasks.", min=1)] = 128,
+    split: Annotated[
+        Literal["held-out", "seen", "both"], typer.Option(help="Combinations that training never sees, sees, or both.")
+    ] = "held-out",
+    steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
     guidance: Annotated[float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")] = None,
+    teacher_steps: Annotated[
+        str, typer.Option(help="More teachers: steps with commas between, each with guidance and without: 1,4,28.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Judge teacher and student on the same held-out prompts and seeds of the small world.
+    """Judge teacher and student on the same prompts and seeds of the small world.
 
-    Scores per task are GenEval's verdicts in [0, 1]; the Frechet distance (lower is better) is to true scenes.
+    Scores per task are GenEval's verdicts in [0, 1]; distances are to true scenes. ± is half of a 95 % interval.
     """
+    counts = [part for part in teacher_steps.split(",") if part.strip()]
+    if not all(part.strip().isdecimal() and int(part) for part in counts):
+        raise typer.BadParameter(f"{teacher_steps!r} is not numbers of steps with commas between, as in 1,4,28")
+
     from distill.console import image_bar, out, table
     from distill.device import resolve_device
-    from distill.evaluate.compare import SHIPPED_TEACHER, Comparison
+    from distill.evaluate.compare import SHIPPED_TEACHER, Comparison, overview, side_by_side
+    from distill.evaluate.judge import FEATURES, Questions
     from distill.pipeline import SHIPPED_STUDENT
 
-    comparison = Comparison(
-        teacher or SHIPPED_TEACHER,
-        student or SHIPPED_STUDENT,
-        per_task,
-        steps,
-        guidance,
-        seed,
-        resolve_device(device),
-    )
-    with image_bar("images", comparison.count) as bar:
-        result = comparison.run(bar.advance)
-    result.save_picture(picture)
+    settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
+    folder = student or SHIPPED_STUDENT
+    comparison = Comparison(teacher or SHIPPED_TEACHER, {"student": folder}, settings, resolve_device(device))
+    asked = {
+        name: Questions.make(per_task, seed, name == "held-out")
+        for name in (("held-out", "seen") if split == "both" else (split,))
+    }
+    with image_bar("images", sum(map(comparison.count, asked.values()))) as bar:
+        results = {name: comparison.run(questions, seed, bar.advance) for name, questions in asked.items()}
+    first = next(iter(results.values()))
+    first.save_picture(picture)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        values = {"split": next(iter(results)), **first.as_dict()}
+        if split == "both":
+            values["seen"] = results["seen"].as_dict()
+        typer.echo(json.dumps(values, indent=2))
         return
-    out.print(table("held-out prompts", ("", "teacher", "student", "student / teacher"), result.rows()))
+    for name, result in results.items():
+        rows = side_by_side(result.teacher, result.students["student"].judgement)
+        out.print(table(f"{name} prompts", ("", "teacher", "student", "student / teacher"), rows))
+        if counts:
+            out.print(table(f"{name} prompts", *overview(result.models())))
+    out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
     out.print(f"The picture is {picture}.")
 
 

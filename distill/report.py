@@ -188,9 +188,15 @@ def _comparison(path: Path) -> str:
     for name in flat["teacher"]:
         pair = [flat[who].get(name) for who in ("teacher", "student")]
         cells = "".join(f"<td>{_cell(value)}</td>" for value in pair)
-        lines.append(f'<tr><th scope="row">{escape(name.removeprefix("tasks.").replace("_", " "))}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escape(_label(name))}</th>{cells}</tr>')
     head = '<thead><tr><th scope="col">Figure</th><th scope="col">Teacher</th><th scope="col">Student</th></tr></thead>'
     return f'<div class="table"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _label(name: str) -> str:
+    """A dotted key of a judgement in words."""
+    part, _, last = name.rpartition(".")
+    return ("95 % interval of " if part == "intervals" else "") + last.replace("_", " ")
 
 
 def _samples(run: RunFolder) -> Iterator[str]:
@@ -389,6 +395,8 @@ def _figures_table(rows: list[Figures], names: Sequence[str], best: float | None
 def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return si(value)
+    if isinstance(value, list):  # an interval
+        return " to ".join(map(_cell, value))
     return "–" if value is None else escape(str(value))
 
 

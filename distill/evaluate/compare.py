@@ -1,7 +1,7 @@
-"""One teacher folder and one student folder, judged alike: what `distill evaluate` runs."""
+"""One teacher folder and its students, judged alike: what `distill evaluate` and `distill compare` run."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,136 +9,138 @@ import numpy as np
 import torch
 
 from distill.errors import SizeError
-from distill.evaluate.judge import Images, Judgement, Questions, judge
+from distill.evaluate.judge import FEATURES, Images, Judgement, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
-from distill.flow import noise
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+from distill.evaluate.sampler import Setting, TeacherSampler
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
 from distill.scenes.captions import TASKS
 from distill.scenes.render import SIZE
-from distill.scenes.vae import to_images, to_pixels
-from distill.teacher import (
-    decode_latents,
-    encode_images,
-    guided,
-    load_transformer,
-    load_vae,
-    read_spec,
-    sample,
-    velocity,
-)
-from distill.text import SD3TextEncoder
+from distill.spec import read_spec
 
 SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
 
 PICTURED = 4  # prompts of each task in the picture
+DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "diversity", "saturation")
+COST = ("calls", "seconds_per_image")
 
 
-class TeacherSampler:
-    """A teacher folder as a function from prompts and seeds to images, by `steps` guided Euler steps."""
+@dataclass(frozen=True)
+class Answers:
+    """A judgement, and the images that it was made from."""
 
-    def __init__(self, folder: Path, steps: int, guidance: float | None, device: torch.device) -> None:
-        self.spec = read_spec(folder)
-        self.steps = steps
-        self.guidance = self.spec.guidance if guidance is None else guidance
-        self.text = SD3TextEncoder.load(folder, device)
-        self.vae = load_vae(folder, device=device)
-        self.transformer = load_transformer(folder, device=device)
-
-    @property
-    def calls(self) -> int:
-        """Evaluations of the network per image; guidance takes two a step."""
-        return self.steps * (1 if self.guidance == 1 else 2)
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-        """Images (N, H, W, 3) at the teacher's native size."""
-        side = self.spec.sample_size
-        z = noise(seeds, (self.spec.latent_channels, side, side)).to(self.transformer.device)
-        u = guided(partial(velocity, self.transformer), self.text.encode([""]), self.guidance)
-        latents = sample(u, z, self.text.encode(prompts), self.steps, self.spec.shift)
-        return to_images(decode_latents(self.vae, latents))
-
-    @torch.no_grad()
-    def encode(self, images: Images) -> torch.Tensor:
-        """Latents (N, C, h, w) of images."""
-        return encode_images(self.vae, to_pixels(images))
+    judgement: Judgement
+    images: Images
 
 
 @dataclass(frozen=True)
 class Result:
-    """Both judgements, and the images they were made from."""
+    """Answers of one teacher in one or more settings, the first of which is the measure, and of students by name."""
 
-    teacher: Judgement
-    student: Judgement
     questions: Questions
-    teacher_images: Images
-    student_images: Images
+    teachers: dict[Setting, Answers]
+    students: dict[str, Answers]
+
+    @property
+    def teacher(self) -> Judgement:
+        """The teacher that students are measured by."""
+        return next(iter(self.teachers.values())).judgement
 
     def as_dict(self) -> dict[str, object]:
-        """The form that `--json` prints."""
-        return {"teacher": self.teacher.as_dict(), "student": self.student.as_dict()}
+        """Plain values: `teacher`, one entry for each student under its name, `teachers` in their further settings."""
+        others = list(self.teachers.items())[1:]
+        return {
+            "features": FEATURES,
+            "teacher": self.teacher.as_dict(),
+            **{name: answers.judgement.as_dict() for name, answers in self.students.items()},
+            "teachers": [{**asdict(setting), **answers.judgement.as_dict()} for setting, answers in others],
+        }
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Lines of the table: what, teacher, student, and the ratio of the two."""
-        t, s = self.teacher, self.student
-        lines = [("overall", t.overall, s.overall)]
-        lines += [(task, t.tasks[task], s.tasks[task]) for task in TASKS if task in t.tasks]
-        lines += [("frechet", t.frechet, s.frechet), ("diversity", t.diversity, s.diversity)]
-        lines += [
-            ("calls", t.calls, s.calls),
-            ("seconds_per_image", t.seconds_per_image, s.seconds_per_image),
-        ]
-        return [(name, f"{a:.4g}", f"{b:.4g}", f"{b / a:.3f}" if a else "-") for name, a, b in lines]
+    def models(self) -> dict[str, Judgement]:
+        """Everyone judged, by the name in tables."""
+        teachers = {f"teacher, {setting.name}": answers.judgement for setting, answers in self.teachers.items()}
+        return teachers | {name: answers.judgement for name, answers in self.students.items()}
 
     def save_picture(self, path: Path) -> None:
-        """The first prompts of each task, teacher over student, wordings under the tiles."""
+        """The first prompts of each task: the teacher over the students, wordings under the tiles."""
         per_task = len(self.questions.texts) // len(TASKS)
         chosen = [k * per_task + i for k in range(len(TASKS)) for i in range(min(PICTURED, per_task))]
-        rows = [
-            (f"teacher, {self.teacher.calls} calls", self.teacher_images[chosen]),
-            (f"student, {self.student.calls} call", self.student_images[chosen]),
-        ]
+        calls = self.teacher.calls
+        rows = [(f"teacher, {calls} calls", next(iter(self.teachers.values())).images[chosen])]
+        rows += [(f"{name}, 1 call", answers.images[chosen]) for name, answers in self.students.items()]
         texts = [self.questions.texts[i] for i in chosen]
         save_png(labelled_grid(rows, texts, columns=2 * PICTURED), path)
 
 
 class Comparison:
-    """Loads both models; `run` judges them."""
+    """A teacher in several settings, and students by name; students are in memory one at a time.
+
+    `settings` are pairs of steps and guidance, None for the scale that the teacher's folder names; a repeated one is
+    judged once.
+    """
 
     def __init__(
         self,
         teacher: Path,
-        student: Path,
-        per_task: int,
-        steps: int,
-        guidance: float | None,
-        seed: int,
+        students: Mapping[str, Path],
+        settings: Sequence[tuple[int, float | None]],
         device: torch.device,
-        held_out: bool = True,
     ) -> None:
-        self._teacher = TeacherSampler(teacher, steps, guidance, device)
-        spec = self._teacher.spec
-        if spec.sample_size * spec.vae_scale_factor != SIZE:
+        spec = read_spec(teacher)
+        if spec.image_size != SIZE:
             raise SizeError(
-                f"{teacher} makes {spec.sample_size * spec.vae_scale_factor} pixels a side; "
-                f"the scorer of the small world takes {SIZE}: judge a teacher of that size"
+                f"{teacher} makes {spec.image_size} pixels a side; the scorer of the small world takes {SIZE}: judge "
+                "a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
             )
-        self._student = OneStepPipeline.load(student, device)
-        self._questions = Questions.make(per_task, seed, held_out)
-        self._seed = seed
+        for folder in students.values():
+            read_student(folder)
+        scaled = (Setting(steps, spec.guidance if scale is None else scale) for steps, scale in settings)
+        self.settings = list(dict.fromkeys(scaled))
+        self._teacher = TeacherSampler(teacher, device)
+        self._students = students
+        self._device = device
 
-    @property
-    def count(self) -> int:
-        """Images that both make together."""
-        return 2 * self._questions.count
+    def count(self, questions: Questions) -> int:
+        """Images that all make together."""
+        return (len(self.settings) + len(self._students)) * questions.count
 
-    def run(self, report: Callable[[int], None]) -> Result:
-        """Judge the teacher, then the student; `report` hears of every batch."""
-
-        def student(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-            return np.asarray(self._student(prompts, seeds))
-
+    def run(self, questions: Questions, seed: int, report: Callable[[int], None]) -> Result:
+        """Judge the teacher, then the students; `report` hears of every batch."""
         encode = self._teacher.encode
-        a, a_images = judge(self._questions, self._teacher, self._teacher.calls, encode, self._seed, report)
-        b, b_images = judge(self._questions, student, 1, encode, self._seed, report)
-        return Result(a, b, self._questions, a_images, b_images)
+        teachers = {}
+        for setting in self.settings:
+            generate = partial(self._teacher.generate, setting)
+            teachers[setting] = Answers(*judge(questions, generate, setting.calls, encode, seed, report))
+        students = {}
+        for name, folder in self._students.items():
+            pipeline = OneStepPipeline.load(folder, self._device)
+
+            def student(prompts: Sequence[str], seeds: Sequence[int], one: OneStepPipeline = pipeline) -> Images:
+                return np.asarray(one(prompts, seeds))
+
+            students[name] = Answers(*judge(questions, student, 1, encode, seed, report))
+        return Result(questions, teachers, students)
+
+
+def cell(judgement: Judgement, name: str) -> str:
+    """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
+    value = judgement.tasks[name] if name in judgement.tasks else getattr(judgement, name)
+    if name not in judgement.intervals:
+        return f"{value:.4g}"
+    low, high = judgement.intervals[name]
+    return f"{value:.4g} ± {(high - low) / 2:.2g}"
+
+
+def side_by_side(teacher: Judgement, student: Judgement) -> list[tuple[str, str, str, str]]:
+    """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
+    lines = []
+    for name in ("overall", *teacher.tasks, *DISTANCES, *COST):
+        a, b = (one.tasks[name] if name in one.tasks else getattr(one, name) for one in (teacher, student))
+        lines.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
+    return lines
+
+
+def overview(models: Mapping[str, Judgement], tasks: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table with one model a line, each task's score in it on request."""
+    some = next(iter(models.values()))
+    names = ["overall", *(some.tasks if tasks else ()), *DISTANCES, *COST]
+    return ["", *names], [[model, *(cell(judgement, name) for name in names)] for model, judgement in models.items()]

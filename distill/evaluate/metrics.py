@@ -58,7 +58,7 @@ def precision_recall(made: Features, real: Features, k: int = 3) -> tuple[float,
     """
     between = cdist(made, real)
     precision = (between <= _reach(real, k)).any(axis=1).mean()
-    recall = (between.T <= _reach(made, k)).any(axis=1).mean()
+    recall = (_reach(made, k) >= between.T).any(axis=1).mean()
     return float(precision), float(recall)
 
 
@@ -81,7 +81,8 @@ def diversity(groups: NDArray[np.float64]) -> float:
 
 def spreads(groups: NDArray[np.float64]) -> NDArray[np.float64]:
     """The `diversity` of each prompt (prompts,)."""
-    return np.array([pdist(group).mean() for group in groups]) / np.sqrt(groups.shape[-1])
+    means = np.array([pdist(group).mean() for group in groups])
+    return np.asarray(means / np.sqrt(groups.shape[-1]))
 
 
 def saturation(images: NDArray[np.uint8]) -> float:
@@ -122,7 +123,7 @@ def _mmd(aa: Features, bb: Features, ab: Features, a: Features, b: Features) -> 
         return np.asarray(pairs / (counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)))
 
     between = ((a @ ab) * b).sum(axis=1) / (a.sum(axis=1) * b.sum(axis=1))
-    return within(aa, a) + within(bb, b) - 2 * between
+    return np.asarray(within(aa, a) + within(bb, b) - 2 * between)
 
 
 def _reach(points: Features, k: int) -> NDArray[np.float64]:

@@ -1,0 +1,66 @@
+"""A teacher folder as a function from prompts and seeds to images, at any number of steps and any guidance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from distill.evaluate.judge import Images
+from distill.flow import noise
+from distill.scenes.vae import to_images, to_pixels
+from distill.teacher import (
+    decode_latents,
+    encode_images,
+    guided,
+    load_transformer,
+    load_vae,
+    read_spec,
+    sample,
+    velocity,
+)
+from distill.text import SD3TextEncoder
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a teacher is sampled: Euler steps, and the scale of guidance, 1 for none."""
+
+    steps: int
+    guidance: float
+
+    @property
+    def calls(self) -> int:
+        """Evaluations of the network per image; guidance takes two a step."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    @property
+    def name(self) -> str:
+        """As tables have it."""
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        return f"{steps}, unguided" if self.guidance == 1 else f"{steps}, guidance {self.guidance:g}"
+
+
+class TeacherSampler:
+    """A teacher on a device. Text encoders and transformer are in bf16 on GPUs, the autoencoder always in fp32."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.spec = read_spec(folder)
+        self._text = SD3TextEncoder.load(folder, device, dtype)
+        self._vae = load_vae(folder, device=device)
+        self._transformer = load_transformer(folder, dtype, device)
+
+    @torch.no_grad()
+    def generate(self, setting: Setting, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+        """Images (N, H, W, 3) at the teacher's native size."""
+        z = noise(seeds, self.spec.latent_shape).to(self._transformer.device)
+        u = guided(partial(velocity, self._transformer), self._text.encode([""]), setting.guidance)
+        latents = sample(u, z, self._text.encode(prompts), setting.steps, self.spec.shift)
+        return to_images(decode_latents(self._vae, latents))
+
+    @torch.no_grad()
+    def encode(self, images: Images) -> torch.Tensor:
+        """Latents (N, C, h, w) of images."""
+        return encode_images(self._vae, to_pixels(images))
