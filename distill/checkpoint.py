@@ -1,11 +1,10 @@
 """States of a run on disk: tensors in safetensors, numbers in JSON, whole or not at all.
 
-A state is a folder, written beside its place, flushed, and renamed into it. What bears a final name is complete.
+A state is a folder, written by `files.aside`: what bears a final name is complete.
 """
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +13,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distill.errors import CheckpointError
+from distill.files import aside, put_back
+from distill.files import flush as flush
+from distill.files import write_aside as write_aside
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ _log = logging.getLogger(__name__)
 def claimed(folder: Path) -> Iterator[None]:
     """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
 
+    What a killed process left between two renames is put right first.
     Raises CheckpointError when another live process has claimed it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +40,7 @@ def claimed(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise CheckpointError(f"another run is writing to {folder}; wait for it, or give another --out") from error
     try:
+        put_back(folder)
         yield
     finally:
         lock.release()
@@ -47,29 +51,29 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
 
     Raises CheckpointError when the disk refuses; nothing half-written keeps a final name.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _TENSORS)
-        (aside / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        for path in (aside / _TENSORS, aside / _RECORD, aside):
-            flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        flush(folder.parent)
+        with aside(folder) as made:
+            made.mkdir()
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
+            (made / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"could not save {folder}: {error}; make room and run the same command, "
             "it continues from the checkpoint before"
         ) from error
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a state. Raises CheckpointError when it cannot be read."""
+def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a state; with a `part`, only what `pack` put under it, and nothing else is read.
+
+    Raises CheckpointError when it cannot be read.
+    """
+    start = f"{part}/" if part else ""
     try:
-        return load_file(folder / _TENSORS), json.loads((folder / _RECORD).read_text())
+        with safe_open(folder / _TENSORS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118, it is no mapping
+            tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
+        return tensors, json.loads((folder / _RECORD).read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before") from error
 
@@ -98,23 +102,6 @@ def prune(folder: Path, keep: int) -> None:
 def state_name(images: int) -> str:
     """The folder's name of a state; names sort by images."""
     return f"{images:012d}"
-
-
-def flush(path: Path) -> None:
-    """Make a file or folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    flush(aside)
-    aside.replace(path)
 
 
 def trim_lines(path: Path, images: int) -> None:

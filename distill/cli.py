@@ -116,6 +116,45 @@ def run(
         )
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder: finished, stopped or running.")],
+    out: Annotated[Path | None, typer.Option(help="Student folder; student in the run folder if not given.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="best, last, or the images seen of a checkpoint; best is the last if none was judged.")
+    ] = "best",
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
+    max_shard_size: Annotated[str, typer.Option(help="Size of one file of weights at most: 5GB, 500MB.")] = "5GB",
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the card; what the teacher's says if not given.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with stock diffusers; differing is an error.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
+) -> None:
+    """Write the student of a run, as `distill run` does at its end.
+
+    The student is the averaged one of a checkpoint; a LoRA run's folder also holds the adapter, for diffusers and
+    ComfyUI. An older student in the same place is replaced by a whole one.
+    """
+    import torch
+
+    from distill.device import resolve_device
+    from distill.parity import TOLERANCE, check_parity
+    from distill.run import export as export_run
+
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, licence)
+    seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
+    typer.echo(f"The student after {seen} images is in {folder}.")
+    if check:
+        largest = check_parity(folder, resolve_device(device))
+        typer.echo(
+            f"Stock diffusers makes the same latents: they differ by {largest:.1e} at most, {TOLERANCE:g} is allowed."
+        )
+
+
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM is noted, so that a step can end and be saved; the second ends at once."""

@@ -38,3 +38,7 @@ class SizeError(DistillError):
 
 class RunError(DistillError):
     """A folder that holds no run, or a file in it that is in another form."""
+
+
+class ParityError(DistillError):
+    """A student folder of which stock diffusers makes something else than we do."""

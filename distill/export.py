@@ -1,6 +1,7 @@
 """The student folder: what stock diffusers runs in one step, and `onestep.json`, all that serving must know."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -12,10 +13,14 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill import checkpoint
-from distill.errors import CheckpointError
-from distill.spec import RECORD, TeacherSpec, read_json, read_spec
+from distill.card import card, licence_of
+from distill.config import Lora
+from distill.errors import CheckpointError, ConfigError
+from distill.files import aside
+from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import load_transformer
+
+SHARD_SIZE = "5GB"
 
 
 def export_student(
@@ -23,113 +28,88 @@ def export_student(
     weights: Mapping[str, Tensor],
     out: Path,
     recipe: Mapping[str, Any],
-    lora: Any = None,
+    lora: Lora | None = None,
     dtype: torch.dtype = torch.float16,
+    max_shard_size: str = SHARD_SIZE,
+    licence: str | None = None,
 ) -> Path:
     """Write the student of `teacher` to `out`, replacing an older one only when it is whole.
 
-    `weights` is the transformer's state, or, with `lora` its peft configuration, the adapter's in peft's naming: then
-    the folder holds the merged transformer and, beside it, the adapter that `load_lora_weights` takes.
-    `recipe` goes into `onestep.json`: name, method, images_seen, config. Raises CheckpointError when the disk refuses.
+    `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
+    merged transformer and, beside it, the adapter that `load_lora_weights` takes. A transformer of more than
+    `max_shard_size` becomes several files. `recipe` goes into `onestep.json`: name, method and images_seen, and if
+    known prompts, figures and config. The licence is the one that the teacher's card names unless another is given.
+
+    Raises ConfigError for a size that is none, CheckpointError when the disk refuses.
     """
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
     spec = read_spec(teacher)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    named = licence_of(spec.folder) if licence is None else {"license": licence}
+    record = {
+        "format": FORMAT,
+        "start_time": 1.0,
+        "image_size": spec.image_size,
+        "latent_shape": list(spec.latent_shape),
+        "vae_scale_factor": spec.vae_scale_factor,
+        "scaling_factor": spec.scaling_factor,
+        "shift_factor": spec.shift_factor,
+        "clip_length": spec.clip_length,
+        "max_sequence_length": spec.max_sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "teacher": spec.name,
+        "teacher_digest": spec.digest,
+        **recipe,
+        "made_with": {name: version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
+    }
     try:
-        _copy_frozen(spec.folder, aside)
-        _transformer(spec.folder, weights, lora, aside).to(dtype).save_pretrained(aside / "transformer")
-        # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
-        shutil.copyfile(spec.folder / "transformer" / "config.json", aside / "transformer" / "config.json")
-        record = {
-            "format": 1,
-            "start_time": 1.0,
-            "image_size": spec.image_size,
-            "latent_shape": list(spec.latent_shape),
-            "vae_scale_factor": spec.vae_scale_factor,
-            "scaling_factor": spec.scaling_factor,
-            "shift_factor": spec.shift_factor,
-            "clip_length": spec.clip_length,
-            "max_sequence_length": spec.max_sequence_length,
-            "dtype": str(dtype).removeprefix("torch."),
-            "teacher": spec.name,
-            "teacher_digest": spec.digest,
-            **recipe,
-            "made_with": {name: version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
-        }
-        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (aside / "README.md").write_text(_card(record, spec))
-        for path in aside.rglob("*"):
-            checkpoint.flush(path)
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        with aside(out) as made:
+            _copy_frozen(spec.folder, made)
+            transformer = _transformer(spec.folder, weights, lora, made).to(dtype)
+            transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
+            # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
+            shutil.copyfile(spec.folder / "transformer" / "config.json", made / "transformer" / "config.json")
+            (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
 
 
-def _copy_frozen(teacher: Path, aside: Path) -> None:
+def _copy_frozen(teacher: Path, made: Path) -> None:
     """Copy what the student shares with its teacher: the pipeline's other parts, in the form that is loaded."""
-    aside.mkdir(parents=True)
-    shutil.copyfile(teacher / "model_index.json", aside / "model_index.json")
+    made.mkdir()
+    shutil.copyfile(teacher / "model_index.json", made / "model_index.json")
     for name, kind in read_json(teacher / "model_index.json").items():
         if isinstance(kind, list) and kind[-1] is not None and name != "transformer":
-            others = shutil.ignore_patterns("*.bin", "*.fp16*.safetensors*", "*.msgpack", ".*")
-            shutil.copytree(teacher / name, aside / name, ignore=others)
+            others = shutil.ignore_patterns("*.bin", "*.fp16*.safetensors*", "*.index.fp16.json", "*.msgpack", ".*")
+            shutil.copytree(teacher / name, made / name, ignore=others)
 
 
-def _card(record: Mapping[str, Any], spec: TeacherSpec) -> str:
-    """The model card."""
-    absent = "" if spec.has_t5 else ", text_encoder_3=None, tokenizer_3=None"
-    side, length = record["image_size"], record["max_sequence_length"]
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# {record["name"]}
-
-A one-step student of `{record["teacher"]}`, distilled with {record["method"]} from its prompts alone over
-{record["images_seen"]:,} images. It makes {side}x{side} pixels in one call of the network, without guidance.
-
-```python
-from distill.pipeline import OneStepPipeline
-
-images = OneStepPipeline.load("{record["name"]}")(["a prompt"], seeds=[0])  # uint8 (1, {side}, {side}, 3)
-```
-
-The same in stock diffusers, where the text length must be given:
-
-```python
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("{record["name"]}"{absent})
-image = pipeline(
-    "a prompt", num_inference_steps=1, guidance_scale=0, height={side}, width={side}, max_sequence_length={length}
-).images[0]
-```
-
-Prompts of more than {record["clip_length"]} CLIP tokens, start and end included, are cut. Everything else about it,
-with the whole recipe, is in `{RECORD}`.
-"""
-
-
-def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Any, aside: Path) -> Any:
+def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:
     """The student's transformer in fp32, adapter merged; writes the adapter beside it."""
     transformer = load_transformer(folder)
     if lora is None:
         state = {**transformer.state_dict(), **{name: tensor.float() for name, tensor in weights.items()}}
         transformer.load_state_dict(state)  # buffers are the teacher's
         return transformer
-    adapter = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    StableDiffusion3Pipeline.save_lora_weights(
-        aside, transformer_lora_layers=adapter, transformer_lora_adapter_metadata=lora.to_dict()
-    )
-    state, metadata = StableDiffusion3Pipeline.lora_state_dict(aside, return_lora_metadata=True, local_files_only=True)
-    transformer.load_lora_adapter(state, metadata=metadata, prefix="transformer")
+    adapter = _scaled(weights, lora)
+    StableDiffusion3Pipeline.save_lora_weights(made, transformer_lora_layers=adapter)
+    state = StableDiffusion3Pipeline.lora_state_dict(made, local_files_only=True)
+    transformer.load_lora_adapter(state, prefix="transformer")
     transformer.fuse_lora()
     transformer.unload_lora()
     return transformer
+
+
+def _scaled(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The adapter with alpha / rank taken into B, so that its scale is 1.
+
+    diffusers keeps alpha in the file's metadata, ComfyUI looks for `.alpha` tensors and reads no metadata; without
+    either both take alpha for the rank, and so does everything else that reads the file.
+    """
+    scale = lora.alpha / lora.rank
+    return {
+        name: (tensor.detach().cpu().float() * (scale if ".lora_B." in name else 1)).contiguous()
+        for name, tensor in weights.items()
+    }

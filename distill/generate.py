@@ -1,15 +1,14 @@
 """Images for people: a student, prompts and seeds in, PNG files out that say what they were made of."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, PngImagePlugin
 
-from distill.checkpoint import flush
 from distill.errors import DistillError
 from distill.evaluate.picture import labelled_grid, save_png
+from distill.files import aside
 from distill.pipeline import OneStepPipeline
 
 GRID = 64  # images in a grid at most; they are held in memory for it
@@ -46,11 +45,8 @@ def _save(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
     words = PngImagePlugin.PngInfo()
     words.add_itxt("prompt", prompt)  # iTXt, for the older kind of text is Latin alone
     words.add_itxt("seed", str(seed))
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(aside, format="PNG", pnginfo=words)
-        flush(aside)
-        os.replace(aside, path)
+        with aside(path) as made:
+            image.save(made, format="PNG", pnginfo=words)
     except OSError as error:
         raise DistillError(f"could not write {path}: {error}; make room or give another --out") from error

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import SD3Transformer2DModel
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
@@ -77,7 +77,7 @@ class SharedBase:
 
     def __init__(self, teacher: SD3Transformer2DModel, kind: Lora, roles: tuple[str, ...] = ROLES) -> None:
         self.roles = roles
-        self.config = LoraConfig(
+        config = LoraConfig(
             r=kind.rank,
             lora_alpha=kind.alpha,
             target_modules=list(kind.targets),
@@ -87,14 +87,14 @@ class SharedBase:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
             for role in roles:
-                self._model.add_adapter(self.config, adapter_name=role)
+                self._model.add_adapter(config, adapter_name=role)
         self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
         self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in roles}
         for name, parameter in self._model.named_parameters():
             for role in roles:
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
-                    self._adapters[role][name.replace(f".{role}.", ".")] = parameter
+                    self._adapters[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
         self._active: str | None = ""
         self._put_on("student")
         if kind.checkpointing:
@@ -134,12 +134,6 @@ class SharedBase:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         self._active = adapter
-
-    def adapter_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of an adapter, named as `trainable` names them, in peft's own naming."""
-        named = {name.replace(".weight", ".student.weight"): tensor for name, tensor in weights.items()}
-        state: dict[str, Tensor] = get_peft_model_state_dict(self._model, named, adapter_name="student")
-        return state
 
 
 class _InputGradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.errors import SizeError, TeacherError
 from distill.flow import noise, one_step
-from distill.spec import RECORD, read_json, read_spec
+from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import decode_latents, load_transformer, load_vae, velocity
 from distill.text import SD3TextEncoder, TextCondition
 
@@ -50,7 +50,7 @@ def read_student(folder: Path | str) -> OneStepSpec:
     record = read_json(spec.folder / RECORD)
     if "start_time" not in record:
         raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first")
-    if record["start_time"] != 1.0 or record.get("format") != 1:
+    if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
     try:
         side = int(record["image_size"])

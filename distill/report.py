@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from distill.errors import RunError
+from distill.files import write_aside
 from distill.runs import Clock, Figures, RunFolder, read_clock
 
 POINTS = 200  # of one curve at most; longer logs are averaged
@@ -66,10 +67,7 @@ _JUDGED = {
 
 def write_report(run: RunFolder, out: Path) -> None:
     """Write the page of a run, whole or not at all. Raises RunError when a file of the run is in another form."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.partial")
-    aside.write_text(render_report(run), encoding="utf-8")
-    aside.replace(out)
+    write_aside(out, render_report(run))
 
 
 def render_report(run: RunFolder) -> str:

@@ -13,17 +13,18 @@ import yaml
 from accelerate import Accelerator
 
 from distill import checkpoint
-from distill.config import Run, load_config
+from distill.config import Lora, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
-from distill.errors import ConfigError
+from distill.errors import RunError
 from distill.evaluate.compare import SHIPPED_TEACHER
 from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
-from distill.export import export_student
+from distill.export import SHARD_SIZE, export_student
 from distill.flow import noise
-from distill.networks import SharedBase, build
+from distill.networks import build
 from distill.prompts import read_prompts
+from distill.runs import read_run
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
@@ -89,14 +90,68 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         yield progress
         last = progress
     if watch is not None and (last is not None or not (out / "student").exists()):
-        average, images = watch.chosen(last)
-        recipe = {"name": f"{Path(config.teacher).name}-one-step", "method": config.method.name, "images_seen": images}
-        recipe["config"] = config.as_dict()
-        if isinstance(networks, SharedBase):
-            export_student(folder, networks.adapter_state(average), out / "student", recipe, networks.config)
-        else:
-            export_student(folder, average, out / "student", recipe)
+        export(out)
     machine.wait_for_everyone()
+
+
+def export(
+    out: Path,
+    student: Path | None = None,
+    which: str = "best",
+    dtype: torch.dtype = torch.float16,
+    max_shard_size: str = SHARD_SIZE,
+    licence: str | None = None,
+) -> Path:
+    """Write the student of a run folder, finished or not, to `student`, or to where the run itself leaves it.
+
+    `which` is `best`, the averaged student that judged best, or the last where none was judged; `last`; or a number
+    of images seen, of a checkpoint that is still there. Raises RunError when there is none.
+    """
+    run = read_run(out)
+    config = load_config(str(out / "config.yaml"))
+    state = _state(out, which)
+    weights, record = checkpoint.load(state, "" if state.parent.name == "best" else "average")
+    images = int(record["images"])
+    judged = next((line for line in run.evaluations if line["images"] == images), {})
+    manifest = out / "embeddings" / MANIFEST
+    # A published record needs no paths of this machine.
+    plain, teacher, source = config.as_dict(), Path(config.teacher).name, Path(config.prompts.source).name
+    recipe = {
+        "name": f"{teacher}-one-step",
+        "method": config.method.name,
+        "images_seen": images,
+        "prompts": {
+            "source": source,
+            "count": json.loads(manifest.read_text())["prompts"] if manifest.exists() else None,
+        },
+        "figures": {name: value for name, value in judged.items() if name != "images"},
+        "config": {**plain, "teacher": teacher, "prompts": {**plain["prompts"], "source": source}},
+    }
+    return export_student(
+        teacher_folder(config),
+        weights,
+        student or out / "student",
+        recipe,
+        config.networks if isinstance(config.networks, Lora) else None,
+        dtype,
+        max_shard_size,
+        licence,
+    )
+
+
+def _state(out: Path, which: str) -> Path:
+    """The state that `export` means."""
+    if which in ("best", "last"):
+        best = checkpoint.latest(out / "best") if which == "best" else None
+        found = best or checkpoint.latest(out / "checkpoints")
+        if found is None:
+            raise RunError(f"{out} has no checkpoint yet; `distill run` with the same --out writes one")
+        return found
+    kept = {int(path.name): path for part in ("checkpoints", "best") for path in (out / part).glob("[0-9]*")}
+    if not which.isdecimal() or int(which) not in kept:
+        there = ", ".join(map(str, sorted(kept))) or "none"
+        raise RunError(f"{out} has no checkpoint {which}; give best, last or the images of one: {there}")
+    return kept[int(which)]
 
 
 class _Watch:
@@ -153,17 +208,3 @@ class _Watch:
             if not target.exists():
                 checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
             checkpoint.prune(self._out / "best", 1)
-
-    def chosen(self, last: Progress | None) -> tuple[dict[str, torch.Tensor], int]:
-        """The average to export and the images it has seen: the best judged, else the last."""
-        best = checkpoint.latest(self._out / "best")
-        if best is not None:
-            tensors, record = checkpoint.load(best)
-            return tensors, int(record["images"])
-        if last is not None:
-            return last.average, last.images
-        newest = checkpoint.latest(self._out / "checkpoints")
-        if newest is None:
-            raise ConfigError(f"{self._out} holds nothing to export; raise images")
-        tensors, record = checkpoint.load(newest)
-        return checkpoint.unpack("average", tensors), int(record["images"])

@@ -14,6 +14,7 @@ from typing import Any
 from distill.errors import TeacherError
 
 RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside a student: all that serving must know
+FORMAT = 1  # of a student's record; another number is refused
 
 _PIPELINE = "StableDiffusion3Pipeline"
 _MODELS = {
@@ -170,7 +171,12 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component, one or the shards that its index names."""
     indexes = sorted(folder.glob("*model.safetensors.index.json"))
     if indexes:
-        return [folder / name for name in sorted(set(read_json(indexes[0])["weight_map"].values()))]
+        shards = read_json(indexes[0]).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
+            raise TeacherError(
+                f"{indexes[0]} does not map tensors to files beside it; fetch or export the folder again"
+            )
+        return [folder / name for name in sorted(set(shards.values()))]
     files = sorted(folder.glob("*model.safetensors"))
     if not files:
         raise TeacherError(f"{folder} has no model.safetensors; only safetensors weights are loaded")

@@ -1,18 +1,24 @@
 """The student folder: stock diffusers and our pipeline make the same of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from tiny import PROMPTS, stock_pipeline
 
-from distill.errors import CheckpointError, SizeError, TeacherError
+from distill.card import licence_of
+from distill.errors import CheckpointError, ConfigError, ParityError, SizeError, TeacherError
 from distill.export import export_student
 from distill.flow import noise, one_step
 from distill.networks import ROLES, Lora, SharedBase, build
+from distill.parity import check_parity
 from distill.pipeline import OneStepPipeline
+from distill.spec import read_spec
 from distill.teacher import load_transformer
 from distill.text import SD3TextEncoder
 
@@ -49,15 +55,23 @@ def test_stock_diffusers_makes_the_same_latents_in_one_step(student):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_is_merged_and_also_loads_into_the_teacher(teacher, tmp_path):
+@pytest.fixture(scope="module")
+def adapted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedBase, Path]:
+    """An adapter whose alpha is twice its rank, and the student that it was exported to."""
     torch.manual_seed(2)
     networks = build(teacher, Lora(rank=4, alpha=8), torch.float32, CPU)
     assert isinstance(networks, SharedBase)
     for role in ROLES:
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)
-    adapter = networks.adapter_state(networks.trainable("student"))
-    out = export_student(teacher, adapter, tmp_path / "lora", RECIPE, networks.config, torch.float32)
+    out = tmp_path_factory.mktemp("students") / "lora"
+    return networks, export_student(
+        teacher, networks.trainable("student"), out, RECIPE, Lora(rank=4, alpha=8), torch.float32
+    )
+
+
+def test_an_adapter_is_merged_and_also_loads_into_the_teacher(adapted, teacher):
+    networks, out = adapted
     ours = OneStepPipeline.load(out)
     z, cond = noise(range(4), (4, 8, 8)), ours.encode(PROMPTS)
     trained = one_step(networks.velocity("student"), z, cond).detach()
@@ -68,6 +82,80 @@ def test_an_adapter_is_merged_and_also_loads_into_the_teacher(teacher, tmp_path)
     stock = stock_pipeline(teacher)
     stock.load_lora_weights(out, local_files_only=True)
     torch.testing.assert_close(stock_latents(stock, PROMPTS, z, 0), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_file_is_what_comfyui_loads(adapted, teacher):
+    """Its SD3 loader takes diffusers' module names after `transformer.`, adds B A, and scales by `.alpha` tensors."""
+    _, out = adapted
+    block = r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+    known = re.compile(rf"transformer\.(transformer_blocks\.\d+\.({block}))\.lora_[AB]\.weight")
+    with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert set(file.metadata()) == {"format"}
+        lora = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    names = {found[1] for found in map(known.fullmatch, lora) if found}
+    assert len(lora) == 2 * len(names)
+    merged, base = (load_transformer(folder).state_dict() for folder in (out, teacher))
+    for name in names:
+        a, b = (lora[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
+        torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + b @ a)
+    changed = {name.removesuffix(".weight") for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == names
+
+
+def test_a_big_transformer_is_cut_into_shards_that_are_checked(teacher, student, tmp_path):
+    weights = dict(load_transformer(student).named_parameters())
+    out = export_student(teacher, weights, tmp_path / "cut", RECIPE, dtype=torch.float32, max_shard_size="100KB")
+    shards = sorted((out / "transformer").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    whole, cut = OneStepPipeline.load(student), OneStepPipeline.load(out)
+    assert read_spec(out).parameters == read_spec(student).parameters
+    assert torch.equal(cut.latents(cut.encode(PROMPTS), range(4)), whole.latents(whole.encode(PROMPTS), range(4)))
+    assert check_parity(out) < 1e-4
+
+    before = read_spec(out).digest
+    with shards[1].open("r+b") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header)  # the first number of the first tensor
+        file.write(b"\x01\x02\x03\x04")
+    assert read_spec(out).digest != before
+    shards[1].unlink()
+    with pytest.raises(TeacherError, match=shards[1].name):
+        read_spec(out)
+    index = out / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    with pytest.raises(TeacherError, match="files beside it"):
+        read_spec(out)
+
+
+def test_a_folder_that_stock_diffusers_runs_otherwise_fails_the_check(student, tmp_path):
+    other = shutil.copytree(student, tmp_path / "other")
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 500}))
+    with pytest.raises(ParityError, match=str(other)):
+        check_parity(other)
+
+
+def test_the_card_bears_a_licence(teacher, tmp_path):
+    weights = dict(load_transformer(teacher).named_parameters())
+
+    def header(**options):
+        text = (export_student(teacher, weights, tmp_path / "student", RECIPE, **options) / "README.md").read_text()
+        return yaml.safe_load(text.split("---")[1])
+
+    assert "license" not in header()
+    assert header(licence="apache-2.0")["license"] == "apache-2.0"
+    shared = shutil.copytree(teacher, tmp_path / "shared")
+    named = {"license": "other", "license_name": "community", "license_link": "LICENSE.md"}
+    (shared / "README.md").write_text(f"---\n{yaml.safe_dump(named)}---\n# Teacher\n")
+    assert licence_of(shared) == named
+    out = export_student(shared, weights, tmp_path / "of-shared", RECIPE)
+    assert licence_of(out) == named
+
+
+def test_a_size_of_shards_that_is_none_is_refused(teacher, tmp_path):
+    with pytest.raises(ConfigError, match="5GB"):
+        export_student(teacher, {}, tmp_path / "student", RECIPE, max_shard_size="big")
 
 
 def test_a_seed_is_one_image_alone_and_in_any_batch(student):

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from distill import checkpoint
-from distill.errors import CheckpointError
+from distill.cli import app
+from distill.errors import CheckpointError, RunError
+from distill.files import write_aside
 from distill.pipeline import OneStepPipeline
+from distill.run import export
 
 ARGUMENTS = (
     "batch=8",
@@ -122,6 +126,35 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
+def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
+    kind, out = whole
+    arguments = ["export", str(out), "--checkpoint", "80", "--dtype", "fp32", "--license", "mit", "--check"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "student")], catch_exceptions=False)
+    assert "after 80 images" in result.output
+    assert "Stock diffusers makes the same latents" in result.output
+    record = json.loads((tmp_path / "student" / "onestep.json").read_text())
+    assert (record["dtype"], record["images_seen"]) == ("float32", 80)
+    assert record["prompts"] == {"source": "prompts.txt", "count": 5}
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "5 different prompts of `prompts.txt`" in card
+    assert f"kind: {kind}" in card
+    for path in (out / "student", tmp_path / "student"):
+        assert all("/prompts.txt" not in (path / name).read_text() for name in ("onestep.json", "README.md"))
+    weights = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    average, _ = checkpoint.load(out / "checkpoints" / checkpoint.state_name(80), "average")
+    if kind == "full":
+        assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+
+
+def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
+    _, out = whole
+    with pytest.raises(RunError, match="no checkpoint 12; give best, last or the images of one: 80, 96"):
+        export(out, tmp_path / "student", "12")
+    with pytest.raises(RunError, match="is not a run"):
+        export(tmp_path)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_it_learnt(stop, teacher, prompts, tmp_path):
     out = tmp_path / "interrupted"
@@ -183,6 +216,26 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
     assert checkpoint.latest(tmp_path) == tmp_path / "000000000001"
     assert [path.name for path in tmp_path.iterdir()] == ["000000000001"]
     assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
+
+
+def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
+    """Where `save` replaces a state of the same name; the next claim gives it its name again."""
+    folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
+    checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    with checkpoint.claimed(tmp_path):
+        assert checkpoint.latest(folder.parent) == folder
+    checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert checkpoint.load(folder)[0]["x"][0] == 1
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    write_aside(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_aside(tmp_path / "a.txt", "new \udcff")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """Grids of images with words: rows of models over columns of prompts, captions wrapped under the tiles."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from distill.files import aside
 
 TILE = 128  # pixels
 GAP = 6
@@ -47,8 +48,6 @@ def labelled_grid(
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write aside and rename, so that a viewer never opens half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
+    """Write a PNG whole or not at all, so that a viewer never opens half a picture."""
+    with aside(path) as made:
+        image.save(made, format="PNG")
