@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.config import Run
 
 # The libraries' own bars and notices would run through ours.
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
@@ -85,24 +88,32 @@ def run(
     resolved = load_config(config, overrides or [])
     folder = out or Path("runs") / Path(config).stem
 
+    if _distil(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False)):
+        typer.echo(
+            f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
+        )
+
+
+def _distil(config: "Run", folder: Path, heading: str) -> bool:
+    """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop."""
     from distill import console
     from distill import run as runs
     from distill.checkpoint import claimed
     from distill.console import image_bar
 
-    machine = runs.accelerator(resolved, folder)
+    machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
     with claimed(folder) if machine.is_main_process else nullcontext():
         if machine.is_main_process:
-            runs.prepare(resolved, folder)
-            typer.echo(yaml.safe_dump(resolved.as_dict(), sort_keys=False))
-            with image_bar("prompts", resolved.prompts.count) as bar:
-                for encoded in runs.embed(resolved, folder, machine.device):
+            runs.prepare(config, folder)
+            typer.echo(heading)
+            with image_bar("prompts", config.prompts.count) as bar:
+                for encoded in runs.embed(config, folder, machine.device):
                     bar.update(encoded.prompts, {"truncated": encoded.truncated})
         machine.wait_for_everyone()
         shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
-        with image_bar("distilling", resolved.images) as bar, _asked_to_stop() as asked:
-            for progress in runs.distil(resolved, folder, machine):
+        with image_bar("distilling", config.images) as bar, _asked_to_stop() as asked:
+            for progress in runs.distil(config, folder, machine):
                 figures = {name: progress.figures[name] for name in shown if name in progress.figures}
                 bar.update(progress.images, figures)
                 if asked and machine.is_main_process:
@@ -110,10 +121,7 @@ def run(
                     typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
                     raise typer.Exit(128 + asked[0])
         machine.end_training()
-    if machine.is_main_process:
-        typer.echo(
-            f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
-        )
+    return machine.is_main_process
 
 
 @app.command()

@@ -6,6 +6,7 @@ of (seed, purpose, image index), so a run needs no generator's state to continue
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,11 +45,13 @@ class Conditions(Protocol):
 class Progress:
     """Where a run stands after a round of turns, for as long as its next round has not begun.
 
+    `seconds` is what all rounds so far took, without checkpoints and without what the caller does between rounds.
     `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
     """
 
     before: int
     images: int
+    seconds: float
     figures: dict[str, float]
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
@@ -96,7 +99,7 @@ def train(
         for role in networks.roles
     }
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
-    images = _restore(out / "checkpoints", config, weights, average, optimizers)
+    images, seconds = _restore(out / "checkpoints", config, weights, average, optimizers)
     log = _Log(out, accelerator, images)
 
     null = conditions.null.to(device)
@@ -108,6 +111,7 @@ def train(
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
     while images < config.images:
+        started = time.perf_counter()
         scale = _rate(config, images)
         for turn in config.method.turns():
             for step in range(turn.steps):
@@ -151,8 +155,9 @@ def train(
 
         # 5. report and keep
         before, images = images, images + config.batch
-        save = partial(_save, out / "checkpoints", config, weights, average, optimizers, images, world)
-        progress = Progress(before, images, {}, generate, average, save)
+        seconds += time.perf_counter() - started
+        save = partial(_save, out / "checkpoints", config, weights, average, optimizers, images, seconds, world)
+        progress = Progress(before, images, seconds, {}, generate, average, save)
         if progress.crosses(config.cadence.log) or images >= config.images:
             progress.figures.update(log.write(images))
         if progress.crosses(config.cadence.checkpoint) or images >= config.images:
@@ -223,13 +228,14 @@ def _save(
     average: dict[str, Tensor],
     optimizers: dict[str, torch.optim.Adam],
     images: int,
+    seconds: float,
     processes: int,
 ) -> None:
     tensors = checkpoint.pack("average", average)
     for role in weights:
         tensors |= checkpoint.pack(role, weights[role])
         tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
-    record = {"images": images, "processes": processes, "config": config.identity()}
+    record = {"images": images, "seconds": seconds, "processes": processes, "config": config.identity()}
     checkpoint.save(folder / checkpoint.state_name(images), tensors, record)
     checkpoint.prune(folder, config.cadence.keep)
 
@@ -240,11 +246,11 @@ def _restore(
     weights: dict[str, dict[str, Tensor]],
     average: dict[str, Tensor],
     optimizers: dict[str, torch.optim.Adam],
-) -> int:
-    """Images seen by the newest checkpoint, whose state is put back; 0 without one."""
+) -> tuple[int, float]:
+    """Images seen by the newest checkpoint, whose state is put back, and seconds taken for them; 0 without one."""
     newest = checkpoint.latest(folder)
     if newest is None:
-        return 0
+        return 0, 0.0
     tensors, record = checkpoint.load(newest)
     config.check_same(record["config"], newest)
     with torch.no_grad():
@@ -255,7 +261,7 @@ def _restore(
                 weights[role][name].copy_(tensor)
     for role in weights:
         checkpoint.restore_optimizer(optimizers[role], checkpoint.unpack(f"{role}-optimizer", tensors))
-    return int(record["images"])
+    return int(record["images"]), float(record.get("seconds", 0))
 
 
 class _Log:

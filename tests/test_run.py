@@ -92,6 +92,8 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert (out / "samples" / "000000000096.png").exists()
     assert list((out / "tensorboard").rglob("events*"))
     assert len(list((out / "checkpoints").iterdir())) == 2
+    records = [checkpoint.load(path)[1] for path in sorted((out / "checkpoints").iterdir())]
+    assert 0 < records[0]["seconds"] < records[1]["seconds"]
     pipeline = OneStepPipeline.load(out / "student")
     assert pipeline.spec.images_seen == 96
     assert pipeline(["a red circle"], [0]).shape == (1, 16, 16, 3)
