@@ -14,6 +14,8 @@ import typer
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
+    import torch
+
     from distill.config import Run
 
 # The libraries' own bars and notices would run through ours.
@@ -107,9 +109,7 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
         if machine.is_main_process:
             runs.prepare(config, folder)
             typer.echo(heading)
-            with image_bar("prompts", config.prompts.count) as bar:
-                for encoded in runs.embed(config, folder, machine.device):
-                    bar.update(encoded.prompts, {"truncated": encoded.truncated})
+            _encode(config, folder, machine.device)
         machine.wait_for_everyone()
         shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
         with image_bar("distilling", config.images) as bar, _asked_to_stop() as asked:
@@ -121,7 +121,17 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
                     typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
                     raise typer.Exit(128 + asked[0])
         machine.end_training()
-    return machine.is_main_process
+    return bool(machine.is_main_process)
+
+
+def _encode(config: "Run", folder: Path, device: "torch.device") -> None:
+    """A run's prompts, with a bar, unless they are encoded already."""
+    from distill.console import image_bar
+    from distill.run import embed
+
+    with image_bar("prompts", config.prompts.count) as bar:
+        for encoded in embed(config, folder, device):
+            bar.update(encoded.prompts, {"truncated": encoded.truncated})
 
 
 @app.command()
@@ -279,6 +289,7 @@ def evaluate(
     from distill.device import resolve_device
     from distill.evaluate.compare import SHIPPED_TEACHER, Comparison, overview, side_by_side
     from distill.evaluate.judge import FEATURES, Questions
+    from distill.evaluate.picture import save_png
     from distill.pipeline import SHIPPED_STUDENT
 
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
@@ -291,7 +302,7 @@ def evaluate(
     with image_bar("images", sum(map(comparison.count, asked.values()))) as bar:
         results = {name: comparison.run(questions, seed, bar.advance) for name, questions in asked.items()}
     first = next(iter(results.values()))
-    first.save_picture(picture)
+    save_png(first.picture(), picture)
     if as_json:
         values = {"split": next(iter(results)), **first.as_dict()}
         if split == "both":
@@ -305,6 +316,62 @@ def evaluate(
             out.print(table(f"{name} prompts", *overview(result.models())))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
     out.print(f"The picture is {picture}.")
+
+
+@app.command()
+def compare(
+    variants: Annotated[
+        list[str], typer.Argument(help="Methods or YAML files, each with its own keys: fgm,method.alpha=0.5.")
+    ],
+    config: Annotated[str, typer.Option(help="Preset or YAML file that methods take everything else from.")] = "scenes",
+    images: Annotated[int | None, typer.Option(help="Budget of each in images; the preset's.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget of each in seconds of training.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all of them.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.")] = Path("runs/compare"),
+    per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.")] = 0,
+) -> None:
+    """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
+
+    Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues; what is
+    finished is not done again.
+    """
+    import shlex
+
+    from distill.compare import is_finished, is_scored, judged, read_variants, share_embeddings, within
+    from distill.console import image_bar, table
+    from distill.console import out as console
+    from distill.device import resolve_device
+    from distill.errors import ConfigError
+    from distill.evaluate.judge import Questions
+
+    if images is not None and seconds is not None:
+        raise ConfigError("--images and --seconds are both given; give one, the other follows from it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "distill compare is one process; under accelerate, launch each `distill run` with a folder under --out, "
+            "named as the variant, and compare them afterwards"
+        )
+    words = [*variants, "--config", config, *(part for each in overrides or [] for part in ("--set", each))]
+    words += ["--images", str(images)] if images else ["--seconds", f"{seconds:g}"] if seconds else []
+    words += ["--per-task", str(per_task), "--steps", str(steps), "--seed", str(seed)]
+    where = resolve_device("auto")
+    planned = read_variants(variants, config, overrides or [], images)
+    share_embeddings(planned, out)
+    for i, variant in enumerate(planned):
+        if seconds is not None:
+            _encode(variant.config, out / variant.name, where)
+            planned[i] = variant = within(seconds, variant, out)
+        if not is_finished(variant, out):
+            _distil(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
+    questions = Questions.make(per_task, seed)
+    total = (1 + len(planned)) * questions.count if is_scored(planned[0].config) else None
+    with image_bar("images", total) as bar:
+        outcome = judged(planned, out, questions, steps, seed, where, bar.advance)
+    outcome.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
+    console.print(table(f"students of {planned[0].config.teacher}", *outcome.table()))
+    console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")
 
 
 @app.command()

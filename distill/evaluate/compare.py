@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from distill.errors import SizeError
 from distill.evaluate.judge import FEATURES, Images, Judgement, Questions, judge
-from distill.evaluate.picture import labelled_grid, save_png
+from distill.evaluate.picture import labelled_grid
 from distill.evaluate.sampler import Setting, TeacherSampler
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
 from distill.scenes.captions import TASKS
@@ -60,7 +61,7 @@ class Result:
         teachers = {f"teacher, {setting.name}": answers.judgement for setting, answers in self.teachers.items()}
         return teachers | {name: answers.judgement for name, answers in self.students.items()}
 
-    def save_picture(self, path: Path) -> None:
+    def picture(self) -> Image:
         """The first prompts of each task: the teacher over the students, wordings under the tiles."""
         per_task = len(self.questions.texts) // len(TASKS)
         chosen = [k * per_task + i for k in range(len(TASKS)) for i in range(min(PICTURED, per_task))]
@@ -68,7 +69,7 @@ class Result:
         rows = [(f"teacher, {calls} calls", next(iter(self.teachers.values())).images[chosen])]
         rows += [(f"{name}, 1 call", answers.images[chosen]) for name, answers in self.students.items()]
         texts = [self.questions.texts[i] for i in chosen]
-        save_png(labelled_grid(rows, texts, columns=2 * PICTURED), path)
+        return labelled_grid(rows, texts, columns=2 * PICTURED)
 
 
 class Comparison:
@@ -123,24 +124,32 @@ class Comparison:
 
 def cell(judgement: Judgement, name: str) -> str:
     """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
-    value = judgement.tasks[name] if name in judgement.tasks else getattr(judgement, name)
+    value = _value(judgement, name)
     if name not in judgement.intervals:
         return f"{value:.4g}"
     low, high = judgement.intervals[name]
     return f"{value:.4g} ± {(high - low) / 2:.2g}"
 
 
+def figure_names(judgement: Judgement) -> list[str]:
+    """Everything that `cell` can be asked for, in the order of tables."""
+    return ["overall", *judgement.tasks, *DISTANCES, *COST]
+
+
 def side_by_side(teacher: Judgement, student: Judgement) -> list[tuple[str, str, str, str]]:
     """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
     lines = []
-    for name in ("overall", *teacher.tasks, *DISTANCES, *COST):
-        a, b = (one.tasks[name] if name in one.tasks else getattr(one, name) for one in (teacher, student))
+    for name in figure_names(teacher):
+        a, b = _value(teacher, name), _value(student, name)
         lines.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
     return lines
 
 
-def overview(models: Mapping[str, Judgement], tasks: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table with one model a line, each task's score in it on request."""
-    some = next(iter(models.values()))
-    names = ["overall", *(some.tasks if tasks else ()), *DISTANCES, *COST]
+def overview(models: Mapping[str, Judgement]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table with one model a line, without the tasks."""
+    names = ["overall", *DISTANCES, *COST]
     return ["", *names], [[model, *(cell(judgement, name) for name in names)] for model, judgement in models.items()]
+
+
+def _value(judgement: Judgement, name: str) -> float:
+    return judgement.tasks[name] if name in judgement.tasks else float(getattr(judgement, name))

@@ -1,0 +1,241 @@
+"""Several distillations of one teacher on equal terms: what `distill compare` plans, measures and writes.
+
+Each variant is an ordinary run in a folder of its own under the comparison's, so a comparison continues where it
+stopped, and a run that is finished is not done again.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from distill import checkpoint, methods, run
+from distill.config import Cadence, Run, load_config
+from distill.errors import ConfigError, RunError
+from distill.evaluate.compare import Comparison, cell, figure_names
+from distill.evaluate.judge import FEATURES, Judgement, Questions
+from distill.evaluate.picture import labelled_grid, save_png
+from distill.evaluate.sampler import Setting, TeacherSampler
+from distill.pipeline import OneStepPipeline, read_student
+from distill.prompts import read_prompts
+from distill.runs import read_run
+from distill.scenes.render import SIZE
+from distill.spec import read_spec
+
+SPEED = "speed.json"
+WARM, TIMED = 2, 8  # rounds of a run that are not timed, and that are
+SHOWN = 8  # prompts of the picture where there is no scorer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the runs compared; `name` is what the command was given, and the name of its folder."""
+
+    name: str
+    config: Run
+
+
+def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], images: int | None) -> list[Variant]:
+    """Variants from `METHOD_OR_FILE,key=value,...`: a method in place of the base's own, or a YAML file.
+
+    A method takes everything else from the base, its guidance included, which goes with the teacher. `overrides` hold
+    for all, a variant's own keys come after them, and all have the images of the base when none are given.
+    Raises ConfigError for one that is no configuration, named twice, or not comparable with the first.
+    """
+    budget = f"images={load_config(base, overrides).images if images is None else images}"
+    variants: list[Variant] = []
+    for text in texts:
+        head, *own = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside of brackets belong to a value
+        if head in methods.names():
+            config = load_config(base, [*_method(head, base), *overrides, *own, budget])
+        elif head.endswith((".yaml", ".yml")):
+            config = load_config(head, [*overrides, *own, budget])
+        else:
+            raise ConfigError(f"no method {head!r}; there are {', '.join(methods.names())}, or give a YAML file")
+        name = ",".join([Path(head).stem, *own]).replace("/", "-")
+        if name in {variant.name for variant in variants}:
+            raise ConfigError(
+                f"two variants are called {name!r}; give one of them another file name or a key of its own"
+            )
+        variants.append(Variant(name, config))
+    for field in ("teacher", "precision"):
+        values = {variant.name: getattr(variant.config, field) for variant in variants}
+        if len(set(values.values())) > 1:
+            raise ConfigError(f"{field} differs between variants ({values}); a comparison has one, set it with --set")
+    return variants
+
+
+def _method(name: str, base: str) -> list[str]:
+    """Overrides that put a method in place of the base's own."""
+    own = load_config(base).method
+    if own.name == name:
+        return []
+    chosen: dict[str, Any] = {"name": name}
+    fields = [type(own).model_fields.get("guidance"), methods.config_class(name).model_fields.get("guidance")]
+    if all(fields) and len({field.annotation for field in fields if field}) == 1:
+        chosen["guidance"] = own.guidance.model_dump(mode="json")
+    return [f"method={json.dumps(chosen)}"]
+
+
+def share_embeddings(variants: Sequence[Variant], out: Path) -> None:
+    """Let runs with the same prompts read those that the first of them encodes."""
+    first: dict[Any, str] = {}
+    for variant in variants:
+        owner = first.setdefault(variant.config.prompts, variant.name)
+        link = out / variant.name / "embeddings"
+        if owner != variant.name and not os.path.lexists(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path("..") / owner / "embeddings")
+
+
+def is_finished(variant: Variant, out: Path) -> bool:
+    """Whether its run lies there whole: of this configuration, to this budget, with its student.
+
+    Raises ConfigError when the run has gone beyond the budget, which would favour it.
+    """
+    folder, config = out / variant.name, variant.config
+    try:
+        found = read_run(folder)
+    except RunError:
+        return False
+    if found.images >= config.images + config.batch:  # a run ends with a whole batch
+        raise ConfigError(
+            f"{folder} has seen {found.images} images, more than the {config.images} of this comparison; "
+            "give them all as many, or another --out"
+        )
+    kept = load_config(str(folder / "config.yaml"))
+    return kept.identity() == config.identity() and found.state == "finished" and found.images >= config.images
+
+
+def within(seconds: float, variant: Variant, out: Path) -> Variant:
+    """The variant with as many images as its training makes in so many seconds.
+
+    Rates decay by images, so a run must know how many it will see: its speed is measured once, over a few rounds of
+    its own in a scratch folder that leave nothing behind, and kept in `speed.json` for a run that is continued.
+    """
+    folder, config = out / variant.name, variant.config
+    if not (folder / SPEED).exists():
+        checkpoint.write_aside(folder / SPEED, json.dumps({"images_per_second": _speed(config, folder)}) + "\n")
+    speed = float(json.loads((folder / SPEED).read_text())["images_per_second"])
+    images = max(1, int(speed * seconds / config.batch)) * config.batch
+    return Variant(variant.name, config.model_copy(update={"images": images}))
+
+
+def _speed(config: Run, folder: Path) -> float:
+    """Images a second of a run's rounds, from its own beginning; its prompts must be encoded."""
+    scratch = folder / ".speed"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (scratch / "embeddings").symlink_to(Path("..") / "embeddings")
+    never = 10**12
+    quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
+    endless = config.model_copy(update={"images": never, "cadence": quiet})
+    machine = run.accelerator(endless, scratch)
+    rounds = list(islice(run.distil(endless, scratch, machine), WARM + TIMED))
+    machine.end_training()
+    shutil.rmtree(scratch)
+    first, last = rounds[WARM - 1], rounds[-1]
+    return (last.images - first.images) / (last.seconds - first.seconds)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: images, seconds of training, and the images that the exported student had seen."""
+
+    images: int
+    seconds: float
+    kept: int
+
+
+def read_cost(folder: Path) -> Cost:
+    """The cost of a finished run. Raises RunError when its checkpoints are gone."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise RunError(f"{folder} holds no checkpoint, so its seconds are not known; remove it to run it again")
+    record = checkpoint.load(newest)[1]
+    return Cost(int(record["images"]), float(record.get("seconds", 0)), read_student(folder / "student").images_seen)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Costs of the runs, figures of teacher and students where there is a scorer for them, and their images."""
+
+    costs: dict[str, Cost]
+    teacher: Judgement | None
+    students: dict[str, Judgement]
+    picture: Image
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: `teacher` and `runs`."""
+        figures = {name: judgement.as_dict() for name, judgement in self.students.items()}
+        runs = {name: {**asdict(cost), **figures.get(name, {})} for name, cost in self.costs.items()}
+        return (
+            {"features": FEATURES, "teacher": self.teacher.as_dict(), "runs": runs} if self.teacher else {"runs": runs}
+        )
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and lines: the teacher, then each run with what it took."""
+        names = figure_names(self.teacher) if self.teacher else []
+        lines = [["teacher", "-", "-", "-", *(cell(self.teacher, name) for name in names)]] if self.teacher else []
+        for name, cost in self.costs.items():
+            took = [str(cost.images), f"{cost.seconds:.0f}", str(cost.kept)]
+            lines.append([name, *took, *(cell(self.students[name], figure) for figure in names)])
+        return ["", "images", "seconds", "kept", *names], lines
+
+    def save(self, out: Path, record: Mapping[str, Any]) -> None:
+        """`compare.json`, `compare.md` and `compare.png`; `record` says what was compared and with which command."""
+        values = json.dumps({**record, **self.as_dict()}, indent=2)
+        checkpoint.write_aside(out / "compare.json", values + "\n")
+        header, lines = self.table()
+        rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+        text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        text += "\n`kept`: the images that the exported student had seen.\n"
+        if self.teacher:
+            text += f"±: half of a 95 % interval over prompts. Distances: to true scenes, on features {FEATURES}.\n"
+        checkpoint.write_aside(out / "compare.md", f"{text}\n```sh\n{record['command']}\n```\n")
+        save_png(self.picture, out / "compare.png")
+
+
+def is_scored(config: Run) -> bool:
+    """Whether there is a scorer for what a run makes: the small world's."""
+    return config.prompts.source == "scenes" and read_spec(run.teacher_folder(config)).image_size == SIZE
+
+
+def judged(
+    variants: Sequence[Variant],
+    out: Path,
+    questions: Questions,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    report: Callable[[int], None],
+) -> Outcome:
+    """Teacher and students on the same questions and seeds; without a scorer only a picture of the first prompts."""
+    config = variants[0].config
+    teacher = run.teacher_folder(config)
+    students = {variant.name: out / variant.name / "student" for variant in variants}
+    costs = {variant.name: read_cost(out / variant.name) for variant in variants}
+    if is_scored(config):
+        result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
+        figures = {name: answers.judgement for name, answers in result.students.items()}
+        return Outcome(costs, result.teacher, figures, result.picture())
+
+    texts = list(read_prompts(config.prompts.source, SHOWN, config.prompts.seed))
+    seeds = range(seed, seed + len(texts))
+    sampler = TeacherSampler(teacher, device)
+    setting = Setting(steps, sampler.spec.guidance)
+    alone = [sampler.generate(setting, [text], [own]) for text, own in zip(texts, seeds, strict=True)]
+    rows = [(f"teacher, {setting.calls} calls", np.concatenate(alone))]
+    del sampler  # one model in memory at a time
+    for name, folder in students.items():
+        rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
+    return Outcome(costs, None, {}, labelled_grid(rows, texts))

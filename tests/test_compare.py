@@ -1,0 +1,132 @@
+"""`distill compare`: what variants mean, equal budgets, nothing done twice, and what is written of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from distill import checkpoint
+from distill.cli import app
+from distill.compare import Cost, Variant, is_finished, judged, read_variants, within
+from distill.config import load_config
+from distill.errors import ConfigError
+from distill.evaluate.judge import Questions
+from distill.pipeline import SHIPPED_STUDENT
+
+
+def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: {name: dmd, fake_steps: 2}\nimages: 7\n")
+    texts = ["fgm", "fgm,method.alpha=0.5,optimizer.betas=[0.5,0.9]", "dmd", str(file)]
+    variants = read_variants(texts, "scenes", ["batch=32", "optimizer.clip=2"], 640)
+    plain, ablated, dmd, mine = (variant.config for variant in variants)
+    base = load_config("scenes")
+    assert [variant.name for variant in variants] == [*texts[:3], "mine"]
+    assert {config.images for config in (plain, ablated, dmd, mine)} == {640}
+    assert {config.batch for config in (plain, ablated, dmd, mine)} == {32}
+    assert {config.optimizer.clip for config in (plain, ablated, dmd, mine)} == {2}
+    assert plain.method == base.method
+    assert ablated.method == base.method.model_copy(update={"alpha": 0.5})
+    assert ablated.optimizer.betas == (0.5, 0.9)
+    assert dmd.method.guidance == base.method.guidance
+    assert dmd.method.fake_steps == 5  # the method's own, not the base's
+    assert mine.method.fake_steps == 2
+    assert read_variants(["fgm"], "scenes", [], None)[0].config.images == base.images
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["fgn"], "no method 'fgn'; there are dmd, fgm"),
+        (["fgm", "fgm"], "two variants are called 'fgm'"),
+        (["fgm", "dmd,teacher=elsewhere"], "teacher differs between variants"),
+        (["fgm,method.alpah=1"], "did you mean 'alpha'"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_variants(texts, "scenes", [], None)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\n")
+    return path
+
+
+def compare(teacher: Path, prompts: Path, out: Path, *arguments: str) -> dict:
+    values = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=4", "method.fake_steps=1")
+    words = ["compare", "fgm", "dmd", "--config", "scenes-debug", "--steps", "2", "--out", str(out), *arguments]
+    result = CliRunner().invoke(app, [*words, *(part for value in values for part in ("--set", value))])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads((out / "compare.json").read_text())
+
+
+def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, prompts, tmp_path) -> None:
+    found = compare(teacher, prompts, tmp_path, "--images", "8")
+    assert {name: (run["images"], run["kept"]) for name, run in found["runs"].items()} == {"fgm": (8, 8), "dmd": (8, 8)}
+    assert all(run["seconds"] > 0 for run in found["runs"].values())
+    table = (tmp_path / "compare.md").read_text()
+    assert "| fgm | 8 |" in table
+    assert found["command"] in table
+    with Image.open(tmp_path / "compare.png") as picture:
+        assert picture.height > 3 * 128  # the teacher's row and those of both students
+    assert (tmp_path / "dmd" / "embeddings").samefile(tmp_path / "fgm" / "embeddings")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
+    assert compare(teacher, prompts, tmp_path, "--images", "8") == found
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
+
+
+def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
+    config = load_config("scenes-debug", ["batch=4", "images=8"])
+    folder = tmp_path / "fgm"
+    checkpoint.save(folder / "checkpoints" / checkpoint.state_name(12), {}, {"images": 12})
+    (folder / "config.yaml").write_text("teacher: scenes\nimages: 12\n")
+    with pytest.raises(ConfigError, match="has seen 12 images, more than the 8"):
+        is_finished(Variant("fgm", config), tmp_path)
+
+
+def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path) -> None:
+    variant = Variant("fgm", load_config("scenes-debug", ["batch=8"]))
+    (tmp_path / "fgm").mkdir()
+    (tmp_path / "fgm" / "speed.json").write_text('{"images_per_second": 10.0}')
+    assert [within(seconds, variant, tmp_path).config.images for seconds in (0.1, 2.5, 60)] == [8, 24, 600]
+
+
+def test_equal_seconds_train_for_about_as_long(teacher, prompts, tmp_path) -> None:
+    found = compare(teacher, prompts, tmp_path, "--seconds", "1")
+    for name, run in found["runs"].items():
+        speed = json.loads((tmp_path / name / "speed.json").read_text())["images_per_second"]
+        assert run["images"] == max(1, int(speed / 4)) * 4
+    assert not list(tmp_path.glob("*/.speed"))
+
+
+def test_students_of_the_small_world_are_judged_in_one_table(tmp_path) -> None:
+    variants = read_variants(["fgm", "dmd"], "scenes", [], 8)
+    for variant in variants:
+        folder = tmp_path / variant.name
+        checkpoint.save(
+            folder / "checkpoints" / checkpoint.state_name(8), {"x": torch.zeros(1)}, {"images": 8, "seconds": 2.0}
+        )
+        (folder / "student").symlink_to(SHIPPED_STUDENT)
+    counts: list[int] = []
+    outcome = judged(variants, tmp_path, Questions.make(1, 0), 1, 0, torch.device("cpu"), counts.append)
+    assert sum(counts) == 3 * Questions.make(1, 0).count
+    first, second = outcome.students.values()
+    assert first.frechet == second.frechet  # the same student on the same questions
+    header, lines = outcome.table()
+    assert header[:5] == ["", "images", "seconds", "kept", "overall"]
+    assert [line[0] for line in lines] == ["teacher", "fgm", "dmd"]
+    assert all(len(line) == len(header) for line in lines)
+    assert outcome.costs["fgm"] == Cost(
+        8, 2.0, json.loads((SHIPPED_STUDENT / "onestep.json").read_text())["images_seen"]
+    )
+    outcome.save(tmp_path, {"command": "distill compare fgm dmd"})
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["teacher"].keys() <= found["runs"]["fgm"].keys()
+    assert np.asarray(outcome.picture).ndim == 3
