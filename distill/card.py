@@ -62,6 +62,10 @@ image = pipeline(
 
 Prompts of more than {record["clip_length"]} CLIP tokens, start and end included, are cut.
 """
+    if record.get("any_step"):
+        yield """
+It takes any number of steps, through this package alone: call it with `steps=4`.
+"""
     if adapter:
         yield """
 `pytorch_lora_weights.safetensors` is the same student as an adapter of its teacher, for `load_lora_weights` and for

@@ -19,6 +19,7 @@ from distill.errors import CheckpointError, ConfigError
 from distill.files import aside
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import load_transformer
+from distill.two_times import save_second_time, split
 
 SHARD_SIZE = "5GB"
 
@@ -36,15 +37,17 @@ def export_student(
     """Write the student of `teacher` to `out`, replacing an older one only when it is whole.
 
     `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
-    merged transformer and, beside it, the adapter that `load_lora_weights` takes. A transformer of more than
-    `max_shard_size` becomes several files. `recipe` goes into `onestep.json`: name, method and images_seen, and if
-    known prompts, figures and config. The licence is the one that the teacher's card names unless another is given.
+    merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
+    file of their own, which one step does not need. A transformer of more than `max_shard_size` becomes several files.
+    `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
+    licence is the one that the teacher's card names unless another is given.
 
     Raises ConfigError for a size that is none, CheckpointError when the disk refuses.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
     spec = read_spec(teacher)
+    weights, second = split(weights)
     named = licence_of(spec.folder) if licence is None else {"license": licence}
     record = {
         "format": FORMAT,
@@ -57,6 +60,7 @@ def export_student(
         "clip_length": spec.clip_length,
         "max_sequence_length": spec.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
+        "any_step": bool(second),
         "teacher": spec.name,
         "teacher_digest": spec.digest,
         **recipe,
@@ -69,6 +73,8 @@ def export_student(
             transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
             # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
             shutil.copyfile(spec.folder / "transformer" / "config.json", made / "transformer" / "config.json")
+            if second:
+                save_second_time(second, made)
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
     except (OSError, SafetensorError) as error:

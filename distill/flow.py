@@ -62,6 +62,16 @@ def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond
     return z - velocity(z, torch.ones(len(z), device=z.device), cond)
 
 
+def between(t: Tensor, s: Tensor) -> Tensor:
+    """Times (B, 2) that ask a student of two times for its mean velocity from t to s."""
+    return torch.stack([t, s], 1)
+
+
+def jump(velocity: Callable[[Tensor, Tensor, Cond], Tensor], x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """X_{t,s}(x_t) = x_t + (s - t) v(x_t, t, s): the flow map of a velocity that takes times (B, 2)."""
+    return x_t + _as(s - t, x_t) * velocity(x_t, between(t, s), cond)
+
+
 class Draw:
     """Random numbers for a batch, one generator an image, from (seed, purpose, image index) alone.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from distill.config import Full, Lora
 from distill.methods import Velocity
 from distill.teacher import load_transformer, velocity
+from distill.two_times import add_second_time
 
 ROLES = ("fake", "student")
 
@@ -49,10 +50,17 @@ class FullCopies:
     """Transformers from one in fp32: a copy for each role that learns, and the teacher itself, held in `dtype`."""
 
     def __init__(
-        self, teacher: SD3Transformer2DModel, kind: Full, dtype: torch.dtype, roles: tuple[str, ...] = ROLES
+        self,
+        teacher: SD3Transformer2DModel,
+        kind: Full,
+        dtype: torch.dtype,
+        roles: tuple[str, ...] = ROLES,
+        two_times: bool = False,
     ) -> None:
         self.roles = roles
         self._models = {role: deepcopy(teacher).requires_grad_(True) for role in roles}
+        if two_times:
+            add_second_time(self._models["student"])
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         if kind.checkpointing:
             for model in self._models.values():
@@ -75,7 +83,9 @@ class FullCopies:
 class SharedBase:
     """One transformer with an adapter for each role; the teacher is the base alone."""
 
-    def __init__(self, teacher: SD3Transformer2DModel, kind: Lora, roles: tuple[str, ...] = ROLES) -> None:
+    def __init__(
+        self, teacher: SD3Transformer2DModel, kind: Lora, roles: tuple[str, ...] = ROLES, two_times: bool = False
+    ) -> None:
         self.roles = roles
         config = LoraConfig(
             r=kind.rank,
@@ -95,6 +105,8 @@ class SharedBase:
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
                     self._adapters[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
+        if two_times:  # the base, asked with one time, does not know of it
+            self._adapters["student"] |= add_second_time(self._model)
         self._active: str | None = ""
         self._put_on("student")
         if kind.checkpointing:
@@ -176,9 +188,17 @@ def _checkpoint(model: SD3Transformer2DModel) -> None:
 
 
 def build(
-    folder: Path | str, kind: Full | Lora, dtype: torch.dtype, device: torch.device, roles: tuple[str, ...] = ROLES
+    folder: Path | str,
+    kind: Full | Lora,
+    dtype: torch.dtype,
+    device: torch.device,
+    roles: tuple[str, ...] = ROLES,
+    two_times: bool = False,
 ) -> FullCopies | SharedBase:
-    """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`."""
+    """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
+
+    With `two_times` the student takes a second time, learnt in full beside an adapter.
+    """
     if isinstance(kind, Full):
-        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype, roles)
-    return SharedBase(load_transformer(folder, dtype, device), kind, roles)
+        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype, roles, two_times)
+    return SharedBase(load_transformer(folder, dtype, device), kind, roles, two_times)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -10,11 +11,12 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.errors import SizeError, TeacherError
-from distill.flow import noise, one_step
+from distill.errors import ConfigError, SizeError, TeacherError
+from distill.flow import jump, noise, one_step
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import decode_latents, load_transformer, load_vae, velocity
 from distill.text import SD3TextEncoder, TextCondition
+from distill.two_times import load_second_time
 
 SHIPPED_STUDENT = Path(__file__).parent / "scenes" / "weights" / "student"
 FILLING_TOKENS = 1024  # an image of so many leaves a device nothing to gain from a second one beside it
@@ -36,6 +38,7 @@ class OneStepSpec:
     method: str
     images_seen: int
     created: int  # Unix seconds of the record
+    any_step: bool = False  # more steps than one make better images
 
     @property
     def image_tokens(self) -> int:
@@ -67,6 +70,7 @@ def read_student(folder: Path | str) -> OneStepSpec:
             method=str(record["method"]),
             images_seen=int(record["images_seen"]),
             created=int((spec.folder / RECORD).stat().st_mtime),
+            any_step=bool(record.get("any_step", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{spec.folder}/{RECORD} lacks or garbles {error}; export the student again") from None
@@ -113,7 +117,10 @@ class OneStepPipeline:
         if rows is None:
             rows = 4 if spec.image_tokens < FILLING_TOKENS else 1
         text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length)
-        return cls(spec, text, load_transformer(folder, dtype, device), load_vae(folder, dtype, device), rows)
+        transformer = load_transformer(folder, dtype, device)
+        if spec.any_step:
+            load_second_time(transformer, Path(folder))
+        return cls(spec, text, transformer, load_vae(folder, dtype, device), rows)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether the model sees only its beginning."""
@@ -130,20 +137,37 @@ class OneStepPipeline:
 
     @torch.no_grad()
     def latents(
-        self, cond: TextCondition, seeds: Sequence[int], width: int | None = None, height: int | None = None
+        self,
+        cond: TextCondition,
+        seeds: Sequence[int],
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 1,
     ) -> Tensor:
-        """One call of the network for each image: latents (B, C, h, w).
+        """`steps` calls of the network for each image, over even times: latents (B, C, h, w).
 
-        Raises SizeError for a size not made for, ValueError when there is not a seed for each condition.
+        Raises SizeError for a size not made for, ConfigError for more steps than the student was made for, ValueError
+        when there is not a seed for each condition.
         """
         if len(cond) != len(seeds):
             raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
+        if steps < 1 or (steps > 1 and not self.spec.any_step):
+            made = "any number of steps from 1" if self.spec.any_step else "one step; set steps to 1"
+            raise ConfigError(f"{self.spec.name} makes images in {made}, not {steps}")
         width, height = self.size(width, height)
         factor = self.spec.vae_scale_factor
         z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))
         z = z.to(self._transformer.device)
         v = partial(velocity, self._transformer)
-        parts = [one_step(v, z[block], cond[block]) for block in self._blocks(len(z))]
+        if steps == 1:
+            return torch.cat([one_step(v, z[block], cond[block]) for block in self._blocks(len(z))])[: len(z)]
+        times = torch.linspace(1, 0, steps + 1, device=z.device)
+        parts = []
+        for block in self._blocks(len(z)):
+            x = z[block]
+            for t, s in pairwise(times):
+                x = jump(v, x, t.expand(len(x)), s.expand(len(x)), cond[block])
+            parts.append(x)
         return torch.cat(parts)[: len(z)]
 
     @torch.no_grad()
@@ -175,6 +199,7 @@ class OneStepPipeline:
         seeds: Sequence[int],
         width: int | None = None,
         height: int | None = None,
+        steps: int = 1,
     ) -> Tensor:
-        """Images, uint8 (B, H, W, 3), of prompts and seeds."""
-        return self.decode(self.latents(self.encode(prompts), seeds, width, height))
+        """Images, uint8 (B, H, W, 3), of prompts and seeds; more `steps` than one for a student of any step."""
+        return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))

@@ -218,7 +218,8 @@ class Setting:
         geometry.check_size(self.size)
         turns = self.method.turns()
         asked = {turn.role: asks(turn) for turn in turns}
-        networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)))
+        two_times = any(turn.two_times for turn in turns)
+        networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)), two_times=two_times)
         learning = len(networks.roles)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
@@ -342,6 +343,7 @@ def build(
     dtype: torch.dtype,
     roles: tuple[str, ...] = ROLES,
     device: str = "meta",
+    two_times: bool = False,
 ) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
     """The networks of a run, as `networks.build` makes them but for the loading, and the models that they are of."""
     with torch.device(device):
@@ -351,8 +353,8 @@ def build(
                 # Autocast on CUDA normalises in fp32; tensors without data are cast by the CPU's rules, which do not.
                 module.register_forward_pre_hook(_to_fp32)
         if isinstance(kind, Lora):
-            return SharedBase(model.to(dtype), kind, roles), [model]
-        copies = FullCopies(model, kind, dtype, roles)
+            return SharedBase(model.to(dtype), kind, roles, two_times), [model]
+        copies = FullCopies(model, kind, dtype, roles, two_times)
         return copies, list(copies._models.values())
 
 

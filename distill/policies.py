@@ -37,18 +37,16 @@ class Times(BaseModel):
         return shift_time(t, self.shift).clamp(self.low, self.high)
 
 
-class Guidance(BaseModel):
-    """Which guided fields the student is held to.
+class TeacherGuidance(BaseModel):
+    """Which guided field of the teacher the student is held to.
 
-    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8). `fake` 1 leaves the fake unguided
-    (DMD's way); SiD-DiT guides both alike. Outside of `interval` in t neither is guided.
+    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8). Outside of `interval` in t it is
+    not guided.
     """
 
     model_config = _FROZEN
     teacher: float | tuple[float, float] = 4.5
-    fake: Literal["unguided", "alike"] = "unguided"
     interval: tuple[float, float] = (0.0, 1.0)
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -57,15 +55,31 @@ class Guidance(BaseModel):
                 raise ValueError(f"{name} must go from low to high, not from {pair[0]} to {pair[1]}")
         return self
 
-    def scales(self, t: Tensor, draw: Draw) -> Tensor:
-        """The scale of each image (B,), 1 outside of the interval."""
+    def drawn(self, draw: Draw) -> Tensor:
+        """A scale for each image (B,), or the one of all ()."""
         if isinstance(self.teacher, tuple):
             low, high = self.teacher
-            scale = low + (high - low) * draw.uniform().to(t.device)
-        else:
-            scale = torch.full_like(t, self.teacher)
+            return low + (high - low) * draw.uniform()
+        return torch.tensor(self.teacher)
+
+    def at(self, t: Tensor, scale: Tensor) -> Tensor:
+        """What `drawn` gave, at times t (B,): 1 outside of the interval."""
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        return torch.where(inside, scale, torch.ones_like(t))
+        return torch.where(inside, scale.to(t), torch.ones_like(t))
+
+    def scales(self, t: Tensor, draw: Draw) -> Tensor:
+        """The scale of each image (B,), drawn for these times alone."""
+        return self.at(t, self.drawn(draw))
+
+
+class Guidance(TeacherGuidance):
+    """The same where a fake is held beside the teacher.
+
+    `fake` unguided is DMD's way; SiD-DiT guides both alike, and neither outside of the interval.
+    """
+
+    fake: Literal["unguided", "alike"] = "unguided"
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
 
 
 def velocity_uniform(x_0: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -137,3 +151,13 @@ def guided_pair(guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, ba
     u = guided(nets.teacher, nets.null, x_t, t, batch.cond, scales)
     v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.fake == "alike" else torch.ones_like(t))
     return u, v
+
+
+def guided_teacher(guidance: TeacherGuidance, nets: Velocities, draw: Draw) -> Velocity:
+    """The teacher as one field, whose images keep their scales wherever it is asked."""
+    scale = guidance.drawn(draw)
+
+    def u(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return guided(nets.teacher, nets.null, x_t, t, cond, guidance.at(t, scale))
+
+    return u

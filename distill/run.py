@@ -79,8 +79,10 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet.
     watch = _Watch(config, out, folder, spec, machine.device, dtype) if machine.is_main_process else None
     torch.manual_seed(config.seed)  # adapters start from it
-    roles = tuple(sorted({turn.role for turn in config.method.turns()}))
-    networks = build(folder, config.networks, dtype, machine.device, roles)
+    turns = config.method.turns()
+    roles = tuple(sorted({turn.role for turn in turns}))
+    two_times = any(turn.two_times for turn in turns)
+    networks = build(folder, config.networks, dtype, machine.device, roles, two_times)
 
     last = None
     for progress in train(config, out, networks, conditions, spec.latent_shape, machine):

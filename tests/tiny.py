@@ -18,6 +18,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from distill import run
+from distill.config import load_config
 from distill.tokenizer import build_clip_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "square", "and", "left", "of")
@@ -116,3 +118,16 @@ def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -1.0) for word in WORDS] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def distilled(teacher: Path, folder: Path, *overrides: str) -> Path:
+    """A whole run over 16 images of a teacher, in this process."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup=0")
+    config = load_config("scenes-debug", [*settings, *overrides])
+    out = folder / "run"
+    run.prepare(config, out)
+    list(run.embed(config, out, torch.device("cpu")))
+    list(run.distil(config, out, run.accelerator(config, out)))
+    return out

@@ -3,6 +3,9 @@
 A method is stateless: a typed configuration whose `turns()` say which network learns, how often, from which loss. It
 never sees an optimizer, a device, an accelerator or a step number. A loss sees the networks as functions
 `velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B are the same to it.
+
+Times are (B,). A student of two times also takes (B, 2), t and s, and gives its mean velocity from t to s; asked with
+t alone it means the way to data, s = 0.
 """
 
 import importlib
@@ -51,11 +54,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, batch)`."""
+    """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, batch)`.
+
+    `two_times` says that the loss asks the student with two.
+    """
 
     role: str
     steps: int
     loss: Callable[[Velocities, Batch], Loss]
+    two_times: bool = False
 
 
 def names() -> list[str]:

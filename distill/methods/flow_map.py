@@ -1,0 +1,103 @@
+"""Flow map distillation (Boffi, Albergo, Vanden-Eijnden; arXiv 2406.07507), without data.
+
+The student learns a mean velocity v(x, t, s), and with it the map along the guided teacher's ODE from any t to any s:
+
+    X_{t,s}(x) = x + (s - t) v(x, t, s)
+
+    lagrangian:  d/ds X_{t,s}(x) - u(X_{t,s}(x), s) = 0               v = u(X, s) - (s - t) dv/ds
+    eulerian:    d/dt X_{t,s}(x) + grad X_{t,s}(x) u(x, t) = 0        v = u(x, t) + (s - t) (dv/dt + grad v u)
+
+Each law is written as what v must be. The residual against that right-hand side, held still, is squared: its value is
+the paper's loss, its gradient that of the continuous-time limit in Align Your Flow (arXiv 2506.14603) and of MeanFlow
+(2505.13447). So no gradient goes back through a derivative, nor through the teacher. Held, each law carries what is
+known at s = t, where v is the teacher's velocity, outwards to longer jumps, and damps errors on the way.
+
+The derivative is one forward-mode pass. States x_t are the student's own, X_{1,t}(z) from noise, held still, as
+FreeFlow (2511.19428) has it: no image that the teacher would not make enters. The lagrangian law closes on jumps
+from noise alone; those from further on are for more steps than one. The eulerian has to climb up to t = 1, through
+the derivative of the teacher's own time embedding, and is the less stable in all of these papers.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill.flow import between, jump, x_0_from_velocity
+from distill.methods import Batch, Loss, Turn, Velocities, Velocity
+from distill.policies import TeacherGuidance, Times, dot, guided_teacher
+
+_SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
+
+
+class Config(BaseModel):
+    """The law, where jumps start, and how images weigh.
+
+    `from_noise` is the share of jumps that start at t = 1; the others' t is from `times`, and s uniform below t.
+    `adaptive` divides each image's squared residual by its own size (MeanFlow).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: Literal["flow_map"] = "flow_map"
+    law: Literal["lagrangian", "eulerian"] = "lagrangian"
+    weight: Literal["adaptive", "uniform"] = "adaptive"
+    from_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
+    times: Times = Times(law="uniform")
+    guidance: TeacherGuidance = TeacherGuidance()
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if self.law == "eulerian" and self.from_noise == 1:
+            raise ValueError("the eulerian law is not complete from noise alone; set from_noise below 1")
+        return self
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The student alone learns."""
+        return (Turn("student", 1, self.student_loss, two_times=True),)
+
+    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
+        """The law's squared residual, weighted; the images are where the mean velocities, held on, would lead."""
+        z, cond, draw = batch.z, batch.cond, batch.draw
+        t = torch.where(draw.uniform() < self.from_noise, 1.0, self.times.sample(draw)).to(z.device)
+        s = t * draw.uniform().to(z.device)
+        u = guided_teacher(self.guidance, nets, draw)
+        with torch.no_grad():
+            x_t = z if self.from_noise == 1 else jump(nets.student, z, torch.ones_like(t), t, cond)
+            target = LAWS[self.law](nets.student, u, x_t, t, s, cond)
+
+        v = nets.student(x_t, between(t, s), cond)
+        residual = dot(v - target, v - target)
+        weight = 1 / (residual.detach() + _SMALLEST) if self.weight == "adaptive" else torch.ones_like(t)
+        x_0 = x_0_from_velocity(x_t, v.detach(), t)
+        return Loss((weight * residual).mean(), {"t": t, "residual": residual.detach()}, x_0)
+
+
+def _lagrangian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
+    """u(X_{t,s}, s) - (s - t) dv/ds."""
+    duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
+    mean, slope = _derivative(lambda s: v(x_t, between(t, s), cond), (s,), (torch.ones_like(s),))
+    return u(x_t + duration * mean, s, cond) - duration * slope
+
+
+def _eulerian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
+    """u(x_t, t) + (s - t) (dv/dt + grad v u)."""
+    duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
+    w = u(x_t, t, cond)
+    _, slope = _derivative(lambda x, t: v(x, between(t, s), cond), (x_t, t), (w, torch.ones_like(t)))
+    return w + duration * slope
+
+
+LAWS: dict[str, Callable[[Velocity, Velocity, Tensor, Tensor, Tensor, Any], Tensor]] = {
+    "lagrangian": _lagrangian,
+    "eulerian": _eulerian,
+}
+
+
+def _derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """f and its directional derivative, by forward mode; neither fused attention nor compiled blocks have one."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
+    return pair
