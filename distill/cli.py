@@ -51,8 +51,9 @@ def teacher(
     """Train the small world's teacher from nothing, in Stable Diffusion 3's own format.
 
     First the autoencoder, then the transformer with its text encoders. The same command continues a run that was
-    stopped; larger budgets continue a finished one.
+    stopped, larger budgets continue a finished one; Ctrl-C stops it at the end of a step and keeps what was learnt.
     """
+    from distill.checkpoint import claimed
     from distill.console import image_bar
     from distill.device import resolve_device
     from distill.scenes.train import TeacherRecipe, train_teacher
@@ -64,10 +65,14 @@ def teacher(
         ("autoencoder", train_vae(VaeRecipe(images=vae_images, seed=seed), out, where)),
         ("teacher", train_teacher(recipe, out, where, compiled)),
     ]
-    for name, training in stages:
-        with image_bar(name, vae_images if name == "autoencoder" else images) as bar:
-            for progress in training:
-                bar.update(progress.images, progress.figures)
+    with claimed(out), _asked_to_stop() as asked:
+        for name, training in stages:
+            with image_bar(name, vae_images if name == "autoencoder" else images) as bar:
+                for progress in training:
+                    bar.update(progress.images, progress.figures)
+                    if asked:
+                        progress.save()
+                        raise _stopped(progress.images, asked)
     typer.echo(f"The teacher is in {out}; `distill evaluate --teacher {out}` judges it.")
 
 
@@ -118,8 +123,7 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
                 bar.update(progress.images, figures)
                 if asked and machine.is_main_process:
                     progress.save()
-                    typer.echo(f"Stopped after {progress.images} images, which are saved; the same command continues.")
-                    raise typer.Exit(128 + asked[0])
+                    raise _stopped(progress.images, asked)
         machine.end_training()
     return bool(machine.is_main_process)
 
@@ -171,6 +175,12 @@ def export(
         typer.echo(
             f"Stock diffusers makes the same latents: they differ by {largest:.1e} at most, {TOLERANCE:g} is allowed."
         )
+
+
+def _stopped(images: int, asked: list[int]) -> typer.Exit:
+    """Say so, and with which status the command ends."""
+    typer.echo(f"Stopped after {images} images, which are saved; the same command continues.")
+    return typer.Exit(128 + asked[0])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,11 @@ def train_teacher(
             figures: dict[str, float] = {}
             if finished or step % 100 == 0:
                 figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
+            save = partial(save_state, state, modules, optimizer, images, recipe)
             if finished or step % 1000 == 0:
-                save_state(state, modules, optimizer, images, recipe)
+                save()
                 figures |= quick_score(averaged, vae, tokenizer, device, 2.5, recipe.per_task, True, 16)
-            yield Progress(images, recipe.images, figures)
+            yield Progress(images, recipe.images, figures, save)
 
     save_pipeline(averaged, vae, tokenizer, folder)
     record = {

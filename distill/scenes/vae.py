@@ -4,8 +4,9 @@ The autoencoder bounds everything after it, so it is trained first, on the dense
 its round trips still score as right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ class VaeRecipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """Images seen, out of how many, and figures to show beside the bar."""
+    """Images seen, out of how many, and figures to show beside the bar; `save()` keeps a state off the cadence."""
 
     images: int
     total: int
     figures: dict[str, float]
+    save: Callable[[], None]
 
 
 def ema(decay: float) -> Any:
@@ -134,10 +136,11 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         figures: dict[str, float] = {}
         if finished or (images // recipe.batch) % 50 == 0:
             figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+        save = partial(save_state, folder / "vae-state", modules, optimizer, images, recipe)
         if finished or (images // recipe.batch) % 500 == 0:
             figures["round_trip"] = round_trip(average.module, recipe.judged, seed=0, device=device)
-            save_state(folder / "vae-state", modules, optimizer, images, recipe)
-        yield Progress(images, recipe.images, figures)
+            save()
+        yield Progress(images, recipe.images, figures, save)
 
     finished_vae: Any = average.module
     set_latent_scale(finished_vae, recipe.judged, recipe.seed, device)
