@@ -116,7 +116,7 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
             typer.echo(heading)
             _encode(config, folder, machine.device)
         machine.wait_for_everyone()
-        shown = ("gap", "flow_matching", "overall", "frechet", "diversity")
+        shown = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")
         with image_bar("distilling", config.images) as bar, _asked_to_stop() as asked:
             for progress in runs.distil(config, folder, machine):
                 figures = {name: progress.figures[name] for name in shown if name in progress.figures}

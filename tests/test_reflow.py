@@ -65,10 +65,11 @@ def test_an_image_keeps_its_guidance_scale_along_its_whole_path():
     torch.testing.assert_close(moved, 2 + 6 * Draw(0, "x", range(count)).uniform())
 
 
-def test_a_whole_run_moves_the_student_alone(teacher: Path, tmp_path: Path):
-    out = distilled(teacher, tmp_path, "method={name: reflow, teacher_steps: 2}")
-    tensors, record = checkpoint.load(out / "checkpoints" / checkpoint.state_name(16))
+def test_whole_runs_of_both_stages_move_the_student_alone(teacher: Path, tmp_path: Path):
+    straighter = distilled(teacher, tmp_path / "reflow", "method={name: reflow, stage: reflow, teacher_steps: 2}")
+    tensors, record = checkpoint.load(straighter / "checkpoints" / checkpoint.state_name(16))
     assert record["images"] == 16
     assert not any(name.startswith("fake") for name in tensors)
-    pipeline = OneStepPipeline.load(out / "student")
-    assert pipeline(["a red circle"], [0]).shape == (1, 16, 16, 3)
+    method = "method={name: reflow, teacher_steps: 2, guidance: {teacher: 1}}"
+    out = distilled(straighter / "student", tmp_path / "distillation", method)
+    assert OneStepPipeline.load(out / "student")(["a red circle"], [0]).shape == (1, 16, 16, 3)

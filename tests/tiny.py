@@ -122,6 +122,7 @@ def _t5_tokenizer() -> T5TokenizerFast:
 
 def distilled(teacher: Path, folder: Path, *overrides: str) -> Path:
     """A whole run over 16 images of a teacher, in this process."""
+    folder.mkdir(exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
     settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup=0")
