@@ -25,6 +25,7 @@ from distill.evaluate.compare import Comparison, cell, figure_names
 from distill.evaluate.judge import FEATURES, Judgement, Questions
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.evaluate.sampler import Setting, TeacherSampler
+from distill.files import write_aside
 from distill.pipeline import OneStepPipeline, read_student
 from distill.prompts import read_prompts
 from distill.runs import read_run
@@ -124,7 +125,7 @@ def within(seconds: float, variant: Variant, out: Path) -> Variant:
     """
     folder, config = out / variant.name, variant.config
     if not (folder / SPEED).exists():
-        checkpoint.write_aside(folder / SPEED, json.dumps({"images_per_second": _speed(config, folder)}) + "\n")
+        write_aside(folder / SPEED, json.dumps({"images_per_second": _speed(config, folder)}) + "\n")
     speed = float(json.loads((folder / SPEED).read_text())["images_per_second"])
     images = max(1, int(speed * seconds / config.batch)) * config.batch
     return Variant(variant.name, config.model_copy(update={"images": images}))
@@ -194,14 +195,14 @@ class Outcome:
     def save(self, out: Path, record: Mapping[str, Any]) -> None:
         """`compare.json`, `compare.md` and `compare.png`; `record` says what was compared and with which command."""
         values = json.dumps({**record, **self.as_dict()}, indent=2)
-        checkpoint.write_aside(out / "compare.json", values + "\n")
+        write_aside(out / "compare.json", values + "\n")
         header, lines = self.table()
         rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         text += "\n`kept`: the images that the exported student had seen.\n"
         if self.teacher:
             text += f"±: half of a 95 % interval over prompts. Distances: to true scenes, on features {FEATURES}.\n"
-        checkpoint.write_aside(out / "compare.md", f"{text}\n```sh\n{record['command']}\n```\n")
+        write_aside(out / "compare.md", f"{text}\n```sh\n{record['command']}\n```\n")
         save_png(self.picture, out / "compare.png")
 
 

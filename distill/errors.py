@@ -36,6 +36,10 @@ class SizeError(DistillError):
     """An image size that the model was not made for."""
 
 
+class ScorerError(DistillError):
+    """A package or weights that a figure needs and that are not there, or images that it cannot be taken of."""
+
+
 class RunError(DistillError):
     """A folder that holds no run, or a file in it that is in another form."""
 

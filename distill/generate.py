@@ -28,7 +28,7 @@ def generate_images(
         seeds = range(seed + start, seed + start + len(texts))
         images = pipeline(texts, seeds)
         for i, (text, own, image) in enumerate(zip(texts, seeds, images, strict=True), start):
-            _save(Image.fromarray(image.numpy()), text, own, out / f"{i:05d}-{own}.png")
+            save_image(Image.fromarray(image.numpy()), text, own, out / f"{i:05d}-{own}.png")
         if grid is not None:
             shown.append(images[: max(0, GRID - start)])
         yield start + len(texts)
@@ -40,7 +40,7 @@ def generate_images(
             raise DistillError(f"could not write {grid}: {error}; make room or give another --grid") from error
 
 
-def _save(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
+def save_image(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
     """Write an image with its origin, whole or not at all."""
     words = PngImagePlugin.PngInfo()
     words.add_itxt("prompt", prompt)  # iTXt, for the older kind of text is Latin alone

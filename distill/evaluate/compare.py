@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
 from distill.errors import SizeError
 from distill.evaluate.judge import FEATURES, Images, Judgement, Questions, judge
 from distill.evaluate.picture import labelled_grid
-from distill.evaluate.sampler import Setting, TeacherSampler
+from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
 from distill.scenes.captions import TASKS
 from distill.scenes.render import SIZE
@@ -113,11 +112,7 @@ class Comparison:
             teachers[setting] = Answers(*judge(questions, generate, setting.calls, encode, seed, report))
         students = {}
         for name, folder in self._students.items():
-            pipeline = OneStepPipeline.load(folder, self._device)
-
-            def student(prompts: Sequence[str], seeds: Sequence[int], one: OneStepPipeline = pipeline) -> Images:
-                return np.asarray(one(prompts, seeds))
-
+            student = student_sampler(OneStepPipeline.load(folder, self._device))
             students[name] = Answers(*judge(questions, student, 1, encode, seed, report))
         return Result(questions, teachers, students)
 

@@ -50,6 +50,19 @@ def kernel_interval(made: Features, real: Features, seed: int) -> Interval:
     return _quantiles(_mmd(*_cubic(made, real), *counts))
 
 
+def cmmd(made: Features, real: Features) -> float:
+    """CMMD: 1000 MMD^2 with the kernel exp(-|x - y|^2 / (2 10^2)) (Jayasumana et al., arXiv 2401.09603).
+
+    For CLIP embeddings of length 1. As in the authors' code the pairs of an image with itself count too, so that it
+    is 0 for a set against itself, and for few images larger than the distance it stands for.
+    """
+
+    def k(x: Features, y: Features) -> float:
+        return float(np.exp(-cdist(x, y, "sqeuclidean") / (2 * 10**2)).mean())
+
+    return 1000 * (k(made, made) + k(real, real) - 2 * k(made, real))
+
+
 def precision_recall(made: Features, real: Features, k: int = 3) -> tuple[float, float]:
     """Share of made images within the real ones' reach, and of real within the made ones'.
 

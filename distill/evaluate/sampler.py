@@ -1,14 +1,16 @@
-"""A teacher folder as a function from prompts and seeds to images, at any number of steps and any guidance."""
+"""Models as functions from prompts and seeds to images: a teacher at any steps and guidance, a student in one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from distill.evaluate.judge import Images
+from distill.evaluate.judge import Generate, Images
 from distill.flow import noise
+from distill.pipeline import OneStepPipeline
 from distill.scenes.vae import to_images, to_pixels
 from distill.teacher import (
     decode_latents,
@@ -40,6 +42,11 @@ class Setting:
         """As tables have it."""
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         return f"{steps}, unguided" if self.guidance == 1 else f"{steps}, guidance {self.guidance:g}"
+
+
+def student_sampler(pipeline: OneStepPipeline) -> Generate:
+    """A student's one step."""
+    return lambda prompts, seeds: np.asarray(pipeline(prompts, seeds))
 
 
 class TeacherSampler:

@@ -1,0 +1,64 @@
+"""A CLIP model from a local folder, as a pair of functions from images and texts to embeddings of length 1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from distill.errors import ScorerError
+from distill.evaluate.metrics import Features
+
+BATCH = 64
+
+
+class Clip:
+    """CLIP with its own preprocessing. Which model it is changes every figure, so tables must name it."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Load from safetensors. Raises ScorerError for a folder that is not a CLIP model's."""
+        own: dict[str, Any] = {"local_files_only": True}
+        try:
+            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, **own).to(device).eval()
+            self._processor = CLIPImageProcessorPil.from_pretrained(folder, **own)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, **own)
+        except (OSError, ValueError) as error:
+            raise ScorerError(
+                f"{folder} is not a CLIP model with safetensors weights, preprocessor_config.json and tokenizer; "
+                "give --clip the folder of one, such as a download of openai/clip-vit-large-patch14-336"
+            ) from error
+
+    @torch.no_grad()
+    def images(self, paths: Sequence[Path]) -> Features:
+        """Embeddings (N, D) of image files."""
+        parts = []
+        for start in range(0, len(paths), BATCH):
+            pixels = self._processor([_pixels(path) for path in paths[start : start + BATCH]], return_tensors="pt")
+            output = self._model.get_image_features(pixels.pixel_values.to(self._model.device))
+            parts.append(_unit(output.pooler_output))
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Features:
+        """Embeddings (N, D) of texts, cut to the model's length."""
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            batch = self._tokenizer(
+                list(texts[start : start + BATCH]), padding=True, truncation=True, return_tensors="pt"
+            ).to(self._model.device)
+            parts.append(_unit(self._model.get_text_features(**batch).pooler_output))
+        return np.concatenate(parts)
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _unit(embeddings: torch.Tensor) -> Features:
+    return np.asarray(F.normalize(embeddings.double(), dim=-1).cpu().numpy())

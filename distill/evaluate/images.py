@@ -1,0 +1,123 @@
+"""Figures of images in folders, by models that the user has: CLIP score, CMMD and FID."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+
+from distill.errors import ScorerError
+from distill.evaluate.clip import Clip
+from distill.evaluate.metrics import Interval, cmmd, interval
+
+KINDS = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def score_images(
+    folder: Path, clip: Path | None, reference: Path | None, inception: Path | None, device: torch.device
+) -> dict[str, object]:
+    """Every figure that the given models allow, after what they are taken of and with.
+
+    Raises ScorerError for a folder without images, and for a model or package that is not there.
+    """
+    made = find_images(folder)
+    real = None if reference is None else find_images(reference)
+    figures: dict[str, object] = {"images": len(made)}
+    if clip is not None:
+        model = Clip(clip, device)
+        figures["clip"] = clip.name
+        figures["clip_score"], figures["clip_score_interval"] = clip_score(model, made)
+        if real is not None:
+            figures["cmmd"] = cmmd(model.images(made), model.images(real))
+    if inception is not None and real is not None:
+        figures["fid"] = fid(made, real, inception, device)
+    return figures
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files in a folder and below it, but for grids. Raises ScorerError when there are not two."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS and path.stem != "grid")
+    if len(found) < 2:
+        raise ScorerError(f"{folder} holds {len(found)} images; give a folder of at least two PNG, JPEG or WebP files")
+    return found
+
+
+def prompt_of(path: Path) -> str:
+    """The prompt that `distill generate` and `distill geneval` wrote into an image; ScorerError when it has none."""
+    with Image.open(path) as image:
+        prompt = image.info.get("prompt")
+    if not isinstance(prompt, str):
+        raise ScorerError(
+            f"{path} does not hold its prompt; CLIP score takes images of `distill generate` or `distill geneval`"
+        )
+    return prompt
+
+
+def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
+    """100 max(cos(image, prompt), 0), averaged over each prompt's images and then over prompts, and its interval.
+
+    Hessel et al., arXiv 2104.08718, on the scale that is usual for text to image.
+    """
+    prompts = [prompt_of(path) for path in paths]
+    cosines = (clip.images(paths) * clip.texts(prompts)).sum(axis=1)
+    _, group = np.unique(prompts, return_inverse=True)
+    scores = np.bincount(group, 100 * np.clip(cosines, 0, None)) / np.bincount(group)
+    return float(scores.mean()), interval([scores], seed)
+
+
+def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:
+    """FID by torch-fidelity, with its Inception weights converted to safetensors.
+
+    Raises ScorerError when the package is not installed or the weights cannot be read.
+    """
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError as error:
+        raise ScorerError(
+            "FID needs torch-fidelity, which is not installed; run pip install 'flow-generator-matching[evaluation]'"
+        ) from error
+    try:
+        weights = load_file(inception)
+    except (OSError, SafetensorError) as error:
+        raise ScorerError(
+            f"{inception} is not a safetensors file ({error}); docs/evaluation.md says how to convert the weights"
+        ) from error
+    sets = _Files(made), _Files(real)
+    with TemporaryDirectory() as folder:
+        # It unpickles the file that it is given, so it gets one that was written here.
+        pickled = Path(folder) / "inception.pth"
+        torch.save(weights, pickled)
+        figures = calculate_metrics(
+            input1=sets[0],
+            input2=sets[1],
+            fid=True,
+            feature_extractor_weights_path=str(pickled),
+            batch_size=64 if len(sets[0].sizes | sets[1].sizes) == 1 else 1,
+            cuda=device.type == "cuda",
+            cache=False,
+            verbose=False,
+        )
+    return float(figures["frechet_inception_distance"])
+
+
+class _Files(Dataset[torch.Tensor]):
+    """Image files as uint8 (3, H, W), as torch-fidelity takes them; `sizes` are those that occur."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.sizes = set()
+        for path in paths:
+            with Image.open(path) as image:
+                self.sizes.add(image.size)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self._paths[index]) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

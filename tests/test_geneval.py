@@ -1,0 +1,179 @@
+"""Images in GenEval's folders, whole and made once; CLIP score, CMMD and FID of folders of images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CLIP_LENGTH, WORDS
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.errors import ConfigError, PromptError, RunError, ScorerError
+from distill.evaluate.clip import Clip
+from distill.evaluate.geneval import read_questions, render
+from distill.evaluate.images import fid, find_images
+from distill.evaluate.metrics import cmmd
+from distill.generate import save_image
+from distill.tokenizer import build_clip_tokenizer
+
+LINES = [
+    '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
+    '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "two clocks – «naïve»"}',
+]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return path
+
+
+def invoke(*words: str | Path):
+    return CliRunner().invoke(app, [*map(str, words), "--device", "cpu"], catch_exceptions=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_teacher_fills_the_folders_and_more_images_leave_the_first_alone(teacher, prompts, tmp_path) -> None:
+    out = tmp_path / "out"
+    command = ("geneval", prompts, "--teacher", teacher, "--out", out, "--steps", "2", "--batch", "3")
+    assert invoke(*command, "--images", "1").exit_code == 0
+    first = contents(out)
+    assert first.keys() == {
+        "images.json", *(f"0000{i}/{name}" for i in range(2) for name in ("metadata.jsonl", "samples/0000.png")),
+    }  # fmt: skip
+    assert [first[f"0000{i}/metadata.jsonl"].decode() for i in range(2)] == [line + "\n" for line in LINES]
+    (out / "00001/samples/0000.png").unlink()  # as if stopped before it
+    assert invoke(*command, "--images", "2").exit_code == 0
+    both = contents(out)
+    assert both.keys() - first.keys() == {"00000/samples/0001.png", "00001/samples/0001.png"}
+    assert {name: both[name] for name in first} == first
+    assert len({both[name] for name in both if name.endswith(".png")}) == 4  # every seed is another
+    with Image.open(out / "00001/samples/0001.png") as image:
+        assert image.size == (16, 16)
+        assert image.info["prompt"] == json.loads(LINES[1])["prompt"]
+    with pytest.raises(RunError, match="another guidance"):
+        invoke(*command, "--guidance", "2")
+
+
+def test_a_student_renders_too(prompts, tmp_path) -> None:
+    from distill.pipeline import SHIPPED_STUDENT
+
+    assert invoke("geneval", prompts, "--student", SHIPPED_STUDENT, "--out", tmp_path / "out", "--images", "1")
+    assert len(find_images(tmp_path / "out")) == 2
+    with pytest.raises(ConfigError, match="either --student or --teacher"):
+        invoke("geneval", prompts, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "holds no prompts"), ('{"prompt": "a"}\n{"tag": 1}', "line 2"), ("{", "line 1")]
+)
+def test_a_file_that_is_not_genevals_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=message):
+        read_questions(path)
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_questions(tmp_path / "absent.jsonl")
+
+
+def test_images_there_are_not_asked_for_again(prompts, tmp_path) -> None:
+    asked = []
+
+    def generate(texts, seeds):
+        asked.extend(seeds)
+        return np.zeros((len(texts), 4, 4, 3), np.uint8)
+
+    for images in (1, 3, 3):
+        done = list(render(read_questions(prompts), generate, {"model": "m"}, images, 10, 4, tmp_path / "out"))
+        assert done[-1] == 2 * images
+    assert asked == [10, 11, 12, 14, 13, 15]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of 8x8 patches on 16x16 pixels, with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
+    tokenizer = build_clip_tokenizer(WORDS, CLIP_LENGTH)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**size, **ids, "max_position_embeddings": CLIP_LENGTH}
+    torch.manual_seed(0)
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessorPil(**sides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_images(folder: Path, count: int, seed: int, bright: int = 255) -> Path:
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = rng.integers(0, bright, (20, 16, 3), dtype=np.uint8)
+        save_image(Image.fromarray(pixels), ("a red circle", "a blue square")[i % 2], i, folder / f"{i}.png")
+    return folder
+
+
+def test_clip_score_is_the_models_cosine_and_cmmd_is_its_formula(clip_folder, tmp_path) -> None:
+    made, real = make_images(tmp_path / "made", 6, 1), make_images(tmp_path / "real", 5, 2, bright=90)
+    (made / "grid.png").write_bytes((made / "0.png").read_bytes())  # no image of the set
+    result = invoke("score", made, "--clip", clip_folder, "--reference", real, "--json")
+    found = json.loads(result.stdout)
+
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder), build_clip_tokenizer(WORDS, CLIP_LENGTH)
+    pixels = [np.asarray(Image.open(path).copy()) for path in find_images(made)]
+    batch = tokenizer(["a red circle", "a blue square"], padding=True, return_tensors="pt")
+    inputs = CLIPImageProcessorPil.from_pretrained(clip_folder)(pixels, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch, **inputs).logits_per_image / model.logit_scale.exp()
+    cosines = [max(0, float(logits[i, i % 2])) for i in range(6)]
+    assert found["images"] == 6
+    assert found["clip"] == "tiny-clip"
+    assert found["clip_score"] == pytest.approx(100 * np.mean(cosines), abs=1e-4)
+    low, high = found["clip_score_interval"]
+    assert low <= found["clip_score"] <= high
+
+    clip = Clip(clip_folder, torch.device("cpu"))
+    x, y = (clip.images(find_images(folder)) for folder in (made, real))
+    assert np.linalg.norm(x, axis=1) == pytest.approx(1)
+    mean = [np.mean([[np.exp(-((a - b) @ (a - b)) / 200) for b in q] for a in p]) for p, q in ((x, x), (y, y), (x, y))]
+    assert found["cmmd"] == pytest.approx(1000 * (mean[0] + mean[1] - 2 * mean[2]), abs=1e-9)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+    assert found["cmmd"] > 0.001
+
+
+def test_what_is_missing_is_one_sentence(clip_folder, tmp_path) -> None:
+    made = make_images(tmp_path / "made", 2, 1)
+    with pytest.raises(ConfigError, match="--clip, or --inception"):
+        invoke("score", made)
+    with pytest.raises(ConfigError, match="--reference"):
+        invoke("score", made, "--inception", tmp_path / "none")
+    with pytest.raises(ScorerError, match="not a CLIP model"):
+        invoke("score", made, "--clip", tmp_path)
+    (tmp_path / "few").mkdir()
+    with pytest.raises(ScorerError, match="holds 0 images"):
+        find_images(tmp_path / "few")
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "few" / f"{i}.png")
+    with pytest.raises(ScorerError, match="does not hold its prompt"):
+        invoke("score", tmp_path / "few", "--clip", clip_folder)
+
+
+def test_fid_says_what_it_needs(tmp_path) -> None:
+    paths = find_images(make_images(tmp_path / "made", 2, 1))
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        message = r"flow-generator-matching\[evaluation\]"
+    else:
+        message = "not a safetensors file"
+    with pytest.raises(ScorerError, match=message):
+        fid(paths, paths, tmp_path / "absent.safetensors", torch.device("cpu"))
