@@ -121,6 +121,8 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
             for progress in runs.distil(config, folder, machine):
                 figures = {name: progress.figures[name] for name in shown if name in progress.figures}
                 bar.update(progress.images, figures)
+                for note in progress.notes:
+                    bar.say(note)
                 if asked and machine.is_main_process:
                     progress.save()
                     raise _stopped(progress.images, asked)
@@ -533,7 +535,7 @@ def report(
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder that the run folders are in.")] = Path("runs"),
 ) -> None:
-    """List runs: images seen of the budget, the best score, and whether a run is finished."""
+    """List runs: images seen of the budget, the best score, alarms, and whether a run is finished."""
     import time
 
     from rich.markup import escape
@@ -551,8 +553,9 @@ def list_runs(
         best = f"{each.best['overall']:.3f}" if "overall" in each.best else "-"
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed))
         seen = f"{si(each.images)} / {si(each.budget)}"
-        rows.append((escape(each.name), escape(str(each.config["teacher"])), seen, best, changed, each.state))
-    out.print(table(str(folder), ("run", "teacher", "images", "score", "last change", "state"), rows))
+        alarms = str(len(each.alarms) or "-")
+        rows.append((escape(each.name), escape(str(each.config["teacher"])), seen, best, alarms, changed, each.state))
+    out.print(table(str(folder), ("run", "teacher", "images", "score", "alarms", "last change", "state"), rows))
 
 
 @scenes.command()

@@ -77,6 +77,13 @@ class Cadence(BaseModel):
     keep: _Count = 2
 
 
+class Stop(BaseModel):
+    """When a run may end before its budget: after `patience` evaluations without a better student; never if null."""
+
+    model_config = _FROZEN
+    patience: _Count | None = None
+
+
 class Run(BaseModel):
     """Everything that a run depends on."""
 
@@ -93,6 +100,8 @@ class Run(BaseModel):
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cadence: Cadence = Cadence()
+    stop: Stop = Stop()
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -116,9 +125,9 @@ class Run(BaseModel):
         return {**plain, "method": self.method.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues it: all but budget and cadence, flat."""
+        """What a checkpoint must share with the run that continues it: all but budget, cadence and trackers, flat."""
         plain = self.as_dict()
-        for free in ("cadence", "images", "micro_batch"):
+        for free in ("cadence", "images", "micro_batch", "stop", "trackers"):
             plain.pop(free)
         plain["networks"].pop("checkpointing")
         return dict(_flat(plain))

@@ -15,9 +15,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from distill.alarms import Figures
 from distill.errors import RunError
 from distill.files import write_aside
-from distill.runs import Clock, Figures, RunFolder, read_clock
+from distill.runs import Clock, RunFolder, read_clock
 
 POINTS = 200  # of one curve at most; longer logs are averaged
 GRIDS = 12  # sample grids at most, first and last among them
@@ -49,6 +50,7 @@ _SECTIONS = {
         "residual": Panel("Residual", "", "How far the student is from being the teacher's flow map, squared."),
         "log10_residual": Panel("Residual by time", "log₁₀", "t is where jumps start; 1 is noise."),
         "gradient_norm": Panel("Gradient norms", "before clipping"),
+        "update_ratio": Panel("Update ratios", "|update| / |weights|", "Of one step, on the lines of the log."),
         "skipped": Panel("Skipped steps", "share", "Steps whose gradient was not finite."),
     },
     "The student's latents": {
@@ -90,7 +92,9 @@ def render_report(run: RunFolder) -> str:
         line=escape(f"One-step student of {run.config['teacher']} by {name or 'distillation'}; last change {changed}."),
         percent=f"{min(100, 100 * run.images / max(run.budget, 1)):.1f}",
         tiles="".join(_tiles(run, clock)),
-        body="\n".join([*_judged(run), *_against_teacher(run), *_samples(run), *_curves(rows), *_config(run)]),
+        body="\n".join(
+            [*_alarms(run), *_judged(run), *_against_teacher(run), *_samples(run), *_curves(rows), *_config(run)]
+        ),
         footer=f"Made by <code>distill report</code> on {time.strftime('%Y-%m-%d %H:%M')}. "
         "Point at a curve for its figures. Time t and velocities follow rectified flow.",
     )
@@ -141,6 +145,14 @@ def _tiles(run: RunFolder, clock: Clock) -> Iterator[str]:
     size = sum(path.stat().st_size for path in (run.folder / "student").rglob("*") if path.is_file())
     if size:
         yield tile(si(size, "B"), "student's folder on disk")
+
+
+def _alarms(run: RunFolder) -> Iterator[str]:
+    """What went wrong, first of all."""
+    if run.alarms:
+        yield _heading("Alarms", "Each is raised once, when its rule first holds.")
+        lines = [f"<li>After {si(alarm.images)} images: {escape(alarm.says)}.</li>" for alarm in run.alarms]
+        yield f'<ul class="alarms">{"".join(lines)}</ul>'
 
 
 def _judged(run: RunFolder) -> Iterator[str]:

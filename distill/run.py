@@ -6,13 +6,16 @@ best so far), `metrics.jsonl`, `tensorboard/`, `samples/`, and at the end `stude
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from distill import checkpoint
+from distill.alarms import Alarms
 from distill.config import Lora, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
@@ -24,7 +27,7 @@ from distill.export import SHARD_SIZE, export_student
 from distill.flow import noise
 from distill.networks import build
 from distill.prompts import read_prompts
-from distill.runs import read_run
+from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, read_run
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
@@ -32,7 +35,6 @@ from distill.teacher import decode_latents, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, train
 
-EVALUATIONS = "evaluations.jsonl"
 GRID = 16  # images in a sample grid
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
 
@@ -67,7 +69,7 @@ def accelerator(config: Run, out: Path) -> Accelerator:
     """Accelerate with the run's precision; `auto` is bf16 where that is the faster."""
     probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bfloat16(probe))
-    return accelerator_for("bf16" if bf16 else "no", out)
+    return accelerator_for("bf16" if bf16 else "no", out, config.trackers)
 
 
 def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
@@ -85,15 +87,23 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     networks = build(folder, config.networks, dtype, machine.device, roles, two_times)
 
     last = None
-    for progress in train(config, out, networks, conditions, spec.latent_shape, machine):
+    rounds = train(config, out, networks, conditions, spec.latent_shape, machine)
+    for progress in () if _all_told(watch is not None and watch.over) else rounds:
         if watch is not None:
             watch.look(progress)
         machine.wait_for_everyone()
         yield progress
         last = progress
+        if progress.crosses(config.cadence.evaluate) and _all_told(watch is not None and watch.over):
+            break
     if watch is not None and (last is not None or not (out / "student").exists()):
         export(out)
     machine.wait_for_everyone()
+
+
+def _all_told(over: bool) -> bool:
+    """What the main process found, in every process."""
+    return bool(broadcast_object_list([over])[0])
 
 
 def export(
@@ -169,7 +179,13 @@ class _Watch:
         self._out = out
         self._shape = spec.latent_shape
         newest = checkpoint.latest(out / "checkpoints")
-        checkpoint.trim_lines(out / EVALUATIONS, int(newest.name) if newest else 0)
+        for log in (EVALUATIONS, METRICS, ALARMS):
+            checkpoint.trim_lines(out / log, int(newest.name) if newest else 0)
+        run = read_run(out)
+        self._alarms = Alarms()
+        for line in run.metrics:
+            self._alarms.see(line)
+        self.over = ended_early(run.config, run.evaluations, run.best)
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device, dtype)
         self._judged = config.prompts.source == "scenes" and spec.image_size == SIZE
@@ -181,6 +197,8 @@ class _Watch:
 
     def look(self, progress: Progress) -> None:
         """Whatever falls due."""
+        if progress.figures:
+            self._heed(progress)
 
         @torch.no_grad()
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
@@ -195,6 +213,13 @@ class _Watch:
         if self._judged and (progress.crosses(self._config.cadence.evaluate) or finished):
             self._judge(progress, generate)
 
+    def _heed(self, progress: Progress) -> None:
+        """Alarms of the line that was just logged."""
+        for alarm in self._alarms.see({"images": progress.images, **progress.figures}):
+            progress.notes.append(f"alarm, {alarm.name}: {alarm.says}")
+            with (self._out / ALARMS).open("a") as file:
+                file.write(json.dumps(asdict(alarm)) + "\n")
+
     def _judge(self, progress: Progress, generate: Generate) -> None:
         encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
         result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
@@ -205,8 +230,16 @@ class _Watch:
         # A student that says the same thing well is not the best one.
         fitness = result.overall * result.diversity
         best = checkpoint.latest(self._out / "best")
-        if best is None or fitness >= checkpoint.load(best)[1]["fitness"]:
+        if best is None or fitness > checkpoint.load(best)[1]["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             if not target.exists():
                 checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
             checkpoint.prune(self._out / "best", 1)
+        run = read_run(self._out)
+        self.over = ended_early(run.config, run.evaluations, run.best)
+        if self.over and progress.images < self._config.images:
+            progress.save()
+            progress.notes.append(
+                f"{self._config.stop.patience} evaluations found no better student than that after "
+                f"{run.best['images']} images; the run ends with it, as stop.patience says"
+            )

@@ -5,6 +5,7 @@ The configuration is taken as it stands, not validated, so that runs of older ve
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
+from distill.alarms import Alarm, Figures
 from distill.errors import RunError
 
 State = Literal["running", "finished", "stopped", "never started"]
-Figures = dict[str, float]
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+ALARMS = "alarms.jsonl"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class RunFolder:
     metrics: list[Figures]
     evaluations: list[Figures]
     best: Figures
+    alarms: list[Alarm]
     changed: float
 
     @property
@@ -57,8 +62,10 @@ def read_run(folder: Path) -> RunFolder:
     if not (isinstance(config, dict) and "teacher" in config and isinstance(config.get("images"), int)):
         raise RunError(f"{folder} is not a run: its config.yaml names no teacher and images; give another folder")
 
-    logs = [folder / "metrics.jsonl", folder / "evaluations.jsonl"]
+    logs = [folder / METRICS, folder / EVALUATIONS]
     metrics, evaluations = map(_lines, logs)
+    records = sorted((folder / "best").glob("[0-9]*/state.json"))
+    best = _figures(records[-1].read_text(encoding="utf-8")) if records else {}
     checkpoints = [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
@@ -67,12 +74,18 @@ def read_run(folder: Path) -> RunFolder:
     elif not images:
         state = "never started"
     else:
-        state = "finished" if images >= config["images"] and (folder / "student").is_dir() else "stopped"
-    records = sorted((folder / "best").glob("[0-9]*/state.json"))
-    best = _figures(records[-1].read_text(encoding="utf-8")) if records else {}
+        over = images >= config["images"] or ended_early(config, evaluations, best)
+        state = "finished" if over and (folder / "student").is_dir() else "stopped"
     written = [path, *logs, *checkpoints, folder / "student"]
     changed = max(path.stat().st_mtime for path in written if path.exists())
-    return RunFolder(folder, config, state, images, metrics, evaluations, best, changed)
+    return RunFolder(folder, config, state, images, metrics, evaluations, best, _alarms(folder / ALARMS), changed)
+
+
+def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:
+    """Whether as many evaluations as `stop.patience` found no better student than the best, so that a run is over."""
+    stop = config.get("stop")
+    patience = stop.get("patience") if isinstance(stop, dict) else None
+    return patience is not None and sum(line["images"] > best.get("images", 0) for line in evaluations) >= patience
 
 
 def read_runs(folder: Path) -> list[RunFolder]:
@@ -100,7 +113,7 @@ def read_clock(folder: Path) -> Clock:
     from tensorboard.compat.proto.event_pb2 import Event
 
     seconds, speeds = 0.0, {}
-    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+    for path in sorted((folder / "tensorboard").rglob("events.out.tfevents.*")):
         times: dict[int, float] = {}
         for raw in RawEventFileLoader(str(path)).Load():
             event = Event.FromString(raw)
@@ -120,6 +133,15 @@ def _lines(path: Path) -> list[Figures]:
         return []
     lines = [_figures(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if "images" in line]
+
+
+def _alarms(path: Path) -> list[Alarm]:
+    """The alarms that a run raised; a line in another form is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError):
+            found.append(Alarm(**json.loads(line)))
+    return found
 
 
 def _figures(text: str) -> Figures:

@@ -8,15 +8,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import Tensor
 
 from distill import checkpoint
@@ -47,6 +48,7 @@ class Progress:
 
     `seconds` is what all rounds so far took, without checkpoints and without what the caller does between rounds.
     `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
+    Whoever looks at a run on the way adds figures, and notes, which are sentences for people.
     """
 
     before: int
@@ -56,15 +58,27 @@ class Progress:
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
     save: Callable[[], None]
+    notes: list[str] = field(default_factory=list)
 
     def crosses(self, every: int) -> bool:
         """Whether a cadence of `every` images fell due in this round."""
         return self.images // every > self.before // every
 
 
-def accelerator_for(precision: str, out: Path) -> Accelerator:
-    """Accelerate's view of the machine, one process or many, with its trackers in the run folder."""
-    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=out)
+def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
+    """Accelerate's view of the machine, one process or many; trackers that write files do so under `out/tensorboard`.
+
+    Raises ConfigError for a tracker that accelerate does not know or that is not installed.
+    """
+    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    for name in trackers:
+        if name not in known:
+            raise ConfigError(f"trackers: there is no {name!r}; there are {', '.join(known)}")
+        if LoggerType(name) not in get_available_trackers():
+            package = name.replace("_", "-")
+            raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
+    folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
+    return Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_config=folders)
 
 
 def train(
@@ -100,7 +114,7 @@ def train(
     }
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
     images, seconds = _restore(out / "checkpoints", config, weights, average, optimizers)
-    log = _Log(out, accelerator, images)
+    log = _Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
     asked = {role: _asked(networks, role, null) for role in networks.roles}
@@ -113,6 +127,8 @@ def train(
     while images < config.images:
         started = time.perf_counter()
         scale = _rate(config, images)
+        after = images + config.batch
+        logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
         for turn in config.method.turns():
             for step in range(turn.steps):
                 # 2. loss and gradient, over this process's share of the global batch
@@ -142,7 +158,8 @@ def train(
                     )
                 optimizers[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
                 if sound:
-                    optimizers[turn.role].step()
+                    with log.update_ratio(turn.role, tensors) if logged else nullcontext():
+                        optimizers[turn.role].step()
                     log.add(f"gradient_norm/{turn.role}", norm)
                 optimizers[turn.role].zero_grad()
                 log.add(f"skipped/{turn.role}", float(not sound))
@@ -154,11 +171,11 @@ def train(
             tensor.lerp_(weights["student"][name].detach(), 1 - keep)
 
         # 5. report and keep
-        before, images = images, images + config.batch
+        before, images = images, after
         seconds += time.perf_counter() - started
         save = partial(_save, out / "checkpoints", config, weights, average, optimizers, images, seconds, world)
         progress = Progress(before, images, seconds, {}, generate, average, save)
-        if progress.crosses(config.cadence.log) or images >= config.images:
+        if logged:
             progress.figures.update(log.write(images))
         if progress.crosses(config.cadence.checkpoint) or images >= config.images:
             if accelerator.is_main_process:
@@ -271,14 +288,17 @@ class _Log:
     the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, images: int) -> None:
+    def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
         self._path = out / "metrics.jsonl"
         self._accelerator = accelerator
         self._sums: dict[str, list[float]] = {}
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.trim_lines(self._path, images)
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("distill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would write a second file of events for it
+                tracker.store_init_configuration(config.identity())
 
     def add(self, name: str, value: float) -> None:
         if math.isfinite(value):  # `skipped` counts what was not
@@ -310,6 +330,17 @@ class _Log:
         if len(flat) > 1:
             self.add("latent/diversity", float(torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5))
 
+    @contextmanager
+    def update_ratio(self, role: str, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """|update| / |weights| of the step taken inside, over evenly spaced numbers of each tensor."""
+        before = [_sample(tensor) for tensor in tensors]
+        yield
+        change = size = 0.0
+        for tensor, old in zip(tensors, before, strict=True):
+            change += float((_sample(tensor) - old).square().mean()) * tensor.numel()
+            size += float(old.square().mean()) * tensor.numel()
+        self.add(f"update_ratio/{role}", math.sqrt(change / size))
+
     def write(self, images: int) -> dict[str, float]:
         figures = {name: sum(values) / len(values) for name, values in sorted(self._sums.items())}
         self._sums.clear()
@@ -318,3 +349,8 @@ class _Log:
                 file.write(json.dumps({"images": images, **figures}) + "\n")
         self._accelerator.log(figures, step=images)
         return figures
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """At most about 4096 numbers of a tensor: enough for a norm, and no second copy of a large model."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float().clone()

@@ -258,6 +258,28 @@ def test_states(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_that_stopped_early_is_finished(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3200)
+    add_results(folder)  # the best student is that after 3200 images, and there is one evaluation after it
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for patience, state in ((None, "stopped"), (2, "stopped"), (1, "finished")):
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"stop": {"patience": patience}}))
+        assert read_run(folder).state == state
+
+
+def test_alarms_are_shown_and_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3200)
+    assert "Alarms" not in page_of(folder).text
+    lines = [{"name": name, "images": 1920, "says": f"{name} <b>is bad</b>"} for name in ("collapse", "too-fast")]
+    (folder / "alarms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"na')
+    page = page_of(folder)
+    assert "After 1.92 k images: collapse <b>is bad</b>." in page.text
+    assert page.all("b") == [{}] * len(page.all("b"))
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    (line,) = [line for line in result.output.splitlines() if "3.2 k" in line]
+    assert " 2 " in line
+
+
 def test_runs_are_listed_and_other_folders_are_not(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine", 6400)
     add_results(folder)

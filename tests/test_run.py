@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from typer.testing import CliRunner
 
 from distill import checkpoint
 from distill.cli import app
-from distill.errors import CheckpointError, RunError
+from distill.errors import CheckpointError, ConfigError, RunError
 from distill.files import write_aside
 from distill.pipeline import OneStepPipeline
 from distill.run import export
+from distill.runs import read_clock, read_run
+from distill.trainer import accelerator_for
 
 ARGUMENTS = (
     "batch=8",
@@ -89,8 +92,11 @@ def test_a_run_leaves_everything_it_promises(whole):
     ):
         assert all(name in line for line in lines)
     assert any(name.startswith("log10_gap/t") for name in lines[0])
+    assert all(0 < line[f"update_ratio/{role}"] < 0.05 for line in lines for role in ("student", "fake"))
+    assert read_run(out).alarms == []
     assert (out / "samples" / "000000000096.png").exists()
     assert list((out / "tensorboard").rglob("events*"))
+    assert read_clock(out).seconds > 0
     assert len(list((out / "checkpoints").iterdir())) == 2
     records = [checkpoint.load(path)[1] for path in sorted((out / "checkpoints").iterdir())]
     assert 0 < records[0]["seconds"] < records[1]["seconds"]
@@ -260,6 +266,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_pa
     checkpoint.save(newest, {"x": torch.full((9,), 2)}, {"images": 2})
     assert checkpoint.latest(tmp_path) == newest
     assert checkpoint.load(newest)[0]["x"][0] == 2
+
+
+def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):
+    out = tmp_path / "driven"
+    arguments = command(teacher, prompts, out, "optimizer.student_rate=0.3", "trackers=[]", "images=64")
+    done = finish(arguments)
+    assert done.returncode == 0, done.stderr
+    raised = read_run(out).alarms
+    assert "too-fast" in {alarm.name for alarm in raised}
+    assert len({alarm.name for alarm in raised}) == len(raised)
+    assert all(done.stderr.count(alarm.says) == 1 for alarm in raised)
+    assert "distilling 64/64" in done.stderr
+    assert not (out / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("wandb", "pip install wandb"), ("wandbb", "there is no 'wandbb'")])
+def test_a_tracker_that_is_not_there_is_named(name, words, tmp_path):
+    if name == "wandb" and find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ConfigError, match=words):
+        accelerator_for("no", tmp_path, [name])
 
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
