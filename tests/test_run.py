@@ -281,6 +281,25 @@ def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_pa
     assert not (out / "tensorboard").exists()
 
 
+def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(tmp_path):
+    out = tmp_path / "early"
+    values = ("images=4000", "batch=4", "prompts.count=8", "stop.patience=1", "ema=0", "optimizer.warmup=0",
+              "optimizer.student_rate=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
+    sets = [part for value in values for part in ("--set", value)]
+    arguments = [sys.executable, "-m", "distill.cli", "run", "scenes-debug", *sets, "--out", str(out)]
+    done = finish(arguments)
+    assert done.returncode == 0, done.stderr
+    run = read_run(out)
+    assert run.state == "finished"
+    assert run.images == run.evaluations[-1]["images"] < 4000
+    assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
+    assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    assert finish(arguments).returncode == 0
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
+    assert read_run(out).images == run.images
+
+
 @pytest.mark.parametrize(("name", "words"), [("wandb", "pip install wandb"), ("wandbb", "there is no 'wandbb'")])
 def test_a_tracker_that_is_not_there_is_named(name, words, tmp_path):
     if name == "wandb" and find_spec("wandb"):
