@@ -67,7 +67,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         shape = geometry.transformer
         rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])
         side = (arguments.size or geometry.image_size) // geometry.pixels_per_latent
-        progress = train(config, Path(folder), networks, rows, (shape["in_channels"], side, side), machine)
+        progress = train(config, Path(folder), networks, rows, [(shape["in_channels"], side, side)], machine)
         for _ in range(WARM):
             next(progress)
         started = _clock(machine.device)

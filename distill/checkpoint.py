@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -124,14 +125,17 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as flat tensors, by the index of the parameter and the entry's name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}/{name}": value for index, entries in state.items() for name, value in entries.items()}
+    state = Optimizer.state_dict(optimizer)["state"]  # bitsandbytes' own nests it for another use
+    return {
+        f"{index}/{name}": torch.as_tensor(value) for index, entries in state.items() for name, value in entries.items()
+    }
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """Put back what `optimizer_tensors` took; whole numbers, as bitsandbytes counts its steps in, are numbers again."""
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        whole = value.ndim == 0 and value.dtype == torch.int64
+        state.setdefault(int(index), {})[name] = int(value) if whole else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

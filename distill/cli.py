@@ -78,7 +78,9 @@ def teacher(
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium) or a YAML file.")],
+    config: Annotated[
+        str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium-lora, ...) or a YAML file.")
+    ],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
 ) -> None:

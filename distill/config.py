@@ -27,18 +27,28 @@ class Prompts(BaseModel):
     seed: int = 0
 
 
-class Full(BaseModel):
+class _Networks(BaseModel):
+    """How the networks compute. A run may go on with another choice: only rounding differs.
+
+    `checkpointing` keeps each block's input alone and computes the block again in the backward. `compile` compiles
+    each block. `attention` names the kernel; `sdpa` leaves it to torch, which is the fastest on CPUs too.
+    """
+
+    model_config = _FROZEN
+    checkpointing: bool = False
+    compile: bool = False
+    attention: Literal["sdpa", "math", "flash", "xformers"] = "sdpa"
+
+
+class Full(_Networks):
     """Fake and student as whole copies of the teacher, in fp32."""
 
-    model_config = _FROZEN
     kind: Literal["full"] = "full"
-    checkpointing: bool = False
 
 
-class Lora(BaseModel):
+class Lora(_Networks):
     """Fake and student as adapters on the teacher; memory is one base. Adapters are fp32 whatever the base is in."""
 
-    model_config = _FROZEN
     kind: Literal["lora"] = "lora"
     rank: _Count = 64
     alpha: _Positive = 64
@@ -46,16 +56,17 @@ class Lora(BaseModel):
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "net.0.proj", "net.2",
     )  # fmt: skip
-    checkpointing: bool = False
 
 
 class Optimizer(BaseModel):
     """Adam for both roles. Rates warm up over `warmup` images and fall to nothing over the last `decay` of the run.
 
-    A step whose gradient is not finite is skipped and counted; more than `skips` in a row end the run.
+    `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
+    is not finite is skipped and counted; more than `skips` in a row end the run.
     """
 
     model_config = _FROZEN
+    kind: Literal["adam", "adam-8bit"] = "adam"
     student_rate: _Positive = 1e-4
     fake_rate: _Positive = 2e-4
     betas: tuple[float, float] = (0.0, 0.999)
@@ -95,7 +106,8 @@ class Run(BaseModel):
     optimizer: Optimizer = Optimizer()
     images: _Count = 100_000
     batch: _Count = 128
-    micro_batch: _Count | None = None
+    micro_batch: _Count | None = None  # images in one forward; a step sums the gradients of a whole batch
+    sizes: tuple[tuple[_Count, _Count], ...] = ()  # (width, height) to draw from, step by step; none is the teacher's
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -129,7 +141,8 @@ class Run(BaseModel):
         plain = self.as_dict()
         for free in ("cadence", "images", "micro_batch", "stop", "trackers"):
             plain.pop(free)
-        plain["networks"].pop("checkpointing")
+        for free in _Networks.model_fields:
+            plain["networks"].pop(free)
         return dict(_flat(plain))
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:

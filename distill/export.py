@@ -53,6 +53,7 @@ def export_student(
         "format": FORMAT,
         "start_time": 1.0,
         "image_size": spec.image_size,
+        "sizes": [[spec.image_size, spec.image_size]],
         "latent_shape": list(spec.latent_shape),
         "vae_scale_factor": spec.vae_scale_factor,
         "scaling_factor": spec.scaling_factor,

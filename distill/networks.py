@@ -4,10 +4,15 @@ Whichever it is, the trainer sees the same: three velocities, the trainable tens
 the student. A loss differentiates through teacher and fake into their *input* only. That derivative is taken by
 `_InputGradient`, which puts the role's adapter on again before it goes backward: gradient checkpointing runs a
 network's forward a second time there, and with one base it would otherwise run whichever adapter is active by then.
+Weights that would learn are held meanwhile, so that nothing is kept or computed for their sake.
+
+A shared base can be sharded over a mesh of devices (FSDP2): each block is gathered for its forward and for its
+backward. It is frozen, so nothing of it is ever reduced; adapters stay whole on every device, and their gradients are
+averaged as without sharding.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -19,13 +24,18 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
+from distill import attention
 from distill.config import Full, Lora
+from distill.errors import ConfigError
 from distill.methods import Velocity
 from distill.teacher import load_transformer, velocity
 from distill.two_times import add_second_time
 
 ROLES = ("fake", "student")
+COMPILED_FORMS = 64  # of a block: by role, gradient, last or not, and batch; beyond them compilation is an error
 
 
 class Networks(Protocol):
@@ -62,15 +72,15 @@ class FullCopies:
         if two_times:
             add_second_time(self._models["student"])
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
-        if kind.checkpointing:
-            for model in self._models.values():
-                _checkpoint(model)
+        for model in self._models.values():
+            _prepare(model, kind)
 
     def velocity(self, role: str) -> Velocity:
         return partial(velocity, self._models[role if role in self.roles else "teacher"])
 
     def field(self, role: str) -> Velocity:
-        return _field(self.velocity(role), partial(self.using, role))
+        weights = list(self.trainable(role).values()) if role in self.roles else []
+        return _field(self.velocity(role), partial(_held, weights))
 
     def trainable(self, role: str) -> dict[str, Tensor]:
         return dict(self._models[role].named_parameters())
@@ -109,8 +119,16 @@ class SharedBase:
             self._adapters["student"] |= add_second_time(self._model)
         self._active: str | None = ""
         self._put_on("student")
-        if kind.checkpointing:
-            _checkpoint(self._model)
+        _prepare(self._model, kind)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep of the base only this process's share, gathered block by block where it is needed."""
+        whole: set[torch.nn.Parameter] = set()
+        for parameters in self._adapters.values():
+            whole.update(parameters.values())
+        for block in self._model.transformer_blocks:
+            fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(self._model, mesh=mesh, ignored_params=whole)
 
     def velocity(self, role: str) -> Velocity:
         def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -120,10 +138,16 @@ class SharedBase:
         return v
 
     def field(self, role: str) -> Velocity:
-        return _field(self.velocity(role), partial(self.using, role))
+        return _field(self.velocity(role), partial(self._passing, role))
 
     def trainable(self, role: str) -> dict[str, Tensor]:
         return dict(self._adapters[role])
+
+    @contextmanager
+    def _passing(self, role: str) -> Iterator[None]:
+        """The role's adapter on, and held."""
+        with self.using(role), _held(self._adapters.get(role, {}).values()):
+            yield
 
     @contextmanager
     def using(self, role: str) -> Iterator[None]:
@@ -149,12 +173,12 @@ class SharedBase:
 
 
 class _InputGradient(torch.autograd.Function):
-    """y = f(x), with dy/dx taken under `using()` and no gradient to f's weights."""
+    """y = f(x), computed and with dy/dx taken under `passing()`, and no gradient to f's weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], using: Callable[[], Any]) -> Tensor:
-        ctx.using = using
-        with torch.enable_grad():
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], passing: Callable[[], Any]) -> Tensor:
+        ctx.passing = passing
+        with torch.enable_grad(), passing():
             ctx.x = x.detach().requires_grad_(True)
             ctx.y = f(ctx.x)
         y: Tensor = ctx.y.detach()
@@ -162,13 +186,13 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        with ctx.using():
+        with ctx.passing():
             (gradient,) = torch.autograd.grad(ctx.y, ctx.x, grads[0])
         del ctx.x, ctx.y
         return gradient, None, None
 
 
-def _field(v: Velocity, using: Callable[[], Any]) -> Velocity:
+def _field(v: Velocity, passing: Callable[[], Any]) -> Velocity:
     """`v` with gradient to x_t only, right under gradient checkpointing."""
 
     def field(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -176,15 +200,35 @@ def _field(v: Velocity, using: Callable[[], Any]) -> Velocity:
             with torch.no_grad():
                 return v(x_t, t, cond)
         apply: Any = _InputGradient.apply
-        out: Tensor = apply(x_t, lambda x: v(x, t, cond), using)
+        out: Tensor = apply(x_t, lambda x: v(x, t, cond), passing)
         return out
 
     return field
 
 
-def _checkpoint(model: SD3Transformer2DModel) -> None:
-    model.enable_gradient_checkpointing()
-    model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
+@contextmanager
+def _held(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Weights that learn, taking no gradient for a while."""
+    weights = list(weights)
+    for tensor in weights:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in weights:
+            tensor.requires_grad_(True)
+
+
+def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
+    """What `kind` says of memory and speed; the blocks compile when they first run."""
+    if kind.checkpointing:
+        model.enable_gradient_checkpointing()
+        model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
+    if kind.compile:
+        compiled: Any = torch.compile  # whose overloads leave out the limit
+        # Blocks of one kind share their compiled forms, so a deep model starts as fast as a shallow one.
+        for block in model.transformer_blocks:
+            block.forward = compiled(block.forward, fullgraph=True, recompile_limit=COMPILED_FORMS)
 
 
 def build(
@@ -194,11 +238,22 @@ def build(
     device: torch.device,
     roles: tuple[str, ...] = ROLES,
     two_times: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> FullCopies | SharedBase:
     """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
 
-    With `two_times` the student takes a second time, learnt in full beside an adapter.
+    With `two_times` the student takes a second time, learnt in full beside an adapter. With a mesh the shared base is
+    sharded over it. Raises ConfigError for full copies then.
     """
+    if mesh is not None and isinstance(kind, Full):
+        raise ConfigError(
+            "networks.kind full cannot be sharded; train full copies under DDP, or take networks.kind lora for FSDP2"
+        )
+    model = load_transformer(folder, torch.float32 if isinstance(kind, Full) else dtype, device)
+    attention.use(kind.attention, model)
     if isinstance(kind, Full):
-        return FullCopies(load_transformer(folder, torch.float32, device), kind, dtype, roles, two_times)
-    return SharedBase(load_transformer(folder, dtype, device), kind, roles, two_times)
+        return FullCopies(model, kind, dtype, roles, two_times)
+    base = SharedBase(model, kind, roles, two_times)
+    if mesh is not None:
+        base.shard(mesh)
+    return base

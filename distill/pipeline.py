@@ -56,11 +56,12 @@ def read_student(folder: Path | str) -> OneStepSpec:
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
     try:
-        side = int(record["image_size"])
+        native = int(record["image_size"])
+        sizes = record.get("sizes", [[native, native]])  # students exported before sizes were a choice have one
         return OneStepSpec(
             name=str(record["name"]),
             digest=spec.digest,
-            sizes=((side, side),),
+            sizes=tuple((int(width), int(height)) for width, height in sizes),
             latent_channels=spec.latent_channels,
             vae_scale_factor=spec.vae_scale_factor,
             patch_size=spec.patch_size,

@@ -24,12 +24,12 @@ from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from distill.config import Full, Lora, load_config
-from distill.errors import SizeError, TeacherError
+from distill.errors import TeacherError
 from distill.flow import Draw, one_step
 from distill.methods import Batch, Turn, Velocities
 from distill.networks import ROLES, FullCopies, SharedBase
 from distill.run import GRID
-from distill.spec import RECORD, read_json
+from distill.spec import RECORD, check_size, read_json
 from distill.teacher import decode_latents
 from distill.text import TextCondition
 
@@ -108,11 +108,7 @@ class Geometry:
     def check_size(self, size: int) -> None:
         """Raise SizeError unless images of `size` x `size` pixels can be made."""
         unit = self.pixels_per_latent * int(self.transformer["patch_size"])
-        largest = unit * int(self.transformer["pos_embed_max_size"])
-        if size % unit or not 0 < size <= largest:
-            raise SizeError(
-                f"--size {size} must be a multiple of {unit} up to {largest}, which {self.name} is made for"
-            )
+        check_size(size, size, unit, int(self.transformer["pos_embed_max_size"]), self.name)
 
 
 def read_geometry(teacher: str) -> Geometry:
@@ -279,7 +275,7 @@ def setting(
     """A setting in the command's words, with the method of the preset for SD3 and the targets of every LoRA run."""
     kind = Lora(rank=rank, checkpointing=checkpointing) if mode == "lora" else Full(checkpointing=checkpointing)
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return Setting(geometry, kind, precision, batch, size, load_config("sd3-medium").method)
+    return Setting(geometry, kind, precision, batch, size, load_config("sd3-medium-lora").method)
 
 
 def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:

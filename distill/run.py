@@ -33,7 +33,7 @@ from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
 from distill.teacher import decode_latents, encode_images, load_vae
 from distill.text import SD3TextEncoder
-from distill.trainer import Progress, accelerator_for, train
+from distill.trainer import Progress, accelerator_for, check, mesh, train
 
 GRID = 16  # images in a sample grid
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
@@ -47,15 +47,21 @@ def teacher_folder(config: Run) -> Path:
 def prepare(config: Run, out: Path) -> TeacherSpec:
     """Check the teacher and write the resolved configuration, before anything is computed.
 
-    Raises TeacherError, or CheckpointError when `out` holds a run of another configuration.
+    Raises TeacherError, SizeError, or CheckpointError when `out` holds a run of another configuration.
     """
     spec = read_spec(teacher_folder(config))
+    latent_shapes(config, spec)
     kept = out / "config.yaml"
     if kept.exists():
         config.check_same(load_config(str(kept)).identity(), kept)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
     return spec
+
+
+def latent_shapes(config: Run, spec: TeacherSpec) -> list[tuple[int, int, int]]:
+    """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
+    return [spec.latent_shape_of(*size) for size in config.sizes] or [spec.latent_shape]
 
 
 def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
@@ -66,10 +72,15 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
 
 
 def accelerator(config: Run, out: Path) -> Accelerator:
-    """Accelerate with the run's precision; `auto` is bf16 where that is the faster."""
+    """Accelerate with the run's precision; `auto` is bf16 where that is the faster.
+
+    Raises ConfigError for what this machine cannot do.
+    """
     probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bfloat16(probe))
-    return accelerator_for("bf16" if bf16 else "no", out, config.trackers)
+    machine = accelerator_for("bf16" if bf16 else "no", out, config.trackers)
+    check(config, machine)
+    return machine
 
 
 def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
@@ -78,16 +89,19 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     spec = read_spec(folder)
     conditions = EmbeddingCache(out / "embeddings", folder)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
-    # The watch first: it holds the text encoders for a moment, when no network takes up memory yet.
-    watch = _Watch(config, out, folder, spec, machine.device, dtype) if machine.is_main_process else None
+    # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
+    # looks where a sharded base needs all of them to generate; one writes.
+    watch = None
+    if machine.is_main_process or machine.is_fsdp2:
+        watch = _Watch(config, out, folder, spec, machine.device, dtype, machine.is_main_process)
     torch.manual_seed(config.seed)  # adapters start from it
     turns = config.method.turns()
     roles = tuple(sorted({turn.role for turn in turns}))
     two_times = any(turn.two_times for turn in turns)
-    networks = build(folder, config.networks, dtype, machine.device, roles, two_times)
+    networks = build(folder, config.networks, dtype, machine.device, roles, two_times, mesh(machine))
 
     last = None
-    rounds = train(config, out, networks, conditions, spec.latent_shape, machine)
+    rounds = train(config, out, networks, conditions, latent_shapes(config, spec), machine)
     for progress in () if _all_told(watch is not None and watch.over) else rounds:
         if watch is not None:
             watch.look(progress)
@@ -96,7 +110,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         last = progress
         if progress.crosses(config.cadence.evaluate) and _all_told(watch is not None and watch.over):
             break
-    if watch is not None and (last is not None or not (out / "student").exists()):
+    if machine.is_main_process and (last is not None or not (out / "student").exists()):
         export(out)
     machine.wait_for_everyone()
 
@@ -136,6 +150,7 @@ def export(
             "source": source,
             "count": json.loads(manifest.read_text())["prompts"] if manifest.exists() else None,
         },
+        **({"sizes": config.sizes} if config.sizes else {}),
         "figures": {name: value for name, value in judged.items() if name != "images"},
         "config": {**plain, "teacher": teacher, "prompts": {**plain["prompts"], "source": source}},
     }
@@ -169,26 +184,37 @@ def _state(out: Path, which: str) -> Path:
 class _Watch:
     """Looks at the averaged student at the run's cadences: grids for people, and judgements to keep the best by.
 
-    Judgements need a world that can be scored: the small one. Elsewhere the last average is the student.
+    Judgements need a world that can be scored: the small one. Elsewhere the last average is the student. One that
+    does not `write` only takes part in generating.
     """
 
     def __init__(
-        self, config: Run, out: Path, folder: Path, spec: TeacherSpec, device: torch.device, dtype: torch.dtype
+        self,
+        config: Run,
+        out: Path,
+        folder: Path,
+        spec: TeacherSpec,
+        device: torch.device,
+        dtype: torch.dtype,
+        write: bool,
     ) -> None:
         self._config = config
         self._out = out
-        self._shape = spec.latent_shape
-        newest = checkpoint.latest(out / "checkpoints")
-        for log in (EVALUATIONS, METRICS, ALARMS):
-            checkpoint.trim_lines(out / log, int(newest.name) if newest else 0)
-        run = read_run(out)
-        self._alarms = Alarms()
-        for line in run.metrics:
-            self._alarms.see(line)
-        self.over = ended_early(run.config, run.evaluations, run.best)
+        self._write = write
+        self._shape = latent_shapes(config, spec)[0]
+        self.over = False
+        if write:
+            newest = checkpoint.latest(out / "checkpoints")
+            for log in (EVALUATIONS, METRICS, ALARMS):
+                checkpoint.trim_lines(out / log, int(newest.name) if newest else 0)
+            run = read_run(out)
+            self._alarms = Alarms()
+            for line in run.metrics:
+                self._alarms.see(line)
+            self.over = ended_early(run.config, run.evaluations, run.best)
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device, dtype)
-        self._judged = config.prompts.source == "scenes" and spec.image_size == SIZE
+        self._judged = config.prompts.source == "scenes" and self._shape == spec.latent_shape_of(SIZE, SIZE)
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions
         self._texts = list(read_prompts(config.prompts.source, GRID, config.prompts.seed))
@@ -197,7 +223,7 @@ class _Watch:
 
     def look(self, progress: Progress) -> None:
         """Whatever falls due."""
-        if progress.figures:
+        if progress.figures and self._write:
             self._heed(progress)
 
         @torch.no_grad()
@@ -208,8 +234,9 @@ class _Watch:
         finished = progress.images >= self._config.images
         if progress.crosses(self._config.cadence.sample) or finished:
             images = generate(self._texts, list(range(len(self._texts))))
-            path = self._out / "samples" / f"{progress.images:012d}.png"
-            save_png(labelled_grid([("student", images)], self._texts), path)
+            if self._write:
+                path = self._out / "samples" / f"{progress.images:012d}.png"
+                save_png(labelled_grid([("student", images)], self._texts), path)
         if self._judged and (progress.crosses(self._config.cadence.evaluate) or finished):
             self._judge(progress, generate)
 
@@ -225,6 +252,8 @@ class _Watch:
         result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
         figures = {"overall": result.overall, "frechet": result.frechet, "diversity": result.diversity}
         progress.figures.update(figures)
+        if not self._write:
+            return
         with (self._out / EVALUATIONS).open("a") as file:
             file.write(json.dumps({"images": progress.images, **figures, **result.tasks}) + "\n")
         # A student that says the same thing well is not the best one.

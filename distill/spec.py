@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import TeacherError
+from distill.errors import SizeError, TeacherError
 
 RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside a student: all that serving must know
 FORMAT = 1  # of a student's record; another number is refused
@@ -76,10 +76,25 @@ class TeacherSpec:
         """(C, h, w) of the native size."""
         return self.latent_channels, self.sample_size, self.sample_size
 
+    def latent_shape_of(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, h, w) of another size in image pixels. Raises SizeError for one that the model cannot make."""
+        check_size(width, height, self.vae_scale_factor * self.patch_size, self.pos_embed_max_size, self.name)
+        return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
     @property
     def text_shape(self) -> tuple[int, int]:
         """(L, D) of an encoded prompt."""
         return self.clip_length + self.max_sequence_length, self.joint_dim
+
+
+def check_size(width: int, height: int, unit: int, patches: int, name: str) -> None:
+    """Raise SizeError unless both sides are whole patches of `unit` image pixels, and at most `patches` of them."""
+    for side in (width, height):
+        if side % unit or not 0 < side <= unit * patches:
+            raise SizeError(
+                f"{name} cannot make images of {width}x{height}: a side must be a multiple of {unit} up to "
+                f"{unit * patches}"
+            )
 
 
 def read_spec(folder: Path | str) -> TeacherSpec:

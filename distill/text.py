@@ -33,9 +33,21 @@ class TextCondition:
         chosen: Any = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
         return type(self)(self.embeds[chosen], self.pooled[chosen])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> Self:
         """The same on a device, in a dtype; None leaves either as it is."""
-        return type(self)(self.embeds.to(device, dtype), self.pooled.to(device, dtype))
+        return type(self)(
+            self.embeds.to(device, dtype, non_blocking=non_blocking),
+            self.pooled.to(device, dtype, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Self:
+        """The same where a GPU fetches it by itself."""
+        return type(self)(self.embeds.pin_memory(), self.pooled.pin_memory())
 
     def expand(self, n: int) -> Self:
         """One row seen n times, without a copy."""

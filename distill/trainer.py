@@ -2,25 +2,32 @@
 
 It owns optimizers, rhythm, checkpoints and logs, and yields progress to its caller. Every random number is a function
 of (seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
+
+A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
+processes once: gradient accumulation that any method's turns can alternate over. The next micro-batch is read and
+drawn in a thread meanwhile.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, set_seed
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill import checkpoint
+from distill import attention, checkpoint, optimizers
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError
 from distill.flow import Draw, one_step
@@ -30,6 +37,9 @@ from distill.text import TextCondition
 
 BUCKETS = 5  # of t, for the gap between teacher and fake
 SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
+MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
+
+T = TypeVar("T")
 
 
 class Conditions(Protocol):
@@ -81,107 +91,165 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
     return Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_config=folders)
 
 
+def check(config: Run, accelerator: Accelerator) -> None:
+    """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
+    if config.batch % accelerator.num_processes:
+        raise ConfigError(f"batch {config.batch} does not divide over {accelerator.num_processes} processes")
+    engine = accelerator.distributed_type
+    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        engine == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ConfigError(f"{engine.value} cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2")
+    if accelerator.is_fsdp2 and config.networks.kind == "full":
+        raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    attention.check(config.networks.attention, dtype, accelerator.device)
+    optimizers.check(config.optimizer.kind, accelerator.device)
+
+
+def mesh(accelerator: Accelerator) -> DeviceMesh | None:
+    """The devices that a shared base is sharded over: accelerate's own mesh, else all; None without FSDP2."""
+    if not accelerator.is_fsdp2:
+        return None
+    own: DeviceMesh | None = accelerator.torch_device_mesh
+    if own is not None:
+        return own[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
 def train(
     config: Run,
     out: Path,
     networks: Networks,
     conditions: Conditions,
-    latent_shape: tuple[int, int, int],
+    shapes: Sequence[tuple[int, int, int]],
     accelerator: Accelerator,
 ) -> Iterator[Progress]:
     """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
-    Raises CheckpointError for a checkpoint of another configuration, DivergedError for a number that is not finite.
+    `shapes` are the latents (C, h, w) that each step draws one of. Raises CheckpointError for a checkpoint of another
+    configuration, DivergedError for a number that is not finite.
     """
     set_seed(config.seed)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    if config.batch % world:
-        raise ConfigError(f"batch {config.batch} does not divide over {world} processes")
     local = config.batch // world
-    micro = min(config.micro_batch or local, local)
 
     # 1. state
     rates = {"fake": config.optimizer.fake_rate, "student": config.optimizer.student_rate}
     weights = {role: networks.trainable(role) for role in networks.roles}
-    optimizers = {
-        role: torch.optim.Adam(
-            list(weights[role].values()),
-            lr=rates[role],
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        )
-        for role in networks.roles
-    }
+    adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
-    images, seconds = _restore(out / "checkpoints", config, weights, average, optimizers)
+    images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
     log = _Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
     asked = {role: _asked(networks, role, null) for role in networks.roles}
     skipped = dict.fromkeys(networks.roles, 0)  # steps in a row whose gradient was not finite
+    pinned = device.type == "cuda"
+    turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    while images < config.images:
-        started = time.perf_counter()
-        scale = _rate(config, images)
-        after = images + config.batch
-        logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
-        for turn in config.method.turns():
-            for step in range(turn.steps):
+    with closing(_ahead(_batches(config, images, rank * local, local, conditions, shapes, pinned))) as batches:
+        while images < config.images:
+            started = time.perf_counter()
+            scale = _rate(config, images)
+            after = images + config.batch
+            logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
+            for turn in turns:
                 # 2. loss and gradient, over this process's share of the global batch
-                first = images + rank * local
-                for start in range(first, first + local, micro):
-                    rows = range(start, min(start + micro, first + local))
-                    draw = Draw(config.seed, f"{turn.role} {step}", rows)
-                    cond = conditions.rows(_prompt_rows(config.seed, rows, len(conditions))).to(device)
-                    with networks.using(turn.role):
-                        batch = Batch(draw.normal(latent_shape).to(device), cond, draw)
+                for _ in range(0, local, _micro(config, local)):
+                    with log.seconds("data"):
+                        batch = _onto(next(batches), device)
+                    with log.seconds(turn.role), networks.using(turn.role):
                         with accelerator.autocast():
                             loss = turn.loss(asked[turn.role], batch)
-                        (loss.value * (len(rows) / local)).backward()
-                    log.add_loss(turn.role, loss)
+                        (loss.value * (len(batch.z) / local)).backward()
+                        log.add_loss(turn.role, loss)
 
                 # 3. average over processes, clip, step
-                tensors = list(weights[turn.role].values())
-                _average_gradients(tensors, accelerator)
-                norm = float(torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip))
-                sound = math.isfinite(norm)
-                skipped[turn.role] = 0 if sound else skipped[turn.role] + 1
-                if skipped[turn.role] > config.optimizer.skips:
-                    raise DivergedError(
-                        f"the {turn.role}'s gradient is {norm} after {images} images, {skipped[turn.role]} times "
-                        f"in a row; lower optimizer.{turn.role}_rate, or train with precision fp32; "
-                        "the last checkpoint is sound"
-                    )
-                optimizers[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
-                if sound:
-                    with log.update_ratio(turn.role, tensors) if logged else nullcontext():
-                        optimizers[turn.role].step()
-                    log.add(f"gradient_norm/{turn.role}", norm)
-                optimizers[turn.role].zero_grad()
-                log.add(f"skipped/{turn.role}", float(not sound))
+                with log.seconds(turn.role):
+                    tensors = list(weights[turn.role].values())
+                    _average_gradients(tensors, accelerator)
+                    norm = float(torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip))
+                    sound = math.isfinite(norm)
+                    skipped[turn.role] = 0 if sound else skipped[turn.role] + 1
+                    if skipped[turn.role] > config.optimizer.skips:
+                        raise DivergedError(
+                            f"the {turn.role}'s gradient is {norm} after {images} images, {skipped[turn.role]} "
+                            f"times in a row; lower optimizer.{turn.role}_rate, or train with precision fp32; "
+                            "the last checkpoint is sound"
+                        )
+                    adams[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
+                    if sound:
+                        with log.update_ratio(turn.role, tensors) if logged else nullcontext():
+                            adams[turn.role].step()
+                        log.add(f"gradient_norm/{turn.role}", norm)
+                    adams[turn.role].zero_grad()
+                    log.add(f"skipped/{turn.role}", float(not sound))
 
-        # 4. average the student
-        # The first images count for more: an average that starts at the teacher should not stay there.
-        keep = min(config.ema, (1 + images / config.batch) / (10 + images / config.batch))
-        for name, tensor in average.items():
-            tensor.lerp_(weights["student"][name].detach(), 1 - keep)
+            # 4. average the student
+            # The first images count for more: an average that starts at the teacher should not stay there.
+            keep = min(config.ema, (1 + images / config.batch) / (10 + images / config.batch))
+            for name, tensor in average.items():
+                tensor.lerp_(weights["student"][name].detach(), 1 - keep)
 
-        # 5. report and keep
-        before, images = images, after
-        seconds += time.perf_counter() - started
-        save = partial(_save, out / "checkpoints", config, weights, average, optimizers, images, seconds, world)
-        progress = Progress(before, images, seconds, {}, generate, average, save)
-        if logged:
-            progress.figures.update(log.write(images))
-        if progress.crosses(config.cadence.checkpoint) or images >= config.images:
-            if accelerator.is_main_process:
-                save()
-            accelerator.wait_for_everyone()
-        yield progress
+            # 5. report and keep
+            before, images = images, after
+            seconds += time.perf_counter() - started
+            save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
+            progress = Progress(before, images, seconds, {}, generate, average, save)
+            if logged:
+                progress.figures.update(log.write(images))
+            if progress.crosses(config.cadence.checkpoint) or images >= config.images:
+                if accelerator.is_main_process:
+                    save()
+                accelerator.wait_for_everyone()
+            yield progress
+
+
+def _micro(config: Run, local: int) -> int:
+    """Images in one forward, of a process's share of a batch."""
+    return min(config.micro_batch or local, local)
+
+
+def _batches(
+    config: Run,
+    images: int,
+    offset: int,
+    local: int,
+    conditions: Conditions,
+    shapes: Sequence[tuple[int, int, int]],
+    pinned: bool,
+) -> Iterator[Batch]:
+    """The micro-batches of all turns to come, on the host: of each batch the `local` images from `offset` on."""
+    for first in range(images, config.images, config.batch):
+        for turn in config.method.turns():
+            for step in range(turn.steps):
+                purpose = f"{turn.role} {step}"
+                shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).uniform() * len(shapes))]
+                start, stop = first + offset, first + offset + local
+                for row in range(start, stop, _micro(config, local)):
+                    rows = range(row, min(row + _micro(config, local), stop))
+                    draw = Draw(config.seed, purpose, rows)
+                    z, cond = draw.normal(shape), conditions.rows(_prompt_rows(config.seed, rows, len(conditions)))
+                    yield Batch(z.pin_memory(), cond.pin_memory(), draw) if pinned else Batch(z, cond, draw)
+
+
+def _ahead(items: Iterator[T]) -> Generator[T]:
+    """The same items, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _onto(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, which fetches it without being waited for."""
+    return replace(batch, z=batch.z.to(device, non_blocking=True), cond=batch.cond.to(device, non_blocking=True))
 
 
 def _asked(networks: Networks, role: str, null: TextCondition) -> Velocities:
@@ -214,13 +282,17 @@ def _rate(config: Run, images: int) -> float:
 
 
 def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
-    """Mean over processes, in one message: each role has few tensors, and any number of forwards stays right."""
+    """Mean over processes, in few messages; any number of forwards before it stays right."""
     if accelerator.num_processes == 1:
         return
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    while gradients:
+        ends = accumulate(gradient.numel() for gradient in gradients)
+        count = max(1, sum(end <= MESSAGE for end in ends))
+        message, gradients = gradients[:count], gradients[count:]
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in message]), "mean")
+        for gradient, part in zip(message, flat.split([g.numel() for g in message]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 @contextmanager
@@ -243,7 +315,7 @@ def _save(
     config: Run,
     weights: dict[str, dict[str, Tensor]],
     average: dict[str, Tensor],
-    optimizers: dict[str, torch.optim.Adam],
+    adams: dict[str, torch.optim.Optimizer],
     images: int,
     seconds: float,
     processes: int,
@@ -251,7 +323,7 @@ def _save(
     tensors = checkpoint.pack("average", average)
     for role in weights:
         tensors |= checkpoint.pack(role, weights[role])
-        tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(optimizers[role]))
+        tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(adams[role]))
     record = {"images": images, "seconds": seconds, "processes": processes, "config": config.identity()}
     checkpoint.save(folder / checkpoint.state_name(images), tensors, record)
     checkpoint.prune(folder, config.cadence.keep)
@@ -262,7 +334,7 @@ def _restore(
     config: Run,
     weights: dict[str, dict[str, Tensor]],
     average: dict[str, Tensor],
-    optimizers: dict[str, torch.optim.Adam],
+    adams: dict[str, torch.optim.Optimizer],
 ) -> tuple[int, float]:
     """Images seen by the newest checkpoint, whose state is put back, and seconds taken for them; 0 without one."""
     newest = checkpoint.latest(folder)
@@ -277,7 +349,7 @@ def _restore(
             for name, tensor in checkpoint.unpack(role, tensors).items():
                 weights[role][name].copy_(tensor)
     for role in weights:
-        checkpoint.restore_optimizer(optimizers[role], checkpoint.unpack(f"{role}-optimizer", tensors))
+        checkpoint.restore_optimizer(adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
     return int(record["images"]), float(record.get("seconds", 0))
 
 
@@ -285,13 +357,17 @@ class _Log:
     """Means since the last line, to metrics.jsonl and to accelerate's trackers.
 
     The losses swing round zero and say little. What tells whether a run is well: `gap` (log10 |u - v|^2 by t),
-    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
+    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation. `seconds/` are
+    sums: what the roles' turns took, and how long they waited for data. Figures stay on their device until a line is
+    written, so that nothing waits for them.
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
         self._path = out / "metrics.jsonl"
         self._accelerator = accelerator
-        self._sums: dict[str, list[float]] = {}
+        self._values: dict[str, list[float | Tensor]] = {}
+        self._by_time: list[tuple[str, Tensor, Tensor]] = []
+        self._seconds: dict[str, float] = {}
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.trim_lines(self._path, images)
@@ -300,35 +376,32 @@ class _Log:
             if tracker.name != "tensorboard":  # which would write a second file of events for it
                 tracker.store_init_configuration(config.identity())
 
-    def add(self, name: str, value: float) -> None:
-        if math.isfinite(value):  # `skipped` counts what was not
-            self._sums.setdefault(name, []).append(value)
+    def add(self, name: str, value: float | Tensor) -> None:
+        self._values.setdefault(name, []).append(value)
+
+    @contextmanager
+    def seconds(self, name: str) -> Iterator[None]:
+        """Count what is done here as time of `name`."""
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0) + time.perf_counter() - began
 
     def add_loss(self, role: str, loss: Loss) -> None:
         """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
-        self.add(f"loss/{role}", float(loss.value.detach()))
+        self.add(f"loss/{role}", loss.value.detach())
         if role == "student":
             self.add_latents(loss.x_0)
-        t = loss.figures["t"].cpu()
         for name, values in loss.figures.items():
-            if name == "t":
-                continue
-            values = values.float().cpu()
-            self.add(name, float(values.mean()))
-            for bucket in range(BUCKETS):
-                inside = (t * BUCKETS).long().clamp(max=BUCKETS - 1) == bucket
-                if inside.any():
-                    self.add(
-                        f"log10_{name}/t{bucket / BUCKETS:.1f}",
-                        float(values[inside].mean().clamp(1e-12).log10()),
-                    )
+            if name != "t":
+                self.add(name, values.float().mean())
+                self._by_time.append((name, loss.figures["t"], values.float()))
 
     def add_latents(self, x_0: Tensor) -> None:
-        self.add("latent/std", float(x_0.std()))
-        self.add("latent/saturated", float((x_0.abs() > SATURATED).float().mean()))
+        self.add("latent/std", x_0.std())
+        self.add("latent/saturated", (x_0.abs() > SATURATED).float().mean())
         flat = x_0.flatten(1)[:32].float()
         if len(flat) > 1:
-            self.add("latent/diversity", float(torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5))
+            self.add("latent/diversity", torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5)
 
     @contextmanager
     def update_ratio(self, role: str, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -342,8 +415,20 @@ class _Log:
         self.add(f"update_ratio/{role}", math.sqrt(change / size))
 
     def write(self, images: int) -> dict[str, float]:
-        figures = {name: sum(values) / len(values) for name, values in sorted(self._sums.items())}
-        self._sums.clear()
+        for name, t, values in self._by_time:
+            buckets = (t.cpu() * BUCKETS).long().clamp(max=BUCKETS - 1)
+            for bucket in sorted(set(buckets.tolist())):
+                inside = values.cpu()[buckets == bucket]
+                self.add(f"log10_{name}/t{bucket / BUCKETS:.1f}", inside.mean().clamp(1e-12).log10())
+        figures = {f"seconds/{name}": value for name, value in self._seconds.items()}
+        for name, added in self._values.items():
+            finite = [number for number in map(float, added) if math.isfinite(number)]  # `skipped` counts the others
+            if finite:
+                figures[name] = sum(finite) / len(finite)
+        figures = dict(sorted(figures.items()))
+        self._values.clear()
+        self._by_time.clear()
+        self._seconds.clear()
         if self._accelerator.is_main_process:
             with self._path.open("a") as file:
                 file.write(json.dumps({"images": images, **figures}) + "\n")

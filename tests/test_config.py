@@ -35,6 +35,9 @@ def test_overrides_reach_nested_keys():
         ("scenes", "method.guidance.techer=1", ["method.guidance.techer", "did you mean 'teacher'"]),
         ("scenes", "networks.checkpoint=1", ["'networks.checkpoint'", "did you mean 'checkpointing'"]),
         ("scenes", "networks.kind=lo", ["networks", "lora"]),
+        ("scenes", "optimizer.kind=lion", ["optimizer.kind", "adam-8bit"]),
+        ("scenes", "sizes=[[64]]", ["sizes"]),
+        ("scenes", "networks.attention=flesh", ["networks.attention", "flash"]),
         ("scenes", "batch=many", ["batch", "many"]),
         ("scenes", "images=0", ["images"]),
         ("scenes", "method.name=fmg", ["fmg", "fgm"]),
@@ -62,5 +65,7 @@ def test_broken_files_are_named(tmp_path):
 def test_identity_holds_everything_but_budget_and_cadence():
     base = load_config("scenes")
     assert load_config("scenes", ["images=7", "cadence.log=3"]).identity() == base.identity()
+    assert load_config("scenes", ["networks.compile=true", "networks.attention=math"]).identity() == base.identity()
+    assert load_config("scenes", ["sizes=[[64,64]]"]).identity() != base.identity()
     assert load_config("scenes", ["seed=7"]).identity() != base.identity()
     assert load_config("scenes", ["method.alpha=0.7"]).identity() != base.identity()

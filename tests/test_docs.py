@@ -64,7 +64,7 @@ def test_python_is_python(page):
 
 def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
     (block,) = (block for block in blocks(ROOT / "README.md", "python") if "StableDiffusion3Pipeline" in block)
-    here = block.replace("runs/sd3-medium/student", str(teacher_t5))
+    here = block.replace("runs/sd3-medium-lora/student", str(teacher_t5))
     assert here != block
     names: dict[str, object] = {}
     exec(here, names)

@@ -1,80 +1,48 @@
-"""Two adapters on one base learn exactly as three separate copies would, with and without checkpointing."""
-
-from pathlib import Path
+"""Two adapters on one base learn exactly as three separate copies would, however the base computes."""
 
 import pytest
 import torch
+from parity import CPU, SHAPE, Prompts, asked, gradients, shared
 
 from distill.config import Full, Lora
-from distill.flow import Draw
-from distill.methods import Batch, Velocities
-from distill.methods.fgm import Config
-from distill.networks import ROLES, FullCopies, SharedBase, build
-from distill.policies import Guidance
+from distill.errors import ConfigError
+from distill.methods import Velocities
+from distill.networks import ROLES, FullCopies, build
 from distill.teacher import load_transformer
-from distill.text import SD3TextEncoder
-
-CPU = torch.device("cpu")
-SHAPE = (4, 8, 8)
 
 
-@pytest.fixture(scope="module")
-def conditions(teacher: Path):
-    encoder = SD3TextEncoder.load(teacher)
-    return encoder.encode(["a red circle", "a blue square", "circle"]), encoder.encode([""])
+def expected(teacher, role):
+    """Of three models with storage of their own, each asked for one role only."""
+    a, b, c = (shared(teacher) for _ in range(3))
+    nets = Velocities(c.velocity("student"), a.velocity("teacher"), b.velocity("fake"), Prompts().null)
+    return gradients(nets, {"fake": b, "student": c}[role].trainable(role), role)
 
 
-def shared(teacher: Path, checkpointing: bool) -> SharedBase:
-    torch.manual_seed(0)
-    networks = build(teacher, Lora(rank=4, alpha=8, checkpointing=checkpointing), torch.float32, CPU)
-    assert isinstance(networks, SharedBase)
-    for role in ROLES:  # adapters start as zero maps; make them matter, and differ
-        for tensor in networks.trainable(role).values():
-            tensor.data += 0.05 * torch.randn(tensor.shape)
-    return networks
-
-
-def separate(teacher: Path) -> tuple[SharedBase, SharedBase, SharedBase]:
-    """Three models with storage of their own; each is asked for one role only."""
-    return tuple(shared(teacher, checkpointing=False) for _ in range(3))
-
-
-def gradients(velocities, trainable, role, conditions):
-    cond, null = conditions
-    config = Config(guidance=Guidance(teacher=3.0, fake="alike"))
-    turn = {turn.role: turn for turn in config.turns()}[role]
-    draw = Draw(0, role, range(3))
-    turn.loss(Velocities(*velocities, null), Batch(draw.normal(SHAPE), cond, draw)).value.backward()
-    return {name: tensor.grad for name, tensor in trainable.items()}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("role", ROLES)
-def test_one_base_has_the_gradients_of_three_copies(teacher, conditions, role, checkpointing):
-    one = shared(teacher, checkpointing)
-    student, fake = (one.velocity(name) if name == role else one.field(name) for name in ("student", "fake"))
-    with one.using(role):
-        found = gradients((student, one.field("teacher"), fake), one.trainable(role), role, conditions)
-
-    a, b, c = separate(teacher)
-    plain = (c.velocity("student"), a.velocity("teacher"), b.velocity("fake"))
-    copies = {"fake": b, "student": c}[role]
-    expected = gradients(plain, copies.trainable(role), role, conditions)
-    assert found.keys() == expected.keys()
+def assert_same(found, gradients):
+    assert found.keys() == gradients.keys()
     assert len(found) > 20
-    for name, gradient in expected.items():
+    for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("kind", [{}, {"checkpointing": True}, {"attention": "math"}], ids=str)
+def test_one_base_has_the_gradients_of_three_copies(teacher, kind, role):
+    one = shared(teacher, **kind)
+    with one.using(role):
+        assert_same(gradients(asked(one, role), one.trainable(role), role), expected(teacher, role))
     other = "student" if role == "fake" else "fake"
     assert all(tensor.grad is None for tensor in one.trainable(other).values())
+    assert all(tensor.requires_grad for role in ROLES for tensor in one.trainable(role).values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_full_copies_pass_gradient_on_and_keep_none(teacher, conditions, checkpointing):
+def test_full_copies_pass_gradient_on_and_keep_none(teacher, checkpointing):
     networks = build(teacher, Full(checkpointing=checkpointing), torch.float32, CPU)
     assert isinstance(networks, FullCopies)
-    velocities = (networks.velocity("student"), networks.field("teacher"), networks.field("fake"))
-    found = gradients(velocities, networks.trainable("student"), "student", conditions)
+    found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
     assert all(tensor.grad is None for tensor in networks.trainable("fake").values())
+    assert all(tensor.requires_grad for tensor in networks.trainable("fake").values())
 
     copies = [load_transformer(teacher) for _ in range(2)]
     again = build(teacher, Full(), torch.float32, CPU)
@@ -82,13 +50,30 @@ def test_full_copies_pass_gradient_on_and_keep_none(teacher, conditions, checkpo
         lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
         for model in copies
     ]
-    expected = gradients([again.velocity("student"), *plain], again.trainable("student"), "student", conditions)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=name)
+    nets = Velocities(again.velocity("student"), *plain, Prompts().null)
+    assert_same(found, gradients(nets, again.trainable("student"), "student"))
 
 
-def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher, conditions):
-    cond, _ = conditions
+def test_weights_that_are_held_keep_no_activations(teacher):
+    networks = build(teacher, Full(), torch.float32, CPU)
+    x, t, cond = torch.randn(2, *SHAPE, requires_grad=True), torch.full((2,), 0.5), Prompts().rows([0, 1])
+
+    def kept(velocity):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            velocity(x, t, cond)
+        return sum(sizes)
+
+    assert kept(networks.field("fake")) == kept(networks.field("teacher")) < kept(networks.velocity("fake"))
+
+
+def test_full_copies_are_not_sharded(teacher):
+    with pytest.raises(ConfigError, match=r"networks\.kind full"):
+        build(teacher, Full(), torch.float32, CPU, mesh=object())
+
+
+def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher):
+    cond = Prompts().rows(range(3))
     networks = build(teacher, Lora(rank=4, alpha=4), torch.bfloat16, CPU)
     x, t = torch.randn(3, *SHAPE), torch.tensor([0.2, 0.5, 1.0])
     expected = networks.velocity("teacher")(x, t, cond)

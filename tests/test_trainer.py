@@ -1,0 +1,99 @@
+"""The loop's promises: what a step sums, what it draws, what it reads ahead, and what it refuses at the door."""
+
+import threading
+
+import parity
+import pytest
+import torch
+from accelerate import Accelerator
+from parity import IMAGES, SHAPE, Prompts
+
+from distill import trainer
+from distill.config import Optimizer
+from distill.errors import CacheError, ConfigError
+from distill.optimizers import adam
+
+
+def figures(teacher, out, **more):
+    """Of a single round."""
+    config = parity.run(images=IMAGES, **more)
+    (progress,) = trainer.train(config, out, parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
+    return progress.figures
+
+
+def test_micro_batches_add_up_to_the_whole_batch_s_gradient(teacher, tmp_path):
+    whole = figures(teacher, tmp_path / "whole")
+    for micro in (1, 2):
+        parts = figures(teacher, tmp_path / str(micro), micro_batch=micro)
+        for role in ("fake", "student"):
+            assert parts[f"gradient_norm/{role}"] == pytest.approx(whole[f"gradient_norm/{role}"], rel=1e-3)
+            assert parts[f"loss/{role}"] == pytest.approx(whole[f"loss/{role}"], rel=1e-3, abs=1e-4)
+
+
+def test_shares_of_processes_are_the_whole_batch_in_one_size_a_step():
+    shapes = [(4, 8, 8), (4, 8, 4), (4, 4, 8)]
+    config = parity.run(images=20 * IMAGES)
+
+    def batches(offset, local):
+        return list(trainer._batches(config, 0, offset, local, Prompts(), shapes, pinned=False))
+
+    whole, left, right = batches(0, IMAGES), batches(0, IMAGES // 2), batches(IMAGES // 2, IMAGES // 2)
+    for a, b, c in zip(whole, left, right, strict=True):
+        assert torch.equal(a.z, torch.cat([b.z, c.z]))
+        assert torch.equal(a.cond.embeds, torch.cat([b.cond.embeds, c.cond.embeds]))
+    assert {tuple(batch.z.shape[1:]) for batch in whole} == set(shapes)
+    resumed = list(trainer._batches(config, 8 * IMAGES, 0, IMAGES, Prompts(), shapes, pinned=False))
+    assert all(torch.equal(a.z, b.z) for a, b in zip(whole[16:], resumed, strict=True))
+
+
+def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
+    config = parity.run()
+    steps = trainer.train(
+        config, tmp_path, parity.shared(teacher), Prompts(), [(4, 8, 8), (4, 4, 8)], Accelerator(cpu=True)
+    )
+    assert [progress.images for progress in steps] == [IMAGES, 2 * IMAGES, 3 * IMAGES, 4 * IMAGES]
+
+
+def test_what_is_read_ahead_comes_in_order_with_its_errors_and_leaves_no_thread():
+    def damaged():
+        yield from range(1, 4)
+        raise CacheError("shard 7")
+
+    before = threading.active_count()
+    ahead, found = trainer._ahead(damaged()), []
+    with pytest.raises(CacheError, match="shard 7"):
+        found.extend(ahead)
+    stopped = trainer._ahead(iter(range(1, 9)))
+    assert (found, next(stopped)) == ([1, 2, 3], 1)
+    stopped.close()
+    assert threading.active_count() == before
+
+
+def test_adam_takes_the_steps_of_its_definition():
+    weight, gradient = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25])
+    config = Optimizer(betas=(0.5, 0.9), eps=1e-3)
+    tensor = weight.clone().requires_grad_(True)
+    optimizer = adam([tensor], config, 0.1)
+    m, v = torch.zeros(2), torch.zeros(2)
+    for step in (1, 2, 3):
+        tensor.grad = gradient * step
+        optimizer.step()
+        m = 0.5 * m + 0.5 * gradient * step
+        v = 0.9 * v + 0.1 * (gradient * step) ** 2
+        weight = weight - 0.1 * (m / (1 - 0.5**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-3)
+    torch.testing.assert_close(tensor.detach(), weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"optimizer.kind": "adam-8bit"}, r"optimizer\.kind adam-8bit needs the package bitsandbytes"),
+        (
+            {"networks.kind": "lora", "networks.attention": "xformers"},
+            r"networks\.attention xformers needs the package xformers",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(override, words):
+    with pytest.raises(ConfigError, match=words):
+        trainer.check(parity.run(**override), Accelerator(cpu=True))
