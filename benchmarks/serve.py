@@ -80,14 +80,14 @@ def measure(command: list[str], port: int, clients: int, requests: int) -> dict[
 
             def ask(i: int) -> float:
                 started = time.perf_counter()
-                body = {"prompt": "a red circle left of a blue star", "seed": i}
+                body = {"prompt": f"a red circle left of a blue star, number {i}", "seed": i}  # caches know none
                 client.post(f"{url}/v1/images/generations", json=body).raise_for_status()
                 return time.perf_counter() - started
 
             with ThreadPoolExecutor(clients) as pool:
                 list(pool.map(ask, range(clients)))  # warm
                 started = time.perf_counter()
-                latencies = list(pool.map(ask, range(requests)))
+                latencies = list(pool.map(ask, range(clients, clients + requests)))
                 elapsed = time.perf_counter() - started
     finally:
         server.terminate()

@@ -93,7 +93,7 @@ class OneStepPipeline:
         rows: int,
     ) -> None:
         self.spec = spec
-        self._rows = rows
+        self.rows = rows
         self._text = text
         self._transformer = transformer
         self._vae = vae
@@ -182,8 +182,8 @@ class OneStepPipeline:
 
     def _blocks(self, count: int) -> Iterator[Tensor]:
         """Indices of the rows to compute together; the last block repeats the last row until it is full."""
-        for start in range(0, count, self._rows):
-            yield torch.arange(start, start + self._rows).clamp(max=count - 1)
+        for start in range(0, count, self.rows):
+            yield torch.arange(start, start + self.rows).clamp(max=count - 1)
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The size meant, the native one for None. Raises SizeError for one that the student was not trained for."""

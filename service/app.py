@@ -1,9 +1,8 @@
 """`create_app(settings)`: the whole composition on one screen."""
 
-import asyncio
 import importlib
 import pkgutil
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -11,39 +10,28 @@ from fastapi import FastAPI
 
 from service import __doc__ as summary
 from service import handlers, routers
-from service.engine.backend import Backend
 from service.engine.engine import Engine
+from service.engine.launch import Fleet, processes
 from service.metrics import Metrics
 from service.middleware import Front
 from service.settings import Settings
 from service.state import State
 
 
-def load_backends(settings: Settings) -> Mapping[str, Backend]:
-    """The registry's; imported when it is needed, since it brings torch."""
-    from service import registry
-
-    return registry.load_backends(settings)
-
-
-def create_app(
-    settings: Settings | None = None, load: Callable[[Settings], Mapping[str, Backend]] = load_backends
-) -> FastAPI:
-    """The server. `load` makes the backends when the app starts; simulations and tests bring their own."""
+def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
+    """The server. `fleet` are its workers, those of the settings if none is given; they start with the app."""
     settings = settings or Settings()
     metrics = Metrics()
-    state = State(settings, metrics, ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode"))
+    engine = Engine(fleet or processes(settings), settings, metrics)
+    encoders = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+    state = State(settings, metrics, encoders, engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.backends = await asyncio.to_thread(load, settings)
-        engine = Engine(state.backends, settings.max_batch, settings.queue_limit, metrics)
-        await engine.warm_up()
-        state.engine = engine
+        await engine.start()
         yield
-        state.engine = None
         await engine.drain()
-        state.encoders.shutdown()
+        encoders.shutdown()
 
     app = FastAPI(title="One-step text-to-image", description=summary or "", version="1", lifespan=lifespan)
     app.state.service = state

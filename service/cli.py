@@ -23,7 +23,10 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, or simulator.")] = None,
+    devices: Annotated[
+        str | None, typer.Option("--devices", "--device", help="auto, cpu, simulator, or GPUs as cuda:0,cuda:1.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Worker processes on each device.")] = None,
 ) -> None:
     """Serve students (the shipped one if none is named) in the OpenAI Images format.
 
@@ -32,13 +35,15 @@ def serve(
     """
     import uvicorn
 
-    from service.app import create_app, load_backends
+    from service.app import create_app
+    from service.engine.launch import processes
     from service.settings import read_settings
 
-    given: dict[str, Any] = {"models": tuple(model or ()), "device": device}
+    given: dict[str, Any] = {"models": tuple(model or ()), "devices": devices, "replicas": replicas}
     settings = read_settings({name: value for name, value in given.items() if value})
-    backends = load_backends(settings)  # before the server starts, so that a bad folder is one sentence
-    server = create_app(settings, lambda _: backends)
+    workers = processes(settings)
+    workers.start()  # before the server does, so that a bad folder is one sentence
+    server = create_app(settings, workers)
     uvicorn.run(server, host=host, port=port, timeout_graceful_shutdown=settings.drain_seconds)
 
 

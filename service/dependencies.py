@@ -20,7 +20,7 @@ Service = Annotated[State, Depends(_service)]
 
 
 def _running(service: Service) -> Engine:
-    if service.engine is None:
+    if not service.engine.open:
         raise Unavailable("the server is starting or shutting down")
     return service.engine
 

@@ -45,6 +45,10 @@ class GenerationFailed(ServiceError):
     """The model failed on this one image."""
 
 
+class TimedOut(ServiceError):
+    """The images were not there in the time that the request gave."""
+
+
 class Unavailable(ServiceError):
     """The server is starting or draining."""
 
@@ -68,6 +72,7 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
     GenerationFailed: (500, "server_error"),
     ServiceError: (500, "server_error"),
     Unavailable: (503, "server_error"),
+    TimedOut: (504, "server_error"),
 }
 
 

@@ -1,60 +1,113 @@
 """From student folders to backends. The one file that knows the distillation half, and only its pipeline."""
 
-import threading
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
-from service.engine.backend import Backend, Card, Pixels, Simulator
+from service.engine.backend import Backend, Card, DeviceLost, Pixels, Text
+from service.engine.cache import Cache
 from service.errors import StartError
-from service.settings import Settings
 
 
 class StudentBackend:
-    """A `OneStepPipeline` behind the backend's protocol."""
+    """A `OneStepPipeline` behind the backend's protocol.
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    On a GPU each stage has a stream of its own and ends by waiting for it: what it hands to the next is complete, and
+    memory that it lets go of is no longer read.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, prompt_cache_bytes: int) -> None:
         self._pipeline = OneStepPipeline.load(folder, device)
-        self._tokenizers = threading.Lock()  # each call sets their padding and truncation: one thread at a time
+        self._device = device
+        self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(prompt_cache_bytes)
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        if device.type == "cuda":
+            for stage in ("text", "model", "vae"):
+                self._streams[stage] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(device)  # the weights are there for every stream
         spec = self._pipeline.spec
-        pixels = spec.vae_scale_factor * spec.patch_size
-        self.card = Card(spec.name, spec.teacher, spec.created, spec.sizes, pixels, spec.token_limit)
+        self.card = Card(
+            name=spec.name,
+            owner=spec.teacher,
+            created=spec.created,
+            digest=spec.digest,
+            sizes=spec.sizes,
+            pixels_per_token=spec.vae_scale_factor * spec.patch_size,
+            token_limit=spec.token_limit,
+            rows=self._pipeline.rows,
+        )
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int) -> Pixels:
-        """One call of the network for all of them; a prompt that comes several times is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        with self._tokenizers:
-            encoded = self._pipeline.encode(distinct)
-        cond = encoded[torch.tensor([distinct.index(prompt) for prompt in prompts])]
-        pixels: Pixels = np.asarray(self._pipeline.decode(self._pipeline.latents(cond, seeds, width, height)))
-        return pixels
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Conditions on the device; a prompt that was seen lately is not encoded again."""
+        known = {prompt: entry for prompt in dict.fromkeys(prompts) if (entry := self._prompts.get(prompt))}
+        hits = len(known)
+        with self._stage("text"):
+            if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+                conditions = self._pipeline.encode(new)
+                facts = zip(self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)
+                for i, (prompt, (tokens, truncated)) in enumerate(zip(new, facts, strict=True)):
+                    row = conditions[torch.tensor([i])]  # a copy: a slice would keep its whole batch
+                    known[prompt] = row, tokens, truncated
+                    self._prompts.put(prompt, known[prompt], row.embeds.nbytes + row.pooled.nbytes)
+            rows, counts, cuts = zip(*(known[prompt] for prompt in prompts), strict=True)
+            return Text(type(rows[0]).cat(rows), counts, cuts, hits)
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        """Text tokens that the model sees, and whether the prompt is longer."""
-        with self._tokenizers:
-            return self._pipeline.count_tokens([prompt])[0], self._pipeline.truncated([prompt])[0]
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Latents (B, C, h, w) on the device."""
+        with self._stage("model"):
+            latents = self._pipeline.latents(conditions, seeds, width, height)
+            if not latents.isfinite().all():
+                raise FloatingPointError("the network gave latents that are not finite")
+            return latents
+
+    def decode(self, latents: Any) -> Pixels:
+        """Images (B, H, W, 3)."""
+        with self._stage("vae"):
+            pixels: Pixels = np.asarray(self._pipeline.decode(latents))
+            return pixels
+
+    def memory_bytes(self) -> int:
+        """What torch holds of a GPU; elsewhere what the process holds of the machine."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_reserved(self._device)
+        status = Path("/proc/self/status")
+        found = status.read_text().partition("VmRSS:")[2].split() if status.exists() else []
+        return int(found[0]) * 1024 if found else 0
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """The stage's stream, and torch's errors by the protocol's names."""
+        stream = self._streams.get(name)
+        try:
+            with torch.cuda.stream(stream):  # None changes nothing
+                yield
+                if stream is not None:
+                    stream.synchronize()
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from error
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error)) from error
 
 
-def load_backends(settings: Settings) -> dict[str, Backend]:
-    """A backend for each model folder, by the model's name. Slow: call it off the event loop.
+def load_backends(folders: Sequence[Path | str], device: str, prompt_cache_bytes: int) -> dict[str, Backend]:
+    """A backend for each model folder, by the model's name; the shipped student where no folder is given. Slow.
 
     Raises StartError for a folder that cannot be loaded and for two models of one name.
     """
-    if settings.device == "simulator":
-        simulator = Simulator()
-        return {simulator.card.name: simulator}
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     backends: dict[str, Backend] = {}
-    for folder in settings.models or (SHIPPED_STUDENT,):
+    for folder in folders or (SHIPPED_STUDENT,):
         try:
-            backend = StudentBackend(folder, torch.device(name))
+            backend = StudentBackend(Path(folder), torch.device(device), prompt_cache_bytes)
         except Exception as error:  # a foreign folder, no such device, too little memory: all end the start
-            raise StartError(f"model {folder} on {name}: {error}") from error
+            raise StartError(f"model {folder} on {device}: {error}") from error
         if backend.card.name in backends:
             raise StartError(
                 f"{folder}: a model named {backend.card.name!r} is loaded already; rename it in onestep.json"

@@ -1,10 +1,9 @@
 """What the handlers of one app share."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from service.engine.backend import Backend
+from service.engine.backend import Card
 from service.engine.engine import Engine
 from service.errors import NotFound
 from service.metrics import Metrics
@@ -13,18 +12,18 @@ from service.settings import Settings
 
 @dataclass
 class State:
-    """`engine` is there once the models are loaded and warm, and gone when the app drains."""
+    """`engine` takes work from when the models are loaded until the app drains."""
 
     settings: Settings
     metrics: Metrics
     encoders: ThreadPoolExecutor
-    backends: Mapping[str, Backend] = field(default_factory=dict)
-    engine: Engine | None = None
+    engine: Engine
 
-    def backend(self, name: str | None) -> Backend:
+    def card(self, name: str | None) -> Card:
         """The model of that name; the first one when none is named."""
+        cards = self.engine.cards
         if name is None:
-            return next(iter(self.backends.values()))
-        if name not in self.backends:
+            return next(iter(cards.values()))
+        if name not in cards:
             raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
-        return self.backends[name]
+        return cards[name]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,41 +18,77 @@ class Card:
     name: str
     owner: str
     created: int
+    digest: str  # of the model's files: the same digest, the same images
     sizes: tuple[tuple[int, int], ...]
     pixels_per_token: int  # side of the image patch that one transformer token stands for
     token_limit: int
+    rows: int  # images computed together: a batch costs whole blocks of so many
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: what the network takes of them, and what a client is told."""
+
+    conditions: Any
+    tokens: Sequence[int]  # that the model sees, of each prompt
+    truncated: Sequence[bool]  # whether it sees only the prompt's beginning
+    hits: int = 0  # prompts that a cache knew
 
 
 class Backend(Protocol):
-    """One model on one device; `generate` is called by one thread at a time. The worker process will go behind it."""
+    """One model on one device, in three stages. Each is called by one thread at a time, and they run side by side.
+
+    An image depends on its own prompt and seed alone, to the bit, whatever else is in its batch. All raise MemoryError
+    where the device has too little, DeviceLost where it can compute no more, and anything else for a batch that fails.
+    """
 
     card: Card
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int) -> Pixels:
-        """One image per prompt and seed; an image depends on its own prompt and seed alone."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Prompts to what the network takes."""
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        """Text tokens that the model sees, and whether it sees only the prompt's beginning. Safe from any thread."""
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Latents, one for each condition and seed; raises FloatingPointError when one of them is not finite."""
+
+    def decode(self, latents: Any) -> Pixels:
+        """Latents to images."""
+
+    def memory_bytes(self) -> int:
+        """Memory of the device that this process holds. Safe from any thread."""
+
+
+class DeviceLost(Exception):
+    """The device is beyond use for this process; another process may find it well."""
 
 
 class Simulator:
     """A backend that takes the time of a model and paints one colour per seed."""
 
     def __init__(self, call_seconds: float = 0.01, image_seconds: float = 0.002, fails_on: str | None = None) -> None:
-        self.card = Card("simulator", "simulator", 0, ((64, 64), (128, 64)), 16, 77)
+        self.card = Card("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1)
         self._call_seconds = call_seconds
         self._image_seconds = image_seconds
         self._fails_on = fails_on
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int) -> Pixels:
-        """Flat images; raises for a prompt that holds the text that it was told to fail on."""
-        time.sleep(self._call_seconds + self._image_seconds * len(prompts))
-        if self._fails_on is not None and any(self._fails_on in prompt for prompt in prompts):
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """A token a word, start and end."""
+        words = [len(prompt.split()) + 2 for prompt in prompts]
+        limit = self.card.token_limit
+        return Text(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
+
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Takes its time; raises for a prompt that holds the text that it was told to fail on."""
+        time.sleep(self._call_seconds + self._image_seconds * len(seeds))
+        if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
             raise RuntimeError("simulated failure")
+        return list(seeds), width, height
+
+    def decode(self, latents: Any) -> Pixels:
+        """Flat images."""
+        seeds, width, height = latents
         colours = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
         return np.stack([np.broadcast_to(colour, (height, width, 3)) for colour in colours])
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        """A token a word, start and end."""
-        words = len(prompt.split()) + 2
-        return min(words, self.card.token_limit), words > self.card.token_limit
+    def memory_bytes(self) -> int:
+        """It has no device."""
+        return 0

@@ -1,15 +1,34 @@
-"""Which waiting work goes to the device next. Pure policy: no torch, no asyncio, no clock of its own.
+"""Which waiting work goes to a device next. Pure policy: no torch, no asyncio, no clock of its own.
 
-Work is grouped by key (model and size), since one call of the network takes one of each. The group whose oldest work
-has waited longest goes first, as much of it as fits. Nothing ever waits for company: while a batch runs, the next one
-gathers by itself.
+A batch holds one model and one size, since one call of the network takes one of each. Interactive work goes before
+bulk work, owners (API keys) take turns, and an owner's oldest work leads; the rest of the batch is filled from what
+waits for the same model and size, one image of each owner in turn.
+
+Models compute blocks of `rows` images and pad what is less, so batches are cut at whole blocks. While a device is busy
+only whole blocks are taken: an image that would be padded for is better off waiting for company until the device is
+free, and then goes at once, unless the batcher was told to linger.
 """
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
-Key = tuple[str, int, int]  # model, width, height
+
+class Key(NamedTuple):
+    """What all images of a batch have in common."""
+
+    model: str
+    width: int
+    height: int
+
+
+class Priority(IntEnum):
+    """Lower goes first."""
+
+    INTERACTIVE = 0
+    BATCH = 1
 
 
 @dataclass(eq=False)
@@ -20,47 +39,149 @@ class Work:
     prompt: str
     seed: int
     reply: Any  # what the engine answers through; only `cancelled()` is asked here
+    owner: str = ""
+    priority: Priority = Priority.INTERACTIVE
     arrived: float = field(default=0.0)  # seconds, on the caller's clock
+    wanted: int = 1  # requests that wait for it
+    deaths: int = 0  # workers that died while it was their oldest, and alone
+
+
+@dataclass(eq=False)
+class Batch:
+    """Work for one call of the network. `reason` is why it was closed: full, block, drained or retry."""
+
+    key: Key
+    work: list[Work]
+    reason: str
+
+    def halves(self) -> Iterator["Batch"]:
+        """The batch in two, so that what fails in it ends up alone."""
+        middle = len(self.work) // 2
+        for part in (self.work[:middle], self.work[middle:]):
+            yield Batch(self.key, part, "retry")
+
+
+_Line = tuple[Priority, str, Key]  # owner in the middle
 
 
 class Batcher:
-    """Queues of work by key, bounded over all."""
+    """Work that waits, bounded over all and for each owner."""
 
-    def __init__(self, max_batch: int, limit: int) -> None:
-        self.max_batch = max_batch
+    def __init__(
+        self, max_batch: int, limit: int, owner_limit: int, rows: Mapping[str, int], linger_seconds: float = 0.0
+    ) -> None:
+        """`rows` is each model's block; `linger_seconds` what a lone image waits for company on an idle device."""
+        self._max_batch = max_batch
         self._limit = limit
-        self._queues: dict[Key, deque[Work]] = {}
+        self._owner_limit = owner_limit
+        self._rows = rows
+        self._linger_seconds = linger_seconds
+        self._caps: dict[Key, int] = {}
+        self._lines: dict[_Line, deque[Work]] = {}
+        self._turns: dict[str, None] = {}  # owners that wait, the next to lead first
+        self._retries: deque[Batch] = deque()
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        """Images that wait, retries too."""
+        return sum(map(len, self._lines.values())) + sum(len(batch.work) for batch in self._retries)
 
-    def has_room(self, images: int) -> bool:
-        """Whether that many more may wait."""
-        return len(self) + images <= self._limit
+    def missing_room(self, images: int, owner: str) -> int:
+        """Images that must leave before so many more of an owner may wait."""
+        own = sum(len(line) for (_, name, _), line in self._lines.items() if name == owner)
+        return max(0, len(self) + images - self._limit, own + images - self._owner_limit)
+
+    def ahead_of(self, priority: Priority) -> dict[Key, int]:
+        """Images by key that wait with this priority or a better one."""
+        counts: dict[Key, int] = {}
+        for (level, _, key), line in self._lines.items():
+            if level <= priority:
+                counts[key] = counts.get(key, 0) + len(line)
+        for batch in self._retries:
+            counts[batch.key] = counts.get(batch.key, 0) + len(batch.work)
+        return counts
+
+    def cap(self, key: Key) -> int:
+        """Images in one batch at most."""
+        return self._caps.get(key, self._max_batch)
+
+    def lower_cap(self, key: Key, cap: int) -> None:
+        """Make batches of a key no larger than this from now on; at least one image always goes."""
+        self._caps[key] = max(1, min(cap, self.cap(key)))
 
     def add(self, work: Work, now: float) -> None:
         """Queue work that arrives now."""
         work.arrived = now
-        self._queues.setdefault(work.key, deque()).append(work)
+        self._turns.setdefault(work.owner)
+        self._lines.setdefault((work.priority, work.owner, work.key), deque()).append(work)
+
+    def retry(self, batch: Batch) -> None:
+        """Run what is still wanted of a batch again, before everything else and in no other company."""
+        batch.work = [work for work in batch.work if not work.reply.cancelled()]
+        if batch.work:
+            self._retries.append(batch)
 
     def drop_cancelled(self) -> int:
-        """Forget work whose client left, and say how much."""
+        """Forget work whose clients left, and say how much."""
         before = len(self)
-        for key, queue in list(self._queues.items()):
-            alive = deque(work for work in queue if not work.reply.cancelled())
-            if alive:
-                self._queues[key] = alive
-            else:
-                del self._queues[key]
+        for name, line in list(self._lines.items()):
+            self._keep(name, deque(work for work in line if not work.reply.cancelled()))
+        for batch in self._retries:
+            batch.work = [work for work in batch.work if not work.reply.cancelled()]
+        self._retries = deque(batch for batch in self._retries if batch.work)
         return before - len(self)
 
-    def take(self) -> list[Work]:
-        """The next batch, oldest first; empty when nothing waits."""
-        if not self._queues:
-            return []
-        key = min(self._queues, key=lambda k: self._queues[k][0].arrived)
-        queue = self._queues[key]
-        batch = [queue.popleft() for _ in range(min(self.max_batch, len(queue)))]
-        if not queue:
-            del self._queues[key]
-        return batch
+    def take(self, now: float, idle: bool) -> Batch | None:
+        """The next batch for a device; None when nothing waits, or better waits on. `idle`: the device does nothing."""
+        if self._retries:
+            return self._retries.popleft()
+        if not self._lines:
+            return None
+        lead = self._lead()
+        cap = self.cap(lead.key)
+        rows = min(self._rows[lead.key.model], cap)
+        lines = self._lines_of(lead)
+        waiting = sum(len(self._lines[line]) for line in lines)
+        if waiting < rows and not idle:
+            return None
+        if waiting < cap and idle and now < lead.arrived + self._linger_seconds:
+            return None
+        count = min(waiting, cap) if waiting < rows else min(waiting, cap) // rows * rows
+        reason = "full" if count == cap else "drained" if count == waiting else "block"
+        self._turns[lead.owner] = self._turns.pop(lead.owner)  # to the end
+        return Batch(lead.key, list(self._pick(lines, count)), reason)
+
+    def _lead(self) -> Work:
+        """The work that goes next: of the best priority, of the owner whose turn it is, the oldest."""
+        best = min(priority for priority, _, _ in self._lines)
+        for owner in self._turns:
+            heads = [line[0] for (level, name, _), line in self._lines.items() if (level, name) == (best, owner)]
+            if heads:
+                return min(heads, key=lambda work: work.arrived)
+        raise AssertionError("every line has an owner")
+
+    def _lines_of(self, lead: Work) -> list[_Line]:
+        """Lines that a batch can be filled from: interactive before bulk, then owners in turn, the lead's own first."""
+        owners = [lead.owner, *(owner for owner in self._turns if owner != lead.owner)]
+        levels = [(priority, owner, lead.key) for priority in Priority for owner in owners]
+        return [line for line in levels if line in self._lines]
+
+    def _pick(self, lines: list[_Line], count: int) -> Iterator[Work]:
+        """So many images, one of each owner in turn, a priority after the other."""
+        for priority in Priority:
+            level = [line for line in lines if line[0] == priority]
+            while level and count:
+                for line in level[:count]:
+                    yield self._lines[line].popleft()
+                    count -= 1
+                for line in level:
+                    self._keep(line, self._lines[line])
+                level = [line for line in level if line in self._lines]
+
+    def _keep(self, name: _Line, line: deque[Work]) -> None:
+        """Set a line; one that is empty goes, and its owner's turn with the last of them."""
+        if line:
+            self._lines[name] = line
+            return
+        del self._lines[name]
+        if all(owner != name[1] for _, owner, _ in self._lines):
+            self._turns.pop(name[1], None)

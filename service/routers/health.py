@@ -3,7 +3,8 @@
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.dependencies import Running, Service
+from service.dependencies import Service
+from service.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
 
@@ -15,8 +16,10 @@ async def alive() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def ready(engine: Running) -> dict[str, str]:
-    """The real path has run once and work is taken; 503 otherwise."""
+async def ready(service: Service) -> dict[str, str]:
+    """A worker is there, its models have run once, and work is taken; 503 otherwise."""
+    if not service.engine.ready:
+        raise Unavailable("the server is starting or shutting down, or its workers are being replaced")
     return {"status": "ready"}
 
 

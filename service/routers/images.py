@@ -31,8 +31,7 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    backend = service.backend(body.model)
-    card = backend.card
+    card = service.card(body.model)
     width, height = _size(body.size, card.sizes)
     output_format = body.output_format or "png"
     compression = 100 if body.output_compression is None else body.output_compression
@@ -45,12 +44,14 @@ async def generate(body: ImageRequest, request: Request, service: Service, engin
     images = await _unless_disconnected(request, engine.generate(card.name, body.prompt, seeds, width, height))
     started = time.monotonic()
     loop = asyncio.get_running_loop()
-    encoding = [loop.run_in_executor(service.encoders, encode, i, output_format, compression) for i in images]
+    encoding = [
+        loop.run_in_executor(service.encoders, encode, image.pixels, output_format, compression) for image in images
+    ]
     encoded: Sequence[bytes] = await asyncio.gather(*encoding)
     service.metrics.stages.labels("encode").observe(time.monotonic() - started)
     service.metrics.bytes.labels(output_format).inc(sum(map(len, encoded)))
 
-    tokens, truncated = await loop.run_in_executor(service.encoders, backend.count_tokens, body.prompt)
+    tokens, truncated = images[0].tokens, images[0].truncated
     patches = n * (width // card.pixels_per_token) * (height // card.pixels_per_token)
     return ImagesResponse(
         created=int(time.time()),

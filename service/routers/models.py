@@ -12,13 +12,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(r
 @router.get("")
 async def index(service: Service) -> ModelList:
     """All models, the default one first."""
-    return ModelList(data=[_model(backend.card) for backend in service.backends.values()])
+    return ModelList(data=[_model(card) for card in service.engine.cards.values()])
 
 
 @router.get("/{model:path}")
 async def show(model: str, service: Service) -> Model:
     """One model."""
-    return _model(service.backend(model).card)
+    return _model(service.card(model))
 
 
 def _model(card: Card) -> Model:

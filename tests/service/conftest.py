@@ -9,6 +9,7 @@ from running import serving
 
 from service.app import create_app
 from service.engine.backend import Backend, Simulator
+from service.engine.launch import local
 from service.settings import Settings
 
 
@@ -18,9 +19,7 @@ def serve() -> Iterator[Callable[..., str]]:
     with contextlib.ExitStack() as stack:
 
         def start(backend: Backend | None = None, **settings) -> str:
-            backend = backend or Simulator()
-            app = create_app(Settings(**settings), lambda _: {backend.card.name: backend})
-            return stack.enter_context(serving(app))
+            return stack.enter_context(serving(create_app(Settings(**settings), local(backend or Simulator()))))
 
         yield start
 

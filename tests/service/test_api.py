@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from running import metric, serving, until
 
 from service.app import create_app
 from service.engine.backend import Simulator
+from service.engine.launch import local
 from service.settings import Settings
 
 
@@ -88,8 +90,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(api, body, param):
 
 @pytest.fixture(scope="module")
 def api():
-    simulator = Simulator(0, 0)
-    with serving(create_app(Settings(max_body_bytes=2000), lambda _: {"simulator": simulator})) as url:
+    with serving(create_app(Settings(max_body_bytes=2000), local(Simulator(0, 0)))) as url:
         yield url
 
 
@@ -132,11 +133,9 @@ def test_bodies_over_the_limit_are_refused_declared_or_not(api, connect):
 
 
 def test_a_bug_of_ours_is_an_error_object_with_the_request_id_and_no_more(serve, caplog):
-    class Broken(Simulator):
-        def count_tokens(self, prompt):
-            raise KeyError(prompt)
-
-    answer = httpx.post(f"{serve(Broken(0, 0))}/v1/images/generations", json={"prompt": "secret"})
+    broken = Simulator(0, 0)
+    broken.card = replace(broken.card, pixels_per_token=0)
+    answer = httpx.post(f"{serve(broken)}/v1/images/generations", json={"prompt": "secret"})
     assert answer.status_code == 500
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("server_error", None)
@@ -181,16 +180,13 @@ class Gate(Simulator):
     def __init__(self, fails_on=None):
         super().__init__(0, 0, fails_on)
         self.entered, self.open, self.asked = threading.Event(), threading.Event(), []
-        self.warm = 2  # calls of the warm-up
 
-    def generate(self, prompts, seeds, width, height):
-        if self.warm:
-            self.warm -= 1
-        else:
-            self.asked.append(list(prompts))
+    def denoise(self, conditions, seeds, width, height):
+        if any(conditions):  # the warm-up has no prompts
+            self.asked.append(conditions)
             self.entered.set()
             assert self.open.wait(30)
-        return super().generate(prompts, seeds, width, height)
+        return super().denoise(conditions, seeds, width, height)
 
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):

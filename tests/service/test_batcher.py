@@ -2,50 +2,145 @@
 
 from concurrent.futures import Future
 
-from service.engine.batcher import Batcher, Work
+import pytest
 
-A, B = ("a", 64, 64), ("b", 64, 64)
+from service.engine.batcher import Batch, Batcher, Key, Priority, Work
+
+A, B = Key("a", 64, 64), Key("b", 64, 64)
+ROWS = {"a": 1, "b": 1}
 
 
-def work(key, seed=0) -> Work:
-    return Work(key, "prompt", seed, Future())
+def work(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> Work:
+    return Work(key, "prompt", seed, Future(), owner, priority)
+
+
+def batcher(max_batch=8, limit=100, owner_limit=100, rows=ROWS, linger=0.0) -> Batcher:
+    return Batcher(max_batch, limit, owner_limit, rows, linger)
+
+
+def seeds(batch: Batch | None) -> list[int]:
+    return [w.seed for w in batch.work] if batch else []
+
+
+def drain(queue: Batcher) -> list[list[int]]:
+    """The seeds of all batches that an idle device is given."""
+    batches = []
+    while batch := queue.take(1e9, idle=True):
+        assert {w.key for w in batch.work} == {batch.key}
+        batches.append(seeds(batch))
+    assert len(queue) == 0
+    return batches
 
 
 def test_the_group_that_has_waited_longest_goes_first_and_in_order():
-    batcher = Batcher(max_batch=3, limit=100)
+    queue = batcher(max_batch=3)
     for time, (key, seed) in enumerate([(A, 0), (B, 1), (A, 2), (A, 3), (A, 4)]):
-        batcher.add(work(key, seed), time)
-    taken = [[w.seed for w in batcher.take()] for _ in range(4)]
-    assert taken == [[0, 2, 3], [1], [4], []]
+        queue.add(work(key, seed), time)
+    assert drain(queue) == [[0, 2, 3], [1], [4]]
 
 
 def test_a_batch_holds_one_model_and_one_size():
-    batcher = Batcher(max_batch=8, limit=100)
-    for i, key in enumerate([("a", 64, 64), ("a", 128, 64), ("b", 64, 64)] * 3):
-        batcher.add(work(key), i)
-    while batch := batcher.take():
-        assert len({w.key for w in batch}) == 1
-        assert len(batch) == 3
+    queue = batcher()
+    for i, key in enumerate([A, Key("a", 128, 64), B] * 3):
+        queue.add(work(key, i), i)
+    assert drain(queue) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
 
-def test_the_bound_counts_images_over_all_groups():
-    batcher = Batcher(max_batch=2, limit=4)
+def test_owners_take_turns_whatever_they_have_sent():
+    queue = batcher(max_batch=4)
+    for seed in range(8):
+        queue.add(work(A, seed, "greedy"), seed)
+    queue.add(work(A, 100, "modest"), 8)
+    queue.add(work(B, 101, "modest"), 9)
+    assert drain(queue) == [[0, 100, 1, 2], [101], [3, 4, 5, 6], [7]]
+
+
+def test_bulk_work_waits_for_interactive_work_and_fills_its_batches_up():
+    queue = batcher(max_batch=4)
+    for seed in range(3):
+        queue.add(work(A, seed, priority=Priority.BATCH), 0)
+        queue.add(work(B, seed + 10, priority=Priority.BATCH), 0)
+    queue.add(work(A, 20), 5)
+    queue.add(work(A, 21, "other"), 6)
+    assert drain(queue) == [[20, 21, 0, 1], [2], [10, 11, 12]]
+
+
+def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
+    queue = batcher(max_batch=8, rows={"a": 4})
+    for seed in range(3):
+        queue.add(work(A, seed), 0)
+    assert queue.take(1, idle=False) is None
+    for seed in range(3, 7):
+        queue.add(work(A, seed), 0)
+    whole = queue.take(1, idle=False)
+    assert (seeds(whole), whole.reason) == ([0, 1, 2, 3], "block")
+    rest = queue.take(1, idle=True)
+    assert (seeds(rest), rest.reason) == ([4, 5, 6], "drained")
+
+
+def test_only_a_batcher_that_is_told_to_lingers_on_an_idle_device():
+    queue = batcher(max_batch=2, linger=0.5)
+    queue.add(work(A, 0), 10.0)
+    assert queue.take(10.4, idle=True) is None
+    assert seeds(queue.take(10.5, idle=True)) == [0]
+    queue.add(work(A, 1), 11.0)
+    queue.add(work(A, 2), 11.0)
+    full = queue.take(11.0, idle=True)
+    assert (seeds(full), full.reason) == ([1, 2], "full")
+
+
+def test_the_bounds_count_images_over_all_and_for_each_owner():
+    queue = batcher(max_batch=2, limit=4, owner_limit=3)
     for i in range(3):
-        batcher.add(work(A if i % 2 else B), i)
-    assert batcher.has_room(1)
-    assert not batcher.has_room(2)
-    batcher.take()
-    assert batcher.has_room(3)
+        queue.add(work(A if i % 2 else B, owner="one"), i)
+    assert queue.missing_room(1, "one") == 1
+    assert queue.missing_room(1, "two") == 0
+    assert queue.missing_room(3, "two") == 2
+    queue.take(9, idle=True)
+    assert queue.missing_room(2, "one") == 0
 
 
 def test_cancelled_work_is_dropped_and_frees_its_room():
-    batcher = Batcher(max_batch=4, limit=4)
+    queue = batcher(limit=4)
     items = [work(A, seed) for seed in range(4)]
     for item in items:
-        batcher.add(item, 0)
+        queue.add(item, 0)
     items[1].reply.cancel()
     items[2].reply.cancel()
-    assert batcher.drop_cancelled() == 2
-    assert len(batcher) == 2
-    assert [w.seed for w in batcher.take()] == [0, 3]
-    assert batcher.take() == []
+    assert queue.drop_cancelled() == 2
+    assert queue.missing_room(2, "") == 0
+    assert drain(queue) == [[0, 3]]
+
+
+def test_retries_go_first_in_their_own_company_without_what_was_cancelled():
+    queue = batcher()
+    queue.add(work(A, 9), 0)
+    failed = Batch(A, [work(A, seed) for seed in range(5)], "full")
+    failed.work[0].reply.cancel()
+    failed.work[1].reply.cancel()
+    for half in failed.halves():
+        queue.retry(half)
+    assert len(queue) == 4
+    assert drain(queue) == [[2, 3, 4], [9]]
+
+
+@pytest.mark.parametrize(("cap", "sizes"), [(4, [4, 4, 1]), (3, [3, 3, 3]), (0, [1] * 9)])
+def test_a_lowered_cap_holds_for_its_size_alone(cap, sizes):
+    queue = batcher(max_batch=9)
+    queue.lower_cap(A, cap)
+    queue.lower_cap(A, 100)  # caps never rise again
+    for seed in range(9):
+        queue.add(work(A, seed), 0)
+    assert [len(batch) for batch in drain(queue)] == sizes
+    for seed in range(9):
+        queue.add(work(B, seed), 0)
+    assert [len(batch) for batch in drain(queue)] == [9]
+
+
+def test_what_is_ahead_is_counted_by_priority():
+    queue = batcher()
+    queue.add(work(A, priority=Priority.BATCH), 0)
+    queue.add(work(A), 0)
+    queue.add(work(B), 0)
+    assert queue.ahead_of(Priority.INTERACTIVE) == {A: 1, B: 1}
+    assert queue.ahead_of(Priority.BATCH) == {A: 2, B: 1}

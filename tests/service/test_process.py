@@ -26,7 +26,7 @@ def test_sigterm_answers_what_was_accepted_then_ends():
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
         with ThreadPoolExecutor(6) as pool:
-            bodies = [{"prompt": "a", "n": 10, "seed": seed} for seed in range(6)]
+            bodies = [{"prompt": "a", "n": 10, "seed": seed} for seed in range(0, 60, 10)]  # all different
             answers = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body) for body in bodies]
             until(lambda: metric(url, "queued_images") + metric(url, "images_total") >= 50)
             process.send_signal(signal.SIGTERM)

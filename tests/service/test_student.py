@@ -1,20 +1,23 @@
-"""The server over a real, tiny student."""
+"""The server over a real, tiny student: two worker processes, and the pixels that the pipeline makes."""
 
 import base64
 import io
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
-from running import serving
+from running import metric, serving, until
 
 from distill.export import export_student
 from distill.pipeline import OneStepPipeline
 from distill.teacher import load_transformer
 from service.app import create_app
+from service.engine.launch import Fleet, processes
 from service.errors import StartError
-from service.registry import load_backends
+from service.registry import StudentBackend, load_backends
 from service.settings import Settings
 
 
@@ -25,35 +28,74 @@ def student(teacher, tmp_path_factory):
     return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "tiny", recipe)
 
 
-def test_the_answer_is_what_the_pipeline_makes(student, connect):
-    prompts = ["a red circle", "a blue square", "a red circle"]
-    expected = OneStepPipeline.load(student)(prompts, [5, 6, 7]).numpy()
-    with serving(create_app(Settings(models=(student,), device="cpu"))) as url:
-        client = connect(url)
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(
-                pool.map(lambda p, s: client.images.generate(prompt=p, extra_body={"seed": s}), prompts, [5, 6, 7])
-            )
-        long = client.images.generate(prompt="a red circle " * 9)
-        assert [model.id for model in client.models.list()] == ["tiny-student"]
-    for answer, image in zip(answers, expected, strict=True):
-        decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
-        # a batch of another size may round a last bit differently on its way to 8 bits
-        assert np.abs(decoded.astype(int) - image).max() <= 1
-    assert answers[0].usage.input_tokens == 5
+@pytest.fixture(scope="module")
+def settings(student) -> Settings:
+    return Settings(models=(student,), devices="cpu", replicas=2)
+
+
+@pytest.fixture(scope="module")
+def fleet(settings) -> Fleet:
+    fleet = processes(settings)
+    fleet.start()
+    return fleet
+
+
+@pytest.fixture(scope="module")
+def url(settings, fleet):
+    with serving(create_app(settings, fleet)) as url:
+        yield url
+
+
+def pixels(answer) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+
+
+def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
+    client = connect(url)
+    assert [model.id for model in client.models.list()] == ["tiny-student"]
+    short = client.images.generate(prompt="a red circle")
+    assert (short.usage.input_tokens, getattr(short, "warnings", None)) == (5, None)
+    long = client.images.generate(prompt="a red circle " * 9)
     assert long.usage.input_tokens == 8
     assert "8 tokens" in long.warnings[0]
 
 
-def test_tokens_are_counted_beside_the_device(student):
-    backend = load_backends(Settings(models=(student,), device="cpu"))["tiny-student"]
-    with ThreadPoolExecutor(4) as pool:
-        counts = pool.map(backend.count_tokens, ["a red circle", "a blue square left of a red circle"] * 100)
-        for seed in range(20):
-            backend.generate(["a", "a red circle"], [seed, seed], 16, 16)
-        assert list(counts) == [(5, False), (8, True)] * 100
+def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, fleet, connect):
+    prompts = ["a red circle", "a blue square", "a green star"] * 20
+    expected = OneStepPipeline.load(student)(prompts, range(60)).numpy()
+    client = connect(url)
+
+    def ask(seed: int):
+        return client.images.generate(prompt=prompts[seed], extra_body={"seed": seed})
+
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(ask, seed) for seed in range(60)]
+        until(lambda: metric(url, "images_total") > 10)
+        os.kill(fleet.start()[0].process.pid, signal.SIGKILL)
+        answers = [done.result() for done in asked]
+    for answer, image in zip(answers, expected, strict=True):
+        assert np.array_equal(pixels(answer), image)
+    until(lambda: metric(url, "worker_restarts_total", reason="died") == 1)
+
+
+def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student):
+    backend = load_backends([student], "cpu", 1 << 20)["tiny-student"]
+    first = backend.encode(["a", "b", "a"])
+    again = backend.encode(["b", "c"])
+    assert (first.hits, again.hits) == (0, 1)
+    assert again.conditions.embeds[0].equal(first.conditions.embeds[1])
+    assert again.conditions.pooled[0].equal(first.conditions.pooled[1])
+
+
+def test_a_network_that_gives_no_numbers_fails_its_batch(student):
+    backend = load_backends([student], "cpu", 0)["tiny-student"]
+    assert isinstance(backend, StudentBackend)
+    conditions = backend.encode(["a", "b"]).conditions
+    conditions.pooled[1] = float("nan")
+    with pytest.raises(FloatingPointError):
+        backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
 
 
 def test_two_models_of_one_name_are_refused(student):
     with pytest.raises(StartError, match="tiny-student"):
-        load_backends(Settings(models=(student, student), device="cpu"))
+        load_backends([student, student], "cpu", 0)

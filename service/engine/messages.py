@@ -1,0 +1,150 @@
+"""What the server and a worker say to each other: msgpack over a socket, each message after its length."""
+
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from service.engine.backend import Card
+
+_LENGTH = struct.Struct("<I")
+Fault = Literal["memory", "error"]
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a worker process is told on its command line, as JSON."""
+
+    device: str
+    models: Sequence[str]  # student folders; none is the student that ships
+    prompt_cache_bytes: int
+
+
+class Run(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: make these images, and put their pixels into this slot of the shared memory."""
+
+    batch: int
+    model: str
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    width: int
+    height: int
+    slot: int
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Seconds that one image of a size takes, measured at the start in a block of the model's own size."""
+
+    model: str
+    width: int
+    height: int
+    seconds: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: the models are loaded and have run once."""
+
+    cards: Sequence[Card]
+    timings: Sequence[Timing]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: it cannot start, and why."""
+
+    reason: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """From the worker, every second: it lives, and holds so many bytes of its device."""
+
+    memory_bytes: int
+
+
+class Advanced(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: a batch has left the network for the VAE, so there is room for one more behind it."""
+
+    batch: int
+
+
+class Made(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: the pixels lie in the slot, rows of uint8 (H, W, 3)."""
+
+    batch: int
+    tokens: Sequence[int]  # of each prompt, as the model sees it
+    truncated: Sequence[bool]  # whether the model saw only the prompt's beginning
+    seconds: dict[str, float]  # by stage: text, model, vae
+    prompt_hits: int  # prompts whose embeddings were at hand
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: the batch raised."""
+
+    batch: int
+    fault: Fault
+
+
+Reply = Ready | Refused | Beat | Advanced | Made | Failed
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_runs = msgspec.msgpack.Decoder(Run)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: Run | Reply) -> bytes:
+    """A message as it goes over the socket."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def length(header: bytes) -> int:
+    """Bytes of the message behind a header."""
+    size: int = _LENGTH.unpack(header)[0]
+    return size
+
+
+HEADER_BYTES = _LENGTH.size
+read_reply = _replies.decode
+
+
+class Channel:
+    """A worker's end of the socket, and the server's while a worker starts. Sending is safe from any thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: Reply) -> None:
+        """Say something to the server; raises OSError when it is gone."""
+        with self._sending:
+            self._connection.sendall(frame(message))
+
+    def next_run(self) -> Run | None:
+        """Wait for the next batch; None when the server has hung up."""
+        body = self._read()
+        return None if body is None else _runs.decode(body)
+
+    def next_reply(self) -> Reply | None:
+        """Wait for what the worker says; None when it is gone. Raises TimeoutError as the socket is set."""
+        body = self._read()
+        return None if body is None else read_reply(body)
+
+    def close(self) -> None:
+        """Hang up, also for a thread that waits in `next_run`."""
+        self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> bytes | None:
+        header = self._exactly(HEADER_BYTES)
+        return None if header is None else self._exactly(length(header))
+
+    def _exactly(self, size: int) -> bytes | None:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                part = self._connection.recv(size - len(parts))
+            except ConnectionResetError:
+                return None
+            if not part:
+                return None
+            parts += part
+        return bytes(parts)

@@ -1,0 +1,180 @@
+"""The engine without HTTP: failures, dead workers, caches, admission. Workers are simulators."""
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from service.engine.backend import Simulator
+from service.engine.engine import Engine
+from service.engine.launch import Fleet, local, processes
+from service.errors import GenerationFailed, Overloaded, TimedOut
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+def run(fleet: Fleet, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
+    """Run a test over an engine that is drained at the end; what it has counted."""
+    metrics = Metrics()
+
+    async def whole() -> None:
+        engine = Engine(fleet, Settings(**settings), metrics)
+        await engine.start()
+        try:
+            await asyncio.wait_for(test(engine), 60)
+        finally:
+            await engine.drain()
+
+    asyncio.run(whole())
+    return metrics
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(f"fgm_{name}", labels) or 0.0
+
+
+async def make(engine: Engine, seed: int, prompt: str = "a", **options):
+    (image,) = await engine.generate("simulator", prompt, [seed], 64, 64, **options)
+    return image
+
+
+def is_of(image, seed: int) -> bool:
+    return np.array_equal(image.pixels[0, 0], np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8))
+
+
+class Gate(Simulator):
+    """Lets nothing but the warm-up through until it is opened."""
+
+    def __init__(self, **times):
+        super().__init__(0, 0, **times)
+        self.open, self.asked = threading.Event(), []
+
+    def denoise(self, conditions, seeds, width, height):
+        if any(conditions):
+            self.asked.append(list(seeds))
+            assert self.open.wait(30)
+        return super().denoise(conditions, seeds, width, height)
+
+
+def test_workers_killed_at_random_lose_nothing_and_change_nothing():
+    fleet = processes(Settings(devices="simulator", replicas=2))
+    chance = random.Random(0)
+
+    async def test(engine: Engine) -> None:
+        async def killer() -> None:
+            for _ in range(3):
+                while not engine.ready:
+                    await asyncio.sleep(0)
+                os.kill(chance.choice(engine.processes), signal.SIGKILL)
+                await asyncio.sleep(0.2)
+
+        async def one(seed: int) -> None:
+            assert is_of(await make(engine, seed), seed)
+
+        await asyncio.gather(killer(), *(one(seed) for seed in range(300)))
+
+    metrics = run(fleet, test)
+    assert value(metrics, "worker_restarts_total", reason="died") == 3
+
+
+def test_a_worker_that_goes_silent_is_replaced():
+    fleet = processes(Settings(devices="simulator"))
+
+    async def test(engine: Engine) -> None:
+        os.kill(engine.processes[0], signal.SIGSTOP)
+        assert is_of(await make(engine, 3), 3)
+
+    metrics = run(fleet, test, worker_silence_seconds=3)
+    assert value(metrics, "worker_restarts_total", reason="silent") == 1
+
+
+def test_only_the_work_at_fault_fails_and_too_little_memory_lowers_the_cap():
+    class Small(Simulator):
+        calls: ClassVar[list[int]] = []
+
+        def denoise(self, conditions, seeds, width, height):
+            self.calls.append(len(seeds))
+            if len(seeds) > 4:
+                raise MemoryError
+            return super().denoise(conditions, seeds, width, height)
+
+    async def test(engine: Engine) -> None:
+        prompts = ["poison" if seed == 11 else "good" for seed in range(32)]
+        asked = (make(engine, seed, prompt) for seed, prompt in enumerate(prompts))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [seed for seed, answer in enumerate(answers) if isinstance(answer, GenerationFailed)] == [11]
+        assert all(is_of(answer, seed) for seed, answer in enumerate(answers) if seed != 11)
+        small.calls.clear()
+        await asyncio.gather(*(make(engine, seed) for seed in range(100, 132)))
+        assert max(small.calls) <= 4
+
+    small = Small(0, 0, fails_on="poison")
+    run(local(small), test)
+
+
+def test_equal_requests_share_one_image_while_it_is_made_and_after():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        first, second = (asyncio.create_task(make(engine, 5)) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving = asyncio.create_task(make(engine, 5))
+        await asyncio.sleep(0)
+        leaving.cancel()  # the others still want it
+        gate.open.set()
+        assert (await first) is (await second) is (await make(engine, 5))
+        assert (await make(engine, 5, "b")) is not (await first)
+
+    metrics = run(local(gate), test)
+    assert gate.asked == [[5], [5]]
+    assert value(metrics, "cache_hits_total", cache="in_flight") == 2
+    assert value(metrics, "cache_hits_total", cache="result") == 1
+
+
+def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
+    async def test(engine: Engine) -> None:
+        waiting = [asyncio.create_task(make(engine, seed)) for seed in range(100)]  # 0.2 s each at first
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await make(engine, 1000, timeout=5)
+        assert 5 <= caught.value.retry_after <= 20
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+    metrics = run(local(Simulator(0.15, 0.0)), test, max_batch=1)
+    assert value(metrics, "refusals_total", reason="deadline") == 1
+
+
+def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        running = asyncio.create_task(make(engine, 0))
+        await asyncio.sleep(0)  # it is on the device, and one of the others behind it
+        with pytest.raises(TimedOut):
+            await engine.generate("simulator", "late", range(1, 6), 64, 64, timeout=0.05)
+        gate.open.set()
+        assert is_of(await running, 0)
+
+    metrics = run(local(gate), test, max_batch=1)
+    assert value(metrics, "dropped_images_total") == 4
+
+
+def test_ten_times_what_it_can_take_is_refused_and_what_it_took_is_answered():
+    async def test(engine: Engine) -> None:
+        asked = (make(engine, seed, owner=str(seed % 2)) for seed in range(500))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        made = [is_of(answer, seed) for seed, answer in enumerate(answers) if not isinstance(answer, Overloaded)]
+        assert len(made) >= 50
+        assert all(made)
+        assert len(answers) - len(made) >= 400
+
+    metrics = run(local(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
+    assert value(metrics, "refusals_total", reason="queue_full") >= 400
