@@ -34,6 +34,10 @@ app.add_typer(scenes, name="scenes")
 prompts = typer.Typer(help="Look at prompts before they are encoded.", no_args_is_help=True)
 app.add_typer(prompts, name="prompts")
 
+_IMAGES = (
+    "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
+    "or one of them; or `scenes`."
+)
 _SOURCE = "txt, jsonl, csv or parquet file, folder of a saved data set, `scenes`, or - for stdin."
 
 
@@ -133,13 +137,17 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
 
 
 def _encode(config: "Run", folder: Path, device: "torch.device") -> None:
-    """A run's prompts, with a bar, unless they are encoded already."""
+    """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
+    from distill import run as runs
     from distill.console import image_bar
-    from distill.run import embed
 
     with image_bar("prompts", config.prompts.count) as bar:
-        for encoded in embed(config, folder, device):
+        for encoded in runs.embed(config, folder, device):
             bar.update(encoded.prompts, {"truncated": encoded.truncated})
+    if config.real is not None:
+        with image_bar("real images", config.real.count) as bar:
+            for images in runs.encode(config, folder, device):
+                bar.update(images.images, {"skipped": images.skipped})
 
 
 @app.command()
@@ -236,6 +244,40 @@ def embed(
         typer.echo(f"{encoded.truncated} prompts are over the token limit; the model sees their beginnings.")
     repeated = f"; {encoded.repeated} more were repetitions of them" if encoded.repeated else ""
     typer.echo(f"The embeddings of {encoded.prompts} prompts are in {out}{repeated}.")
+
+
+@app.command()
+def encode(
+    teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
+    images: Annotated[str, typer.Argument(help=_IMAGES)],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0)] = 0,
+    shard_rows: Annotated[int, typer.Option(help="Images of one file at most; it stays under 1 GiB.", min=1)] = 4096,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Encode real images and their captions once, for methods that learn from them too: RealUID, DMD2's GAN.
+
+    Images are scaled and cut to the teacher's native size. One that cannot be used is passed over and named in
+    skipped.jsonl; more than 10 that are more than 1 in 100 end the command. The same command continues one that was
+    stopped or killed: files that are whole are kept, if the source still begins with the images that they hold.
+    """
+    from distill.checkpoint import claimed
+    from distill.console import image_bar
+    from distill.device import resolve_device
+    from distill.images import SKIPPED, encode_examples, read_examples
+
+    encoded = None
+    where = resolve_device(device)
+    with claimed(out), image_bar("images", count) as bar:
+        for encoded in encode_examples(teacher, read_examples(images, count, seed), out, where, shard_rows):
+            bar.update(encoded.images, {"skipped": encoded.skipped})
+    assert encoded is not None  # a source without images is an error
+    if encoded.truncated:
+        typer.echo(f"{encoded.truncated} captions are over the token limit; the model sees their beginnings.")
+    if encoded.skipped:
+        typer.echo(f"{encoded.skipped} images could not be used; {out / SKIPPED} names them.")
+    typer.echo(f"The latents of {encoded.images} images are in {out}; real.source={out} in a run takes them.")
 
 
 @app.command()

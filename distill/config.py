@@ -27,6 +27,18 @@ class Prompts(BaseModel):
     seed: int = 0
 
 
+class RealImages(BaseModel):
+    """Where real images with captions come from, for methods that learn from them too.
+
+    `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `count`.
+    """
+
+    model_config = _FROZEN
+    source: str
+    count: _Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 0  # of scenes
+
+
 class _Networks(BaseModel):
     """How the networks compute. A run may go on with another choice: only rounding differs.
 
@@ -101,6 +113,7 @@ class Run(BaseModel):
     model_config = _FROZEN
     teacher: str = "scenes"
     prompts: Prompts = Prompts()
+    real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
     networks: Annotated[Full | Lora, Field(discriminator="kind")] = Full()
     optimizer: Optimizer = Optimizer()
@@ -129,6 +142,17 @@ class Run(BaseModel):
     def _divides(self) -> Self:
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _real_where_it_is_used(self) -> Self:
+        used = any(turn.real for turn in self.method.turns())
+        if used and self.real is None:
+            raise ValueError(f"real.source: this {self.method.name} learns from real images too; say where they are")
+        if self.real is not None and not used:
+            raise ValueError(f"real: this {self.method.name} takes no real images; leave the key out")
+        if self.real is not None and self.sizes:
+            raise ValueError("sizes: real images are kept at the teacher's native size alone; leave sizes or real out")
         return self
 
     def as_dict(self) -> dict[str, Any]:

@@ -20,8 +20,12 @@ class PromptError(DistillError):
     """A prompt source that cannot be read as prompts."""
 
 
+class ImageError(DistillError):
+    """A source of real images that cannot be read as images with captions."""
+
+
 class CacheError(DistillError):
-    """An embedding cache that is partial, damaged, or made by another teacher."""
+    """A cache of prompts or images that is partial, damaged, or made by another teacher."""
 
 
 class CheckpointError(DistillError):

@@ -29,8 +29,9 @@ from torch.distributed.fsdp import fully_shard
 
 from distill import attention
 from distill.config import Full, Lora
+from distill.critic import Head, logits
 from distill.errors import ConfigError
-from distill.methods import Velocity
+from distill.methods import Critic, Velocity
 from distill.teacher import load_transformer, velocity
 from distill.two_times import add_second_time
 
@@ -49,8 +50,11 @@ class Networks(Protocol):
     def field(self, role: str) -> Velocity:
         """The same with gradient to `x_t` only."""
 
+    def critic(self, learns: bool) -> Critic:
+        """The critic on the fake's features, with gradient to its weights and the fake's if it learns, or to `x_t`."""
+
     def trainable(self, role: str) -> dict[str, Tensor]:
-        """The trainable tensors of a role that learns by name; alike for all of them."""
+        """The trainable tensors of a role that learns by name; alike for all, but for a critic's among the fake's."""
 
     def using(self, role: str) -> Any:
         """A context in which a backward through `velocity(role)` is right."""
@@ -66,8 +70,10 @@ class FullCopies:
         dtype: torch.dtype,
         roles: tuple[str, ...] = ROLES,
         two_times: bool = False,
+        critic: bool = False,
     ) -> None:
         self.roles = roles
+        self._head = Head.of(teacher) if critic else None
         self._models = {role: deepcopy(teacher).requires_grad_(True) for role in roles}
         if two_times:
             add_second_time(self._models["student"])
@@ -82,8 +88,13 @@ class FullCopies:
         weights = list(self.trainable(role).values()) if role in self.roles else []
         return _field(self.velocity(role), partial(_held, weights))
 
+    def critic(self, learns: bool) -> Critic:
+        assert self._head is not None  # a turn asked for it
+        judge = partial(logits, self._models["fake"], self._head)
+        return judge if learns else _field(judge, partial(_held, list(self.trainable("fake").values())))
+
     def trainable(self, role: str) -> dict[str, Tensor]:
-        return dict(self._models[role].named_parameters())
+        return dict(self._models[role].named_parameters()) | _of_critic(self._head, role)
 
     @contextmanager
     def using(self, role: str) -> Iterator[None]:
@@ -94,9 +105,15 @@ class SharedBase:
     """One transformer with an adapter for each role; the teacher is the base alone."""
 
     def __init__(
-        self, teacher: SD3Transformer2DModel, kind: Lora, roles: tuple[str, ...] = ROLES, two_times: bool = False
+        self,
+        teacher: SD3Transformer2DModel,
+        kind: Lora,
+        roles: tuple[str, ...] = ROLES,
+        two_times: bool = False,
+        critic: bool = False,
     ) -> None:
         self.roles = roles
+        self._head = Head.of(teacher) if critic else None
         config = LoraConfig(
             r=kind.rank,
             lora_alpha=kind.alpha,
@@ -140,13 +157,23 @@ class SharedBase:
     def field(self, role: str) -> Velocity:
         return _field(self.velocity(role), partial(self._passing, role))
 
+    def critic(self, learns: bool) -> Critic:
+        assert self._head is not None  # a turn asked for it
+        head = self._head
+
+        def judge(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            with self.using("fake"):
+                return logits(self._model, head, x_t, t, cond)
+
+        return judge if learns else _field(judge, partial(self._passing, "fake"))
+
     def trainable(self, role: str) -> dict[str, Tensor]:
-        return dict(self._adapters[role])
+        return dict(self._adapters[role]) | _of_critic(self._head, role)
 
     @contextmanager
     def _passing(self, role: str) -> Iterator[None]:
-        """The role's adapter on, and held."""
-        with self.using(role), _held(self._adapters.get(role, {}).values()):
+        """The role's adapter on, and what learns with it held."""
+        with self.using(role), _held(self.trainable(role).values() if role in self.roles else ()):
             yield
 
     @contextmanager
@@ -206,6 +233,13 @@ def _field(v: Velocity, passing: Callable[[], Any]) -> Velocity:
     return field
 
 
+def _of_critic(head: Head | None, role: str) -> dict[str, Tensor]:
+    """A head's tensors, which are the fake's to train, by names that no transformer's tensors have."""
+    if head is None or role != "fake":
+        return {}
+    return {f"critic.{name}": tensor for name, tensor in head.named_parameters()}
+
+
 @contextmanager
 def _held(weights: Iterable[Tensor]) -> Iterator[None]:
     """Weights that learn, taking no gradient for a while."""
@@ -238,12 +272,13 @@ def build(
     device: torch.device,
     roles: tuple[str, ...] = ROLES,
     two_times: bool = False,
+    critic: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> FullCopies | SharedBase:
     """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
 
-    With `two_times` the student takes a second time, learnt in full beside an adapter. With a mesh the shared base is
-    sharded over it. Raises ConfigError for full copies then.
+    With `two_times` the student takes a second time, learnt in full beside an adapter; with a `critic` the fake gets
+    its head. With a mesh the shared base is sharded over it. Raises ConfigError for full copies then.
     """
     if mesh is not None and isinstance(kind, Full):
         raise ConfigError(
@@ -252,8 +287,8 @@ def build(
     model = load_transformer(folder, torch.float32 if isinstance(kind, Full) else dtype, device)
     attention.use(kind.attention, model)
     if isinstance(kind, Full):
-        return FullCopies(model, kind, dtype, roles, two_times)
-    base = SharedBase(model, kind, roles, two_times)
+        return FullCopies(model, kind, dtype, roles, two_times, critic)
+    base = SharedBase(model, kind, roles, two_times, critic)
     if mesh is not None:
         base.shard(mesh)
     return base

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from distill.config import Full, Lora, load_config
 from distill.errors import TeacherError
 from distill.flow import Draw, one_step
-from distill.methods import Batch, Turn, Velocities
+from distill.methods import Batch, Real, Turn, Velocities
 from distill.networks import ROLES, FullCopies, SharedBase
 from distill.run import GRID
 from distill.spec import RECORD, check_size, read_json
@@ -214,8 +214,8 @@ class Setting:
         geometry.check_size(self.size)
         turns = self.method.turns()
         asked = {turn.role: asks(turn) for turn in turns}
-        two_times = any(turn.two_times for turn in turns)
-        networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)), two_times=two_times)
+        two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
+        networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)), two_times=two_times, critic=critic)
         learning = len(networks.roles)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
@@ -340,6 +340,7 @@ def build(
     roles: tuple[str, ...] = ROLES,
     device: str = "meta",
     two_times: bool = False,
+    critic: bool = False,
 ) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
     """The networks of a run, as `networks.build` makes them but for the loading, and the models that they are of."""
     with torch.device(device):
@@ -348,10 +349,13 @@ def build(
             if isinstance(module, nn.LayerNorm):
                 # Autocast on CUDA normalises in fp32; tensors without data are cast by the CPU's rules, which do not.
                 module.register_forward_pre_hook(_to_fp32)
+        networks: FullCopies | SharedBase
         if isinstance(kind, Lora):
-            return SharedBase(model.to(dtype), kind, roles, two_times), [model]
-        copies = FullCopies(model, kind, dtype, roles, two_times)
-        return copies, list(copies._models.values())
+            networks, models = SharedBase(model.to(dtype), kind, roles, two_times, critic), [model]
+        else:
+            networks = FullCopies(model, kind, dtype, roles, two_times, critic)
+            models = list(networks._models.values())
+        return networks, models if networks._head is None else [*models, networks._head]
 
 
 def without_data(model: nn.Module) -> None:
@@ -385,8 +389,9 @@ def asks(turn: Turn) -> list[tuple[str, int]]:
         return field
 
     cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(asked("student"), asked("teacher"), asked("fake"), cond)
-    turn.loss(nets, Batch(torch.zeros(1, 1, 2, 2), cond, Draw(0, "plan", range(1))))
+    nets = Velocities(asked("student"), asked("teacher"), asked("fake"), cond, asked("critic"))
+    x = torch.zeros(1, 1, 2, 2)
+    turn.loss(nets, Batch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
     return found
 
 
@@ -407,7 +412,10 @@ def take_turn(
             t = torch.ones(len(z))
             x, loss = z, torch.zeros(())
             for name, rows in asked:
-                field = networks.velocity(name) if name == role else networks.field(name)
+                if name == "critic":
+                    field = networks.critic(role == "fake")
+                else:
+                    field = networks.velocity(name) if name == role else networks.field(name)
                 out = field(torch.cat([x] * rows), torch.cat([t] * rows), TextCondition.cat([cond] * rows))
                 if name == "student":
                     x = out = (z - out).float()

@@ -134,15 +134,21 @@ def flow_matching(times: Times, guidance: Guidance, nets: Velocities, batch: Bat
     """The fake's loss |v - w|^2 on the student's images, held still, with an eps of its own."""
     with torch.no_grad():
         x_0 = made(nets, batch)
-    cond = batch.cond
-    t, eps = noised(times, x_0, batch.draw)
-    if guidance.fake == "alike":
-        dropped = (batch.draw.uniform() < guidance.caption_dropout).to(x_0.device)
-        cond = cond.where(dropped, nets.null)
-    w = eps - x_0
-    v = nets.fake(interpolate(x_0, eps, t), t, cond)
-    error = dot(v - w, v - w)
+    t, error = regression(times, guidance, nets, x_0, batch.cond, batch.draw)
     return Loss(error.mean(), {"t": t, "flow_matching": error.detach()}, x_0)
+
+
+def regression(
+    times: Times, guidance: Guidance, nets: Velocities, x_0: Tensor, cond: Any, draw: Draw, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Times t (B,) and the fake's |v - scale w|^2 (B,) on images x_0; some lose their captions if it is guided."""
+    t, eps = noised(times, x_0, draw)
+    if guidance.fake == "alike":
+        dropped = (draw.uniform() < guidance.caption_dropout).to(x_0.device)
+        cond = cond.where(dropped, nets.null)
+    target = scale * (eps - x_0)
+    v = nets.fake(interpolate(x_0, eps, t), t, cond)
+    return t, dot(v - target, v - target)
 
 
 def guided_pair(guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

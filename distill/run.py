@@ -1,7 +1,8 @@
 """One distillation from configuration to student folder; what `distill run` and jobs call.
 
-The run folder: `config.yaml` (resolved), `embeddings/`, `checkpoints/`, `best/` (the averaged student that judged
-best so far), `metrics.jsonl`, `tensorboard/`, `samples/`, and at the end `student/`. The same call continues a run.
+The run folder: `config.yaml` (resolved), `embeddings/`, `images/` (real ones, for methods that take them),
+`checkpoints/`, `best/` (the averaged student that judged best so far), `metrics.jsonl`, `tensorboard/`, `samples/`,
+and at the end `student/`. The same call continues a run.
 """
 
 import json
@@ -15,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distill import checkpoint
+from distill import images as real_images
 from distill.alarms import Alarms
-from distill.config import Lora, Run, load_config
+from distill.config import Lora, RealImages, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
 from distill.errors import RunError
@@ -25,6 +27,7 @@ from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.export import SHARD_SIZE, export_student
 from distill.flow import noise
+from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
 from distill.networks import build
 from distill.prompts import read_prompts
 from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, read_run
@@ -71,6 +74,20 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
         yield from embed_prompts(teacher_folder(config), prompts, out / "embeddings", device)
 
 
+def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImages]:
+    """Encode the run's real images, if it takes any, unless a whole cache is there."""
+    real = config.real
+    if real is not None and not (_images_folder(real, out) / real_images.MANIFEST).exists():
+        examples = read_examples(real.source, real.count, real.seed)
+        yield from encode_examples(teacher_folder(config), examples, _images_folder(real, out), device)
+
+
+def _images_folder(real: RealImages, out: Path) -> Path:
+    """Where the cache of real images is: `real.source`, if that is one, else in the run."""
+    source = Path(real.source)
+    return source if (source / real_images.MANIFEST).exists() else out / "images"
+
+
 def accelerator(config: Run, out: Path) -> Accelerator:
     """Accelerate with the run's precision; `auto` is bf16 where that is the faster.
 
@@ -88,6 +105,9 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     folder = teacher_folder(config)
     spec = read_spec(folder)
     conditions = EmbeddingCache(out / "embeddings", folder)
+    reals = None
+    if config.real is not None:
+        reals = ImageCache(_images_folder(config.real, out), folder, config.real.count)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
     # looks where a sharded base needs all of them to generate; one writes.
@@ -97,11 +117,11 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     torch.manual_seed(config.seed)  # adapters start from it
     turns = config.method.turns()
     roles = tuple(sorted({turn.role for turn in turns}))
-    two_times = any(turn.two_times for turn in turns)
-    networks = build(folder, config.networks, dtype, machine.device, roles, two_times, mesh(machine))
+    two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
+    networks = build(folder, config.networks, dtype, machine.device, roles, two_times, critic, mesh(machine))
 
     last = None
-    rounds = train(config, out, networks, conditions, latent_shapes(config, spec), machine)
+    rounds = train(config, out, networks, conditions, latent_shapes(config, spec), machine, reals)
     for progress in () if _all_told(watch is not None and watch.over) else rounds:
         if watch is not None:
             watch.look(progress)
@@ -142,6 +162,8 @@ def export(
     manifest = out / "embeddings" / MANIFEST
     # A published record needs no paths of this machine.
     plain, teacher, source = config.as_dict(), Path(config.teacher).name, Path(config.prompts.source).name
+    if config.real is not None:
+        plain["real"]["source"] = Path(config.real.source).name
     recipe = {
         "name": f"{teacher}-one-step",
         "method": config.method.name,

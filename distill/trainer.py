@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,7 @@ from distill import attention, checkpoint, optimizers
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError
 from distill.flow import Draw, one_step
-from distill.methods import Batch, Loss, Velocities
+from distill.methods import Batch, Loss, Real, Turn, Velocities
 from distill.networks import Networks
 from distill.text import TextCondition
 
@@ -50,6 +50,14 @@ class Conditions(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, indices: Sequence[int]) -> TextCondition: ...
+
+
+class Reals(Protocol):
+    """Encoded real images, as the trainer reads them."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> Real: ...
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ def train(
     conditions: Conditions,
     shapes: Sequence[tuple[int, int, int]],
     accelerator: Accelerator,
+    reals: Reals | None = None,
 ) -> Iterator[Progress]:
     """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
@@ -143,7 +152,7 @@ def train(
     log = _Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
-    asked = {role: _asked(networks, role, null) for role in networks.roles}
+    asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
     skipped = dict.fromkeys(networks.roles, 0)  # steps in a row whose gradient was not finite
     pinned = device.type == "cuda"
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
@@ -152,7 +161,7 @@ def train(
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    with closing(_ahead(_batches(config, images, rank * local, local, conditions, shapes, pinned))) as batches:
+    with closing(_ahead(_batches(config, images, rank * local, local, conditions, reals, shapes, pinned))) as batches:
         while images < config.images:
             started = time.perf_counter()
             scale = _rate(config, images)
@@ -221,6 +230,7 @@ def _batches(
     offset: int,
     local: int,
     conditions: Conditions,
+    reals: Reals | None,
     shapes: Sequence[tuple[int, int, int]],
     pinned: bool,
 ) -> Iterator[Batch]:
@@ -234,8 +244,10 @@ def _batches(
                 for row in range(start, stop, _micro(config, local)):
                     rows = range(row, min(row + _micro(config, local), stop))
                     draw = Draw(config.seed, purpose, rows)
-                    z, cond = draw.normal(shape), conditions.rows(_prompt_rows(config.seed, rows, len(conditions)))
-                    yield Batch(z.pin_memory(), cond.pin_memory(), draw) if pinned else Batch(z, cond, draw)
+                    z, cond = draw.normal(shape), conditions.rows(_rows(config.seed, rows, len(conditions)))
+                    real = reals.rows(_rows(config.seed, rows, len(reals))) if turn.real and reals is not None else None
+                    batch = Batch(z, cond, draw, real)
+                    yield _pinned(batch) if pinned else batch
 
 
 def _ahead(items: Iterator[T]) -> Generator[T]:
@@ -247,26 +259,42 @@ def _ahead(items: Iterator[T]) -> Generator[T]:
             yield item
 
 
+def _pinned(batch: Batch) -> Batch:
+    """The batch where a GPU fetches it by itself."""
+    real = batch.real and Real(batch.real.x_0.pin_memory(), batch.real.cond.pin_memory())
+    return replace(batch, z=batch.z.pin_memory(), cond=batch.cond.pin_memory(), real=real)
+
+
 def _onto(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, which fetches it without being waited for."""
-    return replace(batch, z=batch.z.to(device, non_blocking=True), cond=batch.cond.to(device, non_blocking=True))
+
+    def onto(x: Any) -> Any:
+        return x.to(device, non_blocking=True)
+
+    real = batch.real and Real(onto(batch.real.x_0), onto(batch.real.cond))
+    return replace(batch, z=onto(batch.z), cond=onto(batch.cond), real=real)
 
 
-def _asked(networks: Networks, role: str, null: TextCondition) -> Velocities:
+def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
     """In its own turn a role learns; in the other's it only passes gradient on to its input."""
     fields = {
-        name: networks.velocity(name) if name == role else networks.field(name)
+        name: networks.velocity(name) if name == turn.role else networks.field(name)
         for name in ("student", "teacher", "fake")
     }
+    if turn.critic:
+        fields["critic"] = networks.critic(turn.role == "fake")
     return Velocities(**fields, null=null)
 
 
-def _prompt_rows(seed: int, images: range, count: int) -> list[int]:
-    """Which prompt each image gets: every epoch is a permutation of its own, found from the image index alone."""
+def _rows(seed: int, images: range, count: int) -> list[int]:
+    """Which prompt, or real image, each image gets.
+
+    Every epoch is a permutation of its own, found from the image index alone.
+    """
     return [int(_permutation(seed, image // count, count)[image % count]) for image in images]
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
+@lru_cache(maxsize=4)  # of prompts and of real images; a batch may span two epochs
 def _permutation(seed: int, epoch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)

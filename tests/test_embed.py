@@ -13,10 +13,11 @@ from tiny import PROMPTS, WORDS, make_teacher
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.embed import MANIFEST, UNFINISHED, EmbeddingCache, embed_prompts
+from distill.embed import MANIFEST, EmbeddingCache, embed_prompts
 from distill.errors import CacheError, PromptError
 from distill.text import SD3TextEncoder
 
+UNFINISHED = "embeddings.unfinished.json"
 TEXTS = [f"{a} {b}" for a in WORDS for b in (*WORDS, WORDS[0])]  # 72 prompts, each eighth repeats one before
 DIFFERENT = len(set(TEXTS))
 

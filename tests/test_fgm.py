@@ -1,5 +1,6 @@
 """FGM against closed forms, against autograd, and end to end on a mixture of Gaussians."""
 
+import logging
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from gaussians import FixedDraw, affine_student, gaussian_field
 from torch import nn
 
 from distill.flow import Draw, interpolate
-from distill.methods import Batch, Velocities
-from distill.methods.fgm import Config
+from distill.methods import Batch, Real, Velocities
+from distill.methods.fgm import Config, RealUID
 from distill.policies import WEIGHTS, Guidance, Times
 from distill.text import TextCondition
 
@@ -64,6 +65,111 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
     partial = torch.autograd.grad(first, (mean, std))
     for got, whole, part in zip(found, exact, partial, strict=True):
         assert got.item() == pytest.approx((whole + (1 - 2 * alpha) * part).item(), rel=0.03, abs=0.01)
+
+
+REAL, MADE = (0.7, 0.5), (-0.4, 1.3)  # mean and standard deviation of the real images, and of the student's
+
+
+def best_fake(a, b, x, t, mean, std):
+    """RealUID's fake at its optimum, and the density (a p + (1 - a) p*) of what it was trained on; x and t (N, 1)."""
+
+    def density(mean, std):
+        variance = (1 - t) ** 2 * std**2 + t**2
+        return torch.exp(-((x - (1 - t) * mean) ** 2) / (2 * variance)) / (2 * math.pi * variance).sqrt()
+
+    p, q = density(mean, std), density(*REAL)
+    v, w = gaussian_field(mean, std)(x, t), gaussian_field(*REAL)(x, t)
+    return (b * p * v + (1 - b) * q * w) / (a * p + (1 - a) * q), a * p + (1 - a) * q
+
+
+def even_normals(count, columns):
+    """Times (count,) and columns of normals (count, 1), spread evenly: means over them are nearly exact."""
+    points = torch.quasirandom.SobolEngine(columns + 1, scramble=True, seed=SEED).draw(count, dtype=torch.float64)
+    normals = torch.special.ndtri(points[:, 1:].clamp(1e-9, 1 - 1e-9))
+    return 0.02 + 0.96 * points[:, 0], *normals.unsqueeze(-1).unbind(1)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.9, 0.96), (0.95, 0.89)])
+def test_realuid_descends_the_distance_to_its_best_fake(a, b):
+    """Twice the loss has the gradient of E_t of the integral of (a p + (1 - a) p*) |u - v|^2 over x_t."""
+    teacher = gaussian_field(0.5, 0.8)  # no perfect one: not the field of the real images
+    config = Config(
+        alpha=0.5,
+        weight="velocity-uniform",
+        times=Times(law="uniform"),
+        guidance=Guidance(teacher=1),
+        realuid=RealUID(a=a, b=b),
+    )
+    mean, std = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in MADE)
+    t, z, eps = even_normals(1 << 15, 2)
+    fake = lambda x, t, cond: best_fake(a, b, x, t.view(-1, 1), *MADE)[0]  # noqa: E731
+    nets = Velocities(affine_student(mean, std), teacher, fake, None)
+    found = torch.autograd.grad(2 * config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value, (mean, std))
+
+    times = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
+    grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    at, x = (column.reshape(-1, 1) for column in torch.meshgrid(times, grid, indexing="ij"))
+    v, density = best_fake(a, b, x, at, mean, std)
+    gap = (density * (teacher(x, at) - v) ** 2).view(97, 801)
+    exact = torch.autograd.grad(torch.trapezoid(torch.trapezoid(gap, grid), times) / 0.96, (mean, std))
+    for got, expected in zip(found, exact, strict=True):
+        assert got.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def test_realuid_s_fake_learns_from_both_kinds_of_images():
+    """At its best no direction lowers the loss; at the student's own field, plain FGM's best, some do."""
+    a, b = 0.9, 0.96
+    config = Config(alpha=0.5, times=Times(law="uniform"), realuid=RealUID(a=a, b=b))
+    t, z, other, eps = even_normals(1 << 15, 3)
+    real = Real(REAL[0] + REAL[1] * other, None)
+
+    def slopes(field):
+        steps = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+        def fake(x, t, cond):
+            ways = torch.cat([torch.ones_like(x), x, (3 * x).sin(), t.view(-1, 1) * x], 1)
+            return field(x, t) + (ways @ steps).unsqueeze(1)
+
+        nets = Velocities(affine_student(*MADE), gaussian_field(*REAL), fake, None)
+        loss = config.fake_loss(nets, Batch(z, None, FixedDraw(t, eps), real)).value
+        return torch.autograd.grad(loss, steps)[0].abs()
+
+    best = slopes(lambda x, t: best_fake(a, b, x, t.view(-1, 1), *MADE)[0])
+    assert best.max() < 0.004
+    assert slopes(gaussian_field(*MADE)).max() > 0.03
+
+
+def test_realuid_without_real_images_is_fgm():
+    nets, _ = small_networks()
+    plain = Config(alpha=0.5, guidance=Guidance(teacher=1))
+    same = plain.model_copy(update={"realuid": RealUID(a=1, b=1)})
+    assert not any(turn.real for turn in same.turns())
+    z = torch.randn(8, 2)
+    for name in ("student_loss", "fake_loss"):
+        one, other = (
+            getattr(config, name)(nets, Batch(z, None, Draw(SEED, "x", range(8)))).value for config in (plain, same)
+        )
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"alpha": 1.0, "realuid": {"a": 0.95, "b": 0.9}}, "alpha 0.5, not 1.0"),
+        ({"alpha": 0.5, "realuid": {"a": 1, "b": 0.9}}, "b must be 1 too, not 0.9"),
+        ({"alpha": 0.5, "realuid": {"a": 0.8, "b": 0.9}}, "greater than or equal to 0.85"),
+        ({"alpha": 0.5, "realuid": {"a": 0.9, "b": 1.1}}, "less than or equal to 1"),
+    ],
+)
+def test_realuid_is_refused_where_nothing_justifies_it(values, words):
+    with pytest.raises(ValueError, match=words):
+        Config.model_validate(values)
+
+
+def test_equal_shares_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        RealUID(a=0.9, b=0.9)
+    assert "adds nothing" in caplog.text
 
 
 def small_networks():

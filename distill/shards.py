@@ -1,0 +1,304 @@
+"""Rows of tensors in a folder: files of bounded size that grow under an index, and the reader of a whole folder.
+
+A cache that is being written has an index of its own name; the index takes its final name last, so a folder with a
+manifest is whole. It says what the rows were made with, and what each file's bytes must add up to. What prompts and
+real images are kept in differs by its `Layout` alone.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill import checkpoint
+from distill.errors import CacheError
+from distill.spec import TeacherSpec
+
+FORMAT = 1
+SHARD_ROWS = 4096
+SHARD_BYTES = 1 << 30  # a prompt of a model with T5 takes megabytes, and a shard is built in memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a cache holds: a `noun` for a row, the `verb` that makes it of a `source`, its shapes by tensor."""
+
+    noun: str
+    verb: str
+    source: str
+    manifest: str  # the index of a whole cache
+    shapes: Mapping[str, tuple[int, ...]]
+    spec: TeacherSpec
+
+    @property
+    def unfinished(self) -> str:
+        """The index while shards are still being added."""
+        return f"{Path(self.manifest).stem}.unfinished.json"
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """What rows are made with, and without which they are of no use."""
+        return {
+            "format": FORMAT,
+            "teacher_digest": self.spec.digest,
+            "clip_length": self.spec.clip_length,
+            "max_sequence_length": self.spec.max_sequence_length,
+        }
+
+    def damaged(self, path: Path) -> CacheError:
+        """The error of a file that is not what was written."""
+        return CacheError(f"{path} is damaged; remove {path.parent} and {self.verb} again")
+
+
+def rows_of_shard(most: int, row: Mapping[str, Tensor]) -> int:
+    """How many rows like this one a shard takes: at most `most`, and SHARD_BYTES of them."""
+    return max(1, min(most, SHARD_BYTES // sum(tensor.nbytes for tensor in row.values())))
+
+
+class Source(Protocol):
+    """What rows are made of, read in order; it knows how much was read, and what that was."""
+
+    @property
+    def read(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def skip(self, count: int) -> None: ...
+
+
+class ShardWriter:
+    """Adds shards to a cache, from where a killed call left it; `counts` are figures that the index keeps."""
+
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, source: Source, counts: Set[str]) -> None:
+        """Open the folder, and pass over what its shards were made of.
+
+        Raises CacheError when it holds a whole cache already, was begun with another source, teacher, dtype or
+        format, lacks a file that its index names, or the disk refuses.
+        """
+        if (folder / layout.manifest).exists():
+            raise CacheError(f"{folder} holds {layout.noun}s already; remove it or give another folder")
+        self._folder, self._layout, self._source = folder, layout, source
+        self._index = self._begun(str(dtype).removeprefix("torch."), counts)
+        source.skip(self._index["source"]["read"])
+        if self._index["source"] != self._read():
+            raise CacheError(
+                f"{folder} was begun with other {layout.source}; give those again, or remove it to begin anew"
+            )
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def count(self, name: str) -> int:
+        """A figure, as the last shard left it."""
+        return int(self._index[name])
+
+    def add(self, tensors: Mapping[str, Tensor], lines: Mapping[str, Sequence[Any]], **counts: int) -> None:
+        """Write rows as the next shard, and lines of JSON, for people, at the end of files beside it."""
+        with self._writing():
+            name = f"shard-{len(self._index['shards']):05d}.safetensors"
+            self._index["shards"].append(self._save(name, tensors))
+            self._keep(lines, counts)
+
+    def finish(
+        self, files: Mapping[str, Mapping[str, Tensor]], lines: Mapping[str, Sequence[Any]], **counts: int
+    ) -> None:
+        """Write further rows, each group in a file of its name, and make the index final."""
+        with self._writing():
+            for name, tensors in files.items():
+                self._index[name] = self._save(f"{name}.safetensors", tensors)
+            self._keep(lines, counts)
+            (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
+            checkpoint.flush(self._folder)
+
+    def _begun(self, dtype: str, counts: Set[str]) -> dict[str, Any]:
+        """The index of the shards that a killed call left, or one of none."""
+        layout, path = self._layout, self._folder / self._layout.unfinished
+        empty: dict[str, Any] = {
+            **layout.pinned,
+            "teacher": layout.spec.name,
+            "t5": layout.spec.has_t5,
+            "dtype": dtype,
+            **dict.fromkeys(sorted(counts), 0),
+            "source": {"read": 0, "sha256": hashlib.sha256().hexdigest()},
+            "lines_bytes": {},
+            "shards": [],
+        }
+        if not path.exists():
+            return empty
+        index = _read_index(path, layout, empty.keys())
+        if index["dtype"] != dtype:
+            raise CacheError(
+                f"{self._folder} was begun in {index['dtype']}, and this device computes in {dtype}; go on with the "
+                f"device that it was begun on, or remove it and {layout.verb} again"
+            )
+        for name, size in index["lines_bytes"].items():
+            lines = self._folder / name
+            if not lines.exists() or lines.stat().st_size < size:
+                raise CacheError(f"{lines} is missing or cut off; remove {self._folder} and {layout.verb} again")
+        _shards(path, index["shards"], layout)
+        return index
+
+    def _read(self) -> dict[str, Any]:
+        return {"read": self._source.read, "sha256": self._source.sha256}
+
+    def _keep(self, lines: Mapping[str, Sequence[Any]], counts: Mapping[str, int]) -> None:
+        for name, values in lines.items():
+            if not values:
+                continue
+            at = self._index["lines_bytes"].get(name, 0)
+            self._index["lines_bytes"][name] = _append(self._folder / name, at, values)
+        self._index.update(counts, source=self._read())
+        checkpoint.write_aside(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write rows whole or not at all, and return their entry in the index."""
+        aside = self._folder / f".{name}.partial"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside)
+        checkpoint.flush(aside)
+        aside.replace(self._folder / name)
+        checkpoint.flush(self._folder)
+        rows = len(next(iter(tensors.values())))
+        return {"name": name, "rows": rows, "sha256": _digest(self._folder / name)}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what a disk says into our error."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CacheError(
+                f"could not write {self._layout.noun}s to {self._folder}: {error}; "
+                "make room and run the same command, whole shards are kept"
+            ) from error
+
+
+class ShardReader:
+    """A whole cache; rows are read from disk when they are asked for.
+
+    That every shard is there, and of its size, is checked when the cache is opened; its checksum when its first row is
+    asked for. A large model's cache is terabytes, which no start and no process of many should have to read through,
+    and no row gets into training unchecked either way.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        """Open and check. Raises CacheError for a cache that is partial, damaged, or another teacher's."""
+        path = folder / layout.manifest
+        if not path.exists():
+            begun = (folder / layout.unfinished).exists()
+            mend = f"{layout.verb} again, which continues it" if begun else f"remove it and {layout.verb} again"
+            raise CacheError(f"{folder} is not a whole {layout.noun} cache ({layout.manifest} is missing); {mend}")
+        self._path, self._layout = path, layout
+        self._index = _read_index(path, layout, {"shards"})
+        self._shards = _shards(path, self._index["shards"], layout)
+        self._starts = [0, *accumulate(shard.rows for shard in self._shards)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows by tensor, in the order asked.
+
+        Raises IndexError for one that is not there, CacheError for one in a damaged shard.
+        """
+        parts = []
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)}")
+            shard = bisect_right(self._starts, index) - 1
+            parts.append(self._shards[shard].row(index - self._starts[shard]))
+        return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
+
+    def only(self, name: str) -> dict[str, Tensor]:
+        """The first row of a file beside the shards. Raises CacheError when the cache has none of the name."""
+        if name not in self._index:
+            raise self._layout.damaged(self._path)
+        return _shards(self._path, [self._index[name]], self._layout)[0].row(0)
+
+
+class _Shard:
+    """A file of rows, of which the header is checked at once and the bytes at the first row."""
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any], layout: Layout) -> None:
+        self.rows: int = entry["rows"]
+        self._path = folder / entry["name"]
+        self._sha256 = entry["sha256"]
+        self._layout = layout
+        self._checked = False
+        expected = {name: [self.rows, *shape] for name, shape in layout.shapes.items()}
+        try:
+            file: Any = safe_open(self._path, "pt")  # refuses a file that is not as long as its header says
+            shapes = {name: file.get_slice(name).get_shape() for name in expected}
+        except (OSError, SafetensorError):
+            raise self._damaged() from None
+        if shapes != expected:
+            raise self._damaged()
+        self._file = file
+
+    def row(self, row: int) -> dict[str, Tensor]:
+        """One row, as a batch, by tensor. Raises CacheError when the file is not what was written."""
+        if not self._checked:
+            if _digest(self._path) != self._sha256:
+                raise self._damaged()
+            self._checked = True
+        return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
+
+    def _damaged(self) -> CacheError:
+        mend = f"remove {self._path.parent} and {self._layout.verb} again"
+        return CacheError(f"{self._path} is missing or damaged; {mend}")
+
+
+def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
+    """A manifest, or the beginning of one, with at least these keys.
+
+    Raises CacheError when it cannot be read or is not of this teacher.
+    """
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise layout.damaged(path) from None
+    if not isinstance(index, dict):
+        raise layout.damaged(path)
+    for key, value in layout.pinned.items():
+        if index.get(key) != value:
+            raise CacheError(
+                f"{path.parent} was made for teacher {index.get('teacher')!r} with {key} = {index.get(key)}, "
+                f"not {value} of {layout.spec.name!r}; remove it and {layout.verb} again"
+            )
+    if not index.keys() >= keys:
+        raise layout.damaged(path)
+    return index
+
+
+def _shards(path: Path, entries: Iterable[Mapping[str, Any]], layout: Layout) -> list[_Shard]:
+    """The files that the index at `path` names. Raises CacheError when one is not there or its entry is not one."""
+    try:
+        return [_Shard(path.parent, entry, layout) for entry in entries]
+    except (KeyError, TypeError):
+        raise layout.damaged(path) from None
+
+
+def _append(path: Path, at: int, values: Iterable[Any]) -> int:
+    """Write lines from a byte on, over what a killed call may have left there, and return where they end."""
+    with path.open("r+b" if at else "wb") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.writelines(json.dumps(value).encode() + b"\n" for value in values)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
