@@ -161,7 +161,7 @@ def train(
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    with closing(_ahead(_batches(config, images, rank * local, local, conditions, reals, shapes, pinned))) as batches:
+    with closing(_ahead(_batches(config, images, rank * local, local, conditions, shapes, pinned, reals))) as batches:
         while images < config.images:
             started = time.perf_counter()
             scale = _rate(config, images)
@@ -230,9 +230,9 @@ def _batches(
     offset: int,
     local: int,
     conditions: Conditions,
-    reals: Reals | None,
     shapes: Sequence[tuple[int, int, int]],
     pinned: bool,
+    reals: Reals | None = None,
 ) -> Iterator[Batch]:
     """The micro-batches of all turns to come, on the host: of each batch the `local` images from `offset` on."""
     for first in range(images, config.images, config.batch):
