@@ -1,21 +1,34 @@
 """`create_app(settings)`: the whole composition on one screen."""
 
+import asyncio
+import contextlib
 import importlib
+import logging
 import pkgutil
+import secrets
+import tempfile
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __doc__ as summary
 from service import handlers, routers
+from service.artefacts import Artefacts
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
+from service.limiter import Limiter
 from service.metrics import Metrics
 from service.middleware import Front
+from service.replays import Replays
 from service.settings import Settings
 from service.state import State
+
+log = logging.getLogger(__name__)
+EXPOSED = ["x-request-id", "server-timing", "retry-after", "x-seed", "x-warning", "idempotent-replayed"]
 
 
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
@@ -23,20 +36,62 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     settings = settings or Settings()
     metrics = Metrics()
     engine = Engine(fleet or processes(settings), settings, metrics)
-    encoders = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
-    state = State(settings, metrics, encoders, engine)
+    folder = None if settings.artefacts else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
+    given = settings.artefact_secret
+    secret = given.get_secret_value().encode() if given else secrets.token_bytes(32)
+    state = State(
+        settings,
+        metrics,
+        ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode"),
+        engine,
+        Artefacts(folder.name if folder else settings.artefacts or "", secret, settings.artefact_seconds),
+        Replays(settings.replay_seconds, settings.replay_bytes),
+        Limiter(settings.rate_limit, metrics),
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        settings.check_aliases(engine.cards)
+        sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
         yield
         await engine.drain()
-        encoders.shutdown()
+        state.encoders.shutdown()
+        sweeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sweeping
+        if folder:
+            folder.cleanup()
 
-    app = FastAPI(title="One-step text-to-image", description=summary or "", version="1", lifespan=lifespan)
+    app = FastAPI(
+        title="One-step text-to-image",
+        description=summary or "",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
     app.state.service = state
     for module in pkgutil.iter_modules(routers.__path__):
         app.include_router(importlib.import_module(f"service.routers.{module.name}").router)
-    app.add_middleware(Front, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "idempotency-key"],
+            expose_headers=EXPOSED,
+        )
+    app.add_middleware(Front, metrics, settings.max_body_bytes, settings.body_seconds)
     handlers.install(app)
     return app
+
+
+async def _sweep(artefacts: Artefacts, period: float) -> None:
+    """Delete expired images from time to time; a store that is away is asked again the next time."""
+    while True:
+        try:
+            await asyncio.to_thread(artefacts.sweep, time.time())
+        except OSError:
+            log.exception("expired images could not be deleted")
+        await asyncio.sleep(period)

@@ -1,6 +1,9 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
+import ipaddress
 import sys
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +12,20 @@ import typer
 from service.errors import StartError
 
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
+keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+KeysFile = Annotated[
+    Path, typer.Option("--file", envvar="SERVICE_KEYS_FILE", help="File of API keys, as the server's --keys-file.")
+]
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `serve` a command of its own while it is the only one."""
+class Scope(StrEnum):
+    """What a key is for."""
+
+    generate = "generate"
+    jobs = "jobs"
+    admin = "admin"
 
 
 @app.command()
@@ -21,30 +33,104 @@ def serve(
     model: Annotated[
         list[Path] | None, typer.Option(help="Student folder; repeat for more, the first is the default.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [8000]; 0 picks a free one.")] = None,
     devices: Annotated[
         str | None, typer.Option("--devices", "--device", help="auto, cpu, simulator, or GPUs as cuda:0,cuda:1.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Worker processes on each device.")] = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")
+    ] = None,
+    open_to_all: Annotated[
+        bool | None, typer.Option("--open-to-all", help="Listen beyond this machine without any API key.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; what else is given wins.")
+    ] = None,
 ) -> None:
-    """Serve students (the shipped one if none is named) in the OpenAI Images format.
+    """Serve students (the shipped one if none is named) in the OpenAI Images format, and a playground at `/`.
 
-    Further settings are environment variables: SERVICE_MAX_BATCH, SERVICE_QUEUE_LIMIT, SERVICE_API_KEYS and more.
-    SIGTERM finishes what was accepted, then ends.
+    Every setting has a SERVICE_ variable (SERVICE_MAX_BATCH, SERVICE_RATE_LIMIT, ...) and a key in the TOML file;
+    docs/operations.md lists them. SIGTERM finishes what was accepted, then ends.
     """
+    import logging
+
     import uvicorn
 
     from service.app import create_app
     from service.engine.launch import processes
+    from service.keys import KeyFile
+    from service.logs import configure
     from service.settings import read_settings
 
-    given: dict[str, Any] = {"models": tuple(model or ()), "devices": devices, "replicas": replicas}
-    settings = read_settings({name: value for name, value in given.items() if value})
+    given: dict[str, Any] = {
+        "models": tuple(model or ()) or None,
+        "host": host,
+        "port": port,
+        "devices": devices,
+        "replicas": replicas,
+        "keys_file": keys_file,
+        "open_to_all": open_to_all,
+    }
+    settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
+    stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
+    if not (settings.api_keys or stored or settings.open_to_all or _is_loopback(settings.host)):
+        raise StartError(
+            f"host {settings.host} is reached from other machines and there is no API key; make one with "
+            "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
+        )
     workers = processes(settings)
-    workers.start()  # before the server does, so that a bad folder is one sentence
-    server = create_app(settings, workers)
-    uvicorn.run(server, host=host, port=port, timeout_graceful_shutdown=settings.drain_seconds)
+    ready = workers.start()[0].ready  # before the server does, so that a bad folder is one sentence
+    settings.check_aliases([card.name for card in ready.cards])
+    configure(settings.log_format, settings.log_level)
+    for line in settings.lines():
+        logging.getLogger("service.settings").info(line)
+    uvicorn.run(
+        create_app(settings, workers),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+
+
+@keys.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],
+    file: KeysFile,
+    scope: Annotated[list[Scope] | None, typer.Option(help="What it is for; repeat for more [generate].")] = None,
+) -> None:
+    """Make a key and print it. It is shown this once: the file holds its hash alone."""
+    from service.keys import KeyFile
+
+    print(KeyFile(file).create(name, [each.value for each in scope or [Scope.generate]]))
+
+
+@keys.command("list")
+def index(file: KeysFile) -> None:
+    """Name, scopes and age of every key."""
+    from service.keys import KeyFile
+
+    for key in KeyFile(file).read():
+        print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
+
+
+@keys.command()
+def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFile) -> None:
+    """Delete a key. A running server refuses it from its next request on."""
+    from service.keys import KeyFile
+
+    KeyFile(file).revoke(name)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main() -> None:

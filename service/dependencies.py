@@ -1,13 +1,14 @@
 """What handlers ask for, as named types."""
 
-import hmac
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
-from service.errors import Unauthorized, Unavailable
+from service.errors import Forbidden, Unauthorized, Unavailable
+from service.keys import Scope, find
 from service.state import State
 
 
@@ -28,14 +29,41 @@ def _running(service: Service) -> Engine:
 Running = Annotated[Engine, Depends(_running)]
 
 
-def require_key(
-    service: Service, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-) -> None:
-    """Refuse a request without one of the server's keys; a server without keys is open."""
-    keys = service.settings.api_keys
-    if not keys:
-        return
-    token = given.credentials.encode() if given else b""
-    # Every key is compared, each in constant time, so that time tells nothing about any of them.
-    if not sum(hmac.compare_digest(token, key.get_secret_value().encode()) for key in keys):
-        raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. `owner` is the name of the key, or the address where the server asks for none."""
+
+    owner: str
+
+
+class Needs:
+    """A dependency that lets callers with a scope in; a server without keys lets in everyone."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    def __call__(
+        self,
+        request: Request,
+        service: Service,
+        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+    ) -> Caller:
+        """Raises Unauthorized without a known key, Forbidden where the key is not for this."""
+        caller = Caller(self._owner(service, given.credentials if given else "", request))
+        request.state.owner = caller.owner
+        return caller
+
+    def _owner(self, service: State, token: str, request: Request) -> str:
+        keys = service.keys()
+        if not keys:
+            return request.client.host if request.client else "local"
+        key = find(keys, token)
+        if key is None:
+            raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
+        if self._scope not in key.scopes:
+            raise Forbidden(f"this API key has no scope {self._scope!r}", code="insufficient_scope")
+        return key.owner
+
+
+Generator = Annotated[Caller, Depends(Needs("generate"))]
+Admin = Annotated[Caller, Depends(Needs("admin"))]

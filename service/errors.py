@@ -21,8 +21,12 @@ class Unauthorized(ServiceError):
     """No API key, or one that is not known."""
 
 
+class Forbidden(ServiceError):
+    """An API key that is known, but not for this."""
+
+
 class NotFound(ServiceError):
-    """A path or model that does not exist."""
+    """A path, model or link that does not exist, or no longer."""
 
 
 class MethodNotAllowed(ServiceError):
@@ -33,11 +37,15 @@ class BodyTooLarge(ServiceError):
     """More bytes than the server reads."""
 
 
-class Overloaded(ServiceError):
-    """The queue is full; `retry_after` says in how many seconds there is room."""
+class TooSlow(ServiceError):
+    """A body that does not arrive in time."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message, code="queue_full")
+
+class Overloaded(ServiceError):
+    """The queue is full or a limit reached; `retry_after` says in how many seconds there is room."""
+
+    def __init__(self, message: str, retry_after: int, code: str = "queue_full") -> None:
+        super().__init__(message, code=code)
         self.retry_after = retry_after
 
 
@@ -64,8 +72,10 @@ class StartError(Exception):
 TABLE: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
+    Forbidden: (403, "permission_error"),
     NotFound: (404, "invalid_request_error"),
     MethodNotAllowed: (405, "invalid_request_error"),
+    TooSlow: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
     ClientGone: (499, "client_closed_request"),
@@ -83,7 +93,7 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
     match error:
         case Overloaded():
             headers = {"retry-after": str(error.retry_after)}
-        case BodyTooLarge():
+        case BodyTooLarge() | TooSlow():
             headers = {"connection": "close"}  # the rest of the body is never read
         case _:
             headers = {}

@@ -5,7 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError, to_openai
+from service.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooSlow, to_openai
 
 _UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
 
@@ -49,6 +49,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
             return respond(NotFound(f"there is no {request.url.path}"))
         case 405:
             return respond(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
+        case 408:
+            return respond(TooSlow(error.detail))
         case 413:
             return respond(BodyTooLarge(error.detail))
         case _:

@@ -1,5 +1,6 @@
-"""What every request passes: an id, a limit on its body, a count of its answer. Plain ASGI, so nothing buffers."""
+"""What every request passes: an id, limits on its body, a line in the log, a count. Plain ASGI, so nothing buffers."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -13,15 +14,17 @@ from service.handlers import respond
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
+POLLED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: a line for each would bury the others
 
 
 class Front:
     """Outermost layer of the app."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, body_seconds: float) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let an HTTP request through; anything else passes as it is."""
@@ -34,13 +37,21 @@ class Front:
         too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
         declared = Headers(scope=scope).get("content-length", "")
         received = 0
+        whole = False  # whether the body has arrived
 
         async def limited() -> Message:
-            nonlocal received
+            nonlocal received, whole
             if declared.isdecimal() and int(declared) > self._max_body_bytes:
                 raise too_large  # before a byte of it is read
-            message = await receive()
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(began + self._body_seconds - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self._body_seconds} s") from None
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if received > self._max_body_bytes:
                 raise too_large
             return message
@@ -55,12 +66,17 @@ class Front:
         try:
             await self._app(scope, limited, labelled)
         except Exception:
-            log.exception("%s failed", request_id)
+            log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
                 raise  # too late for another answer: the server closes the connection
             error = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
             await respond(error)(scope, receive, labelled)
         finally:
             route = getattr(scope.get("route"), "path", "none")
+            seconds = time.monotonic() - began
             self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            told = {name: scope["state"][name] for name in ("owner", "user") if scope.get("state", {}).get(name)}
+            told |= {"request_id": request_id, "seconds": round(seconds, 4)}
+            level = logging.DEBUG if route in POLLED else logging.INFO
+            log.log(level, "%s %s %s", scope["method"], route, status, extra=told)

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+OutputFormat = Literal["png", "jpeg", "webp"]
+
 
 class ImageRequest(BaseModel):
     """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only."""
@@ -14,23 +16,34 @@ class ImageRequest(BaseModel):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
-    response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
+    response_format: Annotated[
+        Literal["b64_json", "url"] | None, Field(description="`url` answers with links that expire.")
+    ] = None
+    output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     style: None = None
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
-    user: str | None = None
+    stream: Annotated[bool | None, Field(description="Answer with one server-sent event, for n = 1.")] = None
+    partial_images: (
+        Annotated[
+            int, Field(ge=0, le=3, description="At most so many come before the image; one step has none to show.")
+        ]
+        | None
+    ) = None
+    user: Annotated[str, Field(max_length=256, description="Kept in the server's log.")] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None = None
+    priority: Annotated[
+        Literal["interactive", "batch"] | None, Field(description="Extension. Bulk work waits for interactive work.")
+    ] = None
 
 
 class ImageData(BaseModel):
-    """One image. `seed` is an extension: it makes the image again."""
+    """One image, as Base64 or as a link. `seed` is an extension: it makes the image again."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
 
 
@@ -57,14 +70,29 @@ class ImagesResponse(BaseModel):
     created: int
     data: list[ImageData]
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "jpeg", "webp"]
+    output_format: OutputFormat
     size: str
     usage: Usage
     warnings: list[str] | None = None
 
 
+class ImageCompleted(BaseModel):
+    """The one event of a stream. `seed` and `warnings` are extensions."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+    usage: Usage
+    seed: int
+    warnings: list[str] | None = None
+
+
 class Model(BaseModel):
-    """One student."""
+    """One student, or another name of one."""
 
     id: str
     created: int

@@ -1,25 +1,43 @@
-"""Settings of the server: command line, then `SERVICE_*` environment variables, then these defaults."""
+"""Settings of the server: command line, then `SERVICE_*` environment variables, then a TOML file, then defaults."""
 
-from collections.abc import Mapping
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+import limits
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from service.errors import StartError
+from service.logs import LogFormat
 
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
 
 
+def _rates(text: str) -> str:
+    limits.parse_many(text)  # raises ValueError
+    return text
+
+
 class Settings(BaseSettings):
-    """Everything that `create_app` depends on. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
+    """Everything that the server depends on. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
 
     model_config = SettingsConfigDict(env_prefix="SERVICE_", frozen=True, extra="forbid")
 
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
     models: tuple[Path, ...] = ()  # student folders; none is the student that ships
+    aliases: dict[str, str] = {}  # further names: {"gpt-image-1": "scenes-student"}
     devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is the first GPU, or the CPU
     replicas: _Count = 1  # workers on each device
     max_batch: _Count = 16  # images in one call of the network
@@ -33,17 +51,69 @@ class Settings(BaseSettings):
     result_cache_bytes: _Bytes = 64 << 20  # images kept for requests of the same prompt, seed and size
     encode_threads: _Count = 2
     max_body_bytes: _Count = 1 << 20
-    api_keys: tuple[SecretStr, ...] = ()  # none leaves the server open
+    body_seconds: _Count = 30  # time in which a body must arrive
+    api_keys: tuple[SecretStr, ...] = ()  # besides those of the file; scopes generate and jobs
+    keys_file: Path | None = None  # made by `fgm-service keys create`
+    open_to_all: bool = False  # listen beyond the loopback without keys
+    rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
+    cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
+    public_url: str | None = None  # how clients reach the server, for links; none takes the request's own
+    artefacts: str | None = None  # folder or fsspec URL of images given as links; none is a folder while it runs
+    artefact_seconds: _Count = 3600  # how long such a link lasts
+    artefact_secret: SecretStr | None = None  # signs the links; none draws one at each start
+    replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
+    replay_bytes: _Bytes = 256 << 20
+    log_format: LogFormat = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: _Count = 30  # time that running requests get after SIGTERM
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given wins over the environment, and the environment over the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
-def read_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings with some given. Raises StartError naming the environment variable that is wrong."""
+    def check_aliases(self, models: Collection[str]) -> None:
+        """Raises StartError for an alias of a model that is not loaded."""
+        for alias, name in self.aliases.items():
+            if name not in models:
+                raise StartError(f"aliases: {alias!r} stands for {name!r}, which is not loaded; there are {[*models]}")
+
+    def lines(self) -> list[str]:
+        """The settings as they stand, secrets masked."""
+        return [f"{name} = {value}" for name, value in self.model_dump(mode="json").items()]
+
+
+def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Settings:
+    """Settings with some given. Raises StartError naming the key that is wrong."""
+    kind = Settings
+    if file is not None:
+        if not file.is_file():
+            raise StartError(f"there is no settings file {file}")
+
+        class FromFile(Settings):
+            model_config = SettingsConfigDict(toml_file=file)
+
+        kind = FromFile
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the input may be a key
-        name = "_".join(str(part) for part in first["loc"][:1]).upper()
-        raise StartError(f"SERVICE_{name}: {first['msg']}") from None
+        raise StartError(_complaint(str(first["loc"][0]), first["type"], first["msg"])) from None
     except SettingsError as error:
         raise StartError(f'{error}; lists are JSON, for example SERVICE_API_KEYS=\'["one", "two"]\'') from None
+    except tomllib.TOMLDecodeError as error:
+        raise StartError(f"{file} is not TOML: {error}") from None
+
+
+def _complaint(name: str, kind: str, message: str) -> str:
+    if kind != "extra_forbidden":
+        return f"{name} (SERVICE_{name.upper()}): {message}"
+    close = difflib.get_close_matches(name, Settings.model_fields, 1)
+    return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

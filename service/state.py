@@ -3,10 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from service.artefacts import Artefacts
 from service.engine.backend import Card
 from service.engine.engine import Engine
 from service.errors import NotFound
+from service.keys import Key, KeyFile
+from service.limiter import Limiter
 from service.metrics import Metrics
+from service.replays import Replays
 from service.settings import Settings
 
 
@@ -18,12 +22,25 @@ class State:
     metrics: Metrics
     encoders: ThreadPoolExecutor
     engine: Engine
+    artefacts: Artefacts
+    replays: Replays
+    limiter: Limiter
+
+    def __post_init__(self) -> None:
+        given = [key.get_secret_value() for key in self.settings.api_keys]
+        self._given = tuple(Key.of(key, f"key-{i}", ("generate", "jobs")) for i, key in enumerate(given))
+        self._file = KeyFile(self.settings.keys_file) if self.settings.keys_file else None
+
+    def keys(self) -> tuple[Key, ...]:
+        """The keys that are let in at this moment."""
+        return self._given + (self._file.read() if self._file else ())
 
     def card(self, name: str | None) -> Card:
-        """The model of that name; the first one when none is named."""
+        """The model of that name or alias; the first one when none is named."""
         cards = self.engine.cards
         if name is None:
             return next(iter(cards.values()))
-        if name not in cards:
+        card = cards.get(self.settings.aliases.get(name, name))
+        if card is None:
             raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
-        return cards[name]
+        return card

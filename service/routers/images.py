@@ -2,82 +2,135 @@
 
 import asyncio
 import base64
-import secrets
+import hashlib
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Header, Request, Response
 
-from service.dependencies import Running, Service, require_key
-from service.encode import encode
+from service.dependencies import Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
-from service.schemas import ErrorResponse, ImageData, ImageRequest, ImagesResponse, TokenDetails, Usage
+from service.generation import Images, Order, make
+from service.schemas import ErrorResponse, ImageCompleted, ImageData, ImageRequest, ImagesResponse
+from service.state import State
 
-router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1/images", tags=["images"])
 
-MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
+RAW = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 T = TypeVar("T")
 
 
 @router.post(
     "/generations",
-    response_model_exclude_none=True,
-    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    response_model=ImagesResponse,
+    responses={
+        200: {
+            "description": "Images; with `stream` one event, with `Accept: image/*` the bytes of one image",
+            "content": {kind: {"schema": {"type": "string"}} for kind in ("text/event-stream", *RAW)},
+        },
+        "4XX": {"model": ErrorResponse},
+        "5XX": {"model": ErrorResponse},
+    },
 )
-async def generate(body: ImageRequest, request: Request, service: Service, engine: Running) -> ImagesResponse:
+async def generate(
+    body: ImageRequest,
+    request: Request,
+    service: Service,
+    engine: Running,
+    caller: Generator,
+    accept: Annotated[str, Header()] = "",
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Response:
     """Make `n` images of a prompt, each from one call of the network.
 
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    card = service.card(body.model)
-    width, height = _size(body.size, card.sizes)
-    output_format = body.output_format or "png"
-    compression = 100 if body.output_compression is None else body.output_compression
-    if output_format == "png" and compression != 100:
-        raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
-    n = body.n or 1
-    first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
-    seeds = range(first, first + n)
+    raw = next((kind for part in accept.split(",") if (kind := part.split(";")[0].strip()) in RAW), None)
+    _consistent(body, raw)
+    if raw is not None:
+        body = body.model_copy(update={"output_format": RAW[raw]})
+    order = Order.of(body, service.card(body.model))
+    request.state.user = body.user
 
-    images = await _unless_disconnected(request, engine.generate(card.name, body.prompt, seeds, width, height))
-    started = time.monotonic()
-    loop = asyncio.get_running_loop()
-    encoding = [
-        loop.run_in_executor(service.encoders, encode, image.pixels, output_format, compression) for image in images
-    ]
-    encoded: Sequence[bytes] = await asyncio.gather(*encoding)
-    service.metrics.stages.labels("encode").observe(time.monotonic() - started)
-    service.metrics.bytes.labels(output_format).inc(sum(map(len, encoded)))
+    async def answer() -> Response:
+        service.limiter.take(caller.owner, len(order.seeds))
+        images = await _unless_disconnected(request, make(service, engine, order, caller.owner))
+        headers = {"server-timing": images.server_timing}
+        if raw is not None:
+            return Response(images.encoded[0], headers=headers | _labels(images), media_type=raw)
+        if body.stream:
+            return Response(_event(images), headers=headers, media_type="text/event-stream")
+        content = await _answer(images, service, request, body.response_format == "url")
+        return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
-    tokens, truncated = images[0].tokens, images[0].truncated
-    patches = n * (width // card.pixels_per_token) * (height // card.pixels_per_token)
+    if idempotency_key is None:
+        return await answer()
+    fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
+    return await service.replays.once(caller.owner, idempotency_key, fingerprint, answer)
+
+
+def _consistent(body: ImageRequest, raw: str | None) -> None:
+    """Refuse fields that contradict each other or the `Accept` header."""
+    if body.partial_images and not body.stream:
+        raise InvalidRequest("partial_images is for stream = true", "partial_images")
+    if not body.stream and raw is None:
+        return
+    means = "stream = true" if body.stream else f"Accept: {raw}"
+    if (body.n or 1) > 1:
+        raise InvalidRequest(f"{means} answers with one image; n must be 1", "n")
+    if body.response_format == "url":
+        raise InvalidRequest(f"{means} answers with the image itself, not with a url", "response_format")
+    if raw is None:
+        return
+    if body.stream:
+        raise InvalidRequest(f"{means} answers with plain bytes, not with a stream", "stream")
+    if body.output_format not in (None, RAW[raw]):
+        raise InvalidRequest(f"output_format contradicts {means}", "output_format")
+
+
+def _labels(images: Images) -> dict[str, str]:
+    """What an answer of plain bytes says in headers."""
+    labels = {"x-seed": str(images.order.seeds[0])}
+    return labels | {"x-warning": images.warnings[0]} if images.warnings else labels
+
+
+def _event(images: Images) -> str:
+    """The stream: its one event, and the mark that ends it."""
+    event = ImageCompleted(
+        b64_json=base64.b64encode(images.encoded[0]).decode(),
+        created_at=int(time.time()),
+        output_format=images.order.output_format,
+        size=images.order.size,
+        usage=images.usage,
+        seed=images.order.seeds[0],
+        warnings=images.warnings,
+    )
+    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\ndata: [DONE]\n\n"
+
+
+async def _answer(images: Images, service: State, request: Request, links: bool) -> ImagesResponse:
+    order = images.order
+    if links:
+        base = str(service.settings.public_url or request.base_url).rstrip("/")
+        save = [
+            asyncio.to_thread(service.artefacts.save, data, order.output_format, time.time()) for data in images.encoded
+        ]
+        names = await asyncio.gather(*save)
+        urls = [f"{base}/v1/artefacts/{name}?signature={service.artefacts.sign(name)}" for name in names]
+        data = [ImageData(url=url, seed=seed) for url, seed in zip(urls, order.seeds, strict=True)]
+    else:
+        texts = [base64.b64encode(data).decode() for data in images.encoded]
+        data = [ImageData(b64_json=text, seed=seed) for text, seed in zip(texts, order.seeds, strict=True)]
     return ImagesResponse(
         created=int(time.time()),
-        data=[ImageData(b64_json=base64.b64encode(e).decode(), seed=s) for e, s in zip(encoded, seeds, strict=True)],
-        output_format=output_format,
-        size=f"{width}x{height}",
-        usage=Usage(
-            input_tokens=tokens,
-            input_tokens_details=TokenDetails(image_tokens=0, text_tokens=tokens),
-            output_tokens=patches,
-            output_tokens_details=TokenDetails(image_tokens=patches, text_tokens=0),
-            total_tokens=tokens + patches,
-        ),
-        warnings=[f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None,
+        data=data,
+        output_format=order.output_format,
+        size=order.size,
+        usage=images.usage,
+        warnings=images.warnings,
     )
-
-
-def _size(size: str | None, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Width and height meant; `auto` is the model's own."""
-    if size is None or size == "auto":
-        return allowed[0]
-    width, height = map(int, size.split("x"))
-    if (width, height) not in allowed:
-        known = ", ".join(f"{w}x{h}" for w, h in allowed)
-        raise InvalidRequest(f"the model makes images of {known}, not {size}", "size", "invalid_value")
-    return width, height
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

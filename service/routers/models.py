@@ -1,25 +1,26 @@
-"""`/v1/models`: the students that are loaded."""
+"""`/v1/models`: the students that are loaded, and their further names."""
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from service.dependencies import Service, require_key
+from service.dependencies import Generator, Service
 from service.engine.backend import Card
-from service.schemas import Model, ModelList
+from service.schemas import ErrorResponse, Model, ModelList
 
-router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})
 
 
 @router.get("")
-async def index(service: Service) -> ModelList:
-    """All models, the default one first."""
-    return ModelList(data=[_model(card) for card in service.engine.cards.values()])
+async def index(service: Service, caller: Generator) -> ModelList:
+    """All models, the default one first, then the aliases."""
+    names = [*service.engine.cards, *service.settings.aliases]
+    return ModelList(data=[_model(name, service.card(name)) for name in names])
 
 
 @router.get("/{model:path}")
-async def show(model: str, service: Service) -> Model:
+async def show(model: str, service: Service, caller: Generator) -> Model:
     """One model."""
-    return _model(service.card(model))
+    return _model(model, service.card(model))
 
 
-def _model(card: Card) -> Model:
-    return Model(id=card.name, created=card.created, owned_by=card.owner)
+def _model(name: str, card: Card) -> Model:
+    return Model(id=name, created=card.created, owned_by=card.owner)

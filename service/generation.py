@@ -1,0 +1,107 @@
+"""From an image request to encoded images: what the model can do of it, the engine, the encoders."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.encode import encode
+from service.engine.backend import Card
+from service.engine.batcher import Priority
+from service.engine.engine import Engine
+from service.errors import InvalidRequest
+from service.schemas import ImageRequest, OutputFormat, TokenDetails, Usage
+from service.state import State
+
+MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that the model can honour, with every choice made."""
+
+    model: str
+    prompt: str
+    seeds: Sequence[int]
+    width: int
+    height: int
+    output_format: OutputFormat
+    compression: int
+    priority: Priority
+
+    @classmethod
+    def of(cls, body: ImageRequest, card: Card) -> "Order":
+        """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honour."""
+        width, height = _size(body.size, card.sizes)
+        output_format = body.output_format or "png"
+        compression = 100 if body.output_compression is None else body.output_compression
+        if output_format == "png" and compression != 100:
+            raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
+        n = body.n or 1
+        first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
+        priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
+        return cls(card.name, body.prompt, range(first, first + n), width, height, output_format, compression, priority)
+
+    @property
+    def size(self) -> str:
+        """As it goes over the wire."""
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class Images:
+    """What came of an order: encoded images in the order of its seeds, and what the client is told beside them."""
+
+    order: Order
+    encoded: Sequence[bytes]
+    usage: Usage
+    warnings: list[str] | None
+    seconds: dict[str, float]  # by stage; of the image that took longest
+
+    @property
+    def server_timing(self) -> str:
+        """The stages as a `Server-Timing` header, in milliseconds as that header has them."""
+        return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
+
+
+async def make(service: State, engine: Engine, order: Order, owner: str) -> Images:
+    """Make an order's images. Cancelling drops what still waits; raises what the engine raises."""
+    loop = asyncio.get_running_loop()
+    images = await engine.generate(
+        order.model, order.prompt, order.seeds, order.width, order.height, owner=owner, priority=order.priority
+    )
+    made = time.monotonic()
+    encoding = [
+        loop.run_in_executor(service.encoders, encode, image.pixels, order.output_format, order.compression)
+        for image in images
+    ]
+    encoded: Sequence[bytes] = await asyncio.gather(*encoding)
+    ended = time.monotonic()
+    service.metrics.stages.labels("encode").observe(ended - made)
+    service.metrics.bytes.labels(order.output_format).inc(sum(map(len, encoded)))
+
+    card = engine.cards[order.model]
+    tokens, truncated = images[0].tokens, images[0].truncated
+    patches = len(encoded) * (order.width // card.pixels_per_token) * (order.height // card.pixels_per_token)
+    usage = Usage(
+        input_tokens=tokens,
+        input_tokens_details=TokenDetails(image_tokens=0, text_tokens=tokens),
+        output_tokens=patches,
+        output_tokens_details=TokenDetails(image_tokens=patches, text_tokens=0),
+        total_tokens=tokens + patches,
+    )
+    seconds = {stage: max(image.seconds[stage] for image in images) for stage in images[0].seconds}
+    warnings = [f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None
+    return Images(order, encoded, usage, warnings, seconds | {"encode": ended - made})
+
+
+def _size(size: str | None, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Width and height meant; `auto` is the model's own."""
+    if size is None or size == "auto":
+        return allowed[0]
+    width, height = map(int, size.split("x"))
+    if (width, height) not in allowed:
+        known = ", ".join(f"{w}x{h}" for w, h in allowed)
+        raise InvalidRequest(f"the model makes images of {known}, not {size}", "size", "invalid_value")
+    return width, height

@@ -1,0 +1,113 @@
+"""API keys: who may ask for what. Only hashes are kept, in a JSON file that the server reads again when it changes."""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from filelock import FileLock
+
+from service.errors import StartError
+
+Scope = Literal["generate", "jobs", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it is kept. `owner` is the name that limits, logs and fair shares know its holder by."""
+
+    owner: str
+    digest: str  # SHA-256; the keys are 256 random bits, so a slow hash would add nothing
+    scopes: frozenset[Scope]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, token: str, owner: str, scopes: Iterable[Scope]) -> "Key":
+        """The key of a token."""
+        return cls(owner, _digest(token), frozenset(scopes))
+
+
+def find(keys: Sequence[Key], token: str) -> Key | None:
+    """The key of a token. Every key is compared, each in constant time: time tells nothing about any of them."""
+    digest = _digest(token)
+    found = [key for key in keys if hmac.compare_digest(key.digest, digest)]
+    return found[0] if found else None
+
+
+class KeyFile:
+    """The file of keys. It is replaced as a whole, never written in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_at: tuple[int, int] | None = None  # inode and time of the version that was read
+        self._keys: tuple[Key, ...] = ()
+
+    def read(self) -> tuple[Key, ...]:
+        """All keys, read again when the file has changed. Raises StartError for a file that is not one of ours."""
+        try:
+            state = self._path.stat()
+        except FileNotFoundError:
+            return ()
+        version = (state.st_ino, state.st_mtime_ns)
+        if version != self._read_at:
+            self._keys = self._parse()
+            self._read_at = version
+        return self._keys
+
+    def create(self, owner: str, scopes: Iterable[Scope]) -> str:
+        """Add a key and return its token, which nothing can show a second time. Raises StartError for a name in use."""
+        token = f"fgm-{secrets.token_urlsafe(32)}"
+        with self._locked():
+            keys = self.read()
+            if any(key.owner == owner for key in keys):
+                raise StartError(f"{self._path} has a key named {owner!r} already; revoke it or take another name")
+            self._write((*keys, Key.of(token, owner, scopes)))
+        return token
+
+    def revoke(self, owner: str) -> None:
+        """Delete a key; a running server refuses it from then on. Raises StartError when there is none."""
+        with self._locked():
+            keys = self.read()
+            if all(key.owner != owner for key in keys):
+                raise StartError(f"{self._path} has no key named {owner!r}; `fgm-service keys list` shows them")
+            self._write([key for key in keys if key.owner != owner])
+
+    def _locked(self) -> FileLock:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self._path}.lock")
+
+    def _parse(self) -> tuple[Key, ...]:
+        try:
+            records = json.loads(self._path.read_text(encoding="utf-8"))["keys"]
+            keys = [Key(**record) for record in records]
+            if not all(set(key.scopes) <= set(SCOPES) for key in keys):
+                raise ValueError("unknown scope")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            message = f"{self._path} is no file of API keys ({error}); make one with `fgm-service keys create`"
+            raise StartError(message) from None
+        return tuple(replace(key, scopes=frozenset(key.scopes)) for key in keys)
+
+    def _write(self, keys: Iterable[Key]) -> None:
+        records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]
+        handle, aside = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)  # readable by its owner alone
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"keys": records}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self._path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,24 @@
+"""`/v1/artefacts`: images behind the links of `response_format: url`. The signature stands for a key."""
+
+import asyncio
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.dependencies import Service
+from service.errors import NotFound
+from service.schemas import ErrorResponse
+
+router = APIRouter(prefix="/v1/artefacts", tags=["images"])
+
+
+@router.get("/{name}", response_class=Response, responses={"4XX": {"model": ErrorResponse}})
+async def show(name: str, service: Service, signature: Annotated[str, Query()]) -> Response:
+    """One image, while its link lasts."""
+    found = await asyncio.to_thread(service.artefacts.read, name, signature, time.time())
+    if found is None:
+        raise NotFound("this link has expired, or never was one of this server")
+    data, output_format = found
+    headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
+    return Response(data, headers=headers, media_type=f"image/{output_format}")

@@ -1,0 +1,170 @@
+"""Every way to ask for images and to be answered: links, streams, bytes, headers, retries."""
+
+import base64
+import hashlib
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from PIL import Image
+from running import metric, serving
+
+from service.app import create_app
+from service.artefacts import Artefacts
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def api():
+    settings = Settings(aliases={"gpt-image-1": "simulator"}, cors_origins=("https://studio.example",))
+    with serving(create_app(settings, local(Simulator(0, 0)))) as url:
+        yield url
+
+
+def ask(api, headers=None, **body):
+    return httpx.post(f"{api}/v1/images/generations", json={"prompt": "a", **body}, headers=headers)
+
+
+def param(answer):
+    assert answer.status_code == 400, answer.text
+    return answer.json()["error"]["param"]
+
+
+def test_links_lead_to_the_images(api, connect):
+    answer = connect(api).images.generate(prompt="a", n=2, response_format="url", extra_body={"seed": 4})
+    assert [item.b64_json for item in answer.data] == [None, None]
+    plain = connect(api).images.generate(prompt="a", n=2, extra_body={"seed": 4})
+    for linked, item in zip(answer.data, plain.data, strict=True):
+        got = httpx.get(linked.url)
+        assert got.content == base64.b64decode(item.b64_json)
+        assert got.headers["content-type"] == "image/png"
+
+
+def test_a_link_with_another_signature_or_name_is_not_found(api):
+    url = ask(api, response_format="url").json()["data"][0]["url"]
+    for wrong in (
+        url[:-1],
+        url[:-4] + "0000",
+        url.replace("artefacts/1", "artefacts/2"),
+        url.split("?")[0] + "?signature=é",
+    ):
+        answer = httpx.get(wrong)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
+
+
+def test_artefacts_expire_and_are_swept(tmp_path):
+    store = Artefacts(str(tmp_path), b"secret", 100)
+    (tmp_path / "other.txt").write_text("not ours")
+    old, new = (store.save(b"data", "png", now) for now in (1000.0, 1050.0))
+    assert store.read(old, store.sign(old), 1099.0) == (b"data", "png")
+    assert store.read(old, store.sign(old), 1100.0) is None
+    assert store.read(old, store.sign(new), 1099.0) is None
+    outside = "../other.txt"
+    assert store.read(outside, store.sign(outside), 1000.0) is None
+    assert store.sweep(1120.0) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new, "other.txt"]
+    same = Artefacts(f"file://{tmp_path}", b"secret", 100)  # another replica with the secret
+    assert same.read(new, store.sign(new), 1120.0) == (b"data", "png")
+
+
+def test_a_stream_is_one_completed_event(api, connect):
+    body = {"seed": 3}
+    events = list(connect(api).images.generate(prompt="a", stream=True, partial_images=2, extra_body=body))
+    assert [event.type for event in events] == ["image_generation.completed"]
+    (event,) = events
+    assert (event.size, event.quality, event.background, event.output_format) == ("64x64", "auto", "opaque", "png")
+    assert event.b64_json == ask(api, seed=3).json()["data"][0]["b64_json"]
+    assert event.usage.total_tokens == 3 + 16
+    assert event.created_at <= time.time()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_bytes_are_answered_to_who_accepts_them(api, kind):
+    answer = ask(api, {"accept": f"image/{kind};q=0.9"}, seed=5)
+    assert answer.headers["content-type"] == f"image/{kind}"
+    assert answer.headers["x-seed"] == "5"
+    assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
+
+
+def test_what_contradicts_itself_is_refused_by_name(api):
+    raw = {"accept": "image/png"}
+    assert param(ask(api, raw, n=2)) == "n"
+    assert param(ask(api, raw, response_format="url")) == "response_format"
+    assert param(ask(api, raw, output_format="webp")) == "output_format"
+    assert param(ask(api, raw, stream=True)) == "stream"
+    assert param(ask(api, stream=True, n=2)) == "n"
+    assert param(ask(api, stream=True, response_format="url")) == "response_format"
+
+
+def test_stages_are_timed_in_a_header(api):
+    stages = dict(part.split(";dur=") for part in ask(api).headers["server-timing"].split(", "))
+    assert {"model", "encode"} <= set(stages)
+    assert all(float(duration) >= 0 for duration in stages.values())
+
+
+def test_a_retry_with_its_key_gets_the_same_answer_and_makes_nothing(api):
+    before = metric(api, "images_total")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ask(api, {"idempotency-key": "k1"}), range(4)))
+    assert len({answer.content for answer in answers}) == 1  # the seed was drawn once
+    assert sum("idempotent-replayed" in answer.headers for answer in answers) == 3
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 4
+    assert metric(api, "images_total") == before + 1
+    assert ask(api, {"idempotency-key": "k2"}).content != answers[0].content
+    assert param(ask(api, {"idempotency-key": "k1"}, n=2)) == "Idempotency-Key"
+
+
+def test_a_failure_is_not_remembered(serve):
+    url = serve(Simulator(0, 0, fails_on="poison"))
+    for _ in range(2):
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "poison"}, headers={"idempotency-key": "k"})
+        assert answer.status_code == 500
+        assert "idempotent-replayed" not in answer.headers
+
+
+def test_remembered_answers_are_bounded(serve):
+    url = serve(Simulator(0, 0), replay_bytes=1)
+    bodies = {ask(url, {"idempotency-key": "k"}).content for _ in range(2)}
+    assert len(bodies) == 2
+
+
+def test_aliases_stand_for_a_model(api, connect):
+    client = connect(api)
+    assert [model.id for model in client.models.list()] == ["simulator", "gpt-image-1"]
+    assert client.models.retrieve("gpt-image-1").id == "gpt-image-1"
+    assert client.images.generate(prompt="a", model="gpt-image-1").data
+
+
+def test_pages_of_other_origins_are_let_in_by_setting_alone(api, serve):
+    asks = {"origin": "https://studio.example", "access-control-request-method": "POST"}
+    allowed = httpx.options(f"{api}/v1/images/generations", headers=asks)
+    assert allowed.headers["access-control-allow-origin"] == "https://studio.example"
+    other = httpx.options(f"{api}/v1/images/generations", headers=asks | {"origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
+    closed = httpx.options(f"{serve()}/v1/images/generations", headers=asks)
+    assert "access-control-allow-origin" not in closed.headers
+
+
+def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
+    url = serve(Simulator(0, 0), rate_limit="5/hour")
+    assert param(ask(url, n=6)) == "n"
+    assert ask(url, n=4).status_code == 200
+    refused = ask(url, n=2)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 3500 < int(refused.headers["retry-after"]) <= 3601
+    assert ask(url, n=1).status_code == 200
+    assert metric(url, "refusals_total", reason="rate_limit") == 1
+
+
+def test_the_playground_holds_all_it_needs(api):
+    page = httpx.get(f"{api}/")
+    assert page.headers["content-type"].startswith("text/html")
+    script = page.text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text

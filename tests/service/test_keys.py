@@ -1,0 +1,81 @@
+"""API keys: how they are kept, what they open, and that no server is open by accident."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from service import cli
+from service.errors import StartError
+from service.keys import Key, KeyFile, find
+
+
+def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
+    file = KeyFile(tmp_path / "keys.json")
+    token = file.create("ann", ["generate", "admin"])
+    other = file.create("bob", ["jobs"])
+    keys = KeyFile(tmp_path / "keys.json").read()
+    assert find(keys, token).owner == "ann"
+    assert find(keys, token).scopes == {"generate", "admin"}
+    assert find(keys, other).owner == "bob"
+    assert find(keys, token + "x") is None
+    text = (tmp_path / "keys.json").read_text()
+    assert token not in text
+    assert token.removeprefix("fgm-") not in text
+    assert stat.S_IMODE((tmp_path / "keys.json").stat().st_mode) == 0o600
+    with pytest.raises(StartError, match="ann"):
+        file.create("ann", ["generate"])
+
+
+def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
+    file = KeyFile(tmp_path / "keys.json")
+    tokens = {scope: file.create(scope, [scope]) for scope in ("generate", "jobs")}
+    url = serve(keys_file=tmp_path / "keys.json")
+
+    def status(token):
+        return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code
+
+    assert status(tokens["generate"]) == 200
+    assert status(tokens["jobs"]) == 403
+    assert status("fgm-wrong") == 401
+    file.revoke("generate")
+    assert status(tokens["generate"]) == 401
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"keys": [{"owner": "a"}]}',
+        json.dumps({"keys": [vars(Key.of("t", "a", [])) | {"scopes": ["everything"]}]}),
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
+    (tmp_path / "keys.json").write_text(text)
+    with pytest.raises(StartError, match=r"keys\.json is no file of API keys"):
+        KeyFile(tmp_path / "keys.json").read()
+
+
+def test_keys_are_managed_from_the_command_line(tmp_path):
+    def run(*words):
+        done = CliRunner().invoke(cli.app, ["keys", *words, "--file", str(tmp_path / "keys.json")])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    token = run("create", "ann", "--scope", "generate", "--scope", "admin").strip()
+    assert find(KeyFile(tmp_path / "keys.json").read(), token).owner == "ann"
+    assert run("list").startswith("ann\tadmin,generate\t20")
+    run("revoke", "ann")
+    assert run("list") == ""
+
+
+def test_without_keys_it_listens_on_the_loopback_alone():
+    command = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--host", "0.0.0.0"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "--open-to-all" in ended.stderr

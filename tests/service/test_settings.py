@@ -1,0 +1,71 @@
+"""Where settings come from, which wins, and what a wrong one says."""
+
+import json
+import logging
+
+import pytest
+
+from service.errors import StartError
+from service.logs import JsonFormatter
+from service.settings import read_settings
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "service.toml"
+    file.write_text('max_batch = 2\nqueue_limit = 20\nport = 1\ncors_origins = ["https://a.example"]\n')
+    monkeypatch.setenv("SERVICE_QUEUE_LIMIT", "30")
+    monkeypatch.setenv("SERVICE_PORT", "2")
+    settings = read_settings({"port": 3}, file)
+    assert (settings.max_batch, settings.queue_limit, settings.port) == (2, 30, 3)
+    assert settings.cors_origins == ("https://a.example",)
+    assert settings.drain_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("max_batsch = 2", "max_batch"),
+        ("max_batch = 0", "max_batch"),
+        ("max_batch = ", "TOML"),
+        ('rate_limit = "often"', "rate_limit"),
+        ('log_format = "xml"', "log_format"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path, text, named):
+    file = tmp_path / "service.toml"
+    file.write_text(text)
+    with pytest.raises(StartError, match=named):
+        read_settings({}, file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(StartError, match=r"nowhere\.toml"):
+        read_settings({}, tmp_path / "nowhere.toml")
+
+
+def test_printed_settings_hide_secrets():
+    settings = read_settings({"api_keys": ("hunter2",), "artefact_secret": "hunter2", "max_batch": 5})
+    lines = settings.lines()
+    assert "max_batch = 5" in lines
+    assert "hunter2" not in "".join(lines)
+
+
+def test_a_log_record_is_one_json_object():
+    record = logging.LogRecord("service", logging.INFO, "", 0, "%s done", ("a",), None)
+    record.request_id = "req_1"
+    line = JsonFormatter().format(record)
+    told = json.loads(line)
+    assert "\n" not in line
+    assert (told["message"], told["level"], told["request_id"]) == ("a done", "info", "req_1")
+
+
+def test_requests_are_logged_without_their_prompt(serve, caplog):
+    import httpx
+
+    caplog.set_level(logging.INFO)
+    body = {"prompt": "my secret prompt", "user": "customer-7"}
+    answer = httpx.post(f"{serve()}/v1/images/generations", json=body)
+    (record,) = [record for record in caplog.records if getattr(record, "user", None) == "customer-7"]
+    assert record.request_id == answer.headers["x-request-id"]
+    assert "/v1/images/generations 200" in record.getMessage()
+    assert "secret" not in "".join(JsonFormatter().format(record) for record in caplog.records)
