@@ -289,9 +289,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
     batch: Annotated[int, typer.Option(help="Images made together; it changes none of them.", min=1)] = 16,
     grid: Annotated[Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of an image; more than 1 for flow map students.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
-    """Make an image of each prompt in one step of a student.
+    """Make an image of each prompt with a student, in one step.
 
     Files are named by index and seed, and hold prompt and seed as text. An image's prompt with its seed makes it again.
     """
@@ -307,7 +308,7 @@ def generate(
         raise PromptError("there is nothing to make; give prompts, or --file with a source of them")
     pipeline = OneStepPipeline.load(student or SHIPPED_STUDENT, resolve_device(device))
     with image_bar("images", len(texts)) as bar:
-        for made in generate_images(pipeline, texts, seed, batch, out, grid):
+        for made in generate_images(pipeline, texts, seed, batch, out, grid, steps):
             bar.update(made)
     cut = sum(pipeline.truncated(texts))
     if cut:
@@ -328,6 +329,7 @@ def evaluate(
     teacher_steps: Annotated[
         str, typer.Option(help="More teachers: steps with commas between, each with guidance and without: 1,4,28.")
     ] = "",
+    student_steps: Annotated[int, typer.Option(help="Steps of a flow map student.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
@@ -350,7 +352,8 @@ def evaluate(
 
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
     folder = student or SHIPPED_STUDENT
-    comparison = Comparison(teacher or SHIPPED_TEACHER, {"student": folder}, settings, resolve_device(device))
+    students, where = {"student": folder}, resolve_device(device)
+    comparison = Comparison(teacher or SHIPPED_TEACHER, students, settings, where, student_steps)
     asked = {
         name: Questions.make(per_task, seed, name == "held-out")
         for name in (("held-out", "seen") if split == "both" else (split,))

@@ -15,18 +15,25 @@ GRID = 64  # images in a grid at most; they are held in memory for it
 
 
 def generate_images(
-    pipeline: OneStepPipeline, prompts: Sequence[str], seed: int, batch: int, out: Path, grid: Path | None = None
+    pipeline: OneStepPipeline,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int,
+    out: Path,
+    grid: Path | None = None,
+    steps: int = 1,
 ) -> Iterator[int]:
     """Write `<index>-<seed>.png` for each prompt, seeds counting up from `seed`, and yield how many are written.
 
     An image depends on its prompt and its seed alone: `batch` changes nothing in it, and its seed given with its
-    prompt makes it again. Raises DistillError when the disk refuses; nothing half-written keeps a final name.
+    prompt makes it again. Raises DistillError when the disk refuses; nothing half-written keeps a final name. More
+    `steps` than one are for students of any step; others raise ConfigError.
     """
     shown = []
     for start in range(0, len(prompts), batch):
         texts = prompts[start : start + batch]
         seeds = range(seed + start, seed + start + len(texts))
-        images = pipeline(texts, seeds)
+        images = pipeline(texts, seeds, steps=steps)
         for i, (text, own, image) in enumerate(zip(texts, seeds, images, strict=True), start):
             save_image(Image.fromarray(image.numpy()), text, own, out / f"{i:05d}-{own}.png")
         if grid is not None:

@@ -46,6 +46,12 @@ class OneStepSpec:
         width, height = self.sizes[0]
         return width * height // (self.vae_scale_factor * self.patch_size) ** 2
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ConfigError unless the student makes images in so many."""
+        if steps < 1 or (steps > 1 and not self.any_step):
+            made = "any number of steps from 1" if self.any_step else "one step; set steps to 1"
+            raise ConfigError(f"{self.name} makes images in {made}, not {steps}")
+
 
 def read_student(folder: Path | str) -> OneStepSpec:
     """Check a student folder and read its record; raises TeacherError when it is missing, cut off, or no student."""
@@ -152,9 +158,7 @@ class OneStepPipeline:
         """
         if len(cond) != len(seeds):
             raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
-        if steps < 1 or (steps > 1 and not self.spec.any_step):
-            made = "any number of steps from 1" if self.spec.any_step else "one step; set steps to 1"
-            raise ConfigError(f"{self.spec.name} makes images in {made}, not {steps}")
+        self.spec.check_steps(steps)
         width, height = self.size(width, height)
         factor = self.spec.vae_scale_factor
         z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))

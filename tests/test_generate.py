@@ -1,6 +1,6 @@
 """`distill generate`: files that say what they were made of, the same bytes for the same prompt and seed."""
 
-import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.errors import DistillError, PromptError
+from distill.errors import ConfigError, DistillError, PromptError
 from distill.generate import generate_images
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
@@ -58,11 +58,13 @@ def test_a_full_disk_leaves_the_image_that_was_there(tmp_path: Path) -> None:
     pipeline = OneStepPipeline.load(SHIPPED_STUDENT)
     list(generate_images(pipeline, ["a red circle"], 0, 1, tmp_path))
     before = files(tmp_path)
-    aside = tmp_path / ".00000-0.png.partial"
-    os.symlink("/dev/full", aside)  # what is written aside meets a disk without room
-    with pytest.raises(DistillError, match=r"could not write .*00000-0.png: .*; make room or give another --out"):
-        list(generate_images(pipeline, ["a blue square"], 0, 1, tmp_path))
-    aside.unlink(missing_ok=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes: a disk without room
+    try:
+        with pytest.raises(DistillError, match=r"could not write .*00000-0.png: .*; make room or give another --out"):
+            list(generate_images(pipeline, ["a blue square"], 0, 1, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(tmp_path) == before
 
 
@@ -82,3 +84,9 @@ def test_any_student_folder_is_taken(tmp_path: Path) -> None:
     torch.manual_seed(1)
     assert generate(TEXTS[0], "--out", tmp_path / "b").exit_code == 0
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_more_steps_than_one_are_refused_for_a_student_of_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one step; set steps to 1, not 4"):
+        generate("a red circle", "--steps", 4, "--out", tmp_path)
+    assert not files(tmp_path)

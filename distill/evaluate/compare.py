@@ -84,6 +84,7 @@ class Comparison:
         students: Mapping[str, Path],
         settings: Sequence[tuple[int, float | None]],
         device: torch.device,
+        student_steps: int = 1,
     ) -> None:
         spec = read_spec(teacher)
         if spec.image_size != SIZE:
@@ -92,12 +93,13 @@ class Comparison:
                 "a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
             )
         for folder in students.values():
-            read_student(folder)
+            read_student(folder).check_steps(student_steps)
         scaled = (Setting(steps, spec.guidance if scale is None else scale) for steps, scale in settings)
         self.settings = list(dict.fromkeys(scaled))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
         self._device = device
+        self._student_steps = student_steps
 
     def count(self, questions: Questions) -> int:
         """Images that all make together."""
@@ -112,8 +114,8 @@ class Comparison:
             teachers[setting] = Answers(*judge(questions, generate, setting.calls, encode, seed, report))
         students = {}
         for name, folder in self._students.items():
-            student = student_sampler(OneStepPipeline.load(folder, self._device))
-            students[name] = Answers(*judge(questions, student, 1, encode, seed, report))
+            student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
+            students[name] = Answers(*judge(questions, student, self._student_steps, encode, seed, report))
         return Result(questions, teachers, students)
 
 

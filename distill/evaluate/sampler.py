@@ -1,4 +1,4 @@
-"""Models as functions from prompts and seeds to images: a teacher at any steps and guidance, a student in one."""
+"""Models as functions from prompts and seeds to images: a teacher at any steps and guidance, a student in its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class Setting:
         return f"{steps}, unguided" if self.guidance == 1 else f"{steps}, guidance {self.guidance:g}"
 
 
-def student_sampler(pipeline: OneStepPipeline) -> Generate:
-    """A student's one step."""
-    return lambda prompts, seeds: np.asarray(pipeline(prompts, seeds))
+def student_sampler(pipeline: OneStepPipeline, steps: int = 1) -> Generate:
+    """A student's one step, or several of a student of any step."""
+    return lambda prompts, seeds: np.asarray(pipeline(prompts, seeds, steps=steps))
 
 
 class TeacherSampler:
