@@ -1,0 +1,40 @@
+"""The OpenAPI description is true: requests drawn from it, and around it, meet no 5xx and no answer beyond it."""
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from running import serving
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.settings import Settings
+
+
+KEY = "sk-a-key-for-tests"
+
+
+def test_no_request_breaks_the_description():
+    quick = settings(
+        max_examples=20,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    app = create_app(Settings(api_keys=[KEY]), local(Simulator(call_seconds=0, image_seconds=0)))
+    with serving(app) as url:
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+        assert {operation.path for operation in operations} >= {"/v1/images/generations", "/v1/models", "/readyz"}
+        for operation in operations:
+
+            @quick
+            @given(case=operation.as_strategy())
+            def conforms(case):
+                # What a model can do is not in the schema: sizes, and fields that only go together.
+                beyond = [positive_data_acceptance]
+                case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, timeout=30, excluded_checks=beyond)
+
+            conforms()
