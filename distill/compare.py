@@ -135,11 +135,11 @@ def _speed(config: Run, folder: Path) -> float:
     """Images a second of a run's rounds, from its own beginning; its prompts must be encoded."""
     scratch = folder / ".speed"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    (scratch / "embeddings").symlink_to(Path("..") / "embeddings")
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
     endless = config.model_copy(update={"images": never, "cadence": quiet})
+    run.prepare(endless, scratch)
+    (scratch / "embeddings").symlink_to(Path("..") / "embeddings")
     machine = run.accelerator(endless, scratch)
     rounds = list(islice(run.distil(endless, scratch, machine), WARM + TIMED))
     machine.end_training()

@@ -10,7 +10,6 @@ from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.settings import Settings
 
-
 KEY = "sk-a-key-for-tests"
 
 
