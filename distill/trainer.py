@@ -4,8 +4,8 @@ It owns optimizers, rhythm, checkpoints and logs, and yields progress to its cal
 of (seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
 
 A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
-processes once: gradient accumulation that any method's turns can alternate over. The next micro-batch is read and
-drawn in a thread meanwhile.
+processes once: gradient accumulation that any method's turns can alternate over. For a GPU the next micro-batch is
+read and drawn in a thread meanwhile.
 """
 
 import json
@@ -161,7 +161,9 @@ def train(
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    with closing(_ahead(_batches(config, images, rank * local, local, conditions, shapes, pinned, reals))) as batches:
+    coming = _batches(config, images, rank * local, local, conditions, shapes, pinned, reals)
+    # On a CPU the thread would take the cores that the step itself runs on.
+    with closing(coming if device.type == "cpu" else _ahead(coming)) as batches:
         while images < config.images:
             started = time.perf_counter()
             scale = _rate(config, images)
@@ -233,7 +235,7 @@ def _batches(
     shapes: Sequence[tuple[int, int, int]],
     pinned: bool,
     reals: Reals | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The micro-batches of all turns to come, on the host: of each batch the `local` images from `offset` on."""
     for first in range(images, config.images, config.batch):
         for turn in config.method.turns():
