@@ -23,7 +23,9 @@ from service.engine.launch import Fleet, processes
 from service.limiter import Limiter
 from service.metrics import Metrics
 from service.middleware import Front
+from service.provenance import signer
 from service.replays import Replays
+from service.safety import checker
 from service.settings import Settings
 from service.state import State
 
@@ -34,6 +36,7 @@ EXPOSED = ["x-request-id", "server-timing", "retry-after", "x-seed", "x-warning"
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
     """The server. `fleet` are its workers, those of the settings if none is given; they start with the app."""
     settings = settings or Settings()
+    check, sign = checker(settings.safety), signer(settings)  # first, for they may refuse the settings
     metrics = Metrics()
     engine = Engine(fleet or processes(settings), settings, metrics)
     folder = None if settings.artefacts else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
@@ -47,6 +50,8 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         Artefacts(folder.name if folder else settings.artefacts or "", secret, settings.artefact_seconds),
         Replays(settings.replay_seconds, settings.replay_bytes),
         Limiter(settings.rate_limit, metrics),
+        check,
+        sign,
     )
 
     @asynccontextmanager

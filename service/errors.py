@@ -17,6 +17,13 @@ class InvalidRequest(ServiceError):
     """A field that is missing, unknown, of the wrong type, or asks for what the model cannot do."""
 
 
+class Blocked(ServiceError):
+    """An image that the safety check refuses; the request was in order, and another prompt or seed may pass."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param, "moderation_blocked")
+
+
 class Unauthorized(ServiceError):
     """No API key, or one that is not known."""
 
@@ -71,6 +78,7 @@ class StartError(Exception):
 
 TABLE: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
+    Blocked: (400, "image_generation_user_error"),
     Unauthorized: (401, "authentication_error"),
     Forbidden: (403, "permission_error"),
     NotFound: (404, "invalid_request_error"),

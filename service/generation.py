@@ -5,12 +5,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from service.encode import encode
 from service.engine.backend import Card
 from service.engine.batcher import Priority
-from service.engine.engine import Engine
-from service.errors import InvalidRequest
+from service.engine.engine import Engine, Image
+from service.errors import Blocked, InvalidRequest
+from service.provenance import Origin
 from service.schemas import ImageRequest, OutputFormat, TokenDetails, Usage
 from service.state import State
 
@@ -29,6 +31,7 @@ class Order:
     output_format: OutputFormat
     compression: int
     priority: Priority
+    moderation: Literal["auto", "low"]
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
@@ -41,7 +44,17 @@ class Order:
         n = body.n or 1
         first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
-        return cls(card.name, body.prompt, range(first, first + n), width, height, output_format, compression, priority)
+        return cls(
+            card.name,
+            body.prompt,
+            range(first, first + n),
+            width,
+            height,
+            output_format,
+            compression,
+            priority,
+            body.moderation or "auto",
+        )
 
     @property
     def size(self) -> str:
@@ -66,22 +79,34 @@ class Images:
 
 
 async def make(service: State, engine: Engine, order: Order, owner: str) -> Images:
-    """Make an order's images. Cancelling drops what still waits; raises what the engine raises."""
+    """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
+    card = engine.cards[order.model]
     images = await engine.generate(
         order.model, order.prompt, order.seeds, order.width, order.height, owner=owner, priority=order.priority
     )
-    made = time.monotonic()
+    after: dict[str, float] = {}  # stages after the device
+    if service.checker:
+        began = time.monotonic()
+        checking = [
+            loop.run_in_executor(service.encoders, service.checker, image.pixels, order.moderation) for image in images
+        ]
+        complaints = [complaint for complaint in await asyncio.gather(*checking) if complaint]
+        after["safety"] = time.monotonic() - began
+        service.metrics.stages.labels("safety").observe(after["safety"])
+        service.metrics.blocked.labels(order.model).inc(len(complaints))
+        if complaints:
+            raise Blocked(f"the safety check found {complaints[0]} in the image; change the prompt", "prompt")
+    began = time.monotonic()
     encoding = [
-        loop.run_in_executor(service.encoders, encode, image.pixels, order.output_format, order.compression)
-        for image in images
+        loop.run_in_executor(service.encoders, _finish, service, order, card, image, seed)
+        for image, seed in zip(images, order.seeds, strict=True)
     ]
     encoded: Sequence[bytes] = await asyncio.gather(*encoding)
-    ended = time.monotonic()
-    service.metrics.stages.labels("encode").observe(ended - made)
+    after["encode"] = time.monotonic() - began
+    service.metrics.stages.labels("encode").observe(after["encode"])
     service.metrics.bytes.labels(order.output_format).inc(sum(map(len, encoded)))
 
-    card = engine.cards[order.model]
     tokens, truncated = images[0].tokens, images[0].truncated
     patches = len(encoded) * (order.width // card.pixels_per_token) * (order.height // card.pixels_per_token)
     usage = Usage(
@@ -93,7 +118,15 @@ async def make(service: State, engine: Engine, order: Order, owner: str) -> Imag
     )
     seconds = {stage: max(image.seconds[stage] for image in images) for stage in images[0].seconds}
     warnings = [f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None
-    return Images(order, encoded, usage, warnings, seconds | {"encode": ended - made})
+    return Images(order, encoded, usage, warnings, seconds | after)
+
+
+def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -> bytes:
+    """An image's bytes, with what the server says of its origin."""
+    policy = service.settings.provenance
+    origin = Origin(card.name, card.digest, seed, order.prompt if policy == "prompt" else None)
+    data = encode(image.pixels, order.output_format, order.compression, None if policy == "none" else origin)
+    return service.signer.sign(data, order.output_format) if service.signer else data
 
 
 def _size(size: str | None, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:

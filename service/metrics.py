@@ -30,5 +30,8 @@ class Metrics:
         self.cache_hits = counter("cache_hits_total", "Images or prompts that were at hand", ["cache"])
         self.failures = counter("failed_batches_total", "Batches that raised", ["model"])
         self.images = counter("images_total", "Images made", ["model"])
-        self.stages = histogram("stage_seconds", "Time of queue, text, model, vae, encode", ["stage"], buckets=_SECONDS)
+        self.stages = histogram(
+            "stage_seconds", "Time of queue, text, model, vae, safety, encode", ["stage"], buckets=_SECONDS
+        )
+        self.blocked = counter("blocked_images_total", "Images that the safety check refused", ["model"])
         self.bytes = counter("encoded_bytes_total", "Bytes of encoded images", ["format"])

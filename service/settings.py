@@ -61,6 +61,12 @@ class Settings(BaseSettings):
     artefacts: str | None = None  # folder or fsspec URL of images given as links; none is a folder while it runs
     artefact_seconds: _Count = 3600  # how long such a link lasts
     artefact_secret: SecretStr | None = None  # signs the links; none draws one at each start
+    safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of one's own
+    provenance: Literal["none", "origin", "prompt"] = "origin"  # said in images: software, model and seed; the prompt
+    c2pa_certificates: Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed
+    c2pa_key: Path | None = None
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    c2pa_timestamp_url: str | None = None  # authority that dates the signatures
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
     log_format: LogFormat = "json"

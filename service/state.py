@@ -10,7 +10,9 @@ from service.errors import NotFound
 from service.keys import Key, KeyFile
 from service.limiter import Limiter
 from service.metrics import Metrics
+from service.provenance import Signer
 from service.replays import Replays
+from service.safety import Checker
 from service.settings import Settings
 
 
@@ -25,6 +27,8 @@ class State:
     artefacts: Artefacts
     replays: Replays
     limiter: Limiter
+    checker: Checker | None  # of images before they are shown
+    signer: Signer | None  # of encoded images
 
     def __post_init__(self) -> None:
         given = [key.get_secret_value() for key in self.settings.api_keys]

@@ -1,0 +1,124 @@
+"""Where an image comes from, said in the image itself: readable labels, and a C2PA signature where a key is given."""
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image
+from PIL.ExifTags import Base
+from PIL.PngImagePlugin import PngInfo
+
+from service.errors import StartError
+from service.settings import Settings
+
+NAME = "flow-generator-matching"
+# IPTC's term for pictures made by a trained model, the same in XMP and C2PA
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made an image. The same origin and pixels give the same labels: there is no time in them."""
+
+    model: str
+    digest: str  # of the model's files
+    seed: int
+    prompt: str | None = None  # None where prompts are nobody's business
+
+    @property
+    def software(self) -> str:
+        """The program and its version."""
+        return f"{NAME} {version(NAME)}"
+
+
+def labels(origin: Origin, output_format: str) -> dict[str, Any]:
+    """Arguments for Pillow's `save`: XMP with IPTC's fields for all formats, beside it PNG text or EXIF."""
+    xmp = _xmp(origin)
+    said = f"model {origin.model}, seed {origin.seed}"
+    if output_format == "png":
+        text = PngInfo()
+        text.add_text("Software", origin.software)
+        text.add_text("Description", said)
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+        return {"pnginfo": text}
+    exif = Image.Exif()
+    exif[Base.Software] = origin.software
+    exif[Base.ImageDescription] = said
+    return {"exif": exif, "xmp": xmp.encode()}
+
+
+class Signer:
+    """Signs images by C2PA: who made them, and that nothing has changed since. Safe from any thread.
+
+    Signatures hold random numbers, so that signed images of one seed have the same pixels but not the same bytes.
+    """
+
+    def __init__(self, certificates: Path, key: Path, algorithm: str, timestamps: str | None = None) -> None:
+        """Raises StartError when the C2PA library is missing, a file cannot be read, or they do not sign together.
+
+        `certificates` is the PEM chain, the signer's own first; `key` its private key in PEM (PKCS 8).
+        """
+        try:
+            import c2pa
+        except ImportError:
+            raise StartError("c2pa_key: c2pa-python is not installed; pip install '.[c2pa]'") from None
+        self._c2pa = c2pa
+        try:
+            chain, secret = certificates.read_bytes(), key.read_bytes()
+            info = c2pa.C2paSignerInfo(algorithm, chain, secret, timestamps)
+            self._signer = c2pa.Signer.from_info(info)
+            blank = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(blank, "PNG")
+            self.sign(blank.getvalue(), "png")
+        except (OSError, c2pa.C2paError) as error:
+            raise StartError(f"c2pa_certificates {certificates} and c2pa_key {key} cannot sign: {error}") from None
+
+    def sign(self, data: bytes, output_format: str) -> bytes:
+        """The image with its manifest; what was in it stays, and is bound by the signature."""
+        agent = {"name": NAME, "version": version(NAME)}
+        created = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": agent}
+        manifest = {
+            "claim_generator_info": [agent],
+            "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [created]}}],
+        }
+        signed = io.BytesIO()
+        with self._c2pa.Builder(json.dumps(manifest)) as builder:
+            builder.sign(self._signer, f"image/{output_format}", io.BytesIO(data), signed)
+        return signed.getvalue()
+
+
+def signer(settings: Settings) -> Signer | None:
+    """The signer that the settings name, if any. Raises StartError for one that cannot sign."""
+    if settings.c2pa_certificates is None and settings.c2pa_key is None:
+        return None
+    if settings.c2pa_certificates is None or settings.c2pa_key is None:
+        raise StartError("c2pa_certificates and c2pa_key go together; one of them is missing")
+    return Signer(settings.c2pa_certificates, settings.c2pa_key, settings.c2pa_algorithm, settings.c2pa_timestamp_url)
+
+
+def _xmp(origin: Origin) -> str:
+    fields = {
+        "xmp:CreatorTool": origin.software,
+        "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
+        "Iptc4xmpExt:AISystemUsed": origin.model,
+        "Iptc4xmpExt:AISystemVersionUsed": origin.digest,
+        "fgm:seed": str(origin.seed),
+    }
+    if origin.prompt is not None:
+        fields["Iptc4xmpExt:AIPromptInformation"] = origin.prompt[:PROMPT_CHARACTERS]
+    attributes = " ".join(f"{name}={quoteattr(_NOT_XML.sub('', value))}" for name, value in fields.items())
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+        ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+        f' xmlns:fgm="urn:{NAME}" {attributes}/>'
+        '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    )
