@@ -149,6 +149,8 @@ def train(
     adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
     images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
+    if config.start is not None and images == 0:
+        _begin(config.start, weights, average)
     log = _Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
@@ -381,6 +383,26 @@ def _restore(
     for role in weights:
         checkpoint.restore_optimizer(adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
     return int(record["images"]), float(record.get("seconds", 0))
+
+
+def _begin(run: Path, weights: dict[str, dict[str, Tensor]], average: dict[str, Tensor]) -> None:
+    """Roles take the weights that another run's newest checkpoint has for them; optimizers and data start anew.
+
+    Raises ConfigError when there is none, or it is of other networks.
+    """
+    newest = checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"start: {run} has no checkpoint; give the folder of a run")
+    tensors, _ = checkpoint.load(newest)
+    for part, own in (("average", average), *weights.items()):
+        given = checkpoint.unpack(part, tensors)
+        if not given and part != "student":
+            continue  # a method that trained no such role
+        if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
+            raise ConfigError(f"start: {newest} has other weights for the {part}; networks and teacher must be alike")
+        with torch.no_grad():
+            for name, tensor in given.items():
+                own[name].copy_(tensor)
 
 
 class _Log:

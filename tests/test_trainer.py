@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from parity import IMAGES, SHAPE, Prompts
 
-from distill import trainer
+from distill import checkpoint, trainer
 from distill.config import Optimizer
 from distill.errors import CacheError, ConfigError
 from distill.optimizers import adam
@@ -28,6 +28,37 @@ def test_micro_batches_add_up_to_the_whole_batch_s_gradient(teacher, tmp_path):
         for role in ("fake", "student"):
             assert parts[f"gradient_norm/{role}"] == pytest.approx(whole[f"gradient_norm/{role}"], rel=1e-3)
             assert parts[f"loss/{role}"] == pytest.approx(whole[f"loss/{role}"], rel=1e-3, abs=1e-4)
+
+
+def test_a_run_starts_where_another_stands(teacher, tmp_path):
+    first = parity.shared(teacher)
+    machine = Accelerator(cpu=True)
+    *_, end = trainer.train(parity.run(), tmp_path / "first", first, Prompts(), [SHAPE], machine)
+    expected = {role: {name: t.clone() for name, t in first.trainable(role).items()} for role in parity.ROLES}
+    average = {name: tensor.clone() for name, tensor in end.average.items()}
+
+    second = parity.shared(teacher)
+    config = parity.run(start=tmp_path / "first", images=IMAGES, **{"optimizer.warmup": 10**12, "method.alpha": 0.5})
+    (progress,) = trainer.train(config, tmp_path / "second", second, Prompts(), [SHAPE], machine)
+    for role in parity.ROLES:
+        for name, tensor in second.trainable(role).items():
+            torch.testing.assert_close(tensor.detach(), expected[role][name])  # a rate of nothing moved nothing
+    for name, tensor in progress.average.items():
+        between = torch.stack([average[name], expected["student"][name]])
+        assert (tensor >= between.amin(0) - 1e-6).all()
+        assert (tensor <= between.amax(0) + 1e-6).all()
+
+
+def test_a_start_that_does_not_fit_is_refused(teacher, tmp_path):
+    def begin(**more):
+        list(trainer.train(parity.run(**more), tmp_path / "b", networks, Prompts(), [SHAPE], Accelerator(cpu=True)))
+
+    networks = parity.shared(teacher)
+    with pytest.raises(ConfigError, match=r"start: .*nowhere has no checkpoint"):
+        begin(start=tmp_path / "nowhere")
+    checkpoint.save(tmp_path / "other" / "checkpoints" / "000000000008", {"student/x": torch.zeros(1)}, {})
+    with pytest.raises(ConfigError, match="other weights for the student"):
+        begin(start=tmp_path / "other")
 
 
 def test_shares_of_processes_are_the_whole_batch_in_one_size_a_step():
