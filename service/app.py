@@ -20,6 +20,7 @@ from service import handlers, routers
 from service.artefacts import Artefacts
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
+from service.jobs.jobs import Jobs
 from service.limiter import Limiter
 from service.metrics import Metrics
 from service.middleware import Front
@@ -39,6 +40,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     check, sign = checker(settings.safety), signer(settings)  # first, for they may refuse the settings
     metrics = Metrics()
     engine = Engine(fleet or processes(settings), settings, metrics)
+    jobs = Jobs(settings.data, settings) if settings.data else None
     folder = None if settings.artefacts else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
     given = settings.artefact_secret
     secret = given.get_secret_value().encode() if given else secrets.token_bytes(32)
@@ -52,14 +54,19 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         Limiter(settings.rate_limit, metrics),
         check,
         sign,
+        jobs,
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         settings.check_aliases(engine.cards)
+        if jobs:
+            await asyncio.to_thread(jobs.start)
         sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
         yield
+        if jobs:
+            await asyncio.to_thread(jobs.stop)
         await engine.drain()
         state.encoders.shutdown()
         sweeping.cancel()

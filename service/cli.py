@@ -39,6 +39,9 @@ def serve(
         str | None, typer.Option("--devices", "--device", help="auto, cpu, simulator, or GPUs as cuda:0,cuda:1.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Worker processes on each device.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of files, batches and jobs; none to serve without them.")
+    ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")
     ] = None,
@@ -55,10 +58,10 @@ def serve(
     docs/operations.md lists them. SIGTERM finishes what was accepted, then ends.
     """
     import logging
+    from concurrent.futures import ThreadPoolExecutor
 
     import uvicorn
 
-    from service.app import create_app
     from service.engine.launch import processes
     from service.keys import KeyFile
     from service.logs import configure
@@ -70,6 +73,7 @@ def serve(
         "port": port,
         "devices": devices,
         "replicas": replicas,
+        "data": None if data is None else str(data),
         "keys_file": keys_file,
         "open_to_all": open_to_all,
     }
@@ -81,7 +85,11 @@ def serve(
             "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
         )
     workers = processes(settings)
-    ready = workers.start()[0].ready  # before the server does, so that a bad folder is one sentence
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
+        from service.app import create_app  # takes a second, in which the workers load their models
+
+        ready = starting.result()[0].ready
     settings.check_aliases([card.name for card in ready.cards])
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():

@@ -7,7 +7,8 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
-from service.errors import Forbidden, Unauthorized, Unavailable
+from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
+from service.jobs.jobs import Jobs
 from service.keys import Scope, find
 from service.state import State
 
@@ -27,6 +28,17 @@ def _running(service: Service) -> Engine:
 
 
 Running = Annotated[Engine, Depends(_running)]
+
+
+def _kept(service: Service) -> Jobs:
+    if service.jobs is None:
+        raise NotFound("this server keeps no files, batches or jobs; it needs a data folder", code="jobs_disabled")
+    if not service.jobs.open:
+        raise Unavailable("the server is starting or shutting down")
+    return service.jobs
+
+
+Kept = Annotated[Jobs, Depends(_kept)]
 
 
 @dataclass(frozen=True)
@@ -66,4 +78,5 @@ class Needs:
 
 
 Generator = Annotated[Caller, Depends(Needs("generate"))]
+Worker = Annotated[Caller, Depends(Needs("jobs"))]
 Admin = Annotated[Caller, Depends(Needs("admin"))]

@@ -1,13 +1,14 @@
 """Settings of the server: command line, then `SERVICE_*` environment variables, then a TOML file, then defaults."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import limits
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -27,6 +28,15 @@ _Bytes = Annotated[int, Field(ge=0)]
 def _rates(text: str) -> str:
     limits.parse_many(text)  # raises ValueError
     return text
+
+
+def _none(given: object) -> object:
+    return None if given == "none" else given
+
+
+def _state_folder() -> Path:
+    """Where programs keep what should outlive them and is no setting, as the XDG base directories have it."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fgm-service"
 
 
 class Settings(BaseSettings):
@@ -67,6 +77,9 @@ class Settings(BaseSettings):
     c2pa_key: Path | None = None
     c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
     c2pa_timestamp_url: str | None = None  # authority that dates the signatures
+    data: Annotated[Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
+    database: SecretStr | None = None  # postgresql://user:password@host/name; none is SQLite in the data folder
+    job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
     log_format: LogFormat = "json"

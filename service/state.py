@@ -7,6 +7,7 @@ from service.artefacts import Artefacts
 from service.engine.backend import Card
 from service.engine.engine import Engine
 from service.errors import NotFound
+from service.jobs.jobs import Jobs
 from service.keys import Key, KeyFile
 from service.limiter import Limiter
 from service.metrics import Metrics
@@ -18,7 +19,7 @@ from service.settings import Settings
 
 @dataclass
 class State:
-    """`engine` takes work from when the models are loaded until the app drains."""
+    """`engine` takes work from when the models are loaded until the app drains. No `jobs`: nothing is kept."""
 
     settings: Settings
     metrics: Metrics
@@ -29,6 +30,7 @@ class State:
     limiter: Limiter
     checker: Checker | None  # of images before they are shown
     signer: Signer | None  # of encoded images
+    jobs: Jobs | None
 
     def __post_init__(self) -> None:
         given = [key.get_secret_value() for key in self.settings.api_keys]

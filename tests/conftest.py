@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the libraries: nothing here may reach for a network
+os.environ["SERVICE_DATA"] = "none"  # servers keep nothing, but where a test gives them a folder
 
 from pathlib import Path
 

@@ -1,0 +1,1 @@
+"""Files, bulk batches and distillation jobs: what outlives the process."""

@@ -1,0 +1,106 @@
+"""The database of files, batches and jobs: SQLite in one file, or PostgreSQL by URL."""
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.errors import StartError, Unavailable
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+MIGRATION_LOCK = 0x66676D  # any number that every server of ours agrees on
+LONGEST_PAUSE = 5.0  # seconds between two attempts while the database is away
+
+
+class Stopping(BaseException):
+    """Raised inside a workflow when the server shuts down. No `Exception`, so that the workflow is left unfinished."""
+
+
+class Database:
+    """Transactions on the tables of `service.jobs.tables`. Every method blocks: call them off the event loop."""
+
+    def __init__(self, url: str) -> None:
+        """`url` as SQLAlchemy has it. Nothing is connected yet. Raises StartError for one that is none."""
+        try:
+            self.url = make_url(url)
+            self.is_sqlite = self.url.get_backend_name() == "sqlite"
+            waiting = {"timeout": 30} if self.is_sqlite else {"connect_timeout": 5}
+            self._engine = create_engine(self.url, pool_pre_ping=True, connect_args=waiting)
+        except (ArgumentError, ImportError) as error:
+            raise StartError(f"database: {error}; name it as sqlite:////srv/jobs.sqlite or postgresql://...") from None
+        if self.is_sqlite:
+            event.listen(self._engine, "connect", _prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_immediate)
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+
+    def migrate(self) -> None:
+        """Bring the tables to this version's shape. Servers that start together take turns. Raises StartError."""
+        from alembic import command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        try:
+            with self._engine.begin() as connection:  # SQLite is locked from here on by its BEGIN IMMEDIATE
+                if not self.is_sqlite:
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except CommandError as error:
+            raise StartError(f"the database {self.url!r} is of another version of the service: {error}") from None
+        except SQLAlchemyError as error:
+            raise StartError(f"the database {self.url!r} cannot be used: {error}") from None
+
+    @contextmanager
+    def begin(self) -> Iterator[Session]:
+        """A transaction: committed at the end, rolled back by an exception. Raises Unavailable while it is away."""
+        try:
+            with self._sessions.begin() as session:
+                yield session
+        except OperationalError as error:
+            log.warning("the database does not answer: %s", error)
+            raise Unavailable("the server's database does not answer; try again") from error
+
+    def insist(self, work: Callable[[Session], T], stopping: threading.Event) -> T:
+        """What `work` returns in a transaction, tried again while the database is away. Raises Stopping.
+
+        For workflows, which have time. `work` may run again after a commit whose answer was lost, so it must be
+        written to find its own traces.
+        """
+        pause = 0.1
+        while True:
+            try:
+                with self.begin() as session:
+                    return work(session)
+            except Unavailable:
+                if stopping.wait(pause * random.uniform(0.5, 1.5)):
+                    raise Stopping from None
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._engine.dispose()
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transactions of its own: `_begin_immediate` does
+    connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer side by side
+    connection.execute("PRAGMA synchronous = FULL")  # what is committed is on the disk
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """Writers wait for each other at the beginning, where nothing is lost, and not in the middle."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,74 @@
+"""`Jobs`: everything that the server keeps over a restart, and the thread that looks after it."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from service.errors import ServiceError, StartError
+from service.jobs.database import Database
+from service.jobs.workflows import Workflows
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Chore = Callable[[int], None]  # of the time in seconds
+
+
+class Jobs:
+    """The database, its workflows, and the chores that are done every few seconds. Every method blocks."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        """Makes the data folder. Raises StartError when it cannot."""
+        self.folder = folder.absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"data: the folder {self.folder} cannot be made ({error.strerror}); name another one with --data"
+            raise StartError(f"{reason}, or `none` to serve without files, batches and jobs") from None
+        given = settings.database
+        self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
+        self.workflows = Workflows(self.database, self.folder, settings.job_silence_seconds)
+        self.chores: list[Chore] = []  # each must be harmless to repeat, and to do in several servers at once
+        self._period = settings.job_silence_seconds / 5
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="jobs-keeper", daemon=True)
+        self._open = False
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are taken."""
+        return self._open
+
+    def start(self) -> None:
+        """Bring the database up to date and run workflows. Raises StartError."""
+        self.database.migrate()
+        self.workflows.start()
+        self._keeper.start()
+        self._open = True
+
+    def stop(self) -> None:
+        """Leave what is unfinished to the next start."""
+        self._open = False
+        self._ended.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
+            self.workflows.stop()
+        self.database.close()
+
+    def _keep(self) -> None:
+        while True:
+            for chore in (self._live, *self.chores):
+                try:
+                    chore(int(time.time()))
+                except ServiceError as error:
+                    log.warning("put off: %s", error.message)
+                except Exception:
+                    log.exception("a chore failed; it is tried again")
+            if self._ended.wait(self._period):
+                return
+
+    def _live(self, now: int) -> None:
+        self.workflows.beat()
+        self.workflows.adopt()

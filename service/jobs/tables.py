@@ -1,0 +1,168 @@
+"""The tables of files, batches and jobs. Times are whole seconds since 1970; owners are the names of API keys."""
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Table(DeclarativeBase):
+    """What all tables share: names of constraints that migrations can rely on."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own form)
+        int: BigInteger,
+        str: Text,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON(none_as_null=True),
+    }
+
+
+class File(Table):
+    """A file whose bytes are in the files folder under its id."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "expires_at"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int]
+    created_at: Mapped[int]
+    expires_at: Mapped[int | None]
+
+
+class Batch(Table):
+    """A bulk batch. Its counts change in the transactions that keep its lines' answers."""
+
+    __tablename__ = "batches"
+    __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "status"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    status: Mapped[str]
+    endpoint: Mapped[str]
+    input_file_id: Mapped[str]
+    completion_window: Mapped[str]
+    links: Mapped[str]  # how its client reaches the server
+    output_seconds: Mapped[int | None]  # how long its files are kept
+    details: Mapped[dict[str, Any] | None]  # `metadata` on the wire, a name that SQLAlchemy keeps for itself
+    model: Mapped[str | None]
+    errors: Mapped[list[Any] | None]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    created_at: Mapped[int]
+    expires_at: Mapped[int]
+    in_progress_at: Mapped[int | None]
+    finalizing_at: Mapped[int | None]
+    completed_at: Mapped[int | None]
+    failed_at: Mapped[int | None]
+    expired_at: Mapped[int | None]
+    cancelling_at: Mapped[int | None]
+    cancelled_at: Mapped[int | None]
+    total: Mapped[int] = mapped_column(default=0)
+    completed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    input_tokens: Mapped[int] = mapped_column(default=0)
+    output_tokens: Mapped[int] = mapped_column(default=0)
+
+
+class Line(Table):
+    """The answer to one line of a batch; its key is what makes it exactly one. Gone when the files are written."""
+
+    __tablename__ = "batch_lines"
+
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # from 1, as editors count
+    failed: Mapped[bool]
+    answer: Mapped[str]  # the line of the output or error file
+
+
+class Job(Table):
+    """A distillation job, as `fine_tuning.job` on the wire."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "status"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    status: Mapped[str]
+    wish: Mapped[str | None]  # pause or cancel, until the job has done it
+    model: Mapped[str]
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    suffix: Mapped[str | None]
+    seed: Mapped[int]
+    hyperparameters: Mapped[dict[str, Any]]
+    method: Mapped[dict[str, Any] | None]
+    distillation: Mapped[dict[str, Any]]
+    details: Mapped[dict[str, Any] | None]  # `metadata` on the wire
+    error: Mapped[dict[str, Any] | None]
+    fine_tuned_model: Mapped[str | None]
+    result_files: Mapped[list[Any]]
+    created_at: Mapped[int]
+    finished_at: Mapped[int | None]
+    estimated_finish: Mapped[int | None]
+
+
+class JobEvent(Table):
+    """Something that a job tells, in the order of `number`."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "number"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    created_at: Mapped[int]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+
+
+class JobCheckpoint(Table):
+    """A checkpoint of a job and its figures."""
+
+    __tablename__ = "job_checkpoints"
+    __table_args__ = (Index(None, "job_id", "step_number"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    step_number: Mapped[int]
+    created_at: Mapped[int]
+    model: Mapped[str]
+    metrics: Mapped[dict[str, Any]]
+
+
+class Delivery(Table):
+    """An event that webhooks are told of. Written in the transaction that ends a batch or a job."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index(None, "next_at"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    type: Mapped[str]
+    subject: Mapped[str]  # id of the batch or job
+    created_at: Mapped[int]
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[int | None]  # none when it is over
+    delivered_at: Mapped[int | None]
+    last_error: Mapped[str | None]
+
+
+class Executor(Table):
+    """A running server process. It counts up while it lives; one that no longer does has its workflows taken over."""
+
+    __tablename__ = "executors"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    beats: Mapped[int]

@@ -1,0 +1,160 @@
+"""Durable workflows: what was begun is finished, by this process or by the one that finds it unfinished.
+
+DBOS keeps them. A workflow is a function of one id, and the id is also its own: beginning it twice is beginning it
+once. It is made of steps; a step that has ended is not run again, one that was interrupted is, so a step must be
+written to find its own traces. Servers on one PostgreSQL share the work: each counts up a row of `executors`, and
+the workflows of one that stopped counting are begun again by the others. Counting is watched by each server's own
+monotonic clock, so clocks that jump or differ kill nobody.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import URL, delete, select, update
+
+from service.jobs.database import Database, Stopping
+from service.jobs.tables import Executor
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+VERSION = "1"  # of the workflows; another one leaves unfinished work of this one alone
+POLL_SECONDS = 0.5
+
+
+class Workflows:
+    """The workflows of this process. Every method blocks: call them off the event loop."""
+
+    def __init__(self, database: Database, folder: Path, silence_seconds: float) -> None:
+        """Their state is in the PostgreSQL database, or in a file of its own beside SQLite's. Nothing runs yet."""
+        self.stopping = threading.Event()  # set when the server shuts down; what a workflow waits on
+        self._database = database
+        beside = URL.create("sqlite", database=str(folder / "workflows.sqlite"))
+        self._url = beside if database.is_sqlite else database.url.set(drivername="postgresql+psycopg")
+        self._silence_seconds = silence_seconds
+        self._executor = f"server-{secrets.token_hex(8)}"
+        self._last_change: dict[str, tuple[int, float]] = {}  # of the other servers: beats, when they last changed
+        self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
+        self._durable: dict[str, Callable[[str], None]] = {}
+        self._active = 0
+        self._changed = threading.Condition()
+
+    def define(self, name: str, function: Callable[[str], None], side_by_side: int) -> None:
+        """A workflow, before the start: its function of an id, and how many of it this process runs at a time."""
+        self._functions[name] = function, side_by_side
+
+    def start(self) -> None:
+        """Run workflows from now on: new ones, and those that a dead process left."""
+        # Here, and not above: a server that keeps nothing does not wait for this import.
+        from dbos import DBOS, DBOSPortableJSONSerializer
+
+        logger = logging.getLogger("dbos")
+        logger.addHandler(logging.NullHandler())  # keeps DBOS from writing beside the server's own log
+        DBOS(
+            config={
+                "name": "fgm-service",
+                "system_database_url": self._url.render_as_string(hide_password=False),
+                "application_version": VERSION,
+                "executor_id": self._executor,
+                "serializer": DBOSPortableJSONSerializer(),  # its default is pickle
+                "log_level": "WARNING",
+                "scheduler_polling_interval_sec": 3600.0,  # nothing is scheduled
+            }
+        )
+        for name, (function, _) in self._functions.items():
+            # Tried again for ever: steps are safe to repeat, and a job must not be lost to a bad day.
+            durable = DBOS.workflow(name=name, max_recovery_attempts=None)(self._counted(function))
+            self._durable[name] = durable
+        self.beat()
+        DBOS.launch()
+        for name, (_, side_by_side) in self._functions.items():
+            DBOS.register_queue(name, worker_concurrency=side_by_side, polling_interval_sec=POLL_SECONDS)
+
+    def begin(self, name: str, key: str) -> None:
+        """Begin a workflow for an id, now or when there is room. Nothing happens when it was begun before."""
+        from dbos import DBOS, SetWorkflowID
+
+        with SetWorkflowID(key):
+            DBOS.enqueue_workflow(name, self._durable[name], key)
+
+    def step(self, name: str, work: Callable[[], T]) -> T:
+        """Inside a workflow: do this, or, when it was done before, return what it returned then. JSON values only."""
+        from dbos import DBOS
+
+        return DBOS.run_step({"name": name}, work)
+
+    def beat(self) -> None:
+        """Say that this process lives, and begin again what dead ones left. To be called every few seconds."""
+        with self._database.begin() as session:
+            counted = update(Executor).where(Executor.id == self._executor).values(beats=Executor.beats + 1)
+            if session.execute(counted.returning(Executor.id)).first() is None:
+                session.add(Executor(id=self._executor, beats=0))
+            others = list(session.execute(select(Executor.id, Executor.beats).where(Executor.id != self._executor)))
+        now = time.monotonic()
+        before = self._last_change
+        self._last_change = {
+            other: before[other] if other in before and before[other][0] == beats else (beats, now)
+            for other, beats in others
+        }
+        for other, (beats, changed) in self._last_change.items():
+            if now - changed > self._silence_seconds:
+                log.warning("%s has gone silent; its workflows are begun again", other)
+                with self._database.begin() as session:
+                    session.execute(delete(Executor).where(Executor.id == other, Executor.beats == beats))
+
+    def adopt(self) -> None:
+        """Begin again every workflow whose process is no longer counted. To be called after `beat`."""
+        from dbos import DBOS
+
+        with self._database.begin() as session:
+            alive = set(session.scalars(select(Executor.id)))
+        pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+        if dead := {each.executor_id for each in pending if each.executor_id} - alive:
+            # Takes a workflow from a dead executor only, so that two servers that do this at once begin it once.
+            DBOS._recover_pending_workflows(sorted(dead))
+
+    def stop(self) -> None:
+        """Leave running workflows where they are, for the next start or another server."""
+        from dbos import DBOS
+
+        self.stopping.set()
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._active, timeout=30):
+                log.warning("%d workflows do not stop; they will be begun again", self._active)
+        DBOS.destroy(destroy_registry=True)
+        with self._database.begin() as session:
+            session.execute(delete(Executor).where(Executor.id == self._executor))
+
+    def wait(self, seconds: float) -> None:
+        """Inside a workflow: let time pass. Raises Stopping when the server shuts down meanwhile."""
+        if self.stopping.wait(seconds):
+            raise Stopping
+
+    def _counted(self, function: Callable[[str], None]) -> Callable[[str], None]:
+        """The function, counted while it runs."""
+
+        def run(key: str) -> None:
+            with self._running():
+                function(key)
+
+        return run
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._changed:
+            if self.stopping.is_set():
+                raise Stopping
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()

@@ -1,0 +1,115 @@
+"""The database and its workflows: migrations side by side, and work that a killed process left."""
+
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, select
+
+from service.errors import StartError
+from service.jobs.database import Database
+from service.jobs.jobs import Jobs
+from service.jobs.tables import Executor, Table
+from service.settings import Settings
+
+KILLED = """
+import os, pathlib, signal, sys
+from service.jobs.jobs import Jobs
+from service.settings import Settings
+
+folder = pathlib.Path(sys.argv[1])
+jobs = Jobs(folder, Settings())
+
+def count(key):
+    def first():
+        with open(folder / "steps", "a") as file:
+            file.write("first ")
+        return "kept"
+    jobs.workflows.step("first", first)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+jobs.workflows.define("count", count, 1)
+jobs.start()
+jobs.workflows.begin("count", "one")
+signal.pause()
+"""
+
+
+def test_migrations_make_the_tables_that_the_code_declares(tmp_path):
+    url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    Database(url).migrate()
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+    engine.dispose()
+
+
+def test_servers_that_start_at_once_take_turns_to_migrate(tmp_path):
+    databases = [Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(database.migrate) for database in databases]:
+            done.result()
+    with databases[0].begin() as session:
+        assert session.scalars(select(Executor)).all() == []
+    for database in databases:
+        database.close()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracle://somewhere", "sqlite:////nowhere/at/all"])
+def test_a_database_that_cannot_be_is_named(url):
+    with pytest.raises(StartError, match="database"):
+        Database(url).migrate()
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(StartError, match="/proc/nowhere"):
+        Jobs(Path("/proc/nowhere"), Settings())
+
+
+def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    steps = tmp_path / "steps"
+    ended = threading.Event()
+
+    def count(key: str) -> None:
+        assert key == "one"
+        assert jobs.workflows.step("first", lambda: steps.write_text("again")) == "kept"
+        ended.set()
+
+    jobs.workflows.define("count", count, 1)
+    jobs.start()
+    try:
+        assert ended.wait(30)
+    finally:
+        jobs.stop()
+    assert steps.read_text() == "first "
+
+
+def test_a_workflow_that_is_stopped_goes_on_at_the_next_start(tmp_path):
+    began, ended = threading.Event(), threading.Event()
+
+    def patient(key: str) -> None:
+        began.set()
+        jobs.workflows.wait(3600)
+
+    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    jobs.workflows.define("patient", patient, 1)
+    jobs.start()
+    jobs.workflows.begin("patient", "one")
+    jobs.workflows.begin("patient", "one")  # is begun once
+    assert began.wait(30)
+    jobs.stop()
+
+    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    jobs.workflows.define("patient", lambda key: ended.set(), 1)
+    jobs.start()
+    assert ended.wait(30)
+    jobs.stop()
