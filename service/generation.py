@@ -23,7 +23,7 @@ MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
 class Order:
     """A request that the model can honour, with every choice made."""
 
-    model: str
+    card: Card  # of the model
     prompt: str
     seeds: Sequence[int]
     width: int
@@ -45,7 +45,7 @@ class Order:
         first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
         return cls(
-            card.name,
+            card,
             body.prompt,
             range(first, first + n),
             width,
@@ -55,6 +55,11 @@ class Order:
             priority,
             body.moderation or "auto",
         )
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self.card.name
 
     @property
     def size(self) -> str:
@@ -81,7 +86,7 @@ class Images:
 async def make(service: State, engine: Engine, order: Order, owner: str) -> Images:
     """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
-    card = engine.cards[order.model]
+    card = order.card
     images = await engine.generate(
         order.model, order.prompt, order.seeds, order.width, order.height, owner=owner, priority=order.priority
     )

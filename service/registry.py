@@ -1,6 +1,7 @@
 """From student folders to backends. The one file that knows the distillation half, and only its pipeline."""
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
-from service.engine.backend import Backend, Card, DeviceLost, Pixels, Text
+from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.cache import Cache
 from service.errors import StartError
 
@@ -21,7 +22,7 @@ class StudentBackend:
     memory that it lets go of is no longer read.
     """
 
-    def __init__(self, folder: Path, device: torch.device, prompt_cache_bytes: int) -> None:
+    def __init__(self, folder: Path, name: str | None, device: torch.device, prompt_cache_bytes: int) -> None:
         self._pipeline = OneStepPipeline.load(folder, device)
         self._device = device
         self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(prompt_cache_bytes)
@@ -32,7 +33,7 @@ class StudentBackend:
             torch.cuda.synchronize(device)  # the weights are there for every stream
         spec = self._pipeline.spec
         self.card = Card(
-            name=spec.name,
+            name=name or spec.name,
             owner=spec.teacher,
             created=spec.created,
             digest=spec.digest,
@@ -79,6 +80,13 @@ class StudentBackend:
         found = status.read_text().partition("VmRSS:")[2].split() if status.exists() else []
         return int(found[0]) * 1024 if found else 0
 
+    def close(self) -> None:
+        """Free the weights and the conditions that were kept, and what torch keeps of a GPU's memory for them."""
+        del self._pipeline, self._prompts
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """The stage's stream, and torch's errors by the protocol's names."""
@@ -95,22 +103,14 @@ class StudentBackend:
             raise DeviceLost(str(error)) from error
 
 
-def load_backends(folders: Sequence[Path | str], device: str, prompt_cache_bytes: int) -> dict[str, Backend]:
-    """A backend for each model folder, by the model's name; the shipped student where no folder is given. Slow.
+def load_backend(folder: str | None, name: str | None, device: str, prompt_cache_bytes: int) -> StudentBackend:
+    """A backend for a student folder, the shipped one if None, under its own name or another. Slow.
 
-    Raises StartError for a folder that cannot be loaded and for two models of one name.
+    Raises StartError for a folder that cannot be loaded.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends: dict[str, Backend] = {}
-    for folder in folders or (SHIPPED_STUDENT,):
-        try:
-            backend = StudentBackend(Path(folder), torch.device(device), prompt_cache_bytes)
-        except Exception as error:  # a foreign folder, no such device, too little memory: all end the start
-            raise StartError(f"model {folder} on {device}: {error}") from error
-        if backend.card.name in backends:
-            raise StartError(
-                f"{folder}: a model named {backend.card.name!r} is loaded already; rename it in onestep.json"
-            )
-        backends[backend.card.name] = backend
-    return backends
+    try:
+        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), prompt_cache_bytes)
+    except Exception as error:  # a foreign folder, no such device, too little memory: none is the server's end
+        raise StartError(f"model {folder or SHIPPED_STUDENT} on {device}: {error}") from error

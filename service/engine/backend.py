@@ -56,6 +56,9 @@ class Backend(Protocol):
     def memory_bytes(self) -> int:
         """Memory of the device that this process holds. Safe from any thread."""
 
+    def close(self) -> None:
+        """Give the device's memory back. Called once, after the last batch."""
+
 
 class DeviceLost(Exception):
     """The device is beyond use for this process; another process may find it well."""
@@ -92,3 +95,6 @@ class Simulator:
     def memory_bytes(self) -> int:
         """It has no device."""
         return 0
+
+    def close(self) -> None:
+        """It holds nothing."""

@@ -70,7 +70,7 @@ class Batcher:
     def __init__(
         self, max_batch: int, limit: int, owner_limit: int, rows: Mapping[str, int], linger_seconds: float = 0.0
     ) -> None:
-        """`rows` is each model's block; `linger_seconds` what a lone image waits for company on an idle device."""
+        """`rows` is each model's block, read at every batch; `linger_seconds` what a lone image waits for company."""
         self._max_batch = max_batch
         self._limit = limit
         self._owner_limit = owner_limit
@@ -107,6 +107,10 @@ class Batcher:
     def lower_cap(self, key: Key, cap: int) -> None:
         """Make batches of a key no larger than this from now on; at least one image always goes."""
         self._caps[key] = max(1, min(cap, self.cap(key)))
+
+    def forget(self, model: str) -> None:
+        """Drop what was learnt of a model that nothing waits for any more."""
+        self._caps = {key: cap for key, cap in self._caps.items() if key.model != model}
 
     def add(self, work: Work, now: float) -> None:
         """Queue work that arrives now."""

@@ -1,7 +1,7 @@
 """A cache that is bounded in bytes and forgets what was used longest ago."""
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -22,6 +22,11 @@ class Cache(Generic[K, V]):
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
+
+    def drop(self, unwanted: Callable[[K], bool]) -> None:
+        """Forget everything under such keys."""
+        for key in [key for key in self._entries if unwanted(key)]:
+            self.held_bytes -= self._entries.pop(key)[1]
 
     def put(self, key: K, value: V, size: int) -> None:
         """Keep a value of so many bytes."""

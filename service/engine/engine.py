@@ -11,8 +11,10 @@ import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +24,16 @@ from service.engine.backend import Card, Pixels
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
 from service.engine.launch import Fleet, Launch, Worker
-from service.engine.messages import Advanced, Beat, Failed, Made, Reply, Run
-from service.errors import GenerationFailed, Overloaded, StartError, TimedOut, Unavailable
+from service.engine.messages import Advanced, Beat, Failed, Load, Loaded, Made, NotLoaded, Reply, Run, Timing, Unload
+from service.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    StartError,
+    TimedOut,
+    Unavailable,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -59,6 +69,7 @@ class _Seat:
         self._batches: dict[int, tuple[Batch, int, float]] = {}  # with slot and time of sending, oldest first
         self._ahead: set[int] = set()
         self._last_answer = 0.0
+        self._loading: deque[asyncio.Future[Loaded]] = deque()  # oldest first
 
     @property
     def load(self) -> int:
@@ -82,6 +93,27 @@ class _Seat:
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
         model, width, height = batch.key
         self._writer.write(messages.frame(Run(number, model, prompts, seeds, width, height, slot)))
+
+    def add(self, model: Load) -> asyncio.Future[Loaded]:
+        """Let it load a model; the future raises InvalidRequest when it cannot, Unavailable when it is gone first."""
+        self._loading.append(asyncio.get_running_loop().create_future())
+        self._writer.write(messages.frame(model))
+        return self._loading[-1]
+
+    def remove(self, model: str) -> None:
+        """Let it unload a model."""
+        self._writer.write(messages.frame(Unload(model)))
+
+    def loaded(self, reply: Loaded | NotLoaded) -> None:
+        """It has done what `add` asked for; a model that nobody waits for any more goes again."""
+        waiting = self._loading.popleft()
+        match reply:
+            case Loaded() if waiting.cancelled():
+                self.remove(reply.card.name)
+            case Loaded():
+                waiting.set_result(reply)
+            case NotLoaded() if not waiting.cancelled():
+                waiting.set_exception(InvalidRequest(reply.reason, "model", "model_not_loadable"))
 
     async def receive(self) -> Reply:
         """What it says next. Raises EOFError or OSError when it is gone."""
@@ -112,6 +144,10 @@ class _Seat:
 
     async def leave(self) -> None:
         """Hang up, and end the worker."""
+        for waiting in self._loading:
+            if not waiting.cancelled():
+                waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
+        self._loading.clear()
         self._writer.transport.abort()
         await asyncio.to_thread(self.worker.end)
 
@@ -120,7 +156,12 @@ class Engine:
     """Takes work in on the event loop and answers it from the workers."""
 
     def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics) -> None:
-        self.cards: Mapping[str, Card] = {}  # by model, the default one first; there once it has started
+        self._cards: dict[str, Card] = {}  # by model; there once it has started
+        self._models: dict[str, Load] = {}  # what a worker loads for each of them
+        self._rows: dict[str, int] = {}  # images in each one's block
+        self._changing = asyncio.Lock()  # models are loaded and unloaded one by one
+        self._leaving: str | None = None  # a model that finishes what was accepted, and goes
+        self._left = asyncio.Event()
         self._fleet = fleet
         self._settings = settings
         self._metrics = metrics
@@ -136,9 +177,14 @@ class Engine:
         self._draining = False
 
     @property
+    def cards(self) -> Mapping[str, Card]:
+        """Of the models that take work, the default one first."""
+        return {name: card for name, card in self._cards.items() if name != self._leaving}
+
+    @property
     def open(self) -> bool:
         """Whether new work is taken: also while a worker is being replaced, since what waits for it is bounded."""
-        return bool(self.cards) and not self._draining
+        return bool(self._cards) and not self._draining
 
     @property
     def ready(self) -> bool:
@@ -154,14 +200,14 @@ class Engine:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
         ready = workers[0].ready
-        self.cards = {card.name: card for card in ready.cards}
-        self._seconds = {Key(t.model, t.width, t.height): t.seconds for t in ready.timings}
-        rows = {card.name: card.rows for card in ready.cards}
+        for card, order in zip(ready.cards, self._fleet.models, strict=True):
+            self._add(card, [timing for timing in ready.timings if timing.model == card.name], order)
         own = self._settings
         owner_limit = own.queue_limit_per_key or own.queue_limit
-        self._batcher = Batcher(own.max_batch, own.queue_limit, owner_limit, rows, own.linger_seconds)
+        self._batcher = Batcher(own.max_batch, own.queue_limit, owner_limit, self._rows, own.linger_seconds)
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
-            seat = await self._seat(worker)
+            seat = await _connect(worker)
+            self._join(seat)
             self._supervisors.append(asyncio.create_task(self._supervise(launch, seat)))
 
     async def generate(
@@ -180,17 +226,17 @@ class Engine:
 
         `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's. Raises
         Overloaded without queueing anything when the queue is full or the images could not be there in time, TimedOut
-        when they were not, GenerationFailed for what the model failed on.
+        when they were not, GenerationFailed for what the model failed on, NotFound for a model that is not loaded.
         """
-        if not self.open:
-            raise Unavailable("the server is starting or shutting down; ask another one")
+        self._check_open()
+        digest = self._card(model).digest
         timeout = self._settings.timeout_seconds if timeout is None else timeout
         key = Key(model, width, height)
         replies: dict[int, asyncio.Future[Image]] = {}
         wanted: list[Work] = []
         new: list[int] = []
         for seed in dict.fromkeys(seeds):
-            same = (self.cards[model].digest, prompt, seed, width, height)
+            same = (digest, prompt, seed, width, height)
             making = self._making.get(same)
             if image := self._made.get(same):
                 self._metrics.cache_hits.labels("result").inc()
@@ -225,6 +271,82 @@ class Engine:
         finally:
             self._release(wanted)
 
+    async def load(self, folder: Path, name: str | None = None) -> Card:
+        """Load a student into every worker, while they go on; a worker that is replaced later loads it too.
+
+        It takes work from when every worker has it. `name` None is the student's own. Raises InvalidRequest for a
+        folder that cannot be loaded or a name that is taken, and then no worker keeps it; Unavailable when a worker
+        dies meanwhile or none is ready.
+        """
+        async with self._changing:
+            self._check_open()
+            self._check_free(name)
+            order = Load(str(folder.absolute()), name)
+            loaded: dict[_Seat, Loaded] = {}
+            try:
+                while asked := [seat for seat in self._seats if seat not in loaded]:  # also workers that join meanwhile
+                    answers = await asyncio.gather(*(seat.add(order) for seat in asked), return_exceptions=True)
+                    pairs = list(zip(asked, answers, strict=True))
+                    loaded |= {seat: answer for seat, answer in pairs if isinstance(answer, Loaded)}
+                    for _, answer in pairs:
+                        if isinstance(answer, BaseException):
+                            raise answer
+                if not loaded:
+                    raise Unavailable("no worker is ready to load the model; try again")
+                first = next(iter(loaded.values()))
+                self._check_free(first.card.name)
+            except BaseException:
+                for seat, answer in loaded.items():
+                    seat.remove(answer.card.name)
+                raise
+            self._add(first.card, first.timings, Load(order.folder, first.card.name))
+            return first.card
+
+    async def unload(self, name: str) -> None:
+        """Take no more work for a model, finish what was accepted, then let go of it and of what was cached for it.
+
+        Raises NotFound when it is not loaded, InvalidRequest when it is the only one.
+        """
+        async with self._changing:
+            card = self._card(name)
+            if len(self._cards) == 1:
+                raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
+            self._leaving = name
+            self._left.clear()
+            self._check_idle()
+            try:
+                await self._left.wait()
+            finally:
+                self._leaving = None
+            del self._cards[name], self._models[name], self._rows[name]
+            self._seconds = {key: seconds for key, seconds in self._seconds.items() if key.model != name}
+            self._batcher.forget(name)
+            if all(other.digest != card.digest for other in self._cards.values()):
+                self._made.drop(lambda key: key[0] == card.digest)
+            for seat in self._seats:
+                seat.remove(name)
+
+    def _add(self, card: Card, timings: Sequence[Timing], order: Load) -> None:
+        """Take work for a model that every worker has."""
+        self._cards[card.name] = card
+        self._models[card.name] = order
+        self._rows[card.name] = card.rows
+        self._seconds |= {Key(timing.model, timing.width, timing.height): timing.seconds for timing in timings}
+
+    def _card(self, model: str) -> Card:
+        card = self.cards.get(model)
+        if card is None:
+            raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
+        return card
+
+    def _check_open(self) -> None:
+        if not self.open:
+            raise Unavailable("the server is starting or shutting down; ask another one")
+
+    def _check_free(self, name: str | None) -> None:
+        if name in self._cards or name in self._settings.aliases:
+            raise InvalidRequest(f"the name {name!r} is taken; unload that model, or take another name", "name")
+
     async def drain(self) -> None:
         """Refuse new work, finish what was accepted, and end the workers."""
         self._draining = True
@@ -258,7 +380,7 @@ class Engine:
         return self._padded(key, images) * self._seconds[key]
 
     def _padded(self, key: Key, images: int) -> int:
-        rows = self.cards[key.model].rows
+        rows = self._rows[key.model]
         return math.ceil(images / rows) * rows
 
     def _refuse(self, reason: str, sentence: str, seconds: float) -> None:
@@ -268,7 +390,7 @@ class Engine:
 
     def _pixels(self, work: Work) -> _Pixels:
         model, width, height = work.key
-        return self.cards[model].digest, work.prompt, work.seed, width, height
+        return self._cards[model].digest, work.prompt, work.seed, width, height
 
     def _release(self, wanted: Sequence[Work]) -> None:
         """A request is over: what it alone still waited for is dropped."""
@@ -311,16 +433,20 @@ class Engine:
     def _check_idle(self) -> None:
         if self._draining and not len(self._batcher) and not any(seat.outstanding() for seat in self._seats):
             self._idle.set()
+        if self._leaving is not None and not self._busy(self._leaving):
+            self._left.set()
 
-    async def _seat(self, worker: Worker) -> _Seat:
-        """Give a worker a seat and work."""
-        worker.connection.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=worker.connection)
-        seat = _Seat(worker, reader, writer)
+    def _busy(self, model: str) -> bool:
+        """Whether a model has work that was accepted and is not answered."""
+        waiting = list(self._batcher.ahead_of(Priority.BATCH))
+        running = [batch.key for seat in self._seats for batch in seat.outstanding()]
+        return any(key.model == model for key in waiting + running)
+
+    def _join(self, seat: _Seat) -> None:
+        """Give a worker work."""
         self._seats.append(seat)
         self._metrics.workers.set(len(self._seats))
         self._dispatch()
-        return seat
 
     async def _supervise(self, launch: Launch, seat: _Seat) -> None:
         """Listen to a worker; when it is gone, give its batches to others and start another one in its place."""
@@ -335,22 +461,35 @@ class Engine:
                 self._again(batch, suspect=batch is lost[0])
             self._dispatch()
             await seat.leave()
-            seat = await self._seat(await self._relaunch(launch))
+            seat = await self._relaunch(launch)
+            self._join(seat)
 
-    async def _relaunch(self, launch: Launch) -> Worker:
-        """Start a worker, with longer pauses between attempts that fail."""
+    async def _relaunch(self, launch: Launch) -> _Seat:
+        """A worker that has the models of now, started with longer pauses between attempts that fail."""
         pause = 1.0
         while True:
-            starting = asyncio.get_running_loop().run_in_executor(None, launch)
+            models = list(self._models.values())
             try:
-                return await asyncio.shield(starting)
-            except asyncio.CancelledError:
-                starting.add_done_callback(_end)
-                raise
+                seat = await self._start(launch, models)
             except StartError as error:
                 log.error("a worker could not be started again; next try in %.0f s: %s", pause, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if models == list(self._models.values()):
+                return seat
+            log.info("models came or went while a worker started; it starts once more")
+            await seat.leave()
+
+    async def _start(self, launch: Launch, models: Sequence[Load]) -> _Seat:
+        """A worker that is ready; cancelling ends it at once, whatever it still loads."""
+        worker = launch(models)
+        try:
+            await asyncio.to_thread(worker.wait)
+            return await _connect(worker)
+        except BaseException:
+            await asyncio.to_thread(worker.end)
+            raise
 
     async def _listen(self, seat: _Seat) -> str:
         """Take a worker's replies until it dies, goes silent or hangs, and say which."""
@@ -371,6 +510,8 @@ class Engine:
                     await self._answer(seat, reply)
                 case Failed():
                     self._failed(seat, reply)
+                case Loaded() | NotLoaded():
+                    seat.loaded(reply)
             self._dispatch()
             if seat.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
                 return "hung"
@@ -430,7 +571,7 @@ class Engine:
             work.reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
 
 
-def _end(starting: asyncio.Future[Worker]) -> None:
-    """End a worker that became ready after nobody wanted it any more."""
-    if not starting.cancelled() and starting.exception() is None:
-        starting.result().end()
+async def _connect(worker: Worker) -> _Seat:
+    """A worker that is ready, on the event loop."""
+    worker.connection.setblocking(False)
+    return _Seat(worker, *await asyncio.open_connection(sock=worker.connection))

@@ -7,30 +7,48 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from service.engine import worker
 from service.engine.backend import Backend, Pixels
-from service.engine.messages import Channel, Ready, Refused, Start
-from service.engine.worker import SLOT_BYTES
+from service.engine.messages import Channel, Load, Ready, Refused, Start
+from service.engine.worker import SLOT_BYTES, Loader, loader
 from service.errors import StartError
 from service.settings import Settings
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Worker:
-    """A worker that is ready, as the server holds it."""
+    """A worker, as the server holds it."""
 
     name: str  # its device
     connection: socket.socket
     memory: int  # descriptor of the memory that it shares with the server
-    ready: Ready
     process: subprocess.Popen[bytes] | None  # None for a thread
+    silence_seconds: float
+    ready: Ready = field(init=False)  # there once `wait` has returned
+
+    def wait(self) -> None:
+        """Wait until its models are loaded. Slow. Raises StartError with its reason when it refuses, dies or ends."""
+        channel = Channel(self.connection)
+        self.connection.settimeout(self.silence_seconds)
+        try:
+            while (reply := channel.next_reply()) is not None:
+                match reply:
+                    case Ready():
+                        self.ready = reply
+                        return
+                    case Refused():
+                        raise StartError(reply.reason)
+        except TimeoutError:
+            message = f"the worker on {self.name} was silent for {self.silence_seconds:.0f} s while it started"
+            raise StartError(message) from None
+        raise StartError(f"the worker on {self.name} died while it started; its own messages are above")
 
     def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
         """A copy of what the worker has put into a slot."""
@@ -39,51 +57,51 @@ class Worker:
         return pixels
 
     def end(self) -> None:
-        """Kill the process and let everything go. Slow: call it off the event loop."""
+        """Kill the process and let everything go. Slow: call it off the event loop, also while another thread waits."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+        with contextlib.suppress(OSError):  # the other side may be gone already
+            self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
         os.close(self.memory)
 
 
-Launch = Callable[[], Worker]
+Launch = Callable[[Sequence[Load]], Worker]  # starts one that loads these models, and returns at once
 
 
 def start_process(name: str, start: Start, threads: int, silence_seconds: float) -> Worker:
-    """A worker in a process of its own, ready. Raises StartError with its reason when it refuses or dies."""
+    """A worker in a process of its own. Raises StartError where the system has no room for one."""
     with _ends() as (ours, theirs, memory):
         command = [sys.executable, "-m", "service.engine.worker", str(theirs.fileno()), str(memory)]
-        process = subprocess.Popen(
-            [*command, msgspec.json.encode(start).decode()],
-            pass_fds=(theirs.fileno(), memory),
-            stdin=subprocess.DEVNULL,
-            env={
-                "OMP_NUM_THREADS": str(threads),
-                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is reproducible beside other streams only with this
-                **os.environ,
-            },
-        )
         try:
-            return Worker(name, ours, memory, _wait(ours, theirs, name, silence_seconds), process)
-        except StartError:
-            process.kill()
-            process.wait()
-            raise
+            process = subprocess.Popen(
+                [*command, msgspec.json.encode(start).decode()],
+                pass_fds=(theirs.fileno(), memory),
+                stdin=subprocess.DEVNULL,
+                env={
+                    "OMP_NUM_THREADS": str(threads),
+                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is reproducible beside other streams only with this
+                    **os.environ,
+                },
+            )
+        except OSError as error:
+            raise StartError(f"no process for the worker on {name}: {error}") from error
+        return Worker(name, ours, memory, process, silence_seconds)
 
 
-def start_thread(name: str, backends: Mapping[str, Backend], silence_seconds: float) -> Worker:
-    """A worker in a thread of this process, with the same messages: for simulations that a test holds in its hand."""
+def start_thread(name: str, models: Sequence[Load], load: Loader, silence_seconds: float) -> Worker:
+    """A worker in a thread of this process."""
     with _ends() as (ours, theirs, memory):
         end, same = theirs.dup(), os.dup(memory)
 
         def serve() -> None:
             with end:
-                worker.serve(Channel(end), same, lambda: backends)
+                worker.serve(Channel(end), same, models, load)
             os.close(same)
 
         threading.Thread(target=serve, name=name, daemon=True).start()
-        return Worker(name, ours, memory, _wait(ours, theirs, name, silence_seconds), None)
+        return Worker(name, ours, memory, None, silence_seconds)
 
 
 @contextlib.contextmanager
@@ -105,42 +123,26 @@ def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
         theirs.close()
 
 
-def _wait(ours: socket.socket, theirs: socket.socket, name: str, silence_seconds: float) -> Ready:
-    """What a starting worker says when it is ready."""
-    theirs.close()  # the worker has its own by now: when it dies, ours reads the end
-    channel = Channel(ours)
-    ours.settimeout(silence_seconds)
-    try:
-        while (reply := channel.next_reply()) is not None:
-            match reply:
-                case Ready():
-                    return reply
-                case Refused():
-                    raise StartError(reply.reason)
-    except TimeoutError:
-        raise StartError(f"the worker on {name} was silent for {silence_seconds:.0f} s while it started") from None
-    raise StartError(f"the worker on {name} died while it started; its own messages are above")
-
-
 class Fleet:
-    """The workers of a server: how each is started, and the first of each."""
+    """The workers of a server: how each is started, what with, and the first of each."""
 
-    def __init__(self, launches: Sequence[Launch]) -> None:
+    def __init__(self, launches: Sequence[Launch], models: Sequence[Load]) -> None:
         self.launches = launches
+        self.models = models
         self._started: Sequence[Worker] = ()
 
     def start(self) -> Sequence[Worker]:
-        """All of them, started side by side the first time. Slow. Raises StartError when one cannot."""
+        """All of them, ready; started side by side the first time. Slow. Raises StartError when one cannot."""
         if not self._started:
-            with ThreadPoolExecutor(len(self.launches)) as pool:
-                starting = [pool.submit(launch) for launch in self.launches]
-            errors = [error for done in starting if (error := done.exception())]
+            workers = [launch(self.models) for launch in self.launches]
+            with ThreadPoolExecutor(len(workers)) as pool:
+                waiting = [pool.submit(worker.wait) for worker in workers]
+            errors = [error for done in waiting if (error := done.exception())]
             if errors:
-                for done in starting:
-                    if not done.exception():
-                        done.result().end()
+                for each in workers:
+                    each.end()
                 raise errors[0]
-            self._started = [done.result() for done in starting]
+            self._started = workers
         return self._started
 
 
@@ -151,13 +153,25 @@ def processes(settings: Settings) -> Fleet:
     threads = max(1, (os.cpu_count() or 1) // len(names))
 
     def launch(device: str) -> Launch:
-        start = Start(device, [str(folder.absolute()) for folder in settings.models], settings.prompt_cache_bytes)
-        return lambda: start_process(device, start, threads, settings.worker_silence_seconds)
+        def start(models: Sequence[Load]) -> Worker:
+            told = Start(device, models, settings.prompt_cache_bytes)
+            return start_process(device, told, threads, settings.worker_silence_seconds)
 
-    return Fleet([launch(name) for name in names])
+        return start
+
+    models = [Load(str(folder.absolute())) for folder in settings.models]
+    return Fleet([launch(name) for name in names], models or [Load(None)])
 
 
-def local(*backends: Backend, workers: int = 1) -> Fleet:
-    """Worker threads over backends of this process."""
-    by_name = {backend.card.name: backend for backend in backends}
-    return Fleet([lambda: start_thread("local", by_name, 30.0)] * workers)
+def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fleet:
+    """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
+    given = {backend.card.name: backend for backend in backends}
+    others = loader(device, prompt_cache_bytes=0)
+
+    def load(order: Load) -> Backend:
+        return others(order) if order.folder is not None or order.name is None else given[order.name]
+
+    def start(models: Sequence[Load]) -> Worker:
+        return start_thread("local", models, load, 30.0)
+
+    return Fleet([start] * workers, [Load(None, name) for name in given])

@@ -14,11 +14,24 @@ _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
 
 
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: load a student beside the others, and run it once."""
+
+    folder: str | None  # None is the student that ships, or a backend that the worker was given
+    name: str | None = None  # that it is served by; None is its own
+
+
+class Unload(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: let go of a model; none of its batches is on the way any more."""
+
+    name: str
+
+
 class Start(msgspec.Struct, frozen=True):
     """What a worker process is told on its command line, as JSON."""
 
     device: str
-    models: Sequence[str]  # student folders; none is the student that ships
+    models: Sequence[Load]
     prompt_cache_bytes: int
 
 
@@ -48,6 +61,19 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     cards: Sequence[Card]
     timings: Sequence[Timing]
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: the model of a `Load` is there and has run once. Loads are answered in their order."""
+
+    card: Card
+    timings: Sequence[Timing]
+
+
+class NotLoaded(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: the model of a `Load` is not there, and why."""
+
+    reason: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -85,13 +111,14 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fault: Fault
 
 
-Reply = Ready | Refused | Beat | Advanced | Made | Failed
+Order = Run | Load | Unload
+Reply = Ready | Refused | Loaded | NotLoaded | Beat | Advanced | Made | Failed
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_runs = msgspec.msgpack.Decoder(Run)
+_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def frame(message: Run | Reply) -> bytes:
+def frame(message: Order | Reply) -> bytes:
     """A message as it goes over the socket."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -119,10 +146,10 @@ class Channel:
         with self._sending:
             self._connection.sendall(frame(message))
 
-    def next_run(self) -> Run | None:
-        """Wait for the next batch; None when the server has hung up."""
+    def next_order(self) -> Order | None:
+        """Wait for what the server wants next; None when it has hung up."""
         body = self._read()
-        return None if body is None else _runs.decode(body)
+        return None if body is None else _orders.decode(body)
 
     def next_reply(self) -> Reply | None:
         """Wait for what the worker says; None when it is gone. Raises TimeoutError as the socket is set."""
@@ -130,7 +157,7 @@ class Channel:
         return None if body is None else read_reply(body)
 
     def close(self) -> None:
-        """Hang up, also for a thread that waits in `next_run`."""
+        """Hang up, also for a thread that waits in `next_order`."""
         self._connection.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> bytes | None:

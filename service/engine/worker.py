@@ -1,12 +1,13 @@
 """The worker: one device's process. Batches come over a socket, pixels go through shared memory.
 
-Three threads hand batches on, so that the text encoders, the network and the VAE each work on another batch. A batch
-that raises is reported and forgotten; the server decides what is tried again. The worker ends when the server hangs
-up, and is never asked to end in any other way.
+Three threads hand batches on, so that the text encoders, the network and the VAE each work on another batch; a fourth
+loads and unloads models beside them. A batch that raises is reported and forgotten; the server decides what is tried
+again. The worker ends when the server hangs up, and is never asked to end in any other way.
 
     python -m service.engine.worker SOCKET MEMORY '{"device": "cpu", ...}'
 """
 
+import json
 import logging
 import os
 import signal
@@ -14,8 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -23,7 +25,22 @@ import msgspec
 import numpy as np
 
 from service.engine.backend import Backend, DeviceLost, Simulator, Text
-from service.engine.messages import Advanced, Beat, Channel, Failed, Made, Ready, Refused, Run, Start, Timing
+from service.engine.messages import (
+    Advanced,
+    Beat,
+    Channel,
+    Failed,
+    Load,
+    Loaded,
+    Made,
+    NotLoaded,
+    Ready,
+    Refused,
+    Run,
+    Start,
+    Timing,
+    Unload,
+)
 from service.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -44,19 +61,20 @@ class _Job:
 
 
 _Jobs = Queue[_Job | None]  # None: the server has hung up
+_Changes = Queue[Load | Unload | None]
+Loader = Callable[[Load], Backend]  # raises StartError
 
 
-def serve(channel: Channel, memory: int, load: Callable[[], Mapping[str, Backend]]) -> None:
+def serve(channel: Channel, memory: int, models: Sequence[Load], load: Loader) -> None:
     """Load the models, run each once, then make what is asked for until the server hangs up."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(channel, backends, ended), name="beat", daemon=True)
     beats.start()
     try:
-        backends.update(load())
-        timings = [timing for backend in backends.values() for timing in warm_up(backend)]
-        channel.send(Ready([backend.card for backend in backends.values()], timings))
-        _work(channel, memory, backends)
+        loaded = [_add(backends, order, load) for order in models]
+        channel.send(Ready([each.card for each in loaded], [timing for each in loaded for timing in each.timings]))
+        _work(channel, memory, backends, load)
     except StartError as error:
         channel.send(Refused(str(error)))
     except OSError:
@@ -85,6 +103,18 @@ def warm_up(backend: Backend) -> list[Timing]:
     return timings
 
 
+def _add(backends: dict[str, Backend], order: Load, load: Loader) -> Loaded:
+    """Load a model and run it, then take it among the others. Raises StartError when that fails."""
+    backend = load(order)
+    name = backend.card.name
+    if name in backends:
+        message = f"{order.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
+        raise StartError(message)
+    timings = warm_up(backend)
+    backends[name] = backend
+    return Loaded(backend.card, timings)
+
+
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
     """Say every second that the process lives."""
     while not ended.wait(BEAT_SECONDS):
@@ -94,7 +124,7 @@ def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Ev
             return
 
 
-def _work(channel: Channel, memory: int, backends: Mapping[str, Backend]) -> None:
+def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loader) -> None:
     """Read batches and pass them through the stages; a stage waits for the next one to be free."""
 
     def text(job: _Job) -> None:
@@ -122,13 +152,34 @@ def _work(channel: Channel, memory: int, backends: Mapping[str, Backend]) -> Non
         threading.Thread(target=_stage, args=(channel, *stage), name=stage[0].__name__, daemon=True)
         for stage in ((text, encoding, denoising.put), (model, denoising, advance), (vae, decoding, answer))
     ]
+    changes = _Changes()
+    threading.Thread(target=_change, args=(channel, backends, load, changes), name="models", daemon=True).start()
     for stage in stages:
         stage.start()
-    while (run := channel.next_run()) is not None:
-        encoding.put(_Job(run, backends[run.model]))
+    while (order := channel.next_order()) is not None:
+        match order:
+            case Run():
+                encoding.put(_Job(order, backends[order.model]))
+            case Load() | Unload():
+                changes.put(order)
+    changes.put(None)  # nobody waits for what still loads
     for jobs, stage in zip((encoding, denoising, decoding), stages, strict=True):
         jobs.put(None)
         stage.join()
+
+
+def _change(channel: Channel, backends: dict[str, Backend], load: Loader, changes: _Changes) -> None:
+    """The thread that loads and unloads, one model after the other."""
+    while (order := changes.get()) is not None:
+        match order:
+            case Load():
+                try:
+                    answer: Loaded | NotLoaded = _add(backends, order, load)
+                except StartError as error:
+                    answer = NotLoaded(str(error))
+                _tell(channel.send, answer)
+            case Unload():
+                backends.pop(order.name).close()
 
 
 def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on: Callable[[_Job], None]) -> None:
@@ -156,14 +207,29 @@ def _tell(say: Callable[[Any], None], what: Any) -> None:
         log.info("the server is gone")
 
 
-def _load(start: Start) -> Mapping[str, Backend]:
-    """What the command line names; torch is imported for models only."""
-    if start.device == "simulator":
-        simulator = Simulator()
-        return {simulator.card.name: simulator}
-    from service.registry import load_backends
+def loader(device: str, prompt_cache_bytes: int) -> Loader:
+    """What loads models on a device; torch is imported with the first."""
+    if device == "simulator":
+        return _simulate
 
-    return load_backends(start.models, start.device, start.prompt_cache_bytes)
+    def load(order: Load) -> Backend:
+        from service.registry import load_backend
+
+        return load_backend(order.folder, order.name, device, prompt_cache_bytes)
+
+    return load
+
+
+def _simulate(order: Load) -> Backend:
+    """A simulator that stands for the student of a folder."""
+    simulator = Simulator()
+    if order.folder is not None:
+        try:
+            name = str(json.loads((Path(order.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StartError(f"{order.folder} is no student folder: {error}") from None
+        simulator.card = replace(simulator.card, name=order.name or name, digest=f"simulator of {order.folder}")
+    return simulator
 
 
 def main() -> None:
@@ -172,7 +238,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     descriptor, memory, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
-    serve(channel, int(memory), lambda: _load(msgspec.json.decode(start, type=Start)))
+    told = msgspec.json.decode(start, type=Start)
+    serve(channel, int(memory), told.models, loader(told.device, told.prompt_cache_bytes))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
 
 

@@ -12,7 +12,8 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"mod
 @router.get("")
 async def index(service: Service, caller: Generator) -> ModelList:
     """All models, the default one first, then the aliases."""
-    names = [*service.engine.cards, *service.settings.aliases]
+    cards = service.engine.cards
+    names = [*cards, *(alias for alias, name in service.settings.aliases.items() if name in cards)]
     return ModelList(data=[_model(name, service.card(name)) for name in names])
 
 

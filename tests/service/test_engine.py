@@ -4,62 +4,16 @@ import asyncio
 import os
 import random
 import signal
-import threading
-from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
-import numpy as np
 import pytest
+from engines import Gate, is_of, make, run, value
 
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, local, processes
+from service.engine.launch import local, processes
 from service.errors import GenerationFailed, Overloaded, TimedOut
-from service.metrics import Metrics
 from service.settings import Settings
-
-
-def run(fleet: Fleet, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
-    """Run a test over an engine that is drained at the end; what it has counted."""
-    metrics = Metrics()
-
-    async def whole() -> None:
-        engine = Engine(fleet, Settings(**settings), metrics)
-        await engine.start()
-        try:
-            await asyncio.wait_for(test(engine), 60)
-        finally:
-            await engine.drain()
-
-    asyncio.run(whole())
-    return metrics
-
-
-def value(metrics: Metrics, name: str, **labels: str) -> float:
-    return metrics.registry.get_sample_value(f"fgm_{name}", labels) or 0.0
-
-
-async def make(engine: Engine, seed: int, prompt: str = "a", **options):
-    (image,) = await engine.generate("simulator", prompt, [seed], 64, 64, **options)
-    return image
-
-
-def is_of(image, seed: int) -> bool:
-    return np.array_equal(image.pixels[0, 0], np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8))
-
-
-class Gate(Simulator):
-    """Lets nothing but the warm-up through until it is opened."""
-
-    def __init__(self, **times):
-        super().__init__(0, 0, **times)
-        self.open, self.asked = threading.Event(), []
-
-    def denoise(self, conditions, seeds, width, height):
-        if any(conditions):
-            self.asked.append(list(seeds))
-            assert self.open.wait(30)
-        return super().denoise(conditions, seeds, width, height)
 
 
 def test_workers_killed_at_random_lose_nothing_and_change_nothing():
@@ -70,9 +24,11 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
         async def killer() -> None:
             for _ in range(3):
                 while not engine.ready:
-                    await asyncio.sleep(0)
-                os.kill(chance.choice(engine.processes), signal.SIGKILL)
-                await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.01)
+                killed = chance.choice(engine.processes)
+                os.kill(killed, signal.SIGKILL)
+                while killed in engine.processes:
+                    await asyncio.sleep(0.01)
 
         async def one(seed: int) -> None:
             assert is_of(await make(engine, seed), seed)

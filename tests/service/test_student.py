@@ -1,9 +1,11 @@
 """The server over a real, tiny student: two worker processes, and the pixels that the pipeline makes."""
 
+import asyncio
 import base64
 import io
 import os
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,9 +18,12 @@ from distill.export import export_student
 from distill.pipeline import OneStepPipeline
 from distill.teacher import load_transformer
 from service.app import create_app
-from service.engine.launch import Fleet, processes
-from service.errors import StartError
-from service.registry import StudentBackend, load_backends
+from service.engine.backend import Simulator
+from service.engine.engine import Engine
+from service.engine.launch import Fleet, local, processes
+from service.errors import InvalidRequest
+from service.metrics import Metrics
+from service.registry import load_backend
 from service.settings import Settings
 
 
@@ -83,7 +88,7 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
 
 
 def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student):
-    backend = load_backends([student], "cpu", 1 << 20)["tiny-student"]
+    backend = load_backend(str(student), None, "cpu", 1 << 20)
     first = backend.encode(["a", "b", "a"])
     again = backend.encode(["b", "c"])
     assert (first.hits, again.hits) == (0, 1)
@@ -92,14 +97,31 @@ def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
-    backend = load_backends([student], "cpu", 0)["tiny-student"]
-    assert isinstance(backend, StudentBackend)
+    backend = load_backend(str(student), None, "cpu", 0)
     conditions = backend.encode(["a", "b"]).conditions
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
         backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
 
 
-def test_two_models_of_one_name_are_refused(student):
-    with pytest.raises(StartError, match="tiny-student"):
-        load_backends([student, student], "cpu", 0)
+def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
+    backend = load_backend(str(student), "other", "cpu", 1 << 20)
+    assert backend.card.name == "other"
+    weights = weakref.ref(backend._pipeline)
+    backend.encode(["a"])
+    backend.close()
+    assert weights() is None
+
+    async def test() -> None:
+        engine = Engine(local(Simulator(0, 0), device="cpu"), Settings(), Metrics())
+        await engine.start()
+        try:
+            with pytest.raises(InvalidRequest, match="model_index"):
+                await engine.load(student.parent)
+            card = await engine.load(student)
+            (image,) = await engine.generate(card.name, "a red circle", [3], *card.sizes[0])
+            assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
+        finally:
+            await engine.drain()
+
+    asyncio.run(test())

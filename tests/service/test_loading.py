@@ -1,0 +1,190 @@
+"""Models that come and go while the engine serves. Workers are simulators; test_student has the real thing."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+
+import pytest
+from engines import Gate, is_of, make, run, value
+
+from service.engine.backend import DeviceLost, Simulator
+from service.engine.engine import Engine
+from service.engine.launch import Fleet, Worker, local, processes, start_thread
+from service.errors import InvalidRequest, NotFound, StartError, Unavailable
+from service.settings import Settings
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a simulator takes for a student's folder."""
+    (tmp_path / "onestep.json").write_text(json.dumps({"name": "second"}))
+    return tmp_path
+
+
+def test_a_model_is_loaded_and_serves_while_another_one_is_at_work(folder):
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        running = asyncio.create_task(make(engine, 0))
+        assert (await engine.load(folder)).name == "second"
+        assert (await engine.load(folder, "ft:teacher:suffix:1")).name == "ft:teacher:suffix:1"
+        assert [*engine.cards] == ["simulator", "second", "ft:teacher:suffix:1"]
+        waiting = [asyncio.create_task(make(engine, 7, model=name)) for name in engine.cards]
+        gate.open.set()
+        for made in [running, *waiting]:
+            await made
+        assert all(is_of(made.result(), 7) for made in waiting)
+
+    run(local(gate, workers=2), test)
+
+
+def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded(folder):
+    fleet = processes(Settings(devices="simulator"))
+
+    async def test(engine: Engine) -> None:
+        await engine.load(folder)
+        await engine.unload("simulator")
+        (old,) = engine.processes
+        os.kill(old, signal.SIGKILL)
+        assert is_of(await make(engine, 3, model="second"), 3)
+        assert engine.processes != [old]
+        await engine.load(folder, "simulator")  # refused by a worker that still has one
+        assert [*engine.cards] == ["second", "simulator"]
+
+    metrics = run(fleet, test)
+    assert value(metrics, "worker_restarts_total", reason="died") == 1
+
+
+def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
+    async def test(engine: Engine) -> None:
+        with pytest.raises(InvalidRequest, match="nowhere is no student folder"):
+            await engine.load(tmp_path / "nowhere")
+        for name in ("simulator", "alias"):
+            with pytest.raises(InvalidRequest, match=f"'{name}' is taken"):
+                await engine.load(folder, name)
+        await engine.load(folder)
+        with pytest.raises(InvalidRequest, match="'second' is loaded already"):
+            await engine.load(folder)
+        assert [*engine.cards] == ["simulator", "second"]
+        assert is_of(await make(engine, 1, model="second"), 1)
+
+    run(local(Simulator(0, 0)), test, aliases={"alias": "simulator"})
+
+
+def test_what_one_worker_cannot_load_none_keeps(folder):
+    whole = local(Simulator(0, 0))
+
+    def load(order):
+        if order.folder is None:
+            return Simulator(0, 0)
+        raise StartError("too little memory here")
+
+    def poor(models) -> Worker:
+        return start_thread("poor", models, load, 30)
+
+    async def test(engine: Engine) -> None:
+        for _ in range(2):  # the second would find the name taken, had the first left anything
+            with pytest.raises(InvalidRequest, match="too little memory here"):
+                await engine.load(folder)
+        assert [*engine.cards] == ["simulator"]
+
+    run(Fleet([*whole.launches, poor], whole.models), test)
+
+
+def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder):
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        with pytest.raises(InvalidRequest, match="only model"):
+            await engine.unload("simulator")
+        await engine.load(folder)
+        accepted = [asyncio.create_task(make(engine, seed)) for seed in range(3)]
+        await asyncio.sleep(0)
+        leaving = asyncio.create_task(engine.unload("simulator"))
+        await asyncio.sleep(0)
+        with pytest.raises(NotFound):
+            await make(engine, 9)
+        assert not leaving.done()
+        gate.open.set()
+        await leaving
+        assert [is_of(await made, seed) for seed, made in enumerate(accepted)] == [True] * 3
+        assert [*engine.cards] == ["second"]
+        gate.asked.clear()
+        with pytest.raises(NotFound):
+            await engine.unload("simulator")
+
+    metrics = run(local(gate), test, max_batch=1)
+    assert value(metrics, "images_total", model="simulator") == 3
+
+
+def test_an_image_of_a_model_that_left_is_made_anew_when_it_is_back(folder):
+    async def test(engine: Engine) -> None:
+        for name in ("simulator", "second", "second"):
+            if name not in engine.cards:
+                await engine.load(folder)
+            await make(engine, 5, model=name)
+            if name != "simulator":
+                await engine.unload(name)
+        await make(engine, 5)
+
+    metrics = run(local(Simulator(0, 0)), test)
+    assert value(metrics, "images_total", model="second") == 2
+    assert value(metrics, "cache_hits_total", cache="result") == 1  # the other model's stayed
+
+
+def test_draining_waits_for_no_worker_that_is_loading(folder):
+    loading, release = threading.Event(), threading.Event()
+    simulator = Simulator(0, 0)
+
+    def load(order):
+        if order.folder is not None:
+            loading.set()
+            assert release.wait(30)
+        return simulator
+
+    def launch(models) -> Worker:
+        return start_thread("slow", models, load, 30)
+
+    async def test(engine: Engine) -> None:
+        waiting = asyncio.create_task(engine.load(folder))
+        await asyncio.to_thread(loading.wait, 30)
+        await engine.drain()
+        with pytest.raises(Unavailable):
+            await waiting
+
+    run(Fleet([launch], local(simulator).models), test)
+    assert not release.is_set()
+    release.set()
+
+
+def test_draining_waits_for_no_worker_that_is_starting_again():
+    class Lost(Simulator):
+        def denoise(self, conditions, seeds, width, height):
+            if any(conditions):
+                raise DeviceLost
+            return super().denoise(conditions, seeds, width, height)
+
+    starting, release = threading.Event(), threading.Event()
+    backends = iter([Lost(0, 0)])
+
+    def load(order):
+        for backend in backends:
+            return backend
+        starting.set()
+        assert release.wait(30)
+        return Simulator(0, 0)
+
+    def launch(models) -> Worker:
+        return start_thread("slow", models, load, 30)
+
+    async def test(engine: Engine) -> None:
+        losing = asyncio.create_task(make(engine, 1))
+        await asyncio.to_thread(starting.wait, 30)
+        losing.cancel()
+        await asyncio.wait([losing])
+
+    run(Fleet([launch], local(Simulator()).models), test)
+    assert not release.is_set()
+    release.set()
