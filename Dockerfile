@@ -1,24 +1,42 @@
-# The server with the shipped student. CPU by default; for NVIDIA GPUs:
-#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=[gpu] .
-FROM python:3.12-slim
+# The server with the shipped student, on CPUs. For NVIDIA GPUs (torch brings CUDA's libraries, the host its driver):
+#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=s3,gpu .
+# A tag can be moved; name the base by digest with --build-arg PYTHON_IMAGE=python@sha256:... where that matters.
+ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
+# What the project needs, in an environment of its own. Changes with pyproject.toml and the pins alone.
+FROM ${PYTHON_IMAGE} AS packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-
-RUN useradd --create-home --uid 1000 app
-WORKDIR /app
-# torch alone first: the layer that changes least and weighs most
-RUN pip install --index-url ${TORCH_INDEX} torch==2.13.0
+ARG EXTRAS=s3
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+    PIP_CONSTRAINT=/source/docker/constraints.txt PATH=/opt/venv/bin:$PATH
+WORKDIR /source
+COPY docker/constraints.txt docker/
+# Versions are those of PIP_CONSTRAINT.
+# hadolint ignore=DL3013
+RUN python3 -m venv /opt/venv && pip install --index-url ${TORCH_INDEX} torch
+# The project without its code: this installs what it depends on.
 COPY pyproject.toml README.md ./
+# hadolint ignore=DL3013
+RUN pip install ".[${EXTRAS}]"
+
+FROM packages AS project
 COPY distill distill
 COPY service service
-RUN pip install ".${EXTRAS}"
+RUN pip wheel --no-deps --wheel-dir /wheels .
 
-USER app
+FROM ${PYTHON_IMAGE}
+# Nothing outside /data and /tmp is written, so the root filesystem may be read-only; caches of libraries go to /tmp.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/tmp/cache
+RUN useradd --uid 10001 --no-create-home --home-dir /data app && install --directory --owner app --group app /data
+COPY --from=packages /opt/venv /opt/venv
+RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --no-deps --no-index --force-reinstall /wheels/*.whl
+COPY docker/healthcheck.py /opt/healthcheck.py
+USER 10001:10001
+WORKDIR /data
+VOLUME /data
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
-    CMD ["python", "/app/docker/healthcheck.py"]
-COPY docker docker
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["fgm-service", "serve", "--host", "0.0.0.0"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "/opt/healthcheck.py"]
+ENTRYPOINT ["fgm-service"]
+CMD ["serve", "--host", "0.0.0.0"]

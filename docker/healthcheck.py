@@ -1,5 +1,7 @@
 """Exit 0 when the server inside this container is ready for work."""
 
+import os
 import urllib.request
 
-urllib.request.urlopen("http://127.0.0.1:8000/readyz", timeout=2).close()
+port = os.environ.get("SERVICE_PORT", "8000")
+urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
