@@ -26,7 +26,8 @@ RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE}
 # Nothing outside /data and /tmp is written, so the root filesystem may be read-only; caches of libraries go to /tmp.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/tmp/cache
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 \
+    SERVICE_DATA=/data XDG_CACHE_HOME=/tmp/cache
 RUN useradd --uid 10001 --no-create-home --home-dir /data app && install --directory --owner app --group app /data
 COPY --from=packages /opt/venv /opt/venv
 RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
