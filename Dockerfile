@@ -5,17 +5,17 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
 # What the project needs, in an environment of its own. Changes with pyproject.toml and the pins alone.
 FROM ${PYTHON_IMAGE} AS packages
+ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=s3
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-    PIP_CONSTRAINT=/source/docker/constraints.txt PATH=/opt/venv/bin:$PATH
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PATH=/opt/venv/bin:$PATH
+# torch first and alone: the layer that weighs most and changes least
+RUN python3 -m venv /opt/venv && pip install --index-url ${TORCH_INDEX} torch==${TORCH}
 WORKDIR /source
 COPY docker/constraints.txt docker/
-# Versions are those of PIP_CONSTRAINT.
-# hadolint ignore=DL3013
-RUN python3 -m venv /opt/venv && pip install --index-url ${TORCH_INDEX} torch
-# The project without its code: this installs what it depends on.
+ENV PIP_CONSTRAINT=/source/docker/constraints.txt
 COPY pyproject.toml README.md ./
+# The project without its code, for what it depends on; in the versions of PIP_CONSTRAINT.
 # hadolint ignore=DL3013
 RUN pip install ".[${EXTRAS}]"
 
