@@ -1,0 +1,170 @@
+"""Image, compose file, Kubernetes manifests and dashboard agree with each other and with the server."""
+
+import fnmatch
+import json
+import re
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from service.metrics import Metrics
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if service["image"].startswith("flow-generator-matching:")}
+DASHBOARD = DOCKER / "grafana" / "dashboards" / "service.json"
+ADAPTER = DOCKER / "k8s" / "adapter.yaml"
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CONFIGURING = [ROOT / "Dockerfile", ROOT / "docker-compose.yml", *DOCKER.rglob("*.y*ml"), *DOCKER.rglob("*.sh"), *PAGES]
+MANIFESTS = {
+    manifest["kind"]: manifest
+    for path in (DOCKER / "k8s").glob("*.yaml")
+    for manifest in yaml.safe_load_all(path.read_text())
+    if "kind" in manifest and manifest["kind"] != "PersistentVolumeClaim"
+}
+POD = MANIFESTS["Deployment"]["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+ENDS = {"counter": ["_total"], "histogram": ["", "_bucket", "_sum", "_count"]}
+DRAIN_SECONDS = Settings.model_fields["drain_seconds"].default
+
+
+def seconds(duration: str) -> int:
+    return int(duration.removesuffix("s"))
+
+
+@pytest.mark.parametrize("path", CONFIGURING, ids=lambda path: path.name)
+def test_every_variable_is_a_setting(path):
+    known = {f"SERVICE_{name.upper()}" for name in Settings.model_fields} | {"SERVICE_CONFIG", "SERVICE_NAME"}
+    assert set(re.findall(r"\bSERVICE_[A-Z_]+\b", path.read_text())) <= known
+
+
+@pytest.mark.parametrize(
+    "path", [DASHBOARD, ADAPTER, DOCKER / "k8s" / "scaling.yaml", *PAGES], ids=lambda path: path.name
+)
+def test_every_metric_exists(path):
+    known = {"fgm_queue_seconds"}  # the adapter's own
+    for family in Metrics().registry.collect():
+        ends = ENDS.get(family.type, [""])
+        known |= {family.name + end for end in ends}
+    assert set(re.findall(r"\bfgm_[a-z_]+", path.read_text())) <= known
+
+
+def test_the_dashboard_asks_the_provisioned_source():
+    provisioned = DOCKER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioned / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioned / "dashboards" / "service.yml").read_text())["providers"]
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+    assert source["url"].removeprefix("http://").split(":")[0] in SERVICES
+    mounted = [volume.split(":")[1] for volume in SERVICES["grafana"]["volumes"]]
+    assert provider["options"]["path"] in mounted
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_prometheus_asks_the_servers_of_its_profile():
+    (job,) = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {target for some in job["static_configs"] for target in some["targets"]}
+    full = {f"{name}:8000" for name, service in OURS.items() if service["profiles"] == ["full"]}
+    assert targets == full
+
+
+def test_a_profile_runs_by_itself_and_cpu_is_the_default():
+    assert "COMPOSE_PROFILES=cpu" in (ROOT / ".env").read_text().splitlines()
+    for profile in ("cpu", "gpu", "full"):
+        chosen = {name: service for name, service in SERVICES.items() if profile in service["profiles"]}
+        assert all(set(service.get("depends_on", ())) <= set(chosen) for service in chosen.values())
+        ports = list(chain.from_iterable(service.get("ports", ()) for service in chosen.values()))
+        assert len(set(ports)) == len(ports)
+        assert "127.0.0.1:8000:8000" in ports
+
+
+def test_nothing_is_published_beyond_the_loopback_and_every_image_is_pinned():
+    for service in SERVICES.values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+        assert service in OURS.values() or re.search(r":v?\d+\.\d+", service["image"])
+
+
+@pytest.mark.parametrize("service", OURS.values(), ids=OURS)
+def test_a_container_of_ours_is_confined_and_has_time_to_drain(service):
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert seconds(service["stop_grace_period"]) > DRAIN_SECONDS
+
+
+def test_what_compose_mounts_exists():
+    mounts = chain.from_iterable(service.get("volumes", ()) for service in SERVICES.values())
+    sources = {mount.split(":")[0] for mount in mounts}
+    assert all((ROOT / source).exists() for source in sources if source.startswith("./docker/"))
+    assert {source for source in sources if "/" not in source} == set(COMPOSE["volumes"])
+
+
+def test_the_context_holds_what_the_dockerfile_copies():
+    rules = (ROOT / ".dockerignore").read_text().split()
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for source in line.split():
+            assert (ROOT / source).exists(), source
+            assert any(fnmatch.fnmatch(source, rule[1:]) for rule in rules if rule.startswith("!")), source
+
+
+def test_pins_are_within_what_the_project_asks_for():
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *extras["gpu"], *extras["s3"]):
+        needed = Requirement(text)
+        assert needed.name in pins, f"{needed.name} has no pin; run docker/pin.sh"
+        assert needed.specifier.contains(Version(pins[needed.name])), f"{text}: run docker/pin.sh"
+    (torch,) = re.findall(r"^ARG TORCH=(.+)$", DOCKERFILE, re.MULTILINE)
+    assert torch == pins["torch"]
+    assert f"torch=={torch}" in (ROOT / "Makefile").read_text()
+
+
+def test_the_image_runs_as_a_user_whose_number_the_manifests_know():
+    user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[0]
+    context = POD["securityContext"]
+    assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (int(user), int(group), int(group))
+    assert context["runAsNonRoot"]
+
+
+def test_the_pod_is_confined_and_has_one_gpu():
+    context = CONTAINER["securityContext"]
+    assert context["readOnlyRootFilesystem"]
+    assert not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_the_pod_has_time_to_drain():
+    hook = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
+    (drain,) = (int(each["value"]) for each in CONTAINER["env"] if each["name"] == "SERVICE_DRAIN_SECONDS")
+    assert POD["terminationGracePeriodSeconds"] >= hook + drain + 10
+
+
+def test_probes_ask_paths_that_answer_without_a_key():
+    probes = {name: CONTAINER[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert probes == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
+
+
+def test_manifests_name_each_other():
+    listed = set(yaml.safe_load((DOCKER / "k8s" / "kustomization.yaml").read_text())["resources"])
+    assert listed == {path.name for path in (DOCKER / "k8s").glob("*.yaml")} - {"kustomization.yaml", "adapter.yaml"}
+    (metric,) = MANIFESTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    (rule,) = yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]
+    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    assert MANIFESTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "fgm"
+    claims = {each["metadata"]["name"] for each in yaml.safe_load_all((DOCKER / "k8s" / "storage.yaml").read_text())}
+    mounted = {v["persistentVolumeClaim"]["claimName"] for v in POD["volumes"] if "persistentVolumeClaim" in v}
+    assert claims == mounted
+    assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == {volume["name"] for volume in POD["volumes"]}
+    ports = [each["targetPort"] for each in MANIFESTS["Service"]["spec"]["ports"]]
+    assert ports == [port["name"] for port in CONTAINER["ports"]]
