@@ -2,10 +2,10 @@
 # Builds the Dockerfile and holds its image to what docs/deploy.md says of it, where no container registry is reached.
 #
 # Stand-ins: Debian 12 with its own Python 3.11, made by debootstrap, for the python:3.11 image of the Dockerfile's
-# PYTHON_IMAGE; podman for Docker. Real: the Dockerfile, the context and .dockerignore, the packages
-# from pip's index, the user, entry point, health check, stop signal and read-only root filesystem of what runs.
+# PYTHON_IMAGE; podman for Docker. Real: the Dockerfile, the context and .dockerignore, the packages from pip's index,
+# the user, entry point, health check, stop signal and read-only root filesystem of what runs.
 #
-#   docker/check/image.sh [option of `podman build` ...]     as root; needs Debian's podman, debootstrap and an OCI runtime
+#   docker/check/image.sh [option of `podman build` ...]     as root; needs podman, debootstrap and an OCI runtime
 #
 # Give TORCH_INDEX (https://pypi.org/simple, for one) where PyTorch's own index is out of reach, and mount pip's
 # configuration and certificates (--volume FILE:FILE:ro) where pip needs them.
