@@ -33,7 +33,7 @@ class CheckpointError(DistillError):
 
 
 class DivergedError(DistillError):
-    """Training produced a number that is not finite."""
+    """Training, or a student at work, produced a number that is not finite."""
 
 
 class SizeError(DistillError):

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.errors import ConfigError, SizeError, TeacherError
+from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
 from distill.flow import jump, noise, one_step
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import decode_latents, load_transformer, load_vae, velocity
@@ -177,10 +177,18 @@ class OneStepPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, uint8 (B, H, W, 3) on the CPU; rounded on the device, a quarter of the bytes to move."""
+        """Images, uint8 (B, H, W, 3) on the CPU; rounded on the device, a quarter of the bytes to move.
+
+        Raises DivergedError when one of them is not finite.
+        """
         parts = []
         for block in self._blocks(len(latents)):
             pixels = decode_latents(self._vae, latents[block]).float()
+            if not pixels.isfinite().all():
+                where = f"{self.spec.name} in {self._vae.dtype}"
+                raise DivergedError(
+                    f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged"
+                )
             parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(parts)[: len(latents)]
 

@@ -31,7 +31,15 @@ from service.settings import Settings
 from service.state import State
 
 log = logging.getLogger(__name__)
-EXPOSED = ["x-request-id", "server-timing", "retry-after", "x-seed", "x-warning", "idempotent-replayed"]
+EXPOSED = [
+    "x-request-id",
+    "server-timing",
+    "retry-after",
+    "x-queue-position",
+    "x-seed",
+    "x-warning",
+    "idempotent-replayed",
+]
 
 
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:

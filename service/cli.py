@@ -101,6 +101,8 @@ def serve(
         timeout_graceful_shutdown=settings.drain_seconds,
         log_config=None,
         access_log=False,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # images are compressed already
         server_header=False,
     )
 

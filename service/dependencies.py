@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
@@ -13,8 +14,8 @@ from service.keys import Scope, find
 from service.state import State
 
 
-def _service(request: Request) -> State:
-    state: State = request.app.state.service
+def _service(connection: HTTPConnection) -> State:
+    state: State = connection.app.state.service
     return state
 
 
@@ -61,20 +62,22 @@ class Needs:
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> Caller:
         """Raises Unauthorized without a known key, Forbidden where the key is not for this."""
-        caller = Caller(self._owner(service, given.credentials if given else "", request))
+        caller = Caller(owner_of(service, given.credentials if given else "", self._scope, request))
         request.state.owner = caller.owner
         return caller
 
-    def _owner(self, service: State, token: str, request: Request) -> str:
-        keys = service.keys()
-        if not keys:
-            return request.client.host if request.client else "local"
-        key = find(keys, token)
-        if key is None:
-            raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
-        if self._scope not in key.scopes:
-            raise Forbidden(f"this API key has no scope {self._scope!r}", code="insufficient_scope")
-        return key.owner
+
+def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnection) -> str:
+    """Whose token it is. Raises Unauthorized for one that is not known, Forbidden where it is not for this."""
+    keys = service.keys()
+    if not service.guarded:
+        return connection.client.host if connection.client else "local"
+    key = find(keys, token)
+    if key is None:
+        raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
+    if scope not in key.scopes:
+        raise Forbidden(f"this API key has no scope {scope!r}", code="insufficient_scope")
+    return key.owner
 
 
 Generator = Annotated[Caller, Depends(Needs("generate"))]

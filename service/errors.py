@@ -1,5 +1,6 @@
 """One tree of errors, and one table from error to status and OpenAI error type."""
 
+import math
 from typing import Any
 
 
@@ -49,11 +50,15 @@ class TooSlow(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full or a limit reached; `retry_after` says in how many seconds there is room."""
+    """The queue is full or a limit reached; `retry_after` says in how many seconds there is room.
 
-    def __init__(self, message: str, retry_after: int, code: str = "queue_full") -> None:
+    `position` is how many images wait before those that were refused, where that is what they were refused for.
+    """
+
+    def __init__(self, message: str, retry_after: float, code: str, position: int | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after = retry_after
+        self.position = position
 
 
 class GenerationFailed(ServiceError):
@@ -100,7 +105,10 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
     body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     match error:
         case Overloaded():
-            headers = {"retry-after": str(error.retry_after)}
+            milliseconds = math.ceil(1000 * error.retry_after)
+            headers = {"retry-after": str(math.ceil(error.retry_after)), "retry-after-ms": str(milliseconds)}
+            if error.position is not None:
+                headers["x-queue-position"] = str(error.position)
         case BodyTooLarge() | TooSlow():
             headers = {"connection": "close"}  # the rest of the body is never read
         case _:

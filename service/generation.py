@@ -10,7 +10,7 @@ from typing import Literal
 from service.encode import encode
 from service.engine.backend import Card
 from service.engine.batcher import Priority
-from service.engine.engine import Engine, Image
+from service.engine.engine import Asked, Engine, Image
 from service.errors import Blocked, InvalidRequest
 from service.provenance import Origin
 from service.schemas import ImageRequest, OutputFormat, TokenDetails, Usage
@@ -32,6 +32,7 @@ class Order:
     compression: int
     priority: Priority
     moderation: Literal["auto", "low"]
+    timeout: float | None  # seconds; None is the server's
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
@@ -54,6 +55,7 @@ class Order:
             compression,
             priority,
             body.moderation or "auto",
+            body.timeout,
         )
 
     @property
@@ -83,12 +85,20 @@ class Images:
         return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
 
 
-async def make(service: State, engine: Engine, order: Order, owner: str) -> Images:
+async def make(service: State, engine: Engine, order: Order, owner: str, asked: Asked | None = None) -> Images:
     """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
     card = order.card
     images = await engine.generate(
-        order.model, order.prompt, order.seeds, order.width, order.height, owner=owner, priority=order.priority
+        order.model,
+        order.prompt,
+        order.seeds,
+        order.width,
+        order.height,
+        owner=owner,
+        priority=order.priority,
+        timeout=order.timeout,
+        asked=asked,
     )
     after: dict[str, float] = {}  # stages after the device
     if service.checker:

@@ -1,5 +1,7 @@
 """Whatever goes wrong in a request, as an OpenAI error object."""
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,12 +36,17 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return respond(InvalidRequest("the body is not JSON", code="invalid_json"))
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    if first["type"] in _UNSUPPORTED:
-        return respond(InvalidRequest(f"{param} is not supported", param, "unknown_parameter"))
-    if param is None:
+    if not first["loc"][1:]:
         return respond(InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json"))
-    return respond(InvalidRequest(f"{param}: {first['msg']}", param, "invalid_value"))
+    return respond(complaint(first["type"], first["loc"][1:], first["msg"]))
+
+
+def complaint(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
+    """Pydantic's complaint about a field."""
+    param = ".".join(map(str, field))
+    if kind in _UNSUPPORTED:
+        return InvalidRequest(f"{param} is not supported", param, "unknown_parameter")
+    return InvalidRequest(f"{param}: {message}", param, "invalid_value")
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -22,6 +22,7 @@ class Metrics:
         self.refusals = counter("refusals_total", "Requests refused at the door", ["reason"])
         self.queue = gauge("queued_images", "Images waiting for a device")
         self.dropped = counter("dropped_images_total", "Queued images whose client left")
+        self.sessions = gauge("realtime_sessions", "Realtime sessions that are open")
         self.batch_size = histogram("batch_images", "Images in one call of the network", buckets=_IMAGES)
         self.closed = counter("closed_batches_total", "Batches by why they were closed", ["reason"])
         self.workers = gauge("workers", "Workers that are ready")

@@ -37,6 +37,12 @@ class ImageRequest(BaseModel):
     priority: Annotated[
         Literal["interactive", "batch"] | None, Field(description="Extension. Bulk work waits for interactive work.")
     ] = None
+    timeout: (
+        Annotated[
+            float, Field(ge=0.1, le=3600, description="Extension. Seconds in which the images must be made, else none.")
+        ]
+        | None
+    ) = None
 
 
 class ImageData(BaseModel):
@@ -105,6 +111,61 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class SessionStart(BaseModel):
+    """May open a realtime session. The key is for browsers, which cannot send it in a header."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["session.start"]
+    api_key: Annotated[str, Field(max_length=512)] | None = None
+    frames: Literal["base64", "binary"] | None = None
+
+
+class RealtimeRequest(ImageRequest):
+    """Images for the prompt as it stands now; what is left out of the fields is what has no meaning here."""
+
+    type: Literal["images.generate"]
+    id: Annotated[str, Field(max_length=64, description="Comes back in the answer.")] | None = None
+    response_format: Literal["b64_json"] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
+
+
+class StudentToLoad(BaseModel):
+    """`POST /v1/admin/models`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `folders` of the list.")]
+    name: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="To serve it by; its own if not given."),
+    ] = None
+
+
+class LoadedModel(Model):
+    """A model as an administrator sees it."""
+
+    digest: Annotated[str, Field(description="Of the files: the same digest, the same images.")]
+    sizes: list[str]
+
+
+class LoadedModels(BaseModel):
+    """What is served, and the names of the folders that may be loaded."""
+
+    object: Literal["list"] = "list"
+    data: list[LoadedModel]
+    folders: list[str]
+
+
+class ModelDeleted(BaseModel):
+    """A model that is served no more. Its files stay."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class ErrorBody(BaseModel):

@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
     models: tuple[Path, ...] = ()  # student folders; none is the student that ships
+    students: Path | None = None  # folder whose student folders may be loaded by /v1/admin/models
     aliases: dict[str, str] = {}  # further names: {"gpt-image-1": "scenes-student"}
     devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is the first GPU, or the CPU
     replicas: _Count = 1  # workers on each device
@@ -80,6 +81,8 @@ class Settings(BaseSettings):
     data: Annotated[Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
     database: SecretStr | None = None  # postgresql://user:password@host/name; none is SQLite in the data folder
     job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
+    realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
+    realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
     log_format: LogFormat = "json"

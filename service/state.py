@@ -31,6 +31,8 @@ class State:
     checker: Checker | None  # of images before they are shown
     signer: Signer | None  # of encoded images
     jobs: Jobs | None
+    sessions: int = 0  # realtime ones that are open
+    guarded: bool = False  # whether keys are asked for: from the first key on, also when the last one is revoked
 
     def __post_init__(self) -> None:
         given = [key.get_secret_value() for key in self.settings.api_keys]
@@ -39,7 +41,9 @@ class State:
 
     def keys(self) -> tuple[Key, ...]:
         """The keys that are let in at this moment."""
-        return self._given + (self._file.read() if self._file else ())
+        keys = self._given + (self._file.read() if self._file else ())
+        self.guarded = self.guarded or bool(keys)
+        return keys
 
     def card(self, name: str | None) -> Card:
         """The model of that name or alias; the first one when none is named."""

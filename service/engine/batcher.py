@@ -43,6 +43,7 @@ class Work:
     priority: Priority = Priority.INTERACTIVE
     arrived: float = field(default=0.0)  # seconds, on the caller's clock
     wanted: int = 1  # requests that wait for it
+    begun: bool = False  # whether a device was given it
     deaths: int = 0  # workers that died while it was their oldest, and alone
 
 

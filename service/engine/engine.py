@@ -55,6 +55,18 @@ class Image:
     seconds: Mapping[str, float]  # queue, and the stages of its batch: text, model, vae
 
 
+@dataclass(eq=False)
+class Asked:
+    """Work that a request waits for, for a caller who would rather ask for something else while nothing has begun."""
+
+    work: Sequence[Work] = ()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a device was given some of it."""
+        return any(work.begun for work in self.work)
+
+
 _Pixels = tuple[str, str, int, int, int]  # all that determines them: the model's digest, prompt, seed, size
 
 
@@ -90,6 +102,8 @@ class _Seat:
         slot = self._slots.pop()
         self._batches[number] = batch, slot, now
         self._ahead.add(number)
+        for work in batch.work:
+            work.begun = True
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
         model, width, height = batch.key
         self._writer.write(messages.frame(Run(number, model, prompts, seeds, width, height, slot)))
@@ -113,7 +127,7 @@ class _Seat:
             case Loaded():
                 waiting.set_result(reply)
             case NotLoaded() if not waiting.cancelled():
-                waiting.set_exception(InvalidRequest(reply.reason, "model", "model_not_loadable"))
+                waiting.set_exception(InvalidRequest(reply.reason, "folder", "model_not_loadable"))
 
     async def receive(self) -> Reply:
         """What it says next. Raises EOFError or OSError when it is gone."""
@@ -221,10 +235,12 @@ class Engine:
         owner: str = "",
         priority: Priority = Priority.INTERACTIVE,
         timeout: float | None = None,
+        asked: Asked | None = None,
     ) -> list[Image]:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
-        `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's. Raises
+        `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's; `asked` is
+        told of the work. Raises
         Overloaded without queueing anything when the queue is full or the images could not be there in time, TimedOut
         when they were not, GenerationFailed for what the model failed on, NotFound for a model that is not loaded.
         """
@@ -259,6 +275,8 @@ class Engine:
             self._making[self._pixels(work)] = work
             wanted.append(work)
             replies[seed] = reply
+        if asked is not None:
+            asked.work = wanted
         self._dispatch()
         try:
             await asyncio.wait(replies.values(), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
@@ -266,7 +284,7 @@ class Engine:
                 if reply.done():
                     reply.result()  # raises what the model failed on
             if not all(reply.done() for reply in replies.values()):
-                raise TimedOut(f"the images were not made within {timeout:g} s")
+                raise TimedOut(f"the images were not made within {timeout:g} s", code="deadline_exceeded")
             return [replies[seed].result() for seed in seeds]
         finally:
             self._release(wanted)
@@ -363,9 +381,11 @@ class Engine:
     def _admit(self, key: Key, images: int, owner: str, priority: Priority, timeout: float) -> None:
         """Raise Overloaded with the time after which so many images would be taken."""
         workers = max(1, len(self._seats))
-        if excess := self._batcher.missing_room(images, owner):
-            self._refuse("queue_full", f"{len(self._batcher)} images wait already", self._cost(key, excess) / workers)
         ahead = self._batcher.ahead_of(priority)
+        position = sum(ahead.values())
+        if excess := self._batcher.missing_room(images, owner):
+            wait = self._cost(key, excess) / workers
+            self._refuse("queue_full", f"{len(self._batcher)} images wait already", wait, position)
         for batch in itertools.chain.from_iterable(seat.outstanding() for seat in self._seats):
             ahead[batch.key] = ahead.get(batch.key, 0) + len(batch.work)
         if not ahead:
@@ -373,7 +393,8 @@ class Engine:
         ahead[key] = ahead.get(key, 0) + images
         needed = sum(self._cost(*some) for some in ahead.items()) / workers
         if needed > timeout:
-            self._refuse("deadline", f"the images would take {needed:.1f} s, not {timeout:g} s", needed - timeout)
+            message = f"the images would take {needed:.1f} s, not {timeout:g} s"
+            self._refuse("deadline_unreachable", message, needed - timeout, position)
 
     def _cost(self, key: Key, images: int) -> float:
         """Seconds that a worker needs for so many images, in whole blocks."""
@@ -383,10 +404,9 @@ class Engine:
         rows = self._rows[key.model]
         return math.ceil(images / rows) * rows
 
-    def _refuse(self, reason: str, sentence: str, seconds: float) -> None:
+    def _refuse(self, reason: str, sentence: str, seconds: float, position: int) -> None:
         self._metrics.refusals.labels(reason).inc()
-        wait = max(1, math.ceil(seconds))
-        raise Overloaded(f"{sentence}; try again in {wait} s", wait)
+        raise Overloaded(f"{sentence}; try again in {seconds:.1f} s", seconds, reason, position)
 
     def _pixels(self, work: Work) -> _Pixels:
         model, width, height = work.key

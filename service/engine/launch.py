@@ -31,7 +31,7 @@ class Worker:
     memory: int  # descriptor of the memory that it shares with the server
     process: subprocess.Popen[bytes] | None  # None for a thread
     silence_seconds: float
-    ready: Ready = field(init=False)  # there once `wait` has returned
+    ready: Ready = field(init=False, repr=False)  # there once `wait` has returned
 
     def wait(self) -> None:
         """Wait until its models are loaded. Slow. Raises StartError with its reason when it refuses, dies or ends."""

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import math
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -179,12 +181,14 @@ class Gate(Simulator):
     def __init__(self, fails_on=None):
         super().__init__(0, 0, fails_on)
         self.entered, self.open, self.asked = threading.Event(), threading.Event(), []
+        self.slow = 0.0
 
     def denoise(self, conditions, seeds, width, height):
         if any(conditions):  # the warm-up has no prompts
             self.asked.append(conditions)
             self.entered.set()
             assert self.open.wait(30)
+        time.sleep(self.slow)
         return super().denoise(conditions, seeds, width, height)
 
 
@@ -200,7 +204,9 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
         until(lambda: metric(url, "queued_images") == 10)
         with pytest.raises(openai.RateLimitError) as caught:
             client.images.generate(prompt="d")
-        assert int(caught.value.response.headers["retry-after"]) >= 1
+        headers = caught.value.response.headers
+        assert 1 <= int(headers["retry-after"]) == math.ceil(int(headers["retry-after-ms"]) / 1000)
+        assert headers["x-queue-position"] == "10"
         assert caught.value.code == "queue_full"
         assert metric(url, "refusals_total", reason="queue_full") == 1
         gate.open.set()
@@ -226,6 +232,37 @@ def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
     client.images.generate(prompt="later")
     assert metric(url, "dropped_images_total") == 1
     assert ["leaves"] not in gate.asked
+
+
+def test_a_request_says_how_long_it_would_wait(serve, connect):
+    gate = Gate()
+    client = connect(serve(gate, max_batch=1))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.images.generate, prompt="a")
+        assert gate.entered.wait(30)
+        with pytest.raises(openai.InternalServerError) as missed:
+            client.images.generate(prompt="b", extra_body={"timeout": 1})
+        assert (missed.value.status_code, missed.value.code) == (504, "deadline_exceeded")
+        gate.open.set()
+        running.result()
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_the_time_that_lacks(serve, connect):
+    gate = Gate()
+    gate.slow = 0.2  # seconds of an image, as the warm-up finds it
+    client = connect(serve(gate, max_batch=1))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.images.generate, prompt="a", n=10)
+        assert gate.entered.wait(30)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.images.generate(prompt="b", extra_body={"timeout": 0.5})
+        assert refused.value.code == "deadline_unreachable"
+        assert (
+            1.5 <= int(refused.value.response.headers["retry-after-ms"]) / 1000 <= 10
+        )  # 11 images, less half a second
+        gate.slow = 0
+        gate.open.set()
+        running.result()
 
 
 def test_one_bad_image_does_not_fail_its_batch(serve, connect):

@@ -105,7 +105,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
         await asyncio.wait(waiting)
 
     metrics = run(local(Simulator(0.15, 0.0)), test, max_batch=1)
-    assert value(metrics, "refusals_total", reason="deadline") == 1
+    assert value(metrics, "refusals_total", reason="deadline_unreachable") == 1
 
 
 def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
@@ -114,8 +114,9 @@ def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
     async def test(engine: Engine) -> None:
         running = asyncio.create_task(make(engine, 0))
         await asyncio.sleep(0)  # it is on the device, and one of the others behind it
-        with pytest.raises(TimedOut):
+        with pytest.raises(TimedOut) as caught:
             await engine.generate("simulator", "late", range(1, 6), 64, 64, timeout=0.05)
+        assert caught.value.code == "deadline_exceeded"
         gate.open.set()
         assert is_of(await running, 0)
 

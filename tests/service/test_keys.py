@@ -44,6 +44,8 @@ def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
     assert status("fgm-wrong") == 401
     file.revoke("generate")
     assert status(tokens["generate"]) == 401
+    file.revoke("jobs")  # the last one, which opens the server to nobody
+    assert status(tokens["generate"]) == 401
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_images_appear_while_typing_and_history_brings_them_back(browser):
         until(lambda: find("#model option"))
         find("#prompt")[0].send_keys("a red circle")
         until(lambda: any(image.get_attribute("alt") == "a red circle (seed 1)" for image in find("#images img")))
-        assert metric(url, "images_total") >= 1
+        assert metric(url, "requests_total", route="/v1/realtime/images", status="200") >= 1
         assert "encode" in find("#legend")[0].text
         find("#dice")[0].click()
         until(lambda: find("#images img") and "seed 1)" not in find("#images img")[0].get_attribute("alt"))
@@ -51,3 +51,9 @@ def test_images_appear_while_typing_and_history_brings_them_back(browser):
         compile(browser.execute_script("return python()"), "copied", "exec")
         errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
         assert errors == []
+    with serving(create_app(Settings(realtime_limit=0), local(Simulator(0, 0)))) as url:  # where there are no sockets
+        browser.get(url)
+        until(lambda: find("#model option"))
+        find("#prompt")[0].send_keys("a red circle")
+        until(lambda: any(image.get_attribute("alt") == "a red circle (seed 1)" for image in find("#images img")))
+        assert metric(url, "requests_total", route="/v1/images/generations", status="200") >= 1

@@ -30,6 +30,7 @@ FIELDS = [
     *[("partial_images", value) for value in (-1, 4, 1, "1", True)],  # 1: only with stream
     *[("user", value) for value in (1, [], "x" * 257)],
     *[("priority", value) for value in ("low", "BATCH", 0)],
+    *[("timeout", value) for value in (0, 0.01, -1, 3601, "1", True, [])],
     *[("seed", value) for value in (-1, 2**53, 1.0, "1", True, [], {})],
     *[(name, "a") for name in ("negative_prompt", "Prompt", "steps", "guidance_scale", "__proto__", "id")],
 ]
@@ -61,6 +62,10 @@ PATHS = [
     ("POST", "/v1/images/generations/more", 404),
     ("GET", "/v1/models/other", 404),
     ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
+    ("POST", "/v1/admin/models/simulator", 405),
+    ("DELETE", "/v1/admin/models/other", 404),
+    ("DELETE", "/v1/admin/models/simulator", 400),  # the only one
+    ("GET", "/v1/realtime/images", 404),
     ("GET", "/docs", 404),
     ("GET", "/v1/artefacts/0000000000", 400),  # without a signature
     ("GET", "/v1/artefacts/..%2fkeys.json?signature=a", 404),

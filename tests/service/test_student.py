@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from engines import run
 from PIL import Image
 from running import metric, serving, until
 
@@ -21,8 +22,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, local, processes
-from service.errors import InvalidRequest
-from service.metrics import Metrics
+from service.errors import GenerationFailed, InvalidRequest
 from service.registry import load_backend
 from service.settings import Settings
 
@@ -104,6 +104,30 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
         backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
 
 
+def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
+    backend = load_backend(str(student), None, "cpu", 0)
+    decode = backend._pipeline._vae.decode
+
+    def overflowing(latents, **options):
+        """Overflows, as fp16 does, where the latents are large."""
+        (pixels,) = decode(latents, **options)
+        return (torch.where(latents.abs().amax((1, 2, 3), keepdim=True) > 1e4, torch.inf, pixels),)
+
+    backend._pipeline._vae.decode = overflowing
+    denoise = backend.denoise
+    backend.denoise = lambda conditions, seeds, *size: (
+        denoise(conditions, seeds, *size)
+        * torch.tensor([1e6 if seed == 103 else 1.0 for seed in seeds]).view(-1, 1, 1, 1)
+    )
+
+    async def test(engine: Engine) -> None:
+        asked = [engine.generate("tiny-student", "a", [seed], *backend.card.sizes[0]) for seed in range(100, 106)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [isinstance(answer, GenerationFailed) for answer in answers] == [False, False, False, True, False, False]
+
+    run(local(backend), test)
+
+
 def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
     backend = load_backend(str(student), "other", "cpu", 1 << 20)
     assert backend.card.name == "other"
@@ -112,16 +136,11 @@ def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(stud
     backend.close()
     assert weights() is None
 
-    async def test() -> None:
-        engine = Engine(local(Simulator(0, 0), device="cpu"), Settings(), Metrics())
-        await engine.start()
-        try:
-            with pytest.raises(InvalidRequest, match="model_index"):
-                await engine.load(student.parent)
-            card = await engine.load(student)
-            (image,) = await engine.generate(card.name, "a red circle", [3], *card.sizes[0])
-            assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
-        finally:
-            await engine.drain()
+    async def test(engine: Engine) -> None:
+        with pytest.raises(InvalidRequest, match="model_index"):
+            await engine.load(student.parent)
+        card = await engine.load(student)
+        (image,) = await engine.generate(card.name, "a red circle", [3], *card.sizes[0])
+        assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
 
-    asyncio.run(test())
+    run(local(Simulator(0, 0), device="cpu"), test)
