@@ -20,10 +20,11 @@ from service import handlers, routers
 from service.artefacts import Artefacts
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
+from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.limiter import Limiter
 from service.metrics import Metrics
-from service.middleware import Front
+from service.middleware import BodyLimit, Front
 from service.provenance import signer
 from service.replays import Replays
 from service.safety import checker
@@ -40,6 +41,7 @@ EXPOSED = [
     "x-warning",
     "idempotent-replayed",
 ]
+FORM_BYTES = 64 << 10  # what an upload has besides its file
 
 
 def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
@@ -49,15 +51,17 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
     metrics = Metrics()
     engine = Engine(fleet or processes(settings), settings, metrics)
     jobs = Jobs(settings.data, settings) if settings.data else None
-    folder = None if settings.artefacts else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
+    links = settings.artefacts or (str(jobs.folder / "artefacts") if jobs else None)
+    folder = None if links else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
     given = settings.artefact_secret
-    secret = given.get_secret_value().encode() if given else secrets.token_bytes(32)
+    drawn = jobs.secret() if jobs else secrets.token_bytes(32)
+    secret = given.get_secret_value().encode() if given else drawn
     state = State(
         settings,
         metrics,
         ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode"),
         engine,
-        Artefacts(folder.name if folder else settings.artefacts or "", secret, settings.artefact_seconds),
+        Artefacts(folder.name if folder else links or "", secret, settings.artefact_seconds),
         Replays(settings.replay_seconds, settings.replay_bytes),
         Limiter(settings.rate_limit, metrics),
         check,
@@ -70,6 +74,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         await engine.start()
         settings.check_aliases(engine.cards)
         if jobs:
+            app.state.batches = Batches(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
         sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
         yield
@@ -98,11 +103,13 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "idempotency-key"],
             expose_headers=EXPOSED,
         )
-    app.add_middleware(Front, metrics, settings.max_body_bytes, settings.body_seconds)
+    upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
+    body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
+    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {})
     handlers.install(app)
     return app
 

@@ -24,9 +24,9 @@ class Artefacts:
         self._lifetime = lifetime
         self._files.makedirs(self._root, exist_ok=True)
 
-    def save(self, data: bytes, output_format: str, now: float) -> str:
-        """Keep an image; returns its name."""
-        name = f"{int(now) + self._lifetime:010d}-{secrets.token_hex(16)}.{output_format}"
+    def save(self, data: bytes, output_format: str, now: float, lifetime: int | None = None) -> str:
+        """Keep an image, for `lifetime` seconds if they are not those of all; returns its name."""
+        name = f"{int(now) + (lifetime or self._lifetime):010d}-{secrets.token_hex(16)}.{output_format}"
         self._files.pipe_file(f"{self._root}/{name}", data)
         return name
 

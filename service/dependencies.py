@@ -9,6 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
 from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
+from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.keys import Scope, find
 from service.state import State
@@ -40,6 +41,14 @@ def _kept(service: Service) -> Jobs:
 
 
 Kept = Annotated[Jobs, Depends(_kept)]
+
+
+def _bulk(request: Request, jobs: Kept) -> Batches:
+    batches: Batches = request.app.state.batches
+    return batches
+
+
+Bulk = Annotated[Batches, Depends(_bulk)]
 
 
 @dataclass(frozen=True)

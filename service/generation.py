@@ -1,6 +1,7 @@
 """From an image request to encoded images: what the model can do of it, the engine, the encoders."""
 
 import asyncio
+import base64
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from service.engine.batcher import Priority
 from service.engine.engine import Asked, Engine, Image
 from service.errors import Blocked, InvalidRequest
 from service.provenance import Origin
-from service.schemas import ImageRequest, OutputFormat, TokenDetails, Usage
+from service.schemas import ImageData, ImageRequest, ImagesResponse, OutputFormat, TokenDetails, Usage
 from service.state import State
 
 MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
@@ -134,6 +135,30 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
     seconds = {stage: max(image.seconds[stage] for image in images) for stage in images[0].seconds}
     warnings = [f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None
     return Images(order, encoded, usage, warnings, seconds | after)
+
+
+async def respond(service: State, images: Images, base: str | None, lifetime: int | None = None) -> ImagesResponse:
+    """The answer: images within it, or, with the `base` of the server's URLs, links that last `lifetime` seconds."""
+    order = images.order
+    if base is not None:
+        save = [
+            asyncio.to_thread(service.artefacts.save, data, order.output_format, time.time(), lifetime)
+            for data in images.encoded
+        ]
+        names = await asyncio.gather(*save)
+        urls = [f"{base.rstrip('/')}/v1/artefacts/{name}?signature={service.artefacts.sign(name)}" for name in names]
+        data = [ImageData(url=url, seed=seed) for url, seed in zip(urls, order.seeds, strict=True)]
+    else:
+        texts = [base64.b64encode(data).decode() for data in images.encoded]
+        data = [ImageData(b64_json=text, seed=seed) for text, seed in zip(texts, order.seeds, strict=True)]
+    return ImagesResponse(
+        created=int(time.time()),
+        data=data,
+        output_format=order.output_format,
+        size=order.size,
+        usage=images.usage,
+        warnings=images.warnings,
+    )
 
 
 def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -> bytes:

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,14 +19,24 @@ log = logging.getLogger(__name__)
 POLLED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: a line for each would bury the others
 
 
+class BodyLimit(NamedTuple):
+    """How large a body may be, and how long it may take."""
+
+    max_bytes: int
+    seconds: float
+
+
 class Front:
     """Outermost layer of the app."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, body_seconds: float) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, body: BodyLimit, uploads: Mapping[str, BodyLimit] | None = None
+    ) -> None:
+        """`body` limits every request's body but those of the paths in `uploads`, which have limits of their own."""
         self._app = app
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-        self._body_seconds = body_seconds
+        self._body = body
+        self._uploads = uploads or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let an HTTP request through; anything else passes as it is."""
@@ -34,25 +46,26 @@ class Front:
         request_id = f"req_{secrets.token_hex(12)}"
         began = time.monotonic()
         status: int | None = None
-        too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
+        limit = self._uploads.get(scope["path"], self._body)
+        too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
         declared = Headers(scope=scope).get("content-length", "")
         received = 0
         whole = False  # whether the body has arrived
 
         async def limited() -> Message:
             nonlocal received, whole
-            if declared.isdecimal() and int(declared) > self._max_body_bytes:
+            if declared.isdecimal() and int(declared) > limit.max_bytes:
                 raise too_large  # before a byte of it is read
             if whole:
                 return await receive()
             try:
-                async with asyncio.timeout(began + self._body_seconds - time.monotonic()):
+                async with asyncio.timeout(began + limit.seconds - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body did not arrive within {self._body_seconds} s") from None
+                raise HTTPException(408, f"the body did not arrive within {limit.seconds} s") from None
             received += len(message.get("body", b""))
             whole = not message.get("more_body", False)
-            if received > self._max_body_bytes:
+            if received > limit.max_bytes:
                 raise too_large
             return message
 

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     c2pa_timestamp_url: str | None = None  # authority that dates the signatures
     data: Annotated[Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
     database: SecretStr | None = None  # postgresql://user:password@host/name; none is SQLite in the data folder
+    max_file_bytes: _Count = 200 << 20  # of one upload
+    file_quota_bytes: _Count = 10 << 30  # of all files of one key
+    upload_seconds: _Count = 600  # time in which an upload must arrive
+    batch_link_seconds: _Count = 7 * 86_400  # how long links to the images of batches last
+    batch_lines_at_once: _Count = 64  # of each batch; what waits for a device and is lost to a kill
+    unfinished_batches_per_key: _Count = 50
     job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
     realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
     realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed

@@ -1,6 +1,10 @@
-"""`Jobs`: everything that the server keeps over a restart, and the thread that looks after it."""
+"""`Jobs`: what the server keeps over a restart, and the thread that looks after it."""
 
+import contextlib
 import logging
+import os
+import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +12,7 @@ from pathlib import Path
 
 from service.errors import ServiceError, StartError
 from service.jobs.database import Database
+from service.jobs.files import Files
 from service.jobs.workflows import Workflows
 from service.settings import Settings
 
@@ -17,7 +22,7 @@ Chore = Callable[[int], None]  # of the time in seconds
 
 
 class Jobs:
-    """The database, its workflows, and the chores that are done every few seconds. Every method blocks."""
+    """The database, files, workflows, and the chores that are done every few seconds. Every method blocks."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         """Makes the data folder. Raises StartError when it cannot."""
@@ -30,7 +35,11 @@ class Jobs:
         given = settings.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder, settings.job_silence_seconds)
-        self.chores: list[Chore] = []  # each must be harmless to repeat, and to do in several servers at once
+        self.files = Files(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
+        self.chores: list[Chore] = [
+            self._live,
+            self.files.sweep,
+        ]  # each must be harmless to repeat, and to do in several servers at once
         self._period = settings.job_silence_seconds / 5
         self._ended = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="jobs-keeper", daemon=True)
@@ -40,6 +49,18 @@ class Jobs:
     def open(self) -> bool:
         """Whether requests are taken."""
         return self._open
+
+    def secret(self) -> bytes:
+        """Random bytes that are drawn once: links that they sign outlast the server."""
+        path = self.folder / "secret"
+        if not path.exists():
+            handle, aside = tempfile.mkstemp(dir=self.folder)  # readable by its owner alone
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):  # by a server that started at the same moment
+                os.link(aside, path)
+            os.unlink(aside)
+        return path.read_bytes()
 
     def start(self) -> None:
         """Bring the database up to date and run workflows. Raises StartError."""
@@ -59,7 +80,7 @@ class Jobs:
 
     def _keep(self) -> None:
         while True:
-            for chore in (self._live, *self.chores):
+            for chore in self.chores:
                 try:
                     chore(int(time.time()))
                 except ServiceError as error:

@@ -5,6 +5,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+ENDED = ("completed", "succeeded", "failed", "expired", "cancelled")  # statuses that batches and jobs do not leave
+
 
 class Table(DeclarativeBase):
     """What all tables share: names of constraints that migrations can rely on."""

@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from sqlalchemy import URL, delete, select, update
 
-from service.jobs.database import Database, Stopping
+from service.errors import Unavailable
+from service.jobs.database import LONGEST_PAUSE, Database, Stopping
 from service.jobs.tables import Executor
 
 T = TypeVar("T")
@@ -89,6 +90,20 @@ class Workflows:
         from dbos import DBOS
 
         return DBOS.run_step({"name": name}, work)
+
+    def patient_step(self, name: str, work: Callable[[], T]) -> T:
+        """A step that is tried again while the database, the disk or a store is away."""
+        return self.step(name, lambda: self._patiently(name, work))
+
+    def _patiently(self, name: str, work: Callable[[], T]) -> T:
+        pause = 0.2
+        while True:
+            try:
+                return work()
+            except (Unavailable, OSError):
+                log.exception("%s is put off", name)
+                self.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     def beat(self) -> None:
         """Say that this process lives, and begin again what dead ones left. To be called every few seconds."""

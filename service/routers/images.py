@@ -11,9 +11,8 @@ from fastapi import APIRouter, Header, Request, Response
 
 from service.dependencies import Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
-from service.generation import Images, Order, make
-from service.schemas import ErrorResponse, ImageCompleted, ImageData, ImageRequest, ImagesResponse
-from service.state import State
+from service.generation import Images, Order, make, respond
+from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -62,7 +61,8 @@ async def generate(
             return Response(images.encoded[0], headers=headers | _labels(images), media_type=raw)
         if body.stream:
             return Response(_event(images), headers=headers, media_type="text/event-stream")
-        content = await _answer(images, service, request, body.response_format == "url")
+        base = str(service.settings.public_url or request.base_url) if body.response_format == "url" else None
+        content = await respond(service, images, base)
         return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
     if idempotency_key is None:
@@ -108,29 +108,6 @@ def _event(images: Images) -> str:
         warnings=images.warnings,
     )
     return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\ndata: [DONE]\n\n"
-
-
-async def _answer(images: Images, service: State, request: Request, links: bool) -> ImagesResponse:
-    order = images.order
-    if links:
-        base = str(service.settings.public_url or request.base_url).rstrip("/")
-        save = [
-            asyncio.to_thread(service.artefacts.save, data, order.output_format, time.time()) for data in images.encoded
-        ]
-        names = await asyncio.gather(*save)
-        urls = [f"{base}/v1/artefacts/{name}?signature={service.artefacts.sign(name)}" for name in names]
-        data = [ImageData(url=url, seed=seed) for url, seed in zip(urls, order.seeds, strict=True)]
-    else:
-        texts = [base64.b64encode(data).decode() for data in images.encoded]
-        data = [ImageData(b64_json=text, seed=seed) for text, seed in zip(texts, order.seeds, strict=True)]
-    return ImagesResponse(
-        created=int(time.time()),
-        data=data,
-        output_format=order.output_format,
-        size=order.size,
-        usage=images.usage,
-        warnings=images.warnings,
-    )
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,176 @@
+"""Files: rows in the database, bytes in a folder under their ids. A row means that the bytes are whole and on disk."""
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Literal
+
+from sqlalchemy import Select, delete, func, or_, select, tuple_
+from sqlalchemy.orm import Session
+
+from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound
+from service.jobs.database import Database
+from service.jobs.tables import ENDED, Batch, File, Job
+
+log = logging.getLogger(__name__)
+
+ASIDE = ".part"
+ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
+_PIECE = 1 << 20
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody guesses, and that sorts by time as text does."""
+    return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def page(rows: Select[Any], table: Any, after: Any, order: Literal["asc", "desc"], limit: int) -> Select[Any]:
+    """Rows of a list, from behind `after`; one more than asked for, which tells that there are more."""
+    key = tuple_(table.created_at, table.id)
+    if after is not None:
+        start = tuple_(after.created_at, after.id)
+        rows = rows.where(key > start if order == "asc" else key < start)
+    falling = (table.created_at.desc(), table.id.desc())
+    return rows.order_by(*(falling if order == "desc" else (table.created_at, table.id))).limit(limit + 1)
+
+
+class Files:
+    """The files of all owners; nobody is told of another's. Every method blocks: call them off the event loop."""
+
+    def __init__(self, database: Database, folder: Path, max_bytes: int, quota_bytes: int) -> None:
+        """`folder` is made; `quota_bytes` bound what one owner keeps, `max_bytes` one upload."""
+        self._database = database
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._quota_bytes = quota_bytes
+        folder.mkdir(exist_ok=True)
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of a file are."""
+        return self._folder / file_id
+
+    def add(self, source: BinaryIO, *, owner: str, purpose: str, filename: str, now: int, lifetime: int | None) -> File:
+        """Keep an upload. Raises BodyTooLarge, Forbidden beyond the quota, InvalidRequest for an empty file."""
+        size = source.seek(0, os.SEEK_END)
+        source.seek(0)
+        if size == 0:
+            raise InvalidRequest("the file is empty", "file", "empty_file")
+        if size > self._max_bytes:
+            raise BodyTooLarge(f"the file is over the limit of {self._max_bytes} bytes", "file", "file_too_large")
+        with self._database.begin() as session:
+            self._check_quota(session, owner, size)
+        file = File(
+            id=new_id("file-"),
+            owner=owner,
+            purpose=purpose,
+            filename=_tame(filename),
+            bytes=size,
+            created_at=now,
+            expires_at=None if lifetime is None else now + lifetime,
+        )
+        with self.writing(file.id) as target:
+            shutil.copyfileobj(source, target, _PIECE)
+        with self._database.begin() as session:
+            self._check_quota(session, owner, size)  # again, for uploads side by side
+            session.add(file)
+        return file
+
+    @contextmanager
+    def writing(self, file_id: str) -> Iterator[IO[bytes]]:
+        """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
+        aside = self._folder / f"{file_id}.{secrets.token_hex(4)}{ASIDE}"
+        try:
+            with aside.open("wb") as target:
+                yield target
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(aside, self.path(file_id))
+            folder = os.open(self._folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> File:
+        """A file. Raises NotFound for one that is not there, has expired, or is another's."""
+        with self._database.begin() as session:
+            return self.own(session, owner, file_id, now, param)
+
+    def index(
+        self, owner: str, purpose: str | None, after: str | None, order: Literal["asc", "desc"], limit: int, now: int
+    ) -> tuple[Sequence[File], bool]:
+        """Files in the order of their making, and whether there are more."""
+        rows = select(File).where(File.owner == owner, _lasting(now))
+        if purpose is not None:
+            rows = rows.where(File.purpose == purpose)
+        with self._database.begin() as session:
+            start = None if after is None else self.own(session, owner, after, now, "after")
+            found = session.scalars(page(rows, File, start, order, limit)).all()
+        return found[:limit], len(found) > limit
+
+    def remove(self, owner: str, file_id: str, now: int) -> None:
+        """Delete a file. Raises NotFound, and InvalidRequest while something unfinished needs it."""
+        with self._database.begin() as session:
+            file = self.own(session, owner, file_id, now)
+            if session.scalar(select(func.count()).where(File.id == file_id, _needed())):
+                raise InvalidRequest(
+                    "an unfinished batch or job needs this file; cancel that first", code="file_in_use"
+                )
+            session.delete(file)
+        self.path(file_id).unlink(missing_ok=True)
+
+    def sweep(self, now: int) -> None:
+        """Delete files that have expired, and the remains of uploads that never ended."""
+        with self._database.begin() as session:
+            expired = delete(File).where(File.expires_at <= now, ~_needed()).returning(File.id)
+            gone = list(session.scalars(expired))
+        for file_id in gone:
+            self.path(file_id).unlink(missing_ok=True)
+        old = [path for path in self._folder.iterdir() if path.stat().st_mtime < now - ORPHAN_SECONDS]
+        for path in old:
+            with self._database.begin() as session:
+                kept = session.get(File, path.name) is not None
+            if not kept:
+                path.unlink(missing_ok=True)
+
+    def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> File:
+        """`get`, within a transaction that relies on the file."""
+        file = session.get(File, file_id) if file_id.isascii() and file_id.isprintable() else None
+        if file is None or file.owner != owner or (file.expires_at is not None and file.expires_at <= now):
+            raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", param, "file_not_found")
+        return file
+
+    def _check_quota(self, session: Session, owner: str, size: int) -> None:
+        kept = session.scalar(select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner)) or 0
+        if kept + size > self._quota_bytes:
+            raise Forbidden(
+                f"your files would be {kept + size} bytes, over your quota of {self._quota_bytes}; delete some",
+                "file",
+                "quota_exceeded",
+            )
+
+
+def _lasting(now: int) -> Any:
+    return or_(File.expires_at.is_(None), File.expires_at > now)
+
+
+def _needed() -> Any:
+    """Whether an unfinished batch or job reads the file."""
+    batch = select(Batch.id).where(Batch.input_file_id == File.id, Batch.status.not_in(ENDED))
+    job = select(Job.id).where(
+        or_(Job.training_file == File.id, Job.validation_file == File.id), Job.status.not_in(ENDED)
+    )
+    return or_(batch.exists(), job.exists())
+
+
+def _tame(filename: str) -> str:
+    """The last part of a name, without what would not be shown; never a path."""
+    name = "".join(letter for letter in filename.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable())
+    return name[-255:] or "file"

@@ -1,0 +1,61 @@
+"""`/v1/batches`: thousands of image requests from a file, in OpenAI's format."""
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from service.dependencies import Bulk, Service, Worker
+from service.jobs import tables
+from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
+from service.schemas import ErrorResponse
+
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"model": ErrorResponse}})
+
+
+@router.post("")
+def create(body: BatchRequest, request: Request, service: Service, batches: Bulk, caller: Worker) -> BatchObject:
+    """Have a file's requests made within the day, after everyone else's. Images come as links."""
+    base = str(service.settings.public_url or request.base_url)
+    return _wire(batches.create(body, caller.owner, base, int(time.time())))
+
+
+@router.get("")
+def index(
+    batches: Bulk,
+    caller: Worker,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[BatchObject]:
+    """Your batches, the newest first."""
+    found, more = batches.index(caller.owner, after, limit)
+    return Page[BatchObject].of([_wire(batch) for batch in found], more)
+
+
+@router.get("/{batch_id}")
+def show(batch_id: str, batches: Bulk, caller: Worker) -> BatchObject:
+    """One batch, with its counts as they stand."""
+    return _wire(batches.get(caller.owner, batch_id))
+
+
+@router.post("/{batch_id}/cancel")
+def cancel(batch_id: str, batches: Bulk, caller: Worker) -> BatchObject:
+    """Begin no further line; what was made by then is in the output file."""
+    return _wire(batches.cancel(caller.owner, batch_id, int(time.time())))
+
+
+def _wire(batch: tables.Batch) -> BatchObject:
+    known = {name: getattr(batch, name) for name in BatchObject.model_fields if hasattr(tables.Batch, name)}
+    return BatchObject.model_validate(
+        known
+        | {
+            "metadata": batch.details,
+            "errors": None if batch.errors is None else BatchErrors.model_validate({"data": batch.errors}),
+            "request_counts": RequestCounts(total=batch.total, completed=batch.completed, failed=batch.failed),
+            "usage": BatchUsage(
+                input_tokens=batch.input_tokens,
+                output_tokens=batch.output_tokens,
+                total_tokens=batch.input_tokens + batch.output_tokens,
+            ),
+        }
+    )

@@ -1,0 +1,104 @@
+"""`/v1/files`: what batches and jobs read and write, in OpenAI's format."""
+
+import asyncio
+import time
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from pydantic import ValidationError
+
+from service.dependencies import Kept, Worker
+from service.errors import InvalidRequest, NotFound
+from service.jobs import tables
+from service.jobs.schemas import FileDeleted, FileObject, Page, Purpose, Upload
+from service.schemas import ErrorResponse
+
+router = APIRouter(prefix="/v1/files", tags=["files"], responses={"4XX": {"model": ErrorResponse}})
+
+FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": Upload.model_json_schema(),
+                "encoding": {"file": {"contentType": "application/octet-stream"}},
+            }
+        },
+    }
+}
+
+
+@router.post("", openapi_extra=FORM)
+async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
+    """Keep a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
+    # The form is read here, and not by a parameter, so that nobody without a key has the server read a large one.
+    async with request.form(max_files=1, max_fields=3) as form:
+        try:
+            given = Upload.model_validate(dict(form))
+        except ValidationError as error:
+            complaints = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_input=False)]
+            raise RequestValidationError(complaints) from None
+        if (given.anchor is None) != (given.seconds is None):
+            raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
+        kept = await asyncio.to_thread(
+            jobs.files.add,
+            given.file.file,
+            owner=caller.owner,
+            purpose=given.purpose,
+            filename=given.file.filename or "file",
+            now=int(time.time()),
+            lifetime=given.seconds,
+        )
+    return _wire(kept)
+
+
+@router.get("")
+def index(
+    jobs: Kept,
+    caller: Worker,
+    purpose: Purpose | None = None,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[FileObject]:
+    """Your files, the newest first."""
+    found, more = jobs.files.index(caller.owner, purpose, after, order, limit, int(time.time()))
+    return Page[FileObject].of([_wire(file) for file in found], more)
+
+
+@router.get("/{file_id}")
+def show(file_id: str, jobs: Kept, caller: Worker) -> FileObject:
+    """One file."""
+    return _wire(jobs.files.get(caller.owner, file_id, int(time.time())))
+
+
+@router.delete("/{file_id}")
+def remove(file_id: str, jobs: Kept, caller: Worker) -> FileDeleted:
+    """Delete a file, unless something unfinished needs it."""
+    jobs.files.remove(caller.owner, file_id, int(time.time()))
+    return FileDeleted(id=file_id)
+
+
+@router.get(
+    "/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+def content(file_id: str, jobs: Kept, caller: Worker) -> FileResponse:
+    """The bytes of a file."""
+    file = jobs.files.get(caller.owner, file_id, int(time.time()))
+    path = jobs.files.path(file.id)
+    if not path.exists():  # deleted a moment ago
+        raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", code="file_not_found")
+    return FileResponse(
+        path,
+        media_type="application/octet-stream",
+        filename=file.filename,
+        headers={"x-content-type-options": "nosniff"},
+    )
+
+
+def _wire(file: tables.File) -> FileObject:
+    return FileObject.model_validate(file, from_attributes=True)

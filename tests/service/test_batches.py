@@ -1,0 +1,158 @@
+"""`/v1/batches` by the real client, from the upload to the images behind the links."""
+
+import json
+import threading
+
+import httpx
+import openai
+import pytest
+
+from service.engine.backend import Simulator
+from service.jobs.database import Database
+from service.jobs.tables import Batch
+
+KEYS = ("sk-ann", "sk-bob")
+ENDPOINT = "/v1/images/generations"
+
+
+def line(custom_id: str, **body) -> dict:
+    return {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": {"prompt": "a red circle", **body}}
+
+
+def submit(client: openai.OpenAI, lines, **options):
+    text = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+    file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h", **options)
+
+
+def ended(client: openai.OpenAI, batch_id: str, *statuses: str):
+    """The batch once it has one of the statuses."""
+    pause = threading.Event()
+    for _ in range(600):
+        batch = client.batches.retrieve(batch_id)
+        if batch.status in statuses:
+            return batch
+        pause.wait(0.1)
+    raise AssertionError(f"the batch is still {batch.status}: {batch.request_counts}")
+
+
+def read(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
+    """The lines of an output or error file by custom_id; each is there once."""
+    lines = [json.loads(text) for text in client.files.content(file_id).text.splitlines()]
+    found = {each["custom_id"]: each for each in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_path):
+    url = serve(Simulator(0, 0, fails_on="bad"), data=tmp_path, api_keys=KEYS)
+    ann, bob = (connect(url, key) for key in KEYS)
+    lines = [line("seeded", seed=7, n=2, output_format="webp"), line("bad", prompt="bad"), line("plain")]
+    batch = submit(
+        ann, lines, metadata={"project": "x"}, output_expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert (batch.status, batch.object, batch.endpoint) == ("validating", "batch", ENDPOINT)
+    with pytest.raises(openai.NotFoundError):
+        bob.batches.retrieve(batch.id)
+
+    batch = ended(ann, batch.id, "completed", "failed")
+    assert batch.status == "completed", batch.errors
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (3, 2, 1)
+    assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at < batch.expires_at
+    assert (batch.model, batch.metadata) == ("simulator", {"project": "x"})
+    assert batch.usage.total_tokens == batch.usage.input_tokens + batch.usage.output_tokens > 0
+
+    output = read(ann, batch.output_file_id)
+    assert list(output) == ["seeded", "plain"]
+    response = output["seeded"]["response"]
+    assert (response["status_code"], output["seeded"]["error"]) == (200, None)
+    assert [image["seed"] for image in response["body"]["data"]] == [7, 8]
+    image = httpx.get(response["body"]["data"][0]["url"])
+    assert (image.status_code, image.headers["content-type"]) == (200, "image/webp")
+    errors = read(ann, batch.error_file_id)
+    assert errors["bad"]["response"]["status_code"] == 500
+    assert errors["bad"]["response"]["body"]["error"]["type"] == "server_error"
+
+    file = ann.files.retrieve(batch.output_file_id)
+    assert (file.purpose, file.expires_at) == ("batch_output", batch.completed_at + 3600)
+    assert [each.id for each in ann.batches.list(limit=1)] == [batch.id]
+    assert list(bob.batches.list()) == []
+    with pytest.raises(openai.BadRequestError, match="completed"):
+        ann.batches.cancel(batch.id)
+    assert ann.files.delete(batch.input_file_id).deleted
+
+
+def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, connect, tmp_path):
+    client = connect(serve(data=tmp_path, max_body_bytes=10_000, unfinished_batches_per_key=1))
+    wrong = [
+        line("a"),
+        "{not json",
+        line("a"),
+        "",
+        line("b", prompt=""),
+        line("c", model="gone"),
+        line("d", size="3x3"),
+        line("e", response_format="b64_json"),
+        line("f") | {"method": "GET"},
+        line("g") | {"url": "/v1/images/edits"},
+        line("h", prompt="long" * 3000),
+        line("never read"),
+    ]
+    batch = ended(client, submit(client, wrong).id, "failed")
+    assert [(error.line, error.code, error.param) for error in batch.errors.data] == [
+        (2, "invalid_json_line", None),
+        (3, "duplicate_custom_id", "custom_id"),
+        (5, "invalid_request", "body.prompt"),
+        (6, "model_not_found", "model"),
+        (7, "invalid_value", "size"),
+        (8, "invalid_value", "body.response_format"),
+        (9, "invalid_method", "method"),
+        (10, "invalid_url", "url"),
+        (11, "line_too_long", None),
+    ]
+    assert (batch.failed_at is not None, batch.output_file_id) == (True, None)
+
+    missing = {"input_file_id": "file-none", "endpoint": ENDPOINT, "completion_window": "24h"}
+    with pytest.raises(openai.NotFoundError) as none:
+        client.batches.create(**missing)
+    assert none.value.param == "input_file_id"
+    with pytest.raises(openai.BadRequestError) as edits:
+        client.batches.create(**missing | {"endpoint": "/v1/images/edits"})
+    assert edits.value.param == "endpoint"
+
+
+def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path):
+    gate = threading.Event()
+
+    class Gated(Simulator):
+        """Makes one image, and no other while the gate is shut."""
+
+        def denoise(self, conditions, seeds, width, height):
+            if 1 not in seeds:
+                gate.wait(30)
+            return super().denoise(conditions, seeds, width, height)
+
+    url = serve(Gated(0, 0), data=tmp_path, max_batch=1, batch_lines_at_once=8, unfinished_batches_per_key=1)
+    client = connect(url)
+    batch = submit(client, [line("one", seed=1)] + [line(f"{i}", seed=i) for i in range(10, 20)])
+    with pytest.raises(openai.RateLimitError, match="unfinished"):
+        client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
+    with pytest.raises(openai.BadRequestError, match="unfinished"):
+        client.files.delete(batch.input_file_id)
+    while client.batches.retrieve(batch.id).request_counts.completed < 1:
+        pass
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    batch = ended(client, batch.id, "cancelled")
+    assert list(read(client, batch.output_file_id)) == ["one"]
+    errors = read(client, batch.error_file_id)
+    assert {each["error"]["code"] for each in errors.values()} == {"batch_cancelled"}
+    assert (batch.request_counts.completed, batch.request_counts.failed, len(errors)) == (1, 10, 10)
+
+    late = submit(client, [line("late")])
+    database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    with database.begin() as session:  # a day passes
+        session.get_one(Batch, late.id).expires_at = 0
+    database.close()
+    batch = ended(client, late.id, "expired")
+    assert read(client, batch.error_file_id)["late"]["error"]["code"] == "batch_expired"
+    gate.set()

@@ -1,0 +1,104 @@
+"""`/v1/files` by the real client: what is uploaded is kept, for its owner alone, until it is deleted or expires."""
+
+import time
+
+import httpx
+import openai
+import pytest
+
+from service.errors import Forbidden
+from service.jobs.database import Database
+from service.jobs.files import Files
+
+KEYS = ("sk-ann", "sk-bob")
+UPLOAD = {"file": ("lines.jsonl", b"{}\n"), "purpose": "batch"}
+
+
+def test_files_are_kept_for_their_owner(serve, connect, tmp_path):
+    url = serve(data=tmp_path, api_keys=KEYS, max_file_bytes=3 << 20, max_body_bytes=2000)
+    ann, bob = (connect(url, key) for key in KEYS)
+    large = bytes(range(256)) * 8192  # 2 MiB, over the limit of other bodies
+    first = ann.files.create(file=("a/../lines \u00e9.jsonl", large), purpose="batch")
+    assert (first.bytes, first.filename, first.purpose, first.status) == (
+        len(large),
+        "lines é.jsonl",
+        "batch",
+        "processed",
+    )
+    assert first.expires_at is None
+    second = ann.files.create(
+        file=("prompts.txt", b"a red circle\n"),
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert second.expires_at == second.created_at + 3600
+
+    assert ann.files.retrieve(first.id) == first
+    assert ann.files.content(first.id).read() == large
+    assert [file.id for file in ann.files.list()] == [second.id, first.id]
+    assert [file.id for file in ann.files.list(order="asc", limit=1)] == [first.id, second.id]  # the client turns pages
+    assert [file.id for file in ann.files.list(purpose="fine-tune")] == [second.id]
+
+    assert list(bob.files.list()) == []
+    for ask in (bob.files.retrieve, bob.files.content, bob.files.delete):
+        with pytest.raises(openai.NotFoundError, match="no file"):
+            ask(first.id)
+    assert ann.files.delete(first.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        ann.files.content(first.id)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [second.id]
+
+
+def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
+    url = serve(data=tmp_path, max_file_bytes=1000)
+    client = connect(url)
+    with pytest.raises(openai.BadRequestError) as empty:
+        client.files.create(file=("lines.jsonl", b""), purpose="batch")
+    assert (empty.value.param, empty.value.code) == ("file", "empty_file")
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.files.create(file=UPLOAD["file"], purpose="vision")
+    assert unknown.value.param == "purpose"
+    for length in (1001, 1 << 20):  # known once it is read, and before
+        with pytest.raises(openai.APIStatusError) as large:
+            client.files.create(file=("lines.jsonl", b"." * length), purpose="batch")
+        assert large.value.status_code == 413
+    with pytest.raises(openai.BadRequestError) as half:
+        client.files.create(**UPLOAD, extra_body={"expires_after": {"anchor": "created_at"}})
+    assert half.value.param == "expires_after"
+    assert httpx.post(f"{url}/v1/files", json={"purpose": "batch"}).json()["error"]["param"] == "file"
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_without_a_data_folder_nothing_is_kept_and_the_answer_says_so(serve, connect):
+    client = connect(serve())
+    with pytest.raises(openai.NotFoundError, match="data folder") as none:
+        client.files.list()
+    assert none.value.code == "jobs_disabled"
+
+
+def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
+    database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    database.migrate()
+    files = Files(database, tmp_path / "files", max_bytes=10, quota_bytes=15)
+    upload = tmp_path / "upload"
+    upload.write_bytes(b"1234567890")
+    now = int(time.time())
+
+    def add(owner: str) -> str:
+        with upload.open("rb") as source:
+            kept = files.add(source, owner=owner, purpose="batch", filename="x", now=now, lifetime=3600)
+        return kept.id
+
+    first = add("ann")
+    with pytest.raises(Forbidden, match="quota of 15"):
+        add("ann")
+    add("bob")
+    (tmp_path / "files" / "file-unfinished.part").write_bytes(b"1")
+    files.sweep(now + 3599)
+    assert files.path(first).exists()
+    files.sweep(now + 3600)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["file-unfinished.part"]
+    files.sweep(now + 90_000)
+    assert list((tmp_path / "files").iterdir()) == []
+    add("ann")
+    database.close()
