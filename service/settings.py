@@ -69,9 +69,9 @@ class Settings(BaseSettings):
     rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
     cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
     public_url: str | None = None  # how clients reach the server, for links; none takes the request's own
-    artefacts: str | None = None  # folder or fsspec URL of images given as links; none is a folder while it runs
+    artefacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
     artefact_seconds: _Count = 3600  # how long such a link lasts
-    artefact_secret: SecretStr | None = None  # signs the links; none draws one at each start
+    artefact_secret: SecretStr | None = None  # signs the links; none draws one, and keeps it in the data folder
     safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of one's own
     provenance: Literal["none", "origin", "prompt"] = "origin"  # said in images: software, model and seed; the prompt
     c2pa_certificates: Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed

@@ -13,7 +13,7 @@ from service.settings import Settings
 KEY = "sk-a-key-for-tests"
 
 
-def test_no_request_breaks_the_description():
+def test_no_request_breaks_the_description(tmp_path):
     quick = settings(
         max_examples=20,
         deadline=None,
@@ -22,11 +22,17 @@ def test_no_request_breaks_the_description():
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    app = create_app(Settings(api_keys=[KEY]), local(Simulator(call_seconds=0, image_seconds=0)))
+    app = create_app(Settings(api_keys=[KEY], data=tmp_path), local(Simulator(call_seconds=0, image_seconds=0)))
     with serving(app) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         operations = [result.ok() for result in schema.get_all_operations()]
-        assert {operation.path for operation in operations} >= {"/v1/images/generations", "/v1/models", "/readyz"}
+        assert {operation.path for operation in operations} >= {
+            "/v1/images/generations",
+            "/v1/files",
+            "/v1/batches",
+            "/v1/models",
+            "/readyz",
+        }
         for operation in operations:
 
             @quick
