@@ -123,6 +123,7 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
 
 def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path):
     gate = threading.Event()
+    gate.set()
 
     class Gated(Simulator):
         """Makes one image, and no other while the gate is shut."""
@@ -134,6 +135,7 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
 
     url = serve(Gated(0, 0), data=tmp_path, max_batch=1, batch_lines_at_once=8, unfinished_batches_per_key=1)
     client = connect(url)
+    gate.clear()
     batch = submit(client, [line("one", seed=1)] + [line(f"{i}", seed=i) for i in range(10, 20)])
     with pytest.raises(openai.RateLimitError, match="unfinished"):
         client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
