@@ -426,6 +426,8 @@ class Batches:
                 raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")
             if body.response_format == "b64_json":
                 raise InvalidRequest("a batch answers with links", "body.response_format", "invalid_value")
+            if body.timeout is not None:
+                raise InvalidRequest("a batch takes its time", "body.timeout", "invalid_value")
             order = Order.of(body, self._service.card(body.model))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
@@ -440,7 +442,7 @@ class Batches:
             count = len(order.seeds)
             drawn = int.from_bytes(_digest(batch_id, number)) % (MAX_SEED - count)
             order = replace(order, seeds=range(drawn, drawn + count))
-        return Request(number, read.custom_id, replace(order, priority=Priority.BATCH))
+        return Request(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
 
     def _answers(self, batch_id: str) -> Iterator[Line]:
         """All answers by number, some at a time."""
