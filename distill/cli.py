@@ -33,6 +33,8 @@ scenes = typer.Typer(help="The small world that ships with the project.", no_arg
 app.add_typer(scenes, name="scenes")
 prompts = typer.Typer(help="Look at prompts before they are encoded.", no_args_is_help=True)
 app.add_typer(prompts, name="prompts")
+cifar10 = typer.Typer(help="CIFAR-10 in pixels, from its own binary files.", no_args_is_help=True)
+app.add_typer(cifar10, name="cifar10")
 
 _IMAGES = (
     "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
@@ -285,32 +287,56 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.", metavar="PROMPT")] = None,
     file: Annotated[str | None, typer.Option(help=f"More prompts: {_SOURCE}")] = None,
     student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, in place of a student.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("runs/images"),
+    count: Annotated[
+        int | None, typer.Option(help="Images to make, going round the prompts; one of each if not given.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
     batch: Annotated[int, typer.Option(help="Images made together; it changes none of them.", min=1)] = 16,
     grid: Annotated[Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of an image; more than 1 for flow map students.", min=1)] = 1,
+    steps: Annotated[
+        int, typer.Option(help="Steps of an image; more than 1 for flow map students and teachers.", min=1)
+    ] = 1,
+    guidance: Annotated[float | None, typer.Option(help="Teacher's scale; what its folder says if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
-    """Make an image of each prompt with a student, in one step.
+    """Make an image of each prompt: with a student in one step, or with a teacher in many.
 
     Files are named by index and seed, and hold prompt and seed as text. An image's prompt with its seed makes it again.
     """
+    from functools import partial
+    from itertools import cycle, islice
+
     from distill.console import image_bar
     from distill.device import resolve_device
-    from distill.errors import PromptError
+    from distill.errors import ConfigError, PromptError
+    from distill.evaluate.judge import Generate
+    from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
     from distill.generate import generate_images
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
     from distill.prompts import read_prompts
 
+    if student is not None and teacher is not None:
+        raise ConfigError("--student and --teacher are both given; one model makes the images")
     texts = [*(prompts or ()), *(read_prompts(file) if file is not None else ())]
     if not texts:
         raise PromptError("there is nothing to make; give prompts, or --file with a source of them")
-    pipeline = OneStepPipeline.load(student or SHIPPED_STUDENT, resolve_device(device))
+    texts = list(islice(cycle(texts), count or len(texts)))
+    where = resolve_device(device)
+    if teacher is not None:
+        sampler = TeacherSampler(teacher, where)
+        setting = Setting(steps, sampler.spec.guidance if guidance is None else guidance)
+        make: Generate = partial(sampler.generate, setting)
+        truncated = sampler.truncated
+    else:
+        pipeline = OneStepPipeline.load(student or SHIPPED_STUDENT, where)
+        pipeline.spec.check_steps(steps)
+        make, truncated = student_sampler(pipeline, steps), pipeline.truncated
     with image_bar("images", len(texts)) as bar:
-        for made in generate_images(pipeline, texts, seed, batch, out, grid, steps):
+        for made in generate_images(make, texts, seed, batch, out, grid):
             bar.update(made)
-    cut = sum(pipeline.truncated(texts))
+    cut = sum(truncated(texts))
     if cut:
         typer.echo(f"{cut} prompts are over the token limit; the model sees their beginnings.")
     typer.echo(f"The images are in {out}." if grid is None else f"The images are in {out}, the grid is {grid}.")
@@ -627,6 +653,62 @@ def show(
     images = render([place(prompt, rng) for prompt in prompts])
     save_png(labelled_grid([("scene", images)], [wording(prompt, rng) for prompt in prompts]), out)
     typer.echo(f"The grid is {out}.")
+
+
+_CIFAR10 = "Folder of CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."
+_CONDITIONAL = "Captions are the classes' names; without, one word for all."
+
+
+@cifar10.command("teacher")
+def cifar10_teacher(
+    data: Annotated[Path, typer.Argument(help=_CIFAR10)],
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path(
+        "runs/cifar10-teacher"
+    ),
+    images: Annotated[int, typer.Option(help="Images that it is trained on.", min=1)] = 51_200_000,
+    batch: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 128,
+    conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
+    layers: Annotated[int, typer.Option(help="Blocks of the transformer.", min=1)] = 12,
+    heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")] = False,
+) -> None:
+    """Train a pixel-space teacher of CIFAR-10 from nothing, in Stable Diffusion 3's own format.
+
+    The same command continues a training that was stopped, a larger budget continues a finished one.
+    """
+    from distill.checkpoint import claimed
+    from distill.cifar10.teacher import TeacherRecipe, train_teacher
+    from distill.console import image_bar
+    from distill.device import resolve_device
+
+    recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
+    training = train_teacher(data, recipe, out, resolve_device(device), compiled)
+    with claimed(out), image_bar("teacher", images) as bar, _asked_to_stop() as asked:
+        for progress in training:
+            bar.update(progress.images, progress.figures)
+            if asked:
+                progress.save()
+                raise _stopped(progress.images, asked)
+    typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distils it.")
+
+
+@cifar10.command("images")
+def cifar10_images(
+    data: Annotated[Path, typer.Argument(help=_CIFAR10)],
+    out: Annotated[Path, typer.Option(help="Folder of the images and their captions.")],
+    test: Annotated[bool, typer.Option("--test", help="Those of the test batch.")] = False,
+    conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
+) -> None:
+    """Write its images as PNG with their captions: for `distill score --reference`, and as `real.source` of a run."""
+    from distill.cifar10.data import write_images
+    from distill.console import image_bar
+
+    with image_bar("images", 10_000 if test else 50_000) as bar:
+        for written in write_images(data, out, conditional, test):
+            bar.update(written)
+    typer.echo(f"The images are in {out}.")
 
 
 @prompts.command()

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def judged(
         figures = {name: answers.judgement for name, answers in result.students.items()}
         return Outcome(costs, result.teacher, figures, result.picture())
 
-    texts = list(read_prompts(config.prompts.source, SHOWN, config.prompts.seed))
+    texts = list(islice(cycle(read_prompts(config.prompts.source, SHOWN, config.prompts.seed)), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)
     setting = Setting(steps, sampler.spec.guidance)

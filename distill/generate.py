@@ -1,46 +1,44 @@
-"""Images for people: a student, prompts and seeds in, PNG files out that say what they were made of."""
+"""Images for people: a model, prompts and seeds in, PNG files out that say what they were made of."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from distill.errors import DistillError
+from distill.evaluate.judge import Generate
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.files import aside
-from distill.pipeline import OneStepPipeline
 
 GRID = 64  # images in a grid at most; they are held in memory for it
 
 
 def generate_images(
-    pipeline: OneStepPipeline,
+    generate: Generate,
     prompts: Sequence[str],
     seed: int,
     batch: int,
     out: Path,
     grid: Path | None = None,
-    steps: int = 1,
 ) -> Iterator[int]:
     """Write `<index>-<seed>.png` for each prompt, seeds counting up from `seed`, and yield how many are written.
 
-    An image depends on its prompt and its seed alone: `batch` changes nothing in it, and its seed given with its
-    prompt makes it again. Raises DistillError when the disk refuses; nothing half-written keeps a final name. More
-    `steps` than one are for students of any step; others raise ConfigError.
+    A student's image depends on its prompt and its seed alone: `batch` changes nothing in it, and its seed given with
+    its prompt makes it again. Raises DistillError when the disk refuses; nothing half-written keeps a final name.
     """
     shown = []
     for start in range(0, len(prompts), batch):
         texts = prompts[start : start + batch]
         seeds = range(seed + start, seed + start + len(texts))
-        images = pipeline(texts, seeds, steps=steps)
+        images = generate(texts, seeds)
         for i, (text, own, image) in enumerate(zip(texts, seeds, images, strict=True), start):
-            save_image(Image.fromarray(image.numpy()), text, own, out / f"{i:05d}-{own}.png")
+            save_image(Image.fromarray(image), text, own, out / f"{i:05d}-{own}.png")
         if grid is not None:
             shown.append(images[: max(0, GRID - start)])
         yield start + len(texts)
     if grid is not None:
-        tiles = torch.cat(shown).numpy()
+        tiles = np.concatenate(shown)
         try:
             save_png(labelled_grid([("", tiles)], prompts[:GRID]), grid)
         except OSError as error:

@@ -8,6 +8,7 @@ and at the end `student/`. The same call continues a run.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -239,7 +240,9 @@ class _Watch:
         self._judged = config.prompts.source == "scenes" and self._shape == spec.latent_shape_of(SIZE, SIZE)
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions
-        self._texts = list(read_prompts(config.prompts.source, GRID, config.prompts.seed))
+        # Fewer prompts than a grid has places come round again, with seeds of their own.
+        few = read_prompts(config.prompts.source, min(GRID, config.prompts.count), config.prompts.seed)
+        self._texts = list(islice(cycle(few), GRID))
         every = dict.fromkeys([*self._texts, *questions.texts]) if self._judged else self._texts
         self._conditions = {prompt: text.encode([prompt]) for prompt in every}
 

@@ -8,7 +8,7 @@ os.environ["SERVICE_DATA"] = "none"  # servers keep nothing, but where a test gi
 from pathlib import Path
 
 import pytest
-from tiny import make_teacher
+from tiny import make_clip, make_teacher
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all three text encoders and 6 T5 tokens."""
     return make_teacher(tmp_path_factory.mktemp("teachers") / "tiny-t5", t5=True, max_sequence_length=6)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model's folder, named tiny-clip."""
+    return make_clip(tmp_path_factory.mktemp("models") / "tiny-clip")

@@ -3,6 +3,7 @@
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.errors import ConfigError, DistillError, PromptError
+from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
 from distill.generate import generate_images
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
@@ -55,7 +57,7 @@ def test_a_grid_shows_them_all(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_image_that_was_there(tmp_path: Path) -> None:
-    pipeline = OneStepPipeline.load(SHIPPED_STUDENT)
+    pipeline = student_sampler(OneStepPipeline.load(SHIPPED_STUDENT))
     list(generate_images(pipeline, ["a red circle"], 0, 1, tmp_path))
     before = files(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -90,3 +92,19 @@ def test_more_steps_than_one_are_refused_for_a_student_of_one(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="one step; set steps to 1, not 4"):
         generate("a red circle", "--steps", 4, "--out", tmp_path)
     assert not files(tmp_path)
+
+
+def test_prompts_come_round_to_as_many_images_as_asked_for(teacher: Path, tmp_path: Path) -> None:
+    words = ["a red circle", "a blue square", "--count", 3, "--out", tmp_path / "out", "--teacher", teacher]
+    assert generate(*words, "--steps", 2, "--guidance", 1).exit_code == 0
+    pictures = {}
+    for path in sorted((tmp_path / "out").iterdir()):
+        with Image.open(path) as image:
+            pictures[image.info["seed"]] = (image.info["prompt"], np.asarray(image).astype(int))
+    assert [pictures[seed][0] for seed in "012"] == ["a red circle", "a blue square", "a red circle"]
+    sampler = TeacherSampler(teacher, torch.device("cpu"))
+    for seed, (prompt, pixels) in pictures.items():
+        alone = sampler.generate(Setting(2, 1.0), [prompt], [int(seed)])[0]
+        assert abs(alone - pixels).max() <= 1  # a teacher rounds differently in a batch
+    with pytest.raises(ConfigError, match="one model makes the images"):
+        generate("a star", "--teacher", teacher, "--student", SHIPPED_STUDENT, "--out", tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import CLIP_LENGTH, WORDS
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 from typer.testing import CliRunner
 
 from distill.cli import app
@@ -95,23 +95,6 @@ def test_images_there_are_not_asked_for_again(prompts, tmp_path) -> None:
         done = list(render(read_questions(prompts), generate, {"model": "m"}, images, 10, 4, tmp_path / "out"))
         assert done[-1] == 2 * images
     assert asked == [10, 11, 12, 14, 13, 15]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of 8x8 patches on 16x16 pixels, with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    tokenizer = build_clip_tokenizer(WORDS, CLIP_LENGTH)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**size, **ids, "max_position_embeddings": CLIP_LENGTH}
-    torch.manual_seed(0)
-    vision = {**size, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPImageProcessorPil(**sides).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def make_images(folder: Path, count: int, seed: int, bright: int = 255) -> Path:

@@ -11,7 +11,7 @@ from tiny import stock_pipeline
 
 from distill.errors import CheckpointError
 from distill.scenes.captions import vocabulary
-from distill.scenes.train import COARSE, FINE, Denoiser, TeacherRecipe, refine, train_teacher
+from distill.scenes.train import COARSE, FINE, TOKENS, TeacherRecipe, make_denoiser, refine, train_teacher
 from distill.scenes.vae import Progress, VaeRecipe, train_vae
 from distill.spec import read_spec
 from distill.tokenizer import build_clip_tokenizer
@@ -61,8 +61,8 @@ def test_another_recipe_does_not_continue_a_training(trained: Path) -> None:
 
 def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> None:
     torch.manual_seed(0)
-    tokenizer = build_clip_tokenizer(vocabulary(), 16)
-    coarse, fine = (Denoiser(len(tokenizer), tokenizer.eos_token_id, patch) for patch in (COARSE, FINE))
+    tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
+    coarse, fine = (make_denoiser(tokenizer, patch) for patch in (COARSE, FINE))
     torch.nn.init.normal_(coarse.transformer.proj_out.weight)
     refine(coarse, fine)
     # An image that repeats in every quadrant of a patch enters as half of what it was, positions and bias aside.

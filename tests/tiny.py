@@ -11,6 +11,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     T5Config,
@@ -80,6 +83,21 @@ def make_teacher(
     pipeline.save_pretrained(folder)
     if max_sequence_length is not None:
         (folder / "onestep.json").write_text(json.dumps({"max_sequence_length": max_sequence_length}))
+    return folder
+
+
+def make_clip(folder: Path) -> Path:
+    """Save a CLIP of 8x8 patches on 16x16 pixels, with random weights."""
+    tokenizer = build_clip_tokenizer(WORDS, CLIP_LENGTH)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**size, **ids, "max_position_embeddings": CLIP_LENGTH}
+    torch.manual_seed(0)
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessorPil(**sides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

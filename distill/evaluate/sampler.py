@@ -67,6 +67,10 @@ class TeacherSampler:
         latents = sample(u, z, self._text.encode(prompts), setting.steps, self.spec.shift)
         return to_images(decode_latents(self._vae, latents))
 
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """For each prompt, whether the model sees only its beginning."""
+        return self._text.truncated(prompts)
+
     @torch.no_grad()
     def encode(self, images: Images) -> torch.Tensor:
         """Latents (N, C, h, w) of images."""

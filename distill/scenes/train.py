@@ -1,44 +1,32 @@
 """`distill teacher`: the world's teacher in Stable Diffusion 3's own format, trained from nothing.
 
-First the autoencoder (`vae.py`), then the transformer together with two small CLIP text encoders, by flow matching
-on latents that are encoded once: x_t = (1 - t) x_0 + t eps, |v(x_t, t, c) - (eps - x_0)|^2, logit-normal t, one
-caption in ten dropped so that guidance has its null prompt, and an exponential moving average of all weights.
+First the autoencoder (`vae.py`), then the transformer together with two small CLIP text encoders (`denoiser.py`), on
+latents that are encoded once.
 
 The transformer learns coarse to fine: on large patches, where an image is 16 tokens and cheap, it learns which words
 mean which colours and places; then the same blocks go on with small patches, 64 tokens, and learn exact shapes.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer
 
-from distill.device import fast_bfloat16
-from distill.flow import interpolate, logit_normal, noise
+from distill.denoiser import Denoiser, Recipe, averaged, fit, save_pipeline, tokenize
+from distill.flow import noise
 from distill.scenes.captions import Prompt, evaluation_prompts, sample_prompt, vocabulary, wording
 from distill.scenes.render import place, render
 from distill.scenes.score import score
-from distill.scenes.state import load_state, save_state
-from distill.scenes.vae import Progress, ema, encode_mean, to_images
+from distill.scenes.vae import Progress, encode_mean, to_images
 from distill.teacher import decode_latents, guided, sample
-from distill.text import TextCondition
 from distill.tokenizer import build_clip_tokenizer
 
 TOKENS = 16  # CLIP tokens of a prompt, start and end included
@@ -48,7 +36,7 @@ CHANNELS = 4  # of the latents
 
 
 @dataclass(frozen=True)
-class TeacherRecipe:
+class TeacherRecipe(Recipe):
     """How the transformer and its text encoders are trained; `images` of which the first `coarse_images` are coarse."""
 
     images: int = 1_600_000
@@ -65,66 +53,24 @@ class TeacherRecipe:
     seed: int = 2
 
 
-class Denoiser(nn.Module):
-    """Transformer and text encoders as one module: prompts' token ids in, velocity out."""
-
-    def __init__(self, vocabulary_size: int, end: int, patch: int) -> None:
-        super().__init__()
-        config = CLIPTextConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=96,
-            intermediate_size=384,
-            projection_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=TOKENS,
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        self.text_encoder = CLIPTextModelWithProjection(config)
-        self.text_encoder_2 = CLIPTextModelWithProjection(deepcopy(config))
-        self.transformer = SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=patch,
-            in_channels=CHANNELS,
-            out_channels=CHANNELS,
-            num_layers=4,
-            num_attention_heads=11,
-            attention_head_dim=16,
-            joint_attention_dim=192,
-            caption_projection_dim=176,
-            pooled_projection_dim=192,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-        )
-
-    def encode(self, ids: Tensor) -> TextCondition:
-        """Token ids (B, TOKENS) to what SD3 makes of them: penultimate states side by side, pooled projections."""
-        outputs = [e(ids, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
-        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return TextCondition(embeds, torch.cat([output.text_embeds for output in outputs], dim=-1))
-
-    def velocity(self, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-        """Velocity (B, 4, 16, 16) at x_t and t in [0, 1]."""
-        out: Tensor = self.transformer(x_t, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
-        return out
-
-    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Velocity for token ids; the form that is trained and compiled."""
-        return self.velocity(x_t, t, self.encode(ids))
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, TOKENS)."""
-    batch = tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    ids: Tensor = batch.input_ids
-    return ids
-
-
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where the device computes it faster than fp32, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device) else nullcontext()
+def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
+    """The world's model, untrained, on patches of a side."""
+    return Denoiser(
+        tokenizer,
+        width=96,
+        layers=2,
+        transformer={
+            "sample_size": 16,
+            "patch_size": patch,
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "num_layers": 4,
+            "num_attention_heads": 11,
+            "attention_head_dim": 16,
+            "caption_projection_dim": 176,
+            "pos_embed_max_size": 8,
+        },
+    )
 
 
 def scene_latents(
@@ -175,72 +121,31 @@ def train_teacher(
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
     prompts, latents = scene_latents(vae, recipe, folder, device)
-    averaged: Any = None
+
+    def sample_scenes(rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        rows = rng.integers(len(prompts), size=recipe.batch)
+        dropped = rng.random(recipe.batch) < recipe.caption_dropout
+        texts = ["" if drop else wording(prompts[i], rng) for i, drop in zip(rows, dropped, strict=True)]
+        return latents[torch.from_numpy(rows)], texts
+
+    best: Any = None
     for patch, first, last in ((COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)):
-        model = Denoiser(len(tokenizer), tokenizer.eos_token_id, patch)
-        if averaged is not None:
-            refine(averaged, model)
+        model = make_denoiser(tokenizer, patch)
+        if best is not None:
+            refine(best, model)
         model.to(device)
-        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema(recipe.ema))
-        averaged = average.module
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=recipe.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        modules: dict[str, nn.Module] = {"model": model, "ema": average}
+        average = averaged(model, recipe.ema)
+        best = average.module
         state = folder / f"patch-{patch}-state"
-        images = max(first, load_state(state, modules, optimizer, recipe))
-        forward = torch.compile(model) if compiled else model
+        for progress in fit(model, average, tokenizer, sample_scenes, recipe, state, device, compiled, first, last):
+            if progress.images >= last or progress.images // recipe.batch % 1000 == 0:
+                progress.figures.update(quick_score(best, vae, tokenizer, device, 2.5, recipe.per_task, True, 16))
+            yield progress
 
-        while images < last:
-            # 1. data: every step from its own seed, so that a resumed run draws the same
-            step = images // recipe.batch
-            rng = np.random.default_rng((recipe.seed, 1, step))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            rows = rng.integers(len(prompts), size=recipe.batch)
-            dropped = rng.random(recipe.batch) < recipe.caption_dropout
-            texts = ["" if drop else wording(prompts[i], rng) for i, drop in zip(rows, dropped, strict=True)]
-            ids = tokenize(tokenizer, texts).to(device)
-            x_0 = latents[torch.from_numpy(rows)].to(device)
-            eps = torch.randn(x_0.shape, generator=generator).to(device)
-            t = logit_normal(recipe.batch, recipe.time_mean, recipe.time_std, generator=generator).to(device)
-
-            # 2. flow matching
-            with autocast(device):
-                v = forward(interpolate(x_0, eps, t), t, ids)
-            loss = F.mse_loss(v.float(), eps - x_0)
-
-            # 3. step: warm up, hold, and decay over the last four tenths
-            done = (images - first) / (last - first)
-            rate = min(1.0, ((images - first) / recipe.batch + 1) / 300, (1 - done) / 0.4)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * rate
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            average.update_parameters(model)
-            images += recipe.batch
-            step += 1
-
-            # 4. report and keep
-            finished = images >= last
-            figures: dict[str, float] = {}
-            if finished or step % 100 == 0:
-                figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
-            save = partial(save_state, state, modules, optimizer, images, recipe)
-            if finished or step % 1000 == 0:
-                save()
-                figures |= quick_score(averaged, vae, tokenizer, device, 2.5, recipe.per_task, True, 16)
-            yield Progress(images, recipe.images, figures, save)
-
-    save_pipeline(averaged, vae, tokenizer, folder)
+    save_pipeline(best, vae, tokenizer, folder)
     record = {
         "max_sequence_length": T5_TOKENS,
-        "guidance": best_guidance(averaged, vae, tokenizer, recipe.per_task, device),
+        "guidance": best_guidance(best, vae, tokenizer, recipe.per_task, device),
     }
     (folder / "onestep.json").write_text(json.dumps({**record, "recipe": asdict(recipe)}, indent=2) + "\n")
 
@@ -286,21 +191,3 @@ def best_guidance(
     scales = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     scores = [quick_score(model, vae, tokenizer, device, g, per_task, False, 28)["overall"] for g in scales]
     return scales[int(np.argmax(scores))]
-
-
-def save_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the pipeline folder, fp16 safetensors, as stock diffusers loads it."""
-    vae = deepcopy(vae)
-    vae.register_to_config(_name_or_path="")  # else the folder it was trained in travels along
-    pipeline = StableDiffusion3Pipeline(
-        transformer=deepcopy(model.transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
-        vae=vae,
-        text_encoder=deepcopy(model.text_encoder),
-        tokenizer=tokenizer,
-        text_encoder_2=deepcopy(model.text_encoder_2),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
