@@ -1,41 +1,76 @@
-"""Our server against a naive one, in the same run: requests/s, latencies, and their ratio.
+"""Our server beside two others in the same run: requests/s, latencies, and what is left of the engine's own rate.
 
-The naive server is what a first afternoon gives: FastAPI, stock `StableDiffusion3Pipeline`, one call a request, a lock.
-Both serve the same student on the same device to the same clients, each in a process of its own.
+`naive` is what a first afternoon gives: FastAPI, stock `StableDiffusion3Pipeline`, one call a request, a lock.
+`litserve` is LitServe with the same stock pipeline and its own batching. All serve the same student on the same device
+to the same clients, one server at a time, each in a process of its own; `engine` is ours without HTTP and without
+image formats.
 
-    python benchmarks/serve.py [--clients 16] [--requests 200] [--model FOLDER] [--json]
+    pip install -e .[bench]
+    python benchmarks/serve.py [--clients 1 8 32 128] [--seconds 10] [--model FOLDER] [--json]
 """
 
 import argparse
 import base64
 import io
 import json
-import socket
-import subprocess
+import os
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-import numpy as np
+from service.bench import Load, free_port, load_engine, load_server, own_server
+from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[1] / "distill" / "scenes" / "weights" / "student"
+MAX_BATCH = 16  # of LitServe's batches, as of ours
+BATCH_SECONDS = 0.01  # that LitServe waits for company
+
+
+class Stock:
+    """A student in stock diffusers."""
+
+    def __init__(self, folder: str) -> None:
+        import torch
+        from diffusers import StableDiffusion3Pipeline
+
+        self._record = json.loads((Path(folder) / "onestep.json").read_text())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        without_t5 = {} if (Path(folder) / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
+        self._pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, **without_t5
+        ).to(device)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def answer(self, bodies: Sequence[dict]) -> list[dict]:
+        """Images of requests, as PNG in the Images format."""
+        import torch
+
+        size = self._record["image_size"]
+        images = self._pipeline(
+            [body["prompt"] for body in bodies],
+            num_inference_steps=1,
+            guidance_scale=0,
+            height=size,
+            width=size,
+            max_sequence_length=self._record["max_sequence_length"],
+            generator=[torch.Generator().manual_seed(body["seed"]) for body in bodies],
+        ).images
+        answers = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            answers.append({"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]})
+        return answers
 
 
 def naive(model: str, port: int) -> None:
     """Serve a student one request at a time."""
-    import torch
     import uvicorn
-    from diffusers import StableDiffusion3Pipeline
     from fastapi import FastAPI
 
-    record = json.loads((Path(model) / "onestep.json").read_text())
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        model, text_encoder_3=None, tokenizer_3=None, local_files_only=True, dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    stock = Stock(model)
     lock = threading.Lock()
     app = FastAPI()
 
@@ -45,86 +80,83 @@ def naive(model: str, port: int) -> None:
 
     @app.post("/v1/images/generations")
     def generate(body: dict) -> dict:
-        size = record["image_size"]
         with lock:
-            image = pipeline(
-                body["prompt"],
-                num_inference_steps=1,
-                guidance_scale=0,
-                height=size,
-                width=size,
-                max_sequence_length=record["max_sequence_length"],
-                generator=torch.Generator().manual_seed(body["seed"]),
-            ).images[0]
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return {"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]}
+            return stock.answer([body])[0]
 
     uvicorn.run(app, port=port, log_level="warning")
 
 
-def measure(command: list[str], port: int, clients: int, requests: int) -> dict[str, float]:
-    """Start a server, load it, stop it."""
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # stdout is for the figures
-    try:
-        while True:
-            try:
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                if server.poll() is not None:
-                    sys.exit(f"{command} ended with {server.returncode}")
-            time.sleep(0.1)
-        with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=clients)) as client:
+def litserve(model: str, port: int) -> None:
+    """Serve a student in LitServe's batches."""
+    import litserve
 
-            def ask(i: int) -> float:
-                started = time.perf_counter()
-                body = {"prompt": f"a red circle left of a blue star, number {i}", "seed": i}  # caches know none
-                client.post(f"{url}/v1/images/generations", json=body).raise_for_status()
-                return time.perf_counter() - started
+    class Api(litserve.LitAPI):
+        def setup(self, device: str) -> None:
+            self.stock = Stock(model)
 
-            with ThreadPoolExecutor(clients) as pool:
-                list(pool.map(ask, range(clients)))  # warm
-                started = time.perf_counter()
-                latencies = list(pool.map(ask, range(clients, clients + requests)))
-                elapsed = time.perf_counter() - started
-    finally:
-        server.terminate()
-        server.wait()
-    p50, p95 = np.quantile(latencies, [0.5, 0.95])
-    return {"requests_per_second": requests / elapsed, "p50_seconds": float(p50), "p95_seconds": float(p95)}
+        def batch(self, inputs: list[dict]) -> list[dict]:
+            return inputs
+
+        def predict(self, x: list[dict]) -> list[dict]:
+            return self.stock.answer(x)
+
+        def unbatch(self, output: list[dict]) -> list[dict]:
+            return output
+
+    api = Api(max_batch_size=MAX_BATCH, batch_timeout=BATCH_SECONDS, api_path="/v1/images/generations")
+    server = litserve.LitServer(api, accelerator="auto", healthcheck_path="/readyz", timeout=120)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+
+
+OTHERS = {"naive": naive, "litserve": litserve}
+
+
+def figures(load: Load) -> dict[str, float]:
+    """What is told of a load."""
+    quantiles = {f"p{100 * share:.0f}_seconds": load.quantile(share) for share in (0.5, 0.95, 0.99)}
+    return {"requests_per_second": load.rate, **quantiles}
 
 
 def main() -> None:
-    """Measure both and print the ratio."""
+    """Measure all, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED))
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--beside", nargs="*", choices=OTHERS, default=list(OTHERS))
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--naive-port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=OTHERS, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.naive_port:
-        naive(arguments.model, arguments.naive_port)
+    if arguments.serve:
+        OTHERS[arguments.serve](arguments.model, arguments.port)
         return
-    ports = []
-    for _ in range(2):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            ports.append(free.getsockname()[1])
-    ours = [sys.executable, "-m", "service.cli", "serve", "--model", arguments.model, "--port", str(ports[0])]
-    theirs = [sys.executable, __file__, "--model", arguments.model, "--naive-port", str(ports[1])]
-    results = {
-        "service": measure(ours, ports[0], arguments.clients, arguments.requests),
-        "naive": measure(theirs, ports[1], arguments.clients, arguments.requests),
-    }
-    ratio = results["service"]["requests_per_second"] / results["naive"]["requests_per_second"]
+    settings = Settings(models=(Path(arguments.model),))
+    results = {"engine": [figures(load_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
+    for name in ("service", *arguments.beside):
+        port = free_port()
+        command = [sys.executable, "-m", "service.cli", "serve", "--model", arguments.model, "--port", str(port)]
+        if name in OTHERS:
+            command = [sys.executable, os.path.abspath(__file__), "--serve", name]
+            command += ["--model", arguments.model, "--port", str(port)]
+        with own_server(command, port) as url:
+            results[name] = [figures(load_server(url, n, arguments.seconds)) for n in arguments.clients]
     if arguments.json:
-        print(json.dumps({**results, "ratio": ratio}, indent=2))
+        print(json.dumps({"clients": arguments.clients, **results}, indent=2))
         return
-    for name, figures in results.items():
-        print(f"{name:8}", "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
-    print(f"ratio    {ratio:.2f} times the requests/s with {arguments.clients} clients")
+    print("| clients | " + " | ".join(f"{name}: req/s, p50, p99 ms" for name in results) + " | ours over |")
+    print("|---" * (len(results) + 2) + "|")
+    for i, clients in enumerate(arguments.clients):
+        cells = [
+            f"{each[i]['requests_per_second']:.1f}, {1000 * each[i]['p50_seconds']:.0f}, "
+            f"{1000 * each[i]['p99_seconds']:.0f}"
+            for each in results.values()
+        ]
+        own = results["service"][i]["requests_per_second"]
+        ratios = [
+            f"{name} {own / each[i]['requests_per_second']:.2f}" for name, each in results.items() if name != "service"
+        ]
+        print(f"| {clients} | " + " | ".join(cells) + f" | {', '.join(ratios)} |")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def read_student(folder: Path | str) -> OneStepSpec:
 class OneStepPipeline:
     """A student on a device. Every stage is a method of its own, so that a server can overlap them.
 
-    A prompt and a seed give the same image, to the bit, alone and in any batch. Matrix products round differently in
-    batches of different size, so every stage computes blocks of one size, `rows`, and fills the last one up.
+    Stages compute blocks of as many images as a rung of `ladder` says, and fill the last one up. Matrix products round
+    differently in blocks of different size, so with one rung a prompt and a seed give the same image, to the bit, alone
+    and in any batch; with several, images may differ in their last bits and a lone one costs less.
     """
 
     def __init__(
@@ -96,13 +97,15 @@ class OneStepPipeline:
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL,
-        rows: int,
+        ladder: Sequence[int],
     ) -> None:
         self.spec = spec
-        self.rows = rows
+        self.ladder = tuple(sorted(ladder))
         self._text = text
         self._transformer = transformer
         self._vae = vae
+        # Convolutions on a CPU gain nothing from company, and larger blocks leave its caches.
+        self._decode_ladder = (1,) if vae.device.type == "cpu" else self.ladder
 
     @classmethod
     def load(
@@ -110,24 +113,31 @@ class OneStepPipeline:
         folder: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        rows: int | None = None,
+        ladder: Sequence[int] | None = None,
+        compiled: bool = False,
     ) -> Self:
         """Load a student folder; dtype None is bf16 on GPUs, fp32 elsewhere.
 
-        `rows` is the number of images computed together; None is 4 for small images and 1 for those that fill a
-        device alone. Raises TeacherError for a folder that is not a whole student.
+        `ladder` are the numbers of images computed together; None is 4 for small images and 1 for those that fill a
+        device alone. `compiled` has torch compile the network and the decoder, for each rung and size when it is first
+        met, which takes minutes. Raises TeacherError for a folder that is not a whole student.
         """
         spec = read_student(folder)
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if rows is None:
-            rows = 4 if spec.image_tokens < FILLING_TOKENS else 1
+        if ladder is None:
+            ladder = (4,) if spec.image_tokens < FILLING_TOKENS else (1,)
         text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length)
         transformer = load_transformer(folder, dtype, device)
         if spec.any_step:
             load_second_time(transformer, Path(folder))
-        return cls(spec, text, transformer, load_vae(folder, dtype, device), rows)
+        vae = load_vae(folder, dtype, device)
+        if compiled:
+            shapes = len(ladder) * len(spec.sizes)
+            transformer.compile(dynamic=False, recompile_limit=shapes)
+            vae.decoder.compile(dynamic=False, recompile_limit=shapes)
+        return cls(spec, text, transformer, vae, ladder)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether the model sees only its beginning."""
@@ -139,7 +149,7 @@ class OneStepPipeline:
 
     def encode(self, prompts: Sequence[str]) -> TextCondition:
         """Conditions of prompts, one row each."""
-        parts = [self._text.encode([prompts[i] for i in block]) for block in self._blocks(len(prompts))]
+        parts = [self._text.encode([prompts[i] for i in block]) for block in _blocks(len(prompts), self.ladder)]
         return TextCondition.cat(parts)[: len(prompts)]
 
     @torch.no_grad()
@@ -165,10 +175,10 @@ class OneStepPipeline:
         z = z.to(self._transformer.device)
         v = partial(velocity, self._transformer)
         if steps == 1:
-            return torch.cat([one_step(v, z[block], cond[block]) for block in self._blocks(len(z))])[: len(z)]
+            return torch.cat([one_step(v, z[block], cond[block]) for block in _blocks(len(z), self.ladder)])[: len(z)]
         times = torch.linspace(1, 0, steps + 1, device=z.device)
         parts = []
-        for block in self._blocks(len(z)):
+        for block in _blocks(len(z), self.ladder):
             x = z[block]
             for t, s in pairwise(times):
                 x = jump(v, x, t.expand(len(x)), s.expand(len(x)), cond[block])
@@ -182,7 +192,7 @@ class OneStepPipeline:
         Raises DivergedError when one of them is not finite.
         """
         parts = []
-        for block in self._blocks(len(latents)):
+        for block in _blocks(len(latents), self._decode_ladder):
             pixels = decode_latents(self._vae, latents[block]).float()
             if not pixels.isfinite().all():
                 where = f"{self.spec.name} in {self._vae.dtype}"
@@ -191,11 +201,6 @@ class OneStepPipeline:
                 )
             parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(parts)[: len(latents)]
-
-    def _blocks(self, count: int) -> Iterator[Tensor]:
-        """Indices of the rows to compute together; the last block repeats the last row until it is full."""
-        for start in range(0, count, self.rows):
-            yield torch.arange(start, start + self.rows).clamp(max=count - 1)
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The size meant, the native one for None. Raises SizeError for one that the student was not trained for."""
@@ -216,3 +221,12 @@ class OneStepPipeline:
     ) -> Tensor:
         """Images, uint8 (B, H, W, 3), of prompts and seeds; more `steps` than one for a student of any step."""
         return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
+
+
+def _blocks(count: int, ladder: Sequence[int]) -> Iterator[Tensor]:
+    """Indices of the rows to compute together, as many as a rung; the last block repeats the last row until full."""
+    start = 0
+    while start < count:
+        size = next((rung for rung in ladder if rung >= count - start), ladder[-1])
+        yield torch.arange(start, start + size).clamp(max=count - 1)
+        start += size

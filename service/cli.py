@@ -107,6 +107,84 @@ def serve(
     )
 
 
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Argument(help="Folder of the profiles; the server's `profiles` setting names it.")],
+    model: Annotated[list[Path] | None, typer.Option(help="Student folder; repeat for more.")] = None,
+    devices: Annotated[str | None, typer.Option("--devices", "--device", help="As of `serve`.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Largest batch to measure [16].")] = None,
+    config: Annotated[Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings.")] = None,
+) -> None:
+    """Measure seconds by stage, and memory, of every size and batch of each model on each device.
+
+    A server that is started with SERVICE_PROFILES=FOLDER makes no batch that was not measured, or, with
+    SERVICE_P95_SECONDS, that would be too slow; and it knows from its first request on how long the queue will take.
+    What the folder knows already is shown without measuring; delete a file to have it measured again.
+
+        fgm-service profile profiles --max-batch 8
+
+        SERVICE_PROFILES=profiles SERVICE_P95_SECONDS=0.5 fgm-service serve
+    """
+    from service.engine.launch import processes
+    from service.settings import read_settings
+
+    given = {"profiles": out, "models": tuple(model or ()) or None, "devices": devices, "max_batch": max_batch}
+    settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
+    workers = processes(settings).start()
+    print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
+    for worker in workers:
+        for t in worker.ready.timings:
+            stages = "".join(f"{1000 * t.seconds[stage]:10.2f}" for stage in ("text", "model", "vae"))
+            size = f"{t.width}x{t.height}"
+            rate, memory = t.batch / t.total, t.memory_bytes / 1e6
+            print(f"{worker.name:11} {t.model:25} {size:10} {t.batch:5}{stages}{rate:10.1f}{memory:11.0f}")
+        worker.end()
+
+
+@app.command()
+def bench(
+    url: Annotated[str | None, typer.Option(help="A running server; none starts one of the shipped student.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="That ask at once, each again when it is answered.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time of the load.")] = 10.0,
+    key: Annotated[str | None, typer.Option(envvar="SERVICE_KEY", help="API key of the server.")] = None,
+) -> None:
+    """Load a server with requests that no cache knows; print requests/s, latencies and batches.
+
+    Without --url it starts a server of its own, with the SERVICE_ variables that are set, and before it the engine
+    alone: `share of the engine` is what is left of the engine's rate after HTTP and image formats.
+
+        fgm-service bench --clients 8 --seconds 20
+
+        fgm-service bench --url http://127.0.0.1:8000 --key fgm-...
+    """
+    import contextlib
+
+    from service.bench import free_port, load_engine, load_server, own_server, samples
+    from service.settings import read_settings
+
+    with contextlib.ExitStack() as stack:
+        engine = None
+        if url is None:
+            engine = load_engine(read_settings({}), clients, seconds)
+            port = free_port()
+            url = stack.enter_context(
+                own_server([sys.executable, "-m", "service.cli", "serve", "--port", str(port)], port)
+            )
+        before = samples(url)
+        load = load_server(url, clients, seconds, key)
+        after = samples(url)
+        batches, images = (after[name] - before[name] for name in ("fgm_batch_images_count", "fgm_batch_images_sum"))
+    print(f"clients              {clients}")
+    print(f"requests/s           {load.rate:.1f}")
+    for share in (0.5, 0.95, 0.99):
+        print(f"p{100 * share:.0f} ms               {1000 * load.quantile(share):.1f}")
+    print(f"refused              {load.refused}")
+    print(f"images in a batch    {images / max(batches, 1):.1f}")
+    if engine is not None:
+        print(f"engine alone/s       {engine.rate:.1f}")
+        print(f"share of the engine  {load.rate / engine.rate:.2f}")
+
+
 @keys.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],

@@ -12,6 +12,7 @@ import torch
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.cache import Cache
+from service.engine.messages import Tuning
 from service.errors import StartError
 
 
@@ -22,10 +23,10 @@ class StudentBackend:
     memory that it lets go of is no longer read.
     """
 
-    def __init__(self, folder: Path, name: str | None, device: torch.device, prompt_cache_bytes: int) -> None:
-        self._pipeline = OneStepPipeline.load(folder, device)
+    def __init__(self, folder: Path, name: str | None, device: torch.device, tuning: Tuning) -> None:
+        self._pipeline = OneStepPipeline.load(folder, device, ladder=tuning.ladder or None, compiled=tuning.compiled)
         self._device = device
-        self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(prompt_cache_bytes)
+        self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(tuning.prompt_cache_bytes)
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
             for stage in ("text", "model", "vae"):
@@ -40,8 +41,13 @@ class StudentBackend:
             sizes=spec.sizes,
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
-            rows=self._pipeline.rows,
+            rows=self._pipeline.ladder[0],
         )
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
+        )
+        blocks = "-".join(map(str, self._pipeline.ladder))
+        self.setup = f"{where}-blocks-{blocks}{'-compiled' if tuning.compiled else ''}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Conditions on the device; a prompt that was seen lately is not encoded again."""
@@ -103,7 +109,7 @@ class StudentBackend:
             raise DeviceLost(str(error)) from error
 
 
-def load_backend(folder: str | None, name: str | None, device: str, prompt_cache_bytes: int) -> StudentBackend:
+def load_backend(folder: str | None, name: str | None, device: str, tuning: Tuning) -> StudentBackend:
     """A backend for a student folder, the shipped one if None, under its own name or another. Slow.
 
     Raises StartError for a folder that cannot be loaded.
@@ -111,6 +117,6 @@ def load_backend(folder: str | None, name: str | None, device: str, prompt_cache
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), prompt_cache_bytes)
+        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), tuning)
     except Exception as error:  # a foreign folder, no such device, too little memory: none is the server's end
         raise StartError(f"model {folder or SHIPPED_STUDENT} on {device}: {error}") from error

@@ -23,6 +23,7 @@ from service.logs import LogFormat
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
+Determinism = Literal["strict", "fast"]
 
 
 def _rates(text: str) -> str:
@@ -49,9 +50,17 @@ class Settings(BaseSettings):
     models: tuple[Path, ...] = ()  # student folders; none is the student that ships
     students: Path | None = None  # folder whose student folders may be loaded by /v1/admin/models
     aliases: dict[str, str] = {}  # further names: {"gpt-image-1": "scenes-student"}
-    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is the first GPU, or the CPU
+    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is all GPUs, or the CPU
     replicas: _Count = 1  # workers on each device
+    threads: _Count | None = None  # CPU threads of each stage of a worker; none shares the cores out
+    determinism: Determinism = (
+        "strict"  # fast: a lone image costs less, and differs in its last bits from one in company
+    )
+    compile: bool = False  # the network and the decoder by torch; the start takes minutes longer
+    simulate: Path | None = None  # profile whose model and times the simulator plays
     max_batch: _Count = 16  # images in one call of the network
+    p95_seconds: _Seconds | None = None  # batches are kept so small that a request met by a full device is this fast
+    profiles: Path | None = None  # folder of measured times; made where it has none of a device and model
     queue_limit: Annotated[int, Field(ge=10)] = 512  # images waiting at most; the largest request must fit
     queue_limit_per_key: Annotated[int, Field(ge=10)] | None = None  # the same for each API key; none is no less
     timeout_seconds: _Seconds = 60.0  # from arrival to answer, where a request does not say; refused if it cannot be

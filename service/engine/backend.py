@@ -1,5 +1,6 @@
 """What makes pixels: the `Backend` protocol, and a timed simulator for load tests and clients without a model."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,23 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What a batch of a size takes of a device."""
+
+    model: str
+    width: int
+    height: int
+    batch: int
+    seconds: dict[str, float]  # by stage: text, model, vae
+    memory_bytes: int  # that the process held of the device after it
+
+    @property
+    def total(self) -> float:
+        """Seconds from the prompts to the pixels."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
 class Text:
     """Encoded prompts: what the network takes of them, and what a client is told."""
 
@@ -43,6 +61,7 @@ class Backend(Protocol):
     """
 
     card: Card
+    setup: str  # what times depend on besides the model: device, data type, threads, blocks
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts to what the network takes."""
@@ -65,23 +84,37 @@ class DeviceLost(Exception):
 
 
 class Simulator:
-    """A backend that takes the time of a model and paints one colour per seed."""
+    """A backend that takes the time of a model and paints one colour per seed.
 
-    def __init__(self, call_seconds: float = 0.01, image_seconds: float = 0.002, fails_on: str | None = None) -> None:
-        self.card = Card("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1)
+    The times are a constant for each call and one for each image, or those that were measured of the model of `card`.
+    """
+
+    setup = "simulator"
+
+    def __init__(
+        self,
+        call_seconds: float = 0.01,
+        image_seconds: float = 0.002,
+        fails_on: str | None = None,
+        card: Card = Card("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1),
+        timings: Sequence[Timing] = (),
+    ) -> None:
+        self.card = card
+        self._timings = timings
         self._call_seconds = call_seconds
         self._image_seconds = image_seconds
         self._fails_on = fails_on
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """A token a word, start and end."""
+        self._pass("text", len(prompts), *self.card.sizes[0])
         words = [len(prompt.split()) + 2 for prompt in prompts]
         limit = self.card.token_limit
         return Text(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
 
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
         """Takes its time; raises for a prompt that holds the text that it was told to fail on."""
-        time.sleep(self._call_seconds + self._image_seconds * len(seeds))
+        self._pass("model", len(seeds), width, height)
         if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
             raise RuntimeError("simulated failure")
         return list(seeds), width, height
@@ -89,6 +122,7 @@ class Simulator:
     def decode(self, latents: Any) -> Pixels:
         """Flat images."""
         seeds, width, height = latents
+        self._pass("vae", len(seeds), width, height)
         colours = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
         return np.stack([np.broadcast_to(colour, (height, width, 3)) for colour in colours])
 
@@ -98,3 +132,13 @@ class Simulator:
 
     def close(self) -> None:
         """It holds nothing."""
+
+    def _pass(self, stage: str, images: int, width: int, height: int) -> None:
+        """Take a stage's time for so many images, in whole blocks."""
+        known = [timing for timing in self._timings if (timing.width, timing.height) == (width, height)]
+        if known:
+            blocks = math.ceil(images / self.card.rows) * self.card.rows
+            seconds = [timing.seconds[stage] for timing in known]
+            time.sleep(float(np.interp(blocks, [timing.batch for timing in known], seconds)))
+        elif stage == "model":
+            time.sleep(self._call_seconds + self._image_seconds * images)

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import messages
-from service.engine.backend import Card, Pixels
+from service.engine.backend import Card, Pixels, Timing
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
 from service.engine.launch import Fleet, Launch, Worker
-from service.engine.messages import Advanced, Beat, Failed, Load, Loaded, Made, NotLoaded, Reply, Run, Timing, Unload
+from service.engine.messages import Advanced, Beat, Failed, Load, Loaded, Made, NotLoaded, Reply, Run, Unload
+from service.engine.profile import batch_cap
 from service.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -214,11 +215,11 @@ class Engine:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
         ready = workers[0].ready
-        for card, order in zip(ready.cards, self._fleet.models, strict=True):
-            self._add(card, [timing for timing in ready.timings if timing.model == card.name], order)
         own = self._settings
         owner_limit = own.queue_limit_per_key or own.queue_limit
         self._batcher = Batcher(own.max_batch, own.queue_limit, owner_limit, self._rows, own.linger_seconds)
+        for card, order in zip(ready.cards, self._fleet.models, strict=True):
+            self._add(card, [timing for timing in ready.timings if timing.model == card.name], order)
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
             seat = await _connect(worker)
             self._join(seat)
@@ -349,7 +350,15 @@ class Engine:
         self._cards[card.name] = card
         self._models[card.name] = order
         self._rows[card.name] = card.rows
-        self._seconds |= {Key(timing.model, timing.width, timing.height): timing.seconds for timing in timings}
+        own = self._settings
+        # Who meets a full device waits for the batch in it and the one behind, then for the own one.
+        slowest = own.p95_seconds and own.p95_seconds / (AHEAD + 1)
+        for width, height in card.sizes:
+            key = Key(card.name, width, height)
+            known = [timing for timing in timings if (timing.width, timing.height) == (width, height)]
+            self._seconds[key] = known[-1].total / known[-1].batch
+            if own.profiles or own.p95_seconds:
+                self._batcher.lower_cap(key, batch_cap(known, slowest))
 
     def _card(self, model: str) -> Card:
         card = self.cards.get(model)

@@ -1,6 +1,7 @@
 """Starting workers: as processes, or as threads of this process for backends that are already here."""
 
 import contextlib
+import ctypes
 import os
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import numpy as np
 
 from service.engine import worker
 from service.engine.backend import Backend, Pixels
-from service.engine.messages import Channel, Load, Ready, Refused, Start
+from service.engine.messages import Channel, Load, Ready, Refused, Start, Tuning
+from service.engine.profile import ladder_of
 from service.engine.worker import SLOT_BYTES, Loader, loader
 from service.errors import StartError
 from service.settings import Settings
@@ -148,13 +150,15 @@ class Fleet:
 
 def processes(settings: Settings) -> Fleet:
     """A worker process for each device and replica."""
-    names = [device.strip() for device in settings.devices.split(",")] * settings.replicas
-    # Side by side, workers on CPUs share the cores; every image is computed by the same number of threads.
-    threads = max(1, (os.cpu_count() or 1) // len(names))
+    names = _devices(settings.devices) * settings.replicas
+    # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
+    # the same number of threads.
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
+    tuning = tuning_of(settings)
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[Load]) -> Worker:
-            told = Start(device, models, settings.prompt_cache_bytes)
+            told = Start(device, models, tuning)
             return start_process(device, told, threads, settings.worker_silence_seconds)
 
         return start
@@ -163,10 +167,38 @@ def processes(settings: Settings) -> Fleet:
     return Fleet([launch(name) for name in names], models or [Load(None)])
 
 
+def tuning_of(settings: Settings) -> Tuning:
+    """What the settings tell every worker."""
+    batches = ladder_of(settings.max_batch)
+    profiled = settings.profiles is not None or settings.p95_seconds is not None
+    return Tuning(
+        settings.prompt_cache_bytes,
+        ladder=batches if settings.determinism == "fast" else (),
+        compiled=settings.compile,
+        batches=batches if profiled else (),
+        profiles=str(settings.profiles.absolute()) if settings.profiles else None,
+        simulate=str(settings.simulate.absolute()) if settings.simulate else None,
+    )
+
+
+def _devices(names: str) -> list[str]:
+    """The devices named; `auto` is every GPU that CUDA's driver shows, or what torch finds where there is no driver."""
+    if names != "auto":
+        return [name.strip() for name in names.split(",")]
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # counting takes no context, and no torch in this process
+    except OSError:
+        return ["auto"]
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return ["auto"]
+    return [f"cuda:{i}" for i in range(count.value)] or ["auto"]
+
+
 def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fleet:
     """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
     given = {backend.card.name: backend for backend in backends}
-    others = loader(device, prompt_cache_bytes=0)
+    others = loader(device, Tuning())
 
     def load(order: Load) -> Backend:
         return others(order) if order.folder is not None or order.name is None else given[order.name]

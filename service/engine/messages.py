@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from service.engine.backend import Card
+from service.engine.backend import Card, Timing
 
 _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
@@ -27,12 +27,23 @@ class Unload(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class Tuning(msgspec.Struct, frozen=True):
+    """How a worker computes, and what it times before it takes work."""
+
+    prompt_cache_bytes: int = 0
+    ladder: Sequence[int] = ()  # images computed together; none leaves it to the model, one number for all batches
+    compiled: bool = False
+    batches: Sequence[int] = ()  # that are timed; none is one block alone
+    profiles: str | None = None  # folder of what was measured before
+    simulate: str | None = None  # profile that a simulator plays
+
+
 class Start(msgspec.Struct, frozen=True):
     """What a worker process is told on its command line, as JSON."""
 
     device: str
     models: Sequence[Load]
-    prompt_cache_bytes: int
+    tuning: Tuning
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
@@ -45,15 +56,6 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     width: int
     height: int
     slot: int
-
-
-class Timing(msgspec.Struct, frozen=True):
-    """Seconds that one image of a size takes, measured at the start in a block of the model's own size."""
-
-    model: str
-    width: int
-    height: int
-    seconds: float
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from service.engine.backend import Backend, DeviceLost, Simulator, Text
+from service.engine.backend import Backend, DeviceLost, Simulator, Text, Timing
 from service.engine.messages import (
     Advanced,
     Beat,
@@ -38,9 +38,10 @@ from service.engine.messages import (
     Refused,
     Run,
     Start,
-    Timing,
+    Tuning,
     Unload,
 )
+from service.engine.profile import measure, read_profile, recall
 from service.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -63,18 +64,24 @@ class _Job:
 _Jobs = Queue[_Job | None]  # None: the server has hung up
 _Changes = Queue[Load | Unload | None]
 Loader = Callable[[Load], Backend]  # raises StartError
+Clock = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
 
 
-def serve(channel: Channel, memory: int, models: Sequence[Load], load: Loader) -> None:
-    """Load the models, run each once, then make what is asked for until the server hangs up."""
+def warm_up(backend: Backend) -> Sequence[Timing]:
+    """Run a block of every size, and time it."""
+    return measure(backend, (), repeats=1)
+
+
+def serve(channel: Channel, memory: int, models: Sequence[Load], load: Loader, clock: Clock = warm_up) -> None:
+    """Load the models, run and time each, then make what is asked for until the server hangs up."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(channel, backends, ended), name="beat", daemon=True)
     beats.start()
     try:
-        loaded = [_add(backends, order, load) for order in models]
+        loaded = [_add(backends, order, load, clock) for order in models]
         channel.send(Ready([each.card for each in loaded], [timing for each in loaded for timing in each.timings]))
-        _work(channel, memory, backends, load)
+        _work(channel, memory, backends, load, clock)
     except StartError as error:
         channel.send(Refused(str(error)))
     except OSError:
@@ -84,33 +91,14 @@ def serve(channel: Channel, memory: int, models: Sequence[Load], load: Loader) -
         beats.join()
 
 
-def warm_up(backend: Backend) -> list[Timing]:
-    """Run the real path of every size twice, a whole block each: the first run pays for what is made once.
-
-    Raises StartError when a run fails.
-    """
-    timings = []
-    rows = backend.card.rows
-    for width, height in backend.card.sizes:
-        for _ in range(2):
-            began = time.monotonic()
-            try:
-                text = backend.encode([""] * rows)
-                backend.decode(backend.denoise(text.conditions, range(rows), width, height))
-            except Exception as error:
-                raise StartError(f"{backend.card.name} fails at {width}x{height}: {error}") from error
-        timings.append(Timing(backend.card.name, width, height, (time.monotonic() - began) / rows))
-    return timings
-
-
-def _add(backends: dict[str, Backend], order: Load, load: Loader) -> Loaded:
+def _add(backends: dict[str, Backend], order: Load, load: Loader, clock: Clock) -> Loaded:
     """Load a model and run it, then take it among the others. Raises StartError when that fails."""
     backend = load(order)
     name = backend.card.name
     if name in backends:
         message = f"{order.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
         raise StartError(message)
-    timings = warm_up(backend)
+    timings = clock(backend)
     backends[name] = backend
     return Loaded(backend.card, timings)
 
@@ -124,7 +112,7 @@ def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Ev
             return
 
 
-def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loader) -> None:
+def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loader, clock: Clock) -> None:
     """Read batches and pass them through the stages; a stage waits for the next one to be free."""
 
     def text(job: _Job) -> None:
@@ -153,7 +141,7 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
         for stage in ((text, encoding, denoising.put), (model, denoising, advance), (vae, decoding, answer))
     ]
     changes = _Changes()
-    threading.Thread(target=_change, args=(channel, backends, load, changes), name="models", daemon=True).start()
+    threading.Thread(target=_change, args=(channel, backends, load, clock, changes), name="models", daemon=True).start()
     for stage in stages:
         stage.start()
     while (order := channel.next_order()) is not None:
@@ -168,13 +156,13 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
         stage.join()
 
 
-def _change(channel: Channel, backends: dict[str, Backend], load: Loader, changes: _Changes) -> None:
+def _change(channel: Channel, backends: dict[str, Backend], load: Loader, clock: Clock, changes: _Changes) -> None:
     """The thread that loads and unloads, one model after the other."""
     while (order := changes.get()) is not None:
         match order:
             case Load():
                 try:
-                    answer: Loaded | NotLoaded = _add(backends, order, load)
+                    answer: Loaded | NotLoaded = _add(backends, order, load, clock)
                 except StartError as error:
                     answer = NotLoaded(str(error))
                 _tell(channel.send, answer)
@@ -207,22 +195,38 @@ def _tell(say: Callable[[Any], None], what: Any) -> None:
         log.info("the server is gone")
 
 
-def loader(device: str, prompt_cache_bytes: int) -> Loader:
+def loader(device: str, tuning: Tuning) -> Loader:
     """What loads models on a device; torch is imported with the first."""
-    if device == "simulator":
-        return _simulate
 
     def load(order: Load) -> Backend:
-        from service.registry import load_backend
-
-        return load_backend(order.folder, order.name, device, prompt_cache_bytes)
+        return _simulate(order, tuning) if device == "simulator" else _student(order, device, tuning)
 
     return load
 
 
-def _simulate(order: Load) -> Backend:
-    """A simulator that stands for the student of a folder."""
+def clock_of(tuning: Tuning) -> Clock:
+    """What times a model: a folder that may know it, or the model itself."""
+
+    def clock(backend: Backend) -> Sequence[Timing]:
+        if tuning.profiles:
+            return recall(backend, tuning.batches, Path(tuning.profiles))
+        return measure(backend, tuning.batches, repeats=1)
+
+    return clock
+
+
+def _student(order: Load, device: str, tuning: Tuning) -> Backend:
+    from service.registry import load_backend
+
+    return load_backend(order.folder, order.name, device, tuning)
+
+
+def _simulate(order: Load, tuning: Tuning) -> Backend:
+    """A simulator that stands for the student of a folder, or for the model of a profile and its times."""
     simulator = Simulator()
+    if tuning.simulate:
+        profile = read_profile(Path(tuning.simulate))
+        simulator = Simulator(card=profile.card, timings=profile.timings)
     if order.folder is not None:
         try:
             name = str(json.loads((Path(order.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
@@ -239,7 +243,7 @@ def main() -> None:
     descriptor, memory, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
     told = msgspec.json.decode(start, type=Start)
-    serve(channel, int(memory), told.models, loader(told.device, told.prompt_cache_bytes))
+    serve(channel, int(memory), told.models, loader(told.device, told.tuning), clock_of(told.tuning))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
 
 

@@ -50,7 +50,7 @@ class Gate(Simulator):
         self.open, self.asked = threading.Event(), []
 
     def denoise(self, conditions, seeds, width, height):
-        if any(conditions):
+        if not conditions[0].startswith("warm-up"):
             self.asked.append(list(seeds))
             assert self.open.wait(30)
         return super().denoise(conditions, seeds, width, height)

@@ -135,3 +135,19 @@ def test_ten_times_what_it_can_take_is_refused_and_what_it_took_is_answered():
 
     metrics = run(local(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
     assert value(metrics, "refusals_total", reason="queue_full") >= 400
+
+
+def test_batches_keep_to_what_was_measured_fast_enough():
+    class Counting(Simulator):
+        sizes: ClassVar[list[int]] = []
+
+        def denoise(self, conditions, seeds, width, height):
+            self.sizes.append(len(seeds))
+            return super().denoise(conditions, seeds, width, height)
+
+    async def test(engine: Engine) -> None:
+        Counting.sizes.clear()
+        await asyncio.gather(*(make(engine, seed) for seed in range(40)))
+        assert max(Counting.sizes) == 1  # the only one that was timed
+
+    run(local(Counting(0, 0)), test, p95_seconds=1)

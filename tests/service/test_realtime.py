@@ -43,7 +43,7 @@ class Gate(Simulator):
         self.entered, self.open, self.asked = threading.Event(), threading.Event(), []
 
     def denoise(self, conditions, seeds, width, height):
-        if any(conditions):
+        if not conditions[0].startswith("warm-up"):
             self.asked += conditions
             self.entered.set()
             assert self.open.wait(30)

@@ -22,6 +22,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, local, processes
+from service.engine.messages import Tuning
 from service.errors import GenerationFailed, InvalidRequest
 from service.registry import load_backend
 from service.settings import Settings
@@ -69,7 +70,7 @@ def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
 def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, fleet, connect):
     prompts = ["a red circle", "a blue square", "a green star"] * 20
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # what each of two workers gets
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))  # what each stage of two workers gets
     expected = OneStepPipeline.load(student)(prompts, range(60)).numpy()
     torch.set_num_threads(before)
     client = connect(url)
@@ -88,7 +89,7 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
 
 
 def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student):
-    backend = load_backend(str(student), None, "cpu", 1 << 20)
+    backend = load_backend(str(student), None, "cpu", Tuning(1 << 20))
     first = backend.encode(["a", "b", "a"])
     again = backend.encode(["b", "c"])
     assert (first.hits, again.hits) == (0, 1)
@@ -97,7 +98,7 @@ def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
-    backend = load_backend(str(student), None, "cpu", 0)
+    backend = load_backend(str(student), None, "cpu", Tuning(0))
     conditions = backend.encode(["a", "b"]).conditions
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
@@ -105,7 +106,7 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
 
 
 def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
-    backend = load_backend(str(student), None, "cpu", 0)
+    backend = load_backend(str(student), None, "cpu", Tuning())
     decode = backend._pipeline._vae.decode
 
     def overflowing(latents, **options):
@@ -129,7 +130,7 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
 
 
 def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
-    backend = load_backend(str(student), "other", "cpu", 1 << 20)
+    backend = load_backend(str(student), "other", "cpu", Tuning(1 << 20))
     assert backend.card.name == "other"
     weights = weakref.ref(backend._pipeline)
     backend.encode(["a"])

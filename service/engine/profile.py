@@ -1,0 +1,114 @@
+"""What a device takes for batches of each size: measured once, and kept on disk by device and model."""
+
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from service.engine.backend import Backend, Card, Timing
+from service.errors import StartError
+
+REPEATS = 3  # of which the median counts; the first run of a size, which pays for what is made once, does not
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """A model's times on one device, sizes as the card has them and batches growing."""
+
+    format: Literal[1]
+    setup: str
+    card: Card
+    timings: Sequence[Timing]
+
+
+def ladder_of(max_batch: int) -> list[int]:
+    """Powers of two up to a number, and the number."""
+    return [*(2**i for i in range((max_batch - 1).bit_length())), max_batch]
+
+
+def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) -> list[Timing]:
+    """Time every size with each number of images, in whole blocks; this is also what warms a device up.
+
+    A number that the device has too little memory for ends its size. Raises StartError when a run fails otherwise, or
+    when not even the smallest number fits.
+    """
+    rows = backend.card.rows
+    whole = sorted({-(-batch // rows) * rows for batch in (rows, *batches)})
+    timings = []
+    for width, height in backend.card.sizes:
+        for batch in whole:
+            try:
+                timings.append(_time(backend, width, height, batch, repeats))
+            except Exception as error:
+                if isinstance(error, MemoryError) and batch > rows:
+                    break
+                raise StartError(f"{backend.card.name} fails at {width}x{height}: {error}") from error
+    return timings
+
+
+def recall(backend: Backend, batches: Sequence[int], folder: Path) -> list[Timing]:
+    """What the folder knows of a backend; measured and written where it knows nothing. The block runs in any case."""
+    path = profile_path(folder, backend)
+    if path.exists():
+        measure(backend, (), repeats=1)
+        # A copy of a model under another name has the same digest.
+        return [replace(timing, model=backend.card.name) for timing in read_profile(path).timings]
+    profile = Profile(1, backend.setup, backend.card, measure(backend, batches))
+    write_profile(path, profile)
+    return list(profile.timings)
+
+
+def batch_cap(timings: Sequence[Timing], seconds: float | None) -> int:
+    """The largest batch that was measured of a size and takes no longer; the smallest if all do."""
+    inside = [timing.batch for timing in timings if seconds is None or timing.total <= seconds]
+    return max(inside, default=min(timing.batch for timing in timings))
+
+
+def profile_path(folder: Path, backend: Backend) -> Path:
+    """Where a backend's profile lies: its name tells the setup and the model's files."""
+    setup = re.sub(r"[^A-Za-z0-9]+", "-", backend.setup).strip("-")
+    return folder / f"{setup}.{backend.card.digest[:16]}.json"
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises StartError for a file that is no profile."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Profile)
+    except (OSError, msgspec.DecodeError) as error:
+        raise StartError(f"{path} is no profile ({error}); make one with `fgm-service profile`") from None
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write it whole or not at all; workers that start side by side may write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}", delete=False) as file:
+        aside = Path(file.name)
+        try:
+            file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
+            file.close()
+            aside.replace(path)
+        except BaseException:
+            aside.unlink()
+            raise
+
+
+def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -> Timing:
+    """Run a batch once for what is made once, then so many times."""
+    runs = [_run(backend, width, height, [f"warm-up {i} {row}" for row in range(batch)]) for i in range(repeats + 1)]
+    middle = sorted(runs[1:], key=lambda seconds: sum(seconds.values()))[repeats // 2]
+    return Timing(backend.card.name, width, height, batch, middle, backend.memory_bytes())
+
+
+def _run(backend: Backend, width: int, height: int, prompts: Sequence[str]) -> dict[str, float]:
+    """Seconds of each stage. The prompts are ones that no cache knows."""
+    began = time.perf_counter()
+    text = backend.encode(prompts)
+    encoded = time.perf_counter()
+    latents = backend.denoise(text.conditions, range(len(prompts)), width, height)
+    denoised = time.perf_counter()
+    backend.decode(latents)
+    return {"text": encoded - began, "model": denoised - encoded, "vae": time.perf_counter() - denoised}
