@@ -1,5 +1,6 @@
 """Images that are answered with as links: kept in any place that fsspec knows, behind signed names that expire."""
 
+import contextlib
 import hashlib
 import hmac
 import re
@@ -19,7 +20,7 @@ class Artefacts:
 
     def __init__(self, url: str, secret: bytes, lifetime: int) -> None:
         """`url` is a folder or what fsspec takes (`s3://bucket/folder`); `lifetime` in seconds."""
-        self._files, self._root = fsspec.url_to_fs(url)
+        self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False)  # other servers write there too
         self._secret = secret
         self._lifetime = lifetime
         self._files.makedirs(self._root, exist_ok=True)
@@ -49,9 +50,14 @@ class Artefacts:
     def sweep(self, now: float) -> int:
         """Delete what has expired and say how many files that was; leaves files alone that are not ours."""
         swept = 0
-        for path in self._files.ls(self._root, detail=False):
+        try:
+            paths = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:  # an object store knows no empty folder
+            return 0
+        for path in paths:
             found = _NAME.fullmatch(path.rsplit("/", 1)[-1])
             if found is not None and now >= int(found[1]):
-                self._files.rm_file(path)
-                swept += 1
+                with contextlib.suppress(FileNotFoundError):  # another server was faster
+                    self._files.rm_file(path)
+                    swept += 1
         return swept

@@ -6,6 +6,7 @@ import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import httpx
 import pytest
 from PIL import Image
@@ -69,6 +70,15 @@ def test_artefacts_expire_and_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [new, "other.txt"]
     same = Artefacts(f"file://{tmp_path}", b"secret", 100)  # another replica with the secret
     assert same.read(new, store.sign(new), 1120.0) == (b"data", "png")
+
+
+def test_a_sweep_finds_nothing_where_an_object_store_shows_no_folder():
+    store = Artefacts("memory://links", b"secret", 100)
+    files = fsspec.filesystem("memory")
+    files.rm("links", recursive=True)
+    assert store.sweep(0) == 0
+    store.save(b"one", "png", 1000)
+    assert store.sweep(1100) == 1
 
 
 def test_a_stream_is_one_completed_event(api, connect):
