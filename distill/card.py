@@ -27,26 +27,26 @@ def licence_of(folder: Path) -> dict[str, str]:
 def card(record: Mapping[str, Any], spec: TeacherSpec, licence: Mapping[str, str], adapter: bool) -> str:
     """The card as text: a YAML header for the hub, then Markdown. `adapter` says whether the folder holds one too."""
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **licence}
-    side = record["image_size"]
+    width, height = record["sizes"][0]
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {record["name"]}
 
 A one-step student of `{record["teacher"]}`, distilled with {record["method"]} over {record["images_seen"]:,} images.
-It makes {side}x{side} pixels in one call of the network, without guidance.
+It makes {width}x{height} pixels in one call of the network, without guidance.
 
 {"".join((*_use(record, spec, adapter), *_made_of(record), *_figures(record), *_licence(record, licence)))}"""
 
 
 def _use(record: Mapping[str, Any], spec: TeacherSpec, adapter: bool) -> Iterator[str]:
     absent = "" if spec.has_t5 else ", text_encoder_3=None, tokenizer_3=None"
-    name, side, length = record["name"], record["image_size"], record["max_sequence_length"]
+    name, (width, height), length = record["name"], record["sizes"][0], record["max_sequence_length"]
     yield f"""## Use
 
 ```python
 from distill.pipeline import OneStepPipeline
 
-images = OneStepPipeline.load("{name}")(["a prompt"], seeds=[0])  # uint8 (1, {side}, {side}, 3)
+images = OneStepPipeline.load("{name}")(["a prompt"], seeds=[0])  # uint8 (1, {height}, {width}, 3)
 ```
 
 The same in stock diffusers, where the text length must be given:
@@ -56,7 +56,7 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained("{name}"{absent})
 image = pipeline(
-    "a prompt", num_inference_steps=1, guidance_scale=0, height={side}, width={side}, max_sequence_length={length}
+    "a prompt", num_inference_steps=1, guidance_scale=0, height={height}, width={width}, max_sequence_length={length}
 ).images[0]
 ```
 

@@ -156,6 +156,16 @@ class Run(BaseModel):
             raise ValueError("sizes: real images are kept at the teacher's native size alone; leave sizes or real out")
         return self
 
+    @model_validator(mode="after")
+    def _differentiable(self) -> Self:
+        kernel = self.networks.attention
+        if kernel in ("flash", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
+            raise ValueError(
+                f"networks.attention {kernel} has no forward-mode derivative, which {self.method.name} takes; "
+                "take sdpa or math"
+            )
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as YAML takes them."""
         plain = self.model_dump(mode="json", exclude={"method"})
@@ -232,6 +242,9 @@ def _explain(error: ValidationError) -> str:
         del where[1:2]
     if first["type"] == "extra_forbidden":
         return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
+    if first["type"] == "union_tag_not_found":
+        kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
+        return f"networks.kind is missing; with other keys of networks, set it to {kinds}"
     given = f", not {first['input']!r}" if where else ""
     return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
 

@@ -243,7 +243,7 @@ class _Watch:
         # Fewer prompts than a grid has places come round again, with seeds of their own.
         few = read_prompts(config.prompts.source, min(GRID, config.prompts.count), config.prompts.seed)
         self._texts = list(islice(cycle(few), GRID))
-        every = dict.fromkeys([*self._texts, *questions.texts]) if self._judged else self._texts
+        every = dict.fromkeys([*self._texts, *(questions.texts if self._judged else ())])
         self._conditions = {prompt: text.encode([prompt]) for prompt in every}
 
     def look(self, progress: Progress) -> None:

@@ -34,6 +34,7 @@ def test_overrides_reach_nested_keys():
         ("scenes", "method.alfa=1", ["method.alfa", "did you mean 'alpha'"]),
         ("scenes", "method.guidance.techer=1", ["method.guidance.techer", "did you mean 'teacher'"]),
         ("scenes", "networks.checkpoint=1", ["'networks.checkpoint'", "did you mean 'checkpointing'"]),
+        ("scenes-debug", "networks.attention=math", ["networks.kind is missing", "full or lora"]),
         ("scenes", "networks.kind=lo", ["networks", "lora"]),
         ("scenes", "optimizer.kind=lion", ["optimizer.kind", "adam-8bit"]),
         ("scenes", "sizes=[[64]]", ["sizes"]),
@@ -52,6 +53,14 @@ def test_mistakes_are_named(name, override, words):
     with pytest.raises(ConfigError) as caught:
         load_config(name, [override])
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "xformers"])
+def test_kernels_without_a_forward_derivative_are_refused_where_one_is_taken(kernel):
+    own = ["method={name: flow_map}", "networks.kind=full"]
+    with pytest.raises(ConfigError, match=f"attention {kernel} has no forward-mode derivative, which flow_map takes"):
+        load_config("scenes", [*own, f"networks.attention={kernel}"])
+    assert load_config("scenes", [*own, "networks.attention=math"]).networks.attention == "math"
 
 
 def test_broken_files_are_named(tmp_path):

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import ConfigError, PromptError, RunError, ScorerError
 from distill.evaluate.clip import Clip
+from distill.evaluate.files import find_images
 from distill.evaluate.geneval import read_questions, render
-from distill.evaluate.images import fid, find_images
+from distill.evaluate.images import fid
 from distill.evaluate.metrics import cmmd
 from distill.generate import save_image
 from distill.tokenizer import build_clip_tokenizer
@@ -148,6 +149,15 @@ def test_what_is_missing_is_one_sentence(clip_folder, tmp_path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "few" / f"{i}.png")
     with pytest.raises(ScorerError, match="does not hold its prompt"):
         invoke("score", tmp_path / "few", "--clip", clip_folder)
+
+
+def test_a_damaged_image_is_named(clip_folder, tmp_path) -> None:
+    made = make_images(tmp_path / "made", 3, 1)
+    whole = (made / "1.png").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no image"):  # the first still tells its size and its prompt
+        (made / "1.png").write_bytes(damaged)
+        with pytest.raises(ScorerError, match=r"1\.png cannot be decoded .*; make or fetch it again, or leave it out"):
+            invoke("score", made, "--clip", clip_folder)
 
 
 def test_fid_says_what_it_needs(tmp_path) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from distill.errors import ScorerError
+from distill.evaluate.files import read_pixels
 from distill.evaluate.metrics import Features
 
 BATCH = 64
@@ -38,7 +37,7 @@ class Clip:
         """Embeddings (N, D) of image files."""
         parts = []
         for start in range(0, len(paths), BATCH):
-            pixels = self._processor([_pixels(path) for path in paths[start : start + BATCH]], return_tensors="pt")
+            pixels = self._processor([read_pixels(path) for path in paths[start : start + BATCH]], return_tensors="pt")
             output = self._model.get_image_features(pixels.pixel_values.to(self._model.device))
             parts.append(_unit(output.pooler_output))
         return np.concatenate(parts)
@@ -53,11 +52,6 @@ class Clip:
             ).to(self._model.device)
             parts.append(_unit(self._model.get_text_features(**batch).pooler_output))
         return np.concatenate(parts)
-
-
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def _unit(embeddings: torch.Tensor) -> Features:

@@ -6,16 +6,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from distill.errors import ScorerError
 from distill.evaluate.clip import Clip
+from distill.evaluate.files import find_images, prompt_of, read_pixels, size_of
 from distill.evaluate.metrics import Interval, cmmd, interval
-
-KINDS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def score_images(
@@ -23,7 +21,7 @@ def score_images(
 ) -> dict[str, object]:
     """Every figure that the given models allow, after what they are taken of and with.
 
-    Raises ScorerError for a folder without images, and for a model or package that is not there.
+    Raises ScorerError for a folder without images, an image that is damaged, and a model or package that is not there.
     """
     made = find_images(folder)
     real = None if reference is None else find_images(reference)
@@ -37,25 +35,6 @@ def score_images(
     if inception is not None and real is not None:
         figures["fid"] = fid(made, real, inception, device)
     return figures
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files in a folder and below it, but for grids. Raises ScorerError when there are not two."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS and path.stem != "grid")
-    if len(found) < 2:
-        raise ScorerError(f"{folder} holds {len(found)} images; give a folder of at least two PNG, JPEG or WebP files")
-    return found
-
-
-def prompt_of(path: Path) -> str:
-    """The prompt that `distill generate` and `distill geneval` wrote into an image; ScorerError when it has none."""
-    with Image.open(path) as image:
-        prompt = image.info.get("prompt")
-    if not isinstance(prompt, str):
-        raise ScorerError(
-            f"{path} does not hold its prompt; CLIP score takes images of `distill generate` or `distill geneval`"
-        )
-    return prompt
 
 
 def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
@@ -110,14 +89,10 @@ class _Files(Dataset[torch.Tensor]):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self.sizes = set()
-        for path in paths:
-            with Image.open(path) as image:
-                self.sizes.add(image.size)
+        self.sizes = set(map(size_of, paths))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self._paths[index]) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(read_pixels(self._paths[index])).permute(2, 0, 1)

@@ -75,8 +75,8 @@ class Loss:
 class Turn:
     """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, batch)`.
 
-    `two_times` says that the loss asks the student with two, `critic` that it asks the critic, and `real` that it
-    takes real images in its batch.
+    `two_times` says that the loss asks the student with two, `critic` that it asks the critic, `real` that it takes
+    real images in its batch, and `forward_mode` that it takes derivatives with the pass of a network.
     """
 
     role: str
@@ -85,6 +85,7 @@ class Turn:
     two_times: bool = False
     real: bool = False
     critic: bool = False
+    forward_mode: bool = False
 
 
 def names() -> list[str]:

@@ -56,7 +56,7 @@ class Config(BaseModel):
 
     def turns(self) -> tuple[Turn, ...]:
         """The student alone learns."""
-        return (Turn("student", 1, self.student_loss, two_times=True),)
+        return (Turn("student", 1, self.student_loss, two_times=True, forward_mode=True),)
 
     def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
         """The law's squared residual, weighted; the images are where the mean velocities, held on, would lead."""
