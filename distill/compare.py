@@ -7,9 +7,10 @@ stopped, and a run that is finished is not done again.
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,21 @@ SHOWN = 8  # prompts of the picture where there is no scorer
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the runs compared; `name` is what the command was given, and the name of its folder."""
+    """One of the runs compared; `name` is what the command was given, and the name of its folder.
+
+    `config` is that of a preset or file with overrides.
+    """
 
     name: str
     config: Run
+    source: str
+    overrides: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """The run by itself."""
+        sets = (*self.overrides, f"images={self.config.images}")
+        return shlex.join(["distill", "run", self.source, *(part for each in sets for part in ("--set", each))])
 
 
 def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], images: int | None) -> list[Variant]:
@@ -57,9 +69,9 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
     for text in texts:
         head, *own = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside of brackets belong to a value
         if head in methods.names():
-            config = load_config(base, [*_method(head, base), *overrides, *own, budget])
+            source, sets = base, (*_method(head, base), *overrides, *own)
         elif head.endswith((".yaml", ".yml")):
-            config = load_config(head, [*overrides, *own, budget])
+            source, sets = head, (*overrides, *own)
         else:
             raise ConfigError(f"no method {head!r}; there are {', '.join(methods.names())}, or give a YAML file")
         name = ",".join([Path(head).stem, *own]).replace("/", "-")
@@ -67,7 +79,7 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
             raise ConfigError(
                 f"two variants are called {name!r}; give one of them another file name or a key of its own"
             )
-        variants.append(Variant(name, config))
+        variants.append(Variant(name, load_config(source, [*sets, budget]), source, sets))
     for field in ("teacher", "precision"):
         values = {variant.name: getattr(variant.config, field) for variant in variants}
         if len(set(values.values())) > 1:
@@ -128,7 +140,7 @@ def within(seconds: float, variant: Variant, out: Path) -> Variant:
         write_aside(folder / SPEED, json.dumps({"images_per_second": _speed(config, folder)}) + "\n")
     speed = float(json.loads((folder / SPEED).read_text())["images_per_second"])
     images = max(1, int(speed * seconds / config.batch)) * config.batch
-    return Variant(variant.name, config.model_copy(update={"images": images}))
+    return replace(variant, config=config.model_copy(update={"images": images}))
 
 
 def _speed(config: Run, folder: Path) -> float:
@@ -168,8 +180,9 @@ def read_cost(folder: Path) -> Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Costs of the runs, figures of teacher and students where there is a scorer for them, and their images."""
+    """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images."""
 
+    commands: dict[str, str]
     costs: dict[str, Cost]
     teacher: Judgement | None
     students: dict[str, Judgement]
@@ -178,7 +191,10 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `teacher` and `runs`."""
         figures = {name: judgement.as_dict() for name, judgement in self.students.items()}
-        runs = {name: {**asdict(cost), **figures.get(name, {})} for name, cost in self.costs.items()}
+        runs = {
+            name: {"command": self.commands[name], **asdict(cost), **figures.get(name, {})}
+            for name, cost in self.costs.items()
+        }
         return (
             {"features": FEATURES, "teacher": self.teacher.as_dict(), "runs": runs} if self.teacher else {"runs": runs}
         )
@@ -202,7 +218,9 @@ class Outcome:
         text += "\n`kept`: the images that the exported student had seen.\n"
         if self.teacher:
             text += f"±: half of a 95 % interval over prompts. Distances: to true scenes, on features {FEATURES}.\n"
-        write_aside(out / "compare.md", f"{text}\n```sh\n{record['command']}\n```\n")
+        text += f"\n```sh\n{record['command']}\n```\n\nEach run by itself:\n\n```sh\n"
+        text += "".join(f"{command}  # {name}\n" for name, command in self.commands.items())
+        write_aside(out / "compare.md", f"{text}```\n")
         save_png(self.picture, out / "compare.png")
 
 
@@ -224,11 +242,12 @@ def judged(
     config = variants[0].config
     teacher = run.teacher_folder(config)
     students = {variant.name: out / variant.name / "student" for variant in variants}
+    commands = {variant.name: variant.command for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
         figures = {name: answers.judgement for name, answers in result.students.items()}
-        return Outcome(costs, result.teacher, figures, result.picture())
+        return Outcome(commands, costs, result.teacher, figures, result.picture())
 
     texts = list(islice(cycle(read_prompts(config.prompts.source, SHOWN, config.prompts.seed)), SHOWN))
     seeds = range(seed, seed + len(texts))
@@ -239,4 +258,4 @@ def judged(
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
-    return Outcome(costs, None, {}, labelled_grid(rows, texts))
+    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts))

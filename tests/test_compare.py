@@ -1,6 +1,7 @@
 """`distill compare`: what variants mean, equal budgets, nothing done twice, and what is written of it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,18 @@ def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_pat
     assert read_variants(["fgm"], "scenes", [], None)[0].config.images == base.images
 
 
+def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
+    texts = [
+        "fgm,method.times={law: uniform}",
+        "fgm,networks={kind: lora, rank: 8}",
+        "dmd,method.guidance.teacher=[2,6]",
+    ]
+    for variant in read_variants([*texts, "fgm,ema=0.9"], "scenes", ["batch=32"], 640):
+        program, verb, source, *words = shlex.split(variant.command)
+        assert (program, verb, set(words[::2])) == ("distill", "run", {"--set"})
+        assert load_config(source, words[1::2]) == variant.config
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -76,6 +89,7 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, 
     table = (tmp_path / "compare.md").read_text()
     assert "| fgm | 8 |" in table
     assert found["command"] in table
+    assert found["runs"]["dmd"]["command"] in table
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.height > 3 * 128  # the teacher's row and those of both students
     assert (tmp_path / "dmd" / "embeddings").samefile(tmp_path / "fgm" / "embeddings")
@@ -90,11 +104,11 @@ def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
     checkpoint.save(folder / "checkpoints" / checkpoint.state_name(12), {}, {"images": 12})
     (folder / "config.yaml").write_text("teacher: scenes\nimages: 12\n")
     with pytest.raises(ConfigError, match="has seen 12 images, more than the 8"):
-        is_finished(Variant("fgm", config), tmp_path)
+        is_finished(Variant("fgm", config, "scenes-debug", ()), tmp_path)
 
 
 def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path) -> None:
-    variant = Variant("fgm", load_config("scenes-debug", ["batch=8"]))
+    variant = Variant("fgm", load_config("scenes-debug", ["batch=8"]), "scenes-debug", ("batch=8",))
     (tmp_path / "fgm").mkdir()
     (tmp_path / "fgm" / "speed.json").write_text('{"images_per_second": 10.0}')
     assert [within(seconds, variant, tmp_path).config.images for seconds in (0.1, 2.5, 60)] == [8, 24, 600]
