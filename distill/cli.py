@@ -223,6 +223,9 @@ def embed(
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
     shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
+    processes: Annotated[
+        int, typer.Option(help="Processes with encoders of their own; with cuda they take the GPUs in turn.", min=1)
+    ] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
     """Encode prompts once, so that training holds no text encoder.
@@ -239,7 +242,7 @@ def embed(
     encoded = None
     where = resolve_device(device)
     with claimed(out), image_bar("prompts", count) as bar:
-        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, where, shard_rows):
+        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
     assert encoded is not None  # a source without prompts is an error
     if encoded.truncated:

@@ -66,6 +66,16 @@ def rows_of_shard(most: int, row: Mapping[str, Tensor]) -> int:
     return max(1, min(most, SHARD_BYTES // sum(tensor.nbytes for tensor in row.values())))
 
 
+def shard_name(number: int) -> str:
+    """Of a shard's file, without its ending."""
+    return f"shard-{number:05d}"
+
+
+def write_rows(rows: Mapping[str, Tensor], path: Path) -> None:
+    """A file of rows by tensor. Raises what the disk raises."""
+    save_file({key: tensor.contiguous() for key, tensor in rows.items()}, path)
+
+
 class Source(Protocol):
     """What rows are made of, read in order; it knows how much was read, and what that was."""
 
@@ -92,7 +102,7 @@ class ShardWriter:
         self._folder, self._layout, self._source = folder, layout, source
         self._index = self._begun(str(dtype).removeprefix("torch."), counts)
         source.skip(self._index["source"]["read"])
-        if self._index["source"] != self._read():
+        if self._index["source"] != self.read_so_far():
             raise CacheError(
                 f"{folder} was begun with other {layout.source}; give those again, or remove it to begin anew"
             )
@@ -103,20 +113,38 @@ class ShardWriter:
         """A figure, as the last shard left it."""
         return int(self._index[name])
 
-    def add(self, tensors: Mapping[str, Tensor], lines: Mapping[str, Sequence[Any]], **counts: int) -> None:
-        """Write rows as the next shard, and lines of JSON, for people, at the end of files beside it."""
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return len(self._index["shards"])
+
+    def partial(self, name: str) -> Path:
+        """Where another process writes the rows of a file that is yet to be added."""
+        return self._folder / f".{name}.safetensors.partial"
+
+    def add(
+        self,
+        rows: Mapping[str, Tensor] | Path,
+        lines: Mapping[str, Sequence[Any]],
+        read: Mapping[str, Any] | None = None,
+        /,
+        **counts: int,
+    ) -> None:
+        """Keep rows, or a `partial` file of them, as the next shard, and lines of JSON, for people, in files beside it.
+
+        `read` is what `read_so_far` said when the rows had been read; None is now.
+        """
         with self._writing():
-            name = f"shard-{len(self._index['shards']):05d}.safetensors"
-            self._index["shards"].append(self._save(name, tensors))
-            self._keep(lines, counts)
+            self._index["shards"].append(self._save(shard_name(self.shards), rows))
+            self._keep(lines, counts, read)
 
     def finish(
-        self, files: Mapping[str, Mapping[str, Tensor]], lines: Mapping[str, Sequence[Any]], **counts: int
+        self, files: Mapping[str, Mapping[str, Tensor] | Path], lines: Mapping[str, Sequence[Any]], **counts: int
     ) -> None:
-        """Write further rows, each group in a file of its name, and make the index final."""
+        """Keep further rows, each group in a file of its name, and make the index final."""
         with self._writing():
-            for name, tensors in files.items():
-                self._index[name] = self._save(f"{name}.safetensors", tensors)
+            for name, rows in files.items():
+                self._index[name] = self._save(name, rows)
             self._keep(lines, counts)
             (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
             checkpoint.flush(self._folder)
@@ -149,27 +177,35 @@ class ShardWriter:
         _shards(path, index["shards"], layout)
         return index
 
-    def _read(self) -> dict[str, Any]:
+    def read_so_far(self) -> dict[str, Any]:
+        """How much of the source has been read, and what that was, as the index keeps it."""
         return {"read": self._source.read, "sha256": self._source.sha256}
 
-    def _keep(self, lines: Mapping[str, Sequence[Any]], counts: Mapping[str, int]) -> None:
+    def _keep(
+        self,
+        lines: Mapping[str, Sequence[Any]],
+        counts: Mapping[str, int],
+        read: Mapping[str, Any] | None = None,
+    ) -> None:
         for name, values in lines.items():
             if not values:
                 continue
             at = self._index["lines_bytes"].get(name, 0)
             self._index["lines_bytes"][name] = _append(self._folder / name, at, values)
-        self._index.update(counts, source=self._read())
+        self._index.update(counts, source=self.read_so_far() if read is None else read)
         checkpoint.write_aside(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
 
-    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _save(self, name: str, rows: Mapping[str, Tensor] | Path) -> dict[str, Any]:
         """Write rows whole or not at all, and return their entry in the index."""
-        aside = self._folder / f".{name}.partial"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside)
-        checkpoint.flush(aside)
-        aside.replace(self._folder / name)
+        made, path = self.partial(name), self._folder / f"{name}.safetensors"
+        if not isinstance(rows, Path):
+            write_rows(rows, made)
+        with safe_open(made, "pt") as file:
+            count = file.get_slice(next(iter(file.keys()))).get_shape()[0]
+        checkpoint.flush(made)
+        made.replace(path)
         checkpoint.flush(self._folder)
-        rows = len(next(iter(tensors.values())))
-        return {"name": name, "rows": rows, "sha256": _digest(self._folder / name)}
+        return {"name": path.name, "rows": count, "sha256": _digest(path)}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

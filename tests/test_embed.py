@@ -187,6 +187,17 @@ def test_what_a_kill_leaves_half_written_changes_no_byte(teacher, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_several_processes_leave_the_bytes_of_one_also_after_a_kill(teacher, tmp_path):
+    out = tmp_path / "several"
+    begin(teacher, out, TEXTS)
+    kept = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    *_, last = embed_prompts(teacher, TEXTS, out, shard_rows=8, processes=2)
+    assert (last.prompts, last.repeated) == (DIFFERENT, len(TEXTS) - DIFFERENT)
+    list(embed_prompts(teacher, TEXTS, tmp_path / "one", shard_rows=8))
+    assert contents(out) == contents(tmp_path / "one")
+    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
 @pytest.mark.parametrize("texts", [["blue", *TEXTS[1:]], TEXTS[:5]], ids=["another", "shorter"])
 def test_another_source_does_not_continue_a_cache(texts, teacher, tmp_path):
     begin(teacher, tmp_path / "cache", TEXTS)
