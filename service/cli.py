@@ -89,13 +89,16 @@ def serve(
         starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
         from service.app import create_app  # takes a second, in which the workers load their models
 
+        server = create_app(settings, workers)
+        if server.state.service.jobs:
+            server.state.service.jobs.database.migrate()  # here too, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([card.name for card in ready.cards])
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
     uvicorn.run(
-        create_app(settings, workers),
+        server,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.drain_seconds,

@@ -1,12 +1,11 @@
 """Files: rows in the database, bytes in a folder under their ids. A row means that the bytes are whole and on disk."""
 
-import logging
+import contextlib
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
@@ -16,8 +15,6 @@ from sqlalchemy.orm import Session
 from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, Batch, File, Job
-
-log = logging.getLogger(__name__)
 
 ASIDE = ".part"
 ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
@@ -48,6 +45,7 @@ class Files:
         self._folder = folder
         self._max_bytes = max_bytes
         self._quota_bytes = quota_bytes
+        self._orphans_sought = 0
         folder.mkdir(exist_ok=True)
 
     def path(self, file_id: str) -> Path:
@@ -80,7 +78,7 @@ class Files:
             session.add(file)
         return file
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self, file_id: str) -> Iterator[IO[bytes]]:
         """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
         aside = self._folder / f"{file_id}.{secrets.token_hex(4)}{ASIDE}"
@@ -133,12 +131,18 @@ class Files:
             gone = list(session.scalars(expired))
         for file_id in gone:
             self.path(file_id).unlink(missing_ok=True)
-        old = [path for path in self._folder.iterdir() if path.stat().st_mtime < now - ORPHAN_SECONDS]
-        for path in old:
-            with self._database.begin() as session:
-                kept = session.get(File, path.name) is not None
-            if not kept:
-                path.unlink(missing_ok=True)
+        if now - self._orphans_sought >= ORPHAN_SECONDS:
+            self._orphans_sought = now
+            for path in self._folder.iterdir():
+                self._sweep_orphan(path, now)
+
+    def _sweep_orphan(self, path: Path, now: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # swept by another server
+            if path.stat().st_mtime < now - ORPHAN_SECONDS:
+                with self._database.begin() as session:
+                    kept = session.get(File, path.name) is not None
+                if not kept:
+                    path.unlink()
 
     def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> File:
         """`get`, within a transaction that relies on the file."""

@@ -7,6 +7,7 @@ the workflows of one that stopped counting are begun again by the others. Counti
 monotonic clock, so clocks that jump or differ kill nobody.
 """
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 from sqlalchemy import URL, delete, select, update
 
-from service.errors import Unavailable
+from service.errors import StartError, Unavailable
 from service.jobs.database import LONGEST_PAUSE, Database, Stopping
 from service.jobs.tables import Executor
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 VERSION = "1"  # of the workflows; another one leaves unfinished work of this one alone
 POLL_SECONDS = 0.5
+_ONE = threading.Lock()  # DBOS is of a process
 
 
 class Workflows:
@@ -56,6 +58,8 @@ class Workflows:
         # Here, and not above: a server that keeps nothing does not wait for this import.
         from dbos import DBOS, DBOSPortableJSONSerializer
 
+        if not _ONE.acquire(blocking=False):
+            raise StartError("a process has one DBOS: only one of its servers can have a data folder")
         logger = logging.getLogger("dbos")
         logger.addHandler(logging.NullHandler())  # keeps DBOS from writing beside the server's own log
         DBOS(
@@ -144,7 +148,8 @@ class Workflows:
             if not self._changed.wait_for(lambda: not self._active, timeout=30):
                 log.warning("%d workflows do not stop; they will be begun again", self._active)
         DBOS.destroy(destroy_registry=True)
-        with self._database.begin() as session:
+        _ONE.release()
+        with contextlib.suppress(Unavailable), self._database.begin() as session:  # else it is silent soon enough
             session.execute(delete(Executor).where(Executor.id == self._executor))
 
     def wait(self, seconds: float) -> None:
