@@ -1,4 +1,4 @@
-"""What handlers ask for, as named types."""
+"""What handlers ask for, as named types. All are coroutines: FastAPI gives anything else to a thread, each time."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,7 +15,7 @@ from service.keys import Scope, find
 from service.state import State
 
 
-def _service(connection: HTTPConnection) -> State:
+async def _service(connection: HTTPConnection) -> State:
     state: State = connection.app.state.service
     return state
 
@@ -23,7 +23,7 @@ def _service(connection: HTTPConnection) -> State:
 Service = Annotated[State, Depends(_service)]
 
 
-def _running(service: Service) -> Engine:
+async def _running(service: Service) -> Engine:
     if not service.engine.open:
         raise Unavailable("the server is starting or shutting down")
     return service.engine
@@ -32,7 +32,7 @@ def _running(service: Service) -> Engine:
 Running = Annotated[Engine, Depends(_running)]
 
 
-def _kept(service: Service) -> Jobs:
+async def _kept(service: Service) -> Jobs:
     if service.jobs is None:
         raise NotFound("this server keeps no files, batches or jobs; it needs a data folder", code="jobs_disabled")
     if not service.jobs.open:
@@ -43,7 +43,7 @@ def _kept(service: Service) -> Jobs:
 Kept = Annotated[Jobs, Depends(_kept)]
 
 
-def _bulk(request: Request, jobs: Kept) -> Batches:
+async def _bulk(request: Request, jobs: Kept) -> Batches:
     batches: Batches = request.app.state.batches
     return batches
 
@@ -64,7 +64,7 @@ class Needs:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def __call__(
+    async def __call__(
         self,
         request: Request,
         service: Service,
