@@ -139,8 +139,11 @@ def main() -> None:
         if name in OTHERS:
             command = [sys.executable, os.path.abspath(__file__), "--serve", name]
             command += ["--model", arguments.model, "--port", str(port)]
+        results[name] = []
         with own_server(command, port) as url:
-            results[name] = [figures(load_server(url, n, arguments.seconds)) for n in arguments.clients]
+            for clients in arguments.clients:
+                results[name].append(figures(load_server(url, clients, arguments.seconds)))
+                print(f"{name}, {clients} clients: {results[name][-1]}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"clients": arguments.clients, **results}, indent=2))
         return

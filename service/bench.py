@@ -79,15 +79,16 @@ def load_server(url: str, clients: int, seconds: float, key: str | None = None) 
                         return
                     latency, status = ask(i)
                     (latencies if status == 200 else refused).append(latency)
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
                 start.abort()  # for those that wait for this one
-                raise
+                raise StartError(
+                    f"{url} cannot be loaded: {type(error).__name__} {error}; is a server there?"
+                ) from None
 
-    try:
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(client, range(clients)))
-    except (OSError, http.client.HTTPException, threading.BrokenBarrierError) as error:
-        raise StartError(f"{url} cannot be loaded: {error or type(error).__name__}; is a server there?") from None
+    with ThreadPoolExecutor(clients) as pool:
+        errors = [error for done in [pool.submit(client, i) for i in range(clients)] if (error := done.exception())]
+    if errors:
+        raise next((error for error in errors if isinstance(error, StartError)), errors[0])
     return Load(clients, time.perf_counter() - began[0], latencies, len(refused))
 
 
