@@ -25,7 +25,7 @@ def test_the_engine_alone_is_loaded_in_the_same_way():
 
 
 def test_a_server_that_is_not_there_is_one_sentence():
-    with pytest.raises(StartError, match="http://127.0.0.1:9 cannot be loaded"):
+    with pytest.raises(StartError, match=r"http://127\.0\.0\.1:9 cannot be loaded"):
         load_server("http://127.0.0.1:9", 2, 0.1)
 
 
