@@ -73,6 +73,7 @@ def load_server(url: str, clients: int, seconds: float, key: str | None = None) 
 
             try:
                 ask(0)
+                connection.close()  # a server need not keep it open until the slowest client is here
                 start.wait()
                 for i in range(1, sys.maxsize):
                     if time.perf_counter() >= began[0] + seconds:
