@@ -1,6 +1,5 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
-import ipaddress
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -65,6 +64,7 @@ def serve(
     from service.engine.launch import processes
     from service.keys import KeyFile
     from service.logs import configure
+    from service.origins import is_loopback
     from service.settings import read_settings
 
     given: dict[str, Any] = {
@@ -79,7 +79,7 @@ def serve(
     }
     settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
     stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
-    if not (settings.api_keys or stored or settings.open_to_all or _is_loopback(settings.host)):
+    if not (settings.api_keys or stored or settings.open_to_all or is_loopback(settings.host)):
         raise StartError(
             f"host {settings.host} is reached from other machines and there is no API key; make one with "
             "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
@@ -215,13 +215,6 @@ def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFi
     from service.keys import KeyFile
 
     KeyFile(file).revoke(name)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
 from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.keys import Scope, find
+from service.origins import check_open
 from service.state import State
 
 
@@ -77,9 +78,13 @@ class Needs:
 
 
 def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnection) -> str:
-    """Whose token it is. Raises Unauthorized for one that is not known, Forbidden where it is not for this."""
+    """Whose token it is. Raises Unauthorized for one that is not known, Forbidden where it is not for this.
+
+    Without keys, it is the address of whoever calls; raises Forbidden for a page from elsewhere.
+    """
     keys = service.keys()
     if not service.guarded:
+        check_open(connection.headers.get("origin"), connection.headers.get("host", ""), service.settings)
         return connection.client.host if connection.client else "local"
     key = find(keys, token)
     if key is None:

@@ -1,13 +1,12 @@
 """`WS /v1/realtime/images`: images while a prompt is typed."""
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Header, WebSocket
 
 from service.dependencies import Service
+from service.origins import allowed
 from service.realtime import Session
-from service.settings import Settings
 
 router = APIRouter(prefix="/v1/realtime")
 
@@ -23,7 +22,7 @@ async def images(
     """Serve one session. Pages of other origins are refused as CORS would refuse them, before anything is said."""
     open_sessions = service.metrics.sessions
     full = service.sessions >= service.settings.realtime_limit
-    if full or not (origin is None or _allowed(origin, host, service.settings)):
+    if full or not (origin is None or allowed(origin, host, service.settings)):
         await socket.close()  # before it is accepted, this is status 403
         return
     await socket.accept()
@@ -34,11 +33,3 @@ async def images(
     finally:
         service.sessions -= 1
         open_sessions.dec()
-
-
-def _allowed(origin: str, host: str, settings: Settings) -> bool:
-    """Whether a page of this origin may speak: one of ours, or one of the settings."""
-    own = {host, urlsplit(settings.public_url or "").netloc} - {
-        ""
-    }  # a page of no origin says "null", which has no host
-    return urlsplit(origin).netloc in own or bool({origin, "*"} & {*settings.cors_origins})

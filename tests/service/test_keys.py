@@ -81,3 +81,30 @@ def test_without_keys_it_listens_on_the_loopback_alone():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "--open-to-all" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"origin": "https://evil.example"}, "origin_not_allowed"),
+        ({"origin": "null"}, "origin_not_allowed"),
+        ({"host": "evil.example", "origin": "http://evil.example"}, "host_not_allowed"),
+        ({"host": "evil.example"}, "host_not_allowed"),
+    ],
+)
+def test_without_keys_no_page_from_elsewhere_is_let_in(serve, tmp_path, headers, code):
+    url = serve(data=tmp_path)
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.txt", b"a red circle\n")}}
+    refused = httpx.post(f"{url}/v1/files", headers=headers, **form)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, code)
+    assert httpx.post(f"{url}/v1/files", headers={"origin": url}, **form).status_code == 200
+
+
+def test_pages_and_names_that_the_settings_know_are_let_in(serve):
+    url = serve(cors_origins=["https://friend.example"], public_url="https://images.example/")
+    for headers in (
+        {"origin": "https://friend.example"},
+        {"host": "images.example", "origin": "https://images.example"},
+    ):
+        answer = httpx.post(f"{url}/v1/images/generations", headers=headers, json={"prompt": "x"})
+        assert answer.status_code == 200
