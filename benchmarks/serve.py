@@ -88,23 +88,11 @@ def naive(model: str, port: int) -> None:
 
 def litserve(model: str, port: int) -> None:
     """Serve a student in LitServe's batches."""
-    import litserve
+    from litserve import LitServer
+    from litserve_api import Api  # of a module of its own, since LitServe's workers unpickle it
 
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self.stock = Stock(model)
-
-        def batch(self, inputs: list[dict]) -> list[dict]:
-            return inputs
-
-        def predict(self, x: list[dict]) -> list[dict]:
-            return self.stock.answer(x)
-
-        def unbatch(self, output: list[dict]) -> list[dict]:
-            return output
-
-    api = Api(max_batch_size=MAX_BATCH, batch_timeout=BATCH_SECONDS, api_path="/v1/images/generations")
-    server = litserve.LitServer(api, accelerator="auto", healthcheck_path="/readyz", timeout=120)
+    api = Api(model, max_batch_size=MAX_BATCH, batch_timeout=BATCH_SECONDS, api_path="/v1/images/generations")
+    server = LitServer(api, accelerator="auto", healthcheck_path="/readyz", timeout=120)
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 
 

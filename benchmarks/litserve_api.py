@@ -1,0 +1,30 @@
+"""Stock diffusers as LitServe wants a model: for `serve.py`."""
+
+from typing import Any
+
+import litserve
+from serve import Stock
+
+
+class Api(litserve.LitAPI):
+    """A student whose requests are answered in batches."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._model = model
+
+    def setup(self, device: str) -> None:
+        """Load the student, in the worker."""
+        self._stock = Stock(self._model)
+
+    def batch(self, inputs: list[dict]) -> list[dict]:
+        """As they are."""
+        return inputs
+
+    def predict(self, x: list[dict]) -> list[dict]:
+        """Images of requests."""
+        return self._stock.answer(x)
+
+    def unbatch(self, output: list[dict]) -> list[dict]:
+        """As they are."""
+        return output
