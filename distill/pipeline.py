@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
+from distill.adapters import Adapter, Merger, read_adapter
 from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
 from distill.flow import jump, noise, one_step
 from distill.spec import FORMAT, RECORD, read_json, read_spec
@@ -106,6 +107,7 @@ class OneStepPipeline:
         self._vae = vae
         # Convolutions on a CPU gain nothing from company, and larger blocks leave its caches.
         self._decode_ladder = (1,) if vae.device.type == "cpu" else self.ladder
+        self._merger = Merger(transformer)
 
     @classmethod
     def load(
@@ -138,6 +140,14 @@ class OneStepPipeline:
             transformer.compile(dynamic=False, recompile_limit=shapes)
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
         return cls(spec, text, transformer, vae, ladder)
+
+    def read_adapter(self, folder: Path | str) -> Adapter:
+        """A LoRA adapter for this student. Raises TeacherError for one of another transformer. Safe beside a batch."""
+        return read_adapter(folder, self._transformer)
+
+    def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:
+        """Make the latents that follow with an adapter, or with none."""
+        self._merger.merge(adapter, scale)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether the model sees only its beginning."""

@@ -34,6 +34,8 @@ class Order:
     priority: Priority
     moderation: Literal["auto", "low"]
     timeout: float | None  # seconds; None is the server's
+    adapter: str | None
+    scale: float  # of the adapter
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
@@ -43,6 +45,9 @@ class Order:
         compression = 100 if body.output_compression is None else body.output_compression
         if output_format == "png" and compression != 100:
             raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
+        if body.lora and body.lora.name not in card.adapters:
+            message = f"{card.name} has no adapter {body.lora.name!r}; it has {[*card.adapters]}"
+            raise InvalidRequest(message, "lora.name", "adapter_not_found")
         n = body.n or 1
         first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
@@ -57,6 +62,8 @@ class Order:
             priority,
             body.moderation or "auto",
             body.timeout,
+            body.lora.name if body.lora else None,
+            body.lora.scale if body.lora else 1.0,
         )
 
     @property
@@ -100,6 +107,8 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
         priority=order.priority,
         timeout=order.timeout,
         asked=asked,
+        adapter=order.adapter,
+        scale=order.scale,
     )
     after: dict[str, float] = {}  # stages after the device
     if service.checker:
@@ -164,7 +173,8 @@ async def respond(service: State, images: Images, base: str | None, lifetime: in
 def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -> bytes:
     """An image's bytes, with what the server says of its origin."""
     policy = service.settings.provenance
-    origin = Origin(card.name, card.digest, seed, order.prompt if policy == "prompt" else None)
+    model = card.name if order.adapter is None else f"{card.name} with {order.adapter} at {order.scale:g}"
+    origin = Origin(model, card.digest, seed, order.prompt if policy == "prompt" else None)
     data = encode(image.pixels, order.output_format, order.compression, None if policy == "none" else origin)
     return service.signer.sign(data, order.output_format) if service.signer else data
 

@@ -3,12 +3,14 @@
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from distill.adapters import Adapter
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.cache import Cache
@@ -27,6 +29,7 @@ class StudentBackend:
         self._pipeline = OneStepPipeline.load(folder, device, ladder=tuning.ladder or None, compiled=tuning.compiled)
         self._device = device
         self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(tuning.prompt_cache_bytes)
+        self._adapters: dict[str, Adapter] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
             for stage in ("text", "model", "vae"):
@@ -64,6 +67,25 @@ class StudentBackend:
             rows, counts, cuts = zip(*(known[prompt] for prompt in prompts), strict=True)
             return Text(type(rows[0]).cat(rows), counts, cuts, hits)
 
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Read it beside what runs: the weights are touched by `adapt` alone."""
+        try:
+            adapter = self._pipeline.read_adapter(folder)
+        except Exception as error:  # a foreign file, too little memory: none is the server's end
+            raise StartError(f"adapter {folder}: {error}") from error
+        self._adapters[name] = adapter
+        self.card = replace(self.card, adapters=self.card.adapters | {name: adapter.digest})
+
+    def remove_adapter(self, name: str) -> None:
+        """Its tensors go with the last batch that it was merged for."""
+        del self._adapters[name]
+        self.card = replace(self.card, adapters={n: a.digest for n, a in self._adapters.items()})
+
+    def adapt(self, name: str | None, scale: float) -> None:
+        """Merge it into the transformer's weights, in the network's stream."""
+        with self._stage("model"):
+            self._pipeline.adapt(None if name is None else self._adapters[name], scale)
+
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
         """Latents (B, C, h, w) on the device."""
         with self._stage("model"):
@@ -88,7 +110,7 @@ class StudentBackend:
 
     def close(self) -> None:
         """Free the weights and the conditions that were kept, and what torch keeps of a GPU's memory for them."""
-        del self._pipeline, self._prompts
+        del self._pipeline, self._prompts, self._adapters
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

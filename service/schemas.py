@@ -7,6 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
+class LoraChoice(BaseModel):
+    """An adapter of the model, and how much of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    scale: Annotated[float, Field(ge=-4, le=4)] = 1.0
+
+
 class ImageRequest(BaseModel):
     """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only."""
 
@@ -37,6 +46,7 @@ class ImageRequest(BaseModel):
     priority: Annotated[
         Literal["interactive", "batch"] | None, Field(description="Extension. Bulk work waits for interactive work.")
     ] = None
+    lora: Annotated[LoraChoice | None, Field(description="Extension. An adapter that the model has.")] = None
     timeout: (
         Annotated[
             float, Field(ge=0.1, le=3600, description="Extension. Seconds in which the images must be made, else none.")
@@ -145,9 +155,20 @@ class StudentToLoad(BaseModel):
     ] = None
 
 
+class AdapterToLoad(BaseModel):
+    """`POST /v1/admin/adapters`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `adapter_folders` of the list.")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="To ask for it by.")]
+
+
 class LoadedModel(Model):
     """A model as an administrator sees it."""
 
+    adapters: list[str]
     digest: Annotated[str, Field(description="Of the files: the same digest, the same images.")]
     sizes: list[str]
 
@@ -158,6 +179,7 @@ class LoadedModels(BaseModel):
     object: Literal["list"] = "list"
     data: list[LoadedModel]
     folders: list[str]
+    adapter_folders: list[str]
 
 
 class ModelDeleted(BaseModel):
@@ -165,6 +187,14 @@ class ModelDeleted(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class AdapterDeleted(BaseModel):
+    """An adapter that may be asked for no more. Its file stays."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
     deleted: Literal[True] = True
 
 

@@ -3,11 +3,14 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from service.errors import StartError
 
 Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
@@ -24,6 +27,7 @@ class Card:
     pixels_per_token: int  # side of the image patch that one transformer token stands for
     token_limit: int
     rows: int  # images computed together: a batch costs whole blocks of so many
+    adapters: dict[str, str] = field(default_factory=dict)  # digests by name: the same digest, the same images
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,15 @@ class Backend(Protocol):
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts to what the network takes."""
 
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Read a LoRA adapter and put it on the card, beside batches that run; raises StartError where it is none."""
+
+    def remove_adapter(self, name: str) -> None:
+        """Let go of an adapter; none of its batches is on the way any more."""
+
+    def adapt(self, name: str | None, scale: float) -> None:
+        """Denoise with this adapter from now on, or with none. Called by the thread that denoises."""
+
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
         """Latents, one for each condition and seed; raises FloatingPointError when one of them is not finite."""
 
@@ -104,6 +117,7 @@ class Simulator:
         self._call_seconds = call_seconds
         self._image_seconds = image_seconds
         self._fails_on = fails_on
+        self._shift = 0
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """A token a word, start and end."""
@@ -112,12 +126,27 @@ class Simulator:
         limit = self.card.token_limit
         return Text(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
 
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Takes any file of that name for an adapter."""
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        if not path.is_file():
+            raise StartError(f"{path} is missing")
+        self.card = replace(self.card, adapters=self.card.adapters | {name: f"adapter of {folder}"})
+
+    def remove_adapter(self, name: str) -> None:
+        """Forgets it."""
+        self.card = replace(self.card, adapters={n: d for n, d in self.card.adapters.items() if n != name})
+
+    def adapt(self, name: str | None, scale: float) -> None:
+        """Adds the scale to the seed, and so to the colour."""
+        self._shift = int(1000 * scale) if name else 0
+
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
         """Takes its time; raises for a prompt that holds the text that it was told to fail on."""
         self._pass("model", len(seeds), width, height)
         if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
             raise RuntimeError("simulated failure")
-        return list(seeds), width, height
+        return [seed + self._shift for seed in seeds], width, height
 
     def decode(self, latents: Any) -> Pixels:
         """Flat images."""

@@ -1,8 +1,8 @@
 """Which waiting work goes to a device next. Pure policy: no torch, no asyncio, no clock of its own.
 
-A batch holds one model and one size, since one call of the network takes one of each. Interactive work goes before
-bulk work, owners (API keys) take turns, and an owner's oldest work leads; the rest of the batch is filled from what
-waits for the same model and size, one image of each owner in turn.
+A batch holds one model, one size and one adapter at one scale, since one call of the network takes one of each.
+Interactive work goes before bulk work, owners (API keys) take turns, and an owner's oldest work leads; the rest of the
+batch is filled from what waits for the same, one image of each owner in turn.
 
 Models compute blocks of `rows` images and pad what is less, so batches are cut at whole blocks. While a device is busy
 only whole blocks are taken: an image that would be padded for is better off waiting for company until the device is
@@ -22,6 +22,13 @@ class Key(NamedTuple):
     model: str
     width: int
     height: int
+    adapter: str | None = None
+    scale: float = 0.0  # of the adapter
+
+    @property
+    def size(self) -> "Key":
+        """Without the adapter, which changes neither time nor memory."""
+        return Key(self.model, self.width, self.height)
 
 
 class Priority(IntEnum):
@@ -103,11 +110,11 @@ class Batcher:
 
     def cap(self, key: Key) -> int:
         """Images in one batch at most."""
-        return self._caps.get(key, self._max_batch)
+        return self._caps.get(key.size, self._max_batch)
 
     def lower_cap(self, key: Key, cap: int) -> None:
         """Make batches of a key no larger than this from now on; at least one image always goes."""
-        self._caps[key] = max(1, min(cap, self.cap(key)))
+        self._caps[key.size] = max(1, min(cap, self.cap(key)))
 
     def forget(self, model: str) -> None:
         """Drop what was learnt of a model that nothing waits for any more."""

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,20 @@ from service.engine.backend import Card, Pixels, Timing
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
 from service.engine.launch import Fleet, Launch, Worker
-from service.engine.messages import Advanced, Beat, Failed, Load, Loaded, Made, NotLoaded, Reply, Run, Unload
+from service.engine.messages import (
+    Advanced,
+    Beat,
+    Failed,
+    Load,
+    LoadAdapter,
+    Loaded,
+    Made,
+    NotLoaded,
+    Reply,
+    Run,
+    Unload,
+    UnloadAdapter,
+)
 from service.engine.profile import batch_cap
 from service.errors import (
     GenerationFailed,
@@ -68,7 +81,8 @@ class Asked:
         return any(work.begun for work in self.work)
 
 
-_Pixels = tuple[str, str, int, int, int]  # all that determines them: the model's digest, prompt, seed, size
+# All that determines them: the model's digest, prompt, seed, size, the adapter's digest, its scale.
+_Pixels = tuple[str, str, int, int, int, str | None, float]
 
 
 class _Seat:
@@ -82,7 +96,7 @@ class _Seat:
         self._batches: dict[int, tuple[Batch, int, float]] = {}  # with slot and time of sending, oldest first
         self._ahead: set[int] = set()
         self._last_answer = 0.0
-        self._loading: deque[asyncio.Future[Loaded]] = deque()  # oldest first
+        self._loading: deque[tuple[Load | LoadAdapter, asyncio.Future[Loaded]]] = deque()  # oldest first
 
     @property
     def load(self) -> int:
@@ -106,25 +120,27 @@ class _Seat:
         for work in batch.work:
             work.begun = True
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
-        model, width, height = batch.key
-        self._writer.write(messages.frame(Run(number, model, prompts, seeds, width, height, slot)))
+        model, width, height, adapter, scale = batch.key
+        run = Run(number, model, prompts, seeds, width, height, slot, adapter, scale)
+        self._writer.write(messages.frame(run))
 
-    def add(self, model: Load) -> asyncio.Future[Loaded]:
-        """Let it load a model; the future raises InvalidRequest when it cannot, Unavailable when it is gone first."""
-        self._loading.append(asyncio.get_running_loop().create_future())
-        self._writer.write(messages.frame(model))
-        return self._loading[-1]
+    def add(self, order: Load | LoadAdapter) -> asyncio.Future[Loaded]:
+        """Let it load something. The future raises InvalidRequest when it cannot, Unavailable when it ends first."""
+        waiting: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+        self._loading.append((order, waiting))
+        self._writer.write(messages.frame(order))
+        return waiting
 
-    def remove(self, model: str) -> None:
-        """Let it unload a model."""
-        self._writer.write(messages.frame(Unload(model)))
+    def remove(self, order: Unload | UnloadAdapter) -> None:
+        """Let it unload a model or an adapter."""
+        self._writer.write(messages.frame(order))
 
     def loaded(self, reply: Loaded | NotLoaded) -> None:
-        """It has done what `add` asked for; a model that nobody waits for any more goes again."""
-        waiting = self._loading.popleft()
+        """It has done what `add` asked for; what nobody waits for any more goes again."""
+        order, waiting = self._loading.popleft()
         match reply:
             case Loaded() if waiting.cancelled():
-                self.remove(reply.card.name)
+                self.remove(_opposite(order, reply))
             case Loaded():
                 waiting.set_result(reply)
             case NotLoaded() if not waiting.cancelled():
@@ -159,7 +175,7 @@ class _Seat:
 
     async def leave(self) -> None:
         """Hang up, and end the worker."""
-        for waiting in self._loading:
+        for _, waiting in self._loading:
             if not waiting.cancelled():
                 waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
         self._loading.clear()
@@ -175,7 +191,7 @@ class Engine:
         self._models: dict[str, Load] = {}  # what a worker loads for each of them
         self._rows: dict[str, int] = {}  # images in each one's block
         self._changing = asyncio.Lock()  # models are loaded and unloaded one by one
-        self._leaving: str | None = None  # a model that finishes what was accepted, and goes
+        self._leaving: tuple[str, str | None] | None = None  # a model, or its adapter, that finishes its work and goes
         self._left = asyncio.Event()
         self._fleet = fleet
         self._settings = settings
@@ -194,7 +210,14 @@ class Engine:
     @property
     def cards(self) -> Mapping[str, Card]:
         """Of the models that take work, the default one first."""
-        return {name: card for name, card in self._cards.items() if name != self._leaving}
+        cards = dict(self._cards)
+        match self._leaving:
+            case model, None:
+                del cards[model]
+            case model, adapter:
+                left = {name: digest for name, digest in cards[model].adapters.items() if name != adapter}
+                cards[model] = replace(cards[model], adapters=left)
+        return cards
 
     @property
     def open(self) -> bool:
@@ -237,6 +260,8 @@ class Engine:
         priority: Priority = Priority.INTERACTIVE,
         timeout: float | None = None,
         asked: Asked | None = None,
+        adapter: str | None = None,
+        scale: float = 1.0,
     ) -> list[Image]:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
@@ -246,14 +271,18 @@ class Engine:
         when they were not, GenerationFailed for what the model failed on, NotFound for a model that is not loaded.
         """
         self._check_open()
-        digest = self._card(model).digest
+        card = self._card(model)
+        if adapter is not None and adapter not in card.adapters:
+            raise NotFound(
+                f"{model} has no adapter {adapter!r}; it has {[*card.adapters]}", "lora", "adapter_not_found"
+            )
         timeout = self._settings.timeout_seconds if timeout is None else timeout
-        key = Key(model, width, height)
+        key = Key(model, width, height, adapter, scale if adapter else 0.0)
         replies: dict[int, asyncio.Future[Image]] = {}
         wanted: list[Work] = []
         new: list[int] = []
         for seed in dict.fromkeys(seeds):
-            same = (digest, prompt, seed, width, height)
+            same = self._same(key, prompt, seed)
             making = self._making.get(same)
             if image := self._made.get(same):
                 self._metrics.cache_hits.labels("result").inc()
@@ -301,25 +330,70 @@ class Engine:
             self._check_open()
             self._check_free(name)
             order = Load(str(folder.absolute()), name)
-            loaded: dict[_Seat, Loaded] = {}
-            try:
-                while asked := [seat for seat in self._seats if seat not in loaded]:  # also workers that join meanwhile
-                    answers = await asyncio.gather(*(seat.add(order) for seat in asked), return_exceptions=True)
-                    pairs = list(zip(asked, answers, strict=True))
-                    loaded |= {seat: answer for seat, answer in pairs if isinstance(answer, Loaded)}
-                    for _, answer in pairs:
-                        if isinstance(answer, BaseException):
-                            raise answer
-                if not loaded:
-                    raise Unavailable("no worker is ready to load the model; try again")
-                first = next(iter(loaded.values()))
-                self._check_free(first.card.name)
-            except BaseException:
-                for seat, answer in loaded.items():
-                    seat.remove(answer.card.name)
-                raise
+            first = await self._everywhere(order)
             self._add(first.card, first.timings, Load(order.folder, first.card.name))
             return first.card
+
+    async def load_adapter(self, model: str, folder: Path, name: str) -> Card:
+        """Read a LoRA adapter for a model into every worker, as `load` does a student; the model's new card."""
+        async with self._changing:
+            self._check_open()
+            if name in self._card(model).adapters:
+                raise InvalidRequest(f"{model} has an adapter {name!r} already; unload it first", "name")
+            order = LoadAdapter(model, name, str(folder.absolute()))
+            self._cards[model] = (await self._everywhere(order)).card
+            loaded = self._models[model]
+            self._models[model] = Load(loaded.folder, loaded.name, {**loaded.adapters, name: order.folder})
+            return self._cards[model]
+
+    async def unload_adapter(self, model: str, name: str) -> None:
+        """Take no more work with an adapter, finish what was accepted, then let go of it. Raises NotFound."""
+        async with self._changing:
+            card = self._card(model)
+            if name not in card.adapters:
+                raise NotFound(f"{model} has no adapter {name!r}", "name", "adapter_not_found")
+            await self._finish(model, name)
+            left = {other: digest for other, digest in card.adapters.items() if other != name}
+            self._cards[model] = replace(card, adapters=left)
+            loaded = self._models[model]
+            folders = {other: folder for other, folder in loaded.adapters.items() if other != name}
+            self._models[model] = Load(loaded.folder, loaded.name, folders)
+            digest = card.adapters[name]
+            self._made.drop(lambda key: (key[0], key[5]) == (card.digest, digest))
+            for seat in self._seats:
+                seat.remove(UnloadAdapter(model, name))
+
+    async def _everywhere(self, order: Load | LoadAdapter) -> Loaded:
+        """Have every worker load something, those that join meanwhile too; where one cannot, none keeps it."""
+        loaded: dict[_Seat, Loaded] = {}
+        try:
+            while asked := [seat for seat in self._seats if seat not in loaded]:
+                answers = await asyncio.gather(*(seat.add(order) for seat in asked), return_exceptions=True)
+                pairs = list(zip(asked, answers, strict=True))
+                loaded |= {seat: answer for seat, answer in pairs if isinstance(answer, Loaded)}
+                for _, answer in pairs:
+                    if isinstance(answer, BaseException):
+                        raise answer
+            if not loaded:
+                raise Unavailable("no worker is ready to load it; try again")
+            first = next(iter(loaded.values()))
+            if isinstance(order, Load):
+                self._check_free(first.card.name)
+            return first
+        except BaseException:
+            for seat, answer in loaded.items():
+                seat.remove(_opposite(order, answer))
+            raise
+
+    async def _finish(self, model: str, adapter: str | None) -> None:
+        """Take no more work for a model or its adapter, and wait for what was accepted."""
+        self._leaving = model, adapter
+        self._left.clear()
+        self._check_idle()
+        try:
+            await self._left.wait()
+        finally:
+            self._leaving = None
 
     async def unload(self, name: str) -> None:
         """Take no more work for a model, finish what was accepted, then let go of it and of what was cached for it.
@@ -330,20 +404,14 @@ class Engine:
             card = self._card(name)
             if len(self._cards) == 1:
                 raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
-            self._leaving = name
-            self._left.clear()
-            self._check_idle()
-            try:
-                await self._left.wait()
-            finally:
-                self._leaving = None
+            await self._finish(name, None)
             del self._cards[name], self._models[name], self._rows[name]
             self._seconds = {key: seconds for key, seconds in self._seconds.items() if key.model != name}
             self._batcher.forget(name)
             if all(other.digest != card.digest for other in self._cards.values()):
                 self._made.drop(lambda key: key[0] == card.digest)
             for seat in self._seats:
-                seat.remove(name)
+                seat.remove(Unload(name))
 
     def _add(self, card: Card, timings: Sequence[Timing], order: Load) -> None:
         """Take work for a model that every worker has."""
@@ -407,7 +475,7 @@ class Engine:
 
     def _cost(self, key: Key, images: int) -> float:
         """Seconds that a worker needs for so many images, in whole blocks."""
-        return self._padded(key, images) * self._seconds[key]
+        return self._padded(key, images) * self._seconds[key.size]
 
     def _padded(self, key: Key, images: int) -> int:
         rows = self._rows[key.model]
@@ -418,8 +486,12 @@ class Engine:
         raise Overloaded(f"{sentence}; try again in {seconds:.1f} s", seconds, reason, position)
 
     def _pixels(self, work: Work) -> _Pixels:
-        model, width, height = work.key
-        return self._cards[model].digest, work.prompt, work.seed, width, height
+        return self._same(work.key, work.prompt, work.seed)
+
+    def _same(self, key: Key, prompt: str, seed: int) -> _Pixels:
+        card = self._cards[key.model]
+        adapter = None if key.adapter is None else card.adapters[key.adapter]
+        return card.digest, prompt, seed, key.width, key.height, adapter, key.scale
 
     def _release(self, wanted: Sequence[Work]) -> None:
         """A request is over: what it alone still waited for is dropped."""
@@ -462,14 +534,14 @@ class Engine:
     def _check_idle(self) -> None:
         if self._draining and not len(self._batcher) and not any(seat.outstanding() for seat in self._seats):
             self._idle.set()
-        if self._leaving is not None and not self._busy(self._leaving):
+        if self._leaving is not None and not self._busy(*self._leaving):
             self._left.set()
 
-    def _busy(self, model: str) -> bool:
-        """Whether a model has work that was accepted and is not answered."""
+    def _busy(self, model: str, adapter: str | None) -> bool:
+        """Whether a model, or one of its adapters, has work that was accepted and is not answered."""
         waiting = list(self._batcher.ahead_of(Priority.BATCH))
         running = [batch.key for seat in self._seats for batch in seat.outstanding()]
-        return any(key.model == model for key in waiting + running)
+        return any(key.model == model and adapter in (None, key.adapter) for key in waiting + running)
 
     def _join(self, seat: _Seat) -> None:
         """Give a worker work."""
@@ -551,7 +623,8 @@ class Engine:
         pixels.flags.writeable = False
         batch, sent, needed = seat.answered(made.batch, time.monotonic())
         each = needed / self._padded(batch.key, len(batch.work))
-        self._seconds[batch.key] += 0.2 * (each - self._seconds[batch.key])
+        size = batch.key.size
+        self._seconds[size] += 0.2 * (each - self._seconds[size])
         self._metrics.batch_size.observe(len(batch.work))
         self._metrics.images.labels(batch.key.model).inc(len(batch.work))
         self._metrics.cache_hits.labels("prompt").inc(made.prompt_hits)
@@ -598,6 +671,11 @@ class Engine:
         self._forget(work)
         if not work.reply.done():
             work.reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
+
+
+def _opposite(order: Load | LoadAdapter, answer: Loaded) -> Unload | UnloadAdapter:
+    """What undoes an order that was carried out."""
+    return Unload(answer.card.name) if isinstance(order, Load) else UnloadAdapter(order.model, order.name)
 
 
 async def _connect(worker: Worker) -> _Seat:

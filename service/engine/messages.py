@@ -3,7 +3,7 @@
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -19,11 +19,27 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     folder: str | None  # None is the student that ships, or a backend that the worker was given
     name: str | None = None  # that it is served by; None is its own
+    adapters: Mapping[str, str] = {}  # their folders by name
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):
     """To the worker: let go of a model; none of its batches is on the way any more."""
 
+    name: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: read an adapter for a model that it has."""
+
+    model: str
+    name: str
+    folder: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: let go of an adapter; none of its batches is on the way any more."""
+
+    model: str
     name: str
 
 
@@ -56,6 +72,8 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     width: int
     height: int
     slot: int
+    adapter: str | None = None
+    scale: float = 0.0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -66,14 +84,17 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the model of a `Load` is there and has run once. Loads are answered in their order."""
+    """From the worker: the model of a `Load` is there and has run once, or has the adapter of a `LoadAdapter`.
+
+    Both are answered in their order.
+    """
 
     card: Card
     timings: Sequence[Timing]
 
 
 class NotLoaded(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the model of a `Load` is not there, and why."""
+    """From the worker: the model or adapter is not there, and why."""
 
     reason: str
 
@@ -113,7 +134,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fault: Fault
 
 
-Order = Run | Load | Unload
+Order = Run | Load | Unload | LoadAdapter | UnloadAdapter
 Reply = Ready | Refused | Loaded | NotLoaded | Beat | Advanced | Made | Failed
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)

@@ -31,6 +31,7 @@ from service.engine.messages import (
     Channel,
     Failed,
     Load,
+    LoadAdapter,
     Loaded,
     Made,
     NotLoaded,
@@ -40,6 +41,7 @@ from service.engine.messages import (
     Start,
     Tuning,
     Unload,
+    UnloadAdapter,
 )
 from service.engine.profile import measure, read_profile, recall
 from service.errors import StartError
@@ -62,7 +64,8 @@ class _Job:
 
 
 _Jobs = Queue[_Job | None]  # None: the server has hung up
-_Changes = Queue[Load | Unload | None]
+_Change = Load | Unload | LoadAdapter | UnloadAdapter
+_Changes = Queue[_Change | None]
 Loader = Callable[[Load], Backend]  # raises StartError
 Clock = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
 
@@ -99,6 +102,8 @@ def _add(backends: dict[str, Backend], order: Load, load: Loader, clock: Clock) 
         message = f"{order.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
         raise StartError(message)
     timings = clock(backend)
+    for adapter, folder in order.adapters.items():
+        backend.add_adapter(adapter, folder)
     backends[name] = backend
     return Loaded(backend.card, timings)
 
@@ -120,6 +125,7 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
         job.value = job.text.conditions
 
     def model(job: _Job) -> None:
+        job.backend.adapt(job.run.adapter, job.run.scale)
         job.value = job.backend.denoise(job.value, job.run.seeds, job.run.width, job.run.height)
 
     def vae(job: _Job) -> None:
@@ -148,7 +154,7 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
         match order:
             case Run():
                 encoding.put(_Job(order, backends[order.model]))
-            case Load() | Unload():
+            case _:
                 changes.put(order)
     changes.put(None)  # nobody waits for what still loads
     for jobs, stage in zip((encoding, denoising, decoding), stages, strict=True):
@@ -168,6 +174,16 @@ def _change(channel: Channel, backends: dict[str, Backend], load: Loader, clock:
                 _tell(channel.send, answer)
             case Unload():
                 backends.pop(order.name).close()
+            case LoadAdapter():
+                backend = backends[order.model]
+                try:
+                    backend.add_adapter(order.name, order.folder)
+                    answer = Loaded(backend.card, ())
+                except StartError as error:
+                    answer = NotLoaded(str(error))
+                _tell(channel.send, answer)
+            case UnloadAdapter():
+                backends[order.model].remove_adapter(order.name)
 
 
 def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on: Callable[[_Job], None]) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/admin/models`: what is served, changed while serving. For keys of the scope `admin`.
+"""`/v1/admin/models` and `/v1/admin/adapters`: what is served, changed while serving. For keys of the scope `admin`.
 
 A client names a folder that the server has found below its `students` setting; no text of a client becomes a path.
 """
@@ -11,45 +11,85 @@ from fastapi import APIRouter
 from service.dependencies import Admin, Running, Service
 from service.engine.backend import Card
 from service.errors import InvalidRequest
-from service.schemas import ErrorResponse, LoadedModel, LoadedModels, ModelDeleted, StudentToLoad
+from service.schemas import (
+    AdapterDeleted,
+    AdapterToLoad,
+    ErrorResponse,
+    LoadedModel,
+    LoadedModels,
+    ModelDeleted,
+    StudentToLoad,
+)
+from service.state import State
+
+STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"
 
 router = APIRouter(
-    prefix="/v1/admin/models",
+    prefix="/v1/admin",
     tags=["administration"],
     responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 
 
-@router.get("")
+@router.get("/models")
 async def index(service: Service, engine: Running, caller: Admin) -> LoadedModels:
     """All models, the default one first, and the folders that may be loaded."""
-    folders = await asyncio.to_thread(_folders, service.settings.students)
-    return LoadedModels(data=[_shown(card) for card in engine.cards.values()], folders=sorted(folders))
+    students = await asyncio.to_thread(_folders, service.settings.students, STUDENT)
+    adapters = await asyncio.to_thread(_folders, service.settings.students, ADAPTER)
+    data = [_shown(card) for card in engine.cards.values()]
+    return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
-@router.post("")
+@router.post("/models")
 async def load(body: StudentToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
-    folders = await asyncio.to_thread(_folders, service.settings.students)
-    if body.folder not in folders:
-        raise InvalidRequest(f"there is no student folder {body.folder!r}; there are {sorted(folders)}", "folder")
-    return _shown(await engine.load(folders[body.folder], body.name))
+    folder = await _found(service, body.folder, STUDENT)
+    return _shown(await engine.load(folder, body.name))
 
 
-@router.delete("/{model:path}")
+@router.delete("/models/{model:path}")
 async def unload(model: str, engine: Running, caller: Admin) -> ModelDeleted:
     """Serve a model no more; the answer comes when what was accepted is answered."""
     await engine.unload(model)
     return ModelDeleted(id=model)
 
 
-def _folders(students: Path | None) -> dict[str, Path]:
-    """The student folders that are there, by name."""
+@router.post("/adapters")
+async def load_adapter(body: AdapterToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
+    """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
+    folder = await _found(service, body.folder, ADAPTER)
+    return _shown(await engine.load_adapter(service.card(body.model).name, folder, body.name))
+
+
+@router.delete("/adapters/{name}")
+async def unload_adapter(name: str, model: str, service: Service, engine: Running, caller: Admin) -> AdapterDeleted:
+    """Take an adapter from a model; the answer comes when what was accepted is answered."""
+    await engine.unload_adapter(service.card(model).name, name)
+    return AdapterDeleted(id=name)
+
+
+async def _found(service: State, name: str, file: str) -> Path:
+    """The folder of that name. Raises InvalidRequest where there is none."""
+    folders = await asyncio.to_thread(_folders, service.settings.students, file)
+    if name not in folders:
+        raise InvalidRequest(f"there is no folder {name!r} with {file}; there are {sorted(folders)}", "folder")
+    return folders[name]
+
+
+def _folders(students: Path | None, file: str) -> dict[str, Path]:
+    """The folders that hold a file, by name."""
     if students is None or not students.is_dir():
         return {}
-    return {folder.name: folder for folder in students.iterdir() if (folder / "onestep.json").is_file()}
+    return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
 
 
 def _shown(card: Card) -> LoadedModel:
     sizes = [f"{width}x{height}" for width, height in card.sizes]
-    return LoadedModel(id=card.name, created=card.created, owned_by=card.owner, digest=card.digest, sizes=sizes)
+    return LoadedModel(
+        id=card.name,
+        created=card.created,
+        owned_by=card.owner,
+        adapters=[*card.adapters],
+        digest=card.digest,
+        sizes=sizes,
+    )

@@ -1,9 +1,13 @@
 """Models loaded and unloaded by their administrator, over HTTP."""
 
+import base64
+import io
 import json
 
 import httpx
+import openai
 import pytest
+from PIL import Image
 
 from service.keys import KeyFile
 
@@ -32,6 +36,28 @@ def test_a_student_comes_serves_and_goes(serve, connect, students):
     assert client.images.generate(prompt="a", model="ft:a:b:1", extra_body={"seed": 1}).data[0].seed == 1
     assert httpx.delete(f"{models}/ft:a:b:1").json() == {"id": "ft:a:b:1", "object": "model", "deleted": True}
     assert [model.id for model in client.models.list()] == ["simulator", "student-one"]
+
+
+def test_an_adapter_comes_is_asked_for_and_goes(serve, connect, students):
+    (students / "none" / "pytorch_lora_weights.safetensors").touch()
+    url = serve(students=students)
+    assert httpx.get(f"{url}/v1/admin/models").json()["adapter_folders"] == ["none"]
+    adapter = {"model": "simulator", "folder": "none", "name": "style"}
+    assert httpx.post(f"{url}/v1/admin/adapters", json=adapter).json()["adapters"] == ["style"]
+    client = connect(url)
+    styled = client.images.generate(prompt="a", extra_body={"seed": 1, "lora": {"name": "style", "scale": 0.5}})
+    plain = client.images.generate(prompt="a", extra_body={"seed": 501})
+    assert styled.data[0].seed == 1
+    assert pixel(styled) == pixel(plain)  # as a simulator has it
+    gone = httpx.delete(f"{url}/v1/admin/adapters/style", params={"model": "simulator"})
+    assert gone.json() == {"id": "style", "object": "adapter", "deleted": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", extra_body={"lora": {"name": "style"}})
+    assert (caught.value.param, caught.value.code) == ("lora.name", "adapter_not_found")
+
+
+def pixel(answer):
+    return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).getpixel((0, 0))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,33 @@ def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded
     assert value(metrics, "worker_restarts_total", reason="died") == 1
 
 
+def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(folder):
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    fleet = processes(Settings(devices="simulator"))
+
+    async def test(engine: Engine) -> None:
+        await engine.load(folder)
+        await engine.load_adapter("second", folder, "style")
+        assert [*engine.cards["second"].adapters] == ["style"]
+        with pytest.raises(InvalidRequest, match="already"):
+            await engine.load_adapter("second", folder, "style")
+        with pytest.raises(NotFound, match="simulator has no adapter 'style'"):
+            await make(engine, 1, adapter="style")
+        for _ in range(2):
+            scales = [None, 0.5, 1.0] * 4
+            asked = [
+                make(engine, seed, model="second", adapter=scale and "style", scale=scale or 1.0)
+                for seed, scale in enumerate(scales)
+            ]
+            for seed, (scale, image) in enumerate(zip(scales, await asyncio.gather(*asked), strict=True)):
+                assert is_of(image, seed + int(1000 * (scale or 0)))
+            os.kill(engine.processes[0], signal.SIGKILL)
+        await engine.unload_adapter("second", "style")
+        assert not engine.cards["second"].adapters
+
+    run(fleet, test, result_cache_bytes=0)
+
+
 def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
     async def test(engine: Engine) -> None:
         with pytest.raises(InvalidRequest, match="nowhere is no student folder"):

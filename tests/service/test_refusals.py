@@ -30,6 +30,7 @@ FIELDS = [
     *[("partial_images", value) for value in (-1, 4, 1, "1", True)],  # 1: only with stream
     *[("user", value) for value in (1, [], "x" * 257)],
     *[("priority", value) for value in ("low", "BATCH", 0)],
+    *[("lora", value) for value in ("style", 1, [])],
     *[("timeout", value) for value in (0, 0.01, -1, 3601, "1", True, [])],
     *[("seed", value) for value in (-1, 2**53, 1.0, "1", True, [], {})],
     *[(name, "a") for name in ("negative_prompt", "Prompt", "steps", "guidance_scale", "__proto__", "id")],

@@ -14,6 +14,7 @@ import torch
 from engines import run
 from PIL import Image
 from running import metric, serving, until
+from safetensors.torch import load_file, save_file
 
 from distill.export import export_student
 from distill.pipeline import OneStepPipeline
@@ -23,7 +24,7 @@ from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, local, processes
 from service.engine.messages import Tuning
-from service.errors import GenerationFailed, InvalidRequest
+from service.errors import GenerationFailed, InvalidRequest, NotFound
 from service.registry import load_backend
 from service.settings import Settings
 
@@ -103,6 +104,43 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
         backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
+
+
+def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, tmp_path):
+    torch.manual_seed(5)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    shape = load_file(student / "transformer" / "diffusion_pytorch_model.safetensors")[f"{name[12:]}.weight"].shape
+    factors = {f"{name}.lora_A.weight": torch.randn(2, shape[1]), f"{name}.lora_B.weight": torch.randn(shape[0], 2)}
+    save_file(factors, tmp_path / "pytorch_lora_weights.safetensors")
+    pipeline = OneStepPipeline.load(student)
+    prompts = ["a red circle"] * 2
+    plain = pipeline(prompts, [1, 2]).numpy()
+    pipeline.adapt(pipeline.read_adapter(tmp_path), 3.0)
+    adapted = pipeline(prompts, [1, 2]).numpy()
+    assert not np.array_equal(plain, adapted)
+
+    async def test(engine: Engine) -> None:
+        async def one(seed, **options):
+            (image,) = await engine.generate("tiny-student", "a red circle", [seed], *size, **options)
+            return image.pixels
+
+        size = backend.card.sizes[0]
+        with pytest.raises(InvalidRequest, match="missing"):
+            await engine.load_adapter("tiny-student", tmp_path / "nowhere", "style")
+        await engine.load_adapter("tiny-student", tmp_path, "style")
+        style = {"adapter": "style", "scale": 3.0}
+        made = await asyncio.gather(
+            one(1), one(1, **style), one(2), one(2, **style), one(1, adapter="style", scale=0.0)
+        )
+        for pixels, expected in zip(made, (plain[0], adapted[0], plain[1], adapted[1], plain[0]), strict=True):
+            assert np.array_equal(pixels, expected)
+        await engine.unload_adapter("tiny-student", "style")
+        with pytest.raises(NotFound, match="style"):
+            await one(1, **style)
+        assert np.array_equal(await one(1), plain[0])
+
+    backend = load_backend(str(student), None, "cpu", Tuning())
+    run(local(backend), test, result_cache_bytes=0)
 
 
 def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
