@@ -17,6 +17,11 @@ from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesR
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 RAW = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 T = TypeVar("T")
 
 
@@ -26,7 +31,10 @@ T = TypeVar("T")
     responses={
         200: {
             "description": "Images; with `stream` one event, with `Accept: image/*` the bytes of one image",
-            "content": {kind: {"schema": {"type": "string"}} for kind in ("text/event-stream", *RAW)},
+            "content": {
+                "text/event-stream": {"schema": EVENT},
+                **{kind: {"schema": {"type": "string"}} for kind in RAW},
+            },
         },
         "4XX": {"model": ErrorResponse},
         "5XX": {"model": ErrorResponse},
