@@ -4,11 +4,14 @@ import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.errors import StartError
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
@@ -62,9 +65,7 @@ def serve(
     import uvicorn
 
     from service.engine.launch import processes
-    from service.keys import KeyFile
     from service.logs import configure
-    from service.origins import is_loopback
     from service.settings import read_settings
 
     given: dict[str, Any] = {
@@ -78,12 +79,7 @@ def serve(
         "open_to_all": open_to_all,
     }
     settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
-    stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
-    if not (settings.api_keys or stored or settings.open_to_all or is_loopback(settings.host)):
-        raise StartError(
-            f"host {settings.host} is reached from other machines and there is no API key; make one with "
-            "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
-        )
+    _check_keys(settings)
     workers = processes(settings)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
@@ -188,6 +184,50 @@ def bench(
         print(f"share of the engine  {load.rate / engine.rate:.2f}")
 
 
+@app.command()
+def ray(
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="A Ray cluster; auto is the one that this machine belongs to, local starts one of this machine alone.",
+        ),
+    ] = "local",
+    min_replicas: Annotated[int, typer.Option(min=1, help="Replicas at least.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Replicas at most [as many as at least].")] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray counts for each replica.")] = 1.0,
+    patience: Annotated[float, typer.Option(min=0.01, help="Seconds in which they should make what waits.")] = 2.0,
+    up_after: Annotated[float, typer.Option(min=0, help="Seconds of need before replicas are added.")] = 30.0,
+    down_after: Annotated[float, typer.Option(min=0, help="The same before they are taken away.")] = 600.0,
+    guests: Annotated[
+        int, typer.Option(min=1, help="Students in a replica at once because requests ask for them.")
+    ] = 3,
+    config: Annotated[
+        Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; SERVICE_ variables win.")
+    ] = None,
+) -> None:
+    """Serve as `serve` does, by replicas over the GPUs of one machine or of a Ray cluster.
+
+    Each replica is a whole server on a GPU of its own, or on CPU cores; there are more of them while work waits.
+    docs/ray.md says what they share. SIGTERM finishes what was accepted, then ends.
+    """
+    import importlib.util
+
+    from service.logs import configure
+    from service.settings import read_settings
+
+    if importlib.util.find_spec("ray") is None:
+        raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
+    settings = read_settings({}, config)
+    _check_keys(settings)
+    from service import cluster
+
+    configure(settings.log_format, settings.log_level)
+    most = max(min_replicas, max_replicas or 0)
+    scale = cluster.Scale(min_replicas, most, cpus, patience, up_after, down_after, guests)
+    cluster.run(settings, scale, address)
+
+
 @keys.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],
@@ -215,6 +255,19 @@ def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFi
     from service.keys import KeyFile
 
     KeyFile(file).revoke(name)
+
+
+def _check_keys(settings: "Settings") -> None:
+    """Raises StartError for a server that anyone may reach and use."""
+    from service.keys import KeyFile
+    from service.origins import is_loopback
+
+    stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
+    if not (settings.api_keys or stored or settings.open_to_all or is_loopback(settings.host)):
+        raise StartError(
+            f"host {settings.host} is reached from other machines and there is no API key; make one with "
+            "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
+        )
 
 
 def main() -> None:

@@ -234,6 +234,16 @@ class Engine:
         """Ids of the worker processes that are ready."""
         return [seat.worker.process.pid for seat in self._seats if seat.worker.process is not None]
 
+    @property
+    def busy(self) -> float:
+        """Share of the workers that have work."""
+        return sum(bool(seat.outstanding()) for seat in self._seats) / max(1, len(self._seats))
+
+    @property
+    def queue_seconds(self) -> float:
+        """Seconds in which the workers would make what waits for them."""
+        return self._needed(self._batcher.ahead_of(Priority.BATCH))
+
     async def start(self) -> None:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
@@ -457,21 +467,24 @@ class Engine:
 
     def _admit(self, key: Key, images: int, owner: str, priority: Priority, timeout: float) -> None:
         """Raise Overloaded with the time after which so many images would be taken."""
-        workers = max(1, len(self._seats))
         ahead = self._batcher.ahead_of(priority)
         position = sum(ahead.values())
         if excess := self._batcher.missing_room(images, owner):
-            wait = self._cost(key, excess) / workers
+            wait = self._needed({key: excess})
             self._refuse("queue_full", f"{len(self._batcher)} images wait already", wait, position)
         for batch in itertools.chain.from_iterable(seat.outstanding() for seat in self._seats):
             ahead[batch.key] = ahead.get(batch.key, 0) + len(batch.work)
         if not ahead:
             return  # on an empty server, what is tried is what teaches the engine better
         ahead[key] = ahead.get(key, 0) + images
-        needed = sum(self._cost(*some) for some in ahead.items()) / workers
+        needed = self._needed(ahead)
         if needed > timeout:
             message = f"the images would take {needed:.1f} s, not {timeout:g} s"
             self._refuse("deadline_unreachable", message, needed - timeout, position)
+
+    def _needed(self, images: Mapping[Key, int]) -> float:
+        """Seconds that the workers need for so many images of each key."""
+        return sum(self._cost(*some) for some in images.items()) / max(1, len(self._seats))
 
     def _cost(self, key: Key, images: int) -> float:
         """Seconds that a worker needs for so many images, in whole blocks."""

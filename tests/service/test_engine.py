@@ -93,6 +93,26 @@ def test_equal_requests_share_one_image_while_it_is_made_and_after():
     assert value(metrics, "cache_hits_total", cache="result") == 1
 
 
+def test_what_waits_is_told_in_seconds_and_who_computes_as_a_share():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        assert (engine.busy, engine.queue_seconds) == (0, 0)
+        work = [asyncio.create_task(make(engine, seed)) for seed in range(6)]
+        await asyncio.sleep(0)
+        assert engine.busy == 1
+        four_wait = engine.queue_seconds  # two are with the worker
+        assert four_wait > 0
+        work += [asyncio.create_task(make(engine, seed)) for seed in range(6, 10)]
+        await asyncio.sleep(0)
+        assert engine.queue_seconds == pytest.approx(2 * four_wait)
+        gate.open.set()
+        await asyncio.gather(*work)
+        assert (engine.busy, engine.queue_seconds) == (0, 0)
+
+    run(local(gate), test, max_batch=1)
+
+
 def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
     async def test(engine: Engine) -> None:
         waiting = [asyncio.create_task(make(engine, seed)) for seed in range(100)]  # 0.2 s each at first

@@ -1,0 +1,143 @@
+"""Ray Serve for real, by the command that users type. Needs the extra `ray`, half a minute and two idle cores."""
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from engines import make, run
+
+from service.engine.engine import Engine
+from service.engine.launch import local
+
+pytest.importorskip("ray")
+
+from service.cluster import HEADER, Guest
+from service.engine.backend import Simulator
+
+PATIENT = {  # Ray's own limits, for a machine that others use too
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "5",
+    "RAY_agent_register_timeout_ms": "120000",
+    "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 << 20),
+}
+
+
+@pytest.fixture
+def students(tmp_path):
+    """Two students, as simulators take them."""
+    for name in ("second", "third"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "onestep.json").write_text(json.dumps({"name": "any"}))
+    return tmp_path
+
+
+@contextmanager
+def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server under Ray: its URL and its process, which has ended when this is left."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        settings["port"] = str(free.getsockname()[1])
+    environment = os.environ | PATIENT | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
+    command = [sys.executable, "-m", "service.cli", "ray", "--cpus", "0.1", *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as it:
+        try:
+            lines = iter(it.stderr.readline, "")
+            told = list(itertools.takewhile(lambda line: "serving on" not in line, lines))
+            assert it.poll() is None, "".join(told)
+            threading.Thread(target=it.stderr.read, daemon=True).start()  # so that the pipe never fills
+            yield f"http://127.0.0.1:{settings['port']}", it
+        finally:
+            it.terminate()
+            it.wait(120)
+
+
+def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: str) -> httpx.Response:
+    """An answer; every one of them must be an image."""
+    body = {"prompt": "a red circle", "seed": seed, "n": n, **more}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == n
+    return answer
+
+
+def replica(answer: httpx.Response) -> str:
+    return answer.headers["x-replica"]
+
+
+def of_both(ask) -> list[httpx.Response]:
+    """The same question's answers, by each of two replicas."""
+    answers: dict[str, httpx.Response] = {}
+    for _ in range(1000):
+        answer = ask()
+        answers[replica(answer)] = answer
+        if len(answers) == 2:
+            return list(answers.values())
+    raise AssertionError(f"{list(answers)} alone answered")
+
+
+def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
+    scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
+    settings = {"devices": "simulator", "max_batch": "1", "result_cache_bytes": "0", "data": "none"}
+    with serving(*scale, "--library", str(students), **settings) as (url, process), ThreadPoolExecutor(8) as pool:
+        seeds = itertools.count(100, 10)
+        seen = {replica(generate(url, 0))}
+        while len(seen) < 2:
+            seen |= set(pool.map(lambda seed: replica(generate(url, seed, n=10)), itertools.islice(seeds, 16)))
+
+        one, other = of_both(lambda: generate(url, 7))
+        assert one.json()["data"] == other.json()["data"]
+        link = generate(url, 8, response_format="url").json()["data"][0]["url"]
+        assert len({shown.content for shown in of_both(lambda: httpx.get(link).raise_for_status())}) == 1
+
+        for name in ("second", "third", "second"):
+            generate(url, 7, headers={HEADER: name}, model=name)
+        assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "model": "fourth"}).status_code == 404
+
+        while len({replica(generate(url, next(seeds))) for _ in range(20)}) == 2:
+            pass  # one leaves, and nobody who asks meanwhile notices
+
+        answers = [pool.submit(generate, url, seed, n=10) for seed in itertools.islice(seeds, 8)]
+        answers[0].result()  # so all are on their way
+        process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            answer.result()
+        assert process.wait(120) == 0
+
+
+def test_a_guest_stays_until_the_requests_that_use_it_are_answered(students):
+    async def test(engine: Engine) -> None:
+        await engine.load(students / "second", "second")
+        guest = Guest(engine, "second")
+        with guest.kept():
+            leaving = asyncio.create_task(guest.__del__())  # as Ray does to make room
+            await asyncio.sleep(0)
+            await make(engine, 5, model="second")
+            assert not leaving.done()
+        await leaving
+        assert [*engine.cards] == ["simulator"]
+
+    run(local(Simulator(0, 0)), test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"), ({"host": "0.0.0.0"}, "--open-to-all")]
+)
+def test_what_keeps_it_from_starting_is_one_sentence(settings, named):
+    environment = os.environ | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
+    command = [sys.executable, "-m", "service.cli", "ray"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: .*\n", ended.stderr)
+    assert named in ended.stderr
