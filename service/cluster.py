@@ -4,7 +4,6 @@ A replica is the whole server: the app, its engine, its worker processes. A requ
 routed to; between Ray's processes go settings, figures, and the bytes of HTTP messages.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -13,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from service.dependencies import owner_of
 from service.engine.engine import SLOTS, Engine
 from service.engine.launch import processes
 from service.errors import ServiceError, StartError
+from service.guest import Guest
 from service.handlers import respond
 from service.logs import configure
 from service.settings import Settings
@@ -56,35 +56,6 @@ class Scale:
     up_after: float = 30.0  # seconds for which more must be needed before more are started
     down_after: float = 600.0  # the same for fewer
     guests: int = 3  # students that a replica has loaded at once because requests asked for them
-
-
-class Guest:
-    """A student that a request asked for, in one replica for as long as Ray keeps it there."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self._name = name
-        self._users = 0
-        self._unused = asyncio.Event()
-        self._unused.set()
-        # Ray awaits it to make room. It is the instance's, since Python's collector would call the class's once more.
-        self.__del__ = self._leave
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep it in the replica for a request."""
-        self._users += 1
-        self._unused.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
-
-    async def _leave(self) -> None:
-        await self._unused.wait()
-        await self._engine.unload(self._name)
 
 
 class Door:
