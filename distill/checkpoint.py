@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, ClaimedError
 from distill.files import aside, put_back
 from distill.files import flush as flush
 from distill.files import write_aside as write_aside
@@ -32,14 +32,14 @@ def claimed(folder: Path) -> Iterator[None]:
     """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
 
     What a killed process left between two renames is put right first.
-    Raises CheckpointError when another live process has claimed it.
+    Raises ClaimedError when another live process has claimed it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise CheckpointError(f"another run is writing to {folder}; wait for it, or give another --out") from error
+        raise ClaimedError(f"another run is writing to {folder}; wait for it, or give another --out") from error
     try:
         put_back(folder)
         yield

@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from distill.errors import DistillError
+from distill.errors import ClaimedError, DistillError
 
 if TYPE_CHECKING:
     import torch
 
     from distill.config import Run
+    from distill.remote import Server as Remote
 
 # The libraries' own bars and notices would run through ours.
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
@@ -35,6 +36,8 @@ prompts = typer.Typer(help="Look at prompts before they are encoded.", no_args_i
 app.add_typer(prompts, name="prompts")
 cifar10 = typer.Typer(help="CIFAR-10 in pixels, from its own binary files.", no_args_is_help=True)
 app.add_typer(cifar10, name="cifar10")
+
+SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # figures beside a bar
 
 _IMAGES = (
     "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
@@ -88,33 +91,41 @@ def run(
         str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium-lora, ...) or a YAML file.")
     ],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Budget in seconds of training; a measured speed makes images of it.", min=1)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
 ) -> None:
     """Distil a teacher into a one-step student.
 
     The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
-    a step and keeps what was learnt (status 130; 143 after SIGTERM). Under `accelerate launch -m distill.cli run ...`
-    it uses every process.
+    a step and keeps what was learnt (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
+    Under `accelerate launch -m distill.cli run ...` it uses every process.
     """
     import yaml
 
-    from distill.config import load_config
+    from distill.config import load_config, replace_method
 
-    resolved = load_config(config, overrides or [])
+    resolved = load_config(config, [*(replace_method(config, method) if method else []), *(overrides or [])])
     folder = out or Path("runs") / Path(config).stem
 
-    if _distil(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False)):
+    if _distil(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
         typer.echo(
             f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
         )
 
 
-def _distil(config: "Run", folder: Path, heading: str) -> bool:
-    """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop."""
+def _distil(config: "Run", folder: Path, heading: str, seconds: float | None = None) -> bool:
+    """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop.
+
+    `seconds` of training are a budget in place of the configuration's images.
+    """
     from distill import console
     from distill import run as runs
     from distill.checkpoint import claimed
     from distill.console import image_bar
+    from distill.speed import images_within
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
@@ -124,10 +135,13 @@ def _distil(config: "Run", folder: Path, heading: str) -> bool:
             typer.echo(heading)
             _encode(config, folder, machine.device)
         machine.wait_for_everyone()
-        shown = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")
+        if seconds is not None:
+            config = config.model_copy(update={"images": images_within(seconds, config, folder)})
+            if machine.is_main_process:
+                runs.prepare(config, folder)
         with image_bar("distilling", config.images) as bar, _asked_to_stop() as asked:
             for progress in runs.distil(config, folder, machine):
-                figures = {name: progress.figures[name] for name in shown if name in progress.figures}
+                figures = {name: progress.figures[name] for name in SHOWN if name in progress.figures}
                 bar.update(progress.images, figures)
                 for note in progress.notes:
                     bar.say(note)
@@ -634,6 +648,129 @@ def list_runs(
     out.print(table(str(folder), ("run", "teacher", "images", "score", "alarms", "last change", "state"), rows))
 
 
+Server = Annotated[str, typer.Option("--server", envvar="DISTILL_SERVER", help="Address of the server.")]
+ServerKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="DISTILL_API_KEY", help="Key with the scope jobs, if it wants one.")
+]
+LOOPBACK = "http://127.0.0.1:8000"
+
+
+@app.command()
+def submit(
+    prompts: Annotated[Path, typer.Argument(help="Prompts: a txt, jsonl, csv or parquet file.")],
+    teacher: Annotated[str, typer.Option(help="Teacher, by the name that the server has for it.")] = "scenes",
+    preset: Annotated[str | None, typer.Option(help="Preset; scenes for that teacher if not given.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
+    images: Annotated[int | None, typer.Option(help="Budget in images; the preset's.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training.", min=1)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, as rank=16.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="For the student's name, ft:TEACHER:SUFFIX:ID.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run; drawn if not given.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay and watch it to its end.")] = False,
+    server: Server = LOOPBACK,
+    api_key: ServerKey = None,
+) -> None:
+    """Let a server distil one of its teachers, and serve the student."""
+    from distill.overrides import parse_override
+    from distill.remote import Server as Remote
+
+    given = {"preset": preset, "method": method, "images": images, "seconds": seconds}
+    given |= dict(map(parse_override, overrides or []))
+    asked = {name: value for name, value in given.items() if value is not None}
+    with Remote(server, api_key) as remote:
+        fields = {"model": teacher, "training_file": remote.upload(prompts), "suffix": suffix, "seed": seed}
+        job = remote.submit({**fields, "distillation": asked})
+        typer.echo(f"{job['id']} is {job['status']}; `distill logs {job['id']}` tells how it goes.")
+        if follow:
+            _follow(remote, job["id"])
+
+
+@app.command("jobs")
+def list_jobs(
+    limit: Annotated[int, typer.Option(help="How many at most, the newest.", min=1, max=100)] = 20,
+    server: Server = LOOPBACK,
+    api_key: ServerKey = None,
+) -> None:
+    """List a server's distillation jobs: id, status, images seen of the budget, when made, teacher, student."""
+    import time
+
+    from distill.remote import Server as Remote
+    from distill.report import si
+
+    with Remote(server, api_key) as remote:
+        found = remote.jobs(limit)
+    for job in found:
+        seen = f"{si(job['images_seen'])} / {si(job['images_total'])}" if job["images_total"] else "-"
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
+        words = (job["id"], job["status"], seen, made, job["model"], job["fine_tuned_model"] or "-")
+        typer.echo("\t".join(words))
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="Id of the job.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Stay and watch it to its end.")] = False,
+    server: Server = LOOPBACK,
+    api_key: ServerKey = None,
+) -> None:
+    """Print what a job has told: progress, figures, alarms."""
+    from distill.remote import Server as Remote
+
+    with Remote(server, api_key) as remote:
+        if follow:
+            _follow(remote, job)
+            return
+        for event in remote.events(job):
+            typer.echo(_told(event))
+
+
+@app.command()
+def cancel(
+    job: Annotated[str, typer.Argument(help="Id of the job.")],
+    server: Server = LOOPBACK,
+    api_key: ServerKey = None,
+) -> None:
+    """End a job; what it has learnt is not kept."""
+    from distill.remote import Server as Remote
+
+    with Remote(server, api_key) as remote:
+        status = remote.cancel(job)["status"]
+    typer.echo(f"{job} is still running, and ends now." if status == "running" else f"{job} is {status}.")
+
+
+def _follow(remote: "Remote", name: str) -> None:
+    """A job's events and a bar, to its end; a job that fails ends the command with status 1."""
+    from distill.console import image_bar
+
+    with image_bar("distilling", None) as bar:
+        for job, events in remote.follow(name):
+            for event in events:
+                bar.say(_told(event))
+            bar.update(job["images_seen"], total=job["images_total"])
+    if job["status"] != "succeeded":
+        error = job["error"]
+        raise typer.Exit(_failed(f"{name} {job['status']}" + (f": {error['message']}" if error else "")))
+    typer.echo(f"The student is {job['fine_tuned_model']}.")
+
+
+def _failed(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _told(event: dict[str, Any]) -> str:
+    """An event as a line: when, what, and the figures that people follow."""
+    import time
+
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["created_at"]))
+    data = event["data"] or {}
+    figures = [f"{name} {data[name]:.3g}" for name in SHOWN if isinstance(data.get(name), int | float)]
+    words = [when, event["message"], *figures]
+    return "  ".join(words)
+
+
 @scenes.command()
 def show(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/scenes.png"),
@@ -737,12 +874,12 @@ def stats(
 
 
 def main() -> None:
-    """Entry point of the console command: errors of ours become one sentence and status 2."""
+    """Entry point of the console command: errors of ours become one sentence and status 2, or 75 to try again later."""
     try:
         app()
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, ClaimedError) else 2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

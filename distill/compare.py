@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
@@ -20,7 +19,7 @@ import torch
 from PIL.Image import Image
 
 from distill import checkpoint, methods, run
-from distill.config import Cadence, Run, load_config
+from distill.config import Run, load_config, replace_method
 from distill.errors import ConfigError, RunError
 from distill.evaluate.compare import Comparison, cell, figure_names
 from distill.evaluate.judge import FEATURES, Judgement, Questions
@@ -32,9 +31,8 @@ from distill.prompts import read_prompts
 from distill.runs import read_run
 from distill.scenes.render import SIZE
 from distill.spec import read_spec
+from distill.speed import images_within
 
-SPEED = "speed.json"
-WARM, TIMED = 2, 8  # rounds of a run that are not timed, and that are
 SHOWN = 8  # prompts of the picture where there is no scorer
 
 
@@ -69,7 +67,7 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
     for text in texts:
         head, *own = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside of brackets belong to a value
         if head in methods.names():
-            source, sets = base, (*_method(head, base), *overrides, *own)
+            source, sets = base, (*replace_method(base, head), *overrides, *own)
         elif head.endswith((".yaml", ".yml")):
             source, sets = head, (*overrides, *own)
         else:
@@ -85,18 +83,6 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
         if len(set(values.values())) > 1:
             raise ConfigError(f"{field} differs between variants ({values}); a comparison has one, set it with --set")
     return variants
-
-
-def _method(name: str, base: str) -> list[str]:
-    """Overrides that put a method in place of the base's own."""
-    own, other = load_config(base).method, methods.config_class(name)
-    if own.name == name:
-        return []
-    chosen: dict[str, Any] = {"name": name}
-    if "guidance" in type(own).model_fields and "guidance" in other.model_fields:
-        known = other.model_fields["guidance"].annotation.model_fields  # a method without a fake has none for it
-        chosen["guidance"] = own.guidance.model_dump(mode="json", include=set(known))
-    return [f"method={json.dumps(chosen)}"]
 
 
 def share_embeddings(variants: Sequence[Variant], out: Path) -> None:
@@ -130,34 +116,9 @@ def is_finished(variant: Variant, out: Path) -> bool:
 
 
 def within(seconds: float, variant: Variant, out: Path) -> Variant:
-    """The variant with as many images as its training makes in so many seconds.
-
-    Rates decay by images, so a run must know how many it will see: its speed is measured once, over a few rounds of
-    its own in a scratch folder that leave nothing behind, and kept in `speed.json` for a run that is continued.
-    """
-    folder, config = out / variant.name, variant.config
-    if not (folder / SPEED).exists():
-        write_aside(folder / SPEED, json.dumps({"images_per_second": _speed(config, folder)}) + "\n")
-    speed = float(json.loads((folder / SPEED).read_text())["images_per_second"])
-    images = max(1, int(speed * seconds / config.batch)) * config.batch
-    return replace(variant, config=config.model_copy(update={"images": images}))
-
-
-def _speed(config: Run, folder: Path) -> float:
-    """Images a second of a run's rounds, from its own beginning; its prompts must be encoded."""
-    scratch = folder / ".speed"
-    shutil.rmtree(scratch, ignore_errors=True)
-    never = 10**12
-    quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
-    endless = config.model_copy(update={"images": never, "cadence": quiet})
-    run.prepare(endless, scratch)
-    (scratch / "embeddings").symlink_to(Path("..") / "embeddings")
-    machine = run.accelerator(endless, scratch)
-    rounds = list(islice(run.distil(endless, scratch, machine), WARM + TIMED))
-    machine.end_training()
-    shutil.rmtree(scratch)
-    first, last = rounds[WARM - 1], rounds[-1]
-    return (last.images - first.images) / (last.seconds - first.seconds)
+    """The variant with as many images as its training makes in so many seconds."""
+    images = images_within(seconds, variant.config, out / variant.name)
+    return replace(variant, config=variant.config.model_copy(update={"images": images}))
 
 
 @dataclass(frozen=True)

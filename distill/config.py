@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from distill import methods
 from distill.errors import CheckpointError, ConfigError
+from distill.overrides import parse_override
 
 PRESETS = Path(__file__).parent / "presets"
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -206,24 +207,31 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4")
-        _put(values, key.split("."), _parse(text), override)
+        key, value = parse_override(override)
+        _put(values, key.split("."), value, override)
     try:
         return Run.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 
 
-def _parse(text: str) -> Any:
-    value = yaml.safe_load(text) if text else text
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def replace_method(base: str, name: str) -> list[str]:
+    """Overrides that put a method in place of the one of a preset or file; guidance stays, which goes with the teacher.
+
+    Raises ConfigError for a method that there is not.
+    """
+    if name not in methods.names():
+        raise ConfigError(
+            f"no method {name!r}{_nearest(name, methods.names())}; there are {', '.join(methods.names())}"
+        )
+    own, other = load_config(base).method, methods.config_class(name)
+    if own.name == name:
+        return []
+    chosen: dict[str, Any] = {"name": name}
+    if "guidance" in type(own).model_fields and "guidance" in other.model_fields:
+        known = other.model_fields["guidance"].annotation.model_fields  # a method without a fake has none for it
+        chosen["guidance"] = own.guidance.model_dump(mode="json", include=set(known))
+    return [f"method={json.dumps(chosen)}"]
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -32,8 +32,8 @@ def quiet(silent: bool) -> None:
 class ImageProgress(Protocol):
     """How a command tells how far it is."""
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None) -> None:
-        """It is at `seen` images; figures, when given, stand beside it."""
+    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
+        """It is at `seen` images; figures, when given, stand beside it; a `total` that was unknown is known now."""
 
     def advance(self, images: int) -> None:
         """It is `images` further."""
@@ -85,8 +85,8 @@ class _ImageBar:
         self._progress = progress
         self._task = progress.task_ids[task]
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None) -> None:
-        self._progress.update(self._task, completed=seen)
+    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
+        self._progress.update(self._task, completed=seen, total=total)
         if figures:
             self._progress.update(self._task, figures=_words(figures))
 
@@ -112,8 +112,9 @@ class ImageLines:
         self._begun: tuple[float, int] | None = None
         self._shown = (clock(), seen)
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None) -> None:
+    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
         self._seen = seen
+        self._total = self._total if total is None else total
         if figures:
             self._figures = _words(figures)
         if self._begun is None:

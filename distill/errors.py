@@ -32,6 +32,10 @@ class CheckpointError(DistillError):
     """A checkpoint that is damaged or belongs to another configuration."""
 
 
+class ClaimedError(CheckpointError):
+    """A run folder that another live process writes to. The command line exits with 75: try again later."""
+
+
 class DivergedError(DistillError):
     """Training, or a student at work, produced a number that is not finite."""
 
@@ -50,3 +54,11 @@ class RunError(DistillError):
 
 class ParityError(DistillError):
     """A student folder of which stock diffusers makes something else than we do."""
+
+
+class RemoteError(DistillError):
+    """A server that refuses what it was asked."""
+
+
+class AwayError(RemoteError):
+    """A server that does not answer, or not now."""

@@ -237,7 +237,8 @@ class _Watch:
             self.over = ended_early(run.config, run.evaluations, run.best)
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device, dtype)
-        self._judged = config.prompts.source == "scenes" and self._shape == spec.latent_shape_of(SIZE, SIZE)
+        scenes = "scenes" in (config.teacher, config.prompts.source)
+        self._judged = scenes and self._shape == spec.latent_shape_of(SIZE, SIZE)
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.

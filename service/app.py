@@ -76,9 +76,11 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         if jobs:
             app.state.batches = Batches(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
+            await jobs.students.start(engine)
         sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
         yield
         if jobs:
+            await jobs.students.stop()
             await asyncio.to_thread(jobs.stop)
         await engine.drain()
         state.encoders.shutdown()

@@ -44,6 +44,9 @@ def serve(
     data: Annotated[
         Path | None, typer.Option(help="Folder of files, batches and jobs; none to serve without them.")
     ] = None,
+    job_devices: Annotated[
+        str | None, typer.Option(help="Devices of distillation jobs [cpu]: cpu, or GPUs as cuda:1,cuda:2.")
+    ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")
     ] = None,
@@ -75,6 +78,7 @@ def serve(
         "devices": devices,
         "replicas": replicas,
         "data": None if data is None else str(data),
+        "job_devices": job_devices,
         "keys_file": keys_file,
         "open_to_all": open_to_all,
     }

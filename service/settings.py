@@ -1,5 +1,6 @@
 """Settings of the server: command line, then `SERVICE_*` environment variables, then a TOML file, then defaults."""
 
+import base64
 import difflib
 import os
 import tomllib
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import limits
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,6 +21,8 @@ from pydantic_settings import (
 from service.errors import StartError
 from service.logs import LogFormat
 
+SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
+
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
@@ -29,6 +32,22 @@ Determinism = Literal["strict", "fast"]
 def _rates(text: str) -> str:
     limits.parse_many(text)  # raises ValueError
     return text
+
+
+def _webhook_secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if not text.startswith("whsec_") or len(base64.b64decode(text.removeprefix("whsec_"), validate=True)) < 24:
+        raise ValueError("a secret is whsec_ and the Base64 of at least 24 random bytes")
+    return secret
+
+
+class Endpoint(BaseModel):
+    """Who is told when batches and jobs end, and the secret that it knows the server by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+    secret: Annotated[SecretStr, AfterValidator(_webhook_secret)]
 
 
 def _none(given: object) -> object:
@@ -98,6 +117,12 @@ class Settings(BaseSettings):
     job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
     realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
     realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
+    teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distil; that one ships
+    job_devices: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+(,cuda:\d+)*)$")] = "cpu"  # of jobs; GPUs they get alone
+    job_nice: Annotated[int, Field(ge=0, le=19)] = 10  # how far the processes of jobs stand back for the others
+    job_students: _Count = 4  # students of jobs that are served, the newest
+    jobs_per_key: _Count = 8  # jobs of one key that have not ended
+    webhooks: tuple[Endpoint, ...] = ()  # told when batches and jobs end: [{"url": ..., "secret": "whsec_..."}]
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
     log_format: LogFormat = "json"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from distill import checkpoint
-from distill.cli import app
+from distill.cli import app, main
 from distill.errors import CheckpointError, ConfigError, DivergedError, RunError
 from distill.files import write_aside
 from distill.pipeline import OneStepPipeline
@@ -330,3 +330,25 @@ def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
     )
     assert isinstance(done.exception, DivergedError)
     assert "lower optimizer." in str(done.exception)
+
+
+def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
+    teacher, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["distill", *command(teacher, prompts, tmp_path)[3:]])
+    with checkpoint.claimed(tmp_path), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == os.EX_TEMPFAIL
+    assert "another run is writing" in capsys.readouterr().err
+
+
+def test_seconds_are_a_budget_and_a_method_takes_the_presets_place(teacher, prompts, tmp_path):
+    overrides = ("images=8", "cadence.log=8", "cadence.checkpoint=100000")
+    done = invoke([*command(teacher, prompts, tmp_path, *overrides), "--method", "dmd", "--seconds", "1"])
+    assert done.exit_code == 0, done.output
+    speed = json.loads((tmp_path / "speed.json").read_text())["images_per_second"]
+    run = read_run(tmp_path)
+    assert run.config["method"]["name"] == "dmd"
+    assert run.budget == run.images == max(1, int(speed / 8)) * 8
+    assert run.state == "finished"
+    assert not (tmp_path / ".speed").exists()

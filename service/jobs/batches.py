@@ -38,7 +38,7 @@ from service.generation import MAX_SEED, Order, make, respond
 from service.jobs.files import new_id, page
 from service.jobs.jobs import Jobs
 from service.jobs.schemas import BatchLine, BatchRequest
-from service.jobs.tables import ENDED, Batch, Delivery, File, Line
+from service.jobs.tables import ENDED, Batch, File, Line
 from service.state import State
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class Batches:
         self._database = jobs.database
         self._files = jobs.files
         self._workflows = jobs.workflows
+        self._webhooks = jobs.webhooks
         self._loop = loop
         jobs.workflows.define("batch", self._work, SIDE_BY_SIDE)
         jobs.chores.append(self._begin_lost)
@@ -369,7 +370,7 @@ class Batches:
             batch.error_file_id = failed if counts[failed] else None
             batch.failed = counts[failed]  # with the lines that nobody began
             session.execute(delete(Line).where(Line.batch_id == batch_id))
-            _end(session, batch, "completed" if outcome == "answered" else outcome, now)
+            self._end(session, batch, "completed" if outcome == "answered" else outcome, now)
         return True
 
     def _fail(self, batch_id: str, complaints: Sequence[Complaint]) -> None:
@@ -380,7 +381,7 @@ class Batches:
                 return
             batch.errors = [vars(complaint) for complaint in complaints]
             session.execute(delete(Line).where(Line.batch_id == batch_id))
-            _end(session, batch, "failed", int(time.time()))
+            self._end(session, batch, "failed", int(time.time()))
 
     # Lines
 
@@ -444,6 +445,12 @@ class Batches:
             order = replace(order, seeds=range(drawn, drawn + count))
         return Request(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
 
+    def _end(self, session: Session, batch: Batch, status: str, now: int) -> None:
+        """The last status of a batch, and the event that tells of it."""
+        batch.status = status
+        setattr(batch, f"{status}_at", now)
+        self._webhooks.announce(session, batch.owner, f"batch.{status}", batch.id, now)
+
     def _answers(self, batch_id: str) -> Iterator[Line]:
         """All answers by number, some at a time."""
         last = 0
@@ -455,15 +462,6 @@ class Batches:
                 return
             yield from found
             last = found[-1].number
-
-
-def _end(session: Session, batch: Batch, status: str, now: int) -> None:
-    """The last status of a batch, and the event that tells of it."""
-    batch.status = status
-    setattr(batch, f"{status}_at", now)
-    event = Delivery(id=new_id("evt_"), owner=batch.owner, type=f"batch.{status}", subject=batch.id)
-    event.created_at = event.next_at = now
-    session.add(event)
 
 
 def _digest(batch_id: str, number: int) -> bytes:

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from service.errors import ServiceError, StartError
 from service.jobs.database import Database
+from service.jobs.distiller import Distiller
 from service.jobs.files import Files
+from service.jobs.students import Students
+from service.jobs.tuning import Tuning
+from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 from service.settings import Settings
 
@@ -36,9 +40,17 @@ class Jobs:
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder, settings.job_silence_seconds)
         self.files = Files(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
+        self.webhooks = Webhooks(self.database, self.workflows, settings.webhooks)
+        self.students = Students(self.database, self.folder, settings.job_students)
+        distiller = Distiller(
+            self.database, self.workflows, self.files, self.webhooks, self.students, self.folder, settings
+        )
+        self.tuning = Tuning(self.database, self.files, distiller, settings)
         self.chores: list[Chore] = [
             self._live,
             self.files.sweep,
+            self.webhooks.begin_due,
+            distiller.begin_queued,
         ]  # each must be harmless to repeat, and to do in several servers at once
         self._period = settings.job_silence_seconds / 5
         self._ended = threading.Event()

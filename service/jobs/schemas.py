@@ -1,4 +1,4 @@
-"""What files and batches look like on the wire: OpenAI's names and types."""
+"""What files, batches and jobs look like on the wire: OpenAI's names and types."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.datastructures import UploadFile
 
+from service.jobs.distillation import Distillation
 from service.schemas import ImageRequest
 
 Endpoint = Literal["/v1/images/generations"]
@@ -160,7 +161,132 @@ class BatchObject(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-Item = TypeVar("Item", FileObject, BatchObject)
+class Hyperparameters(BaseModel):
+    """OpenAI's own knobs; `distillation` has more."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    n_epochs: Annotated[Literal["auto"] | None, Field(description="The budget is `distillation.images`.")] = None
+    learning_rate_multiplier: Annotated[
+        Literal["auto"] | None, Field(description="The rates are `distillation.student_rate` and `fake_rate`.")
+    ] = None
+
+
+class Supervised(BaseModel):
+    """OpenAI's method, of which the batch size has a meaning here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class JobMethod(BaseModel):
+    """How a job distils: another place for its hyperparameters or its `distillation` object."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["supervised", "distillation"]
+    supervised: Supervised | None = None
+    distillation: Distillation | None = None
+
+
+class JobRequest(BaseModel):
+    """`POST /v1/fine_tuning/jobs`: distil a teacher on prompts, and serve the student."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str, Field(description="A teacher that the server knows.", examples=["scenes"])]
+    training_file: Annotated[str, Field(description="Prompts: a file of purpose `fine-tune`.")]
+    validation_file: None = None
+    suffix: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Part of the student's name.")
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: Metadata | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: JobMethod | None = None
+    integrations: None = None
+    distillation: Annotated[Distillation | None, Field(description="Extension. The preset and its changes.")] = None
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class JobHyperparameters(BaseModel):
+    """As they were chosen; `auto` is the preset's."""
+
+    batch_size: int | Literal["auto"]
+    n_epochs: Literal["auto"] = "auto"
+    learning_rate_multiplier: Literal["auto"] = "auto"
+
+
+class JobMade(BaseModel):
+    """The method of a job, with the knobs that it was given."""
+
+    type: Literal["distillation"] = "distillation"
+    distillation: dict[str, Any]
+
+
+JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+
+class JobObject(BaseModel):
+    """A distillation job. `images_seen` and `images_total` are extensions: how far it is."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    error: JobError | None
+    estimated_finish: int | None
+    fine_tuned_model: Annotated[str | None, Field(description="The student, once it is served.")]
+    finished_at: int | None
+    hyperparameters: JobHyperparameters
+    images_seen: int
+    images_total: int | None
+    integrations: None = None
+    metadata: dict[str, Any] | None
+    method: JobMade
+    model: str
+    organization_id: Annotated[str, Field(description="The name of the API key.")]
+    result_files: list[str]
+    seed: int
+    status: JobStatus
+    trained_tokens: None = None
+    training_file: str
+    validation_file: None = None
+
+
+class JobEventObject(BaseModel):
+    """Something that a job told; `data` are the figures of a `metrics` event."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any] | None
+
+
+class JobCheckpointObject(BaseModel):
+    """A checkpoint of a job with the figures of then; the student is made of the best or the last one."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: dict[str, Any]
+    step_number: Annotated[int, Field(description="Images seen.")]
+
+
+Item = TypeVar("Item", FileObject, BatchObject, JobObject, JobEventObject, JobCheckpointObject)
 
 
 class Page(BaseModel, Generic[Item]):

@@ -97,6 +97,7 @@ class Job(Table):
     owner: Mapped[str]
     status: Mapped[str]
     wish: Mapped[str | None]  # pause or cancel, until the job has done it
+    starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first; each is a workflow of its own
     model: Mapped[str]
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
@@ -112,6 +113,8 @@ class Job(Table):
     created_at: Mapped[int]
     finished_at: Mapped[int | None]
     estimated_finish: Mapped[int | None]
+    images_seen: Mapped[int] = mapped_column(default=0, server_default="0")
+    images_total: Mapped[int | None]
 
 
 class JobEvent(Table):
@@ -145,12 +148,13 @@ class JobCheckpoint(Table):
 
 
 class Delivery(Table):
-    """An event that webhooks are told of. Written in the transaction that ends a batch or a job."""
+    """An event that an endpoint is told of. Written in the transaction that ends a batch or a job."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (Index(None, "next_at"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    url: Mapped[str] = mapped_column(server_default="")  # of the endpoint; its secret is in the settings
     owner: Mapped[str]
     type: Mapped[str]
     subject: Mapped[str]  # id of the batch or job

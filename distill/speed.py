@@ -1,0 +1,52 @@
+"""How many images a run makes in a time: measured once, over a few rounds of its own."""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from distill import run
+from distill.config import Cadence, Run
+from distill.files import write_aside
+
+SPEED = "speed.json"
+WARM, TIMED = 2, 8  # rounds of a run that are not timed, and that are
+
+
+def images_within(seconds: float, config: Run, folder: Path) -> int:
+    """Images, in whole batches, that training makes in so many seconds in this run folder; its prompts are encoded.
+
+    Rates decay by images, so a run must know how many it will see: its speed is measured in a scratch folder that
+    goes away again, and kept in `speed.json` for a run that is continued. Every process of a run calls this.
+    """
+    kept = folder / SPEED
+    speed = float(json.loads(kept.read_text())["images_per_second"]) if kept.exists() else None
+    speed = broadcast_object_list([speed])[0] or _measure(config, folder)
+    return max(1, int(speed * seconds / config.batch)) * config.batch
+
+
+def _measure(config: Run, folder: Path) -> float:
+    """Images a second of a run's rounds, from its own beginning."""
+    scratch = folder / ".speed"
+    never = 10**12
+    quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
+    endless = config.model_copy(update={"images": never, "cadence": quiet, "trackers": ()})
+    machine = run.accelerator(endless, scratch)
+    if machine.is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+        run.prepare(endless, scratch)
+        for cache in ("embeddings", "images"):
+            if (folder / cache).exists():
+                (scratch / cache).symlink_to(Path("..") / cache)
+    machine.wait_for_everyone()
+    rounds = list(islice(run.distil(endless, scratch, machine), WARM + TIMED))
+    first, last = rounds[WARM - 1], rounds[-1]
+    speed = (last.images - first.images) / (last.seconds - first.seconds)
+    speed = float(broadcast_object_list([speed])[0])  # one number of images for all
+    if machine.is_main_process:
+        shutil.rmtree(scratch)
+        write_aside(folder / SPEED, json.dumps({"images_per_second": speed}) + "\n")
+    machine.wait_for_everyone()
+    return speed

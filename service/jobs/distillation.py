@@ -1,0 +1,109 @@
+"""What a distillation job may ask for, and the `distill run` that does it."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_Count = Annotated[int, Field(ge=1, le=10**10)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+
+KEYS = {
+    "images": "images",
+    "prompts": "prompts.count",
+    "batch": "batch",
+    "micro_batch": "micro_batch",
+    "guidance": "method.guidance.teacher",
+    "student_rate": "optimizer.student_rate",
+    "fake_rate": "optimizer.fake_rate",
+    "warmup": "optimizer.warmup",
+    "ema": "ema",
+    "precision": "precision",
+    "sizes": "sizes",
+    "patience": "stop.patience",
+    "log_every": "cadence.log",
+    "sample_every": "cadence.sample",
+    "checkpoint_every": "cadence.checkpoint",
+    "evaluate_every": "cadence.evaluate",
+}  # of what is given as it is: our name, and the key in a run's configuration
+
+
+class Distillation(BaseModel):
+    """The `distillation` object of a job: a preset, and what is changed in it. None leaves what the preset says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    preset: Annotated[_Name | None, Field(description="As `distill run` knows it; `scenes` for that teacher.")] = None
+    method: Annotated[_Name | None, Field(description="In place of the preset's: fgm, dmd, ...")] = None
+    networks: Annotated[Literal["lora", "full"] | None, Field(description="Adapters on one base, or copies.")] = None
+    rank: Annotated[_Count | None, Field(description="Of the adapters.")] = None
+    checkpointing: Annotated[bool | None, Field(description="Compute blocks again in the backward.")] = None
+    images: Annotated[_Count | None, Field(description="Budget in images seen.")] = None
+    seconds: Annotated[float | None, Field(ge=1, le=10**8, description="Budget in seconds of training instead.")] = None
+    prompts: Annotated[_Count, Field(description="Prompts of the training file at most.")] = 1_000_000
+    batch: _Count | None = None
+    micro_batch: _Count | None = None
+    guidance: Annotated[float | None, Field(ge=1, le=100, description="Of the teacher.")] = None
+    student_rate: _Rate | None = None
+    fake_rate: _Rate | None = None
+    warmup: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
+    ema: Annotated[float | None, Field(ge=0, lt=1)] = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    sizes: Annotated[
+        list[Annotated[list[_Count], Field(min_length=2, max_length=2)]] | None,
+        Field(min_length=1, max_length=64, description="[width, height] to draw from."),
+    ] = None
+    patience: Annotated[_Count | None, Field(description="Evaluations without a better student that end it.")] = None
+    log_every: Annotated[_Count | None, Field(description="In images, as all that follow.")] = None
+    sample_every: _Count | None = None
+    checkpoint_every: _Count | None = None
+    evaluate_every: _Count | None = None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.images is not None and self.seconds is not None:
+            raise ValueError("images and seconds are both given; give one, the other follows from it")
+        return self
+
+    @model_validator(mode="after")
+    def _a_preset_not_a_file(self) -> Self:
+        if self.preset is not None and self.preset.endswith((".yaml", ".yml")):
+            raise ValueError("preset: name one of `distill run`, not a file")
+        return self
+
+    def overrides(self) -> list[str]:
+        """What is changed, as `--set` takes it."""
+        given = self.model_dump(exclude_none=True)
+        sets = {key: given[name] for name, key in KEYS.items() if name in given}
+        networks = {name: given[name] for name in ("rank", "checkpointing") if name in given}
+        if "networks" in given:  # as a whole, so that nothing of the other kind is left
+            sets["networks"] = {"kind": given["networks"], **networks}
+        else:
+            sets |= {f"networks.{name}": value for name, value in networks.items()}
+        return [f"{key}={json.dumps(value)}" for key, value in sets.items()]
+
+
+def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
+    """Words of the `distill run`, from `run` on. The same words continue it."""
+    assert asked.preset is not None
+    words = ["run", asked.preset, "--out", str(folder)]
+    if asked.method is not None:
+        words += ["--method", asked.method]
+    if asked.seconds is not None:
+        words += ["--seconds", f"{asked.seconds:g}"]
+    sets = [f"teacher={json.dumps(teacher)}", f"prompts.source={json.dumps(str(prompts))}", f"seed={seed}"]
+    return words + [part for each in (*sets, *asked.overrides()) for part in ("--set", each)]
+
+
+def launched(words: Sequence[str], devices: int) -> list[str]:
+    """The command by this Python: one process, or as many as there are devices under `accelerate launch`."""
+    module = ["-m", "distill.cli", *words]
+    if devices == 1:
+        return [sys.executable, *module]
+    flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(devices), "--main_process_port", "0"]
+    quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]  # a run has its own precision
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, *quiet, *module]

@@ -1,0 +1,318 @@
+"""The workflow of a distillation job: a `distill run` in a process of its own, until it has ended.
+
+The row in `jobs` is the truth, and what is to become of the job is written there as its `wish`. The command continues
+where it was, whatever stopped it. So a workflow that is begun again, by this server or another, has only to look at
+the row and run the same command.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.jobs.database import Database
+from service.jobs.distillation import Distillation, command, launched
+from service.jobs.files import Files
+from service.jobs.runs import Line, RunFolder, environment
+from service.jobs.students import Students, run_folder
+from service.jobs.tables import ENDED, File, Job, JobCheckpoint, JobEvent
+from service.jobs.webhooks import Webhooks
+from service.jobs.workflows import Workflows
+from service.settings import Settings
+
+T = TypeVar("T")
+Level = Literal["info", "warn", "error"]
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+REFUSED, CLAIMED = 2, 75  # how `distill run` ends: for a reason that it names; because another process has the folder
+CRASHES = 3  # in a row, without an image more, that end a job
+
+
+class Failed(Exception):
+    """Why a job cannot go on, as its client is told."""
+
+    def __init__(self, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message, "param": param}
+
+
+class Distiller:
+    """Carries jobs out, one at a time in this process. Every method blocks: call them off the event loop."""
+
+    def __init__(
+        self,
+        database: Database,
+        workflows: Workflows,
+        files: Files,
+        webhooks: Webhooks,
+        students: Students,
+        data: Path,
+        settings: Settings,
+    ) -> None:
+        """Defines its workflow, so before they start. Runs are in the folder `data`."""
+        self._database = database
+        self._workflows = workflows
+        self._files = files
+        self._webhooks = webhooks
+        self._students = students
+        self._data = data
+        self._settings = settings
+        workflows.define("distillation", self._run, side_by_side=1)
+
+    def begin(self, job: Job) -> None:
+        """Carry out a job that is queued, when its turn comes. Harmless to repeat."""
+        self._workflows.begin("distillation", f"{job.id}.{job.starts}")
+
+    def end(self, session: Session, job: Job, status: str, message: str, level: Level = "info") -> None:
+        """End a job for good, in the caller's transaction. One that has ended already stays as it is."""
+        if job.status in ENDED:
+            return
+        now = int(time.time())
+        job.status, job.wish, job.finished_at, job.estimated_finish = status, None, now, None
+        tell(session, job, message, level)
+        self._webhooks.announce(session, job.owner, f"fine_tuning.job.{status}", job.id, now)
+
+    def folder(self, job: Job) -> RunFolder:
+        """Where a job runs."""
+        return RunFolder(run_folder(self._data, job.id))
+
+    def begin_queued(self, now: int) -> None:
+        """Begin what a server that died could not begin any more."""
+        with self._database.begin() as session:
+            queued = list(session.scalars(select(Job).where(Job.status == "queued")))
+        for job in queued:
+            self.begin(job)
+
+    def _run(self, key: str) -> None:
+        """The workflow: one start of one job, to its end or to the next pause."""
+        name, _, start = key.partition(".")
+        job = self._insist(lambda session: _enter(session, name, int(start)))
+        if job is None:
+            return
+        folder = self.folder(job)
+        try:
+            self._distil(job, folder)
+        except Failed as failed:
+            self._fail(job, failed)
+        except OSError as error:
+            self._fail(job, Failed(f"the server cannot write the job's files: {error.strerror}", "storage_error"))
+        except Exception:
+            log.exception("%s failed", name)
+            self._fail(job, Failed(f"something went wrong here; the server's log has it under {name}", "server_error"))
+        self._webhooks.begin_due(int(time.time()))
+
+    def _distil(self, job: Job, folder: RunFolder) -> None:
+        """Run the command until the job has ended or is paused. Raises Failed."""
+        words = self._prepare(job, folder)
+        crashes, furthest = 0, -1
+        while True:
+            status, asked = self._attempt(job, folder, words)
+            wish = self._insist(lambda session: _row(session, job).wish)
+            if wish == "cancel":
+                self._insist(
+                    lambda session: self.end(session, _row(session, job), "cancelled", "The job is cancelled.")
+                )
+                folder.remove()
+                return
+            if status == 0 and folder.finished():
+                self._succeed(job, folder)
+                return
+            if wish == "pause" and self._insist(lambda session: _pause(session, _row(session, job))):
+                return
+            if status == REFUSED:
+                raise _refusal(folder.last_words())
+            if status != CLAIMED and not asked:
+                seen = max([0, *folder.checkpoints()])
+                crashes = 1 if seen > furthest else crashes + 1
+                furthest = seen
+                if crashes == CRASHES:
+                    last = f"the run broke off {crashes} times after {seen} images"
+                    raise Failed(f"{last}: {folder.last_words()}", "run_broke_off")
+                self._warn(job, f"The run broke off with status {status}; it goes on from {seen} images.")
+            # A folder that is claimed is let go when the process of a dead server has written its checkpoint.
+            self._workflows.wait(POLL_SECONDS)
+
+    def _prepare(self, job: Job, folder: RunFolder) -> list[str]:
+        """Put the prompts into the job's folder, where nobody deletes them, and give the command. Raises Failed."""
+        prompts = folder.prompts()
+        if prompts is None:
+            file = self._insist(lambda session: session.get(File, job.training_file))
+            try:
+                if file is None:
+                    raise FileNotFoundError
+                prompts = folder.keep_prompts(self._files.path(file.id), Path(file.filename).suffix)
+            except FileNotFoundError:
+                message = f"the file {job.training_file} was deleted before the job began"
+                raise Failed(message, "file_not_found", "training_file") from None
+        teacher = self._settings.teachers.get(job.model)
+        if teacher is None:
+            raise Failed(f"the server has no teacher {job.model!r} any more", "model_not_found", "model")
+        devices = self._settings.job_devices.split(",")
+        asked = Distillation.model_validate(job.distillation)
+        return launched(command(asked, teacher, prompts, job.seed, folder.path), len(devices))
+
+    def _attempt(self, job: Job, folder: RunFolder, words: Sequence[str]) -> tuple[int, bool]:
+        """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
+        variables = environment(self._settings.job_devices.split(","))
+        pace, asked = Pace(), False
+        with folder.process(words, variables, self._settings.job_nice) as child:
+            while child.status() is None and not (asked := self._relay(job, folder, pace)):
+                self._workflows.wait(POLL_SECONDS)
+            status = child.stop()
+        self._relay(job, folder, pace)
+        return status, asked
+
+    def _relay(self, job: Job, folder: RunFolder, pace: "Pace") -> bool:
+        """Write down what the run has told since; whether the job is to stop."""
+        lines, budget, checkpoints = folder.new_lines(), folder.budget(), folder.new_checkpoints()
+        figures = {images: folder.figures(images) for images in checkpoints}
+
+        def record(session: Session) -> bool:
+            row = _row(session, job)
+            row.images_total = budget or row.images_total
+            for line in lines:
+                _note_line(session, row, line)
+            for images in checkpoints:
+                _note_checkpoint(session, row, images, figures[images])
+            row.estimated_finish = pace.finish(row.images_seen, row.images_total)
+            return row.wish is not None
+
+        return self._insist(record)
+
+    def _succeed(self, job: Job, folder: RunFolder) -> None:
+        """Serve the student, then say so."""
+        name = f"ft:{job.model}:{job.suffix or ''}:{job.id.removeprefix('ftjob-')}"
+
+        def made(session: Session) -> None:
+            _row(session, job).fine_tuned_model = name
+
+        def ended(session: Session) -> None:
+            self.end(session, _row(session, job), "succeeded", f"The student is {name}.")
+
+        self._insist(made)
+        self._students.serve()
+        self._insist(ended)
+        folder.tidy()
+
+    def _warn(self, job: Job, message: str) -> None:
+        self._insist(lambda session: tell(session, _row(session, job), message, "warn"))
+
+    def _fail(self, job: Job, failed: Failed) -> None:
+        def ended(session: Session) -> None:
+            row = _row(session, job)
+            row.error = failed.error
+            self.end(session, row, "failed", f"The job failed: {failed}", "error")
+
+        self._insist(ended)
+
+    def _insist(self, work: Callable[[Session], T]) -> T:
+        return self._database.insist(work, self._workflows.stopping)
+
+
+class Pace:
+    """When a run will have seen its images, at the speed since this process began to watch it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: tuple[float, int] | None = None
+
+    def finish(self, seen: int, total: int | None) -> int | None:
+        """Seconds since 1970; None while it cannot be known."""
+        if not seen or total is None:
+            return None
+        if self._began is None:
+            self._began = self._clock(), seen
+        seconds, images = self._clock() - self._began[0], seen - self._began[1]
+        return int(time.time() + seconds * (total - seen) / images) if images > 0 else None
+
+
+def tell(
+    session: Session,
+    job: Job,
+    message: str,
+    level: Level = "info",
+    data: dict[str, Any] | None = None,
+    key: str | None = None,
+) -> None:
+    """Add an event to a job, with figures if it has `data`; one with a `key` only once. The row is locked."""
+    number = (session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id)) or 0) + 1
+    name = f"ftevent-{job.id.removeprefix('ftjob-')}-{key or number}"
+    if session.get(JobEvent, name) is None:
+        event = JobEvent(
+            id=name,
+            job_id=job.id,
+            number=number,
+            created_at=int(time.time()),
+            level=level,
+            type="metrics" if data else "message",
+            message=message,
+            data=data,
+        )
+        session.add(event)
+        session.flush()
+
+
+def _note_line(session: Session, job: Job, line: Line) -> None:
+    job.images_seen = max(job.images_seen, line.images)
+    if line.kind == "alarm":
+        tell(session, job, f"Alarm, {line.values['name']}: {line.values['says']}", "warn", key=line.key)
+        return
+    figures = {"step": line.images, "total_steps": job.images_total, **line.values}
+    message = "The student was judged" if line.kind == "evaluation" else "Images seen"
+    tell(session, job, f"{message}: {line.images} of {job.images_total}", data=figures, key=line.key)
+
+
+def _note_checkpoint(session: Session, job: Job, images: int, figures: dict[str, Any]) -> None:
+    stem = job.id.removeprefix("ftjob-")
+    name = f"ftckpt-{stem}-{images}"
+    if session.get(JobCheckpoint, name) is None:
+        job.images_seen = max(job.images_seen, images)
+        checkpoint = JobCheckpoint(
+            id=name,
+            job_id=job.id,
+            step_number=images,
+            created_at=int(time.time()),
+            model=f"ft:{job.model}:{job.suffix or ''}:{stem}:ckpt-step-{images}",
+            metrics={"step": images, **figures},
+        )
+        session.add(checkpoint)
+
+
+def _enter(session: Session, name: str, start: int) -> Job | None:
+    """The job as it is to be carried out now; None when it is not, or not by this start."""
+    job = session.get(Job, name, with_for_update=True)
+    if job is None or job.starts != start or job.status not in ("queued", "running"):
+        return None
+    if job.status == "queued":
+        job.status = "running"
+        tell(session, job, "The job runs." if start == 0 else "The job goes on.")
+    return job
+
+
+def _row(session: Session, job: Job) -> Job:
+    """A job's row, locked until the transaction ends."""
+    return session.get_one(Job, job.id, with_for_update=True)
+
+
+def _pause(session: Session, job: Job) -> bool:
+    """Whether the job is still to be paused, and is."""
+    if job.wish != "pause":
+        return False
+    job.status, job.wish, job.estimated_finish = "paused", None, None
+    tell(session, job, f"The job is paused after {job.images_seen} images.")
+    return True
+
+
+def _refusal(words: str) -> Failed:
+    """What a run that ended for a reason said of it."""
+    if "No space left" in words:
+        return Failed(words, "disk_full")
+    if words.startswith("prompts."):
+        return Failed(words, "invalid_training_file", "training_file")
+    return Failed(words, "distillation_failed", "distillation")

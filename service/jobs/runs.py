@@ -1,0 +1,201 @@
+"""A run folder as the service sees it: its process, and the files that `distill run` leaves, documented in distill.md.
+
+Only files are read: nothing here imports the distillation half.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Kind = Literal["metrics", "evaluation", "alarm"]
+LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.jsonl", "alarm": "alarms.jsonl"}
+READABLE = (".jsonl", ".txt", ".csv", ".parquet")  # files of prompts, by their ends
+LAST_WORDS = 4096  # bytes of the console's end that an error is looked for in
+GRACE_SECONDS = 300  # that a run gets to write its checkpoint
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of one of a run's logs, after so many images. A run that goes on writes lines of the same `key` again."""
+
+    kind: Kind
+    images: int
+    values: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What it is known again by in its run."""
+        return f"{self.kind}-{self.values.get('name', self.images)}"
+
+
+class RunFolder:
+    """One run: `path` is the folder of `distill run`, and `console` beside it what its process printed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.student = path / "student"
+        self.console = path.with_name("console.log")
+        self._read: dict[Kind, tuple[int, int]] = {}  # size and time of the logs as they were last read
+        self._told: set[str] = set()
+        self._seen: set[int] = set()
+
+    def prompts(self) -> Path | None:
+        """The prompts of the job, once they are kept."""
+        return next(self.path.parent.glob("prompts.*[!~]"), None)
+
+    def keep_prompts(self, source: Path, suffix: str) -> Path:
+        """Keep a file of prompts as this job's own: whoever deletes the other name does not take it away."""
+        kept = self.path.parent / f"prompts{suffix}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, kept)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, made := kept.with_name(f"{kept.name}~"))
+            made.replace(kept)
+        return kept
+
+    def budget(self) -> int | None:
+        """Images that the run is to see; None before it has begun."""
+        try:
+            return int(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))["images"])
+        except FileNotFoundError:
+            return None
+
+    def new_lines(self) -> list[Line]:
+        """The lines of the logs that were not asked for before, each log in its order."""
+        new = [line for kind in LOGS for line in self._changed(kind) if line.key not in self._told]
+        self._told |= {line.key for line in new}
+        return new
+
+    def figures(self, images: int) -> dict[str, Any]:
+        """What is known of the student after so many images: the newest metrics of then, and its evaluation."""
+        metrics = [line.values for line in _lines("metrics", self.path) if line.images <= images]
+        judged = [line.values for line in _lines("evaluation", self.path) if line.images == images]
+        return {name: value for line in (metrics[-1:] + judged) for name, value in line.items() if name != "images"}
+
+    def checkpoints(self) -> list[int]:
+        """Images of the checkpoints that are kept, the oldest first."""
+        return sorted(int(path.name) for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+
+    def new_checkpoints(self) -> list[int]:
+        """Those that were not asked for before."""
+        new = [images for images in self.checkpoints() if images not in self._seen]
+        self._seen.update(new)
+        return new
+
+    def finished(self) -> bool:
+        """Whether the student lies there whole."""
+        return (self.student / "onestep.json").exists()
+
+    def last_words(self) -> str:
+        """The last line that its process printed: an error of ours is one sentence after `error: `."""
+        try:
+            with self.console.open("rb") as file:
+                file.seek(max(0, self.console.stat().st_size - LAST_WORDS))
+                lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            return ""
+        said = lines[-1].removeprefix("error: ") if lines else ""
+        return said.replace(f"{self.path.parent}/", "")  # where this server keeps it is nobody's business
+
+    def _changed(self, kind: Kind) -> Iterator[Line]:
+        """The lines of a log that was written since it was last read."""
+        log = self.path / LOGS[kind]
+        state = log.stat() if log.exists() else None
+        if state and self._read.get(kind) != (state.st_size, state.st_mtime_ns):
+            self._read[kind] = state.st_size, state.st_mtime_ns
+            yield from _lines(kind, self.path)
+
+    @contextmanager
+    def process(self, command: Sequence[str], environment: dict[str, str], nice: int) -> Iterator["Child"]:
+        """Its process, for as long as the block lasts; then it is asked to stop, which writes a checkpoint."""
+        leash = [sys.executable, "-m", "service.jobs.leash", str(GRACE_SECONDS)]
+        with self.console.open("ab") as console:
+            child = Child(
+                subprocess.Popen(
+                    ["nice", "-n", str(nice), *leash, *command],
+                    stdin=subprocess.PIPE,
+                    stdout=console,
+                    stderr=console,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+        try:
+            yield child
+        finally:
+            child.stop()
+
+    def tidy(self) -> None:
+        """Keep the student and what tells of its making; let checkpoints and caches go."""
+        for name in ("checkpoints", "best", "embeddings", "images", ".speed"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Let all of it go."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+class Child:
+    """A run's process under its leash."""
+
+    def __init__(self, leash: subprocess.Popen[bytes]) -> None:
+        self._leash = leash
+
+    @property
+    def pid(self) -> int:
+        """Of the leash, and of the group of all that it started."""
+        return self._leash.pid
+
+    def status(self) -> int | None:
+        """None while it runs; then its exit status, 128 + N where signal N ended it."""
+        status = self._leash.poll()
+        if status is None or status >= 0:
+            return status
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # a leash that was killed leaves its command behind
+        return 128 - status
+
+    def stop(self) -> int:
+        """Let go, and wait until it has written its checkpoint and left; its status."""
+        assert self._leash.stdin is not None
+        self._leash.stdin.close()
+        self._leash.wait()
+        status = self.status()
+        assert status is not None
+        return status
+
+
+def environment(devices: Sequence[str]) -> dict[str, str]:
+    """This process's environment with the devices of jobs alone in sight, GPUs by their numbers in ours."""
+    numbers = [device.removeprefix("cuda:") for device in devices if device != "cpu"]
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if own is not None:
+        visible = own.split(",")
+        numbers = [visible[int(number)] for number in numbers]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SERVICE_")}  # holds secrets
+    return {**inherited, "CUDA_VISIBLE_DEVICES": ",".join(numbers), "HF_HUB_OFFLINE": "1"}
+
+
+def _lines(kind: Kind, folder: Path) -> Iterator[Line]:
+    """Lines of a log; one that a killed writer left half is passed over."""
+    log = folder / LOGS[kind]
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+        try:
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN and its like are no JSON
+            yield Line(kind, int(values["images"]), values)
+        except (ValueError, TypeError, KeyError):
+            continue

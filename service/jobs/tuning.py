@@ -1,0 +1,200 @@
+"""Distillation jobs as clients ask for them: made, listed, paused and ended."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.errors import InvalidRequest, NotFound, Overloaded
+from service.jobs.database import Database
+from service.jobs.distillation import Distillation
+from service.jobs.distiller import Distiller, tell
+from service.jobs.files import Files, new_id, page
+from service.jobs.runs import READABLE
+from service.jobs.tables import ENDED, File, Job, JobCheckpoint, JobEvent
+from service.settings import SHIPPED_TEACHER, Settings
+
+Part = TypeVar("Part", JobEvent, JobCheckpoint)
+
+
+class Tuning:
+    """The jobs of all owners; each sees only its own. Every method blocks: call them off the event loop."""
+
+    def __init__(self, database: Database, files: Files, distiller: Distiller, settings: Settings) -> None:
+        self._database = database
+        self._files = files
+        self._distiller = distiller
+        self._settings = settings
+
+    def create(
+        self,
+        owner: str,
+        model: str,
+        training_file: str,
+        asked: Distillation,
+        suffix: str | None,
+        seed: int | None,
+        metadata: dict[str, str] | None,
+    ) -> Job:
+        """A new job in the queue. Raises InvalidRequest, NotFound or Overloaded, which name the field at fault."""
+        teacher = self._teacher(model)
+        if asked.preset is None and teacher != SHIPPED_TEACHER:
+            raise InvalidRequest(
+                "distillation.preset: say which, for example sd3-medium-lora; docs/distill.md tells of them",
+                "distillation.preset",
+                "missing_required_parameter",
+            )
+        _check_file(self._files.get(owner, training_file, int(time.time()), "training_file"))
+        asked = asked.model_copy(update={"preset": asked.preset or SHIPPED_TEACHER})
+        job = Job(
+            id=new_id("ftjob-"),
+            owner=owner,
+            status="queued",
+            model=model,
+            training_file=training_file,
+            suffix=suffix,
+            seed=secrets.randbelow(2**31) if seed is None else seed,
+            hyperparameters={"batch_size": asked.batch or "auto", "n_epochs": "auto"},
+            distillation=asked.model_dump(exclude_none=True),
+            details=metadata,
+            result_files=[],
+            created_at=int(time.time()),
+            starts=0,
+            images_seen=0,
+            images_total=asked.images,
+        )
+        with self._database.begin() as session:
+            unfinished = select(func.count()).where(Job.owner == owner, Job.status.not_in(ENDED))
+            if (session.scalar(unfinished) or 0) >= self._settings.jobs_per_key:
+                raise Overloaded(
+                    f"you have {self._settings.jobs_per_key} jobs that have not ended, which is the limit; "
+                    "wait for one, or cancel one",
+                    retry_after=600,
+                    code="job_quota_exceeded",
+                )
+            session.add(job)
+            session.flush()
+            tell(session, job, "The job waits for its turn.")
+        self._distiller.begin(job)
+        return job
+
+    def get(self, owner: str, name: str) -> Job:
+        """A job of this owner. Raises NotFound."""
+        with self._database.begin() as session:
+            return _owned(session, owner, name)
+
+    def index(
+        self, owner: str, after: str | None, limit: int, metadata: dict[str, str] | None = None
+    ) -> tuple[Sequence[Job], bool]:
+        """Jobs of this owner with these metadata, the newest first, and whether there are more."""
+        rows = select(Job).where(Job.owner == owner)
+        for key, value in (metadata or {}).items():
+            rows = rows.where(Job.details[key].as_string() == value)
+        with self._database.begin() as session:
+            start = None if after is None else _owned(session, owner, after, "after")
+            found = session.scalars(page(rows, Job, start, "desc", limit)).all()
+        return found[:limit], len(found) > limit
+
+    def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEvent], bool]:
+        """What a job has told, the newest first, and whether there is more."""
+        with self._database.begin() as session:
+            _owned(session, owner, name)
+            start = None if after is None else _part(session, JobEvent, after, name).number
+            return _newest(session, JobEvent, name, JobEvent.number, start, limit)
+
+    def checkpoints(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobCheckpoint], bool]:
+        """The checkpoints that a job has written, the newest first, and whether there are more."""
+        with self._database.begin() as session:
+            _owned(session, owner, name)
+            start = None if after is None else _part(session, JobCheckpoint, after, name).step_number
+            return _newest(session, JobCheckpoint, name, JobCheckpoint.step_number, start, limit)
+
+    def cancel(self, owner: str, name: str) -> Job:
+        """End a job for good: at once, or, where it runs, when its process has left."""
+        with self._database.begin() as session:
+            job = _unfinished(session, owner, name)
+            if job.status == "running":
+                job.wish = "cancel"
+            else:
+                self._distiller.end(session, job, "cancelled", "The job is cancelled.")
+        if job.status == "cancelled":
+            self._distiller.folder(job).remove()
+        return job
+
+    def pause(self, owner: str, name: str) -> Job:
+        """Keep a job from running, or let it write a checkpoint and leave."""
+        with self._database.begin() as session:
+            job = _unfinished(session, owner, name)
+            if job.status == "running":
+                job.wish = job.wish or "pause"
+            elif job.status == "queued":
+                job.status = "paused"
+                tell(session, job, "The job is paused.")
+        return job
+
+    def resume(self, owner: str, name: str) -> Job:
+        """Let a paused job go on."""
+        with self._database.begin() as session:
+            job = _unfinished(session, owner, name)
+            if job.wish == "pause":
+                job.wish = None
+            if job.status == "paused":
+                job.status = "queued"
+                job.starts += 1
+                tell(session, job, "The job waits for its turn again.")
+        self._distiller.begin(job)
+        return job
+
+    def _teacher(self, model: str) -> str:
+        """What `distill run` takes for a teacher's name here. Raises NotFound."""
+        teacher = self._settings.teachers.get(model)
+        if teacher is None:
+            known = ", ".join(self._settings.teachers) or "none"
+            raise NotFound(f"there is no teacher {model!r}; this server has {known}", "model", "model_not_found")
+        if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
+            raise NotFound(f"the folder of the teacher {model!r} is gone from the server", "model", "model_gone")
+        return teacher
+
+
+def _check_file(file: File) -> None:
+    """Raise InvalidRequest for a file that cannot be a job's prompts."""
+    if file.purpose != "fine-tune":
+        message = f"{file.id} was uploaded for {file.purpose!r}; upload it with purpose 'fine-tune'"
+        raise InvalidRequest(message, "training_file", "invalid_purpose")
+    if Path(file.filename).suffix not in READABLE:
+        message = f"{file.filename} is no file of prompts by its name; it must end in {', '.join(READABLE)}"
+        raise InvalidRequest(message, "training_file", "invalid_file_type")
+
+
+def _owned(session: Session, owner: str, name: str, param: str = "job_id") -> Job:
+    job = session.get(Job, name, with_for_update=True) if name.isascii() and name.isprintable() else None
+    if job is None or job.owner != owner:
+        raise NotFound(f"there is no job {name!r}", param, "job_not_found")
+    return job
+
+
+def _unfinished(session: Session, owner: str, name: str) -> Job:
+    job = _owned(session, owner, name)
+    if job.status in ENDED:
+        raise InvalidRequest(f"the job has {job.status} already", "job_id", "job_ended")
+    return job
+
+
+def _part(session: Session, kind: type[Part], name: str, job: str) -> Part:
+    """An event or checkpoint of a job. Raises NotFound."""
+    found = session.get(kind, name) if name.isascii() and name.isprintable() else None
+    if found is None or found.job_id != job:
+        raise NotFound(f"there is no {name!r} in this job", "after")
+    return found
+
+
+def _newest(
+    session: Session, kind: type[Part], job: str, number: Any, before: int | None, limit: int
+) -> tuple[Sequence[Part], bool]:
+    rows = select(kind).where(kind.job_id == job).order_by(number.desc()).limit(limit + 1)
+    found = session.scalars(rows if before is None else rows.where(number < before)).all()
+    return found[:limit], len(found) > limit

@@ -1,0 +1,111 @@
+"""Webhooks: tells other servers, signed, that a batch or job has ended.
+
+What is to be told is a row, written in the transaction that ends the batch or job, so that neither is there without
+the other. It is told at least once: by a workflow for each attempt, with longer and longer pauses. A receiver knows an
+event that it is told twice by its `webhook-id`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import httpx2
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from standardwebhooks import Webhook
+
+from service.jobs.database import Database
+from service.jobs.files import new_id
+from service.jobs.tables import Delivery
+from service.jobs.workflows import Workflows
+from service.settings import Endpoint
+
+log = logging.getLogger(__name__)
+
+# Seconds between two attempts, as Standard Webhooks advises: three days and a half in all.
+PAUSES = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+TIMEOUT_SECONDS = 15
+SIDE_BY_SIDE = 4
+GONE = 410  # a receiver that wants to hear no more of it
+
+
+class Webhooks:
+    """The outbox, and what empties it. Every method blocks."""
+
+    def __init__(self, database: Database, workflows: Workflows, endpoints: Sequence[Endpoint]) -> None:
+        """Defines its workflow, so before they start."""
+        self._endpoints = {endpoint.url: endpoint for endpoint in endpoints}
+        self._database = database
+        self._workflows = workflows
+        workflows.define("webhook", self._attempt, SIDE_BY_SIDE)
+
+    def announce(self, session: Session, owner: str, kind: str, subject: str, now: int) -> None:
+        """Note, in the transaction that makes it true, that all endpoints are to be told of an event."""
+        for url in self._endpoints:
+            session.add(
+                Delivery(
+                    id=new_id("evt_"),
+                    url=url,
+                    owner=owner,
+                    type=kind,
+                    subject=subject,
+                    created_at=now,
+                    attempts=0,
+                    next_at=now,
+                )
+            )
+
+    def begin_due(self, now: int) -> None:
+        """Begin the attempts that are due. Harmless to repeat: each has a key of its own."""
+        with self._database.begin() as session:
+            due = session.execute(select(Delivery.id, Delivery.attempts).where(Delivery.next_at <= now)).all()
+        for event, attempts in due:
+            self._workflows.begin("webhook", f"{event}.{attempts}")
+
+    def _attempt(self, key: str) -> None:
+        """One attempt at one delivery."""
+        event, _, attempts = key.partition(".")
+        insist, stopping = self._database.insist, self._workflows.stopping
+        delivery = insist(lambda session: session.get(Delivery, event), stopping)
+        if delivery is None or delivery.attempts != int(attempts) or delivery.next_at is None:
+            return
+        failure = self._send(delivery)
+        insist(lambda session: self._note(session, delivery, failure), stopping)
+
+    def _send(self, delivery: Delivery) -> str | None:
+        """Tell an endpoint; None when it has taken the event, else why it has not."""
+        endpoint = self._endpoints.get(delivery.url)
+        if endpoint is None:
+            return str(GONE)  # no longer in the settings
+        event = {"id": delivery.id, "object": "event", "created_at": delivery.created_at, "type": delivery.type}
+        body = json.dumps({**event, "data": {"id": delivery.subject}})
+        now = datetime.now(UTC)
+        headers = {
+            "content-type": "application/json",
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": Webhook(endpoint.secret.get_secret_value()).sign(delivery.id, now, body),
+        }
+        try:
+            answer = httpx2.post(delivery.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
+        except httpx2.HTTPError as error:
+            return f"{type(error).__name__}: {error}"
+        return None if answer.is_success else str(answer.status_code)
+
+    def _note(self, session: Session, delivery: Delivery, failure: str | None) -> None:
+        row = session.get(Delivery, delivery.id)
+        if row is None or row.attempts != delivery.attempts:
+            return  # noted by an attempt that was taken for dead
+        now = int(time.time())
+        row.attempts += 1
+        row.last_error = failure
+        if failure is None:
+            row.delivered_at, row.next_at = now, None
+        elif failure == str(GONE) or row.attempts > len(PAUSES):
+            row.next_at = None
+            log.error("%s was not told of %s %s: %s", row.url, row.type, row.subject, failure)
+        else:
+            row.next_at = now + PAUSES[row.attempts - 1]
+            log.warning("%s did not take %s of %s: %s", row.url, row.type, row.subject, failure)

@@ -1,0 +1,148 @@
+"""`/v1/fine_tuning/jobs`: distillation jobs, in OpenAI's format."""
+
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from service.dependencies import Kept, Worker
+from service.errors import InvalidRequest
+from service.jobs import tables
+from service.jobs.distillation import Distillation
+from service.jobs.schemas import (
+    JobCheckpointObject,
+    JobError,
+    JobEventObject,
+    JobHyperparameters,
+    JobMade,
+    JobObject,
+    JobRequest,
+    JobStatus,
+    Page,
+)
+from service.schemas import ErrorResponse
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses={"4XX": {"model": ErrorResponse}})
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+@router.post("")
+def create(body: JobRequest, jobs: Kept, caller: Worker) -> JobObject:
+    """Distil a teacher into a one-step student, which is served when the job has succeeded."""
+    made = jobs.tuning.create(
+        caller.owner,
+        model=body.model,
+        training_file=body.training_file,
+        asked=_asked(body),
+        suffix=body.suffix,
+        seed=body.seed,
+        metadata=body.metadata,
+    )
+    return _wire(made)
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    """The pairs of `metadata[key]=value` in the query."""
+    given = request.query_params
+    return {key[len("metadata[") : -1]: given[key] for key in given if key.startswith("metadata[") and key[-1] == "]"}
+
+
+@router.get("")
+def index(
+    jobs: Kept,
+    caller: Worker,
+    metadata: Annotated[dict[str, str], Depends(_metadata)],
+    after: str | None = None,
+    limit: Limit = 20,
+) -> Page[JobObject]:
+    """Your jobs, the newest first; with `metadata[key]=value` those that have it."""
+    found, more = jobs.tuning.index(caller.owner, after, limit, metadata)
+    return Page[JobObject].of([_wire(job) for job in found], more)
+
+
+@router.get("/{job_id}")
+def show(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+    """One job."""
+    return _wire(jobs.tuning.get(caller.owner, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+    """End a job. One that runs is cancelled when its process has left."""
+    return _wire(jobs.tuning.cancel(caller.owner, job_id))
+
+
+@router.post("/{job_id}/pause")
+def pause(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+    """Hold a job. One that runs is paused when its process has written a checkpoint."""
+    return _wire(jobs.tuning.pause(caller.owner, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+    """Let a paused job go on, from its checkpoint."""
+    return _wire(jobs.tuning.resume(caller.owner, job_id))
+
+
+@router.get("/{job_id}/events")
+def events(
+    job_id: str, jobs: Kept, caller: Worker, after: str | None = None, limit: Limit = 20
+) -> Page[JobEventObject]:
+    """What a job has told, the newest first."""
+    found, more = jobs.tuning.events(caller.owner, job_id, after, limit)
+    return Page[JobEventObject].of([JobEventObject.model_validate(each, from_attributes=True) for each in found], more)
+
+
+@router.get("/{job_id}/checkpoints")
+def checkpoints(
+    job_id: str, jobs: Kept, caller: Worker, after: str | None = None, limit: Limit = 10
+) -> Page[JobCheckpointObject]:
+    """The checkpoints of a job, the newest first."""
+    found, more = jobs.tuning.checkpoints(caller.owner, job_id, after, limit)
+    return Page[JobCheckpointObject].of([_checkpoint(each) for each in found], more)
+
+
+def _asked(body: JobRequest) -> Distillation:
+    """The knobs, from whichever place they were put in. Raises InvalidRequest when that is two."""
+    within = body.method.distillation if body.method else None
+    if body.distillation and within:
+        raise InvalidRequest("distillation and method.distillation are both given; give one", "distillation")
+    asked = body.distillation or within or Distillation()
+    supervised = body.method.supervised if body.method else None
+    given = body.hyperparameters or (supervised.hyperparameters if supervised else None)
+    if given and isinstance(given.batch_size, int):
+        return asked.model_copy(update={"batch": asked.batch or given.batch_size})
+    return asked
+
+
+def _wire(job: tables.Job) -> JobObject:
+    return JobObject(
+        id=job.id,
+        created_at=job.created_at,
+        error=JobError(**job.error) if job.error else None,
+        estimated_finish=job.estimated_finish,
+        fine_tuned_model=job.fine_tuned_model if job.status == "succeeded" else None,
+        finished_at=job.finished_at,
+        hyperparameters=JobHyperparameters(batch_size=job.hyperparameters["batch_size"]),
+        images_seen=job.images_seen,
+        images_total=job.images_total,
+        metadata=job.details,
+        method=JobMade(distillation=job.distillation),
+        model=job.model,
+        organization_id=job.owner,
+        result_files=job.result_files,
+        seed=job.seed,
+        status=cast(JobStatus, job.status),
+        training_file=job.training_file,
+    )
+
+
+def _checkpoint(row: tables.JobCheckpoint) -> JobCheckpointObject:
+    return JobCheckpointObject(
+        id=row.id,
+        created_at=row.created_at,
+        fine_tuned_model_checkpoint=row.model,
+        fine_tuning_job_id=row.job_id,
+        metrics=row.metrics,
+        step_number=row.step_number,
+    )

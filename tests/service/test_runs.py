@@ -1,0 +1,168 @@
+"""A run as the service sees it: its knobs are real ones, its process outlives nobody, its logs are read once."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+from pydantic import ValidationError
+from typer.main import get_command
+
+from distill.cli import app
+from distill.config import load_config
+from service.jobs.distillation import KEYS, Distillation, command, launched
+from service.jobs.distiller import Pace, _refusal
+from service.jobs.runs import Child, RunFolder, environment
+
+EVERYTHING = {
+    "images": 64,
+    "prompts": 8,
+    "batch": 4,
+    "micro_batch": 2,
+    "guidance": 3.5,
+    "student_rate": 1e-5,
+    "fake_rate": 2e-5,
+    "warmup": 0,
+    "ema": 0.9,
+    "precision": "fp32",
+    "sizes": [[64, 64], [64, 32]],
+    "patience": 2,
+    "log_every": 4,
+    "sample_every": 8,
+    "checkpoint_every": 16,
+    "evaluate_every": 32,
+}
+
+
+def test_every_knob_is_a_key_of_a_run():
+    assert EVERYTHING.keys() == KEYS.keys()
+    asked = Distillation(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
+    run = load_config("scenes-debug", asked.overrides())
+    assert (run.images, run.batch, run.micro_batch, run.prompts.count) == (64, 4, 2, 8)
+    assert (run.method.guidance.teacher, run.optimizer.student_rate, run.optimizer.fake_rate) == (3.5, 1e-5, 2e-5)
+    assert (run.ema, run.precision, run.stop.patience, run.optimizer.warmup) == (0.9, "fp32", 2, 0)
+    assert run.sizes == ((64, 64), (64, 32))
+    assert run.cadence.model_dump(include={"log", "sample", "checkpoint", "evaluate"}) == {
+        "log": 4,
+        "sample": 8,
+        "checkpoint": 16,
+        "evaluate": 32,
+    }
+    assert (run.networks.kind, run.networks.rank, run.networks.checkpointing) == ("lora", 4, True)
+    assert load_config("sd3-medium-lora", Distillation(rank=8).overrides()).networks.rank == 8
+    assert load_config("sd3-medium-lora", Distillation(networks="full").overrides()).networks.kind == "full"
+
+
+@pytest.mark.parametrize(
+    "given", [{"rnak": 3}, {"images": 8, "seconds": 9.0}, {"preset": "../x"}, {"preset": "a.yaml"}, {"batch": 0}]
+)
+def test_what_is_no_knob_is_refused(given):
+    with pytest.raises(ValidationError):
+        Distillation(**given)
+
+
+def test_the_command_is_one_of_distill(tmp_path):
+    asked = Distillation(preset="scenes", method="dmd", seconds=9.5, images=None)
+    words = command(asked, 'a "teacher"', tmp_path / "prompts.txt", 7, tmp_path / "run")
+    parsed = get_command(app).commands["run"].make_context("run", words[1:]).params
+    assert parsed["config"] == "scenes"
+    assert (parsed["method"], parsed["seconds"], parsed["out"]) == ("dmd", 9.5, tmp_path / "run")
+    run = load_config("scenes", parsed["overrides"])
+    assert (run.teacher, run.prompts.source, run.seed) == ('a "teacher"', str(tmp_path / "prompts.txt"), 7)
+    assert launched(words, 1)[1:3] == ["-m", "distill.cli"]
+    several = launched(words, 3)
+    assert several[several.index("--num_processes") + 1] == "3"
+
+
+def test_jobs_see_their_devices_alone(monkeypatch):
+    monkeypatch.setenv("SERVICE_API_KEYS", '["secret"]')
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment(["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment(["cuda:1", "cuda:2"])["CUDA_VISIBLE_DEVICES"] == "1,2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
+    assert environment(["cuda:1", "cuda:2"])["CUDA_VISIBLE_DEVICES"] == "GPU-5,6"
+    assert "SERVICE_API_KEYS" not in environment(["cpu"])
+
+
+PATIENT = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped", flush=True)))
+print("began", flush=True)
+signal.pause()
+"""
+
+
+def until(child: Child, reached: Callable[[], bool]) -> None:
+    """Wait for a process under its leash to get there."""
+    while not reached():
+        with suppress(subprocess.TimeoutExpired):
+            child._leash.wait(0.02)
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group runs; one that nobody has waited for yet does not."""
+    states = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    return any(int(line.split()[0]) == group and line.split()[1][0] != "Z" for line in states.splitlines())
+
+
+def test_a_process_that_is_let_go_is_asked_to_stop(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0) as child:
+        until(child, lambda: "began" in folder.last_words())
+        assert child.status() is None
+        assert child.stop() == 0
+    assert folder.last_words() == "stopped"
+
+
+def test_a_leash_that_is_killed_takes_its_command_with_it(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0) as child:
+        until(child, lambda: "began" in folder.last_words())
+        child._leash.kill()
+        child._leash.wait()
+        assert alive(child.pid)
+        assert child.status() == 128 + signal.SIGKILL
+        until(child, lambda: not alive(child.pid))
+    assert folder.last_words() == "began"
+
+
+def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"imag')
+    (tmp_path / "alarms.jsonl").write_text('{"name": "collapse", "images": 16, "says": "less guidance"}\n')
+    told = folder.new_lines()
+    assert [(line.kind, line.images) for line in told] == [("metrics", 8), ("metrics", 16), ("alarm", 16)]
+    assert folder.new_lines() == []
+    log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2.5}\n{"images": 24, "gap": 3}\n')
+    assert [line.images for line in folder.new_lines()] == [24]
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"images": 16, "overall": 0.5}) + "\n")
+    assert folder.figures(16) == {"gap": 2.5, "overall": 0.5}
+    assert folder.figures(20) == {"gap": 2.5}
+
+
+def test_the_end_is_foreseen_at_the_speed_of_this_start():
+    now = 100.0
+    pace = Pace(lambda: now)
+    assert pace.finish(0, 64) is None
+    assert pace.finish(16, 64) is None
+    now = 110.0
+    finish = pace.finish(32, 64)
+    assert finish is not None
+    assert abs(finish - time.time() - 20) <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "param"),
+    [
+        ("could not save run: [Errno 28] No space left on device; make room", "disk_full", None),
+        ("prompts.jsonl line 3 is not JSON", "invalid_training_file", "training_file"),
+        ("no method 'fmg'", "distillation_failed", "distillation"),
+    ],
+)
+def test_a_refusal_names_what_is_at_fault(words, code, param):
+    assert _refusal(words).error == {"code": code, "message": words, "param": param}

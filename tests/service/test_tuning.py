@@ -1,0 +1,217 @@
+"""Distillation jobs by the real client, from a file of prompts to an image of the student; and on bad days."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from PIL import Image
+from running import serving
+from test_webhooks import SECRET, receiving
+
+from distill.pipeline import OneStepPipeline
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.settings import Settings
+
+TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
+ENDLESS = {**TINY, "images": 1_000_000, "checkpoint_every": 1_000_000, "sample_every": 1_000_000}
+PROMPTS = '{"prompt": "a red circle"}\n"a blue square"\n'
+SERVE = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--port", "0"]
+
+
+@contextlib.contextmanager
+def server(data: Path, teachers: dict[str, str], **more) -> Iterator[str]:
+    """A server of this process that loads real students beside a simulated one."""
+    settings = Settings(data=data, teachers=teachers, job_silence_seconds=1, job_nice=0, **more)
+    with serving(create_app(settings, local(Simulator(), device="cpu"))) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def killed_server(data: Path, teachers: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """A server in a process of its own, which ends by SIGKILL; its id and URL."""
+    given = {"SERVICE_TEACHERS": json.dumps(teachers), "SERVICE_JOB_SILENCE_SECONDS": "1", "SERVICE_JOB_NICE": "0"}
+    command = [*SERVE, "--data", str(data)]
+    with subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield process.pid, url
+        finally:
+            process.kill()
+
+
+def upload(client: openai.OpenAI, text: str = PROMPTS, name: str = "prompts.jsonl", purpose="fine-tune") -> str:
+    return client.files.create(file=(name, text.encode()), purpose=purpose).id
+
+
+def submit(client: openai.OpenAI, file: str, knobs: dict, **more):
+    return client.fine_tuning.jobs.create(model="tiny", training_file=file, **more, extra_body={"distillation": knobs})
+
+
+def until(client: openai.OpenAI, job, reached: Callable):
+    """The job once it has got there; another end fails."""
+    while not reached(job := client.fine_tuning.jobs.retrieve(job.id)):
+        assert job.status not in ("succeeded", "failed", "cancelled"), job.error
+        threading.Event().wait(0.5)
+    return job
+
+
+def told(client: openai.OpenAI, job) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+
+
+def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
+    answer = client.images.generate(model=model, prompt="a red circle", extra_body={"seed": 7})
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+
+
+def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_killed(teacher, tmp_path, connect):
+    data, teachers = tmp_path / "data", {"tiny": str(teacher)}
+    with killed_server(data, teachers) as (process, url):
+        client = connect(url)
+        job = submit(client, upload(client), TINY, suffix="mine", seed=3, metadata={"why": "test"})
+        assert (job.status, job.fine_tuned_model, job.seed, job.metadata) == ("queued", None, 3, {"why": "test"})
+        assert job.method.distillation["preset"] == "scenes-debug"
+        until(client, job, lambda job: job.images_seen)
+        (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
+        run.kill()
+        until(client, job, lambda job: any("status 137" in message for message in told(client, job)))
+        seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
+        until(client, job, lambda job: job.images_seen > seen)
+
+    with receiving(200) as receiver:
+        webhooks = [{"url": receiver.url, "secret": SECRET}]
+        with server(data, teachers, webhooks=webhooks) as url:
+            client = connect(url)
+            job = until(client, job, lambda job: job.status == "succeeded")
+            assert job.fine_tuned_model == f"ft:tiny:mine:{job.id.removeprefix('ftjob-')}"
+            assert (job.images_seen, job.images_total, job.error) == (480, 480, None)
+            assert job.finished_at >= job.created_at
+            model = client.models.retrieve(job.fine_tuned_model)
+            student = OneStepPipeline.load(data / "distillations" / job.id / "run" / "student")
+            image = pixels(client, model.id)
+            assert np.array_equal(image, student(["a red circle"], [7]).numpy()[0])
+
+            events = client.fine_tuning.jobs.list_events(job.id, limit=25)  # in pages
+            steps = [event.data["step"] for event in events if event.type == "metrics"]
+            assert steps == list(range(480, 0, -8))  # each line once, the newest first
+            checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+            assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
+            assert checkpoints[0].metrics.gap > 0
+            assert client.fine_tuning.jobs.list(metadata={"why": "test"}).data[0].id == job.id
+            assert client.fine_tuning.jobs.list(metadata={"why": "other"}).data == []
+
+            receiver.wait(1)
+            headers, body = receiver.told[0]
+            event = client.webhooks.unwrap(body, headers, secret=SECRET)
+            assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
+    with server(data, teachers) as url:
+        assert np.array_equal(pixels(connect(url), model.id), image)
+
+
+def _distils(process: psutil.Process) -> bool:
+    words = process.cmdline()
+    return "distill.cli" in words and "service.jobs.leash" not in words
+
+
+def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
+    with server(tmp_path, {"tiny": str(teacher)}, jobs_per_key=3) as url:
+        client = connect(url)
+        jobs = client.fine_tuning.jobs
+        file = upload(client)
+        first = submit(client, file, ENDLESS)
+        until(client, first, lambda job: job.status == "running")
+        second, third = (submit(client, file, ENDLESS) for _ in range(2))
+        with pytest.raises(openai.RateLimitError, match="3 jobs") as refused:
+            submit(client, file, ENDLESS)
+        assert refused.value.code == "job_quota_exceeded"
+        assert [job.id for job in jobs.list(limit=1)] == [third.id, second.id, first.id]
+        assert jobs.pause(second.id).status == "paused"
+        assert jobs.resume(second.id).status == "queued"
+        assert [jobs.cancel(each.id).status for each in (second, third)] == ["cancelled"] * 2
+        with pytest.raises(openai.BadRequestError, match="cancelled already"):
+            jobs.resume(third.id)
+
+        until(client, first, lambda job: job.images_seen and job.estimated_finish)
+        jobs.pause(first.id)
+        paused = until(client, first, lambda job: job.status == "paused")
+        assert paused.estimated_finish is None
+        assert [each.step_number for each in jobs.checkpoints.list(first.id)] == [paused.images_seen]
+        assert jobs.resume(first.id).status == "queued"
+        until(client, first, lambda job: job.images_seen > paused.images_seen)
+        jobs.cancel(first.id)
+        until(client, first, lambda job: job.status == "cancelled")
+        assert told(client, first)[0] == "The job is cancelled."
+        assert len(list(client.models.list())) == 1
+
+        job = submit(client, upload(client, '"a red circle"\n{"caption"'), TINY)
+        error = until(client, job, lambda job: job.status == "failed").error
+        assert (error.code, error.param) == ("invalid_training_file", "training_file")
+        assert error.message.startswith("prompts.jsonl line 2 is not JSON")
+    assert not (tmp_path / "distillations" / first.id).exists()
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory) -> Iterator[str]:
+    """A server with the keys ann-key-… and bob's, and a teacher that is gone."""
+    folder = tmp_path_factory.mktemp("refusing")
+    settings = Settings(data=folder, teachers={"tiny": str(folder), "gone": "/nowhere"}, api_keys=("ann", "bob"))
+    with serving(create_app(settings, local(Simulator()))) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "model"),
+        ({"model": "gone"}, openai.NotFoundError, "model"),
+        ({"training_file": "file-none"}, openai.NotFoundError, "training_file"),
+        ({"distillation": {"preset": "scenes", "rnak": 8}}, openai.BadRequestError, "distillation.rnak"),
+        ({"distillation": {"preset": "../../x"}}, openai.BadRequestError, "distillation.preset"),
+        ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),
+        ({"distillation": {"images": 8, "seconds": 8.0}}, openai.BadRequestError, "distillation"),
+        ({"hyperparameters": {"n_epochs": 3}}, openai.BadRequestError, "hyperparameters.n_epochs"),
+        ({"suffix": "a:b"}, openai.BadRequestError, "suffix"),
+        ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file"),
+        ({"steps": 3}, openai.BadRequestError, "steps"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect, fields, error, param):
+    client = connect(refusing, "ann")
+    given = {"model": "tiny", "distillation": {"preset": "scenes"}, "training_file": None} | fields
+    given["training_file"] = given["training_file"] or upload(client)
+    with pytest.raises(error) as refused:
+        client.post("/fine_tuning/jobs", body=given, cast_to=object)
+    assert refused.value.param == param
+
+
+def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
+    client = connect(refusing, "ann")
+    knobs = {"preset": "scenes"}
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        submit(client, upload(client, purpose="batch"), knobs)
+    with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):
+        submit(client, upload(client, name="prompts.png"), knobs)
+    with pytest.raises(openai.NotFoundError):
+        submit(connect(refusing, "bob"), upload(client), knobs)
+
+
+@pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
+def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call):
+    for name in ("ftjob-none", "x\0y", "ö"):
+        with pytest.raises(openai.NotFoundError):
+            getattr(connect(refusing, "bob").fine_tuning.jobs, call)(name)

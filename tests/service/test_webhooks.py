@@ -1,0 +1,134 @@
+"""What webhooks are told: signed as the real client verifies it, again until it is taken, and no more than that."""
+
+import base64
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from sqlalchemy import select
+
+from service.errors import StartError
+from service.jobs.jobs import Jobs
+from service.jobs.tables import Delivery
+from service.jobs.webhooks import GONE, PAUSES
+from service.settings import Settings, read_settings
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+class Receiver:
+    """A web server that keeps what it is told, and answers with one status after another, the last for ever."""
+
+    def __init__(self, *statuses: int) -> None:
+        told: list[tuple[dict[str, str], bytes]] = []
+        heard = threading.Condition()
+        left = list(statuses)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                self.send_response(left.pop(0) if len(left) > 1 else left[0])
+                self.end_headers()
+                with heard:
+                    told.append((dict(self.headers), body))
+                    heard.notify_all()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.told, self._heard = told, heard
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+
+    def wait(self, count: int) -> None:
+        """Until it has been told so often."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: len(self.told) >= count, timeout=60)
+
+
+@contextmanager
+def receiving(*statuses: int) -> Iterator[Receiver]:
+    receiver = Receiver(*statuses)
+    threading.Thread(target=receiver.server.serve_forever, daemon=True).start()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+@contextmanager
+def running(folder: Path, *urls: str) -> Iterator[Jobs]:
+    jobs = Jobs(folder, Settings(job_silence_seconds=1e6, webhooks=[{"url": url, "secret": SECRET} for url in urls]))
+    jobs.start()
+    yield jobs
+    jobs.stop()
+
+
+def announce(jobs: Jobs, now: int) -> None:
+    with jobs.database.begin() as session:
+        jobs.webhooks.announce(session, "me", "fine_tuning.job.succeeded", "ftjob-1", now)
+    jobs.webhooks.begin_due(now)
+
+
+def deliveries(jobs: Jobs) -> list[Delivery]:
+    with jobs.database.begin() as session:
+        return list(session.scalars(select(Delivery)))
+
+
+def until(condition) -> None:
+    while not condition():
+        threading.Event().wait(0.02)
+
+
+def test_every_endpoint_is_told_what_the_real_client_unwraps(tmp_path):
+    with receiving(204) as one, receiving(200) as other, running(tmp_path, one.url, other.url) as jobs:
+        announce(jobs, 1_700_000_000)
+        for receiver in (one, other):
+            receiver.wait(1)
+            headers, body = receiver.told[0]
+            event = openai.OpenAI(api_key="none").webhooks.unwrap(body, headers, secret=SECRET)
+            assert (event.type, event.data.id, event.object) == ("fine_tuning.job.succeeded", "ftjob-1", "event")
+            assert event.created_at == 1_700_000_000
+            assert event.id == headers["webhook-id"]
+            with pytest.raises(openai.InvalidWebhookSignatureError):
+                openai.OpenAI(api_key="none").webhooks.unwrap(body + b" ", headers, secret=SECRET)
+        until(lambda: all(row.delivered_at and row.next_at is None for row in deliveries(jobs)))
+        assert len(deliveries(jobs)) == 2
+
+
+def test_an_endpoint_that_fails_is_told_again_later_and_not_before(tmp_path):
+    with receiving(500, 302, 200) as receiver, running(tmp_path, receiver.url) as jobs:
+        announce(jobs, 1_000)
+        for attempt, failure in enumerate(("500", "302"), start=1):
+            until(lambda attempt=attempt: deliveries(jobs)[0].attempts == attempt)
+            (row,) = deliveries(jobs)
+            assert row.last_error == failure
+            jobs.webhooks.begin_due(row.next_at - 1)
+            assert len(receiver.told) == attempt
+            jobs.webhooks.begin_due(row.next_at)
+            jobs.webhooks.begin_due(row.next_at)  # begun once
+            receiver.wait(attempt + 1)
+        until(lambda: deliveries(jobs)[0].delivered_at)
+        assert len({headers["webhook-id"] for headers, _ in receiver.told}) == 1
+        assert len({body for _, body in receiver.told}) == 1
+
+
+@pytest.mark.parametrize("attempts", [0, len(PAUSES)])
+def test_what_nobody_takes_is_given_up(tmp_path, attempts):
+    with receiving(GONE if attempts == 0 else 500) as receiver, running(tmp_path, receiver.url) as jobs:
+        with jobs.database.begin() as session:
+            jobs.webhooks.announce(session, "me", "batch.failed", "batch_1", 1_000)
+            session.flush()
+            session.scalars(select(Delivery)).one().attempts = attempts
+        jobs.webhooks.begin_due(1_000)
+        until(lambda: deliveries(jobs)[0].next_at is None)
+        assert deliveries(jobs)[0].delivered_at is None
+
+
+@pytest.mark.parametrize("secret", ["plain", "whsec_short", "whsec_" + "!" * 40])
+def test_a_secret_that_is_none_is_refused(secret):
+    with pytest.raises(StartError, match="webhooks"):
+        read_settings({"webhooks": [{"url": "https://example.org", "secret": secret}]})
