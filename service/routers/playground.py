@@ -1,31 +1,53 @@
-"""`/`: a page to try the server in. It holds everything itself, and its policy lets the browser load nothing else."""
+"""The pages for people: playground, jobs, batches. They hold everything themselves, and may load nothing else."""
 
-import base64
-import hashlib
-import re
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse
+from fastapi.responses import Response
+
+from service.errors import NotFound
 
 router = APIRouter(include_in_schema=False)
 
-PAGE = (Path(__file__).parents[1] / "web" / "index.html").read_text(encoding="utf-8")
-
-
-def _hashes(tag: str) -> str:
-    """The page's own scripts or styles, as a content security policy names them."""
-    digests = [hashlib.sha256(code.encode()).digest() for code in re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)]
-    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-
-POLICY = (
-    f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; "
-    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+WEB = Path(__file__).parents[1] / "web"
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+FILES = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in KINDS}
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 
 @router.get("/")
-async def page() -> HTMLResponse:
-    """The playground. Open to all: what it asks for needs a key where the server has keys."""
-    return HTMLResponse(PAGE, headers={"content-security-policy": POLICY, "referrer-policy": "no-referrer"})
+async def playground() -> Response:
+    """Images as one types. Open to all, as the other pages: what they ask for needs a key where the server has keys."""
+    return _file("index.html")
+
+
+@router.get("/jobs")
+async def jobs() -> Response:
+    """Distillation jobs: begin one, watch it, try its student."""
+    return _file("jobs.html")
+
+
+@router.get("/batches")
+async def batches() -> Response:
+    """Bulk batches: drop a file, watch it, fetch the answers."""
+    return _file("batches.html")
+
+
+@router.get("/web/{name}")
+async def part(name: str) -> Response:
+    """A style sheet or script of the pages; the names are those that were there at the start."""
+    if name not in FILES:
+        raise NotFound(f"there is no /web/{name}")
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    return Response(FILES[name], media_type=KINDS[Path(name).suffix], headers=HEADERS)

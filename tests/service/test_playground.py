@@ -1,7 +1,8 @@
-"""The playground in a real browser; skipped where there is no Chromium."""
+"""The pages in a real browser; skipped where there is no Chromium."""
 
-import shutil
+import json
 
+import browser
 import pytest
 from running import metric, serving
 
@@ -10,50 +11,59 @@ from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.settings import Settings
 
-webdriver = pytest.importorskip("selenium.webdriver")
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+pytestmark = browser.needed
 
 
-@pytest.fixture
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+@pytest.fixture(scope="module")
+def page():
+    with browser.browsing() as page:
+        yield page
 
 
-def test_images_appear_while_typing_and_history_brings_them_back(browser):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def find(selector):
-        return browser.find_elements("css selector", selector)
-
-    def until(condition):
-        WebDriverWait(browser, 60, 0.05).until(lambda _: condition())
-
+def test_images_appear_while_typing_and_history_brings_them_back(page):
     with serving(create_app(Settings(), local(Simulator(0, 0)))) as url:
-        browser.get(url)
-        until(lambda: find("#model option"))
-        find("#prompt")[0].send_keys("a red circle")
-        until(lambda: any(image.get_attribute("alt") == "a red circle (seed 1)" for image in find("#images img")))
+        page.driver.get(url)
+        page.until(lambda: page.find("#model option"))
+        page.find("#prompt")[0].send_keys("a red circle")
+        page.until(lambda: any(i.get_attribute("alt") == "a red circle (seed 1)" for i in page.find("#images img")))
         assert metric(url, "requests_total", route="/v1/realtime/images", status="200") >= 1
-        assert "encode" in find("#legend")[0].text
-        find("#dice")[0].click()
-        until(lambda: find("#images img") and "seed 1)" not in find("#images img")[0].get_attribute("alt"))
-        find("#history li:last-child button")[0].click()
-        until(lambda: "(seed 1)" in find("#images img")[0].get_attribute("alt"))
-        assert browser.execute_script("return curl()").startswith(f"curl {url}/v1/images/generations")
-        compile(browser.execute_script("return python()"), "copied", "exec")
-        errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert errors == []
+        assert "encode" in page.text("#legend")
+        page.find("#dice")[0].click()
+        page.until(
+            lambda: page.find("#images img") and "seed 1)" not in page.find("#images img")[0].get_attribute("alt")
+        )
+        page.find("#history li:last-child button")[0].click()
+        page.until(lambda: "(seed 1)" in page.find("#images img")[0].get_attribute("alt"))
+        assert page.driver.execute_script("return curl()").startswith(f"curl {url}/v1/images/generations")
+        compile(page.driver.execute_script("return python()"), "copied", "exec")
+        assert page.errors() == []
     with serving(create_app(Settings(realtime_limit=0), local(Simulator(0, 0)))) as url:  # where there are no sockets
-        browser.get(url)
-        until(lambda: find("#model option"))
-        find("#prompt")[0].send_keys("a red circle")
-        until(lambda: any(image.get_attribute("alt") == "a red circle (seed 1)" for image in find("#images img")))
+        page.driver.get(url)
+        page.until(lambda: page.find("#model option"))
+        page.find("#prompt")[0].send_keys("a red circle")
+        page.until(lambda: any(i.get_attribute("alt") == "a red circle (seed 1)" for i in page.find("#images img")))
         assert metric(url, "requests_total", route="/v1/images/generations", status="200") >= 1
+        page.errors()  # the refused socket is one
+
+
+def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
+    body = {"prompt": "a red circle", "seed": 1}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": body}
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'custom_id': 'b'})}\n")
+    bad.write_text("no request\n")
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    with serving(create_app(Settings(data=tmp_path / "data"), local(Simulator(0, 0)))) as url:
+        page.driver.get(f"{url}/batches")
+        for file, status in ((bad, "failed"), (good, "completed")):
+            page.find("#file")[0].send_keys(str(file))
+            page.find("#form button.main")[0].click()
+            page.until(lambda status=status: page.find(f"#batches li:first-child .{status}"))
+        assert "line 1" in page.find("#batches li")[1].text
+        assert "2 of 2 lines" in page.find("#batches li")[0].text
+        page.find("#batches li:first-child .buttons button")[0].click()
+        page.until(lambda: list(tmp_path.glob("batch_*.jsonl")))
+        (answers,) = tmp_path.glob("batch_*.jsonl")
+        page.until(lambda: answers.read_text().count("\n") == 2)
+        assert {json.loads(each)["custom_id"] for each in answers.read_text().splitlines()} == {"a", "b"}
+        assert page.errors() == []

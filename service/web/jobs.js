@@ -1,0 +1,133 @@
+"use strict";
+const RUNNING = ["validating_files", "queued", "running"];
+const CURVES = {  // of the figures that a run logs, those that say how it goes
+  overall: "score", gap: "teacher to fake, squared", flow_matching: "error of the fake",
+  "latent/diversity": "diversity of a batch", frechet: "Frechet distance",
+};
+let chosen = null, shown = "", detail = "";
+
+$("form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const typed = $("prompts").value.trim();
+  const file = $("file").files[0] || (typed && new File([`${typed}\n`], "prompts.txt", { type: "text/plain" }));
+  if (!file) return say("Choose a file of prompts, or type some.", true);
+  const distillation = { preset: $("preset").value || undefined, method: $("method").value || undefined,
+    networks: $("networks").value || undefined, images: Number($("images").value) || undefined };
+  try {
+    say("Uploading …");
+    const uploaded = await upload(file, "fine-tune");
+    const job = await post("v1/fine_tuning/jobs", {
+      model: $("model").value, training_file: uploaded.id, suffix: $("suffix").value || undefined,
+      seed: $("seed").value === "" ? undefined : Number($("seed").value), distillation,
+    });
+    say(`Started ${job.id}.`);
+    chosen = job.id;
+    await look();
+  } catch (error) {
+    say(error.message, true);
+  }
+});
+
+function row(job) {
+  const button = element("button", { type: "button", className: "head" },
+    element("code", { textContent: job.fine_tuned_model || job.id }), pill(job.status));
+  button.setAttribute("aria-pressed", String(job.id === chosen));
+  button.onclick = () => { chosen = job.id; shown = detail = ""; look().catch((error) => say(error.message, true)); };
+  return element("li", {}, button, element("p", { className: "quiet", textContent: `${job.model}, ${when(job.created_at)}` }));
+}
+
+async function look() {
+  const list = await get("v1/fine_tuning/jobs?limit=50");
+  chosen ||= list.data[0]?.id;
+  const state = JSON.stringify([list.data, chosen]);
+  if (state !== shown) {
+    shown = state;
+    $("none").hidden = list.data.length > 0;
+    $("jobs").replaceChildren(...list.data.map(row));
+  }
+  const job = list.data.find((each) => each.id === chosen);
+  if (job) await show(job);
+}
+
+async function show(job) {
+  const at = `v1/fine_tuning/jobs/${job.id}`;
+  const [events, checkpoints] = await Promise.all([get(`${at}/events?limit=100`), get(`${at}/checkpoints?limit=20`)]);
+  const state = JSON.stringify([job, events.data, checkpoints.data]);
+  if (state === detail) return;
+  detail = state;
+  $("one").hidden = false;
+  $("name").replaceChildren(element("code", { textContent: job.id }), " ", pill(job.status));
+
+  const metrics = events.data.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
+  const budget = job.images_total, images = job.images_seen;
+  $("bar").hidden = !RUNNING.includes(job.status);
+  if (budget) $("bar").value = images / budget;
+  else $("bar").removeAttribute("value");
+  $("state").textContent = [
+    job.error?.message,
+    images ? `${images.toLocaleString()}${budget ? ` of ${budget.toLocaleString()}` : ""} images seen` : "",
+    RUNNING.includes(job.status) && job.estimated_finish ? `done about ${when(job.estimated_finish)}` : "",
+    job.finished_at ? `ended ${when(job.finished_at)}` : "",
+  ].filter(Boolean).join(", ");
+
+  actions(job, at);
+  const curves = Object.entries(CURVES).map(([name, title]) => curve(title, points(metrics, name))).filter(Boolean);
+  $("curves").replaceChildren(...curves);
+  table(checkpoints.data);
+  $("events").replaceChildren(...events.data.filter((event) => event.type !== "metrics").map((event) =>
+    element("li", { className: event.level }, element("time", { textContent: when(event.created_at) }), ` ${event.message}`)));
+}
+
+function actions(job, at) {
+  const named = { pause: "Pause", resume: "Resume", cancel: "Cancel" };
+  const paused = job.status === "paused";
+  const possible = RUNNING.includes(job.status) || paused ? [paused ? "resume" : "pause", "cancel"] : [];
+  const buttons = possible.map((action) => {
+    const button = element("button", { type: "button", textContent: named[action] });
+    button.onclick = async () => {
+      try { await post(`${at}/${action}`); await look(); } catch (error) { say(error.message, true); }
+    };
+    return button;
+  });
+  if (job.status === "succeeded") {
+    const link = `./?model=${encodeURIComponent(job.fine_tuned_model)}`;
+    buttons.push(element("a", { className: "button", href: link, textContent: "Try the student" }));
+  }
+  $("actions").replaceChildren(...buttons);
+}
+
+function points(metrics, name) {
+  return metrics.filter((each) => Number.isFinite(each[name])).map((each) => [each.images, each[name]]);
+}
+
+// A small line chart; its extremes are written beside it, and a reader of screens hears the last value.
+function curve(title, points) {
+  if (points.length < 2) return null;
+  const [width, height, edge] = [260, 90, 4];
+  const [xs, ys] = [points.map((point) => point[0]), points.map((point) => point[1])];
+  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const place = ([x, y]) => [
+    edge + (width - 2 * edge) * (x - left) / (right - left || 1),
+    height - edge - (height - 2 * edge) * (y - low) / (high - low || 1),
+  ].map((each) => each.toFixed(1)).join(",");
+  const space = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(space, "svg"), line = document.createElementNS(space, "polyline");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${title}, now ${ys.at(-1).toPrecision(3)}`);
+  line.setAttribute("points", points.map(place).join(" "));
+  svg.append(line);
+  const range = `${low.toPrecision(3)} to ${high.toPrecision(3)}, now ${ys.at(-1).toPrecision(3)}`;
+  return element("figure", {}, element("figcaption", {}, element("span", { textContent: title })), svg,
+    element("figcaption", {}, element("span", { textContent: range })));
+}
+
+function table(checkpoints) {
+  const names = [...new Set(checkpoints.flatMap((each) => Object.keys(each.metrics)))].filter((name) => name !== "step");
+  const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, { textContent: text })));
+  const rows = checkpoints.map((each) =>
+    cells("td", [each.step_number.toLocaleString(), ...names.map((name) => each.metrics[name]?.toPrecision?.(3) ?? "")]));
+  $("checkpoints").replaceChildren(...(rows.length ? [cells("th", ["images", ...names]), ...rows] : []));
+}
+
+watch(look);

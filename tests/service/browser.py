@@ -1,0 +1,53 @@
+"""Headless Chromium; tests of pages are skipped where there is none."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+webdriver = pytest.importorskip("selenium.webdriver")
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needed = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+
+
+class Browser:
+    """A browser, with waiting instead of sleeping."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def find(self, selector: str) -> list:
+        """Elements by CSS selector, maybe none."""
+        return self.driver.find_elements("css selector", selector)
+
+    def until(self, condition) -> None:
+        """Wait until something has come true on the page."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        wait = WebDriverWait(self.driver, 60, 0.05, [StaleElementReferenceException])
+        wait.until(lambda _: condition())
+
+    def text(self, selector: str) -> str:
+        """What is read in the first such element."""
+        return self.find(selector)[0].text
+
+    def errors(self) -> list:
+        """What the console has complained of since this was last asked."""
+        return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@contextlib.contextmanager
+def browsing() -> Iterator[Browser]:
+    """A browser for a while."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
