@@ -96,6 +96,10 @@ class RunFolder:
         self._seen.update(new)
         return new
 
+    def newest_sample(self) -> Path | None:
+        """The last grid of images that it drew, if there is one."""
+        return max((self.path / "samples").glob("*.png"), default=None)
+
     def finished(self) -> bool:
         """Whether the student lies there whole."""
         return (self.student / "onestep.json").exists()

@@ -113,6 +113,13 @@ class Tuning:
             start = None if after is None else _part(session, JobCheckpoint, after, name).step_number
             return _newest(session, JobCheckpoint, name, JobCheckpoint.step_number, start, limit)
 
+    def sample(self, owner: str, name: str) -> Path:
+        """The newest grid of a job's images, a PNG. Raises NotFound."""
+        found = self._distiller.folder(self.get(owner, name)).newest_sample()
+        if found is None:
+            raise NotFound(f"the job {name!r} has drawn nothing yet", "job_id", "no_sample")
+        return found
+
     def cancel(self, owner: str, name: str) -> Job:
         """End a job for good: at once, or, where it runs, when its process has left."""
         with self._database.begin() as session:

@@ -3,6 +3,7 @@
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import FileResponse
 
 from service.dependencies import Kept, Worker
 from service.errors import InvalidRequest
@@ -100,6 +101,12 @@ def checkpoints(
     """The checkpoints of a job, the newest first."""
     found, more = jobs.tuning.checkpoints(caller.owner, job_id, after, limit)
     return Page[JobCheckpointObject].of([_checkpoint(each) for each in found], more)
+
+
+@router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+def sample(job_id: str, jobs: Kept, caller: Worker) -> FileResponse:
+    """The newest grid of images that the student has drawn, on the same prompts and seeds each time (extension)."""
+    return FileResponse(jobs.tuning.sample(caller.owner, job_id), media_type="image/png")
 
 
 def _asked(body: JobRequest) -> Distillation:

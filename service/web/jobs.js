@@ -4,7 +4,7 @@ const CURVES = {  // of the figures that a run logs, those that say how it goes
   overall: "score", gap: "teacher to fake, squared", flow_matching: "error of the fake",
   "latent/diversity": "diversity of a batch", frechet: "Frechet distance",
 };
-let chosen = null, shown = "", detail = "";
+let chosen = null, shown = "", detail = "", drawn = "";
 
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -74,8 +74,23 @@ async function show(job) {
   const curves = Object.entries(CURVES).map(([name, title]) => curve(title, points(metrics, name))).filter(Boolean);
   $("curves").replaceChildren(...curves);
   table(checkpoints.data);
+  await draw(at, images);
   $("events").replaceChildren(...events.data.filter((event) => event.type !== "metrics").map((event) =>
     element("li", { className: event.level }, element("time", { textContent: when(event.created_at) }), ` ${event.message}`)));
+}
+
+// The newest grid of the student's images; asked for again when more images have been seen.
+async function draw(at, images) {
+  if (drawn === `${at} ${images}`) return;
+  drawn = `${at} ${images}`;
+  const answer = images ? await fetch(`${at}/sample`, { headers: headers() }) : null;
+  const old = $("grid").firstChild?.src;
+  if (!answer?.ok) $("grid").replaceChildren();
+  else {
+    const source = URL.createObjectURL(await answer.blob());
+    $("grid").replaceChildren(element("img", { src: source, alt: "The student's images on some prompts" }));
+  }
+  if (old) URL.revokeObjectURL(old);
 }
 
 function actions(job, at) {

@@ -5,10 +5,13 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.support.ui import WebDriverWait
 
-webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needed = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+available = bool(BROWSER and DRIVER)
+needed = pytest.mark.skipif(not available, reason="needs chromium and chromedriver")
 
 
 class Browser:
@@ -23,9 +26,6 @@ class Browser:
 
     def until(self, condition) -> None:
         """Wait until something has come true on the page."""
-        from selenium.common.exceptions import StaleElementReferenceException
-        from selenium.webdriver.support.ui import WebDriverWait
-
         wait = WebDriverWait(self.driver, 60, 0.05, [StaleElementReferenceException])
         wait.until(lambda _: condition())
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import browser
 import numpy as np
 import openai
 import psutil
@@ -121,6 +122,24 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
             assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
     with server(data, teachers) as url:
         assert np.array_equal(pixels(connect(url), model.id), image)
+        if browser.available:
+            _pages_show(job, model.id, url)
+
+
+def _pages_show(job, model: str, url: str) -> None:
+    """The Jobs page tells of the job, its curves and its grid; the playground draws by its student."""
+    with browser.browsing() as page:
+        page.driver.get(f"{url}/jobs")
+        page.until(lambda: page.find("#one .succeeded"))
+        assert job.id in page.text("#name")
+        page.until(lambda: page.find("#grid img") and page.find("#grid img")[0].get_property("naturalWidth"))
+        assert len(page.find("#curves svg")) >= 3
+        assert "480" in page.text("#checkpoints")
+        page.find("#actions a")[0].click()
+        page.until(lambda: page.find("#model option") and page.find("#model")[0].get_property("value") == model)
+        page.find("#prompt")[0].send_keys("a red circle")
+        page.until(lambda: page.find("#images img"))
+        assert page.errors() == []
 
 
 def _distils(process: psutil.Process) -> bool:
