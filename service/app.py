@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -20,6 +21,7 @@ from service import handlers, routers
 from service.artefacts import Artefacts
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
+from service.errors import StartError
 from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.limiter import Limiter
@@ -30,6 +32,9 @@ from service.replays import Replays
 from service.safety import checker
 from service.settings import Settings
 from service.state import State
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 EXPOSED = [
@@ -44,12 +49,18 @@ EXPOSED = [
 FORM_BYTES = 64 << 10  # what an upload has besides its file
 
 
-def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> FastAPI:
-    """The server. `fleet` are its workers, those of the settings if none is given; they start with the app."""
+def create_app(
+    settings: Settings | None = None, fleet: Fleet | None = None, tracing: "Tracing | None" = None
+) -> FastAPI:
+    """The server. `fleet` are its workers, which start with the app; `tracing` is where its spans go.
+
+    Both are those of the settings if none are given.
+    """
     settings = settings or Settings()
     check, sign = checker(settings.safety), signer(settings)  # first, for they may refuse the settings
+    tracing = tracing or _tracing(settings)
     metrics = Metrics()
-    engine = Engine(fleet or processes(settings), settings, metrics)
+    engine = Engine(fleet or processes(settings), settings, metrics, tracing)
     jobs = Jobs(settings.data, settings) if settings.data else None
     links = settings.artefacts or (str(jobs.folder / "artefacts") if jobs else None)
     folder = None if links else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
@@ -67,6 +78,7 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         check,
         sign,
         jobs,
+        tracing,
     )
 
     @asynccontextmanager
@@ -84,6 +96,8 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
             await asyncio.to_thread(jobs.stop)
         await engine.drain()
         state.encoders.shutdown()
+        if tracing:
+            await asyncio.to_thread(tracing.close)
         sweeping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await sweeping
@@ -111,9 +125,20 @@ def create_app(settings: Settings | None = None, fleet: Fleet | None = None) -> 
         )
     upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
     body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
-    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {})
+    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
     handlers.install(app)
     return app
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """What the settings ask for. Raises StartError when the SDK is missing."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from service.tracing import Tracing
+    except ImportError:
+        raise StartError("otlp_endpoint: the OpenTelemetry SDK is not installed; pip install '.[tracing]'") from None
+    return Tracing.to(str(settings.otlp_endpoint))
 
 
 async def _sweep(artefacts: Artefacts, period: float) -> None:

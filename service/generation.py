@@ -97,6 +97,9 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
     """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
     card = order.card
+    trace = service.tracing.current if service.tracing else None
+    if trace:
+        trace.tell({"gen_ai.request.model": order.model, "fgm.size": order.size, "fgm.images": len(order.seeds)})
     images = await engine.generate(
         order.model,
         order.prompt,
@@ -118,6 +121,8 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
         ]
         complaints = [complaint for complaint in await asyncio.gather(*checking) if complaint]
         after["safety"] = time.monotonic() - began
+        if trace:
+            trace.stage("safety", began, began + after["safety"])
         service.metrics.stages.labels("safety").observe(after["safety"])
         service.metrics.blocked.labels(order.model).inc(len(complaints))
         if complaints:
@@ -129,6 +134,8 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
     ]
     encoded: Sequence[bytes] = await asyncio.gather(*encoding)
     after["encode"] = time.monotonic() - began
+    if trace:
+        trace.stage("encode", began, began + after["encode"])
     service.metrics.stages.labels("encode").observe(after["encode"])
     service.metrics.bytes.labels(order.output_format).inc(sum(map(len, encoded)))
 

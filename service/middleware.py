@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ServiceError
 from service.handlers import respond
 from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 POLLED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: a line for each would bury the others
@@ -30,13 +33,19 @@ class Front:
     """Outermost layer of the app."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, body: BodyLimit, uploads: Mapping[str, BodyLimit] | None = None
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        body: BodyLimit,
+        uploads: Mapping[str, BodyLimit] | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
         """`body` limits every request's body but those of the paths in `uploads`, which have limits of their own."""
         self._app = app
         self._metrics = metrics
         self._body = body
         self._uploads = uploads or {}
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let an HTTP request through; anything else passes as it is."""
@@ -48,9 +57,12 @@ class Front:
         status: int | None = None
         limit = self._uploads.get(scope["path"], self._body)
         too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         received = 0
         whole = False  # whether the body has arrived
+        polled = scope["path"] in POLLED
+        trace = self._tracing.request(scope["method"], headers) if self._tracing and not polled else None
 
         async def limited() -> Message:
             nonlocal received, whole
@@ -91,5 +103,7 @@ class Front:
             self._metrics.request_seconds.labels(route).observe(seconds)
             told = {name: scope["state"][name] for name in ("owner", "user") if scope.get("state", {}).get(name)}
             told |= {"request_id": request_id, "seconds": round(seconds, 4)}
+            if trace:
+                trace.answered(route, status, request_id)
             level = logging.DEBUG if route in POLLED else logging.INFO
             log.log(level, "%s %s %s", scope["method"], route, status, extra=told)

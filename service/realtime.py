@@ -145,6 +145,7 @@ class Session:
         service, began = self._service, time.monotonic()
         request_id = f"req_{secrets.token_hex(12)}"
         owner, status = self._owner, 200
+        trace = service.tracing.request("GET", self._socket.headers) if service.tracing else None
         try:
             if not service.engine.open:
                 raise Unavailable("the server is starting or shutting down")
@@ -167,6 +168,8 @@ class Session:
             seconds = time.monotonic() - began
             service.metrics.requests.labels("/v1/realtime/images", str(status)).inc()
             service.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
+            if trace:
+                trace.answered("/v1/realtime/images", status, request_id)
             told = {"request_id": request_id, "owner": owner, "user": request.user, "seconds": round(seconds, 4)}
             log.info("realtime %s", status, extra=told)
 

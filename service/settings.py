@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import limits
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -125,6 +134,7 @@ class Settings(BaseSettings):
     webhooks: tuple[Endpoint, ...] = ()  # told when batches and jobs end: [{"url": ..., "secret": "whsec_..."}]
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
+    otlp_endpoint: HttpUrl | None = None  # base URL of an OpenTelemetry collector that spans go to; none makes no spans
     log_format: LogFormat = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: _Count = 30  # time that running requests get after SIGTERM

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from service.artefacts import Artefacts
 from service.engine.backend import Card
@@ -15,6 +16,9 @@ from service.provenance import Signer
 from service.replays import Replays
 from service.safety import Checker
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 
 @dataclass
@@ -31,6 +35,7 @@ class State:
     checker: Checker | None  # of images before they are shown
     signer: Signer | None  # of encoded images
     jobs: Jobs | None
+    tracing: "Tracing | None"
     sessions: int = 0  # realtime ones that are open
     guarded: bool = False  # whether keys are asked for: from the first key on, also when the last one is revoked
 

@@ -51,6 +51,7 @@ class Work:
     arrived: float = field(default=0.0)  # seconds, on the caller's clock
     wanted: int = 1  # requests that wait for it
     begun: bool = False  # whether a device was given it
+    traces: tuple[Any, ...] = ()  # of the requests that wait for it; carried for the engine
     deaths: int = 0  # workers that died while it was their oldest, and alone
 
 

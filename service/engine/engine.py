@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,9 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +190,7 @@ class _Seat:
 class Engine:
     """Takes work in on the event loop and answers it from the workers."""
 
-    def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
         self._cards: dict[str, Card] = {}  # by model; there once it has started
         self._models: dict[str, Load] = {}  # what a worker loads for each of them
         self._rows: dict[str, int] = {}  # images in each one's block
@@ -196,6 +200,7 @@ class Engine:
         self._fleet = fleet
         self._settings = settings
         self._metrics = metrics
+        self._tracing = tracing
         self._batcher = Batcher(0, 0, 0, {})  # the real one needs the models' blocks
         self._seconds: dict[Key, float] = {}  # of a worker for one image of a whole block: a running mean
         self._seats: list[_Seat] = []
@@ -317,6 +322,9 @@ class Engine:
             replies[seed] = reply
         if asked is not None:
             asked.work = wanted
+        if self._tracing and (trace := self._tracing.current):
+            for work in wanted:
+                work.traces += (trace,)
         self._dispatch()
         try:
             await asyncio.wait(replies.values(), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
@@ -634,7 +642,10 @@ class Engine:
         """Fetch a batch's pixels and give each image to those who wait for it."""
         pixels = await asyncio.to_thread(seat.pixels, made.batch)
         pixels.flags.writeable = False
-        batch, sent, needed = seat.answered(made.batch, time.monotonic())
+        now = time.monotonic()
+        batch, sent, needed = seat.answered(made.batch, now)
+        if self._tracing:
+            self._tracing.batch(batch, seat.worker.name, sent, now, made)
         each = needed / self._padded(batch.key, len(batch.work))
         size = batch.key.size
         self._seconds[size] += 0.2 * (each - self._seconds[size])
@@ -654,7 +665,10 @@ class Engine:
 
     def _failed(self, seat: _Seat, failed: Failed) -> None:
         """Halve a batch that failed; work that failed alone is at fault."""
-        batch, _, _ = seat.answered(failed.batch, time.monotonic())
+        now = time.monotonic()
+        batch, sent, _ = seat.answered(failed.batch, now)
+        if self._tracing:
+            self._tracing.batch(batch, seat.worker.name, sent, now, failed)
         self._metrics.failures.labels(batch.key.model).inc()
         if failed.fault == "memory":
             self._batcher.lower_cap(batch.key, len(batch.work) // 2)

@@ -124,6 +124,7 @@ class Made(msgspec.Struct, frozen=True, tag=True):
     tokens: Sequence[int]  # of each prompt, as the model sees it
     truncated: Sequence[bool]  # whether the model saw only the prompt's beginning
     seconds: dict[str, float]  # by stage: text, model, vae
+    began: dict[str, float]  # by stage, on the monotonic clock, which is one for the machine
     prompt_hits: int  # prompts whose embeddings were at hand
 
 

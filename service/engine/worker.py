@@ -61,6 +61,7 @@ class _Job:
     text: Text | None = None
     value: Any = None  # conditions, then latents
     seconds: dict[str, float] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)  # by stage, as `seconds`
 
 
 _Jobs = Queue[_Job | None]  # None: the server has hung up
@@ -139,7 +140,7 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
     def answer(job: _Job) -> None:
         assert job.text is not None
         text = job.text
-        channel.send(Made(job.run.batch, text.tokens, text.truncated, job.seconds, text.hits))
+        channel.send(Made(job.run.batch, text.tokens, text.truncated, job.seconds, job.began, text.hits))
 
     encoding, denoising, decoding = _Jobs(1), _Jobs(1), _Jobs(1)
     stages = [
@@ -200,6 +201,7 @@ def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on:
             _tell(channel.send, Failed(job.run.batch, "memory" if isinstance(error, MemoryError) else "error"))
         else:
             job.seconds[step.__name__] = time.monotonic() - began
+            job.began[step.__name__] = began
             _tell(hand_on, job)
 
 

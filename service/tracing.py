@@ -1,0 +1,147 @@
+"""OpenTelemetry spans of requests and batches. Needs the SDK: imported only where the settings name a collector.
+
+A request is a trace, or a part of its client's: a server span, and its stages below that. A batch serves several
+requests, so it is a trace of its own, linked to theirs as their stages are to it. Spans hold names and numbers, never a
+prompt. Times are seconds of the monotonic clock, which the server shares with its workers.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagate import extract
+from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Link, SpanKind, StatusCode, Tracer, set_span_in_context
+
+from service.engine.batcher import Batch
+from service.engine.messages import Failed, Made
+
+NAME = "fgm-service"
+Attributes = Mapping[str, str | int]
+
+
+class Trace:
+    """A span, and the stages below it."""
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        name: str,
+        began: float,
+        parent: Context,
+        attributes: Attributes,
+        kind: SpanKind = SpanKind.INTERNAL,
+        links: Sequence[Link] = (),
+    ) -> None:
+        self._tracer = tracer
+        self._began = began
+        self._epoch = time.time_ns() - int(1e9 * time.monotonic())  # read once, so that no two spans disagree
+        self._span = tracer.start_span(name, parent, kind, dict(attributes), links, self._wall(began))
+        self._below = set_span_in_context(self._span, parent)
+
+    @property
+    def link(self) -> Link:
+        """What other spans refer to it by."""
+        return Link(self._span.get_span_context())
+
+    def tell(self, attributes: Attributes) -> None:
+        """Say more of it."""
+        self._span.set_attributes(dict(attributes))
+
+    def stage(self, name: str, began: float, ended: float, links: Sequence[Link] = ()) -> None:
+        """Record a stage that is over. What joined work had behind it when this began is left out."""
+        if ended > self._began:
+            start = self._wall(max(began, self._began))
+            self._tracer.start_span(name, self._below, links=links, start_time=start).end(self._wall(ended))
+
+    def end(self, ended: float, failed: bool) -> None:
+        """The span is over."""
+        if failed:
+            self._span.set_status(StatusCode.ERROR)
+        self._span.end(self._wall(ended))
+
+    def _wall(self, seconds: float) -> int:
+        """Nanoseconds since 1970."""
+        return self._epoch + int(1e9 * seconds)
+
+
+class RequestTrace(Trace):
+    """The server span of one request."""
+
+    def __init__(self, tracer: Tracer, method: str, headers: Mapping[str, str]) -> None:
+        attributes = {"http.request.method": method}
+        super().__init__(tracer, method, time.monotonic(), extract(headers), attributes, SpanKind.SERVER)
+        self._method = method
+
+    def answered(self, route: str, status: int | None, request_id: str) -> None:
+        """It is over; no `status` where the connection broke off before there was one."""
+        self._span.update_name(f"{self._method} {route}")
+        self.tell({"http.route": route, "fgm.request_id": request_id})
+        if status is not None:
+            self.tell({"http.response.status_code": status})
+        self.end(time.monotonic(), failed=status is None or status >= 500)
+
+
+_current: ContextVar[RequestTrace | None] = ContextVar("request_trace", default=None)
+
+
+class Tracing:
+    """Where spans begin."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer(NAME)
+
+    @classmethod
+    def to(cls, endpoint: str) -> "Tracing":
+        """Spans go to the OTLP collector of a base URL, by a thread of its own; OTEL_* variables say the rest."""
+        resource = Resource.create({SERVICE_NAME: NAME}).merge(OTELResourceDetector().detect())
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
+        return cls(provider)
+
+    @property
+    def current(self) -> RequestTrace | None:
+        """The request that this task works for; jobs have none."""
+        return _current.get()
+
+    def request(self, method: str, headers: Mapping[str, str]) -> RequestTrace:
+        """Begin a request's span, below the one that its headers name, and make it this task's `current`."""
+        trace = RequestTrace(self._tracer, method, headers)
+        _current.set(trace)
+        return trace
+
+    def batch(self, batch: Batch, device: str, sent: float, answered: float, reply: Made | Failed) -> None:
+        """Record a batch that a worker has answered, and its stages in each of its requests."""
+        arrived: dict[RequestTrace, float] = {}  # the first of each one's images
+        for work in batch.work:
+            for request in work.traces:
+                arrived[request] = min(work.arrived, arrived.get(request, work.arrived))
+        attributes = {
+            "gen_ai.request.model": batch.key.model,
+            "fgm.size": f"{batch.key.width}x{batch.key.height}",
+            "fgm.images": len(batch.work),
+            "fgm.closed_by": batch.reason,
+            "fgm.device": device,
+        }
+        links = [request.link for request in arrived]
+        whole = Trace(self._tracer, "batch", sent, Context(), attributes, links=links)
+        if isinstance(reply, Made):
+            for request, since in arrived.items():
+                request.stage("queue", since, sent, [whole.link])
+            for stage, seconds in reply.seconds.items():
+                began = reply.began[stage]
+                whole.stage(stage, began, began + seconds)
+                for request in arrived:
+                    request.stage(stage, began, began + seconds, [whole.link])
+        else:
+            whole.tell({"error.type": reply.fault})
+        whole.end(answered, failed=isinstance(reply, Failed))
+
+    def close(self) -> None:
+        """Send what was recorded. Blocks."""
+        self._provider.shutdown()
