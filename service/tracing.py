@@ -121,7 +121,7 @@ class Tracing:
         for work in batch.work:
             for request in work.traces:
                 arrived[request] = min(work.arrived, arrived.get(request, work.arrived))
-        attributes = {
+        attributes: Attributes = {
             "gen_ai.request.model": batch.key.model,
             "fgm.size": f"{batch.key.width}x{batch.key.height}",
             "fgm.images": len(batch.work),
