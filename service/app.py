@@ -138,7 +138,7 @@ def _tracing(settings: Settings) -> "Tracing | None":
         from service.tracing import Tracing
     except ImportError:
         raise StartError("otlp_endpoint: the OpenTelemetry SDK is not installed; pip install '.[tracing]'") from None
-    return Tracing.to(str(settings.otlp_endpoint))
+    return Tracing.to(settings.otlp_endpoint)
 
 
 async def _sweep(artefacts: Artefacts, period: float) -> None:

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import limits
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    HttpUrl,
-    SecretStr,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -35,6 +26,7 @@ SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
+_Url = Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
 Determinism = Literal["strict", "fast"]
 
 
@@ -55,7 +47,7 @@ class Endpoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+    url: _Url
     secret: Annotated[SecretStr, AfterValidator(_webhook_secret)]
 
 
@@ -134,7 +126,7 @@ class Settings(BaseSettings):
     webhooks: tuple[Endpoint, ...] = ()  # told when batches and jobs end: [{"url": ..., "secret": "whsec_..."}]
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
-    otlp_endpoint: HttpUrl | None = None  # base URL of an OpenTelemetry collector that spans go to; none makes no spans
+    otlp_endpoint: _Url | None = None  # base URL of an OpenTelemetry collector that spans go to; none makes no spans
     log_format: LogFormat = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: _Count = 30  # time that running requests get after SIGTERM
