@@ -566,6 +566,8 @@ def plan(
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
+    method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
+    optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
     reserve: Annotated[float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0)] = 2,
     tflops: Annotated[
@@ -582,7 +584,7 @@ def plan(
     from distill.plan import GIB, changes_that_fit, read_geometry, setting
 
     geometry = read_geometry(teacher)
-    made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size)
+    made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size, method, optimizer)
     result = made.plan()
     available = int((device_memory - reserve) * GIB)
     fits = result.peak <= available

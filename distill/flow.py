@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Cond = TypeVar("Cond")
 
@@ -70,6 +71,13 @@ def between(t: Tensor, s: Tensor) -> Tensor:
 def jump(velocity: Callable[[Tensor, Tensor, Cond], Tensor], x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """X_{t,s}(x_t) = x_t + (s - t) v(x_t, t, s): the flow map of a velocity that takes times (B, 2)."""
     return x_t + _as(s - t, x_t) * velocity(x_t, between(t, s), cond)
+
+
+def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """f and its directional derivative, by forward mode; neither fused attention nor compiled blocks have one."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
+    return pair
 
 
 class Draw:

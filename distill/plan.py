@@ -12,21 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from distill import methods
 from distill.config import Full, Lora, load_config
-from distill.errors import TeacherError
-from distill.flow import Draw, one_step
-from distill.methods import Batch, Real, Turn, Velocities
+from distill.errors import ConfigError, TeacherError
+from distill.flow import Draw, derivative, one_step
+from distill.methods import Batch, Real, Turn, Velocities, Velocity
 from distill.networks import ROLES, FullCopies, SharedBase
 from distill.run import GRID
 from distill.spec import RECORD, check_size, read_json
@@ -66,6 +68,7 @@ _NAMED: dict[str, dict[str, Any]] = {
     | {"qk_norm": "rms_norm"},
 }
 NAMES = tuple(_NAMED)
+_QUANTISED, _BLOCK = 4096, 256  # numbers: of the smallest tensor that bitsandbytes quantises, of a block with one scale
 _VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -199,7 +202,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for: `batch` images of `size` x `size` pixels in each forward (a run's `micro_batch`)."""
+    """What a plan is made for: `batch` images of `size` x `size` pixels in each forward (a run's `micro_batch`).
+
+    `optimizer` is the kind that a run's configuration names.
+    """
 
     geometry: Geometry
     kind: Full | Lora
@@ -207,25 +213,27 @@ class Setting:
     batch: int
     size: int
     method: Any
+    optimizer: Literal["adam", "adam-8bit"] = "adam"
 
     def plan(self) -> Plan:
-        """Measure: half a minute for SD3-medium, and no memory to speak of; raises SizeError."""
+        """Measure: half a minute for SD3-medium with FGM, and no memory to speak of; raises SizeError."""
         geometry, dtype = self.geometry, self.dtype
         geometry.check_size(self.size)
         turns = self.method.turns()
         asked = {turn.role: asks(turn) for turn in turns}
         two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
         networks, models = build(geometry, self.kind, dtype, tuple(sorted(asked)), two_times=two_times, critic=critic)
-        learning = len(networks.roles)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
         weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
-        owned = networks.trainable("student").values()
-        role_bytes, trainable = sum(tensor.nbytes for tensor in owned), sum(tensor.numel() for tensor in owned)
+        owned = {role: list(networks.trainable(role).values()) for role in networks.roles}
+        own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in owned.items()}
+        moments_of = {"adam": _moments, "adam-8bit": _moments_8bit}[self.optimizer]
+        states = sum(moments_of(tensor) for tensors in owned.values() for tensor in tensors)
         with FakeTensorMode():
             for model in [*models, vae]:
                 without_data(model)
-            turned = {}
+            turned: dict[str, Turned] = {}
             for role, fields in asked.items():
                 z, cond = _inputs(geometry, self.batch, self.size)
                 turned[role] = take_turn(networks, role, fields, z, cond, dtype)
@@ -240,11 +248,11 @@ class Setting:
             grid = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
 
         resident = {
-            "base weights": weights - learning * role_bytes,
-            "student weights": role_bytes,
-            "fake weights": (learning - 1) * role_bytes,
-            "averaged student": role_bytes,
-            "optimizer states": learning * 2 * role_bytes,  # Adam's two moments; its step counts are on the host
+            "base weights": weights - sum(own.values()),
+            "student weights": own["student"],
+            "fake weights": own.get("fake", 0),  # with its critic
+            "averaged student": own["student"],
+            "optimizer states": states,
             "autoencoder for grids": vae_bytes,
         }
         always = sum(resident.values())
@@ -253,15 +261,15 @@ class Setting:
             # The encoders that encode the grids' prompts go before the networks come.
             "start": vae_bytes + dtype.itemsize * _text_parameters(geometry),
             **{f"{role}'s turn": always + turn.peak for role, turn in turned.items()},
-            "optimizer step": always + 2 * role_bytes,  # gradients, and the roots that Adam takes of all at once
-            "sample grid": always + role_bytes + grid,  # the student's own weights, kept aside
+            "optimizer step": always + max(own.values()),  # gradients; Adam goes through its tensors in place
+            "sample grid": always + own["student"] + grid,  # the student's own weights, kept aside
         }
         flop = sum(turn.steps * turned[turn.role].flop for turn in turns)
         return Plan(
             parameters=_parameters(geometry),
-            trainable=trainable,
+            trainable=sum(tensor.numel() for tensor in owned["student"]),
             resident=resident,
-            gradients=role_bytes,
+            gradients=max(own.values()),
             activations=heaviest.kept,
             temporary=heaviest.peak - heaviest.kept,
             moments=moments,
@@ -270,12 +278,28 @@ class Setting:
 
 
 def setting(
-    geometry: Geometry, mode: str, rank: int, checkpointing: bool, dtype: str, batch: int, size: int
+    geometry: Geometry,
+    mode: str,
+    rank: int,
+    checkpointing: bool,
+    dtype: str,
+    batch: int,
+    size: int,
+    method: str = "fgm",
+    optimizer: Literal["adam", "adam-8bit"] = "adam",
 ) -> Setting:
-    """A setting in the command's words, with the method of the preset for SD3 and the targets of every LoRA run."""
+    """A setting in the command's words, with the targets of every LoRA run.
+
+    The method is as the preset for SD3 has it, or another with its own settings. Raises ConfigError when there is none
+    of the name.
+    """
+    if method not in methods.names():
+        raise ConfigError(f"no method {method!r}; there are {', '.join(methods.names())}")
+    preset = load_config("sd3-medium-lora").method
+    chosen = preset if preset.name == method else methods.config_class(method)()
     kind = Lora(rank=rank, checkpointing=checkpointing) if mode == "lora" else Full(checkpointing=checkpointing)
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return Setting(geometry, kind, precision, batch, size, load_config("sd3-medium-lora").method)
+    return Setting(geometry, kind, precision, batch, size, chosen, optimizer)
 
 
 def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
@@ -286,6 +310,8 @@ def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
         checkpointed = replace(setting, kind=kind.model_copy(update={"checkpointing": True}))
         if checkpointed.plan().peak <= available:
             found.append("--checkpointing")
+    if setting.optimizer == "adam" and replace(setting, optimizer="adam-8bit").plan().peak <= available:
+        found.append("--optimizer adam-8bit")
     if isinstance(kind, Full):
         lora = Lora(checkpointing=kind.checkpointing)
         if replace(setting, kind=lora).plan().peak <= available:
@@ -377,13 +403,27 @@ def _to_fp32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() for x in inputs)
 
 
-def asks(turn: Turn) -> list[tuple[str, int]]:
-    """Which fields the turn's loss asks, in order, each with how many rows for each image; found by running it."""
+@dataclass(frozen=True)
+class Asked:
+    """A field that a loss asks, with how many rows for each image.
+
+    `learns`: a gradient is to come back; `derived`: its derivative along a direction is asked as well.
+    """
+
+    role: str
+    rows: int
+    learns: bool
+    derived: bool
+
+
+def asks(turn: Turn) -> list[Asked]:
+    """Which fields the turn's loss asks, in order; found by running it."""
     found = []
 
     def asked(role: str) -> Callable[[Tensor, Tensor, TextCondition], Tensor]:
         def field(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-            found.append((role, len(x_t)))
+            derived = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
+            found.append(Asked(role, len(x_t), torch.is_grad_enabled(), derived))
             return x_t
 
         return field
@@ -398,7 +438,7 @@ def asks(turn: Turn) -> list[tuple[str, int]]:
 def take_turn(
     networks: FullCopies | SharedBase,
     role: str,
-    asked: list[tuple[str, int]],
+    asked: list[Asked],
     z: Tensor,
     cond: TextCondition,
     dtype: torch.dtype,
@@ -411,18 +451,25 @@ def take_turn(
         with _autocast(dtype):
             t = torch.ones(len(z))
             x, loss = z, torch.zeros(())
-            for name, rows in asked:
-                if name == "critic":
+            for each in asked:
+                if each.role == "critic":
                     field = networks.critic(role == "fake")
                 else:
-                    field = networks.velocity(name) if name == role else networks.field(name)
-                out = field(torch.cat([x] * rows), torch.cat([t] * rows), TextCondition.cat([cond] * rows))
-                if name == "student":
-                    x = out = (z - out).float()
+                    field = networks.velocity(each.role) if each.role == role else networks.field(each.role)
+                rows = torch.cat([x] * each.rows), torch.cat([t] * each.rows), TextCondition.cat([cond] * each.rows)
+                with torch.set_grad_enabled(each.learns):
+                    out = _derived(field, *rows) if each.derived else field(*rows)
+                    if each.role == "student":
+                        x = out = (z - out).float()
                 loss = loss + out.square().mean()
         kept = meter.live
         loss.backward()  # type: ignore[no-untyped-call]
     return Turned(kept, meter.peak, meter.flop)
+
+
+def _derived(field: Velocity, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+    """The field's value, computed together with a derivative."""
+    return derivative(lambda x_t, t: field(x_t, t, cond), (x_t, t), (x_t, t))[0]
 
 
 @contextmanager
@@ -455,6 +502,18 @@ def _text_parameters(geometry: Geometry) -> int:
             )
             for name, config in geometry.text.items()
         )
+
+
+def _moments(tensor: Tensor) -> int:
+    """Bytes of Adam's two moments; its step counts are on the host."""
+    return 2 * tensor.nbytes
+
+
+def _moments_8bit(tensor: Tensor) -> int:
+    """The same in bitsandbytes' form: a byte for each number and a scale for each block; small tensors stay in fp32."""
+    if tensor.numel() < _QUANTISED:
+        return 2 * 4 * tensor.numel()
+    return 2 * (tensor.numel() + 4 * -(-tensor.numel() // _BLOCK))
 
 
 def _nbytes(model: nn.Module) -> int:

@@ -24,9 +24,8 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.flow import between, jump, x_0_from_velocity
+from distill.flow import between, derivative, jump, x_0_from_velocity
 from distill.methods import Batch, Loss, Turn, Velocities, Velocity
 from distill.policies import TeacherGuidance, Times, dot, guided_teacher
 
@@ -78,7 +77,7 @@ class Config(BaseModel):
 def _lagrangian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
     """u(X_{t,s}, s) - (s - t) dv/ds."""
     duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
-    mean, slope = _derivative(lambda s: v(x_t, between(t, s), cond), (s,), (torch.ones_like(s),))
+    mean, slope = derivative(lambda s: v(x_t, between(t, s), cond), (s,), (torch.ones_like(s),))
     return u(x_t + duration * mean, s, cond) - duration * slope
 
 
@@ -86,7 +85,7 @@ def _eulerian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond:
     """u(x_t, t) + (s - t) (dv/dt + grad v u)."""
     duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
     w = u(x_t, t, cond)
-    _, slope = _derivative(lambda x, t: v(x, between(t, s), cond), (x_t, t), (w, torch.ones_like(t)))
+    _, slope = derivative(lambda x, t: v(x, between(t, s), cond), (x_t, t), (w, torch.ones_like(t)))
     return w + duration * slope
 
 
@@ -94,10 +93,3 @@ LAWS: dict[str, Callable[[Velocity, Velocity, Tensor, Tensor, Tensor, Any], Tens
     "lagrangian": _lagrangian,
     "eulerian": _eulerian,
 }
-
-
-def _derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """f and its directional derivative, by forward mode; neither fused attention nor compiled blocks have one."""
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
-    return pair
