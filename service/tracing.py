@@ -5,6 +5,7 @@ requests, so it is a trace of its own, linked to theirs as their stages are to i
 prompt. Times are seconds of the monotonic clock, which the server shares with its workers.
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -14,13 +15,14 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.propagate import extract
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Link, SpanKind, StatusCode, Tracer, set_span_in_context
 
 from service.engine.batcher import Batch
 from service.engine.messages import Failed, Made
 
 NAME = "fgm-service"
+CLOSE_SECONDS = 3.0  # for what has not been sent when the server ends
 Attributes = Mapping[str, str | int]
 
 
@@ -92,17 +94,18 @@ _current: ContextVar[RequestTrace | None] = ContextVar("request_trace", default=
 class Tracing:
     """Where spans begin."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer(NAME)
+    def __init__(self, exporter: SpanExporter) -> None:
+        """Spans go out by a thread of their own; OTEL_* variables say how."""
+        self._exporter = exporter
+        resource = Resource.create({SERVICE_NAME: NAME}).merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer(NAME)
 
     @classmethod
     def to(cls, endpoint: str) -> "Tracing":
-        """Spans go to the OTLP collector of a base URL, by a thread of its own; OTEL_* variables say the rest."""
-        resource = Resource.create({SERVICE_NAME: NAME}).merge(OTELResourceDetector().detect())
-        provider = TracerProvider(resource=resource)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
-        return cls(provider)
+        """Spans go to the OTLP collector of a base URL."""
+        return cls(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces"))
 
     @property
     def current(self) -> RequestTrace | None:
@@ -143,5 +146,8 @@ class Tracing:
         whole.end(answered, failed=isinstance(reply, Failed))
 
     def close(self) -> None:
-        """Send what was recorded. Blocks."""
+        """Send what was recorded, unless the collector is away. Blocks."""
+        patience = threading.Timer(CLOSE_SECONDS, self._exporter.shutdown)  # ends its retries; the SDK's wait is 30 s
+        patience.start()
         self._provider.shutdown()
+        patience.cancel()

@@ -12,8 +12,6 @@ from itertools import pairwise
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from running import serving
@@ -40,12 +38,10 @@ class Spans:
     """What a server recorded; whole once it is drained."""
 
     def __init__(self):
-        self._memory = InMemorySpanExporter()
-        self.provider = TracerProvider()
-        self.provider.add_span_processor(SimpleSpanProcessor(self._memory))
+        self.exporter = InMemorySpanExporter()
 
     def all(self):
-        return self._memory.get_finished_spans()
+        return self.exporter.get_finished_spans()
 
     def named(self, name):
         return [span for span in self.all() if span.name == name]
@@ -58,7 +54,7 @@ class Spans:
 
 @contextlib.contextmanager
 def traced(spans, backend=None, **settings):
-    app = create_app(Settings(**settings), local(backend or Simulator(0.001, 0)), Tracing(spans.provider))
+    app = create_app(Settings(**settings), local(backend or Simulator(0.001, 0)), Tracing(spans.exporter))
     with serving(app) as url:
         yield f"{url}/v1/images/generations"
 
