@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.adapters import Adapter, Merger, read_adapter
+from distill.adapters import Adapter as Adapter
+from distill.adapters import Merger, read_adapter
 from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
 from distill.flow import jump, noise, one_step
 from distill.spec import FORMAT, RECORD, read_json, read_spec

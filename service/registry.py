@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.adapters import Adapter
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline
 from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.cache import Cache
 from service.engine.messages import Tuning

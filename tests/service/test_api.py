@@ -223,7 +223,7 @@ def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
         address = httpx.URL(url)
         with socket.create_connection((address.host, address.port)) as leaving:
             body = b'{"prompt": "leaves"}'
-            head = "POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            head = f"POST /v1/images/generations HTTP/1.1\r\nhost: {address.host}\r\ncontent-type: application/json\r\n"
             leaving.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             until(lambda: metric(url, "queued_images") == 1)
         until(lambda: metric(url, "requests_total", status="499") == 1)
