@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +26,9 @@ from service.errors import StartError
 from service.metrics import Metrics
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 120.0
+END_SECONDS = 40.0  # that a server gets to end
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
 def own_server(command: Sequence[str], port: int) -> Iterator[str]:
     """A server as a process while the block runs; yields its URL once it is ready. Raises StartError when it ends."""
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while not _is_ready(port):
             if server.poll() is not None:
@@ -135,6 +140,12 @@ def own_server(command: Sequence[str], port: int) -> Iterator[str]:
         yield url
     finally:
         server.terminate()
+        try:
+            server.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:  # some servers keep their workers, and themselves, for ever
+            log.warning("the server has not ended in %d s; it is killed", END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # and whatever it has left behind
         server.wait()
 
 
