@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from typer.testing import CliRunner
 
+from distill import console
 from distill.cli import app
 from distill.errors import RunError
 from distill.evaluate.picture import labelled_grid, save_png
@@ -267,6 +268,13 @@ def test_a_run_that_stopped_early_is_finished(tmp_path: Path) -> None:
         assert read_run(folder).state == state
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no table is folded."""
+    monkeypatch.setattr(console.out, "_width", 200)
+
+
+@pytest.mark.usefixtures("wide")
 def test_alarms_are_shown_and_counted(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 3200)
     assert "Alarms" not in page_of(folder).text
@@ -275,11 +283,12 @@ def test_alarms_are_shown_and_counted(tmp_path: Path) -> None:
     page = page_of(folder)
     assert "After 1.92 k images: collapse <b>is bad</b>." in page.text
     assert page.all("b") == [{}] * len(page.all("b"))
-    result = CliRunner().invoke(app, ["runs", str(tmp_path)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)], catch_exceptions=False)
     (line,) = [line for line in result.output.splitlines() if "3.2 k" in line]
     assert " 2 " in line
 
 
+@pytest.mark.usefixtures("wide")
 def test_runs_are_listed_and_other_folders_are_not(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine", 6400)
     add_results(folder)
@@ -289,7 +298,7 @@ def test_runs_are_listed_and_other_folders_are_not(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("model: something else\n")
     (tmp_path / "file.txt").write_text("not a folder")
-    result = CliRunner().invoke(app, ["runs", str(tmp_path)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
     (line,) = [line for line in result.output.splitlines() if "mine" in line]
     changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(1_000_000_000))
