@@ -12,7 +12,7 @@ $("form").addEventListener("submit", async (event) => {
   const file = $("file").files[0] || (typed && new File([`${typed}\n`], "prompts.txt", { type: "text/plain" }));
   if (!file) return say("Choose a file of prompts, or type some.", true);
   const distillation = { preset: $("preset").value || undefined, method: $("method").value || undefined,
-    networks: $("networks").value || undefined, images: Number($("images").value) || undefined };
+    networks: $("networks").value || undefined, images: Number($("budget").value) || undefined };
   try {
     say("Uploading …");
     const uploaded = await upload(file, "fine-tune");
