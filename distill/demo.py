@@ -1,6 +1,7 @@
 """`make demo`: the whole path in one go, each step left alone when it is done already."""
 
 import argparse
+import os
 import base64
 import json
 import signal
@@ -35,13 +36,16 @@ def main() -> int:
         aside.replace(figures)
     print(figures.read_text())
 
-    server = subprocess.Popen([sys.executable, "-m", "service.cli", "serve", "--model", str(out / "student")])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "service.cli", "serve", "--model", str(out / "student")],
+        env=os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"},  # what follows is to be seen
+    )
     try:
         _wait_until_ready(server)
         image = out / "first-image.png"
         image.write_bytes(_ask(PROMPT))
         print(f"Teacher against student: {picture}; the image that the server just made of {PROMPT!r}: {image}")
-        print(f"The server answers on {ADDRESS}, its documentation is {ADDRESS}/docs")
+        print(f"The server answers on {ADDRESS}, where a page draws as you type; docs/service.md tells of its API")
         print(f"""Next: curl {ADDRESS}/v1/images/generations --json '{{"prompt": "two green stars", "seed": 1}}'""")
         sys.stdout.flush()
         if not arguments.exit:
