@@ -1,9 +1,9 @@
 """`make demo`: the whole path in one go, each step left alone when it is done already."""
 
 import argparse
-import os
 import base64
 import json
+import os
 import signal
 import subprocess
 import sys
