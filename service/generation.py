@@ -4,7 +4,8 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,28 +116,21 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
     )
     after: dict[str, float] = {}  # stages after the device
     if service.checker:
-        began = time.monotonic()
-        checking = [
-            loop.run_in_executor(service.encoders, service.checker, image.pixels, order.moderation) for image in images
-        ]
-        complaints = [complaint for complaint in await asyncio.gather(*checking) if complaint]
-        after["safety"] = time.monotonic() - began
-        if trace:
-            trace.stage("safety", began, began + after["safety"])
-        service.metrics.stages.labels("safety").observe(after["safety"])
+        with _stage("safety", after, service):
+            checking = [
+                loop.run_in_executor(service.encoders, service.checker, image.pixels, order.moderation)
+                for image in images
+            ]
+            complaints = [complaint for complaint in await asyncio.gather(*checking) if complaint]
         service.metrics.blocked.labels(order.model).inc(len(complaints))
         if complaints:
             raise Blocked(f"the safety check found {complaints[0]} in the image; change the prompt", "prompt")
-    began = time.monotonic()
-    encoding = [
-        loop.run_in_executor(service.encoders, _finish, service, order, card, image, seed)
-        for image, seed in zip(images, order.seeds, strict=True)
-    ]
-    encoded: Sequence[bytes] = await asyncio.gather(*encoding)
-    after["encode"] = time.monotonic() - began
-    if trace:
-        trace.stage("encode", began, began + after["encode"])
-    service.metrics.stages.labels("encode").observe(after["encode"])
+    with _stage("encode", after, service):
+        encoding = [
+            loop.run_in_executor(service.encoders, _finish, service, order, card, image, seed)
+            for image, seed in zip(images, order.seeds, strict=True)
+        ]
+        encoded: Sequence[bytes] = await asyncio.gather(*encoding)
     service.metrics.bytes.labels(order.output_format).inc(sum(map(len, encoded)))
 
     tokens, truncated = images[0].tokens, images[0].truncated
@@ -175,6 +169,18 @@ async def respond(service: State, images: Images, base: str | None, lifetime: in
         usage=images.usage,
         warnings=images.warnings,
     )
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], service: State) -> Iterator[None]:
+    """Take the time of a stage for the answer, the metrics and the trace; one that raises is not counted."""
+    began = time.monotonic()
+    yield
+    ended = time.monotonic()
+    seconds[name] = ended - began
+    if service.tracing and (trace := service.tracing.current):
+        trace.stage(name, began, ended)
+    service.metrics.stages.labels(name).observe(seconds[name])
 
 
 def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -> bytes:

@@ -17,6 +17,7 @@ from service.errors import StartError
 from service.settings import Settings
 
 NAME = "flow-generator-matching"
+VERSION = version(NAME)  # once: it is read from the disk
 # IPTC's term for pictures made by a trained model, the same in XMP and C2PA
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all
@@ -35,7 +36,7 @@ class Origin:
     @property
     def software(self) -> str:
         """The program and its version."""
-        return f"{NAME} {version(NAME)}"
+        return f"{NAME} {VERSION}"
 
 
 def labels(origin: Origin, output_format: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Signer:
 
     def sign(self, data: bytes, output_format: str) -> bytes:
         """The image with its manifest; what was in it stays, and is bound by the signature."""
-        agent = {"name": NAME, "version": version(NAME)}
+        agent = {"name": NAME, "version": VERSION}
         created = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": agent}
         manifest = {
             "claim_generator_info": [agent],

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from distill.denoiser import Denoiser, Recipe, averaged, fit, save_pipeline, tokenize
+from distill.files import aside
 from distill.flow import noise
 from distill.scenes.captions import Prompt, evaluation_prompts, sample_prompt, vocabulary, wording
 from distill.scenes.render import place, render
@@ -86,9 +87,8 @@ def scene_latents(
             images = render([place(prompt, rng) for prompt in prompts[start : start + 1024]])
             parts.append(encode_mean(vae, images, device))
         latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
-        aside = path.with_suffix(".partial")
-        save_file({"latents": latents.contiguous()}, aside)
-        aside.rename(path)
+        with aside(path) as made:
+            save_file({"latents": latents.contiguous()}, made)
     return prompts, load_file(path)["latents"]
 
 
