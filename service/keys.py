@@ -3,9 +3,7 @@
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +13,7 @@ from typing import Literal, get_args
 from filelock import FileLock
 
 from service.errors import StartError
+from service.files import PRIVATE, aside
 
 Scope = Literal["generate", "jobs", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -97,16 +96,8 @@ class KeyFile:
 
     def _write(self, keys: Iterable[Key]) -> None:
         records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]
-        handle, aside = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)  # readable by its owner alone
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"keys": records}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self._path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with aside(self._path, PRIVATE) as file:
+            file.write(json.dumps({"keys": records}, indent=1).encode())
 
 
 def _digest(token: str) -> str:

@@ -1,7 +1,6 @@
 """What a device takes for batches of each size: measured once, and kept on disk by device and model."""
 
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ import msgspec
 
 from service.engine.backend import Backend, Card, Timing
 from service.errors import StartError
+from service.files import aside
 
 REPEATS = 3  # of which the median counts; the first run of a size, which pays for what is made once, does not
 
@@ -85,15 +85,8 @@ def read_profile(path: Path) -> Profile:
 def write_profile(path: Path, profile: Profile) -> None:
     """Write it whole or not at all; workers that start side by side may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}", delete=False) as file:
-        aside = Path(file.name)
-        try:
-            file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
-            file.close()
-            aside.replace(path)
-        except BaseException:
-            aside.unlink()
-            raise
+    with aside(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
 
 
 def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -> Timing:

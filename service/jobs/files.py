@@ -5,7 +5,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
@@ -13,10 +14,10 @@ from sqlalchemy import Select, delete, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound
+from service.files import aside
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, Batch, File, Job
 
-ASIDE = ".part"
 ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
 _PIECE = 1 << 20
 
@@ -78,23 +79,9 @@ class Files:
             session.add(file)
         return file
 
-    @contextlib.contextmanager
-    def writing(self, file_id: str) -> Iterator[IO[bytes]]:
+    def writing(self, file_id: str) -> AbstractContextManager[IO[bytes]]:
         """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
-        aside = self._folder / f"{file_id}.{secrets.token_hex(4)}{ASIDE}"
-        try:
-            with aside.open("wb") as target:
-                yield target
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(aside, self.path(file_id))
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        finally:
-            aside.unlink(missing_ok=True)
+        return aside(self.path(file_id))
 
     def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> File:
         """A file. Raises NotFound for one that is not there, has expired, or is another's."""

@@ -1,16 +1,16 @@
 """`Jobs`: what the server keeps over a restart, and the thread that looks after it."""
 
-import contextlib
 import logging
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from service.errors import ServiceError, StartError
+from service.files import PRIVATE, aside
 from service.jobs.database import Database
 from service.jobs.distiller import Distiller
 from service.jobs.files import Files
@@ -65,13 +65,10 @@ class Jobs:
     def secret(self) -> bytes:
         """Random bytes that are drawn once: links that they sign outlast the server."""
         path = self.folder / "secret"
-        if not path.exists():
-            handle, aside = tempfile.mkstemp(dir=self.folder)  # readable by its owner alone
-            with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(32))
-            with contextlib.suppress(FileExistsError):  # by a server that started at the same moment
-                os.link(aside, path)
-            os.unlink(aside)
+        with FileLock(f"{path}.lock"):  # against a server that starts at the same moment
+            if not path.exists():
+                with aside(path, PRIVATE) as file:
+                    file.write(secrets.token_bytes(32))
         return path.read_bytes()
 
     def start(self) -> None:

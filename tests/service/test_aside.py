@@ -1,0 +1,40 @@
+"""Files that are whole or not there."""
+
+import os
+import stat
+
+import pytest
+
+from service.files import PRIVATE, aside
+
+
+@pytest.mark.parametrize(("mode", "kept"), [(0o666, 0o640), (PRIVATE, 0o600)])
+def test_a_file_is_replaced_as_a_whole_and_has_its_mode(tmp_path, mode, kept):
+    path = tmp_path / "file"
+    path.write_text("old")
+    before = os.umask(0o027)
+    try:
+        with aside(path, mode) as file:
+            file.write(b"new")
+            file.flush()
+            assert path.read_text() == "old"
+    finally:
+        os.umask(before)
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == kept
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fill():
+        with aside(path) as file:
+            file.write(b"new")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
