@@ -515,8 +515,8 @@ def compare(
 ) -> None:
     """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
 
-    Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues; what is
-    finished is not done again.
+    Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues, also with
+    more variants; what is finished is not done again. A run that diverges is told of, and the others go on.
     """
     import shlex
 
@@ -524,7 +524,7 @@ def compare(
     from distill.console import image_bar, table
     from distill.console import out as console
     from distill.device import resolve_device
-    from distill.errors import ConfigError
+    from distill.errors import ConfigError, DivergedError
     from distill.evaluate.judge import Questions
 
     if images is not None and seconds is not None:
@@ -540,16 +540,24 @@ def compare(
     where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
     share_embeddings(planned, out)
-    for i, variant in enumerate(planned):
-        if seconds is not None:
-            _encode(variant.config, out / variant.name, where)
-            planned[i] = variant = within(seconds, variant, out)
-        if not is_finished(variant, out):
-            _distil(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
+    finished, diverged = [], {}
+    for variant in planned:
+        try:
+            if seconds is not None:
+                _encode(variant.config, out / variant.name, where)
+                variant = within(seconds, variant, out)
+            if not is_finished(variant, out):
+                _distil(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
+            finished.append(variant)
+        except DivergedError as error:
+            diverged[variant.name] = str(error)
+            typer.echo(f"{variant.name} diverged: {error}")
+    if not finished:
+        raise DivergedError(f"every run of the comparison diverged; the first: {next(iter(diverged.values()))}")
     questions = Questions.make(per_task, seed)
-    total = (1 + len(planned)) * questions.count if is_scored(planned[0].config) else None
+    total = (1 + len(finished)) * questions.count if is_scored(finished[0].config) else None
     with image_bar("images", total) as bar:
-        outcome = judged(planned, out, questions, steps, seed, where, bar.advance)
+        outcome = judged(finished, out, questions, steps, seed, where, bar.advance, diverged)
     outcome.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *outcome.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

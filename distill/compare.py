@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,11 @@ class Variant:
     source: str
     overrides: tuple[str, ...]
 
-    @property
-    def command(self) -> str:
-        """The run by itself."""
+    def command(self, out: Path) -> str:
+        """The run by itself, in its folder of the comparison in `out`."""
         sets = (*self.overrides, f"images={self.config.images}")
-        return shlex.join(["distill", "run", self.source, *(part for each in sets for part in ("--set", each))])
+        words = ["distill", "run", self.source, *(part for each in sets for part in ("--set", each))]
+        return shlex.join([*words, "--out", str(out / self.name)])
 
 
 def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], images: int | None) -> list[Variant]:
@@ -141,24 +142,27 @@ def read_cost(folder: Path) -> Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images."""
+    """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images.
+
+    `diverged` says of runs without a student why they ended.
+    """
 
     commands: dict[str, str]
     costs: dict[str, Cost]
     teacher: Judgement | None
     students: dict[str, Judgement]
     picture: Image
+    diverged: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: `teacher` and `runs`."""
+        """Plain values: `teacher`, `runs`, and `diverged` where there are any."""
         figures = {name: judgement.as_dict() for name, judgement in self.students.items()}
         runs = {
             name: {"command": self.commands[name], **asdict(cost), **figures.get(name, {})}
             for name, cost in self.costs.items()
         }
-        return (
-            {"features": FEATURES, "teacher": self.teacher.as_dict(), "runs": runs} if self.teacher else {"runs": runs}
-        )
+        measure = {"features": FEATURES, "teacher": self.teacher.as_dict()} if self.teacher else {}
+        return {**measure, "runs": runs, **({"diverged": dict(self.diverged)} if self.diverged else {})}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and lines: the teacher, then each run with what it took."""
@@ -167,6 +171,7 @@ class Outcome:
         for name, cost in self.costs.items():
             took = [str(cost.images), f"{cost.seconds:.0f}", str(cost.kept)]
             lines.append([name, *took, *(cell(self.students[name], figure) for figure in names)])
+        lines += [[name, "diverged", *["-"] * (2 + len(names))] for name in self.diverged]
         return ["", "images", "seconds", "kept", *names], lines
 
     def save(self, out: Path, record: Mapping[str, Any]) -> None:
@@ -179,8 +184,9 @@ class Outcome:
         text += "\n`kept`: the images that the exported student had seen.\n"
         if self.teacher:
             text += f"±: half of a 95 % interval over prompts. Distances: to true scenes, on features {FEATURES}.\n"
+        text += "".join(f"\n{name} diverged: {why}.\n" for name, why in self.diverged.items())
         text += f"\n```sh\n{record['command']}\n```\n\nEach run by itself:\n\n```sh\n"
-        text += "".join(f"{command}  # {name}\n" for name, command in self.commands.items())
+        text += "".join(f"{command}\n" for command in self.commands.values())
         write_aside(out / "compare.md", f"{text}```\n")
         save_png(self.picture, out / "compare.png")
 
@@ -198,17 +204,21 @@ def judged(
     seed: int,
     device: torch.device,
     report: Callable[[int], None],
+    diverged: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
-    """Teacher and students on the same questions and seeds; without a scorer only a picture of the first prompts."""
+    """Teacher and students on the same questions and seeds; without a scorer only a picture of the first prompts.
+
+    Runs that `diverged` have no student, and are passed on by name with the reason.
+    """
     config = variants[0].config
     teacher = run.teacher_folder(config)
     students = {variant.name: out / variant.name / "student" for variant in variants}
-    commands = {variant.name: variant.command for variant in variants}
+    commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
         figures = {name: answers.judgement for name, answers in result.students.items()}
-        return Outcome(commands, costs, result.teacher, figures, result.picture())
+        return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged)
 
     texts = list(islice(cycle(read_prompts(config.prompts.source, SHOWN, config.prompts.seed)), SHOWN))
     seeds = range(seed, seed + len(texts))
@@ -219,4 +229,4 @@ def judged(
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
-    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts))
+    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts), diverged)

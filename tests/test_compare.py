@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from distill import checkpoint
 from distill.cli import app
 from distill.compare import Cost, Variant, is_finished, judged, read_variants, within
 from distill.config import load_config
-from distill.errors import ConfigError
+from distill.errors import ConfigError, DivergedError
 from distill.evaluate.judge import Questions
 from distill.pipeline import SHIPPED_STUDENT
 
@@ -48,8 +48,9 @@ def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
         "dmd,method.guidance.teacher=[2,6]",
     ]
     for variant in read_variants([*texts, "fgm,ema=0.9"], "scenes", ["batch=32"], 640):
-        program, verb, source, *words = shlex.split(variant.command)
+        program, verb, source, *words, last, folder = shlex.split(variant.command(Path("runs")))
         assert (program, verb, set(words[::2])) == ("distill", "run", {"--set"})
+        assert (last, folder) == ("--out", f"runs/{variant.name}")
         assert load_config(source, words[1::2]) == variant.config
 
 
@@ -74,10 +75,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def compare(teacher: Path, prompts: Path, out: Path, *arguments: str) -> dict:
+def invoke(teacher: Path, prompts: Path, out: Path, *arguments: str) -> Result:
     values = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=4", "method.fake_steps=1")
-    words = ["compare", "fgm", "dmd", "--config", "scenes-debug", "--steps", "2", "--out", str(out), *arguments]
-    result = CliRunner().invoke(app, [*words, *(part for value in values for part in ("--set", value))])
+    words = ["compare", *arguments, "--config", "scenes-debug", "--steps", "2", "--out", str(out)]
+    return CliRunner().invoke(app, [*words, *(part for value in values for part in ("--set", value))])
+
+
+def compare(teacher: Path, prompts: Path, out: Path, *arguments: str) -> dict:
+    result = invoke(teacher, prompts, out, "fgm", "dmd", *arguments)
     assert result.exit_code == 0, result.output + str(result.exception)
     return json.loads((out / "compare.json").read_text())
 
@@ -96,6 +101,18 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
     assert compare(teacher, prompts, tmp_path, "--images", "8") == found
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
+
+
+def test_a_run_that_diverges_is_a_row_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
+    wild = "fgm,optimizer.fake_rate=1e30,optimizer.warmup=0,optimizer.skips=0"
+    done = invoke(teacher, prompts, tmp_path, wild, "fgm", "--images", "16")
+    assert done.exit_code == 0, done.output + str(done.exception)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["runs"].keys() == {"fgm"}
+    assert "lower optimizer." in found["diverged"][wild]
+    assert f"| {wild} | diverged | - | - |" in (tmp_path / "compare.md").read_text()
+    alone = invoke(teacher, prompts, tmp_path, wild, "--images", "16")
+    assert isinstance(alone.exception, DivergedError)
 
 
 def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:

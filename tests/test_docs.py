@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from distill import cli as distill_cli
+from distill.compare import read_variants
+from distill.config import load_config
 from service import cli as service_cli
 from service.schemas import ImageRequest
 
@@ -54,6 +57,23 @@ def test_commands_and_their_options_exist(page):
             assert (ROOT / words[1]).is_file(), words
         elif words[0] == "curl" and "--json" in words and words[1].endswith("/images/generations"):
             ImageRequest.model_validate(json.loads(words[words.index("--json") + 1]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_run_and_compared_is_a_configuration(page):
+    for words in commands(page):
+        if words[0] == "accelerate":
+            words = ["distill", *words[words.index("distill.cli") + 1 :]]
+        if words[:2] not in (["distill", "run"], ["distill", "compare"]) or len(words) == 2:  # a name in prose
+            continue
+        given = typer.main.get_command(distill_cli.app).commands[words[1]].make_context(words[1], words[2:]).params
+        sets = given["overrides"] or []
+        if words[1] == "run" and not given["config"].endswith(".yaml"):
+            load_config(given["config"], sets)
+        elif words[1] == "compare":
+            ours = [text for text in given["variants"] if not text.endswith(".yaml")]
+            variants = read_variants(ours, given["config"], sets, given["images"])
+            assert len({str(variant.config) for variant in variants}) == len(variants), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
