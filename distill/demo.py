@@ -10,10 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import Any
 
-ADDRESS = "http://127.0.0.1:8000"
 PROMPT = "a photo of a red circle to the left of a blue square"
 
 
@@ -21,68 +23,93 @@ def main() -> int:
     """Distil for a short budget, judge, serve, ask once; serve on until Ctrl-C unless --exit."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the run, as `distill run`'s"
+    )
+    parser.add_argument("--per-task", default="16", metavar="N", help="prompts of each task that are judged")
+    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--exit", action="store_true", help="end instead of serving on")
     arguments = parser.parse_args()
     out: Path = arguments.out
+    address = f"http://127.0.0.1:{arguments.port}"
+    signal.signal(signal.SIGTERM, _leave)
 
     # The same command continues a stopped run and does nothing for a finished one.
-    _distill("run", "demo", "--out", str(out))
+    _distill("run", "demo", "--out", str(out), *(f"--set={setting}" for setting in arguments.set))
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
-        command = ("evaluate", "--student", str(out / "student"), "--per-task", "16", "--picture", str(picture))
+        command = ("evaluate", "--student", str(out / "student"), "--per-task", arguments.per_task)
         aside = figures.with_suffix(".partial")
         with aside.open("w") as file:
-            _distill(*command, stdout=file)
+            _distill(*command, "--picture", str(picture), stdout=file)
         aside.replace(figures)
     print(figures.read_text())
 
-    server = subprocess.Popen(
-        [sys.executable, "-m", "service.cli", "serve", "--model", str(out / "student")],
-        env=os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"},  # what follows is to be seen
-    )
-    try:
-        _wait_until_ready(server)
+    quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # what follows is to be seen
+    serve = ("serve", "--model", str(out / "student"), "--port", str(arguments.port))
+    with suppress(KeyboardInterrupt), _process("service.cli", *serve, env=quiet) as server:
+        _wait_until_ready(server, address)
         image = out / "first-image.png"
-        image.write_bytes(_ask(PROMPT))
+        image.write_bytes(_ask(PROMPT, address))
         print(f"Teacher against student: {picture}; the image that the server just made of {PROMPT!r}: {image}")
-        print(f"The server answers on {ADDRESS}, where a page draws as you type; docs/service.md tells of its API")
-        print(f"""Next: curl {ADDRESS}/v1/images/generations --json '{{"prompt": "two green stars", "seed": 1}}'""")
+        print(f"The server answers on {address}, where a page draws as you type; docs/service.md tells of its API")
+        print(f"""Next: curl {address}/v1/images/generations --json '{{"prompt": "two green stars", "seed": 1}}'""")
         sys.stdout.flush()
         if not arguments.exit:
             server.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
     return 0
 
 
-def _distill(*arguments: str, stdout: IO[str] | None = None) -> None:
-    done = subprocess.run([sys.executable, "-m", "distill.cli", *arguments], stdout=stdout)
-    if done.returncode:
-        sys.exit(done.returncode)
+def _leave(number: int, frame: FrameType | None) -> None:
+    """SIGTERM as an exception, so that no process is left behind."""
+    sys.exit(128 + number)
 
 
-def _wait_until_ready(server: "subprocess.Popen[bytes]") -> None:
+@contextmanager
+def _process(module: str, *arguments: str, **options: Any) -> "Iterator[subprocess.Popen[bytes]]":
+    """A module of ours as a process, asked to end when the block is left, and waited for while it saves its work."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], **options)
+    asked = False
+    try:
+        yield process
+    except KeyboardInterrupt:
+        asked = True  # by the terminal, as we were; a second time would mean: at once
+        raise
+    finally:
+        if not asked:
+            process.terminate()
+        process.wait()
+
+
+def _distill(*arguments: str, **options: Any) -> None:
+    with _process("distill.cli", *arguments, **options) as process:
+        status = process.wait()
+    if status:
+        sys.exit(status)
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", address: str) -> None:
     while True:
         if server.poll() is not None:
-            sys.exit(f"the server ended with status {server.returncode}; is port 8000 taken?")
+            sys.exit(f"the server ended with status {server.returncode}; is {address} taken?")
         try:
-            urllib.request.urlopen(f"{ADDRESS}/readyz", timeout=2).close()
+            urllib.request.urlopen(f"{address}/readyz", timeout=2).close()
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
         else:
             return
 
 
-def _ask(prompt: str) -> bytes:
+def _ask(prompt: str, address: str) -> bytes:
     body = json.dumps({"prompt": prompt, "size": "auto", "seed": 1}).encode()
     headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{ADDRESS}/v1/images/generations", body, headers)
+    request = urllib.request.Request(f"{address}/v1/images/generations", body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
