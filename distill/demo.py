@@ -27,6 +27,7 @@ def main() -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the run, as `distill run`'s"
     )
     parser.add_argument("--per-task", default="16", metavar="N", help="prompts of each task that are judged")
+    parser.add_argument("--steps", default="28", metavar="N", help="of the teacher when it is judged")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--exit", action="store_true", help="end instead of serving on")
     arguments = parser.parse_args()
@@ -39,6 +40,7 @@ def main() -> int:
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
         command = ("evaluate", "--student", str(out / "student"), "--per-task", arguments.per_task)
+        command += ("--steps", arguments.steps)
         aside = figures.with_suffix(".partial")
         with aside.open("w") as file:
             _distill(*command, "--picture", str(picture), stdout=file)

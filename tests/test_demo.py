@@ -20,8 +20,8 @@ SMALL = (
 def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    options = ["--out", str(tmp_path), "--exit", "--per-task=1", f"--port={port}", *(f"--set={each}" for each in SMALL)]
-    command = [sys.executable, "-m", "distill.demo", *options]
+    options = f"--out {tmp_path} --exit --port {port} --per-task 1 --steps 2".split()
+    command = [sys.executable, "-m", "distill.demo", *options, *(f"--set={each}" for each in SMALL)]
 
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "metrics.jsonl"
