@@ -45,8 +45,12 @@ class BodyTooLarge(ServiceError):
     """More bytes than the server reads."""
 
 
+class HeadTooLarge(ServiceError):
+    """A path and headers of more bytes than the server reads."""
+
+
 class TooSlow(ServiceError):
-    """A body that does not arrive in time."""
+    """A head or body of a request that does not arrive in time."""
 
 
 class Overloaded(ServiceError):
@@ -78,7 +82,7 @@ class ClientGone(ServiceError):
 
 
 class StartError(Exception):
-    """What keeps the server from starting: a model or a setting. No client is told; the command line prints it."""
+    """What keeps a command from its work: a model, a setting, a server that is not there. No client is told of it."""
 
 
 TABLE: dict[type[ServiceError], tuple[int, str]] = {
@@ -91,6 +95,7 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
     TooSlow: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
+    HeadTooLarge: (431, "invalid_request_error"),
     ClientGone: (499, "client_closed_request"),
     GenerationFailed: (500, "server_error"),
     ServiceError: (500, "server_error"),

@@ -108,12 +108,14 @@ class ImageCompleted(BaseModel):
 
 
 class Model(BaseModel):
-    """One student, or another name of one."""
+    """One student, or another name of one. `sizes` and `adapters` are extensions: what `size` and `lora` may name."""
 
     id: str
     created: int
     object: Literal["model"] = "model"
     owned_by: str
+    sizes: list[str]
+    adapters: list[str]
 
 
 class ModelList(BaseModel):
@@ -168,9 +170,8 @@ class AdapterToLoad(BaseModel):
 class LoadedModel(Model):
     """A model as an administrator sees it."""
 
-    adapters: list[str]
+    aliases: Annotated[list[str], Field(description="Its further names.")]
     digest: Annotated[str, Field(description="Of the files: the same digest, the same images.")]
-    sizes: list[str]
 
 
 class LoadedModels(BaseModel):

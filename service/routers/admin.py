@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from service.dependencies import Admin, Running, Service
 from service.engine.backend import Card
 from service.errors import InvalidRequest
+from service.routers.models import described
 from service.schemas import (
     AdapterDeleted,
     AdapterToLoad,
@@ -36,7 +37,7 @@ async def index(service: Service, engine: Running, caller: Admin) -> LoadedModel
     """All models, the default one first, and the folders that may be loaded."""
     students = await asyncio.to_thread(_folders, service.settings.students, STUDENT)
     adapters = await asyncio.to_thread(_folders, service.settings.students, ADAPTER)
-    data = [_shown(card) for card in engine.cards.values()]
+    data = [_shown(service, card) for card in engine.cards.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
@@ -44,7 +45,7 @@ async def index(service: Service, engine: Running, caller: Admin) -> LoadedModel
 async def load(body: StudentToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
     folder = await _found(service, body.folder, STUDENT)
-    return _shown(await engine.load(folder, body.name))
+    return _shown(service, await engine.load(folder, body.name))
 
 
 @router.delete("/models/{model:path}")
@@ -58,7 +59,7 @@ async def unload(model: str, engine: Running, caller: Admin) -> ModelDeleted:
 async def load_adapter(body: AdapterToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
     """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
     folder = await _found(service, body.folder, ADAPTER)
-    return _shown(await engine.load_adapter(service.card(body.model).name, folder, body.name))
+    return _shown(service, await engine.load_adapter(service.card(body.model).name, folder, body.name))
 
 
 @router.delete("/adapters/{name}")
@@ -83,13 +84,6 @@ def _folders(students: Path | None, file: str) -> dict[str, Path]:
     return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
 
 
-def _shown(card: Card) -> LoadedModel:
-    sizes = [f"{width}x{height}" for width, height in card.sizes]
-    return LoadedModel(
-        id=card.name,
-        created=card.created,
-        owned_by=card.owner,
-        adapters=[*card.adapters],
-        digest=card.digest,
-        sizes=sizes,
-    )
+def _shown(service: State, card: Card) -> LoadedModel:
+    aliases = [alias for alias, name in service.settings.aliases.items() if name == card.name]
+    return LoadedModel(**described(card.name, card).model_dump(), aliases=aliases, digest=card.digest)

@@ -14,14 +14,16 @@ async def index(service: Service, caller: Generator) -> ModelList:
     """All models, the default one first, then the aliases."""
     cards = service.engine.cards
     names = [*cards, *(alias for alias, name in service.settings.aliases.items() if name in cards)]
-    return ModelList(data=[_model(name, service.card(name)) for name in names])
+    return ModelList(data=[described(name, service.card(name)) for name in names])
 
 
 @router.get("/{model:path}")
 async def show(model: str, service: Service, caller: Generator) -> Model:
     """One model."""
-    return _model(model, service.card(model))
+    return described(model, service.card(model))
 
 
-def _model(name: str, card: Card) -> Model:
-    return Model(id=name, created=card.created, owned_by=card.owner)
+def described(name: str, card: Card) -> Model:
+    """A model by one of its names."""
+    sizes = [f"{width}x{height}" for width, height in card.sizes]
+    return Model(id=name, created=card.created, owned_by=card.owner, sizes=sizes, adapters=[*card.adapters])

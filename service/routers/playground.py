@@ -1,6 +1,7 @@
 """The pages for people: playground, jobs, batches. They hold everything themselves, and may load nothing else."""
 
 from pathlib import Path
+from string import Template
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -10,8 +11,14 @@ from service.errors import NotFound
 router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).parents[1] / "web"
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-FILES = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in KINDS}
+TITLES = {"index": "One-step playground", "jobs": "Distillation jobs", "batches": "Bulk batches"}
+FRAME = Template((WEB / "frame.html").read_text(encoding="utf-8"))  # head, navigation and key, the same for all
+PAGES = {
+    name: FRAME.substitute(title=title, name=name, main=(WEB / f"{name}.html").read_text(encoding="utf-8"))
+    for name, title in TITLES.items()
+}
+KINDS = {".css": "text/css", ".js": "text/javascript"}
+PARTS = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in KINDS}
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -26,28 +33,28 @@ HEADERS = {
 @router.get("/")
 async def playground() -> Response:
     """Images as one types. Open to all, as the other pages: what they ask for needs a key where the server has keys."""
-    return _file("index.html")
+    return _page("index")
 
 
 @router.get("/jobs")
 async def jobs() -> Response:
     """Distillation jobs: begin one, watch it, try its student."""
-    return _file("jobs.html")
+    return _page("jobs")
 
 
 @router.get("/batches")
 async def batches() -> Response:
     """Bulk batches: drop a file, watch it, fetch the answers."""
-    return _file("batches.html")
+    return _page("batches")
 
 
 @router.get("/web/{name}")
 async def part(name: str) -> Response:
     """A style sheet or script of the pages; the names are those that were there at the start."""
-    if name not in FILES:
+    if name not in PARTS:
         raise NotFound(f"there is no /web/{name}")
-    return _file(name)
+    return Response(PARTS[name], media_type=KINDS[Path(name).suffix], headers=HEADERS)
 
 
-def _file(name: str) -> Response:
-    return Response(FILES[name], media_type=KINDS[Path(name).suffix], headers=HEADERS)
+def _page(name: str) -> Response:
+    return Response(PAGES[name], media_type="text/html", headers=HEADERS)

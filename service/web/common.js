@@ -74,7 +74,13 @@ function theme(name) {
   localStorage.setItem("theme", name);
 }
 
+for (const link of document.querySelectorAll("nav a")) {
+  if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
+}
 $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 theme(localStorage.getItem("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 $("key").value = sessionStorage.getItem("key") || "";
-$("key").addEventListener("change", () => sessionStorage.setItem("key", $("key").value));
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", $("key").value);
+  $("access").open = false;
+});

@@ -1,7 +1,7 @@
 "use strict";
 const PAUSE = 120, KEPT = 24;
-const fields = ["prompt", "model", "n", "size", "format", "seed"];
-let timer = 0, running = null, history = [];
+const fields = ["prompt", "model", "n", "size", "format", "adapter", "scale", "seed"];
+let timer = 0, running = null, history = [], known = [];  // models of the server
 let socket = null, opened = null, last = 0;
 const asking = new Map();  // what the socket has not answered, by id
 
@@ -9,7 +9,18 @@ function body() {
   return {
     prompt: $("prompt").value, model: $("model").value, n: Number($("n").value), size: $("size").value,
     output_format: $("format").value, seed: Number($("seed").value),
+    ...($("adapter").value ? { lora: { name: $("adapter").value, scale: Number($("scale").value) } } : {}),
   };
+}
+
+// Fill the fields in with what was asked once, as far as the server still has it.
+function refill(asked) {
+  $("model").value = asked.model;
+  offer();
+  const { lora, ...rest } = asked;
+  for (const [name, value] of Object.entries(rest)) $(name === "output_format" ? "format" : name).value = value;
+  $("adapter").value = lora?.name || "";
+  $("scale").value = lora?.scale ?? 1;
 }
 
 function open() {  // the realtime session, opened anew where it is closed; rejects where there is none to be had
@@ -123,9 +134,7 @@ function remember(made) {
     button.onclick = () => {
       running?.abort();
       running = null;
-      for (const [field, name] of [["prompt"], ["model"], ["n"], ["size"], ["format", "output_format"], ["seed"]]) {
-        $(field).value = each.asked[name || field];
-      }
+      refill(each.asked);
       show(each);
     };
     return element("li", {}, button);
@@ -138,7 +147,8 @@ function curl() {
 }
 
 function python() {
-  const { prompt, model, n, size, output_format, seed } = body();
+  const { prompt, model, n, size, output_format, seed, lora } = body();
+  const extra = lora ? `{"seed": ${seed}, "lora": ${JSON.stringify(lora)}}` : `{"seed": ${seed}}`;
   return [
     "import base64, os, pathlib",
     "from openai import OpenAI",
@@ -146,7 +156,7 @@ function python() {
     `client = OpenAI(base_url=${JSON.stringify(new URL("v1", location.href).href)}, api_key=os.environ.get("API_KEY", "none"))`,
     "answer = client.images.generate(",
     `    prompt=${JSON.stringify(prompt)}, model=${JSON.stringify(model)}, n=${n}, size=${JSON.stringify(size)},`,
-    `    output_format=${JSON.stringify(output_format)}, extra_body={"seed": ${seed}},`,
+    `    output_format=${JSON.stringify(output_format)}, extra_body=${extra},`,
     ")",
     "for image in answer.data:",
     `    pathlib.Path(f"{image.seed}.${output_format}").write_bytes(base64.b64decode(image.b64_json))`,
@@ -166,11 +176,26 @@ async function copy(text) {
   say("Copied.");
 }
 
+function choose(id, choices) {  // keeps what is chosen, where it is still among them
+  const before = $(id).value;
+  $(id).replaceChildren(...choices.map(([value, text]) => element("option", { value, textContent: text })));
+  $(id).value = choices.some(([value]) => value === before) ? before : choices[0][0];
+}
+
+function offer() {  // sizes and adapters of the model
+  const model = known.find((each) => each.id === $("model").value) ?? { sizes: [], adapters: [] };
+  choose("size", ["auto", ...model.sizes].map((size) => [size, size]));
+  choose("adapter", [["", "none"], ...model.adapters.map((name) => [name, name])]);
+  $("adapters").hidden = $("scale").disabled = !model.adapters.length;
+}
+
 async function models() {
   try {
-    const list = await get("v1/models"), wanted = new URLSearchParams(location.search).get("model");
-    $("model").replaceChildren(...list.data.map((model) => element("option", { textContent: model.id })));
-    if (list.data.some((model) => model.id === wanted)) $("model").value = wanted;  // the Jobs page sends people here
+    known = (await get("v1/models")).data;
+    const wanted = new URLSearchParams(location.search).get("model");  // the Jobs page sends people here
+    choose("model", known.map((model) => [model.id, model.id]));
+    if (known.some((model) => model.id === wanted)) $("model").value = wanted;
+    offer();
   } catch (error) {
     say(error.message, true);
   }
@@ -181,6 +206,7 @@ function soon() {
   if ($("live").checked) timer = setTimeout(draw, PAUSE);
 }
 
+$("model").addEventListener("input", offer);
 for (const field of fields) $(field).addEventListener("input", soon);
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
 $("dice").onclick = () => { $("seed").value = Math.floor(Math.random() * 1e9); draw(); };

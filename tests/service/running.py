@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import httpx
 import uvicorn
 
+from service.protocol import Protocol
+
 
 @contextlib.contextmanager
-def serving(app) -> Iterator[str]:
+def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
     """The app behind uvicorn; yields its base URL, and drains it at the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on"))
     started = threading.Event()
     startup = server.startup
 

@@ -8,7 +8,10 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from service import cli
+from service.errors import StartError
 from service.keys import KeyFile
 
 
@@ -88,3 +91,60 @@ def test_only_keys_of_the_scope_may(serve, students, tmp_path):
         assert httpx.get(f"{url}/v1/admin/models", headers=headers).status_code == status
         assert httpx.post(f"{url}/v1/admin/models", json={"folder": "one"}, headers=headers).status_code == status
     assert httpx.get(f"{url}/v1/admin/models").status_code == 401
+
+
+def shell(url, *words, key=None):
+    given = ["--key", key] if key else []
+    done = CliRunner().invoke(cli.app, ["models", *words, "--url", url, *given])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_models_come_and_go_from_the_shell(serve, connect, students):
+    (students / "none" / "pytorch_lora_weights.safetensors").touch()
+    url = serve(students=students, aliases={"gpt-image-1": "simulator"})
+    assert shell(url, "load", "one") == "student-one is served.\n"
+    assert shell(url, "load", "two", "--name", "new") == "new is served.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "new has style.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new") == "new has style, none.\n"
+    assert [line.split() for line in shell(url, "list").splitlines()] == [
+        ["student", "sizes", "adapters", "aliases"],
+        ["simulator", "64x64,128x64", "-", "gpt-image-1"],
+        ["student-one", "64x64,128x64", "-", "-"],
+        ["new", "64x64,128x64", "style,none", "-"],
+        ["students", "to", "load:", "one,", "two"],
+        ["adapters", "to", "load:", "none"],
+    ]
+    known = {model.id: (model.sizes, model.adapters) for model in connect(url).models.list()}
+    assert known["gpt-image-1"] == (["64x64", "128x64"], [])
+    assert known["new"][1] == ["style", "none"]
+    assert shell(url, "unload-adapter", "style", "--model", "new") == "new has style no more.\n"
+    assert shell(url, "unload", "student-one") == "student-one is served no more.\n"
+    assert [model.id for model in connect(url).models.list()] == ["simulator", "new", "gpt-image-1"]
+
+
+def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
+    url = serve(students=students)
+    for said, *words in (
+        (r"no folder 'other' with onestep.json; there are \['one', 'two'\]", "load", "other"),
+        ("no model 'other'", "unload", "other"),
+        ("the only model", "unload", "simulator"),
+        ("no folder 'one' with pytorch_lora", "load-adapter", "one", "--model", "simulator"),
+        ("no adapter 'other'", "unload-adapter", "other", "--model", "simulator"),
+    ):
+        with pytest.raises(StartError, match=said):
+            shell(url, *words)
+
+
+def test_the_shell_names_the_key_and_the_server_that_it_lacks(serve, students, tmp_path):
+    keys = KeyFile(tmp_path / "keys.json")
+    url = serve(students=students, keys_file=tmp_path / "keys.json")
+    assert shell(url, "list", key=keys.create("root", ["admin"])).startswith("student")
+    for key in (None, keys.create("ann", ["generate"])):
+        with pytest.raises(StartError, match="--key names a key of the scope admin"):
+            shell(url, "list", key=key)
+    for wrong in ("http://127.0.0.1:9", "http://", "nowhere"):
+        with pytest.raises(StartError, match=r"--url names another|no address"):
+            shell(wrong, "list")

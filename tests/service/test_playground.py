@@ -3,8 +3,10 @@
 import json
 
 import browser
+import httpx
 import pytest
 from running import metric, serving
+from selenium.webdriver.common.keys import Keys
 
 from service.app import create_app
 from service.engine.backend import Simulator
@@ -44,6 +46,52 @@ def test_images_appear_while_typing_and_history_brings_them_back(page):
         page.until(lambda: any(i.get_attribute("alt") == "a red circle (seed 1)" for i in page.find("#images img")))
         assert metric(url, "requests_total", route="/v1/images/generations", status="200") >= 1
         page.errors()  # the refused socket is one
+
+
+def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
+    (tmp_path / "sketch").mkdir()
+    (tmp_path / "sketch" / "pytorch_lora_weights.safetensors").touch()
+    with serving(create_app(Settings(students=tmp_path, data=None), local(Simulator(0, 0)))) as url:
+        page.driver.get(url)
+        page.until(lambda: page.find("#model option"))
+        assert [option.text for option in page.find("#size option")] == ["auto", "64x64", "128x64"]
+        assert not page.find("#adapter")[0].is_displayed()
+        adapter = {"model": "simulator", "folder": "sketch", "name": "sketch"}
+        assert httpx.post(f"{url}/v1/admin/adapters", json=adapter).status_code == 200
+        page.driver.get(url)
+        page.until(lambda: page.find("#adapter option[value=sketch]"))
+        page.find("#prompt")[0].send_keys("a")
+        page.until(lambda: len(page.find("#history li")) == 1)
+        page.find("#adapter")[0].send_keys("sketch")
+        page.until(lambda: len(page.find("#history li")) == 2)
+        page.find("#scale")[0].clear()
+        page.find("#scale")[0].send_keys("0.5")
+        page.until(lambda: page.driver.execute_script("return body().lora.scale") == 0.5)
+        page.until(lambda: len(page.find("#history li")) >= 3)
+        assert '"lora": {"name":"sketch","scale":0.5}' in page.driver.execute_script("return python()")
+        assert '"lora":{"name":"sketch","scale":0.5}' in page.driver.execute_script("return curl()")
+        shown = page.driver.execute_script("return [...document.querySelectorAll('#history img')].map((i) => i.src)")
+        assert len(set(shown)) == len(shown)
+        page.find("#history li:last-child button")[0].click()
+        assert page.driver.execute_script("return body().lora") is None
+        assert page.errors() == []
+
+
+def test_a_key_is_asked_for_where_it_is_needed(page):
+    with serving(create_app(Settings(api_keys=("secret",), data=None), local(Simulator(0, 0)))) as url:
+        page.driver.get(url)
+        page.until(lambda: page.find("#access[open]"))
+        assert "API key" in page.text("#status")
+        page.find("#key")[0].send_keys("secret", Keys.ENTER)
+        page.until(lambda: page.find("#model option"))
+        page.find("#prompt")[0].send_keys("a red circle")
+        page.until(lambda: page.find("#images img"))
+        assert not page.find("#key")[0].is_displayed()
+        page.driver.get(f"{url}/batches")
+        page.until(lambda: page.find("#none")[0].is_displayed())
+        assert page.text("nav [aria-current]") == "Batches"
+        page.driver.get("about:blank")
+        page.errors()  # of what was asked without the key
 
 
 def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):

@@ -1,0 +1,141 @@
+"""uvicorn's HTTP, with bounds on what a client sends outside of bodies and on how slowly it sends and takes."""
+
+import asyncio
+import logging
+import secrets
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow
+from service.handlers import respond
+
+log = logging.getLogger(__name__)
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. What is no request, or too large or slow a head of one, is refused as everything else is."""
+
+    max_head_bytes = 64 << 10  # method, path and headers; trailers too
+    head_seconds = 10.0  # from the connection, or a head's first byte, to its last
+    stall_seconds = 60.0  # in which a client takes nothing of what is sent to it
+
+    _begun = False  # whether a head has begun and not ended
+    _head_bytes = 0  # of the head, as far as it is parsed
+    _loose_bytes = 0  # received since the last piece of a body
+    _deadline: asyncio.TimerHandle | None = None  # of the head
+    _patience: asyncio.TimerHandle | None = None  # with a client that takes nothing
+    _unsent_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a head."""
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._relax()
+        if self._patience is not None:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came; bytes that are part of no request are given no more time than a head."""
+        self._loose_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # a websocket's from now on
+            return
+        if self._loose_bytes - len(data) > self.max_head_bytes:  # before this piece, whose end is all that may be loose
+            self.send_400_response("")
+        elif self._begun or self.cycle is None or self.cycle.response_complete:
+            self._expect()
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._begun, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the path."""
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer."""
+        self._count(name + value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole; the body has limits of its own."""
+        self._begun, self._loose_bytes = False, 0
+        self._relax()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._loose_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._loose_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser, or a bound, refuses."""
+        if max(self._head_bytes, self._loose_bytes) > self.max_head_bytes:
+            self._refuse(HeadTooLarge(f"path and headers are over the limit of {self.max_head_bytes} bytes"))
+        else:
+            self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"))
+
+    def pause_writing(self) -> None:
+        """More waits to be sent than the connection's buffer holds."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """The client has taken it."""
+        super().resume_writing()
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _count(self, piece: bytes) -> None:
+        """Raises ValueError, for the parser to stop at, when the head is too large."""
+        self._head_bytes += len(piece)
+        if self._head_bytes > self.max_head_bytes:
+            raise ValueError
+
+    def _expect(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.head_seconds, self._late)
+
+    def _relax(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        if self._begun:
+            self._refuse(TooSlow(f"path and headers did not arrive within {self.head_seconds:g} s"))
+        else:
+            self.transport.close()
+
+    def _watch(self) -> None:
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._patience = self.loop.call_later(self.stall_seconds, self._check)
+
+    def _check(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unsent_bytes:
+            self._watch()
+        else:
+            log.info("a client took nothing for %g s; it is hung up on", self.stall_seconds)
+            self.transport.abort()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Say so, and hang up."""
+        response = respond(error)
+        response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
+        response.headers["connection"] = "close"
+        lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
+        log.info("%s refused: %s", response.headers["x-request-id"], error.message)
+        self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
+        self.transport.close()

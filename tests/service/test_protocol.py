@@ -1,0 +1,134 @@
+"""What a client does outside of bodies: heads too large or too slow, no HTTP at all, answers that it does not take."""
+
+import contextlib
+import json
+import socket
+
+import httpx
+import pytest
+from running import metric, serving, until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.protocol import Protocol
+from service.settings import Settings
+
+LINE = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
+LIMIT = Protocol.max_head_bytes
+
+
+class Hasty(Protocol):
+    """Waits for nobody."""
+
+    head_seconds = 0.2
+    stall_seconds = 0.2
+
+
+@pytest.fixture(scope="module")
+def patient():
+    with serving(create_app(Settings(data=None), local(Simulator(0, 0)))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=1)
+    with serving(create_app(settings, local(Simulator(0, 0))), Hasty) as url:
+        yield url
+
+
+def dial(url: str) -> socket.socket:
+    address = httpx.URL(url)
+    return socket.create_connection((address.host, address.port), timeout=30)
+
+
+def rest(line: socket.socket) -> bytes:
+    """All that comes until the server hangs up."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := line.recv(1 << 16):
+            said += piece
+    return said
+
+
+def refused(said: bytes, status: int) -> dict:
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id: req_" in head
+    assert b"connection: close" in head
+    return json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        LINE + b"x: " + b"a" * LIMIT + b"\r\n\r\n",
+        LINE + b"x: y\r\n" * LIMIT + b"\r\n",
+        LINE + b"x: " + b"a" * 4 * LIMIT,  # which never ends
+        b"GET /healthz?" + b"a" * LIMIT + b" HTTP/1.1\r\n\r\n",
+        b"POST /v1/models HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * LIMIT + b"\r\n",
+    ],
+    ids=["one", "many", "endless", "path", "trailers"],
+)
+def test_a_head_over_the_limit_is_refused(patient, head):
+    with dial(patient) as line:
+        with contextlib.suppress(ConnectionError):
+            line.sendall(head)
+        said = rest(line)
+    if said:  # what the server has not read may take its answer with it
+        assert b" 431 " in said
+    assert httpx.get(f"{patient}/healthz", headers={"x": "a" * (LIMIT - 1000)}).status_code == 200
+
+
+def test_a_refused_head_has_an_error_object(patient):
+    with dial(patient) as line:
+        line.sendall(LINE + b"x: " + b"a" * (LIMIT + 1) + b"\r\n\r\n")
+        assert "65536 bytes" in refused(rest(line), 431)["message"]
+
+
+@pytest.mark.parametrize("text", [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"])
+def test_what_is_no_http_is_told_so(patient, text):
+    with dial(patient) as line:
+        line.sendall(text)
+        assert refused(rest(line), 400)["code"] == "invalid_http"
+
+
+def test_a_head_that_does_not_end_is_not_waited_for(hasty):
+    with dial(hasty) as line:
+        line.sendall(LINE)
+        assert "0.2 s" in refused(rest(line), 408)["message"]
+
+
+@pytest.mark.parametrize("said", [b"", b"\r\n"])
+def test_a_connection_that_asks_nothing_is_closed(hasty, said):
+    with dial(hasty) as line:
+        line.sendall(said)
+        assert rest(line) == b""
+
+
+def test_bytes_behind_an_answer_are_not_waited_for(hasty):
+    with dial(hasty) as line:
+        line.sendall(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
+        assert line.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        line.sendall(b"a")
+        assert rest(line) == b""
+
+
+def test_a_websocket_lasts(hasty):
+    with connect(hasty.replace("http", "ws") + "/v1/realtime/images") as session:
+        with pytest.raises(ConnectionClosed) as closed:
+            session.recv(30)
+        assert closed.value.rcvd.code == 1000  # after a second, by the session itself
+
+
+def test_an_answer_that_nobody_takes_is_given_up(hasty):
+    size = 24 << 20
+    file = {"file": ("large.jsonl", bytes(size)), "purpose": (None, "batch")}
+    uploaded = httpx.post(f"{hasty}/v1/files", files=file, timeout=60).json()
+    with dial(hasty) as line:
+        line.sendall(f"GET /v1/files/{uploaded['id']}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        until(lambda: metric(hasty, "requests_total", route="/v1/files/{file_id}/content") == 1)
+        assert len(rest(line)) < size
