@@ -26,7 +26,8 @@ for (const type of ["dragover", "dragleave", "drop"]) {
 
 function card(batch) {
   const counts = batch.request_counts, done = counts.completed + counts.failed;
-  const said = [`${done} of ${counts.total} lines`, counts.failed ? `${counts.failed} failed` : "", when(batch.created_at)];
+  const lines = counts.total ? `${done.toLocaleString()} of ${counts.total.toLocaleString()} lines` : "";
+  const said = [lines, counts.failed ? `${counts.failed} failed` : "", when(batch.created_at)];
   const buttons = element("div", { className: "buttons" });
   function button(text, act) {
     const made = element("button", { type: "button", textContent: text });

@@ -28,12 +28,17 @@ $("form").addEventListener("submit", async (event) => {
   }
 });
 
+function seen(job) {
+  const total = job.images_total ? ` of ${job.images_total.toLocaleString()}` : "";
+  return job.images_seen ? `${job.images_seen.toLocaleString()}${total} images seen` : "";
+}
+
 function row(job) {
   const button = element("button", { type: "button", className: "head" },
     element("code", { textContent: job.fine_tuned_model || job.id }), pill(job.status));
   button.setAttribute("aria-pressed", String(job.id === chosen));
   button.onclick = () => { chosen = job.id; shown = detail = ""; look().catch((error) => say(error.message, true)); };
-  return element("li", {}, button, element("p", { className: "quiet", textContent: `${job.model}, ${when(job.created_at)}` }));
+  return element("li", {}, button, element("p", { className: "quiet", textContent: [job.model, when(job.created_at), seen(job)].filter(Boolean).join(", ") }));
 }
 
 async function look() {
@@ -60,12 +65,12 @@ async function show(job) {
 
   const metrics = events.data.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
   const budget = job.images_total, images = job.images_seen;
-  $("bar").hidden = !RUNNING.includes(job.status);
+  $("bar").hidden = job.status !== "running";
   if (budget) $("bar").value = images / budget;
   else $("bar").removeAttribute("value");
   $("state").textContent = [
     job.error?.message,
-    images ? `${images.toLocaleString()}${budget ? ` of ${budget.toLocaleString()}` : ""} images seen` : "",
+    seen(job),
     RUNNING.includes(job.status) && job.estimated_finish ? `done about ${when(job.estimated_finish)}` : "",
     job.finished_at ? `ended ${when(job.finished_at)}` : "",
   ].filter(Boolean).join(", ");
@@ -142,6 +147,7 @@ function table(checkpoints) {
   const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, { textContent: text })));
   const rows = checkpoints.map((each) =>
     cells("td", [each.step_number.toLocaleString(), ...names.map((name) => each.metrics[name]?.toPrecision?.(3) ?? "")]));
+  $("saved").hidden = !rows.length;
   $("checkpoints").replaceChildren(...(rows.length ? [cells("th", ["images", ...names]), ...rows] : []));
 }
 
