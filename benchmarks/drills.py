@@ -1,19 +1,25 @@
 """What the server promises when it goes badly, tried on a real one, over HTTP, for as long as you like.
 
-    python benchmarks/drills.py overload [--seconds 60]             ten times what it can take
-    python benchmarks/drills.py chaos [--kills 20] [--device cpu]   workers killed at random under load
-    python benchmarks/drills.py fleet [--seconds 10] [--clients 64] eight devices of 20 ms a batch behind one process
+    python benchmarks/drills.py overload [--seconds 60]               ten times what it can take
+    python benchmarks/drills.py soak [--seconds 3600] [--device cpu]  full load, and what becomes of its memory
+    python benchmarks/drills.py chaos [--kills 20] [--device cpu]     workers killed at random under load
+    python benchmarks/drills.py fleet [--seconds 10] [--clients 64]   eight devices of 20 ms a batch behind one process
 
-`overload` and `fleet` use simulated devices. `chaos` compares every image, bit by bit, with the one that an undisturbed
-server made; it ends with status 1 when one is lost or differs.
+`overload` and `fleet` use simulated devices. `soak` and `chaos` compare every image, bit by bit, with the one that an
+undisturbed server made. Each prints what it found, and ends with status 1 when a promise was broken: a request lost or
+answered in another way than with its image or a refusal that says when to come back, a queue beyond its bound, memory
+that grows. Rates and latencies are printed beside their bounds and judged by the reader, who knows the machine.
 """
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -21,8 +27,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,42 +43,84 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 OVERLOAD = 10  # times the capacity
-CLIENTS = 64  # connections that offer the overload
-DEVICES = 8
-BATCH_SECONDS = 0.02
+QUEUE = 40  # images that may wait then
+CALL_SECONDS = 0.1  # of a batch of the device that is overloaded
+DISTINCT = 8  # requests of each client that a soak or chaos repeats
+GROWTH = 0.02  # share of its memory that a server may grow by over the second half of a soak
+BATCH_SECONDS = 0.02  # of the fleet's devices
 
 
-class Client(threading.local):
-    """A connection of each thread's own."""
+class Answer(NamedTuple):
+    """What a server said, and after how long."""
+
+    seconds: float
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Client:
+    """Asks a server, by a connection of each thread's own."""
 
     def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+        self._host = url.removeprefix("http://")
+        self._own = threading.local()
+        self._connections: list[http.client.HTTPConnection] = []
 
-    def ask(self, prompt: str, seed: int) -> tuple[float, int, bytes]:
-        """Seconds, status and body."""
+    def ask(self, prompt: str, seed: int) -> Answer:
+        """Ask for an image."""
+        if not hasattr(self._own, "connection"):
+            self._own.connection = http.client.HTTPConnection(self._host, timeout=120)
+            self._connections.append(self._own.connection)
         began = time.perf_counter()
         body = json.dumps({"prompt": prompt, "seed": seed})
-        headers = {"content-type": "application/json"}
-        self._connection.request("POST", "/v1/images/generations", body, headers)
-        answer = self._connection.getresponse()
+        self._own.connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+        answer = self._own.connection.getresponse()
         data = answer.read()
-        return time.perf_counter() - began, answer.status, data
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        return Answer(time.perf_counter() - began, answer.status, headers, data)
+
+    def close(self) -> None:
+        """Hang up."""
+        for connection in self._connections:
+            connection.close()
 
 
-def serving(port: int, device: str) -> list[str]:
-    """The command of a server."""
-    return [sys.executable, "-m", "service.cli", "serve", "--device", device, "--port", str(port)]
+def pixels(answer: Answer) -> str:
+    """What an image looks like, to the bit; or what came in its place."""
+    if answer.status != 200:
+        return f"status {answer.status}"
+    image = Image.open(io.BytesIO(base64.b64decode(json.loads(answer.body)["data"][0]["b64_json"])))
+    return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def serving(device: str, **settings: object) -> Iterator[tuple[str, int]]:
+    """A server of our own, with settings: its URL and its process."""
+    port = free_port()
+    command = [sys.executable, "-m", "service.cli", "serve", "--device", device, "--port", str(port)]
+    given = {"data": "none", **settings}
+    variables = {f"SERVICE_{name.upper()}": str(value) for name, value in given.items()}
+    with own_server(command, port, variables) as url:
+        ours = (pid for pid in children(os.getpid()) if f"\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text())
+        yield url, next(ours)
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Processes that a process has started, by any of its threads."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def rss_mb(pid: int) -> float:
     """Memory of a process in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def open_files(pid: int) -> int:
+    """Files and connections that a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def simulated(folder: str, seconds: float) -> Path:
@@ -81,145 +132,327 @@ def simulated(folder: str, seconds: float) -> Path:
     return path
 
 
-def server_of(port: int) -> int:
-    """The process of this one's that listens on a port."""
-    return next(pid for pid in children(os.getpid()) if f"\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text())
+def malformed(answer: Answer) -> str | None:
+    """What a refusal lacks of what a client needs."""
+    try:
+        error = json.loads(answer.body)["error"]
+        wait, milliseconds = int(answer.headers["retry-after"]), int(answer.headers["retry-after-ms"])
+        position = int(answer.headers["x-queue-position"])
+    except (ValueError, KeyError, TypeError) as fault:
+        return f"{type(fault).__name__} {fault}"
+    if set(error) != {"message", "type", "param", "code"} or error["code"] not in (
+        "queue_full",
+        "deadline_unreachable",
+    ):
+        return f"the error {error}"
+    if not 1 <= wait == math.ceil(milliseconds / 1000) or not 0 <= position <= QUEUE:
+        return f"come back after {wait} s or {milliseconds} ms, at place {position}"
+    return None
 
 
-def overload(seconds: float) -> None:
+@dataclass(frozen=True)
+class Overload:
+    """What came of offering too much."""
+
+    capacity: float  # images/s
+    offered: float
+    unloaded_p99: float  # seconds
+    accepted: Sequence[float]
+    refused: Sequence[float]
+    others: Sequence[int]  # statuses
+    malformed: Sequence[str]  # faults of refusals
+    waiting: Sequence[int]  # images in the queue, seen now and again
+    memory: Sequence[float]  # MB
+
+    def complaints(self) -> Iterator[str]:
+        """Promises that were broken."""
+        if self.others:
+            yield f"{len(self.others)} requests were answered otherwise: {sorted(set(self.others))}"
+        if self.malformed:
+            yield f"{len(self.malformed)} refusals are not as they should be, the first: {self.malformed[0]}"
+        if not self.accepted or not self.refused:
+            yield "it was no overload: nothing was made, or nothing refused"
+        if max(self.waiting) > QUEUE:
+            yield f"{max(self.waiting)} images waited, over the bound of {QUEUE}"
+
+    def show(self) -> None:
+        """All of it, beside the bounds."""
+        bound = 2 * self.unloaded_p99 + QUEUE / self.capacity
+        print(f"capacity {self.capacity:.1f}/s, offered {self.offered:.1f}/s")
+        print(f"accepted {len(self.accepted)}: p99 {quantile(self.accepted, 0.99):.2f} s, bound {bound:.2f} s")
+        p50, p99 = (1000 * quantile(self.refused, share) for share in (0.5, 0.99))
+        print(f"refused {len(self.refused)}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, bound 50 ms")
+        print(f"in the queue at most {max(self.waiting)}, bound {QUEUE}")
+        print("memory of the server, MB:", " ".join(f"{each:.0f}" for each in self.memory))
+
+
+def overload(seconds: float, clients: int = 64) -> Overload:
     """Offer ten times the capacity from many connections at a steady pace."""
-    queue = 40
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {
-            "SERVICE_SIMULATE": str(simulated(folder, 0.1)),
-            "SERVICE_MAX_BATCH": "2",
-            "SERVICE_QUEUE_LIMIT": str(queue),
-        }
-        port = free_port()
-        with own_server(serving(port, "simulator"), port) as url:
-            pid = server_of(port)
-            unloaded = load_server(url, 1, 3.0)
-            capacity = load_server(url, 8, 3.0).rate
-            client, pause = Client(url), CLIENTS / (OVERLOAD * capacity)
-            memory = [rss_mb(pid)]
-            began = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving("simulator", simulate=simulated(folder, CALL_SECONDS), max_batch=2, queue_limit=QUEUE) as (url, pid),
+    ):
+        before = min(3.0, seconds)
+        unloaded = load_server(url, 1, before).quantile(0.99)
+        capacity = load_server(url, 8, before).rate
+        pause = clients / (OVERLOAD * capacity)
+        memory, waiting = [rss_mb(pid)], [0]
+        began = time.perf_counter()
 
-            def offer(number: int) -> list[tuple[float, int]]:
-                answers: list[tuple[float, int]] = []
-                due = began + number / CLIENTS * pause
-                while due < began + seconds:
-                    time.sleep(max(0.0, due - time.perf_counter()))
-                    elapsed, status, _ = client.ask(f"overload {number}", len(answers))
-                    answers.append((elapsed, status))
-                    due = max(due + pause, time.perf_counter())
-                return answers
+        def offer(number: int) -> list[Answer]:
+            answers: list[Answer] = []
+            due = began + number / clients * pause
+            while due < began + seconds:
+                time.sleep(max(0.0, due - time.perf_counter()))
+                answers.append(client.ask(f"overload {number}", len(answers)))
+                due = max(due + pause, time.perf_counter())
+            return answers
 
-            with ThreadPoolExecutor(CLIENTS) as pool:
-                offering = [pool.submit(offer, number) for number in range(CLIENTS)]
-                while time.perf_counter() < began + seconds:
-                    time.sleep(seconds / 10)
-                    memory.append(rss_mb(pid))
-                answers = [answer for done in offering for answer in done.result()]
-    accepted = [elapsed for elapsed, status in answers if status == 200]
-    refused = [elapsed for elapsed, status in answers if status == 429]
-    others = len(answers) - len(accepted) - len(refused)
-    bound = 2 * unloaded.quantile(0.99) + queue / capacity
-    print(f"capacity {capacity:.1f}/s, offered {len(answers) / seconds:.1f}/s, made {len(accepted) / seconds:.1f}/s")
-    print(
-        f"accepted p99 {np.quantile(accepted, 0.99):.2f} s; twice the unloaded p99 and the queue's time: {bound:.2f} s"
+        with contextlib.closing(Client(url)) as client, ThreadPoolExecutor(clients) as pool:
+            offering = [pool.submit(offer, number) for number in range(clients)]
+            while time.perf_counter() < began + seconds:
+                time.sleep(seconds / 10)
+                memory.append(rss_mb(pid))
+                waiting.append(int(samples(url)["fgm_queued_images"]))
+            answers = [answer for done in offering for answer in done.result()]
+    refusals = [answer for answer in answers if answer.status == 429]
+    return Overload(
+        capacity,
+        len(answers) / seconds,
+        unloaded,
+        [answer.seconds for answer in answers if answer.status == 200],
+        [answer.seconds for answer in refusals],
+        [answer.status for answer in answers if answer.status not in (200, 429)],
+        [fault for answer in refusals if (fault := malformed(answer))],
+        waiting,
+        memory,
     )
-    p50, p99 = 1000 * np.quantile(refused, [0.5, 0.99])
-    print(f"refused {len(refused)}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    print(f"answered otherwise {others}")
-    print("memory of the server, MB:", " ".join(f"{each:.0f}" for each in memory))
 
 
-def chaos(kills: int, device: str, clients: int, seed: int) -> None:
-    """Kill workers of a server that is asked all the time, and compare what it answers."""
-    os.environ |= {"SERVICE_REPLICAS": "2", "SERVICE_RESULT_CACHE_BYTES": "0"}
-    distinct = 8 * clients
+class Load:
+    """Clients that ask all the time for the same images, and compare each with the one that they got first."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        """Asks for every image once; nothing has gone wrong yet, and no other load is there."""
+        self._client = Client(url)
+        self._clients = clients
+        self._distinct = DISTINCT * clients
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(clients)
+        self._expected = list(self._pool.map(self._ask, range(self._distinct)))
+        self.lost = [each for each in self._expected if each.startswith("status")]
+        self.wrong: list[str] = []
+        self.answers = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Ask for as long as the block runs."""
+        asking = [self._pool.submit(self._go_on, number) for number in range(self._clients)]
+        try:
+            yield
+        finally:
+            self._stop.set()
+            counts = [done.result() for done in asking]
+            self._pool.shutdown()
+            self._client.close()
+        self.answers = sum(counts)
+
+    def complaints(self) -> Iterator[str]:
+        """Promises that were broken."""
+        if self.lost:
+            yield f"{len(self.lost)} requests are lost: {sorted(set(self.lost))}"
+        if self.wrong:
+            yield f"{len(self.wrong)} images differ"
+
+    def _ask(self, i: int) -> str:
+        return pixels(self._client.ask(f"drill {i}", i))
+
+    def _go_on(self, number: int) -> int:
+        for asked in itertools.count():
+            if self._stop.is_set():
+                return asked
+            i = (number + asked * self._clients) % self._distinct
+            answer = self._ask(i)
+            if answer.startswith("status"):
+                self.lost.append(answer)
+            elif answer != self._expected[i]:
+                self.wrong.append(answer)
+        raise AssertionError("counting has no end")
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What became of a server under full load."""
+
+    load: Load
+    seconds: float
+    times: Sequence[float]  # at which memory was looked at
+    memory: Sequence[float]  # MB, of the server and its workers
+    files: Sequence[int]  # open in the server
+
+    @property
+    def growth(self) -> float:
+        """MB by which memory grew over the second half, by the slope of a line through it."""
+        half = len(self.times) // 2
+        slope: float = np.polyfit(self.times[half:], self.memory[half:], 1)[0]
+        return slope * (self.times[-1] - self.times[half])
+
+    @property
+    def bound(self) -> float:
+        """MB by which it may."""
+        return GROWTH * float(np.median(self.memory))
+
+    def complaints(self) -> Iterator[str]:
+        """Promises that were broken, but for memory: what a soak of seconds sees of it is its warm-up."""
+        yield from self.load.complaints()
+        if not self.load.answers:
+            yield "nothing was answered"
+
+    def show(self) -> None:
+        """All of it, beside the bounds."""
+        rate = self.load.answers / self.seconds
+        print(f"{self.load.answers} requests in {self.seconds:.0f} s, {rate:.1f}/s")
+        print(f"lost {len(self.load.lost)}, wrong {len(self.load.wrong)}")
+        shown = self.memory[:: max(1, len(self.memory) // 12)]
+        print("memory of server and workers, MB:", " ".join(f"{each:.0f}" for each in shown))
+        print(f"grew by {self.growth:.1f} MB over the second half, bound {self.bound:.1f} MB")
+        print(f"open files {self.files[0]} to {self.files[-1]}, at most {max(self.files)}")
+
+
+def soak(seconds: float, device: str = "simulator", clients: int = 16, looks: int = 120) -> Soak:
+    """Load a server fully, and look at its memory from time to time. Its result cache is off, so that devices work."""
+    times: list[float] = []
+    memory: list[float] = []
+    files: list[int] = []
+    with serving(device, result_cache_bytes=0) as (url, pid):
+        load = Load(url, clients)
+        began = time.perf_counter()
+        with load.running():
+            while not times or times[-1] < seconds:
+                time.sleep(seconds / looks)
+                times.append(time.perf_counter() - began)
+                memory.append(rss_mb(pid) + sum(map(rss_mb, children(pid))))
+                files.append(open_files(pid))
+    return Soak(load, times[-1], times, memory, files)
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """What came of killing workers."""
+
+    load: Load
+    kills: int
+    restarts: int  # of workers that were ready
+
+    def complaints(self) -> Iterator[str]:
+        """Promises that were broken."""
+        yield from self.load.complaints()
+
+    def show(self) -> None:
+        """All of it."""
+        print(f"{self.kills} kills, {self.restarts} restarts of ready workers, {self.load.answers} requests")
+        print(f"lost {len(self.load.lost)}, wrong {len(self.load.wrong)}")
+
+
+def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 0) -> Chaos:
+    """Kill workers of a server that is asked all the time."""
     chance = random.Random(seed)
-    port = free_port()
-    with own_server(serving(port, device), port) as url:
-        server, client = server_of(port), Client(url)
-
-        def ask(i: int) -> tuple[int, str]:
-            _, status, data = client.ask(f"chaos {i % distinct}", i % distinct)
-            if status != 200:
-                return i, f"status {status}"
-            image = Image.open(io.BytesIO(base64.b64decode(json.loads(data)["data"][0]["b64_json"])))
-            return i, hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-
-        with ThreadPoolExecutor(clients) as pool:
-            expected = dict(pool.map(ask, range(distinct)))
-            stop = threading.Event()
-            answers: list[tuple[int, str]] = []
-
-            def go_on(number: int) -> None:
-                i = number
-                while not stop.is_set():
-                    answers.append(ask(i))
-                    i += clients
-
-            asking = [pool.submit(go_on, number) for number in range(clients)]
+    with serving(device, replicas=2, result_cache_bytes=0) as (url, pid):
+        load = Load(url, clients)
+        with load.running():
             killed = 0
             while killed < kills:
                 time.sleep(chance.uniform(0.1, 0.5))
-                if len(workers := children(server)) > 1:  # one of two at a time, also while another one starts
+                if len(workers := children(pid)) > 1:  # one of two at a time, also while another one starts
                     os.kill(chance.choice(workers), signal.SIGKILL)
                     killed += 1
-            stop.set()
-            for done in asking:
-                done.result()
         restarts = sum(value for name, value in samples(url).items() if name.startswith("fgm_worker_restarts_total"))
-    lost = [answer for _, answer in answers if answer.startswith("status")]
-    wrong = [i for i, answer in answers if not answer.startswith("status") and answer != expected[i % distinct]]
-    print(f"{killed} kills, {restarts:.0f} restarts of ready workers, {len(answers)} requests of {clients} clients")
-    print(f"lost {len(lost)}, wrong {len(wrong)}")
-    sys.exit(1 if lost or wrong or any(answer.startswith("status") for answer in expected.values()) else 0)
+    return Chaos(load, killed, int(restarts))
 
 
-def fleet(seconds: float, clients: int) -> None:
-    """The share of their time that eight devices compute, behind the engine alone and behind the server."""
+@dataclass(frozen=True)
+class Fleet:
+    """Rates of many devices, and the share of their time that they compute: behind the engine alone, and the server."""
+
+    devices: int
+    ready: int  # workers of the server
+    engine_rate: float  # images/s
+    engine_busy: float
+    server_rate: float
+    server_busy: float
+    refused: int
+
+    def complaints(self) -> Iterator[str]:
+        """Promises that were broken."""
+        if self.ready != self.devices:
+            yield f"{self.ready} of {self.devices} workers are ready"
+        if self.refused:
+            yield f"{self.refused} requests were answered without an image"
+
+    def show(self) -> None:
+        """All of it."""
+        print(f"engine   {self.engine_rate:7.1f} images/s, devices busy {self.engine_busy:.2f}")
+        print(f"service  {self.server_rate:7.1f} images/s, devices busy {self.server_busy:.2f}")
+
+
+def fleet(seconds: float, clients: int = 64, devices: int = 8) -> Fleet:
+    """Keep many devices of short batches busy from one process."""
+    model = 'fgm_stage_seconds_sum{stage="model"}'
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "SIMULATE": str(simulated(folder, BATCH_SECONDS)),
-            "DEVICES": "simulator",
-            "REPLICAS": str(DEVICES),
-            "MAX_BATCH": "1",
-            "QUEUE_LIMIT": "10000",
-        }
-        os.environ |= {f"SERVICE_{name}": value for name, value in settings.items()}
+        profile = simulated(folder, BATCH_SECONDS)
         metrics = Metrics()
-        load = load_engine(Settings(), clients, seconds, metrics)
-        busy = metrics.registry.get_sample_value("fgm_stage_seconds_sum", {"stage": "model"}) or 0.0
-        print(f"engine   {load.rate:7.1f} images/s, devices busy {busy / (DEVICES * load.seconds):.2f}")
-        port = free_port()
-        with own_server(serving(port, "simulator"), port) as url:
-            model = 'fgm_stage_seconds_sum{stage="model"}'
+        settings = Settings(
+            simulate=profile, devices="simulator", replicas=devices, max_batch=1, queue_limit=10_000, data=None
+        )
+        engine = load_engine(settings, clients, seconds, metrics)
+        engine_busy = metrics.registry.get_sample_value("fgm_stage_seconds_sum", {"stage": "model"}) or 0.0
+        with serving("simulator", simulate=profile, replicas=devices, max_batch=1, queue_limit=10_000) as (url, _):
             before = samples(url).get(model, 0.0)
-            load = load_server(url, clients, seconds)
-            busy = samples(url)[model] - before
-        print(f"service  {load.rate:7.1f} images/s, devices busy {busy / (DEVICES * load.seconds):.2f}")
+            server = load_server(url, clients, seconds)
+            after = samples(url)
+    return Fleet(
+        devices,
+        int(after["fgm_workers"]),
+        engine.rate,
+        engine_busy / (devices * engine.seconds),
+        server.rate,
+        (after[model] - before) / (devices * server.seconds),
+        server.refused,
+    )
+
+
+def quantile(seconds: Sequence[float], share: float) -> float:
+    """Seconds within which this share was answered; NaN when nothing was."""
+    return float(np.quantile(seconds, share)) if seconds else math.nan
 
 
 def main() -> None:
-    """Run the drill that is named."""
+    """Run the drill that is named, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drill", choices=("overload", "chaos", "fleet"))
+    parser.add_argument("drill", choices=("overload", "soak", "chaos", "fleet"))
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--device", default="simulator", help="of chaos")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--device", default="simulator", help="of soak and chaos")
+    parser.add_argument("--clients", type=int, help="64 for overload and fleet, else 16")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     arguments = parser.parse_args()
+    few, many = arguments.clients or 16, arguments.clients or 64
+    found: Overload | Soak | Chaos | Fleet
     match arguments.drill:
         case "overload":
-            overload(arguments.seconds)
+            found = overload(arguments.seconds, many)
+        case "soak":
+            found = soak(arguments.seconds, arguments.device, few)
         case "chaos":
-            chaos(arguments.kills, arguments.device, arguments.clients, arguments.seed)
-        case "fleet":
-            fleet(arguments.seconds, arguments.clients)
+            found = chaos(arguments.kills, arguments.device, few, arguments.seed)
+        case _:
+            found = fleet(arguments.seconds, many)
+    found.show()
+    complaints = list(found.complaints())
+    if isinstance(found, Soak) and found.growth > found.bound:
+        complaints.append("its memory grows; a run of less than ten minutes sees the warm-up alone")
+    if complaints:
+        sys.exit("\n".join(complaints))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -128,10 +128,19 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
 
 
 @contextlib.contextmanager
-def own_server(command: Sequence[str], port: int) -> Iterator[str]:
-    """A server as a process while the block runs; yields its URL once it is ready. Raises StartError when it ends."""
+def own_server(command: Sequence[str], port: int, variables: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A server as a process, with further environment variables, while the block runs; yields its URL once it is ready.
+
+    Raises StartError when it ends.
+    """
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        command,
+        env=os.environ | dict(variables or {}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         while not _is_ready(port):
             if server.poll() is not None:

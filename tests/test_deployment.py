@@ -43,7 +43,11 @@ def seconds(duration: str) -> int:
 
 @pytest.mark.parametrize("path", CONFIGURING, ids=lambda path: path.name)
 def test_every_variable_is_a_setting(path):
-    known = {f"SERVICE_{name.upper()}" for name in Settings.model_fields} | {"SERVICE_CONFIG", "SERVICE_KEY", "SERVICE_NAME"}
+    known = {f"SERVICE_{name.upper()}" for name in Settings.model_fields} | {
+        "SERVICE_CONFIG",
+        "SERVICE_KEY",
+        "SERVICE_NAME",
+    }
     assert set(re.findall(r"\bSERVICE_[A-Z_]+\b", path.read_text())) <= known
 
 
