@@ -20,11 +20,11 @@ from distill.errors import ConfigError
 _KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def check(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigError unless the named kernel runs here; torch's are tried."""
+def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "networks.attention") -> None:
+    """Raise ConfigError, naming the setting, unless the named kernel runs here; torch's are tried."""
     if name == "xformers" and not (is_xformers_available() and device.type == "cuda"):
         raise ConfigError(
-            f"networks.attention xformers needs the package xformers and a CUDA device, not {device.type}; "
+            f"{setting} xformers needs the package xformers and a CUDA device, not {device.type}; "
             "install it there, or take sdpa"
         )
     if name in _KERNELS:
@@ -34,8 +34,7 @@ def check(name: str, dtype: torch.dtype, device: torch.device) -> None:
                 scaled_dot_product_attention(row, row, row)
         except RuntimeError as error:
             raise ConfigError(
-                f"networks.attention {name} cannot run in {dtype} on {device.type} ({error}); "
-                "take sdpa, or precision bf16"
+                f"{setting} {name} cannot run in {dtype} on {device.type} ({error}); take sdpa, or precision bf16"
             ) from None
 
 

@@ -1,6 +1,7 @@
 """Where to compute, and in what precision."""
 
 import torch
+from torch import Tensor
 
 
 def resolve_device(name: str) -> torch.device:
@@ -16,3 +17,18 @@ def fast_bfloat16(device: torch.device) -> bool:
     CPUs without such units emulate bf16, a hundred times slower.
     """
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU through pinned memory, so that nobody waits for it to arrive on a GPU."""
+    pinned = x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
+    return pinned.to(device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A tensor on the CPU when this returns; from a GPU into pinned memory, which it fills at the bus's speed."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host

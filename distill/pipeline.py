@@ -1,23 +1,27 @@
 """`OneStepPipeline`: a student folder, prompts and seeds in, images out. The one class that serving builds on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
+from distill import attention, quantize
 from distill.adapters import Adapter as Adapter
 from distill.adapters import Merger, read_adapter
+from distill.device import to_device, to_host
 from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
 from distill.flow import jump, noise, one_step
+from distill.graphs import Graphed
+from distill.runtime import Runtime as Runtime
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import decode_latents, load_transformer, load_vae, velocity
 from distill.text import SD3TextEncoder, TextCondition
+from distill.tiny_vae import load_tiny_vae
 from distill.two_times import load_second_time
 
 SHIPPED_STUDENT = Path(__file__).parent / "scenes" / "weights" / "student"
@@ -41,6 +45,7 @@ class OneStepSpec:
     images_seen: int
     created: int  # Unix seconds of the record
     any_step: bool = False  # more steps than one make better images
+    has_t5: bool = False
 
     @property
     def image_tokens(self) -> int:
@@ -58,7 +63,7 @@ class OneStepSpec:
 def read_student(folder: Path | str) -> OneStepSpec:
     """Check a student folder and read its record; raises TeacherError when it is missing, cut off, or no student."""
     spec = read_spec(folder)
-    record = read_json(spec.folder / RECORD)
+    record = read_json(spec.folder / RECORD) if (spec.folder / RECORD).exists() else {}
     if "start_time" not in record:
         raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first")
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
@@ -80,6 +85,7 @@ def read_student(folder: Path | str) -> OneStepSpec:
             images_seen=int(record["images_seen"]),
             created=int((spec.folder / RECORD).stat().st_mtime),
             any_step=bool(record.get("any_step", False)),
+            has_t5=spec.has_t5,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{spec.folder}/{RECORD} lacks or garbles {error}; export the student again") from None
@@ -98,52 +104,65 @@ class OneStepPipeline:
         spec: OneStepSpec,
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         ladder: Sequence[int],
+        runtime: Runtime = Runtime(),
+        tiny_vae: str | None = None,
     ) -> None:
+        """`tiny_vae` is the digest of a VAE that is not the student's own."""
         self.spec = spec
         self.ladder = tuple(sorted(ladder))
+        self.computed = runtime.label(transformer.device, self.ladder, tiny_vae)  # that images depend on besides files
         self._text = text
         self._transformer = transformer
         self._vae = vae
         # Convolutions on a CPU gain nothing from company, and larger blocks leave its caches.
         self._decode_ladder = (1,) if vae.device.type == "cpu" else self.ladder
         self._merger = Merger(transformer)
+        self._quantized = runtime.quantize
+        self._network: Callable[..., Tensor] = self._velocity
+        self._decoder: Callable[..., Tensor] = self._pixels
+        if runtime.cuda_graphs:
+            self._network, self._decoder = Graphed(self._velocity), Graphed(self._pixels)
 
     @classmethod
-    def load(
-        cls,
-        folder: Path | str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        ladder: Sequence[int] | None = None,
-        compiled: bool = False,
-    ) -> Self:
-        """Load a student folder; dtype None is bf16 on GPUs, fp32 elsewhere.
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu", runtime: Runtime = Runtime()) -> Self:
+        """Load a student folder and have it computed as `runtime` says.
 
-        `ladder` are the numbers of images computed together; None is 4 for small images and 1 for those that fill a
-        device alone. `compiled` has torch compile the network and the decoder, for each rung and size when it is first
-        met, which takes minutes. Raises TeacherError for a folder that is not a whole student.
+        Raises TeacherError for a folder that is not a whole student, ConfigError naming the choice of `runtime` that
+        cannot be had.
         """
         spec = read_student(folder)
         device = torch.device(device)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if ladder is None:
-            ladder = (4,) if spec.image_tokens < FILLING_TOKENS else (1,)
-        text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length)
+        runtime.check(device, spec.has_t5)
+        dtype = runtime.dtype(device)
+        text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length, runtime.t5)
         transformer = load_transformer(folder, dtype, device)
         if spec.any_step:
             load_second_time(transformer, Path(folder))
-        vae = load_vae(folder, dtype, device)
-        if compiled:
+        attention.use(runtime.attention, transformer)
+        quantize.use(runtime.quantize, transformer)
+        tiny = None
+        if runtime.tiny_vae is None:
+            vae = load_vae(folder, dtype, device)
+        else:
+            vae, tiny = load_tiny_vae(runtime.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+        if runtime.channels_last:
+            vae.to(memory_format=torch.channels_last)
+        ladder = runtime.ladder or ((4,) if spec.image_tokens < FILLING_TOKENS else (1,))
+        if runtime.compile:
             shapes = len(ladder) * len(spec.sizes)
             transformer.compile(dynamic=False, recompile_limit=shapes)
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
-        return cls(spec, text, transformer, vae, ladder)
+        return cls(spec, text, transformer, vae, ladder, runtime, tiny)
 
     def read_adapter(self, folder: Path | str) -> Adapter:
-        """A LoRA adapter for this student. Raises TeacherError for one of another transformer. Safe beside a batch."""
+        """A LoRA adapter for this student. Safe beside a batch.
+
+        Raises TeacherError for one of another transformer, ConfigError where the weights are quantized.
+        """
+        if self._quantized != "none":
+            raise ConfigError(f"quantize {self._quantized}: adapters are merged into whole weights; set it to none")
         return read_adapter(folder, self._transformer)
 
     def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:
@@ -183,8 +202,11 @@ class OneStepPipeline:
         width, height = self.size(width, height)
         factor = self.spec.vae_scale_factor
         z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))
-        z = z.to(self._transformer.device)
-        v = partial(velocity, self._transformer)
+        z = to_device(z, self._transformer.device)
+
+        def v(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+            return self._network(x_t, t, cond.embeds, cond.pooled)
+
         if steps == 1:
             return torch.cat([one_step(v, z[block], cond[block]) for block in _blocks(len(z), self.ladder)])[: len(z)]
         times = torch.linspace(1, 0, steps + 1, device=z.device)
@@ -202,16 +224,15 @@ class OneStepPipeline:
 
         Raises DivergedError when one of them is not finite.
         """
-        parts = []
+        parts, finite = [], []
         for block in _blocks(len(latents), self._decode_ladder):
-            pixels = decode_latents(self._vae, latents[block]).float()
-            if not pixels.isfinite().all():
-                where = f"{self.spec.name} in {self._vae.dtype}"
-                raise DivergedError(
-                    f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged"
-                )
-            parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
-        return torch.cat(parts)[: len(latents)]
+            pixels = self._decoder(latents[block]).float()
+            finite.append(pixels.isfinite().all())
+            parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        if not torch.stack(finite).all():
+            where = f"{self.spec.name} in {self._vae.dtype}"
+            raise DivergedError(f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged")
+        return to_host(torch.cat(parts)[: len(latents)])
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The size meant, the native one for None. Raises SizeError for one that the student was not trained for."""
@@ -232,6 +253,12 @@ class OneStepPipeline:
     ) -> Tensor:
         """Images, uint8 (B, H, W, 3), of prompts and seeds; more `steps` than one for a student of any step."""
         return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
+
+    def _velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+        return velocity(self._transformer, x_t, t, TextCondition(embeds, pooled))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return decode_latents(self._vae, latents)
 
 
 def _blocks(count: int, ladder: Sequence[int]) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
 from distill.flow import shift_time
@@ -59,7 +59,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return latents
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) to pixels (B, 3, H, W), nominally in [-1, 1]."""
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]

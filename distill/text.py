@@ -8,13 +8,15 @@ with. Token counts here are the tokenizers' own, start and end marks included.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from distill import quantize
+from distill.device import fast_bfloat16, to_device
 from distill.spec import read_spec
 
 
@@ -91,10 +93,12 @@ class SD3TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_sequence_length: int | None = None,
+        t5: Literal["full", "int8", "cpu", "none"] = "full",
     ) -> Self:
         """Load from a teacher or student folder; `max_sequence_length` None is the length that the folder pins.
 
-        Raises TeacherError for a folder that is not a whole SD3 pipeline.
+        A folder's T5 may be left out, held in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is
+        not a whole SD3 pipeline.
         """
         spec = read_spec(folder)
         own: dict[str, Any] = {"local_files_only": True}
@@ -102,18 +106,19 @@ class SD3TextEncoder:
         def load(kind: Any, name: str) -> Any:
             return kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own).to(device).eval()
 
+        has_t5 = spec.has_t5 and t5 != "none"
         return cls(
             [load(CLIPTextModelWithProjection, name) for name in ("text_encoder", "text_encoder_2")],
             [CLIPTokenizer.from_pretrained(spec.folder / name, **own) for name in ("tokenizer", "tokenizer_2")],
-            load(T5EncoderModel, "text_encoder_3") if spec.has_t5 else None,
-            T5TokenizerFast.from_pretrained(spec.folder / "tokenizer_3", **own) if spec.has_t5 else None,
+            _load_t5(spec.folder / "text_encoder_3", torch.device(device), dtype, t5) if has_t5 else None,
+            T5TokenizerFast.from_pretrained(spec.folder / "tokenizer_3", **own) if has_t5 else None,
             spec.joint_dim,
             spec.max_sequence_length if max_sequence_length is None else max_sequence_length,
         )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Prompts to conditions on the encoders' device, in their dtype; what exceeds the lengths is cut off.
+        """Prompts to conditions on the CLIP encoders' device, in their dtype; what exceeds the lengths is cut off.
 
         Ask `truncated` which prompts that concerns.
         """
@@ -127,7 +132,8 @@ class SD3TextEncoder:
             t5 = clip.new_zeros(len(prompts), self.max_sequence_length, self.joint_dim)
         else:
             ids = _tokens(self.t5_tokenizer, prompts, self.max_sequence_length).to(self.t5.device)
-            t5 = self.t5(ids)[0]  # no attention mask, as stock: padding is attended to
+            features = self.t5(ids)[0]  # no attention mask, as stock: padding is attended to
+            t5 = to_device(features.to(clip.dtype), clip.device)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)  # (B, P)
         return TextCondition(torch.cat([clip, t5], dim=1), pooled)
 
@@ -147,6 +153,17 @@ class SD3TextEncoder:
     def clip_length(self) -> int:
         """CLIP tokens of every prompt, start and end included; stock takes the first tokenizer's for both."""
         return int(self.clip_tokenizers[0].model_max_length)
+
+
+def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) -> Any:
+    """T5 where it is computed: on the device, its matrices there in 8 bits, or on the CPU in what is fast there."""
+    if kind == "cpu":
+        device = torch.device("cpu")
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    if kind == "int8":
+        quantize.hold(t5, device)
+    return t5.to(device).eval()
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline
+from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, Runtime
 from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.cache import Cache
 from service.engine.messages import Tuning
@@ -25,7 +25,7 @@ class StudentBackend:
     """
 
     def __init__(self, folder: Path, name: str | None, device: torch.device, tuning: Tuning) -> None:
-        self._pipeline = OneStepPipeline.load(folder, device, ladder=tuning.ladder or None, compiled=tuning.compiled)
+        self._pipeline = OneStepPipeline.load(folder, device, _runtime(tuning))
         self._device = device
         self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(tuning.prompt_cache_bytes)
         self._adapters: dict[str, Adapter] = {}
@@ -44,12 +44,12 @@ class StudentBackend:
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
             rows=self._pipeline.ladder[0],
+            computed=self._pipeline.computed,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
         )
-        blocks = "-".join(map(str, self._pipeline.ladder))
-        self.setup = f"{where}-blocks-{blocks}{'-compiled' if tuning.compiled else ''}-torch-{torch.__version__}"
+        self.setup = f"{where}-{self._pipeline.computed}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Conditions on the device; a prompt that was seen lately is not encoded again."""
@@ -128,6 +128,21 @@ class StudentBackend:
             raise MemoryError(str(error)) from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error)) from error
+
+
+def _runtime(tuning: Tuning) -> Runtime:
+    """How a pipeline computes, of what a worker was told."""
+    return Runtime(
+        precision=tuning.precision,
+        ladder=tuning.ladder,
+        attention=tuning.attention,
+        quantize=tuning.quantize,
+        t5=tuning.t5,
+        tiny_vae=Path(tuning.tiny_vae) if tuning.tiny_vae else None,
+        channels_last=tuning.channels_last,
+        compile=tuning.compile,
+        cuda_graphs=tuning.cuda_graphs,
+    )
 
 
 def load_backend(folder: str | None, name: str | None, device: str, tuning: Tuning) -> StudentBackend:

@@ -18,6 +18,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from service.engine.messages import T5, Attention, Precision, Quantize
 from service.errors import StartError
 from service.logs import LogFormat
 
@@ -76,7 +77,14 @@ class Settings(BaseSettings):
     determinism: Determinism = (
         "strict"  # fast: a lone image costs less, and differs in its last bits from one in company
     )
+    precision: Precision = "auto"  # of weights and activations; auto is bf16 on GPUs, fp32 on CPUs
+    attention: Attention = "sdpa"  # what computes it; sdpa leaves the choice to torch
+    quantize: Quantize = "none"  # 8 bits in the network's large matrices, by torchao; takes no adapters
+    t5: T5 = "full"  # in 8 bits by torchao, on the CPU, or left out
+    tiny_vae: Path | None = None  # folder of an AutoencoderTiny that decodes in the place of every student's VAE
+    channels_last: bool = False  # memory format of the VAE's convolutions
     compile: bool = False  # the network and the decoder by torch; the start takes minutes longer
+    cuda_graphs: bool = False  # the network and the decoder recorded for each size and block, and replayed
     simulate: Path | None = None  # profile whose model and times the simulator plays
     max_batch: _Count = 16  # images in one call of the network
     p95_seconds: _Seconds | None = None  # batches are kept so small that a request met by a full device is this fast

@@ -10,7 +10,7 @@ from tiny import CLIP_LENGTH, PROMPTS
 
 from distill.errors import TeacherError
 from distill.export import export_student
-from distill.pipeline import OneStepPipeline, read_student
+from distill.pipeline import OneStepPipeline, Runtime, read_student
 from distill.teacher import load_transformer
 
 
@@ -29,7 +29,10 @@ def test_images_are_bytes_and_as_many_as_asked(count: int, student: Path) -> Non
 
 
 def test_a_ladder_of_rungs_changes_no_image_that_an_eye_could_tell(student: Path) -> None:
-    several, one = (OneStepPipeline.load(student, ladder=ladder)(PROMPTS, range(4)).int() for ladder in ((1, 2), (3,)))
+    several, one = (
+        OneStepPipeline.load(student, runtime=Runtime(ladder=ladder))(PROMPTS, range(4)).int()
+        for ladder in ((1, 2), (3,))
+    )
     assert (several - one).abs().max() <= 1
 
 

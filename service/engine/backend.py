@@ -22,12 +22,18 @@ class Card:
     name: str
     owner: str
     created: int
-    digest: str  # of the model's files: the same digest, the same images
+    digest: str  # of the model's files
     sizes: tuple[tuple[int, int], ...]
     pixels_per_token: int  # side of the image patch that one transformer token stands for
     token_limit: int
     rows: int  # images computed together: a batch costs whole blocks of so many
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name: the same digest, the same images
+    computed: str = ""  # what images depend on besides the files: precision, blocks, kernels, replaced parts
+
+    @property
+    def identity(self) -> str:
+        """All of the model that an image's bits depend on."""
+        return f"{self.digest} {self.computed}"
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Asked:
         return any(work.begun for work in self.work)
 
 
-# All that determines them: the model's digest, prompt, seed, size, the adapter's digest, its scale.
+# All that determines them: the model's identity, prompt, seed, size, the adapter's digest, its scale.
 _Pixels = tuple[str, str, int, int, int, str | None, float]
 
 
@@ -377,7 +377,7 @@ class Engine:
             folders = {other: folder for other, folder in loaded.adapters.items() if other != name}
             self._models[model] = Load(loaded.folder, loaded.name, folders)
             digest = card.adapters[name]
-            self._made.drop(lambda key: (key[0], key[5]) == (card.digest, digest))
+            self._made.drop(lambda key: (key[0], key[5]) == (card.identity, digest))
             for seat in self._seats:
                 seat.remove(UnloadAdapter(model, name))
 
@@ -426,8 +426,8 @@ class Engine:
             del self._cards[name], self._models[name], self._rows[name]
             self._seconds = {key: seconds for key, seconds in self._seconds.items() if key.model != name}
             self._batcher.forget(name)
-            if all(other.digest != card.digest for other in self._cards.values()):
-                self._made.drop(lambda key: key[0] == card.digest)
+            if all(other.identity != card.identity for other in self._cards.values()):
+                self._made.drop(lambda key: key[0] == card.identity)
             for seat in self._seats:
                 seat.remove(Unload(name))
 
@@ -512,7 +512,7 @@ class Engine:
     def _same(self, key: Key, prompt: str, seed: int) -> _Pixels:
         card = self._cards[key.model]
         adapter = None if key.adapter is None else card.adapters[key.adapter]
-        return card.digest, prompt, seed, key.width, key.height, adapter, key.scale
+        return card.identity, prompt, seed, key.width, key.height, adapter, key.scale
 
     def _release(self, wanted: Sequence[Work]) -> None:
         """A request is over: what it alone still waited for is dropped."""

@@ -12,6 +12,10 @@ from service.engine.backend import Card, Timing
 
 _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Attention = Literal["sdpa", "math", "flash", "xformers"]
+Quantize = Literal["none", "int8", "fp8"]
+T5 = Literal["full", "int8", "cpu", "none"]
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -47,8 +51,15 @@ class Tuning(msgspec.Struct, frozen=True):
     """How a worker computes, and what it times before it takes work."""
 
     prompt_cache_bytes: int = 0
-    ladder: Sequence[int] = ()  # images computed together; none leaves it to the model, one number for all batches
-    compiled: bool = False
+    ladder: tuple[int, ...] = ()  # images computed together; none leaves it to the model, one number for all batches
+    precision: Precision = "auto"
+    attention: Attention = "sdpa"
+    quantize: Quantize = "none"
+    t5: T5 = "full"
+    tiny_vae: str | None = None  # folder
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
     batches: Sequence[int] = ()  # that are timed; none is one block alone
     profiles: str | None = None  # folder of what was measured before
     simulate: str | None = None  # profile that a simulator plays

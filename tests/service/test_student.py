@@ -22,9 +22,9 @@ from distill.teacher import load_transformer
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, local, processes
+from service.engine.launch import Fleet, local, processes, tuning_of
 from service.engine.messages import Tuning
-from service.errors import GenerationFailed, InvalidRequest, NotFound
+from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.registry import load_backend
 from service.settings import Settings
 
@@ -96,6 +96,16 @@ def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student
     assert (first.hits, again.hits) == (0, 1)
     assert again.conditions.embeds[0].equal(first.conditions.embeds[1])
     assert again.conditions.pooled[0].equal(first.conditions.pooled[1])
+
+
+def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
+    told = tuning_of(Settings(precision="bf16", attention="math", channels_last=True, determinism="fast", max_batch=2))
+    card, setup = (backend := load_backend(str(student), None, "cpu", told)).card, backend.setup
+    assert card.computed == "bf16-blocks-1-2-attention-math-channels_last"
+    assert card.computed in setup
+    assert card.identity != load_backend(str(student), None, "cpu", Tuning()).card.identity
+    with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
+        load_backend(str(student), None, "cpu", tuning_of(Settings(cuda_graphs=True)))
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):

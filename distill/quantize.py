@@ -1,0 +1,55 @@
+"""Matrices held in 8 bits, by torchao: what they are held in, by the name that a configuration gives it."""
+
+import importlib.util
+
+import torch
+from torch import nn
+
+from distill.errors import ConfigError
+
+_FP8 = (8, 9)  # compute capability of the first GPUs whose matrix units take it
+_LAYERS = {"attn", "attn2", "ff", "ff_context"}  # of a transformer block, that see every token
+
+
+def check(name: str, dtype: torch.dtype, device: torch.device, setting: str) -> None:
+    """Raise ConfigError, naming the setting, unless matrices of that name work here beside activations of a dtype."""
+    if name == "none":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(f"{setting} {name} needs the package torchao; pip install torchao, or leave the setting out")
+    if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8):
+        capability = ".".join(map(str, _FP8))
+        raise ConfigError(f"{setting} fp8 needs a GPU of compute capability {capability} or more, not {device}; "
+                          "take int8 or none")  # fmt: skip
+    if name == "fp8" and dtype != torch.bfloat16:
+        raise ConfigError(f"{setting} fp8 computes beside bf16, not {dtype}; take precision bf16")
+
+
+def use(name: str, transformer: nn.Module) -> None:
+    """Hold and multiply a transformer's matrices of attention and feed-forward in 8 bits; `none` changes nothing.
+
+    Every token's activations are scaled by themselves, so that an image does not depend on its company.
+    """
+    if name == "none":
+        return
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    kind = {"int8": Int8DynamicActivationInt8WeightConfig, "fp8": Float8DynamicActivationFloat8WeightConfig}[name]
+    # torchao's own settings of the compiler choose kernels by timing them: bits would differ between two starts.
+    quantize_(transformer, kind(granularity=PerRow(), set_inductor_config=False), _sees_tokens)
+
+
+def hold(model: nn.Module, device: torch.device) -> None:
+    """Hold all matrices of a model in int8, each moved to the device before it is; they multiply as before."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), device=device)
+
+
+def _sees_tokens(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and not _LAYERS.isdisjoint(name.split("."))
