@@ -29,6 +29,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, Front
 from service.provenance import signer
 from service.replays import Replays
+from service.roster import Roster
 from service.safety import checker
 from service.settings import Settings
 from service.state import State
@@ -79,11 +80,13 @@ def create_app(
         sign,
         jobs,
         tracing,
+        Roster(jobs.folder if jobs else None),
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        await state.roster.restore(engine, settings.students)
         settings.check_aliases(engine.cards)
         if jobs:
             app.state.batches = Batches(state, jobs, asyncio.get_running_loop())

@@ -68,16 +68,19 @@ def serve(
     """Serve students (the shipped one if none is named) in the OpenAI Images format, and a playground at `/`.
 
     Every setting has a SERVICE_ variable (SERVICE_MAX_BATCH, SERVICE_RATE_LIMIT, ...) and a key in the TOML file;
-    docs/operations.md lists them. SIGTERM finishes what was accepted, then ends.
+    docs/operations.md lists them. SIGTERM finishes what was accepted, then ends; a second one ends at once.
     """
+    import contextlib
     import logging
     from concurrent.futures import ThreadPoolExecutor
 
     import uvicorn
+    from uvicorn.main import STARTUP_FAILURE
 
     from service.engine.launch import processes
     from service.logs import configure
     from service.protocol import Protocol
+    from service.server import Server
     from service.settings import read_settings
 
     given: dict[str, Any] = {
@@ -98,16 +101,16 @@ def serve(
         starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
         from service.app import create_app  # takes a second, in which the workers load their models
 
-        server = create_app(settings, workers)
-        if server.state.service.jobs:
-            server.state.service.jobs.database.migrate()  # here too, so that a wrong database is one sentence
+        served = create_app(settings, workers)
+        if served.state.service.jobs:
+            served.state.service.jobs.database.migrate()  # here too, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([card.name for card in ready.cards])
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
-    uvicorn.run(
-        server,
+    options = uvicorn.Config(
+        served,
         host=settings.host,
         port=settings.port,
         http=Protocol,
@@ -118,6 +121,11 @@ def serve(
         ws_per_message_deflate=False,  # images are compressed already
         server_header=False,
     )
+    server = Server(options)
+    with contextlib.suppress(KeyboardInterrupt):  # how it passes SIGINT on when it has ended
+        server.run()
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 @app.command()

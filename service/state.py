@@ -14,6 +14,7 @@ from service.limiter import Limiter
 from service.metrics import Metrics
 from service.provenance import Signer
 from service.replays import Replays
+from service.roster import Roster
 from service.safety import Checker
 from service.settings import Settings
 
@@ -36,6 +37,7 @@ class State:
     signer: Signer | None  # of encoded images
     jobs: Jobs | None
     tracing: "Tracing | None"
+    roster: Roster
     sessions: int = 0  # realtime ones that are open
     guarded: bool = False  # whether keys are asked for: from the first key on, also when the last one is revoked
 

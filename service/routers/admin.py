@@ -1,16 +1,16 @@
 """`/v1/admin/models` and `/v1/admin/adapters`: what is served, changed while serving. For keys of the scope `admin`.
 
 A client names a folder that the server has found below its `students` setting; no text of a client becomes a path.
+What is loaded here comes back when the server starts again.
 """
 
 import asyncio
-from pathlib import Path
 
 from fastapi import APIRouter
 
 from service.dependencies import Admin, Running, Service
 from service.engine.backend import Card
-from service.errors import InvalidRequest
+from service.roster import ADAPTER, STUDENT, Adapter, Student, find, folders_of
 from service.routers.models import described
 from service.schemas import (
     AdapterDeleted,
@@ -23,8 +23,6 @@ from service.schemas import (
 )
 from service.state import State
 
-STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"
-
 router = APIRouter(
     prefix="/v1/admin",
     tags=["administration"],
@@ -35,8 +33,8 @@ router = APIRouter(
 @router.get("/models")
 async def index(service: Service, engine: Running, caller: Admin) -> LoadedModels:
     """All models, the default one first, and the folders that may be loaded."""
-    students = await asyncio.to_thread(_folders, service.settings.students, STUDENT)
-    adapters = await asyncio.to_thread(_folders, service.settings.students, ADAPTER)
+    students = await asyncio.to_thread(folders_of, service.settings.students, STUDENT)
+    adapters = await asyncio.to_thread(folders_of, service.settings.students, ADAPTER)
     data = [_shown(service, card) for card in engine.cards.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
@@ -44,44 +42,36 @@ async def index(service: Service, engine: Running, caller: Admin) -> LoadedModel
 @router.post("/models")
 async def load(body: StudentToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
-    folder = await _found(service, body.folder, STUDENT)
-    return _shown(service, await engine.load(folder, body.name))
+    folder = await asyncio.to_thread(find, service.settings.students, body.folder, STUDENT)
+    card = await engine.load(folder, body.name)
+    await asyncio.to_thread(service.roster.add, Student(body.folder, card.name))
+    return _shown(service, card)
 
 
 @router.delete("/models/{model:path}")
-async def unload(model: str, engine: Running, caller: Admin) -> ModelDeleted:
+async def unload(model: str, service: Service, engine: Running, caller: Admin) -> ModelDeleted:
     """Serve a model no more; the answer comes when what was accepted is answered."""
     await engine.unload(model)
+    await asyncio.to_thread(service.roster.remove, model)
     return ModelDeleted(id=model)
 
 
 @router.post("/adapters")
 async def load_adapter(body: AdapterToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
     """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
-    folder = await _found(service, body.folder, ADAPTER)
-    return _shown(service, await engine.load_adapter(service.card(body.model).name, folder, body.name))
+    folder = await asyncio.to_thread(find, service.settings.students, body.folder, ADAPTER)
+    card = await engine.load_adapter(service.card(body.model).name, folder, body.name)
+    await asyncio.to_thread(service.roster.add, Adapter(card.name, body.folder, body.name))
+    return _shown(service, card)
 
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(name: str, model: str, service: Service, engine: Running, caller: Admin) -> AdapterDeleted:
     """Take an adapter from a model; the answer comes when what was accepted is answered."""
-    await engine.unload_adapter(service.card(model).name, name)
+    card = service.card(model)
+    await engine.unload_adapter(card.name, name)
+    await asyncio.to_thread(service.roster.remove, card.name, name)
     return AdapterDeleted(id=name)
-
-
-async def _found(service: State, name: str, file: str) -> Path:
-    """The folder of that name. Raises InvalidRequest where there is none."""
-    folders = await asyncio.to_thread(_folders, service.settings.students, file)
-    if name not in folders:
-        raise InvalidRequest(f"there is no folder {name!r} with {file}; there are {sorted(folders)}", "folder")
-    return folders[name]
-
-
-def _folders(students: Path | None, file: str) -> dict[str, Path]:
-    """The folders that hold a file, by name."""
-    if students is None or not students.is_dir():
-        return {}
-    return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
 
 
 def _shown(service: State, card: Card) -> LoadedModel:

@@ -36,6 +36,20 @@ def test_sigterm_answers_what_was_accepted_then_ends():
         assert "Traceback" not in log
 
 
+def test_a_second_signal_ends_it_at_once():
+    waits = {"SERVICE_LINGER_SECONDS": "500", "SERVICE_TIMEOUT_SECONDS": "500", "SERVICE_DRAIN_SECONDS": "500"}
+    command = [*SERVE, "--device", "simulator", "--port", "0"]
+    with subprocess.Popen(command, env=os.environ | waits, stderr=subprocess.PIPE, text=True) as process:
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{url}/v1/images/generations", json={"prompt": "a"}, timeout=500)
+            until(lambda: metric(url, "queued_images") == 1)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            assert isinstance(asked.exception(60), httpx.TransportError)
+        assert process.wait(60) in (-signal.SIGTERM, -signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "named"),
     [

@@ -1,0 +1,125 @@
+"""What administrators loaded while the server ran, so that it comes back when the server starts again.
+
+A JSON file in the data folder, with names of folders of the `students` setting and never paths.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock
+
+from service.engine.engine import Engine
+from service.errors import InvalidRequest, ServiceError, StartError
+from service.files import aside
+
+log = logging.getLogger(__name__)
+
+STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"  # by which their folders are known
+
+
+class Student(msgspec.Struct, frozen=True):
+    """A student of a folder, under the name that it is served by."""
+
+    folder: str
+    name: str
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """An adapter of a folder, for a model."""
+
+    model: str
+    folder: str
+    name: str
+
+
+class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file's contents, in the order of loading."""
+
+    students: tuple[Student, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+
+
+class Roster:
+    """The file. Its methods block but for `restore`; servers that share a data folder share it."""
+
+    def __init__(self, data: Path | None) -> None:
+        """In a data folder; None keeps nothing. Raises StartError for a file that is none of ours."""
+        self._path = data / "models.json" if data else None
+        self.read()
+
+    def read(self) -> Loaded:
+        """What was loaded and not unloaded."""
+        if self._path is None or not self._path.exists():
+            return Loaded()
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Loaded)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StartError(f"{self._path} is no list of loaded models ({error}); mend or delete it") from None
+
+    def add(self, new: Student | Adapter) -> None:
+        """Keep what was loaded, in the place of what had its name and could not be."""
+
+        def change(now: Loaded) -> Loaded:
+            match new:
+                case Student():
+                    return Loaded((*(each for each in now.students if each.name != new.name), new), now.adapters)
+                case Adapter():
+                    others = (each for each in now.adapters if (each.model, each.name) != (new.model, new.name))
+                    return Loaded(now.students, (*others, new))
+
+        self._change(change)
+
+    def remove(self, model: str, adapter: str | None = None) -> None:
+        """Forget a model and its adapters, or one adapter of it."""
+
+        def change(now: Loaded) -> Loaded:
+            students = tuple(each for each in now.students if adapter or each.name != model)
+            adapters = tuple(each for each in now.adapters if each.model != model or adapter not in (None, each.name))
+            return Loaded(students, adapters)
+
+        self._change(change)
+
+    async def restore(self, engine: Engine, students: Path | None) -> None:
+        """Load all of it; what cannot be is told in the log, and tried again at the next start."""
+        loaded = self.read()
+        for student in loaded.students:
+            with self._told(student.name):
+                await engine.load(find(students, student.folder, STUDENT), student.name)
+        for adapter in loaded.adapters:
+            with self._told(adapter.name):
+                await engine.load_adapter(adapter.model, find(students, adapter.folder, ADAPTER), adapter.name)
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ServiceError as error:
+            log.error("%s of %s was loaded before and cannot be now: %s", name, self._path, error)
+
+    def _change(self, change: Callable[[Loaded], Loaded]) -> None:
+        if self._path is None:
+            return
+        with FileLock(f"{self._path}.lock"):
+            now = self.read()
+            new = change(now)
+            if new != now:
+                with aside(self._path) as file:
+                    file.write(msgspec.json.format(msgspec.json.encode(new), indent=1))
+
+
+def find(students: Path | None, name: str, file: str) -> Path:
+    """The folder of that name that holds a file. Raises InvalidRequest where there is none."""
+    folders = folders_of(students, file)
+    if name not in folders:
+        raise InvalidRequest(f"there is no folder {name!r} with {file}; there are {sorted(folders)}", "folder")
+    return folders[name]
+
+
+def folders_of(students: Path | None, file: str) -> dict[str, Path]:
+    """The folders of the `students` setting that hold a file, by name."""
+    if students is None or not students.is_dir():
+        return {}
+    return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
