@@ -75,7 +75,7 @@ def serve(
     from concurrent.futures import ThreadPoolExecutor
 
     import uvicorn
-    from uvicorn.main import STARTUP_FAILURE
+    from uvicorn.config import STARTUP_FAILURE
 
     from service.engine.launch import processes
     from service.logs import configure
