@@ -21,7 +21,7 @@ from service import handlers, routers
 from service.artefacts import Artefacts
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
-from service.errors import StartError
+from service.errors import StartError, Unavailable
 from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.limiter import Limiter
@@ -149,6 +149,6 @@ async def _sweep(artefacts: Artefacts, period: float) -> None:
     while True:
         try:
             await asyncio.to_thread(artefacts.sweep, time.time())
-        except OSError:
-            log.exception("expired images could not be deleted")
+        except Unavailable:
+            log.warning("expired images are left for the next time")
         await asyncio.sleep(period)

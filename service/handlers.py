@@ -1,5 +1,6 @@
 """Whatever goes wrong in a request, as an OpenAI error object."""
 
+import errno
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
@@ -7,16 +8,27 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError, TooSlow, to_openai
+from service.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    TooSlow,
+    Unavailable,
+    to_openai,
+)
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
 
 
 def install(app: FastAPI) -> None:
-    """Answer our own errors, FastAPI's complaints about a body, and Starlette's about a path in the same form."""
+    """Answer our own errors, FastAPI's complaints about a body, Starlette's about a path and a full disk in one form."""
     app.add_exception_handler(ServiceError, _ours)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(OSError, _disk)
 
 
 def respond(error: ServiceError) -> JSONResponse:
@@ -62,3 +74,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
             return respond(BodyTooLarge(error.detail))
         case _:
             return respond(InvalidRequest(error.detail))
+
+
+async def _disk(request: Request, error: Exception) -> JSONResponse:
+    """A disk that is full gets room some day; any other failure is one of ours."""
+    assert isinstance(error, OSError)
+    if error.errno not in _FULL:
+        raise error
+    return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))

@@ -34,7 +34,7 @@ from service.errors import (
     Unavailable,
     to_openai,
 )
-from service.generation import MAX_SEED, Order, make, respond
+from service.generation import MAX_SEED, Images, Order, make, respond
 from service.jobs.files import new_id, page
 from service.jobs.jobs import Jobs
 from service.jobs.schemas import BatchLine, BatchRequest
@@ -266,17 +266,16 @@ class Batches:
     async def _make(self, batch: Batch, request: Request) -> Answer:
         """One line's answer, however long its turn takes; errors are answers too."""
         attempts = 0
+        images: Images | None = None  # made, but not stored yet
         while True:
             try:
-                images = await make(self._service, self._service.engine, request.order, batch.owner)
+                images = images or await make(self._service, self._service.engine, request.order, batch.owner)
                 answer = await respond(self._service, images, batch.links, self._settings.batch_link_seconds)
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after * random.uniform(0.5, 1.5))
             except (TimedOut, Unavailable):
-                await asyncio.sleep(random.uniform(0.5, 1.5))  # others came first, or the server is draining
-            except OSError:
-                log.exception("an image of %s cannot be stored; it is tried again", batch.id)
-                await asyncio.sleep(random.uniform(2, 6))
+                # Others came first, the server is draining, or the store of images is away.
+                await asyncio.sleep(random.uniform(0.5, 1.5))
             except ServiceError as error:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import StartError, Unavailable
@@ -69,7 +69,7 @@ class Database:
         try:
             with self._sessions.begin() as session:
                 yield session
-        except OperationalError as error:
+        except (OperationalError, TimeoutError) as error:  # the latter: of a pool whose connections all wait
             log.warning("the database does not answer: %s", error)
             raise Unavailable("the server's database does not answer; try again") from error
 

@@ -2,11 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from service.errors import NotFound
+from service.settings import SHIPPED_TEACHER
 
 _Count = Annotated[int, Field(ge=1, le=10**10)]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -85,6 +88,17 @@ class Distillation(BaseModel):
         else:
             sets |= {f"networks.{name}": value for name, value in networks.items()}
         return [f"{key}={json.dumps(value)}" for key, value in sets.items()]
+
+
+def find_teacher(teachers: Mapping[str, str], model: str) -> str:
+    """What `distill run` takes for the teacher that the server knows by this name. Raises NotFound."""
+    teacher = teachers.get(model)
+    if teacher is None:
+        known = ", ".join(teachers) or "none"
+        raise NotFound(f"there is no teacher {model!r}; this server has {known}", "model", "model_not_found")
+    if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
+        raise NotFound(f"the folder of the teacher {model!r} is gone from the server", "model", "model_gone")
+    return teacher
 
 
 def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from service.errors import NotFound
 from service.jobs.database import Database
-from service.jobs.distillation import Distillation, command, launched
+from service.jobs.distillation import Distillation, command, find_teacher, launched
 from service.jobs.files import Files
 from service.jobs.runs import Line, RunFolder, environment
 from service.jobs.students import Students, run_folder
@@ -150,9 +151,10 @@ class Distiller:
             except FileNotFoundError:
                 message = f"the file {job.training_file} was deleted before the job began"
                 raise Failed(message, "file_not_found", "training_file") from None
-        teacher = self._settings.teachers.get(job.model)
-        if teacher is None:
-            raise Failed(f"the server has no teacher {job.model!r} any more", "model_not_found", "model")
+        try:
+            teacher = find_teacher(self._settings.teachers, job.model)
+        except NotFound as error:
+            raise Failed(error.message, error.code or "model_not_found", error.param) from None
         devices = self._settings.job_devices.split(",")
         asked = Distillation.model_validate(job.distillation)
         return launched(command(asked, teacher, prompts, job.seed, folder.path), len(devices))

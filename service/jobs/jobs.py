@@ -1,10 +1,10 @@
-"""`Jobs`: what the server keeps over a restart, and the thread that looks after it."""
+"""`Jobs`: what the server keeps over a restart, and the threads that look after it."""
 
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,12 +17,13 @@ from service.jobs.files import Files
 from service.jobs.students import Students
 from service.jobs.tuning import Tuning
 from service.jobs.webhooks import Webhooks
-from service.jobs.workflows import Workflows
+from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 Chore = Callable[[int], None]  # of the time in seconds
+STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
 
 
 class Jobs:
@@ -38,7 +39,7 @@ class Jobs:
             raise StartError(f"{reason}, or `none` to serve without files, batches and jobs") from None
         given = settings.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
-        self.workflows = Workflows(self.database, self.folder, settings.job_silence_seconds)
+        self.workflows = Workflows(self.database, self.folder)
         self.files = Files(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
         self.webhooks = Webhooks(self.database, self.workflows, settings.webhooks)
         self.students = Students(self.database, self.folder, settings.job_students)
@@ -47,14 +48,19 @@ class Jobs:
         )
         self.tuning = Tuning(self.database, self.files, distiller, settings)
         self.chores: list[Chore] = [
-            self._live,
+            lambda now: self.workflows.adopt(),
             self.files.sweep,
             self.webhooks.begin_due,
             distiller.begin_queued,
         ]  # each must be harmless to repeat, and to do in several servers at once
-        self._period = settings.job_silence_seconds / 5
+        self._period = settings.job_silence_seconds / LOOKS
         self._ended = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name="jobs-keeper", daemon=True)
+        # The pulse has a thread of its own: a chore may wait for long, and nobody is to think the server dead.
+        beat = [lambda now: self.workflows.beat()]
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(chores,), name=f"jobs-{name}", daemon=True)
+            for name, chores in (("pulse", beat), ("keeper", self.chores))
+        ]
         self._open = False
 
     @property
@@ -75,21 +81,23 @@ class Jobs:
         """Bring the database up to date and run workflows. Raises StartError."""
         self.database.migrate()
         self.workflows.start()
-        self._keeper.start()
+        for thread in self._threads:
+            thread.start()
         self._open = True
 
     def stop(self) -> None:
         """Leave what is unfinished to the next start."""
         self._open = False
         self._ended.set()
-        if self._keeper.is_alive():
-            self._keeper.join()
+        if self._threads[0].is_alive():
+            for thread in self._threads:
+                thread.join(STOP_SECONDS)
             self.workflows.stop()
         self.database.close()
 
-    def _keep(self) -> None:
+    def _repeat(self, chores: Sequence[Chore]) -> None:
         while True:
-            for chore in self.chores:
+            for chore in chores:
                 try:
                     chore(int(time.time()))
                 except ServiceError as error:
@@ -98,7 +106,3 @@ class Jobs:
                     log.exception("a chore failed; it is tried again")
             if self._ended.wait(self._period):
                 return
-
-    def _live(self, now: int) -> None:
-        self.workflows.beat()
-        self.workflows.adopt()

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import InvalidRequest, NotFound, Overloaded
 from service.jobs.database import Database
-from service.jobs.distillation import Distillation
+from service.jobs.distillation import Distillation, find_teacher
 from service.jobs.distiller import Distiller, tell
 from service.jobs.files import Files, new_id, page
 from service.jobs.runs import READABLE
@@ -41,7 +41,7 @@ class Tuning:
         metadata: dict[str, str] | None,
     ) -> Job:
         """A new job in the queue. Raises InvalidRequest, NotFound or Overloaded, which name the field at fault."""
-        teacher = self._teacher(model)
+        teacher = find_teacher(self._settings.teachers, model)
         if asked.preset is None and teacher != SHIPPED_TEACHER:
             raise InvalidRequest(
                 "distillation.preset: say which, for example sd3-medium-lora; docs/distill.md tells of them",
@@ -155,16 +155,6 @@ class Tuning:
                 tell(session, job, "The job waits for its turn again.")
         self._distiller.begin(job)
         return job
-
-    def _teacher(self, model: str) -> str:
-        """What `distill run` takes for a teacher's name here. Raises NotFound."""
-        teacher = self._settings.teachers.get(model)
-        if teacher is None:
-            known = ", ".join(self._settings.teachers) or "none"
-            raise NotFound(f"there is no teacher {model!r}; this server has {known}", "model", "model_not_found")
-        if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
-            raise NotFound(f"the folder of the teacher {model!r} is gone from the server", "model", "model_gone")
-        return teacher
 
 
 def _check_file(file: File) -> None:

@@ -3,15 +3,14 @@
 DBOS keeps them. A workflow is a function of one id, and the id is also its own: beginning it twice is beginning it
 once. It is made of steps; a step that has ended is not run again, one that was interrupted is, so a step must be
 written to find its own traces. Servers on one PostgreSQL share the work: each counts up a row of `executors`, and
-the workflows of one that stopped counting are begun again by the others. Counting is watched by each server's own
-monotonic clock, so clocks that jump or differ kill nobody.
+the workflows of one that stopped counting are begun again by the others. It has stopped when so many looks in a row
+have found the same count: clocks that jump or differ kill nobody, and neither does a database that was away.
 """
 
 import contextlib
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,21 +28,21 @@ log = logging.getLogger(__name__)
 
 VERSION = "1"  # of the workflows; another one leaves unfinished work of this one alone
 POLL_SECONDS = 0.5
+LOOKS = 5  # that find a server's count unchanged, until it is taken for dead
 _ONE = threading.Lock()  # DBOS is of a process
 
 
 class Workflows:
     """The workflows of this process. Every method blocks: call them off the event loop."""
 
-    def __init__(self, database: Database, folder: Path, silence_seconds: float) -> None:
+    def __init__(self, database: Database, folder: Path) -> None:
         """Their state is in the PostgreSQL database, or in a file of its own beside SQLite's. Nothing runs yet."""
         self.stopping = threading.Event()  # set when the server shuts down; what a workflow waits on
         self._database = database
         beside = URL.create("sqlite", database=str(folder / "workflows.sqlite"))
         self._url = beside if database.is_sqlite else database.url.set(drivername="postgresql+psycopg")
-        self._silence_seconds = silence_seconds
         self._executor = f"server-{secrets.token_hex(8)}"
-        self._last_change: dict[str, tuple[int, float]] = {}  # of the other servers: beats, when they last changed
+        self._others: dict[str, tuple[int, int]] = {}  # servers: their count, and looks since it changed
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
         self._durable: dict[str, Callable[[str], None]] = {}
         self._active = 0
@@ -110,31 +109,32 @@ class Workflows:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def beat(self) -> None:
-        """Say that this process lives, and begin again what dead ones left. To be called every few seconds."""
+        """Say that this process lives, and count out those that have gone silent. To be called every few seconds."""
         with self._database.begin() as session:
             counted = update(Executor).where(Executor.id == self._executor).values(beats=Executor.beats + 1)
             if session.execute(counted.returning(Executor.id)).first() is None:
                 session.add(Executor(id=self._executor, beats=0))
             others = list(session.execute(select(Executor.id, Executor.beats).where(Executor.id != self._executor)))
-        now = time.monotonic()
-        before = self._last_change
-        self._last_change = {
-            other: before[other] if other in before and before[other][0] == beats else (beats, now)
-            for other, beats in others
-        }
-        for other, (beats, changed) in self._last_change.items():
-            if now - changed > self._silence_seconds:
+        before, self._others = self._others, {}
+        for other, beats in others:
+            last, looks = before.get(other, (None, 0))
+            looks = looks + 1 if beats == last else 0
+            self._others[other] = beats, looks
+            if looks >= LOOKS:
                 log.warning("%s has gone silent; its workflows are begun again", other)
                 with self._database.begin() as session:
                     session.execute(delete(Executor).where(Executor.id == other, Executor.beats == beats))
 
     def adopt(self) -> None:
-        """Begin again every workflow whose process is no longer counted. To be called after `beat`."""
+        """Begin again every workflow whose process is no longer counted.
+
+        Blocks while DBOS's database is away, and for a while after, so it must not hold up `beat`.
+        """
         from dbos import DBOS
 
-        with self._database.begin() as session:
-            alive = set(session.scalars(select(Executor.id)))
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+        with self._database.begin() as session:  # after the list: a server is counted before it takes anything
+            alive = {self._executor, *session.scalars(select(Executor.id))}
         if dead := {each.executor_id for each in pending if each.executor_id} - alive:
             # Takes a workflow from a dead executor only, so that two servers that do this at once begin it once.
             DBOS._recover_pending_workflows(sorted(dead))

@@ -12,6 +12,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+class Postgres:
+    """A server of its own on a free port of the loopback. It refuses to be root, so root steps down."""
+
+    def __init__(self, binaries: Path, folder: str) -> None:
+        self._user = next((each for each in ("postgres", "nobody") if os.geteuid() == 0 and _exists(each)), None)
+        self._binaries, self._folder = binaries, folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
+        if self._user:
+            shutil.chown(folder, self._user)
+        self._run("initdb", "-D", f"{folder}/data", "-U", "postgres", "-A", "trust", "--no-sync")
+
+    def start(self) -> None:
+        """Until it takes connections."""
+        settings = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        self._run("pg_ctl", "-D", f"{self._folder}/data", "-w", "-o", settings, "-l", f"{self._folder}/log", "start")
+
+    def stop(self) -> None:
+        """At once, as a crash would: what is not committed is gone, and every connection with it."""
+        self._run("pg_ctl", "-D", f"{self._folder}/data", "-w", "-m", "immediate", "stop")
+
+    def _run(self, program: str, *words: str) -> None:
+        # Into nowhere: the server keeps what it is given, and a pipe would be held open.
+        quiet = {"cwd": self._folder, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([self._binaries / program, *words], user=self._user, **quiet)
+
+
 def programs() -> Path | None:
     """Where `initdb` and `postgres` are, the newest version first; None where they are not."""
     found = shutil.which("initdb")
@@ -21,26 +49,15 @@ def programs() -> Path | None:
 
 
 @contextlib.contextmanager
-def running(binaries: Path) -> Iterator[str]:
-    """A server of its own on a free port of the loopback; yields its URL. It refuses to be root, so root steps down."""
-    user = next((each for each in ("postgres", "nobody") if os.geteuid() == 0 and _exists(each)), None)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def running(binaries: Path) -> Iterator[Postgres]:
+    """A server that runs, and has to run when this is left."""
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
-        if user:
-            shutil.chown(folder, user)
-        data = f"{folder}/data"
-        quick = {"user": user, "cwd": folder, "check": True, "capture_output": True}
-        subprocess.run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"], **quick)
-        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-        control = [binaries / "pg_ctl", "-D", data, "-w"]
-        with open(os.devnull, "wb") as nowhere:  # the server keeps what it is given, and a pipe would be held open
-            start = [*control, "-o", settings, "-l", f"{folder}/log", "start"]
-            subprocess.run(start, user=user, cwd=folder, check=True, stdout=nowhere, stderr=nowhere)
+        server = Postgres(binaries, folder)
+        server.start()
         try:
-            yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], **quick)
+            server.stop()
 
 
 def _exists(user: str) -> bool:

@@ -46,9 +46,13 @@ def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.
     command = [sys.executable, "-m", "service.cli", "ray", "--cpus", "0.1", *arguments]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as it:
         try:
-            lines = iter(it.stderr.readline, "")
-            told = list(itertools.takewhile(lambda line: "serving on" not in line, lines))
-            assert it.poll() is None, "".join(told)
+            told = []
+            for line in it.stderr:
+                told.append(line)
+                if "serving on" in line:
+                    break
+            else:
+                pytest.fail("".join(told))
             threading.Thread(target=it.stderr.read, daemon=True).start()  # so that the pipe never fills
             yield f"http://127.0.0.1:{settings['port']}", it
         finally:
@@ -83,7 +87,8 @@ def of_both(ask) -> list[httpx.Response]:
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
     scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
     settings = {"devices": "simulator", "max_batch": "1", "result_cache_bytes": "0", "data": "none"}
-    with serving(*scale, "--library", str(students), **settings) as (url, process), ThreadPoolExecutor(8) as pool:
+    settings |= {"students": str(students), "timeout_seconds": "600"}
+    with serving(*scale, **settings) as (url, process), ThreadPoolExecutor(8) as pool:
         seeds = itertools.count(100, 10)
         seen = {replica(generate(url, 0))}
         while len(seen) < 2:

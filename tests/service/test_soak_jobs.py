@@ -24,5 +24,5 @@ def test_two_servers_on_postgresql_answer_every_line_once_though_one_is_killed(t
     binaries = postgres.programs()
     if binaries is None:
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    with postgres.running(binaries) as url:
-        soak(tmp_path, "--kills", "1", "--lines", "400", "--servers", "2", "--database", url)
+    with postgres.running(binaries) as database:
+        soak(tmp_path, "--kills", "1", "--lines", "400", "--servers", "2", "--database", database.url)

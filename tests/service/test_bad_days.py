@@ -1,0 +1,315 @@
+"""Bad days of files, batches and jobs: each ends in the error of docs/jobs.md or heals by itself, with nothing lost."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import httpx
+import openai
+import postgres
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from running import serving
+from sqlalchemy import create_engine, select, text
+from test_batches import ENDPOINT, ended, line, read, submit
+from test_tuning import ENDLESS, SERVE, TINY, server, told, until, upload
+from test_tuning import submit as submit_job
+
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.errors import StartError
+from service.jobs.database import Database
+from service.jobs.files import new_id
+from service.jobs.tables import Executor, File
+from service.jobs.workflows import LOOKS, Workflows
+from service.settings import Settings
+
+
+class Gated(Simulator):
+    """Lets nothing but the warm-up through while its gate is shut."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0)
+        self.gate = threading.Event()
+
+    def denoise(self, conditions, seeds, width, height):
+        assert conditions[0].startswith("warm-up") or self.gate.wait(120)
+        return super().denoise(conditions, seeds, width, height)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[postgres.Postgres]:
+    binaries = postgres.programs()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
+    with postgres.running(binaries) as running:
+        yield running
+
+
+@pytest.fixture
+def empty(database) -> str:
+    """URL of a database without a table."""
+    name = new_id("empty_")
+    engine = create_engine(database.url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return database.url.removesuffix("postgres") + name
+
+
+@contextlib.contextmanager
+def process(command: list[str], data: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """A server in a process of its own; `address` waits for it."""
+    given = {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
+    with subprocess.Popen(
+        [*command, "--data", str(data)], env=os.environ | given, stderr=subprocess.PIPE, text=True
+    ) as it:
+        try:
+            yield it
+        finally:
+            it.kill()
+
+
+def address(of: subprocess.Popen[str]) -> str:
+    said = []
+    for words in of.stderr:
+        said.append(words)
+        if found := re.search(r"http://[\d.:]+", words):
+            threading.Thread(target=of.stderr.read, daemon=True).start()  # so that the pipe never fills
+            return found[0]
+    raise AssertionError("".join(said))
+
+
+def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, teacher, tmp_path, connect):
+    backend = Gated()
+    settings = {"teachers": {"tiny": str(teacher)}, "job_silence_seconds": 1, "database": database.url}
+    with serving(create_app(Settings(data=tmp_path, **settings), local(backend, device="cpu"))) as url:
+        client = connect(url)
+        job = submit_job(client, upload(client), ENDLESS)
+        job = until(client, job, lambda job: job.images_seen)
+        batch = submit(client, [line(str(number), seed=number) for number in range(200)])
+        ended(client, batch.id, "in_progress")
+        database.stop()
+        try:
+            for ask in (
+                lambda: client.batches.retrieve(batch.id),
+                lambda: client.batches.create(
+                    input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h"
+                ),
+                lambda: client.fine_tuning.jobs.cancel(job.id),
+                lambda: upload(client),
+            ):
+                with pytest.raises(openai.InternalServerError, match="database does not answer") as away:
+                    ask()
+                assert away.value.status_code == 503
+            backend.gate.set()  # so that answers are to be kept while nothing keeps them
+            assert client.images.generate(prompt="a red circle").data[0].b64_json
+            assert httpx.get(f"{url}/readyz").status_code == 200
+        finally:
+            database.start()
+        batch = ended(client, batch.id, "completed", "failed")
+        assert (batch.status, batch.request_counts.completed) == ("completed", 200), batch.errors
+        answers = read(client, batch.output_file_id)
+        assert list(answers) == [str(number) for number in range(200)]
+        assert answers["7"]["response"]["body"]["data"][0]["seed"] == 7
+        assert len(list(client.files.list())) == 3  # the job's, the batch's, and its output: none of what was refused
+
+        job = until(client, job, lambda now: now.images_seen > job.images_seen)
+        assert (job.status, [words for words in told(client, job) if "broke off" in words]) == ("running", [])
+        client.fine_tuning.jobs.cancel(job.id)
+        until(client, job, lambda job: job.status == "cancelled")
+
+
+def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_look(database, tmp_path):
+    databases = [Database(database.url) for _ in range(3)]
+    one, other = (Workflows(each, tmp_path) for each in databases[:2])
+    tables = databases[2]
+    tables.migrate()
+
+    def counted() -> int:
+        with tables.begin() as session:
+            return len(session.scalars(select(Executor)).all())
+
+    before = counted()
+    other.beat()
+    for _ in range(LOOKS):
+        one.beat()
+    assert counted() == before + 2
+    other.beat()
+    for _ in range(LOOKS):
+        one.beat()
+    assert counted() == before + 2
+    one.beat()
+    assert counted() == before + 1
+    for each in databases:
+        each.close()
+
+
+def test_tables_are_made_once_by_servers_that_start_at_once(empty):
+    databases = [Database(empty) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(database.migrate) for database in databases]:
+            done.result()
+    with databases[0].begin() as session:
+        assert session.scalars(select(File)).all() == []
+    for database in databases:
+        database.close()
+
+
+def test_two_servers_that_start_at_once_on_an_empty_database_share_it(empty, tmp_path, connect):
+    with process(SERVE, tmp_path, database=empty) as one, process(SERVE, tmp_path, database=empty) as other:
+        first, second = (connect(address(each)) for each in (one, other))
+        file = upload(first)
+        assert [kept.id for kept in second.files.list()] == [file]
+
+
+def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
+    asked, away = threading.Semaphore(0), threading.Event()
+
+    class Store(MemoryFileSystem):
+        """An object store that can be away, with an exception that is nobody else's."""
+
+        protocol, store = "away", {}
+
+        def pipe_file(self, path, value, **options):
+            if away.is_set():
+                asked.release()
+                raise LookupError("no such host")
+            super().pipe_file(path, value, **options)
+
+    fsspec.register_implementation("away", Store, clobber=True)
+    url = serve(Simulator(0, 0), data=tmp_path, artefacts="away://images")
+    client = connect(url)
+    away.set()
+    with pytest.raises(openai.InternalServerError, match="store of linked images does not answer") as refused:
+        client.images.generate(prompt="a red circle", response_format="url")
+    assert refused.value.status_code == 503
+    batch = submit(client, [line(str(number)) for number in range(3)])
+    for _ in range(6):
+        assert asked.acquire(timeout=60)
+    assert client.batches.retrieve(batch.id).status == "in_progress"
+    away.clear()
+    batch = ended(client, batch.id, "completed", "failed")
+    answers = read(client, batch.output_file_id)
+    assert list(answers) == ["0", "1", "2"]
+    assert httpx.get(answers["2"]["response"]["body"]["data"][0]["url"]).status_code == 200
+
+
+def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
+    with pytest.raises(StartError, match=r"artefacts: nowhere://images .*nowhere"):
+        create_app(Settings(data=tmp_path, artefacts="nowhere://images"), local(Simulator()))
+
+
+def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):
+    """On disks of a few megabytes that the server alone sees, and that are gone with it."""
+    mount = 'mount -t tmpfs -o size=24m data "$0" && mkdir "$0"/distillations && mount -t tmpfs -o size=300k jobs "$0"/distillations'
+    confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*confined, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount what he alone sees")
+    with process([*confined, *SERVE], tmp_path, teachers=json.dumps({"tiny": str(teacher)})) as it:
+        client = connect(address(it))
+        disk = Path(f"/proc/{it.pid}/root{tmp_path}")
+        job = submit_job(client, upload(client), TINY)
+        failed = until_failed(client, job)
+        assert failed.error.code == "disk_full", failed.error
+
+        lines = [line(str(number)) for number in range(500)]
+        made = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("lines.jsonl", made), purpose="batch")
+        fill(disk / "filler", leave=400 << 10)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.files.create(file=("large.jsonl", bytes(1 << 20)), purpose="batch")
+        assert (refused.value.status_code, refused.value.code) == (503, "disk_full")
+        batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+        while free(disk) > 16 << 10:
+            time.sleep(0.05)
+        (disk / "filler").unlink()
+        batch = ended(client, batch.id, "completed", "failed")
+        assert list(read(client, batch.output_file_id)) == [str(number) for number in range(500)]
+
+
+def until_failed(client: openai.OpenAI, job):
+    while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
+        assert job.status in ("validating_files", "queued", "running")
+        time.sleep(0.2)
+    return job
+
+
+def free(disk: Path) -> int:
+    return shutil.disk_usage(disk).free
+
+
+def fill(path: Path, leave: int) -> None:
+    path.write_bytes(bytes(free(path.parent) - leave))
+
+
+def test_a_clock_that_jumps_ends_nothing(serve, connect, tmp_path, monkeypatch):
+    backend, now, jump = Gated(), time.time, 0.0
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    client = connect(serve(backend, data=tmp_path, job_silence_seconds=0.5))
+    for jump in (0.0, 6 * 3600.0, -6 * 3600.0):  # during the batch, and before the next one
+        backend.gate.clear()
+        batch = submit(client, [line(str(number)) for number in range(20)])
+        ended(client, batch.id, "in_progress")
+        jump = -jump
+        backend.gate.set()
+        batch = ended(client, batch.id, "completed", "failed", "expired")
+        assert (batch.status, batch.request_counts.completed) == ("completed", 20)
+        assert len(read(client, batch.output_file_id)) == 20
+
+
+def test_files_that_are_expired_or_gone_are_named(connect, tmp_path, teacher):
+    with server(tmp_path, {"tiny": str(teacher)}) as url:
+        client = connect(url)
+        expired, gone = (upload(client, purpose=purpose) for purpose in ("batch", "batch"))
+        unread, stale = (upload(client) for _ in range(2))
+        database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+        with database.begin() as session:  # an hour passes
+            for name in (expired, stale):
+                session.get_one(File, name).expires_at = 1
+        database.close()
+        for name in (gone, unread):
+            (tmp_path / "files" / name).unlink()
+
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.batches.create(input_file_id=expired, endpoint=ENDPOINT, completion_window="24h")
+        assert (refused.value.param, refused.value.code) == ("input_file_id", "file_not_found")
+        with pytest.raises(openai.NotFoundError) as refused:
+            submit_job(client, stale, TINY)
+        assert (refused.value.param, refused.value.code) == ("training_file", "file_not_found")
+
+        batch = client.batches.create(input_file_id=gone, endpoint=ENDPOINT, completion_window="24h")
+        (error,) = ended(client, batch.id, "failed").errors.data
+        assert (error.code, error.param) == ("input_file_gone", "input_file_id")
+        error = until_failed(client, submit_job(client, unread, TINY)).error
+        assert (error.code, error.param) == ("file_not_found", "training_file")
+
+
+def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, teacher):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    with server(tmp_path / "data", {"gone": str(folder), "unknown": str(folder)}) as url:
+        client = connect(url)
+        file = upload(client)
+        ids = {}
+        for name in ("gone", "unknown"):
+            made = client.fine_tuning.jobs.create(model=name, training_file=file, extra_body={"distillation": TINY})
+            ids[name] = client.fine_tuning.jobs.pause(made.id).id
+        folder.rmdir()
+    with server(tmp_path / "data", {"gone": str(folder)}) as url:
+        client = connect(url)
+        for name, code in (("gone", "model_gone"), ("unknown", "model_not_found")):
+            client.fine_tuning.jobs.resume(ids[name])
+            error = until_failed(client, client.fine_tuning.jobs.retrieve(ids[name])).error
+            assert (error.code, error.param) == (code, "model")
+            assert str(tmp_path) not in error.message
