@@ -143,11 +143,14 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         raise StartError("artefacts: replicas on several machines need one store of linked images; name a folder")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
-        if local:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
-            ray.init(address, include_dashboard=False)
-        else:
-            ray.init(address)
+        try:
+            if local:
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
+                ray.init(address, include_dashboard=False)
+            else:
+                ray.init(address)
+        except Exception as error:  # Ray raises plain ones; its own processes get half a minute to start
+            raise StartError(f"Ray does not start, or is not found at {address}: {error}") from error
         stack.callback(ray.shutdown)
         folder = settings.artefacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artefacts-"))
         application = _application(_shared(settings, folder), scale)

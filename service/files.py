@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, flushed, renamed into it."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 PRIVATE = 0o600  # for its owner alone
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the disk raises when there is no room
 
 
 @contextlib.contextmanager

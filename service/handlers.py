@@ -1,6 +1,5 @@
 """Whatever goes wrong in a request, as an OpenAI error object."""
 
-import errno
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
@@ -18,13 +17,13 @@ from service.errors import (
     Unavailable,
     to_openai,
 )
+from service.files import DISK_FULL
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
 
 
 def install(app: FastAPI) -> None:
-    """Answer our own errors, FastAPI's complaints about a body, Starlette's about a path and a full disk in one form."""
+    """Answer in one form our own errors, complaints about a body or a path, and a disk that is full."""
     app.add_exception_handler(ServiceError, _ours)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
@@ -79,6 +78,6 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 async def _disk(request: Request, error: Exception) -> JSONResponse:
     """A disk that is full gets room some day; any other failure is one of ours."""
     assert isinstance(error, OSError)
-    if error.errno not in _FULL:
+    if error.errno not in DISK_FULL:
         raise error
     return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))

@@ -113,6 +113,11 @@ def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder:
     return words + [part for each in (*sets, *asked.overrides()) for part in ("--set", each)]
 
 
+def checked(prompts: Path) -> list[str]:
+    """The command that reads a file of prompts to its end, by this Python; it says what is wrong as a run does."""
+    return [sys.executable, "-m", "distill.cli", "prompts", "stats", str(prompts)]
+
+
 def launched(words: Sequence[str], devices: int) -> list[str]:
     """The command by this Python: one process, or as many as there are devices under `accelerate launch`."""
     module = ["-m", "distill.cli", *words]

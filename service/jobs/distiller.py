@@ -1,4 +1,5 @@
-"""The workflow of a distillation job: a `distill run` in a process of its own, until it has ended.
+"""The workflows of a distillation job: its prompts are read, then a `distill run` in a process of its own goes on
+until it has ended.
 
 The row in `jobs` is the truth, and what is to become of the job is written there as its `wish`. The command continues
 where it was, whatever stopped it. So a workflow that is begun again, by this server or another, has only to look at
@@ -6,6 +7,7 @@ the row and run the same command.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +17,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
+from service.files import DISK_FULL
 from service.jobs.database import Database
-from service.jobs.distillation import Distillation, command, find_teacher, launched
+from service.jobs.distillation import Distillation, checked, command, find_teacher, launched
 from service.jobs.files import Files
 from service.jobs.runs import Line, RunFolder, environment
 from service.jobs.students import Students, run_folder
@@ -31,6 +34,8 @@ Level = Literal["info", "warn", "error"]
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+SIDE_BY_SIDE = 2  # files of prompts that one server reads at a time
+DELETED_SECONDS = 60  # that the files of a deleted student stay: every server has let go of it by then
 REFUSED, CLAIMED = 2, 75  # how `distill run` ends: for a reason that it names; because another process has the folder
 CRASHES = 3  # in a row, without an image more, that end a job
 
@@ -64,11 +69,15 @@ class Distiller:
         self._students = students
         self._data = data
         self._settings = settings
+        workflows.define("validation", self._validate, SIDE_BY_SIDE)
         workflows.define("distillation", self._run, side_by_side=1)
 
     def begin(self, job: Job) -> None:
-        """Carry out a job that is queued, when its turn comes. Harmless to repeat."""
-        self._workflows.begin("distillation", f"{job.id}.{job.starts}")
+        """Read the prompts of a new job; carry out one that is queued, when its turn comes. Harmless to repeat."""
+        if job.status == "validating_files":
+            self._workflows.begin("validation", f"{job.id}.files")
+        else:
+            self._workflows.begin("distillation", f"{job.id}.{job.starts}")
 
     def end(self, session: Session, job: Job, status: str, message: str, level: Level = "info") -> None:
         """End a job for good, in the caller's transaction. One that has ended already stays as it is."""
@@ -83,12 +92,51 @@ class Distiller:
         """Where a job runs."""
         return RunFolder(run_folder(self._data, job.id))
 
-    def begin_queued(self, now: int) -> None:
+    def begin_waiting(self, now: int) -> None:
         """Begin what a server that died could not begin any more."""
         with self._database.begin() as session:
-            queued = list(session.scalars(select(Job).where(Job.status == "queued")))
-        for job in queued:
+            waiting = list(session.scalars(select(Job).where(Job.status.in_(("validating_files", "queued")))))
+        for job in waiting:
             self.begin(job)
+
+    def remove_deleted(self, now: int) -> None:
+        """Remove the files of students that were deleted a while ago."""
+        with self._database.begin() as session:
+            gone = select(Job).where(Job.fine_tuned_model.is_not(None), Job.deleted_at <= now - DELETED_SECONDS)
+            jobs = list(session.scalars(gone))
+        for job in jobs:
+            shutil.rmtree(self.folder(job).student, ignore_errors=True)
+            with self._database.begin() as session:
+                _row(session, job).fine_tuned_model = None
+
+    def _validate(self, key: str) -> None:
+        """The workflow of a new job: its prompts are kept and read once, before the job waits for its turn."""
+        job = self._insist(lambda session: session.get(Job, key.partition(".")[0]))
+        if job is None or job.status != "validating_files":
+            return
+        folder = self.folder(job)
+        try:
+            self._read_prompts(job, folder)
+        except Failed as failed:
+            self._fail(job, failed)
+        except OSError as error:
+            self._fail(job, _storage(error))
+        now = self._insist(lambda session: _validated(session, job))
+        if now.status == "queued":
+            self.begin(now)
+        elif now.status == "cancelled":
+            folder.remove()  # what was kept since
+        self._webhooks.begin_due(int(time.time()))
+
+    def _read_prompts(self, job: Job, folder: RunFolder) -> None:
+        """Raises Failed where `distill run` would find the prompts at fault."""
+        with folder.process(
+            checked(self._prompts(job, folder)), environment(["cpu"]), self._settings.job_nice
+        ) as child:
+            while child.status() is None:
+                self._workflows.wait(POLL_SECONDS)
+            if child.status() == REFUSED:
+                raise _refusal(folder.last_words())
 
     def _run(self, key: str) -> None:
         """The workflow: one start of one job, to its end or to the next pause."""
@@ -102,7 +150,7 @@ class Distiller:
         except Failed as failed:
             self._fail(job, failed)
         except OSError as error:
-            self._fail(job, Failed(f"the server cannot write the job's files: {error.strerror}", "storage_error"))
+            self._fail(job, _storage(error))
         except Exception:
             log.exception("%s failed", name)
             self._fail(job, Failed(f"something went wrong here; the server's log has it under {name}", "server_error"))
@@ -140,17 +188,8 @@ class Distiller:
             self._workflows.wait(POLL_SECONDS)
 
     def _prepare(self, job: Job, folder: RunFolder) -> list[str]:
-        """Put the prompts into the job's folder, where nobody deletes them, and give the command. Raises Failed."""
-        prompts = folder.prompts()
-        if prompts is None:
-            file = self._insist(lambda session: session.get(File, job.training_file))
-            try:
-                if file is None:
-                    raise FileNotFoundError
-                prompts = folder.keep_prompts(self._files.path(file.id), Path(file.filename).suffix)
-            except FileNotFoundError:
-                message = f"the file {job.training_file} was deleted before the job began"
-                raise Failed(message, "file_not_found", "training_file") from None
+        """The command. Raises Failed."""
+        prompts = self._prompts(job, folder)
         try:
             teacher = find_teacher(self._settings.teachers, job.model)
         except NotFound as error:
@@ -158,6 +197,20 @@ class Distiller:
         devices = self._settings.job_devices.split(",")
         asked = Distillation.model_validate(job.distillation)
         return launched(command(asked, teacher, prompts, job.seed, folder.path), len(devices))
+
+    def _prompts(self, job: Job, folder: RunFolder) -> Path:
+        """The prompts in the job's folder, where nobody deletes them. Raises Failed."""
+        kept = folder.prompts()
+        if kept is not None:
+            return kept
+        file = self._insist(lambda session: session.get(File, job.training_file))
+        try:
+            if file is None:
+                raise FileNotFoundError
+            return folder.keep_prompts(self._files.path(file.id), Path(file.filename).suffix)
+        except FileNotFoundError:
+            message = f"the file {job.training_file} was deleted before the job began"
+            raise Failed(message, "file_not_found", "training_file") from None
 
     def _attempt(self, job: Job, folder: RunFolder, words: Sequence[str]) -> tuple[int, bool]:
         """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
@@ -188,17 +241,36 @@ class Distiller:
         return self._insist(record)
 
     def _succeed(self, job: Job, folder: RunFolder) -> None:
-        """Serve the student, then say so."""
-        name = f"ft:{job.model}:{job.suffix or ''}:{job.id.removeprefix('ftjob-')}"
+        """Serve the student and write the results, then say so."""
+        stem = job.id.removeprefix("ftjob-")
+        name, results = f"ft:{job.model}:{job.suffix or ''}:{stem}", f"file-{stem}"
 
         def made(session: Session) -> None:
             _row(session, job).fine_tuned_model = name
 
+        def write() -> int:
+            with self._files.writing(results) as file:
+                return file.write(folder.results().encode())
+
         def ended(session: Session) -> None:
-            self.end(session, _row(session, job), "succeeded", f"The student is {name}.")
+            row = _row(session, job)
+            if row.status not in ENDED:
+                row.result_files = [results]
+                session.add(
+                    File(
+                        id=results,
+                        owner=row.owner,
+                        purpose="fine-tune-results",
+                        filename=f"{job.id}_results.csv",
+                        bytes=size,
+                        created_at=int(time.time()),
+                    )
+                )
+            self.end(session, row, "succeeded", f"The student is {name}.")
 
         self._insist(made)
         self._students.serve()
+        size = self._workflows.patient_step("results", write)
         self._insist(ended)
         folder.tidy()
 
@@ -208,6 +280,8 @@ class Distiller:
     def _fail(self, job: Job, failed: Failed) -> None:
         def ended(session: Session) -> None:
             row = _row(session, job)
+            if row.status in ENDED:
+                return
             row.error = failed.error
             self.end(session, row, "failed", f"The job failed: {failed}", "error")
 
@@ -297,6 +371,15 @@ def _enter(session: Session, name: str, start: int) -> Job | None:
     return job
 
 
+def _validated(session: Session, job: Job) -> Job:
+    """The job, in the queue unless it has ended or was paused meanwhile."""
+    row = _row(session, job)
+    if row.status == "validating_files":
+        row.status = "queued"
+        tell(session, row, "The job waits for its turn.")
+    return row
+
+
 def _row(session: Session, job: Job) -> Job:
     """A job's row, locked until the transaction ends."""
     return session.get_one(Job, job.id, with_for_update=True)
@@ -309,6 +392,12 @@ def _pause(session: Session, job: Job) -> bool:
     job.status, job.wish, job.estimated_finish = "paused", None, None
     tell(session, job, f"The job is paused after {job.images_seen} images.")
     return True
+
+
+def _storage(error: OSError) -> Failed:
+    """What the job's folder could not take."""
+    code = "disk_full" if error.errno in DISK_FULL else "storage_error"
+    return Failed(f"the server cannot write the job's files: {error.strerror}", code)
 
 
 def _refusal(words: str) -> Failed:

@@ -51,7 +51,8 @@ class Jobs:
             lambda now: self.workflows.adopt(),
             self.files.sweep,
             self.webhooks.begin_due,
-            distiller.begin_queued,
+            distiller.begin_waiting,
+            distiller.remove_deleted,
         ]  # each must be harmless to repeat, and to do in several servers at once
         self._period = settings.job_silence_seconds / LOOKS
         self._ended = threading.Event()

@@ -4,6 +4,8 @@ Only files are read: nothing here imports the distillation half.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import shutil
@@ -85,6 +87,19 @@ class RunFolder:
         metrics = [line.values for line in _lines("metrics", self.path) if line.images <= images]
         judged = [line.values for line in _lines("evaluation", self.path) if line.images == images]
         return {name: value for line in (metrics[-1:] + judged) for name, value in line.items() if name != "images"}
+
+    def results(self) -> str:
+        """Its metrics and evaluations as CSV: a row for each number of images that there are figures of, in order."""
+        rows: dict[int, dict[str, Any]] = {}
+        for kind in ("metrics", "evaluation"):
+            for line in _lines(kind, self.path):
+                rows.setdefault(line.images, {"step": line.images}).update(line.values)
+        columns = dict.fromkeys(name for row in rows.values() for name in row if name != "images")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(columns), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[images] for images in sorted(rows))
+        return table.getvalue()
 
     def checkpoints(self) -> list[int]:
         """Images of the checkpoints that are kept, the oldest first."""

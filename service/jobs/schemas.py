@@ -233,7 +233,7 @@ class JobMade(BaseModel):
     distillation: dict[str, Any]
 
 
-JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
 class JobObject(BaseModel):
@@ -244,7 +244,7 @@ class JobObject(BaseModel):
     created_at: int
     error: JobError | None
     estimated_finish: int | None
-    fine_tuned_model: Annotated[str | None, Field(description="The student, once it is served.")]
+    fine_tuned_model: Annotated[str | None, Field(description="The student, while it is served.")]
     finished_at: int | None
     hyperparameters: JobHyperparameters
     images_seen: int
@@ -254,7 +254,7 @@ class JobObject(BaseModel):
     method: JobMade
     model: str
     organization_id: Annotated[str, Field(description="The name of the API key.")]
-    result_files: list[str]
+    result_files: Annotated[list[str], Field(description="Of a job that has succeeded: its figures as CSV.")]
     seed: int
     status: JobStatus
     trained_tokens: None = None

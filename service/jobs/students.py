@@ -80,7 +80,7 @@ class Students:
         with self._database.begin() as session:
             made = (
                 select(Job.id, Job.fine_tuned_model)
-                .where(Job.fine_tuned_model.is_not(None))
+                .where(Job.fine_tuned_model.is_not(None), Job.deleted_at.is_(None))
                 .order_by(Job.created_at.desc(), Job.id)
                 .limit(self._at_most)
             )

@@ -109,6 +109,7 @@ class Job(Table):
     details: Mapped[dict[str, Any] | None]  # `metadata` on the wire
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]
+    deleted_at: Mapped[int | None]  # when its student was; the name above goes once the files are gone too
     result_files: Mapped[list[Any]]
     created_at: Mapped[int]
     finished_at: Mapped[int | None]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.errors import InvalidRequest, NotFound, Overloaded
+from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, find_teacher
 from service.jobs.distiller import Distiller, tell
@@ -40,7 +40,10 @@ class Tuning:
         seed: int | None,
         metadata: dict[str, str] | None,
     ) -> Job:
-        """A new job in the queue. Raises InvalidRequest, NotFound or Overloaded, which name the field at fault."""
+        """A new job, whose prompts are read before it waits for its turn.
+
+        Raises InvalidRequest, NotFound or Overloaded, which name the field at fault.
+        """
         teacher = find_teacher(self._settings.teachers, model)
         if asked.preset is None and teacher != SHIPPED_TEACHER:
             raise InvalidRequest(
@@ -53,7 +56,7 @@ class Tuning:
         job = Job(
             id=new_id("ftjob-"),
             owner=owner,
-            status="queued",
+            status="validating_files",
             model=model,
             training_file=training_file,
             suffix=suffix,
@@ -78,7 +81,7 @@ class Tuning:
                 )
             session.add(job)
             session.flush()
-            tell(session, job, "The job waits for its turn.")
+            tell(session, job, f"The file {training_file} is read.")
         self._distiller.begin(job)
         return job
 
@@ -138,7 +141,7 @@ class Tuning:
             job = _unfinished(session, owner, name)
             if job.status == "running":
                 job.wish = job.wish or "pause"
-            elif job.status == "queued":
+            elif job.status != "paused":
                 job.status = "paused"
                 tell(session, job, "The job is paused.")
         return job
@@ -155,6 +158,22 @@ class Tuning:
                 tell(session, job, "The job waits for its turn again.")
         self._distiller.begin(job)
         return job
+
+    def delete_student(self, owner: str, name: str, now: int) -> bool:
+        """Serve a student no more and remove it a minute later; False where no job made one of this name.
+
+        Raises Forbidden for another owner's.
+        """
+        with self._database.begin() as session:
+            made = select(Job).where(Job.fine_tuned_model == name, Job.status == "succeeded", Job.deleted_at.is_(None))
+            job = session.scalar(made.with_for_update())
+            if job is None:
+                return False
+            if job.owner != owner:
+                raise Forbidden("this student is of another API key's job", "model", "not_your_model")
+            job.deleted_at = now
+            tell(session, job, "The student is deleted.")
+        return True
 
 
 def _check_file(file: File) -> None:

@@ -128,7 +128,7 @@ def _wire(job: tables.Job) -> JobObject:
         created_at=job.created_at,
         error=JobError(**job.error) if job.error else None,
         estimated_finish=job.estimated_finish,
-        fine_tuned_model=job.fine_tuned_model if job.status == "succeeded" else None,
+        fine_tuned_model=job.fine_tuned_model if job.status == "succeeded" and job.deleted_at is None else None,
         finished_at=job.finished_at,
         hyperparameters=JobHyperparameters(batch_size=job.hyperparameters["batch_size"]),
         images_seen=job.images_seen,

@@ -1,10 +1,13 @@
 """`/v1/models`: the students that are loaded, and their further names."""
 
+import time
+
 from fastapi import APIRouter
 
-from service.dependencies import Generator, Service
+from service.dependencies import Generator, Kept, Service, Worker
 from service.engine.backend import Card
-from service.schemas import ErrorResponse, Model, ModelList
+from service.errors import Forbidden
+from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})
 
@@ -21,6 +24,20 @@ async def index(service: Service, caller: Generator) -> ModelList:
 async def show(model: str, service: Service, caller: Generator) -> Model:
     """One model."""
     return described(model, service.card(model))
+
+
+@router.delete("/{model:path}")
+def remove(model: str, service: Service, jobs: Kept, caller: Worker) -> ModelDeleted:
+    """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
+    if not jobs.tuning.delete_student(caller.owner, model, int(time.time())):
+        service.card(model)
+        raise Forbidden(
+            "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
+            "model",
+            "not_your_model",
+        )
+    jobs.students.serve()
+    return ModelDeleted(id=model)
 
 
 def described(name: str, card: Card) -> Model:

@@ -212,11 +212,12 @@ def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
 
 def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):
     """On disks of a few megabytes that the server alone sees, and that are gone with it."""
-    mount = 'mount -t tmpfs -o size=24m data "$0" && mkdir "$0"/distillations && mount -t tmpfs -o size=300k jobs "$0"/distillations'
-    confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', str(tmp_path)]
+    mount = "mount -t tmpfs -o size="
+    script = f'{mount}24m disk "$0" && mkdir "$0"/distillations && {mount}300k disk "$0"/distillations && exec "$@"'
+    confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
     if not shutil.which("unshare") or subprocess.run([*confined, "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount what he alone sees")
-    with process([*confined, *SERVE], tmp_path, teachers=json.dumps({"tiny": str(teacher)})) as it:
+    with process([*confined, *SERVE], tmp_path, teachers=json.dumps({"tiny": str(teacher)}), job_nice="0") as it:
         client = connect(address(it))
         disk = Path(f"/proc/{it.pid}/root{tmp_path}")
         job = submit_job(client, upload(client), TINY)
@@ -231,18 +232,22 @@ def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, c
             client.files.create(file=("large.jsonl", bytes(1 << 20)), purpose="batch")
         assert (refused.value.status_code, refused.value.code) == (503, "disk_full")
         batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+        pause = threading.Event()
         while free(disk) > 16 << 10:
-            time.sleep(0.05)
+            pause.wait(0.05)
         (disk / "filler").unlink()
         batch = ended(client, batch.id, "completed", "failed")
         assert list(read(client, batch.output_file_id)) == [str(number) for number in range(500)]
 
 
 def until_failed(client: openai.OpenAI, job):
-    while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
-        assert job.status in ("validating_files", "queued", "running")
-        time.sleep(0.2)
-    return job
+    """The job once it has failed."""
+    pause = threading.Event()
+    for _ in range(600):
+        if (job := client.fine_tuning.jobs.retrieve(job.id)).status == "failed":
+            return job
+        pause.wait(0.2)
+    raise AssertionError(f"the job is {job.status}: {told(client, job)}")
 
 
 def free(disk: Path) -> int:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import io
 import json
 import os
@@ -85,7 +86,8 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
         job = submit(client, upload(client), TINY, suffix="mine", seed=3, metadata={"why": "test"})
-        assert (job.status, job.fine_tuned_model, job.seed, job.metadata) == ("queued", None, 3, {"why": "test"})
+        assert (job.status, job.result_files) == ("validating_files", [])
+        assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, {"why": "test"})
         assert job.method.distillation["preset"] == "scenes-debug"
         until(client, job, lambda job: job.images_seen)
         (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
@@ -116,14 +118,27 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
             assert client.fine_tuning.jobs.list(metadata={"why": "test"}).data[0].id == job.id
             assert client.fine_tuning.jobs.list(metadata={"why": "other"}).data == []
 
+            (results,) = (client.files.retrieve(name) for name in job.result_files)
+            assert (results.purpose, results.filename) == ("fine-tune-results", f"{job.id}_results.csv")
+            rows = list(csv.DictReader(io.StringIO(client.files.content(results.id).text)))
+            assert [int(row["step"]) for row in rows if row["gap"]] == list(range(8, 481, 8))
+            assert float(rows[-1]["gap"]) == checkpoints[0].metrics.gap
+
             receiver.wait(1)
             headers, body = receiver.told[0]
             event = client.webhooks.unwrap(body, headers, secret=SECRET)
             assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
     with server(data, teachers) as url:
-        assert np.array_equal(pixels(connect(url), model.id), image)
+        client = connect(url)
+        assert np.array_equal(pixels(client, model.id), image)
         if browser.available:
             _pages_show(job, model.id, url)
+        assert client.models.delete(model.id).deleted
+        for ask in (client.models.retrieve, client.models.delete):
+            with pytest.raises(openai.NotFoundError):
+                ask(model.id)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        assert (job.status, job.fine_tuned_model) == ("succeeded", None)
 
 
 def _pages_show(job, model: str, url: str) -> None:
@@ -181,6 +196,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
         error = until(client, job, lambda job: job.status == "failed").error
         assert (error.code, error.param) == ("invalid_training_file", "training_file")
         assert error.message.startswith("prompts.jsonl line 2 is not JSON")
+        assert "The job runs." not in told(client, job)
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
