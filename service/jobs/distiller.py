@@ -342,11 +342,18 @@ def _note_line(session: Session, job: Job, line: Line) -> None:
     figures = {"step": line.images, "total_steps": job.images_total, **line.values}
     message = "The student was judged" if line.kind == "evaluation" else "Images seen"
     tell(session, job, f"{message}: {line.images} of {job.images_total}", data=figures, key=line.key)
+    kept = session.get(JobCheckpoint, _checkpoint_name(job, line.images))
+    if line.kind == "evaluation" and kept is not None:  # a student is judged after its checkpoint is written
+        kept.metrics = {**kept.metrics, **{name: value for name, value in line.values.items() if name != "images"}}
+
+
+def _checkpoint_name(job: Job, images: int) -> str:
+    return f"ftckpt-{job.id.removeprefix('ftjob-')}-{images}"
 
 
 def _note_checkpoint(session: Session, job: Job, images: int, figures: dict[str, Any]) -> None:
     stem = job.id.removeprefix("ftjob-")
-    name = f"ftckpt-{stem}-{images}"
+    name = _checkpoint_name(job, images)
     if session.get(JobCheckpoint, name) is None:
         job.images_seen = max(job.images_seen, images)
         checkpoint = JobCheckpoint(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sqlalchemy import URL, delete, select, update
+from sqlalchemy.exc import OperationalError
 
 from service.errors import StartError, Unavailable
 from service.jobs.database import LONGEST_PAUSE, Database, Stopping
@@ -32,6 +33,10 @@ LOOKS = 5  # that find a server's count unchanged, until it is taken for dead
 _ONE = threading.Lock()  # DBOS is of a process
 
 
+class Interrupted(BaseException):
+    """Raised inside a workflow when a step cannot be recorded; no `Exception`, so that it is left unfinished."""
+
+
 class Workflows:
     """The workflows of this process. Every method blocks: call them off the event loop."""
 
@@ -45,6 +50,7 @@ class Workflows:
         self._others: dict[str, tuple[int, int]] = {}  # servers: their count, and looks since it changed
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
         self._durable: dict[str, Callable[[str], None]] = {}
+        self._interrupted: set[str] = set()  # workflows of this process, to be begun again by it
         self._active = 0
         self._changed = threading.Condition()
 
@@ -82,17 +88,26 @@ class Workflows:
             DBOS.register_queue(name, worker_concurrency=side_by_side, polling_interval_sec=POLL_SECONDS)
 
     def begin(self, name: str, key: str) -> None:
-        """Begin a workflow for an id, now or when there is room. Nothing happens when it was begun before."""
+        """Begin a workflow for an id, now or when there is room. Nothing happens when it was begun before.
+
+        Nothing happens either when it cannot be noted, on a disk that is full: chores begin again what has not begun.
+        """
         from dbos import DBOS, SetWorkflowID
 
-        with SetWorkflowID(key):
-            DBOS.enqueue_workflow(name, self._durable[name], key)
+        try:
+            with SetWorkflowID(key):
+                DBOS.enqueue_workflow(name, self._durable[name], key)
+        except OperationalError as error:
+            log.warning("%s is begun later: %s", key, error)
 
     def step(self, name: str, work: Callable[[], T]) -> T:
         """Inside a workflow: do this, or, when it was done before, return what it returned then. JSON values only."""
         from dbos import DBOS
 
-        return DBOS.run_step({"name": name}, work)
+        try:
+            return DBOS.run_step({"name": name}, work)
+        except OperationalError as error:  # of DBOS: those of `work` are Unavailable. On a full disk, for one
+            raise Interrupted from error
 
     def patient_step(self, name: str, work: Callable[[], T]) -> T:
         """A step that is tried again while the database, the disk or a store is away."""
@@ -126,12 +141,15 @@ class Workflows:
                     session.execute(delete(Executor).where(Executor.id == other, Executor.beats == beats))
 
     def adopt(self) -> None:
-        """Begin again every workflow whose process is no longer counted.
+        """Begin again every workflow that was interrupted here, or whose process is no longer counted.
 
         Blocks while DBOS's database is away, and for a while after, so it must not hold up `beat`.
         """
         from dbos import DBOS
 
+        for key in list(self._interrupted):
+            DBOS.resume_workflow(key)
+            self._interrupted.discard(key)
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
         with self._database.begin() as session:  # after the list: a server is counted before it takes anything
             alive = {self._executor, *session.scalars(select(Executor.id))}
@@ -162,7 +180,12 @@ class Workflows:
 
         def run(key: str) -> None:
             with self._running():
-                function(key)
+                try:
+                    function(key)
+                except Interrupted as interrupted:
+                    log.warning("%s is begun again later: %s", key, interrupted.__cause__)
+                    self._interrupted.add(key)
+                    raise
 
         return run
 

@@ -10,13 +10,16 @@ from contextlib import suppress
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import select
 from typer.main import get_command
 
 from distill.cli import app
 from distill.config import load_config
+from service.jobs.database import Database
 from service.jobs.distillation import KEYS, Distillation, command, launched
-from service.jobs.distiller import Pace, _refusal
-from service.jobs.runs import Child, RunFolder, environment
+from service.jobs.distiller import Pace, _note_checkpoint, _note_line, _refusal
+from service.jobs.runs import Child, Line, RunFolder, environment
+from service.jobs.tables import Job, JobCheckpoint
 
 EVERYTHING = {
     "images": 64,
@@ -154,6 +157,33 @@ def test_the_end_is_foreseen_at_the_speed_of_this_start():
     finish = pace.finish(32, 64)
     assert finish is not None
     assert abs(finish - time.time() - 20) <= 2
+
+
+def test_a_judgement_joins_the_checkpoint_that_was_written_before_it(tmp_path):
+    database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    database.migrate()
+    texts = {"owner": "ann", "status": "running", "model": "tiny", "training_file": "file-1"}
+    facts = {"seed": 1, "hyperparameters": {}, "distillation": {}, "result_files": [], "created_at": 1}
+    with database.begin() as session:
+        job = Job(id="ftjob-1", **texts, **facts, images_seen=0)
+        session.add(job)
+        session.flush()
+        _note_checkpoint(session, job, 16, {"gap": 1.0})
+        _note_line(session, job, Line("metrics", 16, {"images": 16, "gap": 2.0}))
+        _note_line(session, job, Line("evaluation", 16, {"images": 16, "overall": 0.5}))
+        _note_line(session, job, Line("evaluation", 24, {"images": 24, "overall": 0.6}))
+    with database.begin() as session:
+        (kept,) = session.scalars(select(JobCheckpoint))
+        assert kept.metrics == {"step": 16, "gap": 1.0, "overall": 0.5}
+    database.close()
+
+
+def test_results_are_a_row_for_each_number_of_images(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"images": 8, "gap": 3}\n'
+    )
+    (tmp_path / "evaluations.jsonl").write_text('{"images": 16, "overall": 0.5}\n')
+    assert RunFolder(tmp_path).results().splitlines() == ["step,gap,overall", "8,3,", "16,2,0.5"]
 
 
 @pytest.mark.parametrize(
