@@ -50,6 +50,8 @@ class Order:
             message = f"{card.name} has no adapter {body.lora.name!r}; it has {[*card.adapters]}"
             raise InvalidRequest(message, "lora.name", "adapter_not_found")
         n = body.n or 1
+        if body.seed is not None and body.seed + n > MAX_SEED:
+            raise InvalidRequest("seed + n is beyond 2^53; take a smaller seed", "seed", "invalid_value")
         first = secrets.randbelow(MAX_SEED - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
         return cls(

@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line, or as text for people. No record of the server holds a prompt or a key."""
+"""Logs as one JSON object a line, or as text for people. No record holds a key, nor a prompt unless told."""
 
 import json
 import logging

@@ -101,7 +101,9 @@ class Front:
             seconds = time.monotonic() - began
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
-            told = {name: scope["state"][name] for name in ("owner", "user") if scope.get("state", {}).get(name)}
+            told = {
+                name: scope["state"][name] for name in ("owner", "user", "prompt") if scope.get("state", {}).get(name)
+            }
             told |= {"request_id": request_id, "seconds": round(seconds, 4)}
             if trace:
                 trace.answered(route, status, request_id)

@@ -170,8 +170,10 @@ class Session:
             service.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
             if trace:
                 trace.answered("/v1/realtime/images", status, request_id)
-            told = {"request_id": request_id, "owner": owner, "user": request.user, "seconds": round(seconds, 4)}
-            log.info("realtime %s", status, extra=told)
+            told: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
+            if service.settings.log_prompts:
+                told["prompt"] = request.prompt
+            log.info("realtime %s", status, extra=told | {"seconds": round(seconds, 4)})
 
     def _images(self, images: Images, request: RealtimeRequest, request_id: str) -> dict[str, Any]:
         """What came of a request; with binary frames the bytes follow."""

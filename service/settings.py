@@ -135,6 +135,7 @@ class Settings(BaseSettings):
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20
     otlp_endpoint: _Url | None = None  # base URL of an OpenTelemetry collector that spans go to; none makes no spans
+    log_prompts: bool = False  # in the line of each request that was understood
     log_format: LogFormat = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: _Count = 30  # time that running requests get after SIGTERM

@@ -60,6 +60,7 @@ async def generate(
         body = body.model_copy(update={"output_format": RAW[raw]})
     order = Order.of(body, service.card(body.model))
     request.state.user = body.user
+    request.state.prompt = body.prompt if service.settings.log_prompts else None
 
     async def answer() -> Response:
         service.limiter.take(caller.owner, len(order.seeds))

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -43,14 +44,23 @@ def is_of(image, seed: int) -> bool:
 
 
 class Gate(Simulator):
-    """Lets nothing but the warm-up through until it is opened."""
+    """Lets nothing but the warm-up through until it is opened, and keeps what it was asked for."""
 
-    def __init__(self, **times):
-        super().__init__(0, 0, **times)
-        self.open, self.asked = threading.Event(), []
+    def __init__(self, **options):
+        super().__init__(0, 0, **options)
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.prompts, self.seeds = [], []
+        self.slow = 0.0  # seconds of a batch, the warm-up's too
+
+    def holds(self, prompts, seeds) -> bool:
+        """Whether this batch waits."""
+        return not prompts[0].startswith("warm-up")
 
     def denoise(self, conditions, seeds, width, height):
-        if not conditions[0].startswith("warm-up"):
-            self.asked.append(list(seeds))
-            assert self.open.wait(30)
+        if self.holds(conditions, seeds):
+            self.prompts += conditions
+            self.seeds += seeds
+            self.entered.set()
+            assert self.open.wait(60)
+        time.sleep(self.slow)
         return super().denoise(conditions, seeds, width, height)

@@ -6,6 +6,7 @@ import threading
 import httpx
 import openai
 import pytest
+from engines import Gate
 
 from service.engine.backend import Simulator
 from service.jobs.database import Database
@@ -121,21 +122,17 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
     assert edits.value.param == "endpoint"
 
 
+class OnlyOne(Gate):
+    """Makes one image, and no other while it is shut."""
+
+    def holds(self, prompts, seeds):
+        return super().holds(prompts, seeds) and 1 not in seeds
+
+
 def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path):
-    gate = threading.Event()
-    gate.set()
-
-    class Gated(Simulator):
-        """Makes one image, and no other while the gate is shut."""
-
-        def denoise(self, conditions, seeds, width, height):
-            if 1 not in seeds:
-                gate.wait(30)
-            return super().denoise(conditions, seeds, width, height)
-
-    url = serve(Gated(0, 0), data=tmp_path, max_batch=1, batch_lines_at_once=8, unfinished_batches_per_key=1)
+    gate = OnlyOne()
+    url = serve(gate, data=tmp_path, max_batch=1, batch_lines_at_once=8, unfinished_batches_per_key=1)
     client = connect(url)
-    gate.clear()
     batch = submit(client, [line("one", seed=1)] + [line(f"{i}", seed=i) for i in range(10, 20)])
     with pytest.raises(openai.RateLimitError, match="unfinished"):
         client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
@@ -157,4 +154,4 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
     database.close()
     batch = ended(client, late.id, "expired")
     assert read(client, batch.error_file_id)["late"]["error"]["code"] == "batch_expired"
-    gate.set()
+    gate.open.set()

@@ -138,7 +138,6 @@ def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder
         await leaving
         assert [is_of(await made, seed) for seed, made in enumerate(accepted)] == [True] * 3
         assert [*engine.cards] == ["second"]
-        gate.asked.clear()
         with pytest.raises(NotFound):
             await engine.unload("simulator")
 

@@ -8,6 +8,7 @@ import threading
 
 import httpx
 import pytest
+from engines import Gate
 from PIL import Image
 from running import metric, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -33,21 +34,6 @@ def ask(socket, **fields) -> None:
 
 def hear(socket) -> dict:
     return json.loads(socket.recv(30))
-
-
-class Gate(Simulator):
-    """Waits in the device call until it is let go, and keeps what it was asked."""
-
-    def __init__(self):
-        super().__init__(0, 0)
-        self.entered, self.open, self.asked = threading.Event(), threading.Event(), []
-
-    def denoise(self, conditions, seeds, width, height):
-        if not conditions[0].startswith("warm-up"):
-            self.asked += conditions
-            self.entered.set()
-            assert self.open.wait(30)
-        return super().denoise(conditions, seeds, width, height)
 
 
 def test_an_image_is_that_of_the_other_route(serve, connect):
@@ -88,7 +74,7 @@ def test_the_latest_prompt_takes_the_place_of_those_that_wait_and_what_runs_is_s
             ("images.completed", "runs"),
             ("images.completed", "d"),
         ]
-    assert gate.asked == ["runs", "d"]
+    assert gate.prompts == ["runs", "d"]
 
 
 def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
@@ -106,7 +92,7 @@ def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
         gate.open.set()
         assert hear(socket)["id"] == "new"
     posting.join(30)
-    assert "old" not in gate.asked
+    assert "old" not in gate.prompts
 
 
 @pytest.mark.parametrize(

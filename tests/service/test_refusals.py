@@ -30,7 +30,7 @@ FIELDS = [
     *[("partial_images", value) for value in (-1, 4, 1, "1", True)],  # 1: only with stream
     *[("user", value) for value in (1, [], "x" * 257)],
     *[("priority", value) for value in ("low", "BATCH", 0)],
-    *[("lora", value) for value in ("style", 1, [])],
+    *[("lora", value) for value in ("style", 1, [], True)],
     *[("timeout", value) for value in (0, 0.01, -1, 3601, "1", True, [])],
     *[("seed", value) for value in (-1, 2**53, 1.0, "1", True, [], {})],
     *[(name, "a") for name in ("negative_prompt", "Prompt", "steps", "guidance_scale", "__proto__", "id")],
@@ -50,6 +50,45 @@ BODIES = [
     "{'prompt': 'a'}",
     "\x00",
     "prompt=a",
+    '{"prompt": "a",}',
+    '{"prompt": "a"} {"prompt": "b"}',
+    '{"prompt": "a", "prompt": 1}',
+    '{"prompt": "\\ud800"}',  # half of a surrogate pair
+    '{"prompt": "a", "timeout": NaN}',
+    '{"prompt": "a", "timeout": Infinity}',
+    '{"prompt": "a", "seed": 1e400}',
+    '{"prompt": "a", "seed": ' + 5000 * "9" + "}",
+    "[" * 100_000,
+    b'{"prompt": "\xff"}',
+    '{"prompt": "a", "n": 01}',
+]
+
+# What goes wrong within a field, or between fields: the request beside its prompt, and the name in `param`.
+TOGETHER = [
+    ({"lora": {}}, "lora.name"),
+    ({"lora": {"name": ""}}, "lora.name"),
+    ({"lora": {"name": 1}}, "lora.name"),
+    ({"lora": {"name": "x" * 129}}, "lora.name"),
+    ({"lora": {"name": "other"}}, "lora.name"),
+    ({"lora": {"name": "../style"}}, "lora.name"),
+    ({"lora": {"name": "style", "scale": 4.5}}, "lora.scale"),
+    ({"lora": {"name": "style", "scale": "1"}}, "lora.scale"),
+    ({"lora": {"name": "style", "path": "/etc"}}, "lora.path"),
+    ({"seed": 2**53 - 1, "n": 2}, "seed"),
+    ({"stream": True, "n": 2}, "n"),
+    ({"stream": True, "response_format": "url"}, "response_format"),
+    ({"stream": False, "partial_images": 2}, "partial_images"),
+    ({"output_format": "png", "output_compression": 0}, "output_compression"),
+    ({"output_format": "jpeg", "output_compression": 101}, "output_compression"),
+    ({"size": "1024x1024", "quality": "standard"}, "size"),
+]
+
+# Against `Accept: image/png`.
+ACCEPTING = [
+    ({"n": 2}, "n"),
+    ({"stream": True}, "stream"),
+    ({"response_format": "url"}, "response_format"),
+    ({"output_format": "webp"}, "output_format"),
 ]
 
 PATHS = [
@@ -74,9 +113,88 @@ PATHS = [
 ]
 
 
+BATCH = {"input_file_id": "file-none", "endpoint": PATH, "completion_window": "24h"}
+JOB = {"model": "scenes", "training_file": "file-none"}
+
+# JSON for the other routes: path, body, status, and the name in `param`.
+POSTS = [
+    ("/v1/batches", {}, 400, "input_file_id"),
+    ("/v1/batches", BATCH, 404, "input_file_id"),
+    ("/v1/batches", BATCH | {"input_file_id": "../keys"}, 404, "input_file_id"),
+    ("/v1/batches", BATCH | {"input_file_id": 1}, 400, "input_file_id"),
+    ("/v1/batches", BATCH | {"endpoint": "/v1/images/edits"}, 400, "endpoint"),
+    ("/v1/batches", BATCH | {"completion_window": "1h"}, 400, "completion_window"),
+    ("/v1/batches", BATCH | {"metadata": "a"}, 400, "metadata"),
+    ("/v1/batches", BATCH | {"metadata": {"a": 1}}, 400, "metadata.a"),
+    ("/v1/batches", BATCH | {"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
+    ("/v1/batches", BATCH | {"metadata": {str(i): "a" for i in range(17)}}, 400, "metadata"),
+    ("/v1/batches", BATCH | {"output_expires_after": {"anchor": "now", "seconds": 3600}}, 400, None),
+    ("/v1/batches", BATCH | {"output_expires_after": {"anchor": "created_at", "seconds": 1}}, 400, None),
+    ("/v1/batches", BATCH | {"priority": 1}, 400, "priority"),
+    ("/v1/batches/none/cancel", None, 404, None),
+    ("/v1/fine_tuning/jobs", {}, 400, "model"),
+    ("/v1/fine_tuning/jobs", JOB, 404, "training_file"),
+    ("/v1/fine_tuning/jobs", {"model": "scenes"}, 400, "training_file"),
+    ("/v1/fine_tuning/jobs", JOB | {"model": "/etc"}, 404, "model"),
+    ("/v1/fine_tuning/jobs", JOB | {"suffix": "a b"}, 400, "suffix"),
+    ("/v1/fine_tuning/jobs", JOB | {"suffix": "x" * 65}, 400, "suffix"),
+    ("/v1/fine_tuning/jobs", JOB | {"seed": -1}, 400, "seed"),
+    ("/v1/fine_tuning/jobs", JOB | {"validation_file": "file-none"}, 400, "validation_file"),
+    ("/v1/fine_tuning/jobs", JOB | {"integrations": []}, 400, "integrations"),
+    ("/v1/fine_tuning/jobs", JOB | {"method": {"type": "dpo"}}, 400, "method.type"),
+    ("/v1/fine_tuning/jobs", JOB | {"distillation": {"images": 0}}, 400, "distillation.images"),
+    ("/v1/fine_tuning/jobs", JOB | {"distillation": {"out": "/etc"}}, 400, "distillation.out"),
+    ("/v1/fine_tuning/jobs/none/cancel", None, 404, None),
+    ("/v1/fine_tuning/jobs/none/pause", None, 404, None),
+    ("/v1/fine_tuning/jobs/none/resume", None, 404, None),
+    ("/v1/admin/models", {"folder": "/etc"}, 400, "folder"),
+    ("/v1/admin/models", {"folder": "a", "name": "a b"}, 400, "name"),
+    ("/v1/admin/adapters", {"folder": "a", "name": "a"}, 400, "model"),
+    ("/v1/admin/adapters", {"model": "simulator", "folder": "..", "name": "a"}, 400, "folder"),
+]
+
+# Uploads: the form's fields beside a file of one line, and the name in `param`.
+UPLOADS = [
+    ({}, "purpose"),
+    ({"purpose": ""}, "purpose"),
+    ({"purpose": "vision"}, "purpose"),
+    ({"purpose": "batch", "expires_after[anchor]": "created_at"}, "expires_after"),
+    ({"purpose": "batch", "expires_after[seconds]": "3600"}, "expires_after"),
+    ({"purpose": "batch", "expires_after[anchor]": "now", "expires_after[seconds]": "3600"}, "expires_after[anchor]"),
+    ({"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}, None),
+    ({"purpose": "batch", "path": "/etc/passwd"}, "path"),
+]
+
+# Lists and things of the other routes.
+GETS = [
+    ("/v1/files?limit=0", 400),
+    ("/v1/files?limit=10001", 400),
+    ("/v1/files?limit=all", 400),
+    ("/v1/files?order=up", 400),
+    ("/v1/files?purpose=vision", 400),
+    ("/v1/files?after=file-none", 404),
+    ("/v1/files/file-none", 404),
+    ("/v1/files/..%2f..%2fkeys.json", 404),
+    ("/v1/files/%00", 404),
+    ("/v1/files/file-none/content", 404),
+    ("/v1/batches?limit=101", 400),
+    ("/v1/batches?after=batch_none", 404),
+    ("/v1/batches/batch_none", 404),
+    ("/v1/fine_tuning/jobs?limit=0", 400),
+    ("/v1/fine_tuning/jobs?after=ftjob-none", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none/events", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none/checkpoints", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none/sample", 404),
+    ("/web/none.js", 404),
+    ("/web/..%2fsettings.py", 404),
+]
+
+
 @pytest.fixture(scope="module")
-def api():
-    with serving(create_app(Settings(), local(Simulator(0, 0)))) as url:
+def api(tmp_path_factory):
+    settings = Settings(data=tmp_path_factory.mktemp("data"))
+    with serving(create_app(settings, local(Simulator(0, 0)))) as url:
         with httpx.Client(base_url=url) as client:
             yield client
         assert metric(url, "images_total") == 0
@@ -95,6 +213,17 @@ def refused(answer, status):
 def test_a_bad_field_is_named(api, field, value):
     error = refused(api.post(PATH, json={"prompt": "a", field: value}), 400)
     assert error["param"] == field
+
+
+@pytest.mark.parametrize(("fields", "param"), TOGETHER)
+def test_what_does_not_go_together_is_named(api, fields, param):
+    assert refused(api.post(PATH, json={"prompt": "a", **fields}), 400)["param"] == param
+
+
+@pytest.mark.parametrize(("fields", "param"), ACCEPTING)
+def test_what_contradicts_the_accept_header_is_named(api, fields, param):
+    answer = api.post(PATH, json={"prompt": "a", **fields}, headers={"accept": "image/png"})
+    assert refused(answer, 400)["param"] == param
 
 
 def test_an_unknown_model_is_not_found(api):
@@ -121,3 +250,36 @@ def test_a_bad_idempotency_key_is_refused(api, key):
 @pytest.mark.parametrize(("method", "path", "status"), PATHS)
 def test_a_bad_path_is_refused(api, method, path, status):
     refused(api.request(method, path), status)
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), POSTS)
+def test_a_bad_body_of_another_route_is_refused(api, path, body, status, param):
+    error = refused(api.post(path, json=body), status)
+    assert param in (None, error["param"])
+
+
+@pytest.mark.parametrize(("fields", "param"), UPLOADS)
+def test_a_bad_upload_is_refused(api, fields, param):
+    error = refused(api.post("/v1/files", data=fields, files={"file": ("a.jsonl", b"{}\n")}), 400)
+    assert param in (None, error["param"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": {"purpose": "batch"}, "files": {"other": ("a", b"a")}},
+        {"data": {"purpose": "batch"}, "files": {"file": ("a", b"")}},
+        {"data": {"purpose": "batch", "file": "a"}},
+        {"json": {"purpose": "batch"}},
+        {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data; boundary=y"}},
+        {"content": b"a", "headers": {"content-type": "multipart/form-data"}},
+    ],
+    ids=["no file", "empty", "text", "json", "broken", "no boundary"],
+)
+def test_what_is_no_upload_is_refused(api, content):
+    refused(api.post("/v1/files", **content), 400)
+
+
+@pytest.mark.parametrize(("path", "status"), GETS)
+def test_what_is_not_there_is_told(api, path, status):
+    refused(api.get(path), status)
