@@ -171,7 +171,10 @@ class LoadedModel(Model):
     """A model as an administrator sees it."""
 
     aliases: Annotated[list[str], Field(description="Its further names.")]
-    digest: Annotated[str, Field(description="Of the files: the same digest, the same images.")]
+    digest: Annotated[str, Field(description="Of the files.")]
+    computed: Annotated[
+        str, Field(description="Precision, blocks, kernels, replaced parts: with the same digest too, the same images.")
+    ]
 
 
 class LoadedModels(BaseModel):

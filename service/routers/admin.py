@@ -76,4 +76,5 @@ async def unload_adapter(name: str, model: str, service: Service, engine: Runnin
 
 def _shown(service: State, card: Card) -> LoadedModel:
     aliases = [alias for alias, name in service.settings.aliases.items() if name == card.name]
-    return LoadedModel(**described(card.name, card).model_dump(), aliases=aliases, digest=card.digest)
+    known = described(card.name, card).model_dump()
+    return LoadedModel(**known, aliases=aliases, digest=card.digest, computed=card.computed)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 from engines import Gate, is_of, make, run, value
@@ -214,3 +215,15 @@ def test_draining_waits_for_no_worker_that_is_starting_again():
     run(Fleet([launch], local(Simulator()).models), test)
     assert not release.is_set()
     release.set()
+
+
+@pytest.mark.parametrize(("computed", "hits"), [("fp32", 1), ("bf16", 0)])
+def test_models_share_images_of_the_same_files_computed_alike(computed, hits):
+    async def test(engine: Engine) -> None:
+        assert is_of(await make(engine, 1, model="a"), 1)
+        assert is_of(await make(engine, 1, model="b"), 1)
+
+    card = replace(Simulator().card, name="a", digest="d", computed="fp32")
+    twin = replace(card, name="b", computed=computed)
+    metrics = run(local(Simulator(0, 0, card=card), Simulator(0, 0, card=twin)), test)
+    assert value(metrics, "cache_hits_total", cache="result") == hits

@@ -7,6 +7,7 @@ import os
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from running import metric, serving, until
 from safetensors.torch import load_file, save_file
 
 from distill.export import export_student
-from distill.pipeline import OneStepPipeline
+from distill.pipeline import OneStepPipeline, Runtime
 from distill.teacher import load_transformer
 from service.app import create_app
 from service.engine.backend import Simulator
@@ -106,6 +107,12 @@ def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
     assert card.identity != load_backend(str(student), None, "cpu", Tuning()).card.identity
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
         load_backend(str(student), None, "cpu", tuning_of(Settings(cuda_graphs=True)))
+
+
+@pytest.mark.parametrize("choice", ["precision", "attention", "quantize", "t5"])
+def test_the_settings_offer_what_the_pipeline_has(choice):
+    offered = {kind: get_args(get_type_hints(kind)[choice]) for kind in (Settings, Tuning, Runtime)}
+    assert offered[Settings] == offered[Tuning] == offered[Runtime]
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
