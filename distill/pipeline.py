@@ -1,7 +1,7 @@
 """`OneStepPipeline`: a student folder, prompts and seeds in, images out. The one class that serving builds on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -105,21 +105,20 @@ class OneStepPipeline:
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderTiny,
-        ladder: Sequence[int],
-        runtime: Runtime = Runtime(),
+        runtime: Runtime,
         tiny_vae: str | None = None,
     ) -> None:
-        """`tiny_vae` is the digest of a VAE that is not the student's own."""
+        """`runtime` names its ladder; `tiny_vae` is the digest of a VAE that is not the student's own."""
         self.spec = spec
-        self.ladder = tuple(sorted(ladder))
-        self.computed = runtime.label(transformer.device, self.ladder, tiny_vae)  # that images depend on besides files
+        self.ladder = tuple(sorted(runtime.ladder))
+        self.computed = runtime.label(transformer.device, tiny_vae)  # what images depend on besides the files
         self._text = text
         self._transformer = transformer
         self._vae = vae
         # Convolutions on a CPU gain nothing from company, and larger blocks leave its caches.
         self._decode_ladder = (1,) if vae.device.type == "cpu" else self.ladder
         self._merger = Merger(transformer)
-        self._quantized = runtime.quantize
+        self._runtime = runtime
         self._network: Callable[..., Tensor] = self._velocity
         self._decoder: Callable[..., Tensor] = self._pixels
         if runtime.cuda_graphs:
@@ -149,20 +148,23 @@ class OneStepPipeline:
             vae, tiny = load_tiny_vae(runtime.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
         if runtime.channels_last:
             vae.to(memory_format=torch.channels_last)
-        ladder = runtime.ladder or ((4,) if spec.image_tokens < FILLING_TOKENS else (1,))
+        if not runtime.ladder:
+            runtime = replace(runtime, ladder=(4,) if spec.image_tokens < FILLING_TOKENS else (1,))
         if runtime.compile:
-            shapes = len(ladder) * len(spec.sizes)
+            shapes = len(runtime.ladder) * len(spec.sizes)
             transformer.compile(dynamic=False, recompile_limit=shapes)
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
-        return cls(spec, text, transformer, vae, ladder, runtime, tiny)
+        return cls(spec, text, transformer, vae, runtime, tiny)
 
     def read_adapter(self, folder: Path | str) -> Adapter:
         """A LoRA adapter for this student. Safe beside a batch.
 
         Raises TeacherError for one of another transformer, ConfigError where the weights are quantized.
         """
-        if self._quantized != "none":
-            raise ConfigError(f"quantize {self._quantized}: adapters are merged into whole weights; set it to none")
+        if self._runtime.quantize != "none":
+            raise ConfigError(
+                f"quantize {self._runtime.quantize}: adapters are merged into whole weights; set it to none"
+            )
         return read_adapter(folder, self._transformer)
 
     def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:

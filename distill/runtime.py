@@ -14,8 +14,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a student is computed with. Each choice may change an image's last bits; `quantize`, `t5` and `tiny_vae`
-    change what is seen."""
+    """Choices that may change an image's last bits; `quantize`, `t5` and `tiny_vae` change what is seen."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on GPUs, fp32 elsewhere
     ladder: tuple[int, ...] = ()  # images computed together; none is 4 of small ones, 1 of what fills a device alone
@@ -45,16 +44,20 @@ class Runtime:
         if self.cuda_graphs and device.type != "cuda":
             raise ConfigError(f"cuda_graphs needs a CUDA device, not {device.type}; set it to false")
 
-    def label(self, device: torch.device, ladder: tuple[int, ...], tiny_vae: str | None) -> str:
+    def label(self, device: torch.device, tiny_vae: str | None = None) -> str:
         """One word for all that pixels depend on besides the student and the device; `tiny_vae` is that one's digest.
 
-        The defaults are left out, but for the precision and the blocks.
+        Defaults are left out, but for the precision and the blocks.
         """
         names = {dtype: name for name, dtype in _DTYPES.items()}
-        parts = [names[self.dtype(device)], "blocks", *map(str, ladder)]
-        parts += [f"attention-{self.attention}"] * (self.attention != "sdpa")
-        parts += [f"quantize-{self.quantize}"] * (self.quantize != "none")
-        parts += [f"t5-{self.t5}"] * (self.t5 != "full")
-        parts += [f"tiny-vae-{tiny_vae[:16]}"] if tiny_vae else []
+        parts = [names[self.dtype(device)], "blocks", *map(str, sorted(self.ladder))]
+        if self.attention != "sdpa":
+            parts += ["attention", self.attention]
+        if self.quantize != "none":
+            parts += ["quantize", self.quantize]
+        if self.t5 != "full":
+            parts += ["t5", self.t5]
+        if tiny_vae:
+            parts += ["tiny-vae", tiny_vae[:16]]
         parts += [name for name in ("channels_last", "compile", "cuda_graphs") if getattr(self, name)]
         return "-".join(parts)
