@@ -171,11 +171,9 @@ def tuning_of(settings: Settings) -> Tuning:
     """What the settings tell every worker."""
     batches = ladder_of(settings.max_batch)
     profiled = settings.profiles is not None or settings.p95_seconds is not None
-    fast = settings.determinism == "fast"
-    made_at_first_use = settings.compile or settings.cuda_graphs
     return Tuning(
         settings.prompt_cache_bytes,
-        ladder=tuple(batches) if fast else (),
+        ladder=tuple(batches) if settings.determinism == "fast" else (),
         precision=settings.precision,
         attention=settings.attention,
         quantize=settings.quantize,
@@ -184,7 +182,7 @@ def tuning_of(settings: Settings) -> Tuning:
         channels_last=settings.channels_last,
         compile=settings.compile,
         cuda_graphs=settings.cuda_graphs,
-        batches=batches if profiled or (fast and made_at_first_use) else (),
+        batches=batches if profiled else (),
         profiles=str(settings.profiles.absolute()) if settings.profiles else None,
         simulate=str(settings.simulate.absolute()) if settings.simulate else None,
     )

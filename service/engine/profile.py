@@ -50,14 +50,17 @@ def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) ->
     return timings
 
 
-def recall(backend: Backend, batches: Sequence[int], folder: Path) -> list[Timing]:
-    """What the folder knows of a backend; measured and written where it knows nothing. The block runs in any case."""
+def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence[int] = ()) -> list[Timing]:
+    """What the folder knows of a backend; measured and written where it knows nothing.
+
+    The block, and batches of as many as `run`, are run in any case.
+    """
     path = profile_path(folder, backend)
     if path.exists():
-        measure(backend, (), repeats=1)
+        measure(backend, run, repeats=1)
         # A copy of a model under another name has the same digest.
         return [replace(timing, model=backend.card.name) for timing in read_profile(path).timings]
-    profile = Profile(1, backend.setup, backend.card, measure(backend, batches))
+    profile = Profile(1, backend.setup, backend.card, measure(backend, (*batches, *run)))
     write_profile(path, profile)
     return list(profile.timings)
 

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from service.engine.backend import Card, Simulator, Timing
+from service.engine.messages import Tuning
 from service.engine.profile import Profile, batch_cap, ladder_of, measure, profile_path, read_profile, recall
+from service.engine.worker import clock_of
 from service.errors import StartError
 
 
@@ -57,6 +59,16 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
         "simulator.0123456789abcdef.json",
         "another-device.0123456789abcdef.json",
     }
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_made_at_a_first_run_is_made_before_a_request_for_every_block(known, tmp_path):
+    if known:
+        recall(Blocks(), [4], tmp_path)
+    for choice in ({"compile": True}, {"cuda_graphs": True}):
+        backend = Blocks()
+        clock_of(Tuning(ladder=(2, 4), profiles=str(tmp_path) if known else None, **choice))(backend)
+        assert set(backend.batches) == {(64, 2), (64, 4), (128, 2), (128, 4)}
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path):
