@@ -39,7 +39,7 @@ def main() -> int:
     _distill("run", "demo", "--out", str(out), *(f"--set={setting}" for setting in arguments.set))
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
-        command = ("evaluate", "--student", str(out / "student"), "--per-task", arguments.per_task)
+        command: tuple[str, ...] = ("evaluate", "--student", str(out / "student"), "--per-task", arguments.per_task)
         command += ("--steps", arguments.steps)
         aside = figures.with_suffix(".partial")
         with aside.open("w") as file:
