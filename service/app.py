@@ -42,6 +42,7 @@ EXPOSED = [
     "x-request-id",
     "server-timing",
     "retry-after",
+    "retry-after-ms",
     "x-queue-position",
     "x-seed",
     "x-warning",
@@ -123,7 +124,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "idempotency-key"],
+            allow_headers=["*"],  # OpenAI's client sends some of its own; what opens a door is the key, not a header
             expose_headers=EXPOSED,
         )
     upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)

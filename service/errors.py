@@ -114,6 +114,8 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
             headers = {"retry-after": str(math.ceil(error.retry_after)), "retry-after-ms": str(milliseconds)}
             if error.position is not None:
                 headers["x-queue-position"] = str(error.position)
+        case Unauthorized():
+            headers = {"www-authenticate": "Bearer"}
         case BodyTooLarge() | TooSlow():
             headers = {"connection": "close"}  # the rest of the body is never read
         case _:

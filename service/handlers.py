@@ -66,7 +66,9 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         case 404:
             return respond(NotFound(f"there is no {request.url.path}"))
         case 405:
-            return respond(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
+            response = respond(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
+            response.headers.update(error.headers or {})  # which methods are
+            return response
         case 408:
             return respond(TooSlow(error.detail))
         case 413:

@@ -102,6 +102,7 @@ def test_other_paths_and_methods_answer_in_the_same_form(api, method, path, stat
     answer = httpx.request(method, f"{api}{path}")
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert ("allow" in answer.headers) == (status == 405)
 
 
 def test_neutral_values_of_other_fields_are_taken(api):

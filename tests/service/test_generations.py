@@ -150,9 +150,14 @@ def test_aliases_stand_for_a_model(api, connect):
 
 
 def test_pages_of_other_origins_are_let_in_by_setting_alone(api, serve):
-    asks = {"origin": "https://studio.example", "access-control-request-method": "POST"}
+    asks = {
+        "origin": "https://studio.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    }
     allowed = httpx.options(f"{api}/v1/images/generations", headers=asks)
     assert allowed.headers["access-control-allow-origin"] == "https://studio.example"
+    assert "x-stainless-lang" in allowed.headers["access-control-allow-headers"]
     other = httpx.options(f"{api}/v1/images/generations", headers=asks | {"origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
     closed = httpx.options(f"{serve()}/v1/images/generations", headers=asks)

@@ -1,6 +1,9 @@
 """The pages in a real browser; skipped where there is no Chromium."""
 
+import base64
 import json
+import subprocess
+import sys
 
 import browser
 import httpx
@@ -22,7 +25,7 @@ def page():
         yield page
 
 
-def test_images_appear_while_typing_and_history_brings_them_back(page):
+def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path):
     with serving(create_app(Settings(), local(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
@@ -36,8 +39,13 @@ def test_images_appear_while_typing_and_history_brings_them_back(page):
         )
         page.find("#history li:last-child button")[0].click()
         page.until(lambda: "(seed 1)" in page.find("#images img")[0].get_attribute("alt"))
-        assert page.driver.execute_script("return curl()").startswith(f"curl {url}/v1/images/generations")
-        compile(page.driver.execute_script("return python()"), "copied", "exec")
+        image = page.find("#images img")[0].get_attribute("src").partition(",")[2]
+        copied = page.driver.execute_script("return curl()")
+        answer = subprocess.run(copied, shell=True, check=True, capture_output=True)
+        assert json.loads(answer.stdout)["data"][0]["b64_json"] == image
+        copied = page.driver.execute_script("return python()")
+        subprocess.run([sys.executable, "-c", copied], check=True, cwd=tmp_path)
+        assert (tmp_path / "1.png").read_bytes() == base64.b64decode(image)
         assert page.errors() == []
     with serving(create_app(Settings(realtime_limit=0), local(Simulator(0, 0)))) as url:  # where there are no sockets
         page.driver.get(url)

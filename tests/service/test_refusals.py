@@ -94,7 +94,8 @@ ACCEPTING = [
 PATHS = [
     ("GET", PATH, 405),
     ("PUT", PATH, 405),
-    ("DELETE", "/v1/models/simulator", 405),
+    ("PUT", "/v1/models/simulator", 405),
+    ("DELETE", "/v1/models/other", 404),
     ("POST", "/v1/models", 405),
     ("POST", "/healthz", 405),
     ("GET", "/v1", 404),

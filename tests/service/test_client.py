@@ -1,0 +1,91 @@
+"""The real OpenAI client through every kind of call: plain, raw, streamed, asynchronous; and what the server lacks."""
+
+import asyncio
+import time
+
+import openai
+import pytest
+from running import serving
+
+from service import errors
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.errors import TABLE, ServiceError
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def api():
+    with serving(create_app(Settings(data=None, aliases={"dall-e-3": "simulator"}), local(Simulator(0, 0)))) as url:
+        yield url
+
+
+def test_every_error_of_ours_has_its_place_in_the_table():
+    known = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)}
+    assert set(TABLE) == known
+
+
+def test_headers_are_read_beside_the_answer(api, connect):
+    raw = connect(api).images.with_raw_response.generate(prompt="a", extra_body={"seed": 1})
+    assert "model;dur=" in raw.headers["server-timing"]
+    answer = raw.parse()
+    assert answer.data[0].seed == 1
+    assert answer._request_id == raw.headers["x-request-id"]
+    with connect(api).images.with_streaming_response.generate(prompt="a", extra_body={"seed": 1}) as streamed:
+        assert streamed.parse().data[0].b64_json == answer.data[0].b64_json
+
+
+def test_the_asynchronous_client_gets_the_same(api, connect):
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{api}/v1", api_key="none", max_retries=0) as client:
+            answers = [client.images.generate(prompt="a", extra_body={"seed": seed}) for seed in range(4)]
+            made = [answer.data[0].b64_json for answer in await asyncio.gather(*answers)]
+            async for event in await client.images.generate(prompt="a", stream=True, extra_body={"seed": 0}):
+                assert event.b64_json == made[0]
+            assert [model.id async for model in client.models.list()] == ["simulator", "dall-e-3"]
+        return made
+
+    answer = connect(api).images.generate(prompt="a", n=4, extra_body={"seed": 0})
+    assert asyncio.run(ask()) == [item.b64_json for item in answer.data]
+
+
+def test_types_of_the_client_are_all_there(api, connect):
+    """Models are built without validation, so that a field that lacks is missed only when it is read."""
+    answer = connect(api).images.generate(prompt="a", model="dall-e-3", size="128x64", quality="standard")
+    assert abs(answer.created - time.time()) < 60
+    assert (answer.background, answer.output_format, answer.size) == ("opaque", "png", "128x64")
+    usage = answer.usage
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert usage.input_tokens_details.text_tokens == usage.input_tokens
+    assert usage.output_tokens_details.image_tokens == usage.output_tokens == 32
+    for event in connect(api).images.generate(prompt="a", stream=True):
+        assert event.usage.total_tokens == event.usage.input_tokens + event.usage.output_tokens
+    model = connect(api).models.retrieve("dall-e-3")
+    assert (model.id, model.object, model.owned_by) == ("dall-e-3", "model", "simulator")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.images.edit(image=b"a", prompt="a"),
+        lambda client: client.uploads.create(bytes=1, filename="a", mime_type="a", purpose="batch"),
+        lambda client: client.chat.completions.create(model="simulator", messages=[]),
+        lambda client: client.files.list(),  # nothing is kept here
+        lambda client: client.batches.list(),
+        lambda client: client.fine_tuning.jobs.list(),
+        lambda client: client.models.delete("simulator"),
+    ],
+)
+def test_what_the_server_lacks_is_an_error_of_the_client(api, connect, call):
+    with pytest.raises(openai.NotFoundError) as caught:
+        call(connect(api))
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.request_id.startswith("req_")
+
+
+def test_the_clients_own_retry_comes_when_it_was_told_to(serve):
+    url = serve(Simulator(0, 0), rate_limit="1/second")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
+        for _ in range(3):
+            assert client.images.generate(prompt="a").data
