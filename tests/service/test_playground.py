@@ -85,6 +85,34 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
         assert page.errors() == []
 
 
+def test_keys_draw_and_themes_and_phones_have_their_form(page):
+    with serving(create_app(Settings(data=None), local(Simulator(0, 0)))) as url:
+        page.driver.get(url)
+        page.until(lambda: page.find("#model option"))
+        page.find("#live")[0].click()
+        page.find("#prompt")[0].send_keys("a red circle")
+        assert not page.find("#images img")
+        page.find("#prompt")[0].send_keys(Keys.CONTROL, Keys.ENTER)
+        page.until(lambda: len(page.find("#history li")) == 1)
+        page.find("#prompt")[0].send_keys(Keys.ALT, "s")
+        page.until(lambda: len(page.find("#history li")) == 2)
+        assert page.find("#seed")[0].get_attribute("value") != "1"
+        ground = "return getComputedStyle(document.body).backgroundColor"
+        before = page.driver.execute_script(ground)
+        page.find("#theme")[0].click()
+        assert page.driver.execute_script(ground) != before
+        phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        for name in ("", "jobs", "batches"):
+            page.driver.get(f"{url}/{name}")
+            page.until(lambda: page.find("nav [aria-current]"))
+            assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.driver.execute_script("localStorage.clear()")
+        page.driver.get("about:blank")
+        page.errors()  # of the lists that a server without a data folder lacks
+
+
 def test_a_key_is_asked_for_where_it_is_needed(page):
     with serving(create_app(Settings(api_keys=("secret",), data=None), local(Simulator(0, 0)))) as url:
         page.driver.get(url)
