@@ -88,7 +88,7 @@ class Images:
     encoded: Sequence[bytes]
     usage: Usage
     warnings: list[str] | None
-    seconds: dict[str, float]  # by stage; of the image that took longest
+    seconds: dict[str, float]  # by stage; of the image that took longest, and only of stages that one went through
 
     @property
     def server_timing(self) -> str:
@@ -144,7 +144,8 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
         output_tokens_details=TokenDetails(image_tokens=patches, text_tokens=0),
         total_tokens=tokens + patches,
     )
-    seconds = {stage: max(image.seconds[stage] for image in images) for stage in images[0].seconds}
+    stages = dict.fromkeys(stage for image in images for stage in image.seconds)
+    seconds = {stage: max(image.seconds.get(stage, 0.0) for image in images) for stage in stages}
     warnings = [f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None
     return Images(order, encoded, usage, warnings, seconds | after)
 

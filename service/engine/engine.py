@@ -70,7 +70,7 @@ class Image:
     pixels: NDArray[np.uint8]  # (H, W, 3)
     tokens: int  # of the prompt, as the model saw it
     truncated: bool  # whether the model saw only the prompt's beginning
-    seconds: Mapping[str, float]  # queue, and the stages of its batch: text, model, vae
+    seconds: Mapping[str, float]  # queue, and the stages of its batch: text, model, vae; none where a cache had it
 
 
 @dataclass(eq=False)
@@ -659,7 +659,7 @@ class Engine:
             self._metrics.stages.labels("queue").observe(queued)
             image = Image(pixels[i], made.tokens[i], made.truncated[i], {"queue": queued, **made.seconds})
             self._forget(work)
-            self._made.put(self._pixels(work), image, image.pixels.nbytes)
+            self._made.put(self._pixels(work), replace(image, seconds={}), image.pixels.nbytes)
             if not work.reply.done():  # its clients left meanwhile
                 work.reply.set_result(image)
 

@@ -114,11 +114,14 @@ function show(made) {
   $("images").replaceChildren(...figures);
   const known = made.stages.reduce((sum, stage) => sum + stage[1], 0);
   const stages = [...made.stages, ["network and page", Math.max(0, made.total - known)]];
-  const bars = stages.map((stage) => element("div"));
-  bars.forEach((bar, i) => { bar.style.flexGrow = stages[i][1]; });
   $("stages").hidden = false;
-  $("stages").replaceChildren(...bars);
-  $("legend").replaceChildren(...stages.map(([name, ms]) => element("li", { textContent: `${name} ${ms.toFixed(1)} ms` })));
+  $("stages").replaceChildren(...stages.map(([name, ms]) => {
+    const bar = element("div", { className: name });
+    bar.style.flexGrow = ms;
+    return bar;
+  }));
+  $("legend").replaceChildren(...stages.map(([name, ms]) =>
+    element("li", { className: name, textContent: `${name} ${ms.toFixed(1)} ms` })));
   const count = figures.length === 1 ? "1 image" : `${figures.length} images`;
   say([`${count} of ${made.content.size} in ${Math.round(made.total)} ms.`, ...(made.content.warnings || [])].join(" "));
 }

@@ -111,9 +111,15 @@ def test_what_contradicts_itself_is_refused_by_name(api):
 
 
 def test_stages_are_timed_in_a_header(api):
-    stages = dict(part.split(";dur=") for part in ask(api).headers["server-timing"].split(", "))
-    assert {"model", "encode"} <= set(stages)
-    assert all(float(duration) >= 0 for duration in stages.values())
+    def stages(**body) -> list[str]:
+        timed = dict(part.split(";dur=") for part in ask(api, **body).headers["server-timing"].split(", "))
+        assert all(float(duration) >= 0 for duration in timed.values())
+        return list(timed)
+
+    every = ["queue", "text", "model", "vae", "encode"]
+    assert stages(prompt="timed", seed=1) == every
+    assert stages(prompt="timed", seed=1) == ["encode"]  # the result cache had it
+    assert stages(prompt="timed", seed=1, n=2) == every
 
 
 def test_a_retry_with_its_key_gets_the_same_answer_and_makes_nothing(api):
