@@ -428,6 +428,8 @@ class Batches:
                 raise InvalidRequest("a batch answers with links", "body.response_format", "invalid_value")
             if body.timeout is not None:
                 raise InvalidRequest("a batch takes its time", "body.timeout", "invalid_value")
+            if body.priority == "interactive":
+                raise InvalidRequest("a batch waits for interactive work", "body.priority", "invalid_value")
             order = Order.of(body, self._service.card(body.model))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]

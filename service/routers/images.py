@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import re
 import time
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
@@ -17,12 +18,14 @@ from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesR
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 RAW = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+JSON = ("application/json", "application/*", "*/*")
 EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
 T = TypeVar("T")
+_QUALITY = re.compile(r"\bq=(0(?:\.\d*)?|1(?:\.0*)?)")
 
 
 @router.post(
@@ -54,7 +57,7 @@ async def generate(
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    raw = next((kind for part in accept.split(",") if (kind := part.split(";")[0].strip()) in RAW), None)
+    raw = _raw(accept)
     _consistent(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": RAW[raw]})
@@ -78,6 +81,18 @@ async def generate(
         return await answer()
     fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
     return await service.replays.once(caller.owner, idempotency_key, fingerprint, answer)
+
+
+def _raw(accept: str) -> str | None:
+    """The kind of image that a client likes better than JSON, or named before it."""
+    liked: list[tuple[float, str]] = []
+    for part in accept.lower().split(","):
+        kind, _, rest = part.partition(";")
+        quality = _QUALITY.search(rest)
+        liked.append((float(quality[1]) if quality else 1.0, kind.strip()))
+    known = [(quality, kind) for quality, kind in liked if quality and (kind in RAW or kind in JSON)]
+    best = max(known, key=lambda each: each[0], default=(0.0, ""))[1]
+    return best if best in RAW else None
 
 
 def _consistent(body: ImageRequest, raw: str | None) -> None:

@@ -96,7 +96,8 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
         line("e", response_format="b64_json"),
         line("f") | {"method": "GET"},
         line("g") | {"url": "/v1/images/edits"},
-        line("h", prompt="long" * 3000),
+        line("h", priority="interactive"),
+        line("i", prompt="long" * 3000),
         line("never read"),
     ]
     batch = ended(client, submit(client, wrong).id, "failed")
@@ -109,7 +110,8 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
         (8, "invalid_value", "body.response_format"),
         (9, "invalid_method", "method"),
         (10, "invalid_url", "url"),
-        (11, "line_too_long", None),
+        (11, "invalid_value", "body.priority"),
+        (12, "line_too_long", None),
     ]
     assert (batch.failed_at is not None, batch.output_file_id) == (True, None)
 

@@ -100,6 +100,23 @@ def test_bytes_are_answered_to_who_accepts_them(api, kind):
     assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("*/*", "application/json"),
+        ("application/json, image/png", "application/json"),
+        ("image/webp;q=0.5, application/json", "application/json"),
+        ("application/json;q=0.5, image/webp", "image/webp"),
+        ("image/webp;q=0.5, image/jpeg;q=0.8, */*;q=0.1", "image/jpeg"),
+        ("image/png;q=0, */*", "application/json"),
+        ("IMAGE/PNG;q=x", "image/png"),
+        ("text/html", "application/json"),
+    ],
+)
+def test_clients_get_what_they_like_best(api, accept, kind):
+    assert ask(api, {"accept": accept}).headers["content-type"] == kind
+
+
 def test_what_contradicts_itself_is_refused_by_name(api):
     raw = {"accept": "image/png"}
     assert param(ask(api, raw, n=2)) == "n"
