@@ -21,10 +21,10 @@ LIMIT = Protocol.max_head_bytes
 
 
 class Hasty(Protocol):
-    """Waits for nobody."""
+    """Waits for nobody; long enough for a client on a busy machine."""
 
-    head_seconds = 0.2
-    stall_seconds = 0.2
+    head_seconds = 1.0
+    stall_seconds = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def patient():
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory):
-    settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=1)
+    settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=2)
     with serving(create_app(settings, local(Simulator(0, 0))), Hasty) as url:
         yield url
 
@@ -99,7 +99,7 @@ def test_what_is_no_http_is_told_so(patient, text):
 def test_a_head_that_does_not_end_is_not_waited_for(hasty):
     with dial(hasty) as line:
         line.sendall(LINE)
-        assert "0.2 s" in refused(rest(line), 408)["message"]
+        assert "within 1 s" in refused(rest(line), 408)["message"]
 
 
 @pytest.mark.parametrize("said", [b"", b"\r\n"])
@@ -121,7 +121,7 @@ def test_a_websocket_lasts(hasty):
     with connect(hasty.replace("http", "ws") + "/v1/realtime/images") as session:
         with pytest.raises(ConnectionClosed) as closed:
             session.recv(30)
-        assert closed.value.rcvd.code == 1000  # after a second, by the session itself
+        assert closed.value.rcvd.code == 1000  # after two seconds, by the session itself
 
 
 def test_an_answer_that_nobody_takes_is_given_up(hasty):
