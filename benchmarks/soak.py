@@ -2,9 +2,10 @@
 
 python benchmarks/soak.py [--kills 20] [--config scenes-debug] [--set key=value ...] [--out runs/soak] [--seed 0]
 
-Both runs take the same command. Before each kill (SIGKILL, so nothing can be tidied up) the run gets a random time,
-up to what the undisturbed one took; what it was doing then is named by the newest checkpoint. Ends with status 1 when
-one number of the last checkpoint differs.
+Both runs take the same command. Every other kill (SIGKILL, so nothing can be tidied up) comes while the run starts, at
+a random time up to what the undisturbed one took for that; the others come at a random time after its next checkpoint,
+up to what the undisturbed one took from its first to its end. What it had kept by then is named by the newest
+checkpoint. Ends with status 1 when one number of the last checkpoint differs.
 """
 
 import argparse
@@ -40,36 +41,52 @@ def main() -> None:
         return [*run, "--out", str(arguments.out / name)]
 
     started = time.monotonic()
-    _run(command("undisturbed"))
-    whole = time.monotonic() - started
-    print(f"undisturbed: {whole:.0f} s", flush=True)
+    process = _start(command("undisturbed"))
+    _saved(process, arguments.out / "undisturbed")
+    starting = time.monotonic() - started
+    _end(process)
+    training = time.monotonic() - started - starting
+    print(f"undisturbed: {starting:.0f} s to the first checkpoint, {training:.0f} s from there", flush=True)
 
     moments = random.Random(arguments.seed)
     kills = 0
     while kills < arguments.kills:
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = _start(command("killed"))
+        if kills % 2:
+            _saved(process, arguments.out / "killed")
         try:
-            if process.wait(moments.uniform(0, whole)):
-                sys.exit(f"the run ended with status {process.returncode}; see its error with: {command('killed')}")
+            process.wait(moments.uniform(0, training if kills % 2 else starting))
+            _end(process)
             # It came to its end first: begin another, so that as many kills as asked for happen.
             _compare(arguments.out)
             shutil.rmtree(arguments.out / "killed")
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             kills += 1
             newest = checkpoint.latest(arguments.out / "killed" / "checkpoints")
             print(f"kill {kills}: after {int(newest.name) if newest else 0} saved images", flush=True)
-    _run(command("killed"))
+    _end(_start(command("killed")))
     _compare(arguments.out)
     print(f"{kills} kills, the same bits")
 
 
-def _run(command: list[str]) -> None:
-    """To the end, or end with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"status {done.returncode}: {done.stderr.strip()}")
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _saved(process: subprocess.Popen[str], run: Path) -> None:
+    """Wait until a run keeps one more checkpoint, or ends."""
+    before = checkpoint.latest(run / "checkpoints")
+    while process.poll() is None and checkpoint.latest(run / "checkpoints") == before:
+        time.sleep(0.05)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Wait for a run's end; end with what it said where that is an error."""
+    said = process.communicate()[1]
+    if process.returncode:
+        sys.exit(f"status {process.returncode}: {said.strip()}")
 
 
 def _compare(out: Path) -> None:

@@ -6,6 +6,12 @@ geometry with random weights, which cost what trained ones cost, with the same m
 take turns, each measurement in a process of its own, so that peak memory is a side's alone.
 
     python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
+
+Ours compiles its blocks on a GPU and not on a CPU, as `docs/scaling.md` recommends; `--compile` and `--no-compile` say
+otherwise. Two more questions, each asked of our side alone:
+
+    python benchmarks/train.py --profile         where the time of a step goes, and how far it is from matrix products
+    python benchmarks/train.py --processes 2     gloo processes that share the cores, against one with a thread on each
 """
 
 import argparse
@@ -17,7 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.plan import Setting
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the figures
     os.environ.setdefault(_name, "error")
@@ -32,7 +45,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from distill.config import Run
-    from distill.plan import build, read_geometry
+    from distill.plan import Setting, build, read_geometry
     from distill.run import accelerator
     from distill.text import TextCondition
     from distill.trainer import train
@@ -50,30 +63,73 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         def rows(self, indices: list[int]) -> TextCondition:
             return self._all[torch.tensor(indices)]
 
+    compiled = torch.cuda.is_available() if arguments.compile is None else arguments.compile
     geometry = read_geometry(arguments.teacher)
+    cadence = dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9)
     config = Run.model_validate(
         {
-            "networks": {"kind": arguments.kind, "checkpointing": arguments.checkpointing},
+            "networks": {"kind": arguments.kind, "checkpointing": arguments.checkpointing, "compile": compiled},
             "method": {"name": "fgm", "guidance": {"teacher": GUIDANCE}},
-            "images": (WARM + arguments.steps) * arguments.batch,
+            "images": 10**9,
             "batch": arguments.batch,
-            "cadence": dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9),
+            "cadence": cadence | {"log": arguments.batch} if arguments.profile else cadence,
+            "trackers": [],
         }
     )
     with tempfile.TemporaryDirectory() as folder:
         machine = accelerator(config, Path(folder))
         dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
         networks, _ = build(geometry, config.networks, dtype, device=str(machine.device))
-        shape = geometry.transformer
+        shape, size = geometry.transformer, arguments.size or geometry.image_size
         rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])
-        side = (arguments.size or geometry.image_size) // geometry.pixels_per_latent
-        progress = train(config, Path(folder), networks, rows, [(shape["in_channels"], side, side)], machine)
-        for _ in range(WARM):
-            next(progress)
-        started = _clock(machine.device)
-        for _ in range(arguments.steps):
-            next(progress)
-        return _figures(started, machine.device, arguments)
+        latents = (shape["in_channels"], *[size // geometry.pixels_per_latent] * 2)
+        began = time.perf_counter()
+        with closing(train(config, Path(folder), networks, rows, [latents], machine)) as progress:
+            for _ in range(WARM):
+                next(progress)
+            started = _clock(machine.device)
+            with torch.profiler.profile() if arguments.profile else nullcontext() as profile:
+                rounds = [next(progress) for _ in range(arguments.steps)]
+                figures = _figures(started, machine.device, arguments)
+        if profile is not None:
+            setting = Setting(geometry, config.networks, dtype, arguments.batch, size, config.method)
+            _tell(profile, [each.figures for each in rounds], setting, figures["images_per_second"], machine.device)
+        machine.end_training()
+        return {**figures, "seconds_to_start": started - began}
+
+
+def _tell(
+    profile: "torch.profiler.profile",
+    rounds: list[dict[str, float]],
+    setting: "Setting",
+    images_per_second: float,
+    device: "torch.device",
+) -> None:
+    """Tables of where the time went: by what the loop did, by operation, and beside what matrix products would take."""
+    import torch
+
+    seconds: dict[str, float] = {}
+    for figures in rounds:
+        for name, value in figures.items():
+            if name.startswith("seconds/"):
+                seconds[name] = seconds.get(name, 0) + value
+    print("\n".join(f"{name:20} {value / sum(seconds.values()):6.1%}" for name, value in seconds.items()))
+    order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    print(profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+
+    side = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=setting.dtype)
+    times = []
+    for _ in range(8):
+        started = _clock(device)
+        a @ a
+        times.append(_clock(device) - started)
+    rate, flop = 2 * side**3 / min(times), setting.plan().flop_per_image
+    print(f"{flop / 1e9:.1f} GFLOP an image at {images_per_second:.2f} images/s: {flop * images_per_second / 1e9:.0f}")
+    print(
+        f"GFLOP/s; matrices of {side} x {side} are multiplied at {rate / 1e9:.0f}, which would make {rate / flop:.2f}"
+    )
+    print("images/s. A profiled run is slower than another.")
 
 
 def baseline(arguments: argparse.Namespace) -> dict[str, float]:
@@ -203,44 +259,66 @@ def _figures(started: float, device, arguments: argparse.Namespace) -> dict[str,
     return {"images_per_second": arguments.steps * arguments.batch / seconds, "peak_bytes": peak}
 
 
-SIDES = {"ours": ours, "baseline": baseline}
+MODELS = {"ours": ours, "baseline": baseline}
 
 
 def main() -> None:
-    """Measure both sides by turns and print the medians and their ratios."""
+    """Measure two sides by turns and print the medians and their ratios, or profile ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default=str(SHIPPED), help="folder, sd3-medium, sd3.5-medium or sd3.5-large")
     parser.add_argument("--kind", choices=("full", "lora"), default="full", help="what our side trains")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, help="side of the images in pixels; native if not given")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of our blocks; on GPUs if not given")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--processes", type=int, help="gloo processes on the CPU's cores, against one process")
+    parser.add_argument("--profile", action="store_true", help="say where our side's time goes; no comparison")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(SIDES[arguments.side](arguments)))
+    if arguments.side or arguments.profile:
+        figures = MODELS[arguments.side or "ours"](arguments)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(figures))
         return
 
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    found: dict[str, list[dict[str, float]]] = {}
     for _ in range(arguments.rounds):
-        for side in SIDES:
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[side].append(json.loads(output.splitlines()[-1]))
+        for name, command, environment in _sides(arguments.processes):
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+            found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
     medians = {
         side: {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
         for side, rounds in found.items()
     }
-    a, b = medians["ours"], medians["baseline"]
-    ratios = {name: a[name] / b[name] for name in a}
+    a, b = medians.values()
+    ratios = {name: a[name] / b[name] for name in ("images_per_second", "peak_bytes")}
     if arguments.json:
         print(json.dumps({**medians, "ratios": ratios}, indent=2))
         return
     for side, figures in medians.items():
-        print(f"{side:9} {figures['images_per_second']:8.2f} images/s  {figures['peak_bytes'] / 2**30:6.2f} GiB")
-    print(f"{'ratio':9} {ratios['images_per_second']:8.2f}           {ratios['peak_bytes']:6.2f}")
+        print(f"{side:12} {figures['images_per_second']:8.2f} images/s  {figures['peak_bytes'] / 2**30:6.2f} GiB")
+    print(f"{'ratio':12} {ratios['images_per_second']:8.2f}           {ratios['peak_bytes']:6.2f}")
+
+
+def _sides(processes: int | None) -> list[tuple[str, list[str], dict[str, str]]]:
+    """Name, command and variables of the two that are compared; memory is that of one process."""
+    script = [__file__, *sys.argv[1:], "--side"]
+    if processes is None:
+        return [(side, [sys.executable, *script, side], {}) for side in MODELS]
+    cores = len(os.sched_getaffinity(0))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}
+    return [
+        (f"{processes} processes", [sys.executable, *launch, *script, "ours"], on_cpu | _threads(cores // processes)),
+        ("1 process", [sys.executable, *script, "ours"], on_cpu | _threads(cores)),
+    ]
+
+
+def _threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(max(1, count))}
 
 
 if __name__ == "__main__":

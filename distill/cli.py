@@ -1,5 +1,6 @@
 """The `distill` command: parse, call, print. No command imports torch before it runs."""
 
+import errno
 import json
 import os
 import signal
@@ -884,12 +885,20 @@ def stats(
 
 
 def main() -> None:
-    """Entry point of the console command: errors of ours become one sentence and status 2, or 75 to try again later."""
+    """Entry point of the console command: errors of ours, and a full disk, become one sentence and status 2.
+
+    Status 75 is to try again later.
+    """
     try:
         app()
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if isinstance(error, ClaimedError) else 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; make room and give the same command again, it continues", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,6 +174,7 @@ class Plan:
     temporary: int
     moments: dict[str, int]
     flop_per_image: float
+    states: dict[str, int]  # of the optimizers, by each kind that there is
 
     @property
     def peak(self) -> int:
@@ -216,7 +218,7 @@ class Setting:
     optimizer: Literal["adam", "adam-8bit"] = "adam"
 
     def plan(self) -> Plan:
-        """Measure: half a minute for SD3-medium with FGM, and no memory to speak of; raises SizeError."""
+        """Measure: half a minute for SD3-medium, and no memory to speak of; raises SizeError."""
         geometry, dtype = self.geometry, self.dtype
         geometry.check_size(self.size)
         turns = self.method.turns()
@@ -228,8 +230,8 @@ class Setting:
         weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
         owned = {role: list(networks.trainable(role).values()) for role in networks.roles}
         own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in owned.items()}
-        moments_of = {"adam": _moments, "adam-8bit": _moments_8bit}[self.optimizer]
-        states = sum(moments_of(tensor) for tensors in owned.values() for tensor in tensors)
+        learnt = [tensor for tensors in owned.values() for tensor in tensors]
+        states = {"adam": sum(map(_moments, learnt)), "adam-8bit": sum(map(_moments_8bit, learnt))}
         with FakeTensorMode():
             for model in [*models, vae]:
                 without_data(model)
@@ -252,7 +254,7 @@ class Setting:
             "student weights": own["student"],
             "fake weights": own.get("fake", 0),  # with its critic
             "averaged student": own["student"],
-            "optimizer states": states,
+            "optimizer states": states[self.optimizer],
             "autoencoder for grids": vae_bytes,
         }
         always = sum(resident.values())
@@ -274,6 +276,7 @@ class Setting:
             temporary=heaviest.peak - heaviest.kept,
             moments=moments,
             flop_per_image=flop / self.batch,
+            states=states,
         )
 
 
@@ -310,7 +313,9 @@ def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
         checkpointed = replace(setting, kind=kind.model_copy(update={"checkpointing": True}))
         if checkpointed.plan().peak <= available:
             found.append("--checkpointing")
-    if setting.optimizer == "adam" and replace(setting, optimizer="adam-8bit").plan().peak <= available:
+    # At every moment but the start, when there are no networks yet, the states are there.
+    saved = plan.states[setting.optimizer] - plan.states["adam-8bit"]
+    if saved and max(plan.moments["start"], plan.peak - saved) <= available:
         found.append("--optimizer adam-8bit")
     if isinstance(kind, Full):
         lora = Lora(checkpointing=kind.checkpointing)
@@ -338,11 +343,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if func._overloadpacket in _FLOP:
             self.flop += _FLOP[func._overloadpacket](*args, **kwargs, out_val=out)
-        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            # What shares storage with an argument is a view of it, or the argument itself.
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
-                self._count(x.untyped_storage())
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if made:  # more than half of all calls ask a tensor without data for its device and the like
+            before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for x in made:
+                # What shares storage with an argument is a view of it, or the argument itself.
+                if x.untyped_storage()._cdata not in before:
+                    self._count(x.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -451,17 +458,22 @@ def take_turn(
         with _autocast(dtype):
             t = torch.ones(len(z))
             x, loss = z, torch.zeros(())
-            for each in asked:
+            for each, alike in groupby(asked):
+                count, before = len(list(alike)), meter.flop
                 if each.role == "critic":
                     field = networks.critic(role == "fake")
                 else:
                     field = networks.velocity(each.role) if each.role == role else networks.field(each.role)
-                rows = torch.cat([x] * each.rows), torch.cat([t] * each.rows), TextCondition.cat([cond] * each.rows)
-                with torch.set_grad_enabled(each.learns):
-                    out = _derived(field, *rows) if each.derived else field(*rows)
-                    if each.role == "student":
-                        x = out = (z - out).float()
-                loss = loss + out.square().mean()
+                # A field that keeps nothing costs the same every time: once tells of a whole path of a sampler.
+                runs = count if each.learns else 1
+                for _ in range(runs):
+                    rows = torch.cat([x] * each.rows), torch.cat([t] * each.rows), TextCondition.cat([cond] * each.rows)
+                    with torch.set_grad_enabled(each.learns):
+                        out = _derived(field, *rows) if each.derived else field(*rows)
+                        if each.role == "student":
+                            x = out = (z - out).float()
+                    loss = loss + out.square().mean()
+                meter.flop += (count - runs) * (meter.flop - before)
         kept = meter.live
         loss.backward()  # type: ignore[no-untyped-call]
     return Turned(kept, meter.peak, meter.flop)

@@ -284,9 +284,12 @@ class _Shard:
     def row(self, row: int) -> dict[str, Tensor]:
         """One row, as a batch, by tensor. Raises CacheError when the file is not what was written."""
         if not self._checked:
-            if _digest(self._path) != self._sha256:
+            try:
+                self._checked = _digest(self._path) == self._sha256
+            except OSError:
+                raise self._damaged() from None
+            if not self._checked:
                 raise self._damaged()
-            self._checked = True
         return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
 
     def _damaged(self) -> CacheError:

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill import attention, checkpoint, optimizers
 from distill.config import Run
-from distill.errors import ConfigError, DivergedError
+from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import Draw, one_step
 from distill.methods import Batch, Loss, Real, Turn, Velocities
 from distill.networks import Networks
@@ -137,7 +137,7 @@ def train(
     """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
     `shapes` are the latents (C, h, w) that each step draws one of. Raises CheckpointError for a checkpoint of another
-    configuration, DivergedError for a number that is not finite.
+    configuration, DivergedError for a number that is not finite, RunError when `out` vanishes meanwhile.
     """
     set_seed(config.seed)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -210,6 +210,11 @@ def train(
                 tensor.lerp_(weights["student"][name].detach(), 1 - keep)
 
             # 5. report and keep
+            if not out.is_dir():
+                raise RunError(
+                    f"{out} is gone; if it was moved, the same command with its new place as --out continues "
+                    "from the last checkpoint in it"
+                )
             before, images = images, after
             seconds += time.perf_counter() - started
             save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)

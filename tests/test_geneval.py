@@ -1,12 +1,14 @@
 """Images in GenEval's folders, whole and made once; CLIP score, CMMD and FID of folders of images."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import CLIP_LENGTH, WORDS
 from transformers import CLIPImageProcessorPil, CLIPModel
 from typer.testing import CliRunner
@@ -160,13 +162,23 @@ def test_a_damaged_image_is_named(clip_folder, tmp_path) -> None:
             invoke("score", made, "--clip", clip_folder)
 
 
-def test_fid_says_what_it_needs(tmp_path) -> None:
+def test_fid_takes_no_pickle_and_no_other_network(tmp_path) -> None:
     paths = find_images(make_images(tmp_path / "made", 2, 1))
-    try:
-        import torch_fidelity  # noqa: F401
-    except ImportError:
-        message = r"flow-generator-matching\[evaluation\]"
-    else:
-        message = "not a safetensors file"
-    with pytest.raises(ScorerError, match=message):
-        fid(paths, paths, tmp_path / "absent.safetensors", torch.device("cpu"))
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "inception.pth")
+    save_file({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.safetensors")
+    for name, words in (
+        ("absent.safetensors", "not a safetensors file"),
+        ("inception.pth", "not a safetensors file"),
+        ("other.safetensors", "whose fc.weight is 1008 x 2048"),
+    ):
+        with pytest.raises(ScorerError, match=words):
+            fid(paths, paths, tmp_path / name, torch.device("cpu"))
+
+
+def test_fid_without_its_package_says_what_to_install(tmp_path) -> None:
+    if find_spec("torch_fidelity"):
+        pytest.skip("torch-fidelity is installed here")
+    paths = find_images(make_images(tmp_path / "made", 2, 1))
+    save_file({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "inception.safetensors")
+    with pytest.raises(ScorerError, match=r"flow-generator-matching\[evaluation\]"):
+        fid(paths, paths, tmp_path / "inception.safetensors", torch.device("cpu"))

@@ -1,8 +1,11 @@
 """Two adapters on one base learn exactly as three separate copies would, however the base computes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from parity import CPU, SHAPE, Prompts, asked, gradients, shared
+from torch._dynamo.utils import counters
 
 from distill.config import Full, Lora
 from distill.errors import ConfigError
@@ -34,6 +37,35 @@ def test_one_base_has_the_gradients_of_three_copies(teacher, kind, role):
     other = "student" if role == "fake" else "fake"
     assert all(tensor.grad is None for tensor in one.trainable(other).values())
     assert all(tensor.requires_grad for role in ROLES for tensor in one.trainable(role).values())
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Compiled forms as torch traces them, without the minutes that code generation takes."""
+    torch.compiler.reset()
+    torch.compiler.set_default_backend("eager")
+    yield
+    torch.compiler.set_default_backend(None)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it, unless it is an error
+def test_compiled_blocks_have_the_same_gradients_and_compile_once(teacher, traced):
+    """In the student's turn, which asks all three roles under checkpointing."""
+
+    def turn(networks):
+        with networks.using("student"):
+            found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
+        for tensor in networks.trainable("student").values():
+            tensor.grad = None
+        return found
+
+    networks = shared(teacher, compile=True, checkpointing=True)
+    assert_same(turn(networks), turn(shared(teacher)))
+    forms = counters["stats"]["unique_graphs"]
+    assert forms > 0
+    turn(networks)
+    assert counters["stats"]["unique_graphs"] == forms  # roles alternate without compiling again
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -242,6 +242,17 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
 
 
+def test_a_full_disk_under_any_command_is_one_sentence(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "distill.cli", "runs", str(tmp_path)]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: [Errno 28] No space left on device; make room and give the same command again, it continues\n"
+    )
+
+
 def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     """Where `save` replaces a state of the same name; the next claim gives it its name again."""
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)

@@ -10,8 +10,9 @@ from parity import IMAGES, SHAPE, Prompts
 
 from distill import checkpoint, trainer
 from distill.config import Optimizer
-from distill.errors import CacheError, ConfigError
+from distill.errors import CacheError, ConfigError, RunError
 from distill.optimizers import adam
+from distill.text import TextCondition
 
 
 def figures(teacher, out, **more):
@@ -28,6 +29,47 @@ def test_micro_batches_add_up_to_the_whole_batch_s_gradient(teacher, tmp_path):
         for role in ("fake", "student"):
             assert parts[f"gradient_norm/{role}"] == pytest.approx(whole[f"gradient_norm/{role}"], rel=1e-3)
             assert parts[f"loss/{role}"] == pytest.approx(whole[f"loss/{role}"], rel=1e-3, abs=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(teacher, tmp_path):
+    class Damaged(Prompts):
+        """The first conditions that are asked for, those of the fake's first step, are no numbers."""
+
+        asked = 0
+
+        def rows(self, indices):
+            self.asked += 1
+            cond = super().rows(indices)
+            return TextCondition(cond.embeds * torch.nan, cond.pooled) if self.asked == 1 else cond
+
+    networks = parity.shared(teacher)
+    before = {role: {name: t.detach().clone() for name, t in networks.trainable(role).items()} for role in parity.ROLES}
+    config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.skips": 1})
+    rounds = trainer.train(config, tmp_path, networks, Damaged(), [SHAPE], Accelerator(cpu=True))
+    first = next(rounds)
+    assert (first.figures["skipped/fake"], first.figures["skipped/student"]) == (1, 0)
+    assert "gradient_norm/fake" not in first.figures
+    fake, student = (networks.trainable(role) for role in parity.ROLES)
+    assert all(torch.equal(tensor, before["fake"][name]) for name, tensor in fake.items())
+    assert any(not torch.equal(tensor, before["student"][name]) for name, tensor in student.items())
+    (second,) = rounds
+    assert (second.figures["skipped/fake"], second.figures["skipped/student"]) == (0, 0)
+    assert any(not torch.equal(tensor, before["fake"][name]) for name, tensor in fake.items())
+    assert all(tensor.isfinite().all() for tensor in (*fake.values(), *student.values()))
+
+
+def test_a_folder_that_vanishes_ends_the_run_which_goes_on_where_it_went(teacher, tmp_path):
+    def rounds(out):
+        return trainer.train(parity.run(), out, parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    going = rounds(here)
+    assert [next(going).images, next(going).images] == [IMAGES, 2 * IMAGES]  # a checkpoint after the second
+    here.rename(there)
+    with pytest.raises(RunError, match="here is gone; if it was moved, the same command"):
+        next(going)
+    assert not here.exists()
+    assert [progress.images for progress in rounds(there)] == [3 * IMAGES, 4 * IMAGES]
 
 
 def test_a_run_starts_where_another_stands(teacher, tmp_path):

@@ -138,13 +138,13 @@ def _t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
-def distilled(teacher: Path, folder: Path, *overrides: str) -> Path:
+def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scenes-debug") -> Path:
     """A whole run over 16 images of a teacher, in this process."""
     folder.mkdir(exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
     settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup=0")
-    config = load_config("scenes-debug", [*settings, *overrides])
+    config = load_config(preset, [*settings, *overrides])
     out = folder / "run"
     run.prepare(config, out)
     list(run.embed(config, out, torch.device("cpu")))

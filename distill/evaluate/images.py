@@ -52,19 +52,14 @@ def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float,
 def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:
     """FID by torch-fidelity, with its Inception weights converted to safetensors.
 
-    Raises ScorerError when the package is not installed or the weights cannot be read.
+    Raises ScorerError when the package is not installed or the weights are others.
     """
+    weights = _inception_weights(inception)
     try:
         from torch_fidelity import calculate_metrics
     except ImportError as error:
         raise ScorerError(
             "FID needs torch-fidelity, which is not installed; run pip install 'flow-generator-matching[evaluation]'"
-        ) from error
-    try:
-        weights = load_file(inception)
-    except (OSError, SafetensorError) as error:
-        raise ScorerError(
-            f"{inception} is not a safetensors file ({error}); docs/evaluation.md says how to convert the weights"
         ) from error
     sets = _Files(made), _Files(real)
     with TemporaryDirectory() as folder:
@@ -78,10 +73,27 @@ def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: tor
             feature_extractor_weights_path=str(pickled),
             batch_size=64 if len(sets[0].sizes | sets[1].sizes) == 1 else 1,
             cuda=device.type == "cuda",
+            save_cpu_ram=device.type == "cpu",  # no readers beside the network, which takes all cores
             cache=False,
             verbose=False,
         )
     return float(figures["frechet_inception_distance"])
+
+
+def _inception_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ScorerError(
+            f"{path} is not a safetensors file ({error}); docs/evaluation.md says how to convert the weights"
+        ) from error
+    head = weights.get("fc.weight")
+    if head is None or head.shape != (1008, 2048):  # other trainings of the same network have 1000 classes
+        raise ScorerError(
+            f"{path} does not hold the Inception that FID is defined by, whose fc.weight is 1008 x 2048; "
+            "docs/evaluation.md says which file to convert"
+        )
+    return weights
 
 
 class _Files(Dataset[torch.Tensor]):
