@@ -3,8 +3,9 @@
 python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--database URL] [--out runs/soak-jobs]
 
 The servers are `fgm-service` processes over the simulator that share one data folder and, if named, one database; with
-PostgreSQL there can be several. A kill is SIGKILL, so nothing can be tidied up; the next server starts at once. Ends
-with status 1 when a line is missing, is there twice, came out with another seed, or has a link without an image.
+PostgreSQL there can be several. Kills are spread over the batch: each waits for a random share of its lines, and a
+random moment more. A kill is SIGKILL, so nothing can be tidied up; the next server starts at once. Ends with status 1
+when a line is missing, is there twice, came out with another seed, or has a link without an image.
 """
 
 import argparse
@@ -38,6 +39,7 @@ class Server:
         self._environment = os.environ | {
             "SERVICE_DATA": str(out / "data"),
             "SERVICE_JOB_SILENCE_SECONDS": "2",
+            "SERVICE_MAX_BATCH": "1",  # so that the batch lasts for all the kills
             "SERVICE_PUBLIC_URL": self.url,
             **({"SERVICE_DATABASE": database} if database else {}),
         }
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=4000)
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--database", help="PostgreSQL URL; SQLite if not given")
-    parser.add_argument("--longest", type=float, default=4.0, help="seconds between two kills at most")
+    parser.add_argument("--longest", type=float, default=1.0, help="seconds that a kill waits at most")
     parser.add_argument("--out", type=Path, default=Path("runs/soak-jobs"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
@@ -84,7 +86,8 @@ def main() -> None:
             stack.callback(server.kill)
         client = openai.OpenAI(base_url=f"{servers[0].url}/v1", api_key="none", max_retries=0)
         batch = _submit(client, arguments.lines)
-        for _ in range(arguments.kills):
+        for share in sorted(moments.random() for _ in range(arguments.kills)):
+            _reach(client, batch.id, share * arguments.lines)
             time.sleep(moments.uniform(0, arguments.longest))
             killed = moments.choice(servers)
             killed.kill()
@@ -106,6 +109,17 @@ def _submit(client: openai.OpenAI, lines: int) -> openai.types.Batch:
     )
     file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
     return client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+
+
+def _reach(client: openai.OpenAI, batch_id: str, lines: float) -> None:
+    """Wait until so many lines of the batch are made, or all that will be."""
+    until = time.monotonic() + LONGEST
+    while (batch := client.batches.retrieve(batch_id)).status in ("validating", "in_progress"):
+        if batch.request_counts is not None and batch.request_counts.completed >= lines:
+            return
+        if time.monotonic() > until:
+            sys.exit(f"the batch stands still: it is {batch.status} with {batch.request_counts}")
+        time.sleep(0.05)
 
 
 def _wait(client: openai.OpenAI, batch_id: str) -> openai.types.Batch:

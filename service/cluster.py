@@ -157,9 +157,11 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())
-        serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="EveryNode")
+        _start_proxies(settings)
         try:
             serve.run(application, name=NAME, route_prefix="/")
+            while not all(status == "HEALTHY" for status in serve.status().proxies.values()):
+                time.sleep(0.1)
             log.info("serving on http://%s:%d", settings.host, settings.port)
             stopped.wait()
         except RuntimeError as error:
@@ -170,6 +172,16 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
                 time.sleep(0.1)
             if local:
                 serve.shutdown()
+
+
+def _start_proxies(settings: Settings) -> None:
+    """Have a proxy of Ray's listen on each machine. Ray waits a minute for them, which is too short for a busy one."""
+    options = {"host": settings.host, "port": settings.port}
+    try:
+        serve.start(http_options=options, proxy_location="EveryNode")
+    except TimeoutError:
+        log.warning("Ray's proxies are not there after a minute; they are waited for")
+        serve.start(http_options=options, proxy_location="EveryNode")  # finds what is starting
 
 
 def _application(settings: Settings, scale: Scale) -> Any:

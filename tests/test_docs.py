@@ -31,7 +31,9 @@ def commands(page: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
-    for quoted in re.findall(r"`((?:distill|fgm-service) [^`]+)`", page.read_text(encoding="utf-8")):
+    for quoted in re.findall(
+        r"`((?:distill|fgm-service|python benchmarks/\S+\.py) [^`]+)`", page.read_text(encoding="utf-8")
+    ):
         yield shlex.split(re.sub(r"\s+", " ", quoted))
 
 
@@ -54,7 +56,8 @@ def test_commands_and_their_options_exist(page):
         elif words[0] == "make":
             assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
         elif words[0] == "python" and words[1].endswith(".py"):
-            assert (ROOT / words[1]).is_file(), words
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), words
         elif words[0] == "curl" and "--json" in words and words[1].endswith("/images/generations"):
             ImageRequest.model_validate(json.loads(words[words.index("--json") + 1]))
 

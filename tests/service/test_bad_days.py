@@ -17,6 +17,7 @@ import httpx
 import openai
 import postgres
 import pytest
+from engines import Gate
 from fsspec.implementations.memory import MemoryFileSystem
 from running import serving
 from sqlalchemy import create_engine, select, text
@@ -33,18 +34,6 @@ from service.jobs.files import new_id
 from service.jobs.tables import Executor, File
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings
-
-
-class Gated(Simulator):
-    """Lets nothing but the warm-up through while its gate is shut."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 0)
-        self.gate = threading.Event()
-
-    def denoise(self, conditions, seeds, width, height):
-        assert conditions[0].startswith("warm-up") or self.gate.wait(120)
-        return super().denoise(conditions, seeds, width, height)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +80,8 @@ def address(of: subprocess.Popen[str]) -> str:
 
 
 def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, teacher, tmp_path, connect):
-    backend = Gated()
-    settings = {"teachers": {"tiny": str(teacher)}, "job_silence_seconds": 1, "database": database.url}
+    backend = Gate()
+    settings = {"teachers": {"tiny": str(teacher)}, "job_silence_seconds": 1, "job_nice": 0, "database": database.url}
     with serving(create_app(Settings(data=tmp_path, **settings), local(backend, device="cpu"))) as url:
         client = connect(url)
         job = submit_job(client, upload(client), ENDLESS)
@@ -112,7 +101,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
                 with pytest.raises(openai.InternalServerError, match="database does not answer") as away:
                     ask()
                 assert away.value.status_code == 503
-            backend.gate.set()  # so that answers are to be kept while nothing keeps them
+            backend.open.set()  # so that answers are to be kept while nothing keeps them
             assert client.images.generate(prompt="a red circle").data[0].b64_json
             assert httpx.get(f"{url}/readyz").status_code == 200
         finally:
@@ -259,15 +248,15 @@ def fill(path: Path, leave: int) -> None:
 
 
 def test_a_clock_that_jumps_ends_nothing(serve, connect, tmp_path, monkeypatch):
-    backend, now, jump = Gated(), time.time, 0.0
+    backend, now, jump = Gate(), time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: now() + jump)
     client = connect(serve(backend, data=tmp_path, job_silence_seconds=0.5))
     for jump in (0.0, 6 * 3600.0, -6 * 3600.0):  # during the batch, and before the next one
-        backend.gate.clear()
+        backend.open.clear()
         batch = submit(client, [line(str(number)) for number in range(20)])
         ended(client, batch.id, "in_progress")
         jump = -jump
-        backend.gate.set()
+        backend.open.set()
         batch = ended(client, batch.id, "completed", "failed", "expired")
         assert (batch.status, batch.request_counts.completed) == ("completed", 20)
         assert len(read(client, batch.output_file_id)) == 20

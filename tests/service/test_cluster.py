@@ -20,8 +20,8 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 HEADER = "serve_multiplexed_model_id"
 PATIENT = {  # Ray's own limits, for a machine that others use too
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "600",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "5",
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 << 20),
@@ -57,13 +57,13 @@ def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.
             yield f"http://127.0.0.1:{settings['port']}", it
         finally:
             it.terminate()
-            it.wait(120)
+            it.wait(600)
 
 
 def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: str) -> httpx.Response:
     """An answer; every one of them must be an image."""
     body = {"prompt": "a red circle", "seed": seed, "n": n, **more}
-    answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=120)
+    answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=600)
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == n
     return answer
@@ -87,7 +87,7 @@ def of_both(ask) -> list[httpx.Response]:
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
     scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
     settings = {"devices": "simulator", "max_batch": "1", "result_cache_bytes": "0", "data": "none"}
-    settings |= {"students": str(students), "timeout_seconds": "600"}
+    settings |= {"students": str(students)} | dict.fromkeys(("timeout_seconds", "worker_silence_seconds"), "600")
     with serving(*scale, **settings) as (url, process), ThreadPoolExecutor(8) as pool:
         seeds = itertools.count(100, 10)
         seen = {replica(generate(url, 0))}
@@ -111,7 +111,7 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
         process.send_signal(signal.SIGTERM)
         for answer in answers:
             answer.result()
-        assert process.wait(120) == 0
+        assert process.wait(600) == 0
 
 
 @pytest.mark.parametrize(

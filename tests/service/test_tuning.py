@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from distill.pipeline import OneStepPipeline
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
+from service.jobs.jobs import Jobs
+from service.jobs.tables import Job
 from service.settings import Settings
 
 TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
@@ -250,3 +253,29 @@ def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call
     for name in ("ftjob-none", "x\0y", "ö"):
         with pytest.raises(openai.NotFoundError):
             getattr(connect(refusing, "bob").fine_tuning.jobs, call)(name)
+
+
+def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
+    url = serve(data=tmp_path, api_keys=("ann", "bob"))
+    ann, bob = (connect(url, key) for key in ("ann", "bob"))
+    texts = {"owner": "key-0", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
+    facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
+    jobs = Jobs(tmp_path, Settings())
+    with jobs.database.begin() as session:
+        session.add(Job(id="ftjob-1", fine_tuned_model="ft:tiny::1", **texts, **facts, starts=0, images_seen=8))
+    student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
+    student.mkdir(parents=True)
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
+    for client, model in ((bob, "ft:tiny::1"), (ann, "simulator")):
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            client.models.delete(model)
+        assert refused.value.code == "not_your_model"
+    with pytest.raises(openai.NotFoundError):
+        ann.models.delete("ft:tiny::2")
+    assert ann.models.delete("ft:tiny::1").deleted
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model is None
+    now = int(time.time())
+    for moment, left in ((now, True), (now + 61, False)):
+        jobs.tuning._distiller.remove_deleted(moment)
+        assert student.exists() == left
+    jobs.database.close()
