@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import select
 
 from service.engine.engine import Engine
-from service.errors import InvalidRequest, ServiceError
+from service.errors import InvalidRequest, NotFound, ServiceError
 from service.jobs.database import Database
 from service.jobs.tables import Job
 
@@ -60,7 +61,8 @@ class Students:
             try:
                 wanted = await asyncio.to_thread(self._newest)
                 for name in self._served - wanted.keys():
-                    await self._engine.unload(name)
+                    with suppress(NotFound):  # an administrator was faster
+                        await self._engine.unload(name)
                     self._served.discard(name)
                 for name in wanted.keys() - self._served - self._refused:
                     await self._load(wanted[name], name)

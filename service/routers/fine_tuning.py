@@ -115,11 +115,16 @@ def _asked(body: JobRequest) -> Distillation:
     if body.distillation and within:
         raise InvalidRequest("distillation and method.distillation are both given; give one", "distillation")
     asked = body.distillation or within or Distillation()
-    supervised = body.method.supervised if body.method else None
-    given = body.hyperparameters or (supervised.hyperparameters if supervised else None)
-    if given and isinstance(given.batch_size, int):
-        return asked.model_copy(update={"batch": asked.batch or given.batch_size})
-    return asked
+    supervised = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
+    if body.hyperparameters and supervised:
+        message = "hyperparameters and method.supervised.hyperparameters are both given; give one"
+        raise InvalidRequest(message, "hyperparameters")
+    given = body.hyperparameters or supervised
+    if given is None or not isinstance(given.batch_size, int):
+        return asked
+    if asked.batch is not None:
+        raise InvalidRequest("batch_size and distillation.batch are both given; give one", "batch_size")
+    return asked.model_copy(update={"batch": given.batch_size})
 
 
 def _wire(job: tables.Job) -> JobObject:

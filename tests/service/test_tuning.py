@@ -223,6 +223,19 @@ def refusing(tmp_path_factory) -> Iterator[str]:
         ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {"images": 8, "seconds": 8.0}}, openai.BadRequestError, "distillation"),
         ({"hyperparameters": {"n_epochs": 3}}, openai.BadRequestError, "hyperparameters.n_epochs"),
+        (
+            {"distillation": {"preset": "scenes", "batch": 8}, "hyperparameters": {"batch_size": 4}},
+            openai.BadRequestError,
+            "batch_size",
+        ),
+        (
+            {
+                "hyperparameters": {"batch_size": 4},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8}}},
+            },
+            openai.BadRequestError,
+            "hyperparameters",
+        ),
         ({"suffix": "a:b"}, openai.BadRequestError, "suffix"),
         ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file"),
         ({"steps": 3}, openai.BadRequestError, "steps"),
