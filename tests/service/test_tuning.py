@@ -203,9 +203,35 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
+def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
+    url = serve(data=tmp_path, api_keys=("ann", "bob"))
+    ann, bob = (connect(url, key) for key in ("ann", "bob"))
+    texts = {"owner": "key-0", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
+    facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
+    jobs = Jobs(tmp_path, Settings())
+    with jobs.database.begin() as session:
+        session.add(Job(id="ftjob-1", fine_tuned_model="ft:tiny::1", **texts, **facts, starts=0, images_seen=8))
+    student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
+    student.mkdir(parents=True)
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
+    for client, model in ((bob, "ft:tiny::1"), (ann, "simulator")):
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            client.models.delete(model)
+        assert refused.value.code == "not_your_model"
+    with pytest.raises(openai.NotFoundError):
+        ann.models.delete("ft:tiny::2")
+    assert ann.models.delete("ft:tiny::1").deleted
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model is None
+    now = int(time.time())
+    for moment, left in ((now, True), (now + 61, False)):
+        jobs.tuning._distiller.remove_deleted(moment)
+        assert student.exists() == left
+    jobs.database.close()
+
+
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory) -> Iterator[str]:
-    """A server with the keys ann-key-… and bob's, and a teacher that is gone."""
+    """A server with the keys ann-key-… and bob's, and a teacher that is gone: the one of this process from here on."""
     folder = tmp_path_factory.mktemp("refusing")
     settings = Settings(data=folder, teachers={"tiny": str(folder), "gone": "/nowhere"}, api_keys=("ann", "bob"))
     with serving(create_app(settings, local(Simulator()))) as url:
@@ -266,29 +292,3 @@ def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call
     for name in ("ftjob-none", "x\0y", "ö"):
         with pytest.raises(openai.NotFoundError):
             getattr(connect(refusing, "bob").fine_tuning.jobs, call)(name)
-
-
-def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
-    url = serve(data=tmp_path, api_keys=("ann", "bob"))
-    ann, bob = (connect(url, key) for key in ("ann", "bob"))
-    texts = {"owner": "key-0", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
-    facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
-    jobs = Jobs(tmp_path, Settings())
-    with jobs.database.begin() as session:
-        session.add(Job(id="ftjob-1", fine_tuned_model="ft:tiny::1", **texts, **facts, starts=0, images_seen=8))
-    student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
-    student.mkdir(parents=True)
-    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
-    for client, model in ((bob, "ft:tiny::1"), (ann, "simulator")):
-        with pytest.raises(openai.PermissionDeniedError) as refused:
-            client.models.delete(model)
-        assert refused.value.code == "not_your_model"
-    with pytest.raises(openai.NotFoundError):
-        ann.models.delete("ft:tiny::2")
-    assert ann.models.delete("ft:tiny::1").deleted
-    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model is None
-    now = int(time.time())
-    for moment, left in ((now, True), (now + 61, False)):
-        jobs.tuning._distiller.remove_deleted(moment)
-        assert student.exists() == left
-    jobs.database.close()
