@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from distill.files import aside
+
 PROMPT = "a photo of a red circle to the left of a blue square"
 
 
@@ -39,12 +41,9 @@ def main() -> int:
     _distill("run", "demo", "--out", str(out), *(f"--set={setting}" for setting in arguments.set))
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
-        command: tuple[str, ...] = ("evaluate", "--student", str(out / "student"), "--per-task", arguments.per_task)
-        command += ("--steps", arguments.steps)
-        aside = figures.with_suffix(".partial")
-        with aside.open("w") as file:
-            _distill(*command, "--picture", str(picture), stdout=file)
-        aside.replace(figures)
+        judged = ("--per-task", arguments.per_task, "--steps", arguments.steps, "--picture", str(picture))
+        with aside(figures) as made, made.open("w") as file:
+            _distill("evaluate", "--student", str(out / "student"), *judged, stdout=file)
     print(figures.read_text())
 
     quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # what follows is to be seen

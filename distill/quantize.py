@@ -19,8 +19,8 @@ def check(name: str, dtype: torch.dtype, device: torch.device, setting: str) -> 
         raise ConfigError(f"{setting} {name} needs the package torchao; pip install torchao, or leave the setting out")
     if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8):
         capability = ".".join(map(str, _FP8))
-        raise ConfigError(f"{setting} fp8 needs a GPU of compute capability {capability} or more, not {device}; "
-                          "take int8 or none")  # fmt: skip
+        needed = f"a GPU of compute capability {capability} or more"
+        raise ConfigError(f"{setting} fp8 needs {needed}, not {device}; take int8 or none")
     if name == "fp8" and dtype != torch.bfloat16:
         raise ConfigError(f"{setting} fp8 computes beside bf16, not {dtype}; take precision bf16")
 
