@@ -1,11 +1,19 @@
-"""Kill servers at random moments while they work on a batch, and see that every line is answered exactly once.
+"""Kill servers, runs and the database at random moments of a batch and of jobs, and see that nothing is lost or twice.
 
-python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--database URL] [--out runs/soak-jobs]
+python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--jobs 2] [--out runs/soak-jobs]
+                               [--postgres [--outages 2] [--outage 60] | --database URL]
 
 The servers are `fgm-service` processes over the simulator that share one data folder and, if named, one database; with
-PostgreSQL there can be several. Kills are spread over the batch: each waits for a random share of its lines, and a
-random moment more. A kill is SIGKILL, so nothing can be tidied up; the next server starts at once. Ends with status 1
-when a line is missing, is there twice, came out with another seed, or has a link without an image.
+PostgreSQL there can be several, and `--postgres` brings one of its own, from Debian's packages. Jobs distil the shipped
+teacher in small. Troubles are spread over the work: each waits for a random share of it, and a random moment more.
+
+A kill is SIGKILL, so nothing can be tidied up: of a server, which is started again at once, or of the process of a job
+that runs. An outage stops PostgreSQL, every other time by SIGKILL, for `--outage` seconds; meanwhile whatever needs it
+must be refused with 503 and Retry-After, and single images must be made. Then nothing is done by hand but to start it.
+
+Ends with status 1 when a line is missing, is there twice, came out with another seed, or has a link without an image;
+when a job has no student that draws, or an event is missing, is there twice or out of order; or when a server refused
+in another way than it should.
 """
 
 import argparse
@@ -18,14 +26,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
+from openai.types.fine_tuning import FineTuningJob
+from postgres import Postgres, programs, running
 
 ENDPOINT = "/v1/images/generations"
-LONGEST = 600.0  # seconds in which a batch must end, kills included
+IMAGE = {"prompt": "a red circle"}
+BUDGET, STEP = 1280, 16  # of a job, in images
+DISTILLATION = {"preset": "scenes-debug", "images": BUDGET, "batch": STEP, "warmup": 0, "log_every": STEP}
+CADENCE = {"checkpoint_every": 4 * STEP, "sample_every": BUDGET, "evaluate_every": BUDGET}
+LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
 
 
 class Server:
@@ -64,92 +79,219 @@ class Server:
         self._process.kill()
         self._process.wait()
 
+    def run(self) -> psutil.Process | None:
+        """The process of the job that it carries out at this moment, if there is one."""
+        assert self._process is not None
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended since
+                words = child.cmdline()
+                if "distill.cli" in words and "run" in words and "service.jobs.leash" not in words:
+                    return child
+        return None
+
+
+class Work:
+    """A batch and jobs, submitted by their making; what became of them, asked of one server."""
+
+    def __init__(self, client: openai.OpenAI, lines: int, jobs: int) -> None:
+        self._client, self._lines = client, lines
+        bodies = [IMAGE | {"seed": number} if number % 2 else IMAGE for number in range(lines)]  # half with seeds
+        text = "\n".join(
+            json.dumps({"custom_id": f"{number}", "method": "POST", "url": ENDPOINT, "body": body})
+            for number, body in enumerate(bodies)
+        )
+        file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
+        self.batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h").id
+        prompts = client.files.create(file=("prompts.txt", b"a red circle\na blue square\n"), purpose="fine-tune")
+        asked = {"distillation": DISTILLATION | CADENCE}
+        self._jobs = [
+            client.fine_tuning.jobs.create(model="scenes", training_file=prompts.id, seed=number, extra_body=asked).id
+            for number in range(jobs)
+        ]
+
+    def share(self) -> tuple[float, str]:
+        """How much is done, from 0 to 1, a batch counting as much as a job; and the same in words."""
+        batch = self._client.batches.retrieve(self.batch)
+        jobs = [self._client.fine_tuning.jobs.retrieve(name) for name in self._jobs]
+        counts = batch.request_counts
+        made = counts.completed + counts.failed if counts else 0
+        done = [1.0 if batch.status in ("completed", "failed", "expired", "cancelled") else 0.99 * made / self._lines]
+        done += [1.0 if _ended(job) else 0.99 * _seen(job) / BUDGET for job in jobs]
+        words = [f"batch {batch.status}, {made} lines", *(f"job {job.status}, {_seen(job)} images" for job in jobs)]
+        return sum(done) / len(done), "; ".join(words)
+
+    def reach(self, share: float) -> str:
+        """Wait until so much is done; says how far it is. Ends the program when nothing goes on."""
+        furthest, moved = -1.0, time.monotonic()
+        while True:
+            done, words = self.share()
+            if done >= share:
+                return words
+            if done > furthest:
+                furthest, moved = done, time.monotonic()
+            if time.monotonic() - moved > LONGEST:
+                sys.exit(f"nothing goes on: {words}")
+            time.sleep(0.2)
+
+    def checkpoints(self) -> int:
+        """How many checkpoints the jobs have written."""
+        return sum(len(list(self._client.fine_tuning.jobs.checkpoints.list(name))) for name in self._jobs)
+
+    def complaints(self) -> Iterator[str]:
+        """What is wrong with all of it at its end."""
+        if len(list(self._client.batches.list())) != 1:
+            yield "there is another batch than the one that was taken in"
+        yield from self._batch_complaints()
+        for name in self._jobs:
+            yield from (f"{name}: {complaint}" for complaint in self._job_complaints(name))
+
+    def _batch_complaints(self) -> Iterator[str]:
+        batch = self._client.batches.retrieve(self.batch)
+        if batch.status != "completed" or batch.output_file_id is None:
+            yield f"the batch is {batch.status}: {batch.errors}"
+            return
+        lines = self._lines
+        answers = [json.loads(line) for line in self._client.files.content(batch.output_file_id).text.splitlines()]
+        ids = [int(answer["custom_id"]) for answer in answers]
+        if sorted(ids) != list(range(lines)):
+            yield f"{lines} lines gave {len(ids)} answers, of {len(set(ids))} lines"
+        counts = batch.request_counts
+        if counts is None or (counts.total, counts.completed, counts.failed) != (lines, lines, 0):
+            yield f"the counts are {counts}"
+        for number, answer in zip(ids, answers, strict=True):
+            if number % 2 and answer["response"]["body"]["data"][0]["seed"] != number:
+                yield f"line {number} has another seed"
+        for answer in answers[:: max(1, lines // 20)]:
+            if httpx.get(answer["response"]["body"]["data"][0]["url"]).status_code != 200:
+                yield f"the link of line {answer['custom_id']} leads nowhere"
+
+    def _job_complaints(self, name: str) -> Iterator[str]:
+        job = self._client.fine_tuning.jobs.retrieve(name)
+        if job.status != "succeeded" or job.fine_tuned_model is None:
+            yield f"it is {job.status}: {job.error}"
+            return
+        if not self._client.images.generate(model=job.fine_tuned_model, **IMAGE).data:
+            yield "its student draws nothing"
+        events = list(self._client.fine_tuning.jobs.list_events(name, limit=100))[::-1]  # the oldest first
+        times = [event.created_at for event in events]
+        if times != sorted(times):
+            yield "its events are not in the order of their times"
+        steps = [event.message for event in events if event.message.startswith("Images seen")]
+        if steps != [f"Images seen: {seen} of {BUDGET}" for seen in range(STEP, BUDGET + 1, STEP)]:
+            yield f"its figures are not each there once and in order: {steps}"
+        if [event.message for event in events].count(f"The student is {job.fine_tuned_model}.") != 1:
+            yield "its end is not told once"
+
+
+class Troubles:
+    """What is done to servers and database, at moments that are drawn elsewhere."""
+
+    def __init__(
+        self, servers: list[Server], postgres: Postgres | None, work: Work, moments: random.Random, outage: float
+    ) -> None:
+        self._servers, self._postgres, self._work = servers, postgres, work
+        self._moments, self._outage = moments, outage
+        self._checkpoints = -1  # at the last kill of a run: several without a checkpoint between them fail a job
+        self._outages = 0
+        self.complaints: list[str] = []
+
+    def kill(self) -> str:
+        """Kill a server, or a run; says which."""
+        runs = [run for server in self._servers if (run := server.run())]
+        written = self._work.checkpoints()
+        if runs and written > self._checkpoints and self._moments.random() < 0.5:
+            self._checkpoints = written
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._moments.choice(runs).kill()
+            return "killed a run"
+        server = self._moments.choice(self._servers)
+        server.kill()
+        server.start()
+        return "killed a server"
+
+    def outage(self) -> str:
+        """The database away for a while; says how it went."""
+        assert self._postgres is not None
+        self._outages += 1
+        hard = self._outages % 2 == 0
+        (self._postgres.kill if hard else self._postgres.stop)()
+        until = time.monotonic() + self._outage
+        while time.monotonic() < until:
+            for server in self._servers:
+                self.complaints += _refusals(server.url, self._work.batch)
+            time.sleep(1)
+        self._postgres.start()
+        return f"{'killed' if hard else 'stopped'} PostgreSQL for {self._outage:g} s"
+
 
 def main() -> None:
-    """Submit, kill, wait, compare, say so."""
+    """Submit, trouble, wait, compare, say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of servers and runs")
     parser.add_argument("--lines", type=int, default=4000)
     parser.add_argument("--servers", type=int, default=1)
-    parser.add_argument("--database", help="PostgreSQL URL; SQLite if not given")
+    parser.add_argument("--jobs", type=int, default=0, help="distillation jobs beside the batch")
+    database = parser.add_mutually_exclusive_group()
+    database.add_argument("--database", help="PostgreSQL URL; SQLite if neither is given")
+    database.add_argument("--postgres", action="store_true", help="a PostgreSQL of its own")
+    parser.add_argument("--outages", type=int, default=0, help="of that PostgreSQL")
+    parser.add_argument("--outage", type=float, default=60.0, help="seconds of each")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds that a kill waits at most")
     parser.add_argument("--out", type=Path, default=Path("runs/soak-jobs"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
+    if arguments.outages and not arguments.postgres:
+        parser.error("--outages needs --postgres")
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)
     moments = random.Random(arguments.seed)
-    servers = [Server(arguments.out, arguments.database) for _ in range(arguments.servers)]
     with contextlib.ExitStack() as stack:
+        postgres = stack.enter_context(running(_programs())) if arguments.postgres else None
+        url = postgres.url if postgres else arguments.database
+        servers = [Server(arguments.out, url) for _ in range(arguments.servers)]
         for server in servers:
             server.start()
             stack.callback(server.kill)
         client = openai.OpenAI(base_url=f"{servers[0].url}/v1", api_key="none", max_retries=0)
-        batch = _submit(client, arguments.lines)
-        for share in sorted(moments.random() for _ in range(arguments.kills)):
-            _reach(client, batch.id, share * arguments.lines)
+        work = Work(client, arguments.lines, arguments.jobs)
+        troubles = Troubles(servers, postgres, work, moments, arguments.outage)
+        kinds: list[Callable[[], str]] = [troubles.kill] * arguments.kills + [troubles.outage] * arguments.outages
+        moments.shuffle(kinds)
+        for share, trouble in zip(sorted(moments.random() for _ in kinds), kinds, strict=True):
+            met = work.reach(share)
             time.sleep(moments.uniform(0, arguments.longest))
-            killed = moments.choice(servers)
-            killed.kill()
-            killed.start()
-            batch = client.batches.retrieve(batch.id)
-            print(f"killed; {batch.status}, {batch.request_counts.completed} lines", flush=True)
-        batch = _wait(client, batch.id)
-        if complaints := list(_complaints(client, batch, arguments.lines)):
+            print(f"{trouble()}; before it: {met}", flush=True)
+        work.reach(1.0)
+        if complaints := [*troubles.complaints, *work.complaints()]:
             sys.exit("\n".join(complaints))
-    print(f"{arguments.kills} kills, {arguments.lines} lines: each is there once")
+    lived = f"{arguments.kills} kills and {arguments.outages} outages"
+    print(f"{lived}, {arguments.lines} lines: each is there once; {arguments.jobs} jobs: each has its student")
 
 
-def _submit(client: openai.OpenAI, lines: int) -> openai.types.Batch:
-    body = {"prompt": "a red circle"}
-    bodies = [body | {"seed": number} if number % 2 else body for number in range(lines)]  # half with seeds
-    text = "\n".join(
-        json.dumps({"custom_id": f"{number}", "method": "POST", "url": ENDPOINT, "body": body})
-        for number, body in enumerate(bodies)
-    )
-    file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+def _refusals(url: str, batch: str) -> Iterator[str]:
+    """What is wrong with how a server answers while its database is away."""
+    again = {"input_file_id": "file-any", "endpoint": ENDPOINT, "completion_window": "24h"}
+    for answer in (httpx.get(f"{url}/v1/batches/{batch}"), httpx.post(f"{url}/v1/batches", json=again)):
+        if answer.status_code != 503 or "retry-after" not in answer.headers:
+            yield f"{answer.request.method} while the database was away: {answer.status_code} {answer.text}"
+    if (answer := httpx.post(f"{url}{ENDPOINT}", json=IMAGE, timeout=60)).status_code != 200:
+        yield f"an image while the database was away: {answer.status_code} {answer.text}"
 
 
-def _reach(client: openai.OpenAI, batch_id: str, lines: float) -> None:
-    """Wait until so many lines of the batch are made, or all that will be."""
-    until = time.monotonic() + LONGEST
-    while (batch := client.batches.retrieve(batch_id)).status in ("validating", "in_progress"):
-        if batch.request_counts is not None and batch.request_counts.completed >= lines:
-            return
-        if time.monotonic() > until:
-            sys.exit(f"the batch stands still: it is {batch.status} with {batch.request_counts}")
-        time.sleep(0.05)
+def _programs() -> Path:
+    found = programs()
+    if found is None:
+        sys.exit("PostgreSQL is not installed (Debian: postgresql)")
+    return found
 
 
-def _wait(client: openai.OpenAI, batch_id: str) -> openai.types.Batch:
-    until = time.monotonic() + LONGEST
-    while time.monotonic() < until:
-        batch = client.batches.retrieve(batch_id)
-        if batch.status in ("completed", "failed", "expired", "cancelled"):
-            return batch
-        time.sleep(0.2)
-    sys.exit(f"the batch does not end: it is {batch.status} with {batch.request_counts}")
+def _ended(job: FineTuningJob) -> bool:
+    return job.status in ("succeeded", "failed", "cancelled")
 
 
-def _complaints(client: openai.OpenAI, batch: openai.types.Batch, lines: int) -> Iterator[str]:
-    """What is wrong with a batch that has ended."""
-    if batch.status != "completed" or batch.output_file_id is None:
-        yield f"the batch is {batch.status}: {batch.errors}"
-        return
-    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
-    ids = [int(answer["custom_id"]) for answer in answers]
-    if sorted(ids) != list(range(lines)):
-        yield f"{lines} lines gave {len(ids)} answers, of {len(set(ids))} lines"
-    counts = batch.request_counts
-    if counts is None or (counts.total, counts.completed, counts.failed) != (lines, lines, 0):
-        yield f"the counts are {counts}"
-    for number, answer in zip(ids, answers, strict=True):
-        if number % 2 and answer["response"]["body"]["data"][0]["seed"] != number:
-            yield f"line {number} has another seed"
-    for answer in answers[:: max(1, lines // 20)]:
-        if httpx.get(answer["response"]["body"]["data"][0]["url"]).status_code != 200:
-            yield f"the link of line {answer['custom_id']} leads nowhere"
+def _seen(job: FineTuningJob) -> int:
+    seen: int = job.images_seen  # type: ignore[attr-defined]  # ours
+    return seen
 
 
 if __name__ == "__main__":

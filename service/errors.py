@@ -74,7 +74,7 @@ class TimedOut(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """The server is starting or draining."""
+    """The server is starting or draining, or what it needs is away: its database, its disk, its store of images."""
 
 
 class ClientGone(ServiceError):
@@ -84,6 +84,8 @@ class ClientGone(ServiceError):
 class StartError(Exception):
     """What keeps a command from its work: a model, a setting, a server that is not there. No client is told of it."""
 
+
+AWAY_SECONDS = 5  # nobody knows how long something is away; so often the server itself looks for it
 
 TABLE: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
@@ -114,6 +116,8 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
             headers = {"retry-after": str(math.ceil(error.retry_after)), "retry-after-ms": str(milliseconds)}
             if error.position is not None:
                 headers["x-queue-position"] = str(error.position)
+        case Unavailable():
+            headers = {"retry-after": str(AWAY_SECONDS)}
         case Unauthorized():
             headers = {"www-authenticate": "Bearer"}
         case BodyTooLarge() | TooSlow():

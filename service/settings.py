@@ -131,6 +131,8 @@ class Settings(BaseSettings):
     job_nice: Annotated[int, Field(ge=0, le=19)] = 10  # how far the processes of jobs stand back for the others
     job_students: _Count = 4  # students of jobs that are served, the newest
     jobs_per_key: _Count = 8  # jobs of one key that have not ended
+    max_job_images: _Count | None = None  # longest budget of a job in images seen; none sets no bound
+    max_job_seconds: _Seconds | None = None  # the same in seconds of training
     webhooks: tuple[Endpoint, ...] = ()  # told when batches and jobs end: [{"url": ..., "secret": "whsec_..."}]
     replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
     replay_bytes: _Bytes = 256 << 20

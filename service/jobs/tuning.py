@@ -51,6 +51,7 @@ class Tuning:
                 "distillation.preset",
                 "missing_required_parameter",
             )
+        _check_budget(asked, self._settings)
         _check_file(self._files.get(owner, training_file, int(time.time()), "training_file"))
         asked = asked.model_copy(update={"preset": asked.preset or SHIPPED_TEACHER})
         job = Job(
@@ -174,6 +175,24 @@ class Tuning:
             job.deleted_at = now
             tell(session, job, "The student is deleted.")
         return True
+
+
+def _check_budget(asked: Distillation, settings: Settings) -> None:
+    """Raise InvalidRequest for a budget beyond the server's bounds, or of a kind that has none while the other has."""
+    budgets = (
+        ("images", asked.images, settings.max_job_images),
+        ("seconds", asked.seconds, settings.max_job_seconds),
+    )
+    allowed = " or ".join(f"distillation.{kind} up to {most:.15g}" for kind, _, most in budgets if most is not None)
+    if not allowed:
+        return
+    if asked.images is None and asked.seconds is None:
+        message = f"distillation: this server bounds the budget of a job; give {allowed}"
+        raise InvalidRequest(message, "distillation", "missing_required_parameter")
+    for kind, given, most in budgets:
+        if given is not None and (most is None or given > most):
+            message = f"distillation.{kind}: {given:.15g} is beyond what this server allows; give {allowed}"
+            raise InvalidRequest(message, f"distillation.{kind}", "job_budget_exceeded")
 
 
 def _check_file(file: File) -> None:

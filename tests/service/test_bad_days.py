@@ -15,7 +15,6 @@ from pathlib import Path
 import fsspec
 import httpx
 import openai
-import postgres
 import pytest
 from engines import Gate
 from fsspec.implementations.memory import MemoryFileSystem
@@ -25,6 +24,7 @@ from test_batches import ENDPOINT, ended, line, read, submit
 from test_tuning import ENDLESS, SERVE, TINY, server, told, until, upload
 from test_tuning import submit as submit_job
 
+from benchmarks import postgres
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
@@ -101,6 +101,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
                 with pytest.raises(openai.InternalServerError, match="database does not answer") as away:
                     ask()
                 assert away.value.status_code == 503
+                assert int(away.value.response.headers["retry-after"]) > 0
             backend.open.set()  # so that answers are to be kept while nothing keeps them
             assert client.images.generate(prompt="a red circle").data[0].b64_json
             assert httpx.get(f"{url}/readyz").status_code == 200

@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import postgres
 import pytest
+
+from benchmarks import postgres
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak_jobs.py"
 

@@ -231,9 +231,10 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory) -> Iterator[str]:
-    """A server with the keys ann-key-… and bob's, and a teacher that is gone: the one of this process from here on."""
+    """A server with two keys, a bound to budgets, and a teacher that is gone: the one of this process from here on."""
     folder = tmp_path_factory.mktemp("refusing")
-    settings = Settings(data=folder, teachers={"tiny": str(folder), "gone": "/nowhere"}, api_keys=("ann", "bob"))
+    teachers = {"tiny": str(folder), "gone": "/nowhere"}
+    settings = Settings(data=folder, teachers=teachers, api_keys=("ann", "bob"), max_job_images=1000)
     with serving(create_app(settings, local(Simulator()))) as url:
         yield url
 
@@ -248,6 +249,9 @@ def refusing(tmp_path_factory) -> Iterator[str]:
         ({"distillation": {"preset": "../../x"}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {"images": 8, "seconds": 8.0}}, openai.BadRequestError, "distillation"),
+        ({"distillation": {"preset": "scenes"}}, openai.BadRequestError, "distillation"),
+        ({"distillation": {"preset": "scenes", "images": 1001}}, openai.BadRequestError, "distillation.images"),
+        ({"distillation": {"preset": "scenes", "seconds": 8.0}}, openai.BadRequestError, "distillation.seconds"),
         ({"hyperparameters": {"n_epochs": 3}}, openai.BadRequestError, "hyperparameters.n_epochs"),
         (
             {"distillation": {"preset": "scenes", "batch": 8}, "hyperparameters": {"batch_size": 4}},
@@ -269,7 +273,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
 )
 def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect, fields, error, param):
     client = connect(refusing, "ann")
-    given = {"model": "tiny", "distillation": {"preset": "scenes"}, "training_file": None} | fields
+    given = {"model": "tiny", "distillation": {"preset": "scenes", "images": 1000}, "training_file": None} | fields
     given["training_file"] = given["training_file"] or upload(client)
     with pytest.raises(error) as refused:
         client.post("/fine_tuning/jobs", body=given, cast_to=object)
@@ -278,7 +282,7 @@ def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect
 
 def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
     client = connect(refusing, "ann")
-    knobs = {"preset": "scenes"}
+    knobs = {"preset": "scenes", "images": 1000}
     with pytest.raises(openai.BadRequestError, match="purpose"):
         submit(client, upload(client, purpose="batch"), knobs)
     with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):

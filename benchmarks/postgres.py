@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 
 class Postgres:
     """A server of its own on a free port of the loopback. It refuses to be root, so root steps down."""
@@ -33,6 +35,15 @@ class Postgres:
     def stop(self) -> None:
         """At once, as a crash would: what is not committed is gone, and every connection with it."""
         self._run("pg_ctl", "-D", f"{self._folder}/data", "-w", "-m", "immediate", "stop")
+
+    def kill(self) -> None:
+        """By SIGKILL, all of its processes."""
+        server = psutil.Process(int(Path(self._folder, "data", "postmaster.pid").read_text().split()[0]))
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # they leave when the first is gone
+                process.kill()
+        psutil.wait_procs(processes)
 
     def _run(self, program: str, *words: str) -> None:
         # Into nowhere: the server keeps what it is given, and a pipe would be held open.
