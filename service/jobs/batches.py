@@ -9,21 +9,14 @@ then it is the same one: a line without a seed gets one from its batch and numbe
 import asyncio
 import concurrent.futures
 import hashlib
-import itertools
-import json
 import logging
 import random
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-from pydantic import ValidationError
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from service.engine.batcher import Priority
 from service.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -34,20 +27,28 @@ from service.errors import (
     Unavailable,
     to_openai,
 )
-from service.generation import MAX_SEED, Images, Order, make, respond
+from service.generation import Images, make, respond
 from service.jobs.files import new_id, page
 from service.jobs.jobs import Jobs
-from service.jobs.schemas import BatchLine, BatchRequest
+from service.jobs.lines import (
+    WINDOW_SECONDS,
+    Answer,
+    Complaint,
+    Outcome,
+    Request,
+    id_of,
+    numbered,
+    parse,
+    unanswered,
+)
+from service.jobs.schemas import BatchRequest
 from service.jobs.tables import ENDED, Batch, File, Line
 from service.state import State
 
 log = logging.getLogger(__name__)
 
-Outcome = Literal["answered", "expired", "cancelled"]
-
 MAX_LINES = 50_000
 MAX_ERRORS = 100  # of a file that is refused
-WINDOW_SECONDS = 86_400
 SIDE_BY_SIDE = 4  # batches that one server works on at a time
 KEEP_SECONDS = 0.5  # between two looks at the database; so long an answer may be in memory alone
 ATTEMPTS = 3  # at a line that the model fails on
@@ -57,36 +58,6 @@ PAGE = 500  # answers in memory while the files are written
 
 class InputGone(Exception):
     """The input file is no longer there."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A line that can be made."""
-
-    number: int  # from 1, as editors count
-    custom_id: str
-    order: Order
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of a line."""
-
-    number: int
-    failed: bool
-    text: str  # JSON, without a line's end
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Complaint:
-    """Why a line cannot be made."""
-
-    code: str
-    message: str
-    line: int | None
-    param: str | None
 
 
 class Batches:
@@ -193,20 +164,33 @@ class Batches:
         batch = self._read(batch_id)
         if batch.status not in ("validating", "cancelling"):
             return batch.status not in ENDED  # this step's end was not recorded
+        complaints, total, models = self._review(batch)
+        if complaints:
+            self._fail(batch_id, complaints)
+            return False
+        with self._database.begin() as session:
+            row = session.get_one(Batch, batch_id, with_for_update=True)
+            row.total, row.model = total, models.pop() if len(models) == 1 else None
+            if row.status == "validating":
+                row.status, row.in_progress_at = "in_progress", int(time.time())
+        return True
+
+    def _review(self, batch: Batch) -> tuple[list[Complaint], int, set[str]]:
+        """What is wrong with a file, the first of it; how many lines it has, and the models that they ask for."""
         complaints: list[Complaint] = []
         models: set[str] = set()
         seen: set[bytes] = set()  # digests, for a custom_id may be long
         total = 0
         for number, line in self._lines(batch):
+            if len(complaints) == MAX_ERRORS:
+                break
             total += 1
             if total > MAX_LINES:
                 complaints.append(Complaint("too_many_lines", f"a batch has {MAX_LINES} lines at most", number, None))
                 break
-            found = self._parse(batch.id, number, line)
+            found = parse(self._service, batch.id, number, line)
             if isinstance(found, Complaint):
                 complaints.append(found)
-                if len(complaints) == MAX_ERRORS:
-                    break
                 continue
             digest = hashlib.blake2b(found.custom_id.encode(), digest_size=16).digest()
             if digest in seen:
@@ -216,15 +200,7 @@ class Batches:
             models.add(found.order.model)
         if not total:
             complaints.append(Complaint("empty_file", "the file has no lines", None, "input_file_id"))
-        if complaints:
-            self._fail(batch_id, complaints[:MAX_ERRORS])
-            return False
-        values: dict[str, Any] = {"total": total, "model": models.pop() if len(models) == 1 else None}
-        with self._database.begin() as session:
-            session.execute(update(Batch).where(Batch.id == batch_id).values(values))
-            begun = update(Batch).where(Batch.id == batch_id, Batch.status == "validating")
-            session.execute(begun.values(status="in_progress", in_progress_at=int(time.time())))
-        return True
+        return complaints, total, models
 
     def _answer(self, batch_id: str) -> Outcome:
         """Have every line made that has no answer yet; returns why it ended."""
@@ -280,15 +256,10 @@ class Batches:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:
                     status, body, _ = to_openai(error)
-                    return Answer(
-                        request.number, True, _text(batch.id, request.number, request.custom_id, status, body)
-                    )
+                    return Answer.of(batch.id, request.number, request.custom_id, status, body)
             else:
-                text = _text(
-                    batch.id, request.number, request.custom_id, 200, answer.model_dump(mode="json", exclude_none=True)
-                )
-                usage = images.usage
-                return Answer(request.number, False, text, usage.input_tokens, usage.output_tokens)
+                body = answer.model_dump(mode="json", exclude_none=True)
+                return Answer.of(batch.id, request.number, request.custom_id, 200, body, images.usage)
 
     def _keep(self, batch_id: str, answers: Sequence[Answer]) -> Outcome | None:
         """Keep answers; returns why no further line should begin, if so."""
@@ -337,7 +308,7 @@ class Batches:
                     text, is_error = upcoming.answer, upcoming.failed
                     upcoming = next(answers, None)
                 else:
-                    text, is_error = _unanswered(batch_id, number, _custom_id(line), outcome), True
+                    text, is_error = unanswered(batch_id, number, line, outcome), True
                 (errors if is_error else output).write(text.encode() + b"\n")
                 counts[failed if is_error else written] += 1
         if self._finish(batch_id, outcome, written, failed, counts):
@@ -389,62 +360,28 @@ class Batches:
             return session.get_one(Batch, batch_id)
 
     def _requests(self, batch: Batch, answered: set[int]) -> Iterator[Request | Answer]:
-        """The lines without an answer, in order. One whose model is gone since the check is answered by that."""
+        """The lines without an answer, in order. One that can no longer be made is answered by that."""
         for number, line in self._lines(batch):
             if number in answered:
                 continue
-            found = self._parse(batch.id, number, line)
-            if isinstance(found, Request):
-                yield found
+            found = parse(self._service, batch.id, number, line)
+            if isinstance(found, Complaint):
+                error = {"message": found.message, "type": "invalid_request_error"}
+                error |= {"param": found.param, "code": found.code}
+                status = 404 if found.code == "model_not_found" else 400
+                yield Answer.of(batch.id, number, id_of(line), status, {"error": error})
             else:
-                kind = "invalid_request_error"
-                body = {"message": found.message, "type": kind, "param": found.param, "code": found.code}
-                yield Answer(number, True, _text(batch.id, number, _custom_id(line), 404, {"error": body}))
+                yield found
 
     def _lines(self, batch: Batch) -> Iterator[tuple[int, bytes]]:
-        """The lines that are not blank, and their numbers from 1. The last one may be over its limit, and cut."""
+        """The lines that are not blank, and their numbers. Raises InputGone, or Stopping when the server shuts down."""
         try:
-            with self._files.path(batch.input_file_id).open("rb") as file:
-                for number in itertools.count(1):
-                    line = file.readline(self._settings.max_body_bytes + 1)
-                    self._workflows.wait(0)
-                    if line.strip():
-                        yield number, line
-                    if not line or len(line) > self._settings.max_body_bytes:
-                        return
+            for number, line in numbered(self._files.path(batch.input_file_id), self._settings.max_body_bytes):
+                self._workflows.wait(0)
+                if line.strip():
+                    yield number, line
         except FileNotFoundError:
             raise InputGone from None
-
-    def _parse(self, batch_id: str, number: int, line: bytes) -> Request | Complaint:
-        """What a line asks for, with every choice made, or why it cannot be."""
-        if len(line) > self._settings.max_body_bytes:
-            return Complaint("line_too_long", f"the line is over {self._settings.max_body_bytes} bytes", number, None)
-        try:
-            read = BatchLine.model_validate_json(line)
-            body = read.body
-            if body.stream or body.partial_images:
-                raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")
-            if body.response_format == "b64_json":
-                raise InvalidRequest("a batch answers with links", "body.response_format", "invalid_value")
-            if body.timeout is not None:
-                raise InvalidRequest("a batch takes its time", "body.timeout", "invalid_value")
-            if body.priority == "interactive":
-                raise InvalidRequest("a batch waits for interactive work", "body.priority", "invalid_value")
-            order = Order.of(body, self._service.card(body.model))
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            if first["type"] == "json_invalid":
-                return Complaint("invalid_json_line", "the line is not JSON", number, None)
-            param = ".".join(map(str, first["loc"])) or None
-            code = {"method": "invalid_method", "url": "invalid_url"}.get(param or "", "invalid_request")
-            return Complaint(code, f"{param or 'the line'}: {first['msg']}", number, param)
-        except ServiceError as error:
-            return Complaint(error.code or "invalid_request", error.message, number, error.param)
-        if body.seed is None:
-            count = len(order.seeds)
-            drawn = int.from_bytes(_digest(batch_id, number)) % (MAX_SEED - count)
-            order = replace(order, seeds=range(drawn, drawn + count))
-        return Request(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
 
     def _end(self, session: Session, batch: Batch, status: str, now: int) -> None:
         """The last status of a batch, and the event that tells of it."""
@@ -463,30 +400,3 @@ class Batches:
                 return
             yield from found
             last = found[-1].number
-
-
-def _digest(batch_id: str, number: int) -> bytes:
-    return hashlib.blake2b(f"{batch_id} {number}".encode(), digest_size=12).digest()
-
-
-def _custom_id(line: bytes) -> str:
-    custom_id: str = json.loads(line)["custom_id"]
-    return custom_id
-
-
-def _text(batch_id: str, number: int, custom_id: str, status: int, body: Mapping[str, Any]) -> str:
-    """A line of the output or error file, for what a request was answered with."""
-    request_id = f"req_{secrets.token_hex(12)}"
-    response = {"status_code": status, "request_id": request_id, "body": body}
-    return _line(batch_id, number, custom_id, response, None)
-
-
-def _unanswered(batch_id: str, number: int, custom_id: str, outcome: Outcome) -> str:
-    """A line of the error file, for a request that was not made."""
-    message = f"the batch was {outcome} before this request was made"
-    return _line(batch_id, number, custom_id, None, {"code": f"batch_{outcome}", "message": message})
-
-
-def _line(batch_id: str, number: int, custom_id: str, response: object, error: object) -> str:
-    line_id = f"batch_req_{_digest(batch_id, number).hex()}"
-    return json.dumps({"id": line_id, "custom_id": custom_id, "response": response, "error": error})

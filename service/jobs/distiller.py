@@ -11,9 +11,9 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -21,15 +21,15 @@ from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, checked, command, find_teacher, launched
 from service.jobs.files import Files
-from service.jobs.runs import Line, RunFolder, environment
+from service.jobs.progress import Level, Pace, note_checkpoint, note_line, tell
+from service.jobs.runs import RunFolder, environment
 from service.jobs.students import Students, run_folder
-from service.jobs.tables import ENDED, File, Job, JobCheckpoint, JobEvent
+from service.jobs.tables import ENDED, File, Job
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 from service.settings import Settings
 
 T = TypeVar("T")
-Level = Literal["info", "warn", "error"]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Distiller:
         self._students = students
         self._data = data
         self._settings = settings
+        self._devices = settings.job_devices.split(",")
         workflows.define("validation", self._validate, SIDE_BY_SIDE)
         workflows.define("distillation", self._run, side_by_side=1)
 
@@ -130,9 +131,8 @@ class Distiller:
 
     def _read_prompts(self, job: Job, folder: RunFolder) -> None:
         """Raises Failed where `distill run` would find the prompts at fault."""
-        with folder.process(
-            checked(self._prompts(job, folder)), environment(["cpu"]), self._settings.job_nice
-        ) as child:
+        words = checked(self._prompts(job, folder))
+        with folder.process(words, environment(["cpu"]), self._settings.job_nice) as child:
             while child.status() is None:
                 self._workflows.wait(POLL_SECONDS)
             if child.status() == REFUSED:
@@ -194,9 +194,8 @@ class Distiller:
             teacher = find_teacher(self._settings.teachers, job.model)
         except NotFound as error:
             raise Failed(error.message, error.code or "model_not_found", error.param) from None
-        devices = self._settings.job_devices.split(",")
         asked = Distillation.model_validate(job.distillation)
-        return launched(command(asked, teacher, prompts, job.seed, folder.path), len(devices))
+        return launched(command(asked, teacher, prompts, job.seed, folder.path), len(self._devices))
 
     def _prompts(self, job: Job, folder: RunFolder) -> Path:
         """The prompts in the job's folder, where nobody deletes them. Raises Failed."""
@@ -214,16 +213,15 @@ class Distiller:
 
     def _attempt(self, job: Job, folder: RunFolder, words: Sequence[str]) -> tuple[int, bool]:
         """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
-        variables = environment(self._settings.job_devices.split(","))
         pace, asked = Pace(), False
-        with folder.process(words, variables, self._settings.job_nice) as child:
+        with folder.process(words, environment(self._devices), self._settings.job_nice) as child:
             while child.status() is None and not (asked := self._relay(job, folder, pace)):
                 self._workflows.wait(POLL_SECONDS)
             status = child.stop()
         self._relay(job, folder, pace)
         return status, asked
 
-    def _relay(self, job: Job, folder: RunFolder, pace: "Pace") -> bool:
+    def _relay(self, job: Job, folder: RunFolder, pace: Pace) -> bool:
         """Write down what the run has told since; whether the job is to stop."""
         lines, budget, checkpoints = folder.new_lines(), folder.budget(), folder.new_checkpoints()
         figures = {images: folder.figures(images) for images in checkpoints}
@@ -232,9 +230,9 @@ class Distiller:
             row = _row(session, job)
             row.images_total = budget or row.images_total
             for line in lines:
-                _note_line(session, row, line)
+                note_line(session, row, line)
             for images in checkpoints:
-                _note_checkpoint(session, row, images, figures[images])
+                note_checkpoint(session, row, images, figures[images])
             row.estimated_finish = pace.finish(row.images_seen, row.images_total)
             return row.wish is not None
 
@@ -242,11 +240,10 @@ class Distiller:
 
     def _succeed(self, job: Job, folder: RunFolder) -> None:
         """Serve the student and write the results, then say so."""
-        stem = job.id.removeprefix("ftjob-")
-        name, results = f"ft:{job.model}:{job.suffix or ''}:{stem}", f"file-{stem}"
+        results = f"file-{job.stem}"
 
         def made(session: Session) -> None:
-            _row(session, job).fine_tuned_model = name
+            _row(session, job).fine_tuned_model = job.student
 
         def write() -> int:
             with self._files.writing(results) as file:
@@ -266,7 +263,7 @@ class Distiller:
                         created_at=int(time.time()),
                     )
                 )
-            self.end(session, row, "succeeded", f"The student is {name}.")
+            self.end(session, row, "succeeded", f"The student is {job.student}.")
 
         self._insist(made)
         self._students.serve()
@@ -289,82 +286,6 @@ class Distiller:
 
     def _insist(self, work: Callable[[Session], T]) -> T:
         return self._database.insist(work, self._workflows.stopping)
-
-
-class Pace:
-    """When a run will have seen its images, at the speed since this process began to watch it."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._began: tuple[float, int] | None = None
-
-    def finish(self, seen: int, total: int | None) -> int | None:
-        """Seconds since 1970; None while it cannot be known."""
-        if not seen or total is None:
-            return None
-        if self._began is None:
-            self._began = self._clock(), seen
-        seconds, images = self._clock() - self._began[0], seen - self._began[1]
-        return int(time.time() + seconds * (total - seen) / images) if images > 0 else None
-
-
-def tell(
-    session: Session,
-    job: Job,
-    message: str,
-    level: Level = "info",
-    data: dict[str, Any] | None = None,
-    key: str | None = None,
-) -> None:
-    """Add an event to a job, with figures if it has `data`; one with a `key` only once. The row is locked."""
-    number = (session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id)) or 0) + 1
-    name = f"ftevent-{job.id.removeprefix('ftjob-')}-{key or number}"
-    if session.get(JobEvent, name) is None:
-        event = JobEvent(
-            id=name,
-            job_id=job.id,
-            number=number,
-            created_at=int(time.time()),
-            level=level,
-            type="metrics" if data else "message",
-            message=message,
-            data=data,
-        )
-        session.add(event)
-        session.flush()
-
-
-def _note_line(session: Session, job: Job, line: Line) -> None:
-    job.images_seen = max(job.images_seen, line.images)
-    if line.kind == "alarm":
-        tell(session, job, f"Alarm, {line.values['name']}: {line.values['says']}", "warn", key=line.key)
-        return
-    figures = {"step": line.images, "total_steps": job.images_total, **line.values}
-    message = "The student was judged" if line.kind == "evaluation" else "Images seen"
-    tell(session, job, f"{message}: {line.images} of {job.images_total}", data=figures, key=line.key)
-    kept = session.get(JobCheckpoint, _checkpoint_name(job, line.images))
-    if line.kind == "evaluation" and kept is not None:  # a student is judged after its checkpoint is written
-        kept.metrics = {**kept.metrics, **{name: value for name, value in line.values.items() if name != "images"}}
-
-
-def _checkpoint_name(job: Job, images: int) -> str:
-    return f"ftckpt-{job.id.removeprefix('ftjob-')}-{images}"
-
-
-def _note_checkpoint(session: Session, job: Job, images: int, figures: dict[str, Any]) -> None:
-    stem = job.id.removeprefix("ftjob-")
-    name = _checkpoint_name(job, images)
-    if session.get(JobCheckpoint, name) is None:
-        job.images_seen = max(job.images_seen, images)
-        checkpoint = JobCheckpoint(
-            id=name,
-            job_id=job.id,
-            step_number=images,
-            created_at=int(time.time()),
-            model=f"ft:{job.model}:{job.suffix or ''}:{stem}:ckpt-step-{images}",
-            metrics={"step": images, **figures},
-        )
-        session.add(checkpoint)
 
 
 def _enter(session: Session, name: str, start: int) -> Job | None:

@@ -244,7 +244,7 @@ class JobObject(BaseModel):
     created_at: int
     error: JobError | None
     estimated_finish: int | None
-    fine_tuned_model: Annotated[str | None, Field(description="The student, while it is served.")]
+    fine_tuned_model: Annotated[str | None, Field(description="The student, until it is deleted.")]
     finished_at: int | None
     hyperparameters: JobHyperparameters
     images_seen: int

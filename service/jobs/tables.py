@@ -117,6 +117,16 @@ class Job(Table):
     images_seen: Mapped[int] = mapped_column(default=0, server_default="0")
     images_total: Mapped[int | None]
 
+    @property
+    def stem(self) -> str:
+        """What the ids of all that it makes end in."""
+        return self.id.removeprefix("ftjob-")
+
+    @property
+    def student(self) -> str:
+        """The name that its student gets."""
+        return f"ft:{self.model}:{self.suffix or ''}:{self.stem}"
+
 
 class JobEvent(Table):
     """Something that a job tells, in the order of `number`."""

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, find_teacher
-from service.jobs.distiller import Distiller, tell
+from service.jobs.distiller import Distiller
 from service.jobs.files import Files, new_id, page
+from service.jobs.progress import tell
 from service.jobs.runs import READABLE
 from service.jobs.tables import ENDED, File, Job, JobCheckpoint, JobEvent
 from service.settings import SHIPPED_TEACHER, Settings

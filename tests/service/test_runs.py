@@ -17,7 +17,8 @@ from distill.cli import app
 from distill.config import load_config
 from service.jobs.database import Database
 from service.jobs.distillation import KEYS, Distillation, command, launched
-from service.jobs.distiller import Pace, _note_checkpoint, _note_line, _refusal
+from service.jobs.distiller import _refusal
+from service.jobs.progress import Pace, note_checkpoint, note_line
 from service.jobs.runs import Child, Line, RunFolder, environment
 from service.jobs.tables import Job, JobCheckpoint
 
@@ -168,10 +169,10 @@ def test_a_judgement_joins_the_checkpoint_that_was_written_before_it(tmp_path):
         job = Job(id="ftjob-1", **texts, **facts, images_seen=0)
         session.add(job)
         session.flush()
-        _note_checkpoint(session, job, 16, {"gap": 1.0})
-        _note_line(session, job, Line("metrics", 16, {"images": 16, "gap": 2.0}))
-        _note_line(session, job, Line("evaluation", 16, {"images": 16, "overall": 0.5}))
-        _note_line(session, job, Line("evaluation", 24, {"images": 24, "overall": 0.6}))
+        note_checkpoint(session, job, 16, {"gap": 1.0})
+        note_line(session, job, Line("metrics", 16, {"images": 16, "gap": 2.0}))
+        note_line(session, job, Line("evaluation", 16, {"images": 16, "overall": 0.5}))
+        note_line(session, job, Line("evaluation", 24, {"images": 24, "overall": 0.6}))
     with database.begin() as session:
         (kept,) = session.scalars(select(JobCheckpoint))
         assert kept.metrics == {"step": 16, "gap": 1.0, "overall": 0.5}

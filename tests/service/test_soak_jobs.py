@@ -21,9 +21,8 @@ def test_a_killed_server_answers_every_line_once(tmp_path):
     soak(tmp_path, "--kills", "2", "--lines", "300")
 
 
-def test_two_servers_on_postgresql_answer_every_line_once_though_one_is_killed(tmp_path):
-    binaries = postgres.programs()
-    if binaries is None:
+def test_two_servers_on_postgresql_answer_every_line_once_though_one_is_killed_and_the_database_too(tmp_path):
+    if postgres.programs() is None:
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    with postgres.running(binaries) as database:
-        soak(tmp_path, "--kills", "1", "--lines", "300", "--servers", "2", "--database", database.url)
+    troubles = ("--kills", "1", "--outages", "2", "--outage", "1")
+    soak(tmp_path, *troubles, "--lines", "300", "--servers", "2", "--postgres")
