@@ -366,8 +366,8 @@ class Batches:
                 continue
             found = parse(self._service, batch.id, number, line)
             if isinstance(found, Complaint):
-                error = {"message": found.message, "type": "invalid_request_error"}
-                error |= {"param": found.param, "code": found.code}
+                kind = "invalid_request_error"
+                error = {"message": found.message, "type": kind, "param": found.param, "code": found.code}
                 status = 404 if found.code == "model_not_found" else 400
                 yield Answer.of(batch.id, number, id_of(line), status, {"error": error})
             else:
