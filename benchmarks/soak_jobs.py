@@ -37,9 +37,9 @@ from postgres import Postgres, programs, running
 
 ENDPOINT = "/v1/images/generations"
 IMAGE = {"prompt": "a red circle"}
-BUDGET, STEP = 1280, 16  # of a job, in images
+BUDGET, STEP = 640, 16  # of a job, in images
 DISTILLATION = {"preset": "scenes-debug", "images": BUDGET, "batch": STEP, "warmup": 0, "log_every": STEP}
-CADENCE = {"checkpoint_every": 4 * STEP, "sample_every": BUDGET, "evaluate_every": BUDGET}
+CADENCE = {"checkpoint_every": 2 * STEP, "sample_every": BUDGET, "evaluate_every": BUDGET}
 LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
 
 
@@ -54,6 +54,7 @@ class Server:
         self._environment = os.environ | {
             "SERVICE_DATA": str(out / "data"),
             "SERVICE_JOB_SILENCE_SECONDS": "2",
+            "SERVICE_JOB_NICE": "0",
             "SERVICE_MAX_BATCH": "1",  # so that the batch lasts for all the kills
             "SERVICE_PUBLIC_URL": self.url,
             **({"SERVICE_DATABASE": database} if database else {}),
