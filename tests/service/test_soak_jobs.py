@@ -21,7 +21,7 @@ def test_a_killed_server_answers_every_line_once(tmp_path):
     soak(tmp_path, "--kills", "2", "--lines", "300")
 
 
-def test_two_servers_on_postgresql_answer_every_line_once_though_one_is_killed_and_the_database_too(tmp_path):
+def test_two_servers_answer_every_line_once_though_one_is_killed_and_postgresql_twice_away(tmp_path):
     if postgres.programs() is None:
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
     troubles = ("--kills", "1", "--outages", "2", "--outage", "1")
