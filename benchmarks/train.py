@@ -45,7 +45,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from distill.config import Run
-    from distill.plan import Setting, build, read_geometry
+    from distill.geometry import read_geometry
+    from distill.plan import Setting, build
     from distill.run import accelerator
     from distill.text import TextCondition
     from distill.trainer import train
@@ -140,7 +141,7 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from distill.config import Run
-    from distill.plan import read_geometry
+    from distill.geometry import read_geometry
     from distill.run import accelerator
 
     geometry = read_geometry(arguments.teacher)

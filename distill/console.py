@@ -21,6 +21,7 @@ from rich.text import Text
 out = Console(soft_wrap=True)
 _bars = Console(stderr=True, soft_wrap=True)  # standard output holds results alone
 
+SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # figures beside a bar
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 

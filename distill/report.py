@@ -61,7 +61,7 @@ _SECTIONS = {
     "Cost": {
         "images_per_second": Panel("Speed", "images/s", "Grids, judgements and checkpoints included."),
         "seconds": Panel("Time", "s"),
-        "memory": Panel("Device memory", "B"),
+        "memory": Panel("Memory", "B", "Of the GPU, or of the process where there is none."),
     },
 }
 _JUDGED = {
@@ -138,10 +138,9 @@ def _tiles(run: RunFolder, clock: Clock) -> Iterator[str]:
     if clock.speeds:
         speeds = sorted(clock.speeds.values())
         yield tile(si(speeds[len(speeds) // 2]), "images/s, median")
-    peaks = {name: max(row.get(name, 0) for row in run.metrics) for row in run.metrics[-1:] for name in row}
-    for name, peak in peaks.items():
-        if "memory" in name:
-            yield tile(si(peak, "B"), f"{name}, highest")
+    peak = max((row.get("memory/peak", 0) for row in run.metrics), default=0)
+    if peak:
+        yield tile(si(peak, "B"), "of memory at the heaviest moment")
     size = sum(path.stat().st_size for path in (run.folder / "student").rglob("*") if path.is_file())
     if size:
         yield tile(si(size, "B"), "student's folder on disk")
@@ -265,11 +264,11 @@ def _place(name: str) -> tuple[str, str]:
         for key in (name, group):
             if key in panels:
                 return section, key
-    return ("Cost" if "memory" in name or "second" in name else "More"), group
+    return ("Cost" if "second" in name else "More"), group
 
 
 def _charts(section: str, key: str, names: Sequence[str], rows: list[Figures]) -> Iterator[str]:
-    panel = _SECTIONS.get(section, {}).get(key) or Panel(key.replace("_", " "), "B" if "memory" in key else "")
+    panel = _SECTIONS.get(section, {}).get(key) or Panel(key.replace("_", " "))
     curves = {name.removeprefix(f"{key}/"): _curve(rows, name) for name in names}
     if len(curves) > CURVES:
         for label, curve in curves.items():

@@ -1,24 +1,21 @@
 """The loop: for each turn of the method, for its steps: loss, backward, average over devices, clip, step.
 
-It owns optimizers, rhythm, checkpoints and logs, and yields progress to its caller. Every random number is a function
-of (seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
+It owns optimizers, rhythm and checkpoints, and yields progress to its caller. Every random number is a function of
+(seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
 
 A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
 processes once: gradient accumulation that any method's turns can alternate over. For a GPU the next micro-batch is
 read and drawn in a thread meanwhile.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -28,36 +25,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill import attention, checkpoint, optimizers
+from distill.batches import Conditions, Reals, ahead, batches, micro, onto
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.flow import Draw, one_step
-from distill.methods import Batch, Loss, Real, Turn, Velocities
+from distill.flow import one_step
+from distill.log import Log
+from distill.methods import Turn, Velocities
 from distill.networks import Networks
 from distill.text import TextCondition
 
-BUCKETS = 5  # of t, for the gap between teacher and fake
-SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
-
-T = TypeVar("T")
-
-
-class Conditions(Protocol):
-    """Encoded prompts, as the trainer reads them."""
-
-    null: TextCondition
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Sequence[int]) -> TextCondition: ...
-
-
-class Reals(Protocol):
-    """Encoded real images, as the trainer reads them."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Sequence[int]) -> Real: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +79,8 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
 def check(config: Run, accelerator: Accelerator) -> None:
     """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
     if config.batch % accelerator.num_processes:
-        raise ConfigError(f"batch {config.batch} does not divide over {accelerator.num_processes} processes")
+        world = accelerator.num_processes
+        raise ConfigError(f"batch {config.batch} does not divide over {world} processes; take a multiple of {world}")
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
         engine == DistributedType.FSDP and not accelerator.is_fsdp2
@@ -151,7 +129,7 @@ def train(
     images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
     if config.start is not None and images == 0:
         _begin(config.start, weights, average)
-    log = _Log(out, accelerator, images, config)
+    log = Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
     asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
@@ -163,9 +141,9 @@ def train(
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    coming = _batches(config, images, rank * local, local, conditions, shapes, pinned, reals)
+    coming = batches(config, images, rank * local, local, conditions, shapes, pinned, reals)
     # On a CPU the thread would take the cores that the step itself runs on.
-    with closing(coming if device.type == "cpu" else _ahead(coming)) as batches:
+    with closing(coming if device.type == "cpu" else ahead(coming)) as made:
         while images < config.images:
             started = time.perf_counter()
             scale = _rate(config, images)
@@ -173,9 +151,9 @@ def train(
             logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
             for turn in turns:
                 # 2. loss and gradient, over this process's share of the global batch
-                for _ in range(0, local, _micro(config, local)):
+                for _ in range(0, local, micro(config, local)):
                     with log.seconds("data"):
-                        batch = _onto(next(batches), device)
+                        batch = onto(next(made), device)
                     with log.seconds(turn.role), networks.using(turn.role):
                         with accelerator.autocast():
                             loss = turn.loss(asked[turn.role], batch)
@@ -228,62 +206,6 @@ def train(
             yield progress
 
 
-def _micro(config: Run, local: int) -> int:
-    """Images in one forward, of a process's share of a batch."""
-    return min(config.micro_batch or local, local)
-
-
-def _batches(
-    config: Run,
-    images: int,
-    offset: int,
-    local: int,
-    conditions: Conditions,
-    shapes: Sequence[tuple[int, int, int]],
-    pinned: bool,
-    reals: Reals | None = None,
-) -> Generator[Batch]:
-    """The micro-batches of all turns to come, on the host: of each batch the `local` images from `offset` on."""
-    for first in range(images, config.images, config.batch):
-        for turn in config.method.turns():
-            for step in range(turn.steps):
-                purpose = f"{turn.role} {step}"
-                shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).uniform() * len(shapes))]
-                start, stop = first + offset, first + offset + local
-                for row in range(start, stop, _micro(config, local)):
-                    rows = range(row, min(row + _micro(config, local), stop))
-                    draw = Draw(config.seed, purpose, rows)
-                    z, cond = draw.normal(shape), conditions.rows(_rows(config.seed, rows, len(conditions)))
-                    real = reals.rows(_rows(config.seed, rows, len(reals))) if turn.real and reals is not None else None
-                    batch = Batch(z, cond, draw, real)
-                    yield _pinned(batch) if pinned else batch
-
-
-def _ahead(items: Iterator[T]) -> Generator[T]:
-    """The same items, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-
-
-def _pinned(batch: Batch) -> Batch:
-    """The batch where a GPU fetches it by itself."""
-    real = batch.real and Real(batch.real.x_0.pin_memory(), batch.real.cond.pin_memory())
-    return replace(batch, z=batch.z.pin_memory(), cond=batch.cond.pin_memory(), real=real)
-
-
-def _onto(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, which fetches it without being waited for."""
-
-    def onto(x: Any) -> Any:
-        return x.to(device, non_blocking=True)
-
-    real = batch.real and Real(onto(batch.real.x_0), onto(batch.real.cond))
-    return replace(batch, z=onto(batch.z), cond=onto(batch.cond), real=real)
-
-
 def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
     """In its own turn a role learns; in the other's it only passes gradient on to its input."""
     fields = {
@@ -293,20 +215,6 @@ def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
     if turn.critic:
         fields["critic"] = networks.critic(turn.role == "fake")
     return Velocities(**fields, null=null)
-
-
-def _rows(seed: int, images: range, count: int) -> list[int]:
-    """Which prompt, or real image, each image gets.
-
-    Every epoch is a permutation of its own, found from the image index alone.
-    """
-    return [int(_permutation(seed, image // count, count)[image % count]) for image in images]
-
-
-@lru_cache(maxsize=4)  # of prompts and of real images; a batch may span two epochs
-def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator)
 
 
 def _rate(config: Run, images: int) -> float:
@@ -408,91 +316,3 @@ def _begin(run: Path, weights: dict[str, dict[str, Tensor]], average: dict[str, 
         with torch.no_grad():
             for name, tensor in given.items():
                 own[name].copy_(tensor)
-
-
-class _Log:
-    """Means since the last line, to metrics.jsonl and to accelerate's trackers.
-
-    The losses swing round zero and say little. What tells whether a run is well: `gap` (log10 |u - v|^2 by t),
-    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation. `seconds/` are
-    sums: what the roles' turns took, and how long they waited for data. Figures stay on their device until a line is
-    written, so that nothing waits for them.
-    """
-
-    def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
-        self._path = out / "metrics.jsonl"
-        self._accelerator = accelerator
-        self._values: dict[str, list[float | Tensor]] = {}
-        self._by_time: list[tuple[str, Tensor, Tensor]] = []
-        self._seconds: dict[str, float] = {}
-        if accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoint.trim_lines(self._path, images)
-        accelerator.init_trackers("distill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
-        for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # which would write a second file of events for it
-                tracker.store_init_configuration(config.identity())
-
-    def add(self, name: str, value: float | Tensor) -> None:
-        self._values.setdefault(name, []).append(value)
-
-    @contextmanager
-    def seconds(self, name: str) -> Iterator[None]:
-        """Count what is done here as time of `name`."""
-        began = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0) + time.perf_counter() - began
-
-    def add_loss(self, role: str, loss: Loss) -> None:
-        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
-        self.add(f"loss/{role}", loss.value.detach())
-        if role == "student":
-            self.add_latents(loss.x_0)
-        for name, values in loss.figures.items():
-            if name != "t":
-                self.add(name, values.float().mean())
-                self._by_time.append((name, loss.figures["t"], values.float()))
-
-    def add_latents(self, x_0: Tensor) -> None:
-        self.add("latent/std", x_0.std())
-        self.add("latent/saturated", (x_0.abs() > SATURATED).float().mean())
-        flat = x_0.flatten(1)[:32].float()
-        if len(flat) > 1:
-            self.add("latent/diversity", torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5)
-
-    @contextmanager
-    def update_ratio(self, role: str, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """|update| / |weights| of the step taken inside, over evenly spaced numbers of each tensor."""
-        before = [_sample(tensor) for tensor in tensors]
-        yield
-        change = size = 0.0
-        for tensor, old in zip(tensors, before, strict=True):
-            change += float((_sample(tensor) - old).square().mean()) * tensor.numel()
-            size += float(old.square().mean()) * tensor.numel()
-        self.add(f"update_ratio/{role}", math.sqrt(change / size))
-
-    def write(self, images: int) -> dict[str, float]:
-        for name, t, values in self._by_time:
-            buckets = (t.cpu() * BUCKETS).long().clamp(max=BUCKETS - 1)
-            for bucket in sorted(set(buckets.tolist())):
-                inside = values.cpu()[buckets == bucket]
-                self.add(f"log10_{name}/t{bucket / BUCKETS:.1f}", inside.mean().clamp(1e-12).log10())
-        figures = {f"seconds/{name}": value for name, value in self._seconds.items()}
-        for name, added in self._values.items():
-            finite = [number for number in map(float, added) if math.isfinite(number)]  # `skipped` counts the others
-            if finite:
-                figures[name] = sum(finite) / len(finite)
-        figures = dict(sorted(figures.items()))
-        self._values.clear()
-        self._by_time.clear()
-        self._seconds.clear()
-        if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"images": images, **figures}) + "\n")
-        self._accelerator.log(figures, step=images)
-        return figures
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """At most about 4096 numbers of a tensor: enough for a norm, and no second copy of a large model."""
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float().clone()

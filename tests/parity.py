@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from distill import trainer
 from distill.config import Lora, Run, load_config
+from distill.errors import ConfigError
 from distill.flow import Draw
 from distill.methods import Batch, Velocities
 from distill.methods.fgm import Config
@@ -96,6 +97,10 @@ def main(teacher: Path, out: Path) -> None:
                     tensor.grad = None
     held = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in networks._model.parameters())
     (out / f"held-{rank}").write_text(str(held))
+    try:
+        trainer.check(run(batch=3), accelerator)
+    except ConfigError as error:
+        (out / "refused").write_text(str(error))
 
     for form, sharded, rounds in (("whole", None, 2), ("sharded", mesh, 4)):
         networks = shared(teacher, sharded)

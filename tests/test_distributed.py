@@ -83,6 +83,10 @@ def test_a_run_ends_alike_on_any_number_of_processes(teacher, two, alone, form, 
             torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_a_batch_that_two_processes_cannot_share_is_refused(two):
+    assert (two / "refused").read_text() == "batch 3 does not divide over 2 processes; take a multiple of 2"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_configurations(path, monkeypatch):
     config = load_config_from_file(str(path))

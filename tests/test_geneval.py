@@ -182,3 +182,29 @@ def test_fid_without_its_package_says_what_to_install(tmp_path) -> None:
     save_file({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "inception.safetensors")
     with pytest.raises(ScorerError, match=r"flow-generator-matching\[evaluation\]"):
         fid(paths, paths, tmp_path / "inception.safetensors", torch.device("cpu"))
+
+
+def test_fid_is_a_distance_of_the_given_network_s_features(tmp_path) -> None:
+    """A stand-in of random weights in the real one's form; two sets without spread are as far apart as their means."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+
+    class Random(inception):
+        def load_state_dict(self, *_):
+            torch.manual_seed(0)
+            for tensor in self.parameters():
+                if tensor.ndim > 1:
+                    torch.nn.init.kaiming_normal_(tensor)
+
+    torch.save({}, tmp_path / "none.pth")
+    network = Random("random", ["2048"], str(tmp_path / "none.pth"))
+    save_file(network.state_dict(), tmp_path / "inception.safetensors")
+    means = []
+    for name, level in (("made", 0), ("real", 200)):
+        image = np.linspace(level, 255, 20 * 16 * 3).astype(np.uint8).reshape(20, 16, 3)
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        means.append(network(torch.from_numpy(image).permute(2, 0, 1)[None])[0][0].double())
+    options = ("--reference", tmp_path / "real", "--inception", tmp_path / "inception.safetensors", "--json")
+    found = json.loads(invoke("score", tmp_path / "made", *options).stdout)["fid"]
+    assert found == pytest.approx(float((means[0] - means[1]).square().sum()), rel=1e-4)

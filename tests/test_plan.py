@@ -13,10 +13,12 @@ from distill.cli import app
 from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import Draw, one_step
+from distill.geometry import NAMES, read_geometry
+from distill.meter import Meter
 from distill.methods import Batch, Velocities, dmd, flow_map, reflow
 from distill.methods.fgm import Config
 from distill.networks import ROLES, SharedBase, build
-from distill.plan import NAMES, Plan, Setting, changes_that_fit, read_geometry
+from distill.plan import Plan, Setting, changes_that_fit
 from distill.policies import Guidance
 from distill.teacher import load_transformer
 from distill.text import TextCondition
@@ -122,7 +124,7 @@ def test_what_is_kept_is_what_autograd_saves(teacher, kind):
     assert out.requires_grad
     expected = nbytes(x for x in saved if x.untyped_storage()._cdata not in own)
 
-    with plans.Meter() as meter:
+    with Meter() as meter:
         again = one_step(networks.velocity("student"), z, cond)
         kept = meter.live - again.nbytes  # the images themselves are the caller's
     assert again.requires_grad
@@ -134,7 +136,7 @@ def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
     config = made.geometry.transformer
     networks, _ = plans.build(made.geometry, made.kind, made.dtype, device="cpu")
     z, cond = inputs(made)
-    with plans.Meter() as meter, torch.no_grad():
+    with Meter() as meter, torch.no_grad():
         networks.velocity("teacher")(z, torch.ones(BATCH), cond)
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -176,7 +178,7 @@ def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teac
     z, cond = inputs(three)
     nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
     (turn,) = three.method.turns()
-    with plans.Meter() as meter:
+    with Meter() as meter:
         turn.loss(nets, Batch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
     assert three.plan().flop_per_image == meter.flop / BATCH
 
@@ -196,6 +198,12 @@ def test_eight_bits_are_a_byte_for_each_moment_and_a_scale_for_each_block(teache
     plan = setting(teacher, Full(), method=PATH, optimizer="adam-8bit").plan()  # where the student alone learns
     assert plan.resident["optimizer states"] == 2 * moment
     assert 2 * moment < setting(teacher, Full(), method=PATH).plan().resident["optimizer states"]
+
+
+@pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
+def test_a_run_that_compiles_its_blocks_is_planned_as_one_that_does_not(teacher, kind):
+    compiled = kind.model_copy(update={"compile": True})
+    assert setting(teacher, compiled, method=PATH).plan() == setting(teacher, kind, method=PATH).plan()
 
 
 @pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
@@ -225,7 +233,7 @@ def test_activations_grow_with_the_batch_in_a_straight_line(teacher):
 @pytest.mark.parametrize(("name", "low", "high"), [("sd3-medium", 2.0, 2.1), ("sd3.5-medium", 2.2, 2.5),
                                                    ("sd3.5-large", 8.0, 8.2)])  # fmt: skip
 def test_named_models_have_the_published_size(name, low, high):
-    assert low <= plans._parameters(read_geometry(name)) / 1e9 <= high
+    assert low <= read_geometry(name).parameters / 1e9 <= high
 
 
 def test_a_change_that_is_said_to_fit_does(teacher):

@@ -8,9 +8,10 @@ import torch
 from tiny import distilled
 
 from distill.config import load_config
+from distill.geometry import NAMES, read_geometry
 from distill.networks import ROLES
 from distill.pipeline import OneStepPipeline
-from distill.plan import GIB, NAMES, Setting, build, read_geometry
+from distill.plan import GIB, Setting, build
 from distill.run import accelerator
 from distill.text import TextCondition
 from distill.trainer import train

@@ -75,9 +75,11 @@ def final(out: Path) -> dict[str, torch.Tensor]:
 
 
 def figures(out: Path) -> list[dict[str, float]]:
-    """The log's lines, but for what the clock says."""
+    """The log's lines, but for what the clock says, and the machine."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("seconds/", "memory/"))} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -103,6 +105,7 @@ def test_a_run_leaves_everything_it_promises(whole):
         "seconds/data",
         "seconds/fake",
         "seconds/student",
+        "memory/peak",
     ):
         assert all(name in line for line in lines)
     assert any(name.startswith("log10_gap/t") for name in lines[0])

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from parity import IMAGES, SHAPE, Prompts
 
-from distill import checkpoint, trainer
+from distill import batches, checkpoint, trainer
 from distill.config import Optimizer
 from distill.errors import CacheError, ConfigError, RunError
 from distill.optimizers import adam
@@ -107,15 +107,15 @@ def test_shares_of_processes_are_the_whole_batch_in_one_size_a_step():
     shapes = [(4, 8, 8), (4, 8, 4), (4, 4, 8)]
     config = parity.run(images=20 * IMAGES)
 
-    def batches(offset, local):
-        return list(trainer._batches(config, 0, offset, local, Prompts(), shapes, pinned=False))
+    def share(offset, local):
+        return list(batches.batches(config, 0, offset, local, Prompts(), shapes, pinned=False))
 
-    whole, left, right = batches(0, IMAGES), batches(0, IMAGES // 2), batches(IMAGES // 2, IMAGES // 2)
+    whole, left, right = share(0, IMAGES), share(0, IMAGES // 2), share(IMAGES // 2, IMAGES // 2)
     for a, b, c in zip(whole, left, right, strict=True):
         assert torch.equal(a.z, torch.cat([b.z, c.z]))
         assert torch.equal(a.cond.embeds, torch.cat([b.cond.embeds, c.cond.embeds]))
     assert {tuple(batch.z.shape[1:]) for batch in whole} == set(shapes)
-    resumed = list(trainer._batches(config, 8 * IMAGES, 0, IMAGES, Prompts(), shapes, pinned=False))
+    resumed = list(batches.batches(config, 8 * IMAGES, 0, IMAGES, Prompts(), shapes, pinned=False))
     assert all(torch.equal(a.z, b.z) for a, b in zip(whole[16:], resumed, strict=True))
 
 
@@ -133,10 +133,10 @@ def test_what_is_read_ahead_comes_in_order_with_its_errors_and_leaves_no_thread(
         raise CacheError("shard 7")
 
     before = threading.active_count()
-    ahead, found = trainer._ahead(damaged()), []
+    ahead, found = batches.ahead(damaged()), []
     with pytest.raises(CacheError, match="shard 7"):
         found.extend(ahead)
-    stopped = trainer._ahead(iter(range(1, 9)))
+    stopped = batches.ahead(iter(range(1, 9)))
     assert (found, next(stopped)) == ([1, 2, 3], 1)
     stopped.close()
     assert threading.active_count() == before

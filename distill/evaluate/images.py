@@ -52,14 +52,15 @@ def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float,
 def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:
     """FID by torch-fidelity, with its Inception weights converted to safetensors.
 
-    Raises ScorerError when the package is not installed or the weights are others.
+    Raises ScorerError when the package cannot be imported or the weights are others.
     """
     weights = _inception_weights(inception)
     try:
         from torch_fidelity import calculate_metrics
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
         raise ScorerError(
-            "FID needs torch-fidelity, which is not installed; run pip install 'flow-generator-matching[evaluation]'"
+            f"FID needs torch-fidelity, which cannot be imported ({error}); run pip install "
+            "'flow-generator-matching[evaluation]', with torchvision from where torch is from"
         ) from error
     sets = _Files(made), _Files(real)
     with TemporaryDirectory() as folder:

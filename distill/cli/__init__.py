@@ -1,0 +1,72 @@
+"""The `distill` command: parse, call, print; a file for each noun. No command imports torch before it runs."""
+
+import errno
+import os
+import sys
+
+import typer
+
+from distill.cli import caches, cifar10, compare, evaluate, generate, jobs, plan, run, runs, scenes
+from distill.errors import ClaimedError, DistillError
+
+# The libraries' own bars and notices would run through ours.
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    os.environ.setdefault(_name, "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+app = typer.Typer(
+    help="Distil a Stable Diffusion 3 type teacher into a one-step student.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(scenes.teacher)
+app.command()(run.run)
+app.command()(run.export)
+app.command()(caches.embed)
+app.command()(caches.encode)
+app.command()(generate.generate)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.geneval)
+app.command()(evaluate.score)
+app.command()(compare.compare)
+app.command()(plan.plan)
+app.command()(runs.report)
+app.command()(runs.runs)
+app.command()(jobs.submit)
+app.command()(jobs.jobs)
+app.command()(jobs.logs)
+app.command()(jobs.cancel)
+
+_scenes = typer.Typer(help="The small world that ships with the project.", no_args_is_help=True)
+_scenes.command()(scenes.show)
+app.add_typer(_scenes, name="scenes")
+
+_prompts = typer.Typer(help="Look at prompts before they are encoded.", no_args_is_help=True)
+_prompts.command()(caches.stats)
+app.add_typer(_prompts, name="prompts")
+
+_cifar10 = typer.Typer(help="CIFAR-10 in pixels, from its own binary files.", no_args_is_help=True)
+_cifar10.command()(cifar10.teacher)
+_cifar10.command()(cifar10.images)
+app.add_typer(_cifar10, name="cifar10")
+
+
+def main() -> None:
+    """Entry point of the console command: errors of ours, and a full disk, become one sentence and status 2.
+
+    Status 75 is to try again later.
+    """
+    try:
+        app()
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, ClaimedError) else 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; make room and give the same command again, it continues", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

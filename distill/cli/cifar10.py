@@ -1,0 +1,62 @@
+"""`distill cifar10 teacher` and `images`: CIFAR-10 in pixels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.options import Compiled, Device
+from distill.cli.stopping import asked_to_stop, stopped
+
+_CIFAR10 = "Folder of CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."
+_CONDITIONAL = "Captions are the classes' names; without, one word for all."
+
+
+def teacher(
+    data: Annotated[Path, typer.Argument(help=_CIFAR10)],
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path(
+        "runs/cifar10-teacher"
+    ),
+    images: Annotated[int, typer.Option(help="Images that it is trained on.", min=1)] = 51_200_000,
+    batch: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 128,
+    conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
+    layers: Annotated[int, typer.Option(help="Blocks of the transformer.", min=1)] = 12,
+    heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
+    device: Device = "auto",
+    compiled: Compiled = False,
+) -> None:
+    """Train a pixel-space teacher of CIFAR-10 from nothing, in Stable Diffusion 3's own format.
+
+    The same command continues a training that was stopped, a larger budget continues a finished one.
+    """
+    from distill.checkpoint import claimed
+    from distill.cifar10.teacher import TeacherRecipe, train_teacher
+    from distill.console import image_bar
+    from distill.device import resolve_device
+
+    recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
+    training = train_teacher(data, recipe, out, resolve_device(device), compiled)
+    with claimed(out), image_bar("teacher", images) as bar, asked_to_stop() as asked:
+        for progress in training:
+            bar.update(progress.images, progress.figures)
+            if asked:
+                progress.save()
+                raise stopped(progress.images, asked)
+    typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distils it.")
+
+
+def images(
+    data: Annotated[Path, typer.Argument(help=_CIFAR10)],
+    out: Annotated[Path, typer.Option(help="Folder of the images and their captions.")],
+    test: Annotated[bool, typer.Option("--test", help="Those of the test batch.")] = False,
+    conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
+) -> None:
+    """Write its images as PNG with their captions: for `distill score --reference`, and as `real.source` of a run."""
+    from distill.cifar10.data import write_images
+    from distill.console import image_bar
+
+    with image_bar("images", 10_000 if test else 50_000) as bar:
+        for written in write_images(data, out, conditional, test):
+            bar.update(written)
+    typer.echo(f"The images are in {out}.")

@@ -1,0 +1,72 @@
+"""`distill compare`: several ways to distil one teacher."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.run import distil_with_bars, encode_with_bars
+
+
+def compare(
+    variants: Annotated[
+        list[str], typer.Argument(help="Methods or YAML files, each with its own keys: fgm,method.alpha=0.5.")
+    ],
+    config: Annotated[str, typer.Option(help="Preset or YAML file that methods take everything else from.")] = "scenes",
+    images: Annotated[int | None, typer.Option(help="Budget of each in images; the preset's.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget of each in seconds of training.", min=1)] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all of them.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.")] = Path("runs/compare"),
+    per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.")] = 0,
+) -> None:
+    """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
+
+    Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues, also with
+    more variants; what is finished is not done again. A run that diverges is told of, and the others go on.
+    """
+    import shlex
+
+    from distill.compare import is_finished, is_scored, judged, read_variants, share_embeddings, within
+    from distill.console import image_bar, table
+    from distill.console import out as console
+    from distill.device import resolve_device
+    from distill.errors import ConfigError, DivergedError
+    from distill.evaluate.judge import Questions
+
+    if images is not None and seconds is not None:
+        raise ConfigError("--images and --seconds are both given; give one, the other follows from it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "distill compare is one process; under accelerate, launch each `distill run` with a folder under --out, "
+            "named as the variant, and compare them afterwards"
+        )
+    words = [*variants, "--config", config, *(part for each in overrides or [] for part in ("--set", each))]
+    words += ["--images", str(images)] if images else ["--seconds", f"{seconds:g}"] if seconds else []
+    words += ["--per-task", str(per_task), "--steps", str(steps), "--seed", str(seed)]
+    where = resolve_device("auto")
+    planned = read_variants(variants, config, overrides or [], images)
+    share_embeddings(planned, out)
+    finished, diverged = [], {}
+    for variant in planned:
+        try:
+            if seconds is not None:
+                encode_with_bars(variant.config, out / variant.name, where)
+                variant = within(seconds, variant, out)
+            if not is_finished(variant, out):
+                distil_with_bars(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
+            finished.append(variant)
+        except DivergedError as error:
+            diverged[variant.name] = str(error)
+            typer.echo(f"{variant.name} diverged: {error}")
+    if not finished:
+        raise DivergedError(f"every run of the comparison diverged; the first: {next(iter(diverged.values()))}")
+    questions = Questions.make(per_task, seed)
+    total = (1 + len(finished)) * questions.count if is_scored(finished[0].config) else None
+    with image_bar("images", total) as bar:
+        outcome = judged(finished, out, questions, steps, seed, where, bar.advance, diverged)
+    outcome.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
+    console.print(table(f"students of {planned[0].config.teacher}", *outcome.table()))
+    console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

@@ -1,0 +1,57 @@
+"""`distill plan`: whether a distillation fits a device."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+
+def plan(
+    teacher: Annotated[
+        str, typer.Argument(help="Teacher folder, or sd3-medium, sd3.5-medium, sd3.5-large.")
+    ] = "sd3-medium",
+    device_memory: Annotated[float, typer.Option(help="Memory of the device in GiB.", min=0)] = 80,
+    mode: Annotated[Literal["lora", "full"], typer.Option(help="Adapters on one base, or three models.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Images of one forward; `micro_batch` of a run.", min=1)] = 4,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 64,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
+    method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
+    optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
+    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
+    reserve: Annotated[float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0)] = 2,
+    tflops: Annotated[
+        float | None, typer.Option(help="Peak TFLOP/s; that of an H100 if not given: 989 in bf16, 67 in fp32.", min=0)
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached.", min=0, max=1)] = 0.35,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
+
+    Only configuration files are read: the real networks take the real turns on tensors without data.
+    """
+    from distill.console import out, table
+    from distill.geometry import read_geometry
+    from distill.plan import GIB, changes_that_fit, setting
+
+    geometry = read_geometry(teacher)
+    made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size, method, optimizer)
+    result = made.plan()
+    available = int((device_memory - reserve) * GIB)
+    fits = result.peak <= available
+    changes = [] if fits else changes_that_fit(made, result, available)
+    speed = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilisation / result.flop_per_image
+    if as_json:
+        values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    rows = [(part, f"{size / GIB:.2f}") for part, size in result.parts().items()]
+    rows += [(f"peak: {moment}", f"{size / GIB:.2f}") for moment, size in result.moments.items()]
+    out.print(table(f"{geometry.name}, {result.parameters / 1e9:.2f} B parameters", ("", "GiB"), rows))
+    out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image; about {speed:.2f} images/s on such a device.")
+    needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
+    if fits:
+        out.print(f"It fits {device_memory:g} GiB: {needs}.")
+    else:
+        enough = f"enough alone: {', or '.join(changes)}" if changes else "no single change is enough"
+        out.print(f"It does not fit {device_memory:g} GiB: {needs}; {enough}.")

@@ -1,0 +1,133 @@
+"""`distill run` and `distill export`: a teacher into a one-step student."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from distill.cli.stopping import asked_to_stop, stopped
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.config import Run
+
+
+def run(
+    config: Annotated[
+        str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium-lora, ...) or a YAML file.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Budget in seconds of training; a measured speed makes images of it.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
+) -> None:
+    """Distil a teacher into a one-step student.
+
+    The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
+    a step and keeps what was learnt (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
+    Under `accelerate launch -m distill.cli run ...` it uses every process.
+    """
+    import yaml
+
+    from distill.config import load_config, replace_method
+
+    resolved = load_config(config, [*(replace_method(config, method) if method else []), *(overrides or [])])
+    folder = out or Path("runs") / Path(config).stem
+
+    if distil_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
+        typer.echo(
+            f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
+        )
+
+
+def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float | None = None) -> bool:
+    """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop.
+
+    `seconds` of training are a budget in place of the configuration's images.
+    """
+    from distill import console
+    from distill import run as runs
+    from distill.checkpoint import claimed
+    from distill.console import SHOWN, image_bar
+    from distill.speed import images_within
+
+    machine = runs.accelerator(config, folder)
+    console.quiet(not machine.is_main_process)
+    with claimed(folder) if machine.is_main_process else nullcontext():
+        if machine.is_main_process:
+            runs.prepare(config, folder)
+            typer.echo(heading)
+            encode_with_bars(config, folder, machine.device)
+        machine.wait_for_everyone()
+        if seconds is not None:
+            config = config.model_copy(update={"images": images_within(seconds, config, folder)})
+            if machine.is_main_process:
+                runs.prepare(config, folder)
+        with image_bar("distilling", config.images) as bar, asked_to_stop() as asked:
+            for progress in runs.distil(config, folder, machine):
+                figures = {name: progress.figures[name] for name in SHOWN if name in progress.figures}
+                bar.update(progress.images, figures)
+                for note in progress.notes:
+                    bar.say(note)
+                if asked and machine.is_main_process:
+                    progress.save()
+                    raise stopped(progress.images, asked)
+        machine.end_training()
+    return bool(machine.is_main_process)
+
+
+def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> None:
+    """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
+    from distill import run as runs
+    from distill.console import image_bar
+
+    with image_bar("prompts", config.prompts.count) as bar:
+        for encoded in runs.embed(config, folder, device):
+            bar.update(encoded.prompts, {"truncated": encoded.truncated})
+    if config.real is not None:
+        with image_bar("real images", config.real.count) as bar:
+            for images in runs.encode(config, folder, device):
+                bar.update(images.images, {"skipped": images.skipped})
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder: finished, stopped or running.")],
+    out: Annotated[Path | None, typer.Option(help="Student folder; student in the run folder if not given.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="best, last, or the images seen of a checkpoint; best is the last if none was judged.")
+    ] = "best",
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
+    max_shard_size: Annotated[str, typer.Option(help="Size of one file of weights at most: 5GB, 500MB.")] = "5GB",
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the card; what the teacher's says if not given.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with stock diffusers; differing is an error.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
+) -> None:
+    """Write the student of a run, as `distill run` does at its end.
+
+    The student is the averaged one of a checkpoint; a LoRA run's folder also holds the adapter, for diffusers and
+    ComfyUI. An older student in the same place is replaced by a whole one.
+    """
+    import torch
+
+    from distill.device import resolve_device
+    from distill.parity import TOLERANCE, check_parity
+    from distill.run import export as export_run
+
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, licence)
+    seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
+    typer.echo(f"The student after {seen} images is in {folder}.")
+    if check:
+        largest = check_parity(folder, resolve_device(device))
+        typer.echo(
+            f"Stock diffusers makes the same latents: they differ by {largest:.1e} at most, {TOLERANCE:g} is allowed."
+        )
