@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.out, ignore_errors=True)
+    for name in ("undisturbed", "killed"):  # of an earlier soak
+        shutil.rmtree(arguments.out / name, ignore_errors=True)
 
     def command(name: str) -> list[str]:
         sets = [part for value in arguments.overrides or DEBUG for part in ("--set", value)]

@@ -27,7 +27,7 @@ from distill.meter import Meter, without_data
 from distill.methods import Batch, Real, Turn, Velocities, Velocity
 from distill.networks import ROLES, FullCopies, SharedBase
 from distill.run import GRID
-from distill.teacher import decode_latents
+from distill.teacher import decode_in_parts
 from distill.text import TextCondition
 
 GIB = 2**30
@@ -135,7 +135,7 @@ class Setting:
             with Meter() as meter, torch.no_grad():
                 with _autocast(dtype):
                     x_0 = one_step(networks.velocity("student"), z, cond)
-                decode_latents(vae, x_0)
+                decode_in_parts(vae, x_0)
             grid = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
 
         resident = {

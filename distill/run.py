@@ -35,7 +35,7 @@ from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, read_run
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
-from distill.teacher import decode_latents, encode_images, load_vae
+from distill.teacher import decode_in_parts, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
 
@@ -255,7 +255,7 @@ class _Watch:
         @torch.no_grad()
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
             cond = type(self._conditions[prompts[0]]).cat([self._conditions[prompt] for prompt in prompts])
-            return to_images(decode_latents(self._vae, progress.generate(cond, noise(seeds, self._shape))))
+            return to_images(decode_in_parts(self._vae, progress.generate(cond, noise(seeds, self._shape))))
 
         finished = progress.images >= self._config.images
         if progress.crosses(self._config.cadence.sample) or finished:

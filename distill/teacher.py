@@ -18,6 +18,7 @@ from distill.text import TextCondition
 __all__ = [
     "TeacherSpec",
     "Velocity",
+    "decode_in_parts",
     "decode_latents",
     "encode_images",
     "euler_times",
@@ -31,6 +32,7 @@ __all__ = [
 
 Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
 
+DECODED_PIXELS = 1 << 21  # at once; what a decoder holds of an image is some hundred times its pixels
 _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
 
 
@@ -64,6 +66,13 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
     return pixels
+
+
+def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_PIXELS) -> Tensor:
+    """The same in parts of at most so many pixels, or of one image: many large images hold no more than a few."""
+    side = 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = latents.shape[-2] * latents.shape[-1] * side**2
+    return torch.cat([decode_latents(vae, part) for part in latents.split(max(1, at_once // pixels))])
 
 
 def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:

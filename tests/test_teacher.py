@@ -10,7 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import PROMPTS, make_teacher, stock_pipeline
 
 from distill.errors import TeacherError
+from distill.meter import Meter
 from distill.teacher import (
+    decode_in_parts,
     decode_latents,
     encode_images,
     euler_times,
@@ -87,6 +89,16 @@ def test_latents_are_scaled_as_stock_does(teacher: Path) -> None:
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     mean = vae.encode(pixels).latent_dist.mean
     assert torch.allclose(encode_images(vae, pixels), (mean - 0.06) * 1.5)
+
+
+def test_decoding_in_parts_gives_the_same_images_and_holds_less(teacher: Path) -> None:
+    vae, latents = load_vae(teacher), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Meter() as whole:
+        expected = decode_latents(vae, latents)
+    with torch.no_grad(), Meter() as parts:
+        found = decode_in_parts(vae, latents, at_once=2 * 16 * 16)
+    torch.testing.assert_close(found, expected)
+    assert parts.peak < whole.peak / 2
 
 
 def _truncate(folder: Path) -> None:

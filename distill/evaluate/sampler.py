@@ -13,7 +13,7 @@ from distill.flow import noise
 from distill.pipeline import OneStepPipeline
 from distill.scenes.vae import to_images, to_pixels
 from distill.teacher import (
-    decode_latents,
+    decode_in_parts,
     encode_images,
     guided,
     load_transformer,
@@ -65,7 +65,7 @@ class TeacherSampler:
         z = noise(seeds, self.spec.latent_shape).to(self._transformer.device)
         u = guided(partial(velocity, self._transformer), self._text.encode([""]), setting.guidance)
         latents = sample(u, z, self._text.encode(prompts), setting.steps, self.spec.shift)
-        return to_images(decode_latents(self._vae, latents))
+        return to_images(decode_in_parts(self._vae, latents))
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether the model sees only its beginning."""
