@@ -32,11 +32,6 @@ def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - _as(t, x_t) * v
 
 
-def velocity_from_x_0(x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-    """v = (x_t - x_0) / t, for t > 0."""
-    return (x_t - x_0) / _as(t, x_t)
-
-
 def shift_time(t: Tensor, s: float) -> Tensor:
     """t' = s t / (1 + (s - 1) t): adds ln s to logit(t), which moves mass towards noise for s > 1."""
     return s * t / (1 + (s - 1) * t)
