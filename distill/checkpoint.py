@@ -74,9 +74,22 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(folder / _TENSORS, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118, it is no mapping
             tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
-        return tensors, json.loads((folder / _RECORD).read_text())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before") from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    return tensors, load_record(folder)
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record of a state alone, whatever its tensors weigh. Raises CheckpointError when it cannot be read."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    return record
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before")
 
 
 def latest(folder: Path) -> Path | None:

@@ -136,7 +136,7 @@ def read_cost(folder: Path) -> Cost:
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise RunError(f"{folder} holds no checkpoint, so its seconds are not known; remove it to run it again")
-    record = checkpoint.load(newest)[1]
+    record = checkpoint.load_record(newest)
     return Cost(int(record["images"]), float(record.get("seconds", 0)), read_student(folder / "student").images_seen)
 
 

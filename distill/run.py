@@ -285,7 +285,7 @@ class _Watch:
         # A student that says the same thing well is not the best one.
         fitness = result.overall * result.diversity
         best = checkpoint.latest(self._out / "best")
-        if best is None or fitness > checkpoint.load(best)[1]["fitness"]:
+        if best is None or fitness > checkpoint.load_record(best)["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             if not target.exists():
                 checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
