@@ -72,7 +72,7 @@ def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_
     """The same in parts of at most so many pixels, or of one image: many large images hold no more than a few."""
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = latents.shape[-2] * latents.shape[-1] * side**2
-    return torch.cat([decode_latents(vae, part) for part in latents.split(max(1, at_once // pixels))])
+    return torch.cat([decode_latents(vae, part) for part in torch.split(latents, max(1, at_once // pixels))])
 
 
 def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
