@@ -22,7 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from distill.config import load_config
@@ -81,6 +83,8 @@ def main() -> None:
 
 def make_teacher(geometry: Geometry, folder: Path, dtype: torch.dtype) -> None:
     """Save a pipeline of the geometry with random weights, the transformer in `dtype`."""
+    logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer(["image"], 77)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
