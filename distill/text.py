@@ -61,6 +61,15 @@ class TextCondition:
         embeds = torch.where(rows[..., None], other.embeds, self.embeds)
         return type(self)(embeds, torch.where(rows, other.pooled, self.pooled))
 
+    def pack(self) -> Tensor:
+        """All of a prompt in one row (B, L * D + P)."""
+        return torch.cat([self.embeds.flatten(1), self.pooled], dim=1)
+
+    def unpack(self, rows: Tensor) -> Self:
+        """What `pack` made of conditions of the same shape, however many."""
+        embeds, pooled = rows.split([self.embeds[0].numel(), self.pooled[0].numel()], dim=1)
+        return type(self)(embeds.unflatten(1, self.embeds.shape[1:]).contiguous(), pooled.contiguous())
+
     @classmethod
     def cat(cls, parts: Sequence["TextCondition"]) -> Self:
         """Batches one after another."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -85,7 +85,7 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await engine.start()
         await state.roster.restore(engine, settings.students)
         settings.check_aliases(engine.cards)
@@ -94,7 +94,7 @@ def create_app(
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
         sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
-        yield
+        yield {"metrics": metrics}  # for the protocol, which refuses what never reaches the app
         if jobs:
             await jobs.students.stop()
             await asyncio.to_thread(jobs.stop)

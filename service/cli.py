@@ -105,7 +105,7 @@ def serve(
         if served.state.service.jobs:
             served.state.service.jobs.database.migrate()  # here too, so that a wrong database is one sentence
         ready = starting.result()[0].ready
-    settings.check_aliases([card.name for card in ready.cards])
+    settings.check_aliases([loaded.card.name for loaded in ready.models])
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
@@ -154,7 +154,7 @@ def profile(
     workers = processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:
-        for t in worker.ready.timings:
+        for t in (timing for loaded in worker.ready.models for timing in loaded.timings):
             stages = "".join(f"{1000 * t.seconds[stage]:10.2f}" for stage in ("text", "model", "vae"))
             size = f"{t.width}x{t.height}"
             rate, memory = t.batch / t.total, t.memory_bytes / 1e6

@@ -20,6 +20,7 @@ class Metrics:
         self.requests = counter("requests_total", "Requests answered", ["route", "status"])
         self.request_seconds = histogram("request_seconds", "Time in the server", ["route"], buckets=_SECONDS)
         self.refusals = counter("refusals_total", "Requests refused at the door", ["reason"])
+        self.hung_up = counter("hung_up_connections_total", "Connections that were hung up on", ["reason"])
         self.queue = gauge("queued_images", "Images waiting for a device")
         self.dropped = counter("dropped_images_total", "Queued images whose client left")
         self.sessions = gauge("realtime_sessions", "Realtime sessions that are open")

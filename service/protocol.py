@@ -8,6 +8,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow
 from service.handlers import respond
+from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,10 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what the parser, or a bound, refuses."""
         if max(self._head_bytes, self._loose_bytes) > self.max_head_bytes:
-            self._refuse(HeadTooLarge(f"path and headers are over the limit of {self.max_head_bytes} bytes"))
+            sentence = f"path and headers are over the limit of {self.max_head_bytes} bytes"
+            self._refuse(HeadTooLarge(sentence), "head_too_large")
         else:
-            self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"))
+            self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"), "invalid_http")
 
     def pause_writing(self) -> None:
         """More waits to be sent than the connection's buffer holds."""
@@ -115,7 +117,8 @@ class Protocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         if self._begun:
-            self._refuse(TooSlow(f"path and headers did not arrive within {self.head_seconds:g} s"))
+            sentence = f"path and headers did not arrive within {self.head_seconds:g} s"
+            self._refuse(TooSlow(sentence), "head_too_slow")
         else:
             self.transport.close()
 
@@ -128,14 +131,20 @@ class Protocol(HttpToolsProtocol):
             self._watch()
         else:
             log.info("a client took nothing for %g s; it is hung up on", self.stall_seconds)
+            self._hung_up("answer_not_taken")
             self.transport.abort()
 
-    def _refuse(self, error: ServiceError) -> None:
+    def _refuse(self, error: ServiceError, reason: str) -> None:
         """Say so, and hang up."""
         response = respond(error)
         response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
         response.headers["connection"] = "close"
         lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
         log.info("%s refused: %s", response.headers["x-request-id"], error.message)
+        self._hung_up(reason)
         self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
         self.transport.close()
+
+    def _hung_up(self, reason: str) -> None:
+        metrics: Metrics = self.app_state["metrics"]
+        metrics.hung_up.labels(reason).inc()

@@ -12,7 +12,7 @@ import torch
 
 from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, Runtime
 from service.engine.backend import Card, DeviceLost, Pixels, Text
-from service.engine.cache import Cache
+from service.engine.embeddings import UNSHARED, Embeddings
 from service.engine.messages import Tuning
 from service.errors import StartError
 
@@ -27,7 +27,9 @@ class StudentBackend:
     def __init__(self, folder: Path, name: str | None, device: torch.device, tuning: Tuning) -> None:
         self._pipeline = OneStepPipeline.load(folder, device, _runtime(tuning))
         self._device = device
-        self._prompts: Cache[str, tuple[Any, int, bool]] = Cache(tuning.prompt_cache_bytes)
+        blank = self._pipeline.encode([""])
+        self.text_bytes = blank.embeds.nbytes + blank.pooled.nbytes
+        self._shape = blank.to("meta")  # of every prompt's conditions
         self._adapters: dict[str, Adapter] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
@@ -51,20 +53,25 @@ class StudentBackend:
         )
         self.setup = f"{where}-{self._pipeline.computed}-torch-{torch.__version__}"
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Conditions on the device; a prompt that was seen lately is not encoded again."""
-        known = {prompt: entry for prompt in dict.fromkeys(prompts) if (entry := self._prompts.get(prompt))}
-        hits = len(known)
+    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
+        """Conditions on the device. All go through the host's memory, where `shared` has them."""
+        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        width = self.text_bytes // self._shape.embeds.itemsize
+        rows = torch.empty(len(index), width, dtype=self._shape.embeds.dtype, pin_memory=bool(self._streams))
+        buffers = rows.view(torch.uint8).numpy()
+        facts = {prompt: fact for prompt, i in index.items() if (fact := shared.read(prompt, buffers[i]))}
+        hits = len(facts)
         with self._stage("text"):
-            if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
-                conditions = self._pipeline.encode(new)
-                facts = zip(self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)
-                for i, (prompt, (tokens, truncated)) in enumerate(zip(new, facts, strict=True)):
-                    row = conditions[torch.tensor([i])]  # a copy: a slice would keep its whole batch
-                    known[prompt] = row, tokens, truncated
-                    self._prompts.put(prompt, known[prompt], row.embeds.nbytes + row.pooled.nbytes)
-            rows, counts, cuts = zip(*(known[prompt] for prompt in prompts), strict=True)
-            return Text(type(rows[0]).cat(rows), counts, cuts, hits)
+            if new := [prompt for prompt in index if prompt not in facts]:
+                packed = self._pipeline.encode(new).pack().cpu()
+                told = zip(new, packed, self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)
+                for prompt, row, tokens, truncated in told:
+                    rows[index[prompt]] = row
+                    facts[prompt] = tokens, truncated
+                    shared.write(prompt, buffers[index[prompt]], tokens, truncated)
+            conditions = self._shape.unpack(rows.to(self._device, non_blocking=True)[[index[p] for p in prompts]])
+        counts, cuts = zip(*(facts[prompt] for prompt in prompts), strict=True)
+        return Text(conditions, counts, cuts, hits)
 
     def add_adapter(self, name: str, folder: str) -> None:
         """Read it beside what runs: the weights are touched by `adapt` alone."""
@@ -108,8 +115,8 @@ class StudentBackend:
         return int(found[0]) * 1024 if found else 0
 
     def close(self) -> None:
-        """Free the weights and the conditions that were kept, and what torch keeps of a GPU's memory for them."""
-        del self._pipeline, self._prompts, self._adapters
+        """Free the weights, and what torch keeps of a GPU's memory for them."""
+        del self._pipeline, self._adapters
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

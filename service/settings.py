@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     linger_seconds: Annotated[float, Field(ge=0)] = 0.0  # what a lone image waits for company while nothing runs
     worker_silence_seconds: _Seconds = 30.0  # a worker that says nothing for so long is replaced
     batch_timeout_seconds: _Seconds = 120.0  # a worker whose batch takes longer is replaced
-    prompt_cache_bytes: _Bytes = 256 << 20  # embeddings of prompts that a worker keeps for each model
+    prompt_cache_bytes: _Bytes = 256 << 20  # embeddings of prompts, in memory that all workers share
     result_cache_bytes: _Bytes = 64 << 20  # images kept for requests of the same prompt, seed and size
     encode_threads: _Count = 2
     max_body_bytes: _Count = 1 << 20

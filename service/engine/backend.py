@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.embeddings import UNSHARED, Embeddings
 from service.errors import StartError
 
 Pixels = NDArray[np.uint8]  # (B, H, W, 3)
@@ -60,7 +61,7 @@ class Text:
     conditions: Any
     tokens: Sequence[int]  # that the model sees, of each prompt
     truncated: Sequence[bool]  # whether it sees only the prompt's beginning
-    hits: int = 0  # prompts that a cache knew
+    hits: int = 0  # prompts that some worker had encoded before
 
 
 class Backend(Protocol):
@@ -71,10 +72,11 @@ class Backend(Protocol):
     """
 
     card: Card
-    setup: str  # what times depend on besides the model: device, data type, threads, blocks
+    setup: str  # what times and last bits depend on besides the model: device, data type, threads, blocks
+    text_bytes: int  # of one prompt's embedding; 0 where none is shared
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts to what the network takes."""
+    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
+        """Prompts to what the network takes; what `shared` has is not encoded, and the rest is left there."""
 
     def add_adapter(self, name: str, folder: str) -> None:
         """Read a LoRA adapter and put it on the card, beside batches that run; raises StartError where it is none."""
@@ -109,6 +111,7 @@ class Simulator:
     """
 
     setup = "simulator"
+    text_bytes = 0
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class Simulator:
         self._fails_on = fails_on
         self._shift = 0
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
         """A token a word, start and end."""
         self._pass("text", len(prompts), *self.card.sizes[0])
         words = [len(prompt.split()) + 2 for prompt in prompts]

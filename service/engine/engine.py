@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import messages
-from service.engine.backend import Card, Pixels, Timing
+from service.engine.backend import Card
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
-from service.engine.launch import Fleet, Launch, Worker
+from service.engine.embeddings import Shelf
+from service.engine.launch import Fleet, Launch
 from service.engine.messages import (
     Advanced,
     Beat,
@@ -34,12 +33,11 @@ from service.engine.messages import (
     Loaded,
     Made,
     NotLoaded,
-    Reply,
-    Run,
     Unload,
     UnloadAdapter,
 )
 from service.engine.profile import batch_cap
+from service.engine.seat import AHEAD, Seat, connect, opposite
 from service.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -57,8 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # batches of a worker that have not left its network: one in it, one behind
-SLOTS = AHEAD + 2  # those, one in the VAE and one before it
 LONE_DEATHS = 5  # workers that may die while an image is their oldest and alone; then it is at fault
 LONGEST_PAUSE = 30.0  # seconds between two attempts to start a worker
 
@@ -89,104 +85,6 @@ class Asked:
 _Pixels = tuple[str, str, int, int, int, str | None, float]
 
 
-class _Seat:
-    """One worker at work: its batches, its free slots, and when it was last heard of."""
-
-    def __init__(self, worker: Worker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.worker = worker
-        self._reader = reader
-        self._writer = writer
-        self._slots = list(range(SLOTS))
-        self._batches: dict[int, tuple[Batch, int, float]] = {}  # with slot and time of sending, oldest first
-        self._ahead: set[int] = set()
-        self._last_answer = 0.0
-        self._loading: deque[tuple[Load | LoadAdapter, asyncio.Future[Loaded]]] = deque()  # oldest first
-
-    @property
-    def load(self) -> int:
-        """Batches before its VAE."""
-        return len(self._ahead)
-
-    @property
-    def free(self) -> bool:
-        """Whether it takes one more batch."""
-        return len(self._ahead) < AHEAD and bool(self._slots)
-
-    def outstanding(self) -> list[Batch]:
-        """What it has not answered."""
-        return [batch for batch, _, _ in self._batches.values()]
-
-    def send(self, number: int, batch: Batch, now: float) -> None:
-        """Hand it a batch."""
-        slot = self._slots.pop()
-        self._batches[number] = batch, slot, now
-        self._ahead.add(number)
-        for work in batch.work:
-            work.begun = True
-        prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
-        model, width, height, adapter, scale = batch.key
-        run = Run(number, model, prompts, seeds, width, height, slot, adapter, scale)
-        self._writer.write(messages.frame(run))
-
-    def add(self, order: Load | LoadAdapter) -> asyncio.Future[Loaded]:
-        """Let it load something. The future raises InvalidRequest when it cannot, Unavailable when it ends first."""
-        waiting: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
-        self._loading.append((order, waiting))
-        self._writer.write(messages.frame(order))
-        return waiting
-
-    def remove(self, order: Unload | UnloadAdapter) -> None:
-        """Let it unload a model or an adapter."""
-        self._writer.write(messages.frame(order))
-
-    def loaded(self, reply: Loaded | NotLoaded) -> None:
-        """It has done what `add` asked for; what nobody waits for any more goes again."""
-        order, waiting = self._loading.popleft()
-        match reply:
-            case Loaded() if waiting.cancelled():
-                self.remove(_opposite(order, reply))
-            case Loaded():
-                waiting.set_result(reply)
-            case NotLoaded() if not waiting.cancelled():
-                waiting.set_exception(InvalidRequest(reply.reason, "folder", "model_not_loadable"))
-
-    async def receive(self) -> Reply:
-        """What it says next. Raises EOFError or OSError when it is gone."""
-        header = await self._reader.readexactly(messages.HEADER_BYTES)
-        return messages.read_reply(await self._reader.readexactly(messages.length(header)))
-
-    def advanced(self, number: int) -> None:
-        """A batch has left the network."""
-        self._ahead.discard(number)
-
-    def pixels(self, number: int) -> Pixels:
-        """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread."""
-        batch, slot, _ = self._batches[number]
-        return self.worker.read(slot, (len(batch.work), batch.key.height, batch.key.width, 3))
-
-    def answered(self, number: int, now: float) -> tuple[Batch, float, float]:
-        """Forget a batch: it, when it was sent, and the seconds that the worker needed for it beyond the one before."""
-        batch, slot, sent = self._batches.pop(number)
-        self._slots.append(slot)
-        self._ahead.discard(number)
-        needed = now - max(sent, self._last_answer)
-        self._last_answer = now
-        return batch, sent, needed
-
-    def longest(self, now: float) -> float:
-        """Seconds since its oldest batch could have begun."""
-        return max((now - max(sent, self._last_answer) for _, _, sent in self._batches.values()), default=0.0)
-
-    async def leave(self) -> None:
-        """Hang up, and end the worker."""
-        for _, waiting in self._loading:
-            if not waiting.cancelled():
-                waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
-        self._loading.clear()
-        self._writer.transport.abort()
-        await asyncio.to_thread(self.worker.end)
-
-
 class Engine:
     """Takes work in on the event loop and answers it from the workers."""
 
@@ -203,10 +101,11 @@ class Engine:
         self._tracing = tracing
         self._batcher = Batcher(0, 0, 0, {})  # the real one needs the models' blocks
         self._seconds: dict[Key, float] = {}  # of a worker for one image of a whole block: a running mean
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._supervisors: list[asyncio.Task[None]] = []
         self._making: dict[_Pixels, Work] = {}
         self._made: Cache[_Pixels, Image] = Cache(settings.result_cache_bytes)
+        self._shelf = Shelf(settings.prompt_cache_bytes)
         self._numbers = itertools.count()
         self._lingering: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -252,14 +151,13 @@ class Engine:
     async def start(self) -> None:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
-        ready = workers[0].ready
         own = self._settings
         owner_limit = own.queue_limit_per_key or own.queue_limit
         self._batcher = Batcher(own.max_batch, own.queue_limit, owner_limit, self._rows, own.linger_seconds)
-        for card, order in zip(ready.cards, self._fleet.models, strict=True):
-            self._add(card, [timing for timing in ready.timings if timing.model == card.name], order)
+        for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
+            self._add(loaded, order)
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
-            seat = await _connect(worker)
+            seat = await connect(worker, self._shelf)
             self._join(seat)
             self._supervisors.append(asyncio.create_task(self._supervise(launch, seat)))
 
@@ -349,7 +247,7 @@ class Engine:
             self._check_free(name)
             order = Load(str(folder.absolute()), name)
             first = await self._everywhere(order)
-            self._add(first.card, first.timings, Load(order.folder, first.card.name))
+            self._add(first, Load(order.folder, first.card.name))
             return first.card
 
     async def load_adapter(self, model: str, folder: Path, name: str) -> Card:
@@ -383,7 +281,7 @@ class Engine:
 
     async def _everywhere(self, order: Load | LoadAdapter) -> Loaded:
         """Have every worker load something, those that join meanwhile too; where one cannot, none keeps it."""
-        loaded: dict[_Seat, Loaded] = {}
+        loaded: dict[Seat, Loaded] = {}
         try:
             while asked := [seat for seat in self._seats if seat not in loaded]:
                 answers = await asyncio.gather(*(seat.add(order) for seat in asked), return_exceptions=True)
@@ -400,7 +298,7 @@ class Engine:
             return first
         except BaseException:
             for seat, answer in loaded.items():
-                seat.remove(_opposite(order, answer))
+                seat.remove(opposite(order, answer))
             raise
 
     async def _finish(self, model: str, adapter: str | None) -> None:
@@ -431,8 +329,9 @@ class Engine:
             for seat in self._seats:
                 seat.remove(Unload(name))
 
-    def _add(self, card: Card, timings: Sequence[Timing], order: Load) -> None:
+    def _add(self, loaded: Loaded, order: Load) -> None:
         """Take work for a model that every worker has."""
+        card = loaded.card
         self._cards[card.name] = card
         self._models[card.name] = order
         self._rows[card.name] = card.rows
@@ -441,7 +340,7 @@ class Engine:
         slowest = own.p95_seconds and own.p95_seconds / (AHEAD + 1)
         for width, height in card.sizes:
             key = Key(card.name, width, height)
-            known = [timing for timing in timings if (timing.width, timing.height) == (width, height)]
+            known = [timing for timing in loaded.timings if (timing.width, timing.height) == (width, height)]
             self._seconds[key] = known[-1].total / known[-1].batch
             if own.profiles or own.p95_seconds:
                 self._batcher.lower_cap(key, batch_cap(known, slowest))
@@ -564,13 +463,13 @@ class Engine:
         running = [batch.key for seat in self._seats for batch in seat.outstanding()]
         return any(key.model == model and adapter in (None, key.adapter) for key in waiting + running)
 
-    def _join(self, seat: _Seat) -> None:
+    def _join(self, seat: Seat) -> None:
         """Give a worker work."""
         self._seats.append(seat)
         self._metrics.workers.set(len(self._seats))
         self._dispatch()
 
-    async def _supervise(self, launch: Launch, seat: _Seat) -> None:
+    async def _supervise(self, launch: Launch, seat: Seat) -> None:
         """Listen to a worker; when it is gone, give its batches to others and start another one in its place."""
         while True:
             reason = await self._listen(seat)
@@ -586,7 +485,7 @@ class Engine:
             seat = await self._relaunch(launch)
             self._join(seat)
 
-    async def _relaunch(self, launch: Launch) -> _Seat:
+    async def _relaunch(self, launch: Launch) -> Seat:
         """A worker that has the models of now, started with longer pauses between attempts that fail."""
         pause = 1.0
         while True:
@@ -603,17 +502,17 @@ class Engine:
             log.info("models came or went while a worker started; it starts once more")
             await seat.leave()
 
-    async def _start(self, launch: Launch, models: Sequence[Load]) -> _Seat:
+    async def _start(self, launch: Launch, models: Sequence[Load]) -> Seat:
         """A worker that is ready; cancelling ends it at once, whatever it still loads."""
         worker = launch(models)
         try:
             await asyncio.to_thread(worker.wait)
-            return await _connect(worker)
+            return await connect(worker, self._shelf)
         except BaseException:
             await asyncio.to_thread(worker.end)
             raise
 
-    async def _listen(self, seat: _Seat) -> str:
+    async def _listen(self, seat: Seat) -> str:
         """Take a worker's replies until it dies, goes silent or hangs, and say which."""
         while True:
             try:
@@ -638,7 +537,7 @@ class Engine:
             if seat.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
                 return "hung"
 
-    async def _answer(self, seat: _Seat, made: Made) -> None:
+    async def _answer(self, seat: Seat, made: Made) -> None:
         """Fetch a batch's pixels and give each image to those who wait for it."""
         pixels = await asyncio.to_thread(seat.pixels, made.batch)
         pixels.flags.writeable = False
@@ -663,7 +562,7 @@ class Engine:
             if not work.reply.done():  # its clients left meanwhile
                 work.reply.set_result(image)
 
-    def _failed(self, seat: _Seat, failed: Failed) -> None:
+    def _failed(self, seat: Seat, failed: Failed) -> None:
         """Halve a batch that failed; work that failed alone is at fault."""
         now = time.monotonic()
         batch, sent, _ = seat.answered(failed.batch, now)
@@ -698,14 +597,3 @@ class Engine:
         self._forget(work)
         if not work.reply.done():
             work.reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
-
-
-def _opposite(order: Load | LoadAdapter, answer: Loaded) -> Unload | UnloadAdapter:
-    """What undoes an order that was carried out."""
-    return Unload(answer.card.name) if isinstance(order, Load) else UnloadAdapter(order.model, order.name)
-
-
-async def _connect(worker: Worker) -> _Seat:
-    """A worker that is ready, on the event loop."""
-    worker.connection.setblocking(False)
-    return _Seat(worker, *await asyncio.open_connection(sock=worker.connection))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from service.engine import worker
 from service.engine.backend import Backend, Pixels
 from service.engine.messages import Channel, Load, Ready, Refused, Start, Tuning
 from service.engine.profile import ladder_of
-from service.engine.worker import SLOT_BYTES, Loader, loader
+from service.engine.worker import SLOT_BYTES, Loader, Memory, loader
 from service.errors import StartError
 from service.settings import Settings
 
@@ -30,7 +31,7 @@ class Worker:
 
     name: str  # its device
     connection: socket.socket
-    memory: int  # descriptor of the memory that it shares with the server
+    memory: int  # descriptor of the pixels' memory
     process: subprocess.Popen[bytes] | None  # None for a thread
     silence_seconds: float
     ready: Ready = field(init=False, repr=False)  # there once `wait` has returned
@@ -72,14 +73,23 @@ class Worker:
 Launch = Callable[[Sequence[Load]], Worker]  # starts one that loads these models, and returns at once
 
 
-def start_process(name: str, start: Start, threads: int, silence_seconds: float) -> Worker:
+class SharedMemory:
+    """Memory for all workers of a server, replaced ones too; the system frees it with the last process that has it."""
+
+    def __init__(self) -> None:
+        self.descriptor = _memory("embeddings")
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+def start_process(name: str, start: Start, threads: int, silence_seconds: float, embeddings: SharedMemory) -> Worker:
     """A worker in a process of its own. Raises StartError where the system has no room for one."""
     with _ends() as (ours, theirs, memory):
-        command = [sys.executable, "-m", "service.engine.worker", str(theirs.fileno()), str(memory)]
+        descriptors = theirs.fileno(), memory, embeddings.descriptor
+        command = [sys.executable, "-m", "service.engine.worker", *map(str, descriptors)]
         try:
             process = subprocess.Popen(
                 [*command, msgspec.json.encode(start).decode()],
-                pass_fds=(theirs.fileno(), memory),
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 env={
                     "OMP_NUM_THREADS": str(threads),
@@ -92,14 +102,16 @@ def start_process(name: str, start: Start, threads: int, silence_seconds: float)
         return Worker(name, ours, memory, process, silence_seconds)
 
 
-def start_thread(name: str, models: Sequence[Load], load: Loader, silence_seconds: float) -> Worker:
+def start_thread(
+    name: str, models: Sequence[Load], load: Loader, silence_seconds: float, embeddings: SharedMemory
+) -> Worker:
     """A worker in a thread of this process."""
     with _ends() as (ours, theirs, memory):
         end, same = theirs.dup(), os.dup(memory)
 
         def serve() -> None:
             with end:
-                worker.serve(Channel(end), same, models, load)
+                worker.serve(Channel(end), Memory(same, embeddings.descriptor), models, load)
             os.close(same)
 
         threading.Thread(target=serve, name=name, daemon=True).start()
@@ -110,11 +122,7 @@ def start_thread(name: str, models: Sequence[Load], load: Loader, silence_second
 def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
     """A socket's two ends and the memory that the two sides share; an error closes all."""
     ours, theirs = socket.socketpair()
-    if sys.platform == "linux":
-        memory = os.memfd_create("pixels")  # has no name, so nothing is left behind whoever dies first
-    else:
-        with tempfile.TemporaryFile() as file:
-            memory = os.dup(file.fileno())
+    memory = _memory("pixels")
     try:
         yield ours, theirs, memory
     except BaseException:
@@ -123,6 +131,14 @@ def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
         raise
     finally:
         theirs.close()
+
+
+def _memory(name: str) -> int:
+    """A descriptor of memory that has no name in the file system: nothing is left behind, whoever dies first."""
+    if sys.platform == "linux":
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 class Fleet:
@@ -155,11 +171,12 @@ def processes(settings: Settings) -> Fleet:
     # the same number of threads.
     threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
     tuning = tuning_of(settings)
+    embeddings = SharedMemory()
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[Load]) -> Worker:
             told = Start(device, models, tuning)
-            return start_process(device, told, threads, settings.worker_silence_seconds)
+            return start_process(device, told, threads, settings.worker_silence_seconds, embeddings)
 
         return start
 
@@ -172,7 +189,6 @@ def tuning_of(settings: Settings) -> Tuning:
     batches = ladder_of(settings.max_batch)
     profiled = settings.profiles is not None or settings.p95_seconds is not None
     return Tuning(
-        settings.prompt_cache_bytes,
         ladder=tuple(batches) if settings.determinism == "fast" else (),
         precision=settings.precision,
         attention=settings.attention,
@@ -206,11 +222,12 @@ def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fl
     """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
     given = {backend.card.name: backend for backend in backends}
     others = loader(device, Tuning())
+    embeddings = SharedMemory()
 
     def load(order: Load) -> Backend:
         return others(order) if order.folder is not None or order.name is None else given[order.name]
 
     def start(models: Sequence[Load]) -> Worker:
-        return start_thread("local", models, load, 30.0)
+        return start_thread("local", models, load, 30.0, embeddings)
 
     return Fleet([start] * workers, [Load(None, name) for name in given])

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from service.engine.backend import Card, Timing
+from service.engine.embeddings import Place
 
 _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
@@ -50,7 +51,6 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
 class Tuning(msgspec.Struct, frozen=True):
     """How a worker computes, and what it times before it takes work."""
 
-    prompt_cache_bytes: int = 0
     ladder: tuple[int, ...] = ()  # images computed together; none leaves it to the model, one number for all batches
     precision: Precision = "auto"
     attention: Attention = "sdpa"
@@ -79,19 +79,13 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     batch: int
     model: str
     prompts: Sequence[str]
+    places: Sequence[Place | None]  # of each prompt's embedding; None is not kept
     seeds: Sequence[int]
     width: int
     height: int
     slot: int
     adapter: str | None = None
     scale: float = 0.0
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the models are loaded and have run once."""
-
-    cards: Sequence[Card]
-    timings: Sequence[Timing]
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +95,15 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """
 
     card: Card
+    setup: str  # as the backend's
+    text_bytes: int  # likewise
     timings: Sequence[Timing]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """From the worker: its first models are there."""
+
+    models: Sequence[Loaded]
 
 
 class NotLoaded(msgspec.Struct, frozen=True, tag=True):
@@ -136,7 +138,7 @@ class Made(msgspec.Struct, frozen=True, tag=True):
     truncated: Sequence[bool]  # whether the model saw only the prompt's beginning
     seconds: dict[str, float]  # by stage: text, model, vae
     began: dict[str, float]  # by stage, on the monotonic clock, which is one for the machine
-    prompt_hits: int  # prompts whose embeddings were at hand
+    prompt_hits: int  # prompts whose embeddings were there
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -1,10 +1,10 @@
-"""The worker: one device's process. Batches come over a socket, pixels go through shared memory.
+"""The worker: one device's process. Batches come over a socket, pixels and embeddings go through shared memory.
 
 Three threads hand batches on, so that the text encoders, the network and the VAE each work on another batch; a fourth
 loads and unloads models beside them. A batch that raises is reported and forgotten; the server decides what is tried
 again. The worker ends when the server hangs up, and is never asked to end in any other way.
 
-    python -m service.engine.worker SOCKET MEMORY '{"device": "cpu", ...}'
+    python -m service.engine.worker SOCKET PIXELS EMBEDDINGS '{"device": "cpu", ...}'
 """
 
 import json
@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from service.engine.backend import Backend, DeviceLost, Simulator, Text, Timing
+from service.engine.embeddings import Embeddings
 from service.engine.messages import (
     Advanced,
     Beat,
@@ -76,15 +77,22 @@ def warm_up(backend: Backend) -> Sequence[Timing]:
     return measure(backend, (), repeats=1)
 
 
-def serve(channel: Channel, memory: int, models: Sequence[Load], load: Loader, clock: Clock = warm_up) -> None:
+@dataclass(frozen=True)
+class Memory:
+    """Descriptors of the memory that a worker shares."""
+
+    pixels: int  # with the server
+    embeddings: int  # with the server's other workers
+
+
+def serve(channel: Channel, memory: Memory, models: Sequence[Load], load: Loader, clock: Clock = warm_up) -> None:
     """Load the models, run and time each, then make what is asked for until the server hangs up."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(channel, backends, ended), name="beat", daemon=True)
     beats.start()
     try:
-        loaded = [_add(backends, order, load, clock) for order in models]
-        channel.send(Ready([each.card for each in loaded], [timing for each in loaded for timing in each.timings]))
+        channel.send(Ready([_add(backends, order, load, clock) for order in models]))
         _work(channel, memory, backends, load, clock)
     except StartError as error:
         channel.send(Refused(str(error)))
@@ -106,7 +114,11 @@ def _add(backends: dict[str, Backend], order: Load, load: Loader, clock: Clock) 
     for adapter, folder in order.adapters.items():
         backend.add_adapter(adapter, folder)
     backends[name] = backend
-    return Loaded(backend.card, timings)
+    return _loaded(backend, timings)
+
+
+def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> Loaded:
+    return Loaded(backend.card, backend.setup, backend.text_bytes, timings)
 
 
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
@@ -118,11 +130,13 @@ def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Ev
             return
 
 
-def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loader, clock: Clock) -> None:
+def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: Loader, clock: Clock) -> None:
     """Read batches and pass them through the stages; a stage waits for the next one to be free."""
 
     def text(job: _Job) -> None:
-        job.text = job.backend.encode(job.run.prompts)
+        places = zip(job.run.prompts, job.run.places, strict=True)
+        shared = Embeddings(memory.embeddings, {prompt: place for prompt, place in places if place})
+        job.text = job.backend.encode(job.run.prompts, shared)
         job.value = job.text.conditions
 
     def model(job: _Job) -> None:
@@ -131,7 +145,7 @@ def _work(channel: Channel, memory: int, backends: dict[str, Backend], load: Loa
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))
-        os.pwrite(memory, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
+        os.pwrite(memory.pixels, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
 
     def advance(job: _Job) -> None:
         channel.send(Advanced(job.run.batch))
@@ -179,7 +193,7 @@ def _change(channel: Channel, backends: dict[str, Backend], load: Loader, clock:
                 backend = backends[order.model]
                 try:
                     backend.add_adapter(order.name, order.folder)
-                    answer = Loaded(backend.card, ())
+                    answer = _loaded(backend)
                 except StartError as error:
                     answer = NotLoaded(str(error))
                 _tell(channel.send, answer)
@@ -259,10 +273,11 @@ def main() -> None:
     """Entry point of the process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server finishes its work first
         signal.signal(number, signal.SIG_IGN)
-    descriptor, memory, start = sys.argv[1:]
+    descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
     told = msgspec.json.decode(start, type=Start)
-    serve(channel, int(memory), told.models, loader(told.device, told.tuning), clock_of(told.tuning))
+    memory = Memory(int(pixels), int(embeddings))
+    serve(channel, memory, told.models, loader(told.device, told.tuning), clock_of(told.tuning))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
 
 

@@ -192,10 +192,12 @@ function offer() {  // sizes and adapters of the model
   $("adapters").hidden = $("scale").disabled = !model.adapters.length;
 }
 
-async function models() {
+async function models() {  // jobs and administrators load and unload them meanwhile
   try {
-    known = (await get("v1/models")).data;
-    const wanted = new URLSearchParams(location.search).get("model");  // the Jobs page sends people here
+    const listed = (await get("v1/models")).data;
+    if (JSON.stringify(listed) === JSON.stringify(known)) return;  // a list that is open stays as it is
+    const wanted = known.length ? null : new URLSearchParams(location.search).get("model");  // as the Jobs page links
+    known = listed;
     choose("model", known.map((model) => [model.id, model.id]));
     if (known.some((model) => model.id === wanted)) $("model").value = wanted;
     offer();
@@ -210,6 +212,8 @@ function soon() {
 }
 
 $("model").addEventListener("input", offer);
+for (const event of ["focus", "pointerdown"]) $("model").addEventListener(event, models);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) models(); });
 for (const field of fields) $(field).addEventListener("input", soon);
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
 $("dice").onclick = () => { $("seed").value = Math.floor(Math.random() * 1e9); draw(); };

@@ -12,7 +12,7 @@ from engines import Gate, is_of, make, run, value
 
 from service.engine.backend import DeviceLost, Simulator
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, Worker, local, processes, start_thread
+from service.engine.launch import Fleet, SharedMemory, Worker, local, processes, start_thread
 from service.errors import InvalidRequest, NotFound, StartError, Unavailable
 from service.settings import Settings
 
@@ -110,7 +110,7 @@ def test_what_one_worker_cannot_load_none_keeps(folder):
         raise StartError("too little memory here")
 
     def poor(models) -> Worker:
-        return start_thread("poor", models, load, 30)
+        return start_thread("poor", models, load, 30, SharedMemory())
 
     async def test(engine: Engine) -> None:
         for _ in range(2):  # the second would find the name taken, had the first left anything
@@ -172,7 +172,7 @@ def test_draining_waits_for_no_worker_that_is_loading(folder):
         return simulator
 
     def launch(models) -> Worker:
-        return start_thread("slow", models, load, 30)
+        return start_thread("slow", models, load, 30, SharedMemory())
 
     async def test(engine: Engine) -> None:
         waiting = asyncio.create_task(engine.load(folder))
@@ -204,7 +204,7 @@ def test_draining_waits_for_no_worker_that_is_starting_again():
         return Simulator(0, 0)
 
     def launch(models) -> Worker:
-        return start_thread("slow", models, load, 30)
+        return start_thread("slow", models, load, 30, SharedMemory())
 
     async def test(engine: Engine) -> None:
         losing = asyncio.create_task(make(engine, 1))

@@ -59,6 +59,7 @@ def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path)
 def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
     (tmp_path / "sketch").mkdir()
     (tmp_path / "sketch" / "pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "sketch" / "onestep.json").write_text('{"name": "second"}')
     with serving(create_app(Settings(students=tmp_path, data=None), local(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
@@ -66,8 +67,14 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
         assert not page.find("#adapter")[0].is_displayed()
         adapter = {"model": "simulator", "folder": "sketch", "name": "sketch"}
         assert httpx.post(f"{url}/v1/admin/adapters", json=adapter).status_code == 200
-        page.driver.get(url)
+        page.find("#size")[0].send_keys("128x64")
+        page.find("#model")[0].send_keys(Keys.SHIFT)  # which looks for what has come since
         page.until(lambda: page.find("#adapter option[value=sketch]"))
+        assert httpx.post(f"{url}/v1/admin/models", json={"folder": "sketch"}).status_code == 200
+        page.driver.execute_script("document.dispatchEvent(new Event('visibilitychange'))")  # as a tab that is back
+        page.until(lambda: page.find("#model option[value=second]"))
+        chosen = [page.find(field)[0].get_attribute("value") for field in ("#model", "#size")]
+        assert chosen == ["simulator", "128x64"]
         page.find("#prompt")[0].send_keys("a")
         page.until(lambda: len(page.find("#history li")) == 1)
         page.find("#adapter")[0].send_keys("sketch")

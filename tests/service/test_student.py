@@ -22,8 +22,9 @@ from distill.pipeline import OneStepPipeline, Runtime
 from distill.teacher import load_transformer
 from service.app import create_app
 from service.engine.backend import Simulator
+from service.engine.embeddings import Embeddings, Shelf
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, local, processes, tuning_of
+from service.engine.launch import Fleet, SharedMemory, local, processes, tuning_of
 from service.engine.messages import Tuning
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.registry import load_backend
@@ -69,6 +70,28 @@ def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
     assert "8 tokens" in long.warnings[0]
 
 
+def test_what_one_worker_process_has_encoded_another_does_not(student, url, fleet, connect):
+    client, (one, other) = connect(url), [worker.process.pid for worker in fleet.start()]
+
+    def ask(prompt: str, seed: int):
+        return pixels(client.images.generate(prompt=prompt, extra_body={"seed": seed}))
+
+    sent, hits = metric(url, "closed_batches_total"), metric(url, "cache_hits_total", cache="prompt")
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(one, signal.SIGSTOP)  # the first that an idle server gives work
+        waiting = pool.submit(ask, "keeps the first one busy", 1)
+        until(lambda: metric(url, "closed_batches_total") == sent + 1)
+        ask("a green ring", 1)
+        os.kill(one, signal.SIGCONT)
+        waiting.result()
+    assert metric(url, "cache_hits_total", cache="prompt") == hits
+    os.kill(other, signal.SIGSTOP)
+    image = ask("a green ring", 2)
+    os.kill(other, signal.SIGCONT)
+    assert metric(url, "cache_hits_total", cache="prompt") == hits + 1
+    assert np.array_equal(image, OneStepPipeline.load(student)(["a green ring"], [2])[0].numpy())
+
+
 def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, fleet, connect):
     prompts = ["a red circle", "a blue square", "a green star"] * 20
     before = torch.get_num_threads()
@@ -90,13 +113,22 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
     until(lambda: metric(url, "worker_restarts_total", reason="died") == 1)
 
 
-def test_a_prompt_is_encoded_once_and_gives_the_same_bits_from_the_cache(student):
-    backend = load_backend(str(student), None, "cpu", Tuning(1 << 20))
-    first = backend.encode(["a", "b", "a"])
-    again = backend.encode(["b", "c"])
-    assert (first.hits, again.hits) == (0, 1)
-    assert again.conditions.embeds[0].equal(first.conditions.embeds[1])
-    assert again.conditions.pooled[0].equal(first.conditions.pooled[1])
+def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
+    one, other = (load_backend(str(student), None, "cpu", Tuning(precision="bf16")) for _ in range(2))
+    memory, shelf = SharedMemory(), Shelf(1 << 20)
+
+    def shared(*prompts: str) -> Embeddings:
+        places = {prompt: shelf.take(prompt, one.text_bytes).place for prompt in prompts}
+        return Embeddings(memory.descriptor, places)
+
+    made = one.encode(["a", "a red circle " * 9, "a"], shared("a", "a red circle " * 9))
+    read = other.encode(["a red circle " * 9, "c"], shared("a red circle " * 9, "c"))
+    assert (made.hits, read.hits) == (0, 1)
+    alone = other.encode(["a red circle " * 9])
+    for text, i in ((made, 1), (read, 0)):
+        assert text.conditions.embeds[i].equal(alone.conditions.embeds[0])
+        assert text.conditions.pooled[i].equal(alone.conditions.pooled[0])
+        assert (text.tokens[i], text.truncated[i]) == (alone.tokens[0], alone.truncated[0]) == (8, True)
 
 
 def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
@@ -116,7 +148,7 @@ def test_the_settings_offer_what_the_pipeline_has(choice):
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
-    backend = load_backend(str(student), None, "cpu", Tuning(0))
+    backend = load_backend(str(student), None, "cpu", Tuning())
     conditions = backend.encode(["a", "b"]).conditions
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
@@ -185,7 +217,7 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
 
 
 def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
-    backend = load_backend(str(student), "other", "cpu", Tuning(1 << 20))
+    backend = load_backend(str(student), "other", "cpu", Tuning())
     assert backend.card.name == "other"
     weights = weakref.ref(backend._pipeline)
     backend.encode(["a"])

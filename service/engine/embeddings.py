@@ -1,0 +1,112 @@
+"""Prompt embeddings that the workers of a server share: what one has encoded no other encodes again.
+
+They lie in memory that every worker holds. The server says where each prompt's belongs (`Shelf`), and moves no bytes: a
+worker that finds it there reads it, one that does not encodes the prompt and leaves it there (`Embeddings`). A place
+has a number that nothing before it had, written last, so what a worker that died has left half written is not found.
+"""
+
+import itertools
+import os
+import struct
+from collections import deque
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+_HEADER = struct.Struct("<QI?")  # the place's number, tokens of the prompt, whether it was cut off
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Where a prompt's embedding belongs."""
+
+    offset: int
+    number: int  # of this prompt alone, never 0
+
+
+@dataclass(eq=False)
+class Held:
+    """A place that was given out."""
+
+    key: Hashable
+    place: Place
+    begin: int  # on the shelf's endless count of bytes
+    batches: int = 0  # on their way that may still read it or write it
+
+
+class Shelf:
+    """The server's side: which place is whose, in memory of so many bytes.
+
+    Places follow each other round the memory, so that embeddings of any length leave no gaps, and the oldest go first.
+    One that a batch may still touch is nobody else's: when its turn to go comes, no more batches are given it, and
+    until the last is answered nothing new is kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._end = 0  # bytes given out so far, those skipped before the memory's end too
+        self._held: deque[Held] = deque()  # oldest first
+        self._known: dict[Hashable, Held] = {}
+        self._numbers = itertools.count(1)
+
+    def take(self, key: Hashable, size: int) -> Held | None:
+        """The place of an embedding of so many bytes, for a batch; None where there is none to be had."""
+        held = self._known.get(key) or self._place(key, size)
+        if held is not None:
+            held.batches += 1
+        return held
+
+    def _place(self, key: Hashable, size: int) -> Held | None:
+        """A new place, where the oldest were."""
+        if size == 0:
+            return None
+        size += _HEADER.size
+        if size > self._size:
+            return None
+        begin = self._end
+        if begin % self._size + size > self._size:
+            begin += -begin % self._size
+        while self._held and self._held[0].begin + self._size < begin + size:
+            oldest = self._held[0]
+            if self._known.get(oldest.key) is oldest:
+                del self._known[oldest.key]
+            if oldest.batches:
+                return None
+            self._held.popleft()
+        self._end = begin + size
+        held = Held(key, Place(begin % self._size, next(self._numbers)), begin)
+        self._held.append(held)
+        self._known[key] = held
+        return held
+
+
+class Embeddings:
+    """A worker's side: the embeddings of a batch's prompts, as far as they are there."""
+
+    def __init__(self, memory: int, places: Mapping[str, Place]) -> None:
+        """`memory` is a descriptor; prompts without a place are not kept."""
+        self._memory = memory
+        self._places = places
+
+    def read(self, prompt: str, row: Any) -> tuple[int, bool] | None:
+        """Fill a buffer with a prompt's, and tell its tokens and whether it was cut off; None where it is not there."""
+        place = self._places.get(prompt)
+        if place is None:
+            return None
+        header = bytearray(_HEADER.size)
+        os.preadv(self._memory, [header], place.offset)
+        number, tokens, truncated = _HEADER.unpack(header)
+        if number != place.number:
+            return None
+        os.preadv(self._memory, [row], place.offset + _HEADER.size)
+        return tokens, truncated
+
+    def write(self, prompt: str, row: Any, tokens: int, truncated: bool) -> None:
+        """Leave a prompt's for others. Two workers may do so at once: what they have computed is the same."""
+        if place := self._places.get(prompt):
+            os.pwrite(self._memory, row, place.offset + _HEADER.size)
+            os.pwrite(self._memory, _HEADER.pack(place.number, tokens, truncated), place.offset)
+
+
+UNSHARED = Embeddings(-1, {})

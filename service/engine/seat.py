@@ -1,0 +1,157 @@
+"""A worker at work, as the engine sees it on the event loop."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.engine import messages
+from service.engine.backend import Pixels
+from service.engine.batcher import Batch
+from service.engine.embeddings import Held, Shelf
+from service.engine.launch import Worker
+from service.engine.messages import Load, LoadAdapter, Loaded, NotLoaded, Reply, Run, Unload, UnloadAdapter
+from service.errors import InvalidRequest, Unavailable
+
+AHEAD = 2  # batches of a worker that have not left its network: one in it, one behind
+SLOTS = AHEAD + 2  # those, one in the VAE and one before it
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A batch that is not answered."""
+
+    batch: Batch
+    slot: int
+    time: float
+    held: Sequence[Held | None]  # places of its prompts' embeddings
+
+
+class Seat:
+    """One worker: its models, its batches, its free slots, and when it was last heard of."""
+
+    def __init__(
+        self, worker: Worker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shelf: Shelf
+    ) -> None:
+        self.worker = worker
+        self._reader = reader
+        self._writer = writer
+        self._shelf = shelf
+        self._models = {loaded.card.name: loaded for loaded in worker.ready.models}
+        self._slots = list(range(SLOTS))
+        self._batches: dict[int, _Sent] = {}  # oldest first
+        self._ahead: set[int] = set()
+        self._last_answer = 0.0
+        self._loading: deque[tuple[Load | LoadAdapter, asyncio.Future[Loaded]]] = deque()  # oldest first
+
+    @property
+    def load(self) -> int:
+        """Batches before its VAE."""
+        return len(self._ahead)
+
+    @property
+    def free(self) -> bool:
+        """Whether it takes one more batch."""
+        return len(self._ahead) < AHEAD and bool(self._slots)
+
+    def outstanding(self) -> list[Batch]:
+        """What it has not answered."""
+        return [sent.batch for sent in self._batches.values()]
+
+    def send(self, number: int, batch: Batch, now: float) -> None:
+        """Hand it a batch."""
+        slot = self._slots.pop()
+        for work in batch.work:
+            work.begun = True
+        prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
+        model, width, height, adapter, scale = batch.key
+        loaded = self._models[model]
+        kind = loaded.card.digest, loaded.setup  # workers of one kind encode to the same bits
+        held = [self._shelf.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
+        self._batches[number] = _Sent(batch, slot, now, held)
+        self._ahead.add(number)
+        places = [each and each.place for each in held]
+        run = Run(number, model, prompts, places, seeds, width, height, slot, adapter, scale)
+        self._writer.write(messages.frame(run))
+
+    def add(self, order: Load | LoadAdapter) -> asyncio.Future[Loaded]:
+        """Let it load something. The future raises InvalidRequest when it cannot, Unavailable when it ends first."""
+        waiting: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+        self._loading.append((order, waiting))
+        self._writer.write(messages.frame(order))
+        return waiting
+
+    def remove(self, order: Unload | UnloadAdapter) -> None:
+        """Let it unload a model or an adapter."""
+        self._writer.write(messages.frame(order))
+
+    def loaded(self, reply: Loaded | NotLoaded) -> None:
+        """It has done what `add` asked for; what nobody waits for any more goes again."""
+        order, waiting = self._loading.popleft()
+        if isinstance(reply, Loaded):
+            self._models[reply.card.name] = reply
+        match reply:
+            case Loaded() if waiting.cancelled():
+                self.remove(opposite(order, reply))
+            case Loaded():
+                waiting.set_result(reply)
+            case NotLoaded() if not waiting.cancelled():
+                waiting.set_exception(InvalidRequest(reply.reason, "folder", "model_not_loadable"))
+
+    async def receive(self) -> Reply:
+        """What it says next. Raises EOFError or OSError when it is gone."""
+        header = await self._reader.readexactly(messages.HEADER_BYTES)
+        return messages.read_reply(await self._reader.readexactly(messages.length(header)))
+
+    def advanced(self, number: int) -> None:
+        """A batch has left the network."""
+        self._ahead.discard(number)
+
+    def pixels(self, number: int) -> Pixels:
+        """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread."""
+        sent = self._batches[number]
+        key = sent.batch.key
+        return self.worker.read(sent.slot, (len(sent.batch.work), key.height, key.width, 3))
+
+    def answered(self, number: int, now: float) -> tuple[Batch, float, float]:
+        """Forget a batch: it, when it was sent, and the seconds that the worker needed for it beyond the one before."""
+        sent = self._batches.pop(number)
+        self._slots.append(sent.slot)
+        self._ahead.discard(number)
+        self._let_go(sent)
+        needed = now - max(sent.time, self._last_answer)
+        self._last_answer = now
+        return sent.batch, sent.time, needed
+
+    def longest(self, now: float) -> float:
+        """Seconds since its oldest batch could have begun."""
+        return max((now - max(sent.time, self._last_answer) for sent in self._batches.values()), default=0.0)
+
+    async def leave(self) -> None:
+        """Hang up, and end the worker."""
+        for _, waiting in self._loading:
+            if not waiting.cancelled():
+                waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
+        self._loading.clear()
+        self._writer.transport.abort()
+        await asyncio.to_thread(self.worker.end)
+        for sent in self._batches.values():  # it writes no more
+            self._let_go(sent)
+        self._batches.clear()
+
+    @staticmethod
+    def _let_go(sent: _Sent) -> None:
+        for held in sent.held:
+            if held is not None:
+                held.batches -= 1
+
+
+def opposite(order: Load | LoadAdapter, answer: Loaded) -> Unload | UnloadAdapter:
+    """What undoes an order that was carried out."""
+    return Unload(answer.card.name) if isinstance(order, Load) else UnloadAdapter(order.model, order.name)
+
+
+async def connect(worker: Worker, shelf: Shelf) -> Seat:
+    """A worker that is ready, on the event loop."""
+    worker.connection.setblocking(False)
+    return Seat(worker, *await asyncio.open_connection(sock=worker.connection), shelf)

@@ -1,0 +1,64 @@
+"""Where the embeddings of prompts belong in memory that is bounded; test_student has the workers that share it."""
+
+import os
+import random
+
+from service.engine.embeddings import Embeddings, Shelf
+from service.engine.launch import SharedMemory
+
+HEADER = 13  # bytes before an embedding
+
+
+def overlap(one, size, other, its) -> bool:
+    return one.offset < other.offset + its and other.offset < one.offset + size
+
+
+def test_places_of_batches_on_their_way_are_nobody_elses_and_inside_the_memory():
+    chance = random.Random(0)
+    shelf, on_the_way, given = Shelf(1000), [], set()
+    for _ in range(3000):
+        key, size = (number := chance.randrange(30), 1 + number * 7)
+        if held := shelf.take(key, size):
+            assert held.place.offset + size + HEADER <= 1000
+            for other, its in on_the_way:
+                assert other is held or not overlap(held.place, size + HEADER, other.place, its + HEADER)
+            on_the_way.append((held, size))
+            given.add(held.place)
+        while len(on_the_way) > chance.randrange(8):
+            on_the_way.pop(0)[0].batches -= 1
+    assert len(given) > 100
+    assert len({place.number for place in given}) == len(given)
+
+
+def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
+    shelf = Shelf(3 * (10 + HEADER))
+
+    def take(key):
+        held = shelf.take(key, 10)
+        held.batches -= 1
+        return held
+
+    first, second = take("a"), take("b")
+    assert take("a") is first
+    take("c"), take("d")
+    assert take("b") is second
+    assert take("a") is not first
+    assert shelf.take("large", 3 * 10 + 2 * HEADER + 1) is None
+    assert shelf.take("nothing", 0) is None
+    busy = shelf.take("c", 10)  # the oldest
+    assert shelf.take("e", 10) is None
+    busy.batches -= 1
+    assert shelf.take("e", 10).place.offset == busy.place.offset
+
+
+def test_an_embedding_is_found_whole_or_not_at_all():
+    memory, shelf = SharedMemory(), Shelf(HEADER + 4)
+    place = shelf.take("a", 4).place
+    writer, reader = (Embeddings(memory.descriptor, {"a": place}) for _ in range(2))
+    row = bytearray(4)
+    assert reader.read("a", row) is None
+    os.pwrite(memory.descriptor, b"ab", place.offset + HEADER)  # and then its worker is killed
+    assert reader.read("a", row) is None
+    writer.write("a", b"abcd", 7, True)
+    assert (reader.read("a", row), row) == ((7, True), b"abcd")
+    assert reader.read("b", row) is None
