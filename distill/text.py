@@ -67,8 +67,9 @@ class TextCondition:
 
     def unpack(self, rows: Tensor) -> Self:
         """What `pack` made of conditions of the same shape, however many."""
-        embeds, pooled = rows.split([self.embeds[0].numel(), self.pooled[0].numel()], dim=1)
-        return type(self)(embeds.unflatten(1, self.embeds.shape[1:]).contiguous(), pooled.contiguous())
+        width = self.embeds[0].numel()
+        embeds = rows[:, :width].reshape(len(rows), *self.embeds.shape[1:])
+        return type(self)(embeds, rows[:, width:].contiguous())
 
     @classmethod
     def cat(cls, parts: Sequence["TextCondition"]) -> Self:

@@ -1,41 +1,20 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
 import sys
-from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.commands import keys, models
 from service.errors import StartError
 
 if TYPE_CHECKING:
     from service.settings import Settings
 
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
-keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
-app.add_typer(keys, name="keys")
-models = typer.Typer(help="List, load and unload the students and adapters of a running server.", no_args_is_help=True)
-app.add_typer(models, name="models")
-
-KeysFile = Annotated[
-    Path, typer.Option("--file", envvar="SERVICE_KEYS_FILE", help="File of API keys, as the server's --keys-file.")
-]
-Url = Annotated[str, typer.Option(help="The running server.")]
-AdminKey = Annotated[
-    str | None, typer.Option(envvar="SERVICE_KEY", help="API key of the scope admin, where the server has keys.")
-]
-Student = Annotated[str, typer.Option(help="Student that the adapter is for; `models list` shows them.")]
-LOCAL = "http://127.0.0.1:8000"
-
-
-class Scope(StrEnum):
-    """What a key is for."""
-
-    generate = "generate"
-    jobs = "jobs"
-    admin = "admin"
+app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
 
 
 @app.command()
@@ -248,129 +227,6 @@ def ray(
     most = max(min_replicas, max_replicas or 0)
     scale = cluster.Scale(min_replicas, most, cpus, patience, up_after, down_after, guests)
     cluster.run(settings, scale, address)
-
-
-@keys.command()
-def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],
-    file: KeysFile,
-    scope: Annotated[list[Scope] | None, typer.Option(help="What it is for; repeat for more [generate].")] = None,
-) -> None:
-    """Make a key and print it. It is shown this once: the file holds its hash alone.
-
-        fgm-service keys create ann --file keys.json --scope generate --scope jobs
-
-        fgm-service serve --host 0.0.0.0 --keys-file keys.json
-
-    A server that runs with the file takes the key from its next request on.
-    """
-    from service.keys import KeyFile
-
-    print(KeyFile(file).create(name, [each.value for each in scope or [Scope.generate]]))
-
-
-@keys.command("list")
-def index(file: KeysFile) -> None:
-    """Name, scopes and age of every key."""
-    from service.keys import KeyFile
-
-    for key in KeyFile(file).read():
-        print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
-
-
-@keys.command()
-def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFile) -> None:
-    """Delete a key. A running server refuses it from its next request on."""
-    from service.keys import KeyFile
-
-    KeyFile(file).revoke(name)
-
-
-@models.command("list")
-def models_index(url: Url = LOCAL, key: AdminKey = None) -> None:
-    """Students that are served, the default one first, with their sizes, adapters and aliases; and what may be loaded.
-
-    What may be loaded are the folders below the server's setting `students`, by their names.
-
-        fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
-    """
-    from service.remote import Server
-
-    with Server(url, key) as server:
-        found = server.models()
-    rows = [["student", "sizes", "adapters", "aliases"]]
-    for model in found.data:
-        rows.append([model.id, *(",".join(names) or "-" for names in (model.sizes, model.adapters, model.aliases))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"students to load: {', '.join(found.folders) or 'none'}")
-    print(f"adapters to load: {', '.join(found.adapter_folders) or 'none'}")
-
-
-@models.command("load")
-def models_load(
-    folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
-    name: Annotated[str | None, typer.Option(help="To serve it by [its own].")] = None,
-    url: Url = LOCAL,
-    key: AdminKey = None,
-) -> None:
-    """Load a student while the server goes on; ends when every worker has it and requests may name it.
-
-    fgm-service models load sd3-medium --name new
-    """
-    from service.remote import Server
-
-    with Server(url, key) as server:
-        print(f"{server.load(folder, name).id} is served.")
-
-
-@models.command("unload")
-def models_unload(
-    name: Annotated[str, typer.Argument(help="The student, by its name.")], url: Url = LOCAL, key: AdminKey = None
-) -> None:
-    """Serve a student no more; ends when what was accepted for it is answered. Its files stay."""
-    from service.remote import Server
-
-    with Server(url, key) as server:
-        server.unload(name)
-    print(f"{name} is served no more.")
-
-
-@models.command("load-adapter")
-def models_load_adapter(
-    folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
-    model: Student,
-    name: Annotated[str | None, typer.Option(help="To ask for it by [the folder's].")] = None,
-    url: Url = LOCAL,
-    key: AdminKey = None,
-) -> None:
-    """Load a LoRA adapter for a student; requests may then name it in `lora`.
-
-    fgm-service models load-adapter sketches --model new --name sketch
-
-    curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
-    """
-    from service.remote import Server
-
-    with Server(url, key) as server:
-        loaded = server.load_adapter(model, folder, name or folder)
-    print(f"{loaded.id} has {', '.join(loaded.adapters)}.")
-
-
-@models.command("unload-adapter")
-def models_unload_adapter(
-    name: Annotated[str, typer.Argument(help="The adapter, by its name.")],
-    model: Student,
-    url: Url = LOCAL,
-    key: AdminKey = None,
-) -> None:
-    """Take an adapter from a student; ends when what was accepted for it is answered. Its file stays."""
-    from service.remote import Server
-
-    with Server(url, key) as server:
-        server.unload_adapter(model, name)
-    print(f"{model} has {name} no more.")
 
 
 def _check_keys(settings: "Settings") -> None:

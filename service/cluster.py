@@ -27,8 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.dependencies import owner_of
-from service.engine.engine import SLOTS, Engine
+from service.engine.engine import Engine
 from service.engine.launch import processes
+from service.engine.seat import SLOTS
 from service.errors import ServiceError, StartError
 from service.guest import Guest
 from service.handlers import respond

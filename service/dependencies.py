@@ -25,8 +25,7 @@ Service = Annotated[State, Depends(_service)]
 
 
 async def _running(service: Service) -> Engine:
-    if not service.engine.open:
-        raise Unavailable("the server is starting or shutting down")
+    service.engine.check_open()
     return service.engine
 
 

@@ -26,7 +26,6 @@ from service.errors import (
     Overloaded,
     ServiceError,
     Unauthorized,
-    Unavailable,
     to_openai,
 )
 from service.generation import Images, Order, make
@@ -147,8 +146,7 @@ class Session:
         owner, status = self._owner, 200
         trace = service.tracing.request("GET", self._socket.headers) if service.tracing else None
         try:
-            if not service.engine.open:
-                raise Unavailable("the server is starting or shutting down")
+            service.engine.check_open()
             order = Order.of(request, service.card(request.model))
             service.limiter.take(owner, len(order.seeds))
             images = await make(service, service.engine, order, owner, self._asked)

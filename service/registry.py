@@ -56,12 +56,14 @@ class StudentBackend:
     def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
         """Conditions on the device. All go through the host's memory, where `shared` has them."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        width = self.text_bytes // self._shape.embeds.itemsize
-        rows = torch.empty(len(index), width, dtype=self._shape.embeds.dtype, pin_memory=bool(self._streams))
-        buffers = rows.view(torch.uint8).numpy()
-        facts = {prompt: fact for prompt, i in index.items() if (fact := shared.read(prompt, buffers[i]))}
-        hits = len(facts)
+        dtype = self._shape.embeds.dtype
         with self._stage("text"):
+            rows = torch.empty(
+                len(index), self.text_bytes // dtype.itemsize, dtype=dtype, pin_memory=bool(self._streams)
+            )
+            buffers = rows.view(torch.uint8).numpy()
+            facts = {prompt: fact for prompt, i in index.items() if (fact := shared.read(prompt, buffers[i]))}
+            hits = len(facts)
             if new := [prompt for prompt in index if prompt not in facts]:
                 packed = self._pipeline.encode(new).pack().cpu()
                 told = zip(new, packed, self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)

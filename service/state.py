@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from service.artefacts import Artefacts
 from service.engine.backend import Card
 from service.engine.engine import Engine
-from service.errors import NotFound
 from service.jobs.jobs import Jobs
 from service.keys import Key, KeyFile
 from service.limiter import Limiter
@@ -53,11 +52,7 @@ class State:
         return keys
 
     def card(self, name: str | None) -> Card:
-        """The model of that name or alias; the first one when none is named."""
-        cards = self.engine.cards
+        """The model of that name or alias; the first one when none is named. Raises NotFound."""
         if name is None:
-            return next(iter(cards.values()))
-        card = cards.get(self.settings.aliases.get(name, name))
-        if card is None:
-            raise NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
-        return card
+            return next(iter(self.engine.cards.values()))
+        return self.engine.card(self.settings.aliases.get(name, name))

@@ -103,7 +103,7 @@ class Embeddings:
         return tokens, truncated
 
     def write(self, prompt: str, row: Any, tokens: int, truncated: bool) -> None:
-        """Leave a prompt's for others. Two workers may do so at once: what they have computed is the same."""
+        """Leave a prompt's for others. Two workers may do so at once: what they have encoded is the same."""
         if place := self._places.get(prompt):
             os.pwrite(self._memory, row, place.offset + _HEADER.size)
             os.pwrite(self._memory, _HEADER.pack(place.number, tokens, truncated), place.offset)

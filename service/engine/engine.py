@@ -9,7 +9,6 @@ while its batches run again elsewhere. Since an image depends on its prompt and 
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.backend import Card
+from service.engine.backend import Card, Timing
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
 from service.engine.embeddings import Shelf
@@ -36,6 +35,7 @@ from service.engine.messages import (
     Unload,
     UnloadAdapter,
 )
+from service.engine.pace import Pace
 from service.engine.profile import batch_cap
 from service.engine.seat import AHEAD, Seat, connect, opposite
 from service.errors import (
@@ -91,7 +91,6 @@ class Engine:
     def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
         self._cards: dict[str, Card] = {}  # by model; there once it has started
         self._models: dict[str, Load] = {}  # what a worker loads for each of them
-        self._rows: dict[str, int] = {}  # images in each one's block
         self._changing = asyncio.Lock()  # models are loaded and unloaded one by one
         self._leaving: tuple[str, str | None] | None = None  # a model, or its adapter, that finishes its work and goes
         self._left = asyncio.Event()
@@ -99,8 +98,9 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
-        self._batcher = Batcher(0, 0, 0, {})  # the real one needs the models' blocks
-        self._seconds: dict[Key, float] = {}  # of a worker for one image of a whole block: a running mean
+        self._pace = Pace()
+        limits = settings.queue_limit, settings.queue_limit_per_key or settings.queue_limit
+        self._batcher = Batcher(settings.max_batch, *limits, self._pace.rows, settings.linger_seconds)
         self._seats: list[Seat] = []
         self._supervisors: list[asyncio.Task[None]] = []
         self._making: dict[_Pixels, Work] = {}
@@ -148,12 +148,21 @@ class Engine:
         """Seconds in which the workers would make what waits for them."""
         return self._needed(self._batcher.ahead_of(Priority.BATCH))
 
+    def card(self, model: str) -> Card:
+        """That of a model that takes work. Raises NotFound."""
+        card = self.cards.get(model)
+        if card is None:
+            raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
+        return card
+
+    def check_open(self) -> None:
+        """Raise Unavailable unless new work is taken."""
+        if not self.open:
+            raise Unavailable("the server is starting or shutting down; ask another one")
+
     async def start(self) -> None:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
-        own = self._settings
-        owner_limit = own.queue_limit_per_key or own.queue_limit
-        self._batcher = Batcher(own.max_batch, own.queue_limit, owner_limit, self._rows, own.linger_seconds)
         for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
             self._add(loaded, order)
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
@@ -179,12 +188,12 @@ class Engine:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
         `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's; `asked` is
-        told of the work. Raises
-        Overloaded without queueing anything when the queue is full or the images could not be there in time, TimedOut
-        when they were not, GenerationFailed for what the model failed on, NotFound for a model that is not loaded.
+        told of the work. Raises Overloaded without queueing anything when the queue is full or the images could not be
+        there in time, TimedOut when they were not, GenerationFailed for what the model failed on, NotFound for a model
+        or adapter that is not loaded, Unavailable while the server starts or drains.
         """
-        self._check_open()
-        card = self._card(model)
+        self.check_open()
+        card = self.card(model)
         if adapter is not None and adapter not in card.adapters:
             raise NotFound(
                 f"{model} has no adapter {adapter!r}; it has {[*card.adapters]}", "lora", "adapter_not_found"
@@ -243,7 +252,7 @@ class Engine:
         dies meanwhile or none is ready.
         """
         async with self._changing:
-            self._check_open()
+            self.check_open()
             self._check_free(name)
             order = Load(str(folder.absolute()), name)
             first = await self._everywhere(order)
@@ -253,8 +262,8 @@ class Engine:
     async def load_adapter(self, model: str, folder: Path, name: str) -> Card:
         """Read a LoRA adapter for a model into every worker, as `load` does a student; the model's new card."""
         async with self._changing:
-            self._check_open()
-            if name in self._card(model).adapters:
+            self.check_open()
+            if name in self.card(model).adapters:
                 raise InvalidRequest(f"{model} has an adapter {name!r} already; unload it first", "name")
             order = LoadAdapter(model, name, str(folder.absolute()))
             self._cards[model] = (await self._everywhere(order)).card
@@ -265,7 +274,7 @@ class Engine:
     async def unload_adapter(self, model: str, name: str) -> None:
         """Take no more work with an adapter, finish what was accepted, then let go of it. Raises NotFound."""
         async with self._changing:
-            card = self._card(model)
+            card = self.card(model)
             if name not in card.adapters:
                 raise NotFound(f"{model} has no adapter {name!r}", "name", "adapter_not_found")
             await self._finish(model, name)
@@ -312,17 +321,17 @@ class Engine:
             self._leaving = None
 
     async def unload(self, name: str) -> None:
-        """Take no more work for a model, finish what was accepted, then let go of it and of what was cached for it.
+        """Take no more work for a model, finish what was accepted, then let go of it and of its images in the cache.
 
         Raises NotFound when it is not loaded, InvalidRequest when it is the only one.
         """
         async with self._changing:
-            card = self._card(name)
+            card = self.card(name)
             if len(self._cards) == 1:
                 raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
             await self._finish(name, None)
-            del self._cards[name], self._models[name], self._rows[name]
-            self._seconds = {key: seconds for key, seconds in self._seconds.items() if key.model != name}
+            del self._cards[name], self._models[name]
+            self._pace.forget(name)
             self._batcher.forget(name)
             if all(other.identity != card.identity for other in self._cards.values()):
                 self._made.drop(lambda key: key[0] == card.identity)
@@ -334,26 +343,16 @@ class Engine:
         card = loaded.card
         self._cards[card.name] = card
         self._models[card.name] = order
-        self._rows[card.name] = card.rows
+        timings: dict[Key, list[Timing]] = {}
+        for timing in loaded.timings:
+            timings.setdefault(Key(card.name, timing.width, timing.height), []).append(timing)
+        self._pace.add(card, timings)
         own = self._settings
         # Who meets a full device waits for the batch in it and the one behind, then for the own one.
         slowest = own.p95_seconds and own.p95_seconds / (AHEAD + 1)
-        for width, height in card.sizes:
-            key = Key(card.name, width, height)
-            known = [timing for timing in loaded.timings if (timing.width, timing.height) == (width, height)]
-            self._seconds[key] = known[-1].total / known[-1].batch
-            if own.profiles or own.p95_seconds:
-                self._batcher.lower_cap(key, batch_cap(known, slowest))
-
-    def _card(self, model: str) -> Card:
-        card = self.cards.get(model)
-        if card is None:
-            raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
-        return card
-
-    def _check_open(self) -> None:
-        if not self.open:
-            raise Unavailable("the server is starting or shutting down; ask another one")
+        if own.profiles or own.p95_seconds:
+            for size, known in timings.items():
+                self._batcher.lower_cap(size, batch_cap(known, slowest))
 
     def _check_free(self, name: str | None) -> None:
         if name in self._cards or name in self._settings.aliases:
@@ -391,15 +390,7 @@ class Engine:
 
     def _needed(self, images: Mapping[Key, int]) -> float:
         """Seconds that the workers need for so many images of each key."""
-        return sum(self._cost(*some) for some in images.items()) / max(1, len(self._seats))
-
-    def _cost(self, key: Key, images: int) -> float:
-        """Seconds that a worker needs for so many images, in whole blocks."""
-        return self._padded(key, images) * self._seconds[key.size]
-
-    def _padded(self, key: Key, images: int) -> int:
-        rows = self._rows[key.model]
-        return math.ceil(images / rows) * rows
+        return self._pace.seconds(images) / max(1, len(self._seats))
 
     def _refuse(self, reason: str, sentence: str, seconds: float, position: int) -> None:
         self._metrics.refusals.labels(reason).inc()
@@ -545,9 +536,7 @@ class Engine:
         batch, sent, needed = seat.answered(made.batch, now)
         if self._tracing:
             self._tracing.batch(batch, seat.worker.name, sent, now, made)
-        each = needed / self._padded(batch.key, len(batch.work))
-        size = batch.key.size
-        self._seconds[size] += 0.2 * (each - self._seconds[size])
+        self._pace.learn(batch.key, len(batch.work), needed)
         self._metrics.batch_size.observe(len(batch.work))
         self._metrics.images.labels(batch.key.model).inc(len(batch.work))
         self._metrics.cache_hits.labels("prompt").inc(made.prompt_hits)

@@ -136,9 +136,11 @@ def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
 def _memory(name: str) -> int:
     """A descriptor of memory that has no name in the file system: nothing is left behind, whoever dies first."""
     if sys.platform == "linux":
-        return os.memfd_create(name)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        descriptor = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    return descriptor
 
 
 class Fleet:

@@ -70,7 +70,7 @@ class Seat:
         held = [self._shelf.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
         self._batches[number] = _Sent(batch, slot, now, held)
         self._ahead.add(number)
-        places = [each and each.place for each in held]
+        places = [each.place if each else None for each in held]
         run = Run(number, model, prompts, places, seeds, width, height, slot, adapter, scale)
         self._writer.write(messages.frame(run))
 

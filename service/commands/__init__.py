@@ -1,0 +1,1 @@
+"""The groups of commands below `fgm-service`, a noun in each file."""

@@ -1,0 +1,54 @@
+"""`fgm-service keys`: the file of API keys."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.keys import KeyFile
+
+app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+
+File = Annotated[
+    Path, typer.Option("--file", envvar="SERVICE_KEYS_FILE", help="File of API keys, as the server's --keys-file.")
+]
+
+
+class Scope(StrEnum):
+    """What a key is for. Typer takes lists of enums, not of literals."""
+
+    generate = "generate"
+    jobs = "jobs"
+    admin = "admin"
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],
+    file: File,
+    scope: Annotated[list[Scope] | None, typer.Option(help="What it is for; repeat for more [generate].")] = None,
+) -> None:
+    """Make a key and print it. It is shown this once: the file holds its hash alone.
+
+        fgm-service keys create ann --file keys.json --scope generate --scope jobs
+
+        fgm-service serve --host 0.0.0.0 --keys-file keys.json
+
+    A server that runs with the file takes the key from its next request on.
+    """
+    print(KeyFile(file).create(name, [each.value for each in scope or [Scope.generate]]))
+
+
+@app.command("list")
+def index(file: File) -> None:
+    """Name, scopes and age of every key."""
+    for key in KeyFile(file).read():
+        print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
+
+
+@app.command()
+def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: File) -> None:
+    """Delete a key. A running server refuses it from its next request on."""
+    KeyFile(file).revoke(name)

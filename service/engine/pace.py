@@ -1,0 +1,40 @@
+"""How long workers need for images: as timed at first, then as a running mean over the batches that were made."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from service.engine.backend import Card, Timing
+from service.engine.batcher import Key
+
+NEWEST = 0.2  # weight of the last batch in the mean
+
+
+class Pace:
+    """Seconds of one worker, by model and size. Adapters change none of them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}  # images in each model's block, also where a batch holds fewer
+        self._seconds: dict[Key, float] = {}  # for one image of a whole block
+
+    def add(self, card: Card, timings: Mapping[Key, Sequence[Timing]]) -> None:
+        """Take a model in, with what was timed of each of its sizes, batches growing."""
+        self.rows[card.name] = card.rows
+        self._seconds |= {size: known[-1].total / known[-1].batch for size, known in timings.items()}
+
+    def forget(self, model: str) -> None:
+        """Let go of a model."""
+        del self.rows[model]
+        self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
+
+    def learn(self, key: Key, images: int, seconds: float) -> None:
+        """A batch of so many images took so long."""
+        mean = self._seconds[key.size]
+        self._seconds[key.size] = mean + NEWEST * (seconds / self._padded(key, images) - mean)
+
+    def seconds(self, images: Mapping[Key, int]) -> float:
+        """What so many images of each key take, in whole blocks."""
+        return sum(self._padded(key, count) * self._seconds[key.size] for key, count in images.items())
+
+    def _padded(self, key: Key, images: int) -> int:
+        rows = self.rows[key.model]
+        return math.ceil(images / rows) * rows
