@@ -1,7 +1,7 @@
 """Kill servers, runs and the database at random moments of a batch and of jobs, and see that nothing is lost or twice.
 
-python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--jobs 2] [--out runs/soak-jobs]
-                               [--postgres [--outages 2] [--outage 60] | --database URL]
+python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--jobs 2 [--images 640]]
+                               [--postgres [--outages 2] [--outage 60] | --database URL] [--out runs/soak-jobs]
 
 The servers are `fgm-service` processes over the simulator that share one data folder and, if named, one database; with
 PostgreSQL there can be several, and `--postgres` brings one of its own, from Debian's packages. Jobs distil the shipped
@@ -37,9 +37,8 @@ from postgres import Postgres, programs, running
 
 ENDPOINT = "/v1/images/generations"
 IMAGE = {"prompt": "a red circle"}
-BUDGET, STEP = 640, 16  # of a job, in images
-DISTILLATION = {"preset": "scenes-debug", "images": BUDGET, "batch": STEP, "warmup": 0, "log_every": STEP}
-CADENCE = {"checkpoint_every": 2 * STEP, "sample_every": BUDGET, "evaluate_every": BUDGET}
+STEP = 16  # of a job, in images
+DISTILLATION = {"preset": "scenes-debug", "batch": STEP, "warmup": 0, "log_every": STEP, "checkpoint_every": 2 * STEP}
 LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
 
 
@@ -94,8 +93,9 @@ class Server:
 class Work:
     """A batch and jobs, submitted by their making; what became of them, asked of one server."""
 
-    def __init__(self, client: openai.OpenAI, lines: int, jobs: int) -> None:
-        self._client, self._lines = client, lines
+    def __init__(self, client: openai.OpenAI, lines: int, jobs: int, images: int) -> None:
+        """`images` is the budget of each job."""
+        self._client, self._lines, self._images = client, lines, images
         bodies = [IMAGE | {"seed": number} if number % 2 else IMAGE for number in range(lines)]  # half with seeds
         text = "\n".join(
             json.dumps({"custom_id": f"{number}", "method": "POST", "url": ENDPOINT, "body": body})
@@ -104,7 +104,7 @@ class Work:
         file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
         self.batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h").id
         prompts = client.files.create(file=("prompts.txt", b"a red circle\na blue square\n"), purpose="fine-tune")
-        asked = {"distillation": DISTILLATION | CADENCE}
+        asked = {"distillation": DISTILLATION | {"images": images, "sample_every": images, "evaluate_every": images}}
         self._jobs = [
             client.fine_tuning.jobs.create(model="scenes", training_file=prompts.id, seed=number, extra_body=asked).id
             for number in range(jobs)
@@ -117,7 +117,7 @@ class Work:
         counts = batch.request_counts
         made = counts.completed + counts.failed if counts else 0
         done = [1.0 if batch.status in ("completed", "failed", "expired", "cancelled") else 0.99 * made / self._lines]
-        done += [1.0 if _ended(job) else 0.99 * _seen(job) / BUDGET for job in jobs]
+        done += [1.0 if _ended(job) else 0.99 * _seen(job) / self._images for job in jobs]
         words = [f"batch {batch.status}, {made} lines", *(f"job {job.status}, {_seen(job)} images" for job in jobs)]
         return sum(done) / len(done), "; ".join(words)
 
@@ -178,7 +178,7 @@ class Work:
         if times != sorted(times):
             yield "its events are not in the order of their times"
         steps = [event.message for event in events if event.message.startswith("Images seen")]
-        if steps != [f"Images seen: {seen} of {BUDGET}" for seen in range(STEP, BUDGET + 1, STEP)]:
+        if steps != [f"Images seen: {seen} of {self._images}" for seen in range(STEP, self._images + 1, STEP)]:
             yield f"its figures are not each there once and in order: {steps}"
         if [event.message for event in events].count(f"The student is {job.fine_tuned_model}.") != 1:
             yield "its end is not told once"
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=4000)
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=0, help="distillation jobs beside the batch")
+    parser.add_argument("--images", type=int, default=640, help=f"budget of each job, a multiple of {STEP}")
     database = parser.add_mutually_exclusive_group()
     database.add_argument("--database", help="PostgreSQL URL; SQLite if neither is given")
     database.add_argument("--postgres", action="store_true", help="a PostgreSQL of its own")
@@ -254,7 +255,7 @@ def main() -> None:
             server.start()
             stack.callback(server.kill)
         client = openai.OpenAI(base_url=f"{servers[0].url}/v1", api_key="none", max_retries=0)
-        work = Work(client, arguments.lines, arguments.jobs)
+        work = Work(client, arguments.lines, arguments.jobs, arguments.images)
         troubles = Troubles(servers, postgres, work, moments, arguments.outage)
         kinds: list[Callable[[], str]] = [troubles.kill] * arguments.kills + [troubles.outage] * arguments.outages
         moments.shuffle(kinds)
@@ -266,7 +267,8 @@ def main() -> None:
         if complaints := [*troubles.complaints, *work.complaints()]:
             sys.exit("\n".join(complaints))
     lived = f"{arguments.kills} kills and {arguments.outages} outages"
-    print(f"{lived}, {arguments.lines} lines: each is there once; {arguments.jobs} jobs: each has its student")
+    students = f"; {arguments.jobs} jobs: each has its student" if arguments.jobs else ""
+    print(f"{lived}, {arguments.lines} lines: each is there once{students}")
 
 
 def _refusals(url: str, batch: str) -> Iterator[str]:
