@@ -43,7 +43,7 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
             told = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise TeacherError(f"{path} is missing or damaged: {error}") from error
+        raise TeacherError(f"{path} is missing or damaged: {error}; fetch or export it again") from error
     if told.get(f"{_PREFIX}alpha_pattern") or told.get(f"{_PREFIX}use_dora"):
         raise TeacherError(f"{path} has an alpha for each layer or is a DoRA; only plain LoRA adapters are taken")
     factors = {}

@@ -143,7 +143,9 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take one of its divisors"
+            )
         return self
 
     @model_validator(mode="after")
@@ -203,9 +205,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not YAML: {error}; mend the place that is named") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}")
+        raise ConfigError(
+            f"{path} must hold keys and values, not a {type(values).__name__}; write it as the presets are"
+        )
     for override in overrides:
         key, value = parse_override(override)
         _put(values, key.split("."), value, override)
@@ -238,7 +242,7 @@ def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {key!r} holds no further keys")
+            raise ConfigError(f"--set {override}: {key!r} holds no further keys; set it whole")
     values[keys[-1]] = value
 
 

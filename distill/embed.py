@@ -100,7 +100,7 @@ def embed_prompts(
         writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **figures)
         yield Encoded(count, truncated, shard.repeated)
     if not count:
-        raise PromptError("there are no prompts to encode")
+        raise PromptError("there are no prompts to encode; give a source that holds some")
     writer.finish({"null": null.path}, {}, repeated=source.repeated)
     yield Encoded(count, truncated, source.repeated)
 

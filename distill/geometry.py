@@ -113,7 +113,8 @@ def read_geometry(teacher: str) -> Geometry:
     transformer = read_json(path)
     if transformer.get("_class_name") != SD3Transformer2DModel.__name__:
         raise TeacherError(
-            f"{path} is of a {transformer.get('_class_name')}, not of a {SD3Transformer2DModel.__name__}"
+            f"{path} is of a {transformer.get('_class_name')}, not of a {SD3Transformer2DModel.__name__}; "
+            "give the folder of a Stable Diffusion 3"
         )
     missing = [key for key in _SD3 if key not in transformer and key != "out_channels"]
     if missing:

@@ -253,7 +253,9 @@ def _listed(folder: Path) -> Iterator[Example]:
                 name = entry["file_name"]
                 image = folder / name
             except (ValueError, KeyError, TypeError):
-                raise ImageError(f"{path} line {number} is not a JSON object with a `file_name`") from None
+                raise ImageError(
+                    f"{path} line {number} is not a JSON object with a `file_name`; mend it or take it out"
+                ) from None
             yield _file(image, name, _caption(entry))
 
 

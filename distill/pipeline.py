@@ -233,7 +233,10 @@ class OneStepPipeline:
             parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
         if not torch.stack(finite).all():
             where = f"{self.spec.name} in {self._vae.dtype}"
-            raise DivergedError(f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged")
+            raise DivergedError(
+                f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged; "
+                "take precision fp32"
+            )
         return to_host(torch.cat(parts)[: len(latents)])
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:

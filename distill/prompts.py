@@ -206,14 +206,14 @@ def _csv(path: Path, lines: Iterator[str]) -> Iterator[str]:
         for row in rows:
             yield row[index] if index < len(row) else ""
     except csv.Error as error:
-        raise PromptError(f"{path} line {rows.line_num} is not CSV: {error}") from None
+        raise PromptError(f"{path} line {rows.line_num} is not CSV: {error}; mend it or take it out") from None
 
 
 def _from_json(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise PromptError(f"{path} line {number} is not JSON: {error}") from None
+        raise PromptError(f"{path} line {number} is not JSON: {error}; mend it or take it out") from None
     text = value[_column(path, list(value))] if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise PromptError(f"{path} line {number} holds no text; write a string or an object with {COLUMNS[0]!r}")
@@ -234,7 +234,7 @@ def _parquet(path: Path) -> Iterator[str]:
         for batch in file.iter_batches(columns=[name]):
             yield from (text or "" for text in batch.column(0).cast(pa.string()).to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{path} cannot be read as Parquet: {error}") from None
+        raise PromptError(f"{path} cannot be read as Parquet: {error}; write it anew") from None
 
 
 def _saved_dataset(folder: Path) -> Iterator[str]:
@@ -266,4 +266,4 @@ def _column(path: Path, names: Sequence[str]) -> str:
     for name in COLUMNS:
         if name in names:
             return name
-    raise PromptError(f"{path} has no column {' or '.join(COLUMNS)}, only {', '.join(names) or 'none'}")
+    raise PromptError(f"{path} has no column {' or '.join(COLUMNS)}, only {', '.join(names) or 'none'}; rename one")

@@ -152,7 +152,9 @@ def read_spec(folder: Path | str) -> TeacherSpec:
     except KeyError as missing:
         raise TeacherError(f"{folder}: a component's configuration lacks {missing}; save the pipeline again") from None
     except (TypeError, ValueError) as error:
-        raise TeacherError(f"{folder}: a component's configuration is not usable: {error}") from None
+        raise TeacherError(
+            f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

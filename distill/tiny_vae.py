@@ -24,13 +24,13 @@ def load_tiny_vae(
         config = read_json(folder / "config.json")
         weights = (folder / _WEIGHTS).read_bytes()
     except (TeacherError, OSError) as error:
-        raise ConfigError(f"tiny_vae {folder} is no whole {_KIND}: {error}") from None
+        raise ConfigError(f"tiny_vae {folder} is no whole {_KIND}: {error}; name the folder of one") from None
     if config.get("_class_name") != _KIND:
         raise ConfigError(f"tiny_vae {folder} holds {config.get('_class_name')}; name the folder of an {_KIND}")
     try:
         vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # a damaged file ends in errors of many kinds
-        raise ConfigError(f"tiny_vae {folder} cannot be loaded: {error}") from error
+        raise ConfigError(f"tiny_vae {folder} cannot be loaded: {error}; fetch it again") from error
     factor = vae.config.upsampling_scaling_factor ** (len(vae.config.num_decoder_blocks) - 1)
     if (vae.config.latent_channels, factor) != (latent_channels, scale_factor):
         raise ConfigError(
