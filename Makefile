@@ -24,7 +24,7 @@ demo: setup  ## distil, judge, serve; EXIT=1 ends instead of serving on
 	$(BIN)/python -m distill.demo --out $(DEMO) $(if $(EXIT),--exit)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -103,6 +103,8 @@ def accelerator(config: Run, out: Path) -> Accelerator:
 
 def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     """Train to the budget with grids, judgements and checkpoints on the way; the student ends in `out/student`."""
+    if _all_told(machine.is_main_process and _finished(config, out)):
+        return
     folder = teacher_folder(config)
     spec = read_spec(folder)
     conditions = EmbeddingCache(out / "embeddings", folder)
@@ -134,6 +136,16 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     if machine.is_main_process and (last is not None or not (out / "student").exists()):
         export(out)
     machine.wait_for_everyone()
+
+
+def _finished(config: Run, out: Path) -> bool:
+    """Whether a student is there and nothing more to be learnt, so that no model need be loaded."""
+    newest = checkpoint.latest(out / "checkpoints")
+    if newest is None or not (out / "student").exists():
+        return False
+    run, images = read_run(out), int(newest.name)
+    kept = [line for line in run.evaluations if line["images"] <= images]  # a killed run goes back to its checkpoint
+    return images >= config.images or ended_early(run.config, kept, run.best)
 
 
 def _all_told(over: bool) -> bool:

@@ -1,14 +1,39 @@
-"""Tiny teachers that the tests share; made once a run, and only read."""
+"""Tiny teachers that the tests share, made once a run and only read; and what holds for every test."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the libraries: nothing here may reach for a network
 os.environ["SERVICE_DATA"] = "none"  # servers keep nothing, but where a test gives them a folder
+os.environ["OMP_NUM_THREADS"] = "1"  # here as in every process that a test starts: all round their sums alike
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # nobody is trusted; each client would read them all anew
 
 from pathlib import Path
 
 import pytest
 from tiny import make_clip, make_teacher
+
+# What takes longest begins first, so that no process is left with it when the others have nothing more to do.
+LONG = (
+    "test_run",
+    "test_tuning",
+    "test_bad_days",
+    "test_demo",
+    "test_soak_jobs",
+    "test_distributed",
+    "test_plan",
+    "test_compare",
+    "test_student",
+    "test_embed",
+    "test_train",
+    "test_playground",
+    "test_drills",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # stable: a file's own order stays
 
 
 @pytest.fixture(scope="session")

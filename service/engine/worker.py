@@ -249,6 +249,8 @@ def clock_of(tuning: Tuning) -> Clock:
 
 
 def _student(order: Load, device: str, tuning: Tuning) -> Backend:
+    if order.folder is not None and not Path(order.folder).is_dir():  # said before seconds of imports
+        raise StartError(f"model {order.folder}: there is no such folder; give the folder of a student")
     from service.registry import load_backend
 
     return load_backend(order.folder, order.name, device, tuning)

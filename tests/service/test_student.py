@@ -94,10 +94,7 @@ def test_what_one_worker_process_has_encoded_another_does_not(student, url, flee
 
 def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, fleet, connect):
     prompts = ["a red circle", "a blue square", "a green star"] * 20
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4))  # what each stage of two workers gets
-    expected = OneStepPipeline.load(student)(prompts, range(60)).numpy()
-    torch.set_num_threads(before)
+    expected = OneStepPipeline.load(student)(prompts, range(60)).numpy()  # by one thread, as in the workers
     client = connect(url)
 
     def ask(seed: int):
@@ -139,6 +136,11 @@ def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
     assert card.identity != load_backend(str(student), None, "cpu", Tuning()).card.identity
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
         load_backend(str(student), None, "cpu", tuning_of(Settings(cuda_graphs=True)))
+
+
+def test_a_device_that_is_none_is_named(student):
+    with pytest.raises(StartError, match="on tpu9: "):
+        load_backend(str(student), None, "tpu9", Tuning())
 
 
 @pytest.mark.parametrize("choice", ["precision", "attention", "quantize", "t5"])
