@@ -1,18 +1,14 @@
 """The embedding cache: what comes out is what the encoder makes, and what is not whole or not ours is refused."""
 
 import json
-import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke, start, until
 from tiny import PROMPTS, WORDS, make_teacher
-from typer.testing import CliRunner
 
-from distill.cli import app
 from distill.embed import MANIFEST, EmbeddingCache, embed_prompts
 from distill.errors import CacheError, PromptError
 from distill.text import SD3TextEncoder
@@ -135,29 +131,15 @@ def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums are rounded alike
 
     def command(source: str, folder: Path) -> list[str]:
-        options = ["--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
-        return [sys.executable, "-m", "distill.cli", "embed", str(teacher), source, *options]
+        return ["embed", str(teacher), source, "--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
 
     # Standard input that stays open holds the command between two shards, so the kill always finds it at work.
-    process = subprocess.Popen(
-        command("-", out),
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
+    process = start(*command("-", out), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     process.stdin.write("\n".join(TEXTS[:30]) + "\n")
     process.stdin.flush()
-    deadline = time.monotonic() + 120
-    while not (out / UNFINISHED).exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(process, (out / UNFINISHED).exists)
     process.kill()
     process.communicate()
     kept = out / "shard-00000.safetensors"
@@ -165,10 +147,10 @@ def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
     assert not (out / MANIFEST).exists()
 
     for folder in (out, whole):
-        done = subprocess.run(command(str(prompts), folder), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = invoke(*command(str(prompts), folder))
+        assert done.exit_code == 0, done.output
         repeated = len(TEXTS) - DIFFERENT
-        assert f"{DIFFERENT} prompts are in {folder}; {repeated} more were repetitions of them" in done.stdout
+        assert f"{DIFFERENT} prompts are in {folder}; {repeated} more were repetitions of them" in done.output
     assert kept.stat().st_mtime_ns == written
     assert len(EmbeddingCache(out, teacher)) == DIFFERENT
     assert contents(out) == contents(whole)
@@ -241,10 +223,8 @@ def test_what_was_begun_is_refused_when_it_is_damaged_or_foreign(teacher, tmp_pa
 
 def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" + "a " * 30)
-    out = str(tmp_path / "cache")
-    result = CliRunner().invoke(
-        app, ["embed", str(teacher), str(tmp_path / "prompts.txt"), "--out", out, "--device", "cpu"]
-    )
+    words = ["embed", str(teacher), str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "cache")]
+    result = invoke(*words, "--device", "cpu")
     assert result.exit_code == 0
     assert "1 prompts are over the token limit" in result.output
     assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 2

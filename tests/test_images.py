@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -12,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import invoke
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_teacher
-from typer.testing import CliRunner
 
 from distill import checkpoint
-from distill.cli import app
 from distill.config import load_config
 from distill.errors import CacheError, ConfigError, ImageError
 from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
@@ -201,7 +197,7 @@ def test_real_images_are_named_where_they_are_needed_and_only_there(overrides, w
 
 def test_a_run_takes_real_images_from_a_cache(teacher, tmp_path):
     arguments = ["encode", str(teacher), "scenes", "--out", str(tmp_path / "real"), "--count", "8", "--device", "cpu"]
-    encoded = CliRunner().invoke(app, arguments)
+    encoded = invoke(*arguments)
     assert encoded.exit_code == 0, encoded.output
     assert "The latents of 8 images are in" in encoded.output
 
@@ -216,10 +212,8 @@ def test_a_run_takes_real_images_from_a_cache(teacher, tmp_path):
         "cadence.log=4",
         "cadence.sample=8",
     ]
-    sets = [part for value in values for part in ("--set", value)]
-    command = [sys.executable, "-m", "distill.cli", "run", "scenes-debug", *sets, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = invoke("run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "student" / "onestep.json").exists()
     figures = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert figures.keys() >= {"critic", "doubt", "gap", "flow_matching"}

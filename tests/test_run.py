@@ -2,21 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke, start, until
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from distill import checkpoint
-from distill.cli import app, main
+from distill.cli import main
 from distill.errors import CheckpointError, ConfigError, DivergedError, RunError
 from distill.files import write_aside
 from distill.pipeline import OneStepPipeline
@@ -43,28 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[str]:
     values = [f"teacher={teacher}", f"prompts.source={prompts}", *ARGUMENTS, *overrides]
-    sets = [part for value in values for part in ("--set", value)]
-    return [sys.executable, "-m", "distill.cli", "run", "scenes-debug", *sets, "--out", str(out)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-def finish(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=240)
-
-
-def invoke(arguments: list[str]) -> Result:
-    """The same command in this process, which has its libraries loaded."""
-    return CliRunner().invoke(app, arguments[3:])
-
-
-def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
-    """Wait for a running process to get there."""
-    while not reached():
-        with suppress(subprocess.TimeoutExpired):
-            pytest.fail(f"ended early with status {process.wait(0.02)}")
+    return ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -82,12 +60,19 @@ def figures(out: Path) -> list[dict[str, float]]:
     ]
 
 
+def assert_same_end(out: Path, undisturbed: Path) -> None:
+    expected, found = final(undisturbed), final(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert figures(out) == figures(undisturbed)
+
+
 @pytest.fixture(scope="module", params=["full", "lora"])
 def whole(request, teacher, prompts, tmp_path_factory) -> tuple[str, Path]:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / request.param
-    done = finish(command(teacher, prompts, out, f"networks.kind={request.param}"))
-    assert done.returncode == 0, done.stderr
+    done = invoke(*command(teacher, prompts, out, f"networks.kind={request.param}"))
+    assert done.exit_code == 0, done.output
     return request.param, out
 
 
@@ -123,28 +108,36 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert (out / "student" / "pytorch_lora_weights.safetensors").exists() is (kind == "lora")
 
 
+def test_a_run_that_lost_its_end_makes_it_again_with_the_same_bits(whole, teacher, prompts, tmp_path):
+    """A kill leaves a checkpoint, and lines of the log after it."""
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "cut")
+    for lost in (checkpoint.latest(out / "checkpoints"), out / "student"):
+        shutil.rmtree(lost)
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert (out / "student" / "onestep.json").exists()
+    assert_same_end(out, undisturbed)
+
+
+@pytest.mark.parametrize("whole", ["full"], indirect=True)
 def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path):
     kind, undisturbed = whole
     out = tmp_path / "killed"
     arguments = command(teacher, prompts, out, f"networks.kind={kind}")
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(process, lambda: checkpoint.latest(out / "checkpoints") is not None)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    assert checkpoint.latest(out / "checkpoints") is not None
-    assert finish(arguments).returncode == 0
-    expected, found = final(undisturbed), final(out)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert figures(out) == figures(undisturbed)
+    assert invoke(*arguments).exit_code == 0
+    assert_same_end(out, undisturbed)
 
 
 def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(whole, teacher, prompts):
     kind, out = whole
     before = (out / "student" / "onestep.json").stat().st_mtime_ns
-    assert invoke(command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
-    refused = invoke(command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.clip=2"))
+    refused = invoke(*command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.clip=2"))
     assert isinstance(refused.exception, CheckpointError)
     assert "optimizer.clip = 1.0, not 2" in str(refused.exception)
     assert "clip: 1.0" in (out / "config.yaml").read_text()
@@ -153,7 +146,7 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
 def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     kind, out = whole
     arguments = ["export", str(out), "--checkpoint", "80", "--dtype", "fp32", "--license", "mit", "--check"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "student")], catch_exceptions=False)
+    result = invoke(*arguments, "--out", str(tmp_path / "student"))
     assert "after 80 images" in result.output
     assert "Stock diffusers makes the same latents" in result.output
     record = json.loads((tmp_path / "student" / "onestep.json").read_text())
@@ -180,37 +173,34 @@ def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
+    """By Ctrl-C; test_demo.py has one that SIGTERM ends."""
     out = tmp_path / "interrupted"
     endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
-    metrics, images = out / "metrics.jsonl", 0
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(
-            command(teacher, prompts, out, *endless),
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        until(process, lambda lines=images // 8 + 2: metrics.exists() and metrics.read_text().count("\n") >= lines)
-        refused = invoke(command(teacher, prompts, out, *endless))
-        assert isinstance(refused.exception, CheckpointError)
-        assert f"another run is writing to {out}" in str(refused.exception)
-        process.send_signal(stop)
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 128 + stop
-        saved = checkpoint.latest(out / "checkpoints")
-        assert saved is not None
-        images = int(saved.name)
-        assert f"Stopped after {images} images" in said.decode()
-    assert invoke(command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
+    arguments, metrics = command(teacher, prompts, out, *endless), out / "metrics.jsonl"
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    until(process, metrics.exists)
+    refused = invoke(*arguments)
+    assert isinstance(refused.exception, CheckpointError)
+    assert f"another run is writing to {out}" in str(refused.exception)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    images = int(saved.name)
+    assert f"Stopped after {images} images" in said
+    assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
 
 
+@pytest.mark.parametrize("whole", ["full"], indirect=True)  # adapters: test_distributed.py
 def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     kind, alone = whole
     out = tmp_path / "two"
-    arguments = command(teacher, prompts, out, f"networks.kind={kind}")[1:]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = finish([*launch, *arguments], ACCELERATE_USE_CPU="true")
+    arguments = ["-m", "distill.cli", *command(teacher, prompts, out, f"networks.kind={kind}")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((out / "checkpoints" / "000000000096" / "state.json").read_text())
     assert record["processes"] == 2
@@ -248,7 +238,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
 def test_a_full_disk_under_any_command_is_one_sentence(tmp_path):
     with Path("/dev/full").open("w") as full:
         words = [sys.executable, "-m", "distill.cli", "runs", str(tmp_path)]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert (
         done.stderr
@@ -300,8 +290,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_pa
 
 def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):
     out = tmp_path / "driven"
-    arguments = command(teacher, prompts, out, "optimizer.student_rate=0.3", "trackers=[]", "images=64")
-    done = invoke(arguments)
+    done = invoke(*command(teacher, prompts, out, "optimizer.student_rate=0.3", "trackers=[]", "images=64"))
     assert done.exit_code == 0, done.output
     raised = read_run(out).alarms
     assert "too-fast" in {alarm.name for alarm in raised}
@@ -315,9 +304,8 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     out = tmp_path / "early"
     values = ("images=4000", "batch=4", "prompts.count=8", "stop.patience=1", "ema=0", "optimizer.warmup=0",
               "optimizer.student_rate=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
-    sets = [part for value in values for part in ("--set", value)]
-    arguments = [sys.executable, "-m", "distill.cli", "run", "scenes-debug", *sets, "--out", str(out)]
-    done = invoke(arguments)
+    arguments = ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     run = read_run(out)
     assert run.state == "finished"
@@ -325,7 +313,7 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
     before = (out / "student" / "onestep.json").stat().st_mtime_ns
-    assert invoke(arguments).exit_code == 0
+    assert invoke(*arguments).exit_code == 0
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
     assert read_run(out).images == run.images
 
@@ -339,9 +327,8 @@ def test_a_tracker_that_is_not_there_is_named(name, words, tmp_path):
 
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
-    done = invoke(
-        command(teacher, prompts, tmp_path / "wild", "optimizer.student_rate=1e30", "optimizer.fake_rate=1e30")
-    )
+    wild = ("optimizer.student_rate=1e30", "optimizer.fake_rate=1e30")
+    done = invoke(*command(teacher, prompts, tmp_path / "wild", *wild))
     assert isinstance(done.exception, DivergedError)
     assert "lower optimizer." in str(done.exception)
 
@@ -349,7 +336,7 @@ def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
 def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
     teacher, prompts, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sys, "argv", ["distill", *command(teacher, prompts, tmp_path)[3:]])
+    monkeypatch.setattr(sys, "argv", ["distill", *command(teacher, prompts, tmp_path)])
     with checkpoint.claimed(tmp_path), pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == os.EX_TEMPFAIL
@@ -358,7 +345,7 @@ def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
 
 def test_seconds_are_a_budget_and_a_method_takes_the_presets_place(teacher, prompts, tmp_path):
     overrides = ("images=8", "cadence.log=8", "cadence.checkpoint=100000")
-    done = invoke([*command(teacher, prompts, tmp_path, *overrides), "--method", "dmd", "--seconds", "1"])
+    done = invoke(*command(teacher, prompts, tmp_path, *overrides), "--method", "dmd", "--seconds", "1")
     assert done.exit_code == 0, done.output
     speed = json.loads((tmp_path / "speed.json").read_text())["images_per_second"]
     run = read_run(tmp_path)

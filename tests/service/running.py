@@ -48,4 +48,5 @@ def metric(url: str, name: str, **labels: str) -> float:
 
 def until(condition) -> None:
     """Poll a server until something has come true in it; fails after many tries."""
-    assert any(condition() for _ in range(2000))
+    pause = threading.Event()
+    assert any(condition() or pause.wait(0.02) for _ in range(3000))

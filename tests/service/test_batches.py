@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 from engines import Gate
+from running import until
 
 from service.engine.backend import Simulator
 from service.jobs.database import Database
@@ -140,8 +141,7 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
         client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
     with pytest.raises(openai.BadRequestError, match="unfinished"):
         client.files.delete(batch.input_file_id)
-    while client.batches.retrieve(batch.id).request_counts.completed < 1:
-        pass
+    until(lambda: client.batches.retrieve(batch.id).request_counts.completed == 1)
     assert client.batches.cancel(batch.id).status == "cancelling"
     batch = ended(client, batch.id, "cancelled")
     assert list(read(client, batch.output_file_id)) == ["one"]
