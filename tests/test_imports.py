@@ -50,7 +50,7 @@ def test_batching_policy_needs_neither_torch_nor_asyncio() -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import distill, service",
+        "import distill, service.app",
         "from distill.cli import app; app(['--help'], standalone_mode=False)",
         "from distill.cli import app; app(['run', '--help'], standalone_mode=False)",
         "from service.cli import app; app(['serve', '--help'], standalone_mode=False)",

@@ -37,6 +37,7 @@ FIELDS = [
 ]
 
 BODIES = [
+    "{}",  # without a prompt
     "",
     " ",
     "{",
@@ -59,6 +60,7 @@ BODIES = [
     '{"prompt": "a", "seed": 1e400}',
     '{"prompt": "a", "seed": ' + 5000 * "9" + "}",
     "[" * 100_000,
+    b"\xff",
     b'{"prompt": "\xff"}',
     '{"prompt": "a", "n": 01}',
 ]
@@ -99,6 +101,7 @@ PATHS = [
     ("POST", "/v1/models", 405),
     ("POST", "/healthz", 405),
     ("GET", "/v1", 404),
+    ("GET", "/nothing", 404),
     ("POST", "/v1/images/edits", 404),
     ("POST", "/v1/images/generations/more", 404),
     ("GET", "/v1/models/other", 404),
@@ -137,7 +140,7 @@ POSTS = [
     ("/v1/fine_tuning/jobs", JOB, 404, "training_file"),
     ("/v1/fine_tuning/jobs", {"model": "scenes"}, 400, "training_file"),
     ("/v1/fine_tuning/jobs", JOB | {"model": "/etc"}, 404, "model"),
-    ("/v1/fine_tuning/jobs", JOB | {"suffix": "a b"}, 400, "suffix"),
+    ("/v1/fine_tuning/jobs", JOB | {"suffix": "a:b"}, 400, "suffix"),
     ("/v1/fine_tuning/jobs", JOB | {"suffix": "x" * 65}, 400, "suffix"),
     ("/v1/fine_tuning/jobs", JOB | {"seed": -1}, 400, "seed"),
     ("/v1/fine_tuning/jobs", JOB | {"validation_file": "file-none"}, 400, "validation_file"),
@@ -203,6 +206,7 @@ def api(tmp_path_factory):
 
 def refused(answer, status):
     assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"].startswith("req_")
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
@@ -239,7 +243,8 @@ def test_a_bad_body_is_refused(api, body):
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
 def test_another_kind_of_body_is_refused(api, kind):
-    refused(api.post(PATH, content=json.dumps({"prompt": "a"}), headers={"content-type": kind}), 400)
+    error = refused(api.post(PATH, content=json.dumps({"prompt": "a"}), headers={"content-type": kind}), 400)
+    assert "application/json" in error["message"]
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
@@ -250,7 +255,9 @@ def test_a_bad_idempotency_key_is_refused(api, key):
 
 @pytest.mark.parametrize(("method", "path", "status"), PATHS)
 def test_a_bad_path_is_refused(api, method, path, status):
-    refused(api.request(method, path), status)
+    answer = api.request(method, path)
+    refused(answer, status)
+    assert ("allow" in answer.headers) == (status == 405)
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), POSTS)

@@ -242,9 +242,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("fields", "error", "param"),
     [
-        ({"model": "other"}, openai.NotFoundError, "model"),
         ({"model": "gone"}, openai.NotFoundError, "model"),
-        ({"training_file": "file-none"}, openai.NotFoundError, "training_file"),
         ({"distillation": {"preset": "scenes", "rnak": 8}}, openai.BadRequestError, "distillation.rnak"),
         ({"distillation": {"preset": "../../x"}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),
@@ -266,8 +264,6 @@ def refusing(tmp_path_factory) -> Iterator[str]:
             openai.BadRequestError,
             "hyperparameters",
         ),
-        ({"suffix": "a:b"}, openai.BadRequestError, "suffix"),
-        ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file"),
         ({"steps": 3}, openai.BadRequestError, "steps"),
     ],
 )
