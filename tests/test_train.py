@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def stages(folder: Path) -> Iterator[Progress]:
     yield from train_vae(VAE, folder, CPU)
-    yield from train_teacher(RECIPE, folder, CPU, compiled=False)
+    yield from train_teacher(RECIPE, folder, CPU, compiled=False, scales=(2.5,))
 
 
 @pytest.fixture(scope="module")

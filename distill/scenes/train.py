@@ -8,7 +8,7 @@ mean which colours and places; then the same blocks go on with small patches, 64
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ TOKENS = 16  # CLIP tokens of a prompt, start and end included
 T5_TOKENS = 0  # tokens of the absent T5: none, so that text does not outweigh the 64 image tokens
 COARSE, FINE = 4, 2  # sides of a patch, in latent pixels
 CHANNELS = 4  # of the latents
+GUIDANCE = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # scales that the teacher's own is chosen from
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,16 @@ def refine(coarse: Denoiser, fine: Denoiser) -> None:
 
 
 def train_teacher(
-    recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = True
+    recipe: TeacherRecipe,
+    folder: Path,
+    device: torch.device,
+    compiled: bool = True,
+    scales: Sequence[float] = GUIDANCE,
 ) -> Iterator[Progress]:
     """Train until the budget is seen, continuing from the folder's states; needs `folder/vae`.
 
-    At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with EMA weights.
+    At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with EMA weights, and names
+    the guidance of `scales` that scores highest.
     """
     torch.manual_seed(recipe.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
@@ -145,7 +151,7 @@ def train_teacher(
     save_pipeline(best, vae, tokenizer, folder)
     record = {
         "max_sequence_length": T5_TOKENS,
-        "guidance": best_guidance(best, vae, tokenizer, recipe.per_task, device),
+        "guidance": best_guidance(best, vae, tokenizer, recipe.per_task, device, scales),
     }
     (folder / "onestep.json").write_text(json.dumps({**record, "recipe": asdict(recipe)}, indent=2) + "\n")
 
@@ -185,9 +191,13 @@ def quick_score(
 
 
 def best_guidance(
-    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, per_task: int, device: torch.device
+    model: Denoiser,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    per_task: int,
+    device: torch.device,
+    scales: Sequence[float],
 ) -> float:
     """The guidance scale of the highest score on prompts that training saw; the held-out ones stay untouched."""
-    scales = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     scores = [quick_score(model, vae, tokenizer, device, g, per_task, False, 28)["overall"] for g in scales]
     return scales[int(np.argmax(scores))]
