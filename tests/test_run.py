@@ -143,6 +143,17 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
+def test_a_run_that_was_killed_before_its_export_does_not_keep_the_student_of_a_smaller_budget(whole, teacher, prompts):
+    kind, out = whole
+    record = out / "student" / "onestep.json"
+    after = record.read_text()
+    before = json.loads(after)
+    before["config"]["images"] -= 8
+    record.write_text(json.dumps(before))
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert record.read_text() == after
+
+
 def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     kind, out = whole
     arguments = ["export", str(out), "--checkpoint", "80", "--dtype", "fp32", "--license", "mit", "--check"]
