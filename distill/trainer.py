@@ -9,6 +9,8 @@ read and drawn in a thread meanwhile.
 """
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -89,6 +91,11 @@ def check(config: Run, accelerator: Accelerator) -> None:
     if accelerator.is_fsdp2 and config.networks.kind == "full":
         raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    compiler = os.environ.get("CXX", "g++")  # that torch asks for where there is no GPU
+    if config.networks.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or take networks.compile false"
+        )
     attention.check(config.networks.attention, dtype, accelerator.device)
     optimizers.check(config.optimizer.kind, accelerator.device)
 

@@ -165,8 +165,13 @@ def test_adam_takes_the_steps_of_its_definition():
             {"networks.kind": "lora", "networks.attention": "xformers"},
             r"networks\.attention xformers needs the package xformers",
         ),
+        (
+            {"networks.kind": "lora", "networks.compile": True},
+            r"networks\.compile needs a C\+\+ compiler but there is no c\+\+0",
+        ),
     ],
 )
-def test_what_this_machine_cannot_do_is_refused(override, words):
+def test_what_this_machine_cannot_do_is_refused(override, words, monkeypatch):
+    monkeypatch.setenv("CXX", "c++0")
     with pytest.raises(ConfigError, match=words):
         trainer.check(parity.run(**override), Accelerator(cpu=True))
