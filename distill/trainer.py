@@ -94,7 +94,7 @@ def check(config: Run, accelerator: Accelerator) -> None:
     compiler = os.environ.get("CXX", "g++")  # that torch asks for where there is no GPU
     if config.networks.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
-            f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or take networks.compile false"
+            f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or set it to false"
         )
     attention.check(config.networks.attention, dtype, accelerator.device)
     optimizers.check(config.optimizer.kind, accelerator.device)
