@@ -86,7 +86,8 @@ def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> Non
     from distill import run as runs
     from distill.console import image_bar
 
-    with image_bar("prompts", config.prompts.count) as bar:
+    endless = config.prompts.source == "scenes"  # a file may hold fewer
+    with image_bar("prompts", config.prompts.count if endless else None) as bar:
         for encoded in runs.embed(config, folder, device):
             bar.update(encoded.prompts, {"truncated": encoded.truncated})
     if config.real is not None:
