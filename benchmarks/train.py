@@ -7,8 +7,8 @@ take turns, each measurement in a process of its own, so that peak memory is a s
 
     python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
 
-Ours compiles its blocks on a GPU and not on a CPU, as `docs/scaling.md` recommends; `--compile` and `--no-compile` say
-otherwise. Two more questions, each asked of our side alone:
+Ours compiles its blocks on a GPU, and on a CPU only with `--compile`; `docs/scaling.md` says where it pays. Two more
+questions, each asked of our side alone:
 
     python benchmarks/train.py --profile         where the time of a step goes, and how far it is from matrix products
     python benchmarks/train.py --processes 2     gloo processes that share the cores, against one with a thread on each

@@ -31,10 +31,10 @@ from distill.flow import noise
 from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
 from distill.networks import build
 from distill.prompts import read_prompts
-from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, read_run
+from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
-from distill.spec import RECORD, TeacherSpec, read_json, read_spec
+from distill.spec import TeacherSpec, read_spec
 from distill.teacher import decode_in_parts, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
@@ -133,7 +133,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         last = progress
         if progress.crosses(config.cadence.evaluate) and _all_told(watch is not None and watch.over):
             break
-    if machine.is_main_process and (last is not None or not _exported(config, out)):
+    if machine.is_main_process and (last is not None or not holds_student(out, config.images)):
         export(out)
     machine.wait_for_everyone()
 
@@ -141,17 +141,11 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
 def _finished(config: Run, out: Path) -> bool:
     """Whether a student is there and nothing more to be learnt, so that no model need be loaded."""
     newest = checkpoint.latest(out / "checkpoints")
-    if newest is None or not _exported(config, out):
+    if newest is None or not holds_student(out, config.images):
         return False
     run, images = read_run(out), int(newest.name)
     kept = [line for line in run.evaluations if line["images"] <= images]  # a killed run goes back to its checkpoint
     return images >= config.images or ended_early(run.config, kept, run.best)
-
-
-def _exported(config: Run, out: Path) -> bool:
-    """Whether the student there is of this budget: one that was raised since has left an older student."""
-    record = out / "student" / RECORD
-    return record.exists() and int(read_json(record)["config"]["images"]) >= config.images
 
 
 def _all_told(over: bool) -> bool:

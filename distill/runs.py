@@ -75,10 +75,24 @@ def read_run(folder: Path) -> RunFolder:
         state = "never started"
     else:
         over = images >= config["images"] or ended_early(config, evaluations, best)
-        state = "finished" if over and (folder / "student").is_dir() else "stopped"
+        state = "finished" if over and holds_student(folder, config["images"]) else "stopped"
     written = [path, *logs, *checkpoints, folder / "student"]
     changed = max(path.stat().st_mtime for path in written if path.exists())
     return RunFolder(folder, config, state, images, metrics, evaluations, best, _alarms(folder / ALARMS), changed)
+
+
+def holds_student(folder: Path, budget: int) -> bool:
+    """Whether `student` is that of the run's end: made for this budget, and after the newest checkpoint.
+
+    A run that was killed before its export has none, or an older one: of a smaller budget, or exported on the way.
+    """
+    record = folder / "student" / "onestep.json"
+    try:
+        made_for = json.loads(record.read_text(encoding="utf-8"))["config"]["images"]
+    except (OSError, ValueError, KeyError):
+        return False
+    checkpoints = (path.stat().st_mtime for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    return bool(made_for >= budget and record.stat().st_mtime >= max(checkpoints, default=0))
 
 
 def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:

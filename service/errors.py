@@ -106,6 +106,11 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
 }
 
 
+def no_model(name: str) -> NotFound:
+    """The error of a model that is not loaded, by the name that it was asked for."""
+    return NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
+
+
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error."""
     status, kind = TABLE[type(error)]

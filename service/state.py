@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from service.artefacts import Artefacts
 from service.engine.backend import Card
 from service.engine.engine import Engine
+from service.errors import no_model
 from service.jobs.jobs import Jobs
 from service.keys import Key, KeyFile
 from service.limiter import Limiter
@@ -55,4 +56,7 @@ class State:
         """The model of that name or alias; the first one when none is named. Raises NotFound."""
         if name is None:
             return next(iter(self.engine.cards.values()))
-        return self.engine.card(self.settings.aliases.get(name, name))
+        card = self.engine.cards.get(self.settings.aliases.get(name, name))
+        if card is None:
+            raise no_model(name)
+        return card

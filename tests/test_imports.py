@@ -47,6 +47,11 @@ def test_batching_policy_needs_neither_torch_nor_asyncio() -> None:
     assert "service/engine/batcher.py" not in importers("service", "torch") | importers("service", "asyncio")
 
 
+def test_the_server_imports_neither_torch_nor_the_distilling_half() -> None:
+    code = "import sys, service.app, service.cli; sys.exit(bool({'torch', 'diffusers', 'distill'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -90,6 +90,7 @@ def add_results(folder: Path) -> None:
     best.mkdir(parents=True)
     (best / "state.json").write_text(json.dumps({"images": 3200, "overall": 0.8125, "fitness": 0.73}))
     (folder / "student").mkdir()
+    (folder / "student" / "onestep.json").write_text(json.dumps({"config": {"images": 6400}}))
     add_grid(folder, 3200)
     add_grid(folder, 6400)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from distill import checkpoint
 from distill.cli import main
+from distill.cli.stopping import asked_to_stop, stopped
 from distill.errors import CheckpointError, ConfigError, DivergedError, RunError
 from distill.files import write_aside
 from distill.pipeline import OneStepPipeline
@@ -143,15 +144,21 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
-def test_a_run_that_was_killed_before_its_export_does_not_keep_the_student_of_a_smaller_budget(whole, teacher, prompts):
+@pytest.mark.parametrize("older", ["budget", "time"])
+def test_a_run_that_was_killed_before_its_export_does_not_keep_an_older_student(whole, teacher, prompts, older):
+    """Of a smaller budget, or exported on the way."""
     kind, out = whole
     record = out / "student" / "onestep.json"
     after = record.read_text()
     before = json.loads(after)
-    before["config"]["images"] -= 8
-    record.write_text(json.dumps(before))
+    before["config"]["images"] -= 8 if older == "budget" else 0
+    record.write_text(json.dumps({**before, "images_seen": 8}))
+    if older == "time":
+        os.utime(record, (0, 0))
+    assert read_run(out).state == "stopped"
     assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert record.read_text() == after
+    assert read_run(out).state == "finished"
 
 
 def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
@@ -183,8 +190,17 @@ def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
         export(tmp_path)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_to_stop_learns_it_and_says_so_in_the_status(number):
+    before = signal.getsignal(number)
+    with asked_to_stop() as asked:
+        signal.raise_signal(number)
+        assert signal.getsignal(number) is before  # the second ends at once
+    assert asked == [number]
+    assert stopped(8, asked).exit_code == 128 + number
+
+
 def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
-    """By Ctrl-C; test_demo.py has one that SIGTERM ends."""
     out = tmp_path / "interrupted"
     endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
     arguments, metrics = command(teacher, prompts, out, *endless), out / "metrics.jsonl"

@@ -15,7 +15,9 @@ from typing import Any
 
 import msgspec
 
-_HEADER = struct.Struct("<QI?")  # the place's number, tokens of the prompt, whether it was cut off
+_NUMBER = struct.Struct("<Q")  # the place's: aligned, so that it is never there in part
+_FACTS = struct.Struct("<I?3x")  # tokens of the prompt, whether it was cut off
+_HEADER_BYTES = _NUMBER.size + _FACTS.size
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -44,7 +46,7 @@ class Shelf:
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self._size = size - size % _NUMBER.size
         self._end = 0  # bytes given out so far, those skipped before the memory's end too
         self._held: deque[Held] = deque()  # oldest first
         self._known: dict[Hashable, Held] = {}
@@ -61,7 +63,8 @@ class Shelf:
         """A new place, where the oldest were."""
         if size == 0:
             return None
-        size += _HEADER.size
+        size += _HEADER_BYTES
+        size += -size % _NUMBER.size
         if size > self._size:
             return None
         begin = self._end
@@ -92,21 +95,22 @@ class Embeddings:
     def read(self, prompt: str, row: Any) -> tuple[int, bool] | None:
         """Fill a buffer with a prompt's, and tell its tokens and whether it was cut off; None where it is not there."""
         place = self._places.get(prompt)
-        if place is None:
+        if place is None or not self._holds(place):
             return None
-        header = bytearray(_HEADER.size)
-        os.preadv(self._memory, [header], place.offset)
-        number, tokens, truncated = _HEADER.unpack(header)
-        if number != place.number:
-            return None
-        os.preadv(self._memory, [row], place.offset + _HEADER.size)
+        facts = bytearray(_FACTS.size)
+        os.preadv(self._memory, [facts, row], place.offset + _NUMBER.size)
+        tokens, truncated = _FACTS.unpack(facts)
         return tokens, truncated
 
     def write(self, prompt: str, row: Any, tokens: int, truncated: bool) -> None:
-        """Leave a prompt's for others. Two workers may do so at once: what they have encoded is the same."""
-        if place := self._places.get(prompt):
-            os.pwrite(self._memory, row, place.offset + _HEADER.size)
-            os.pwrite(self._memory, _HEADER.pack(place.number, tokens, truncated), place.offset)
+        """Leave a prompt's for others. Two workers may do so at once: in strict mode their bits are the same."""
+        place = self._places.get(prompt)
+        if place is not None and not self._holds(place):
+            os.pwritev(self._memory, [_FACTS.pack(tokens, truncated), row], place.offset + _NUMBER.size)
+            os.pwrite(self._memory, _NUMBER.pack(place.number), place.offset)
+
+    def _holds(self, place: Place) -> bool:
+        return os.pread(self._memory, _NUMBER.size, place.offset) == _NUMBER.pack(place.number)
 
 
 UNSHARED = Embeddings(-1, {})

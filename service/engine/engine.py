@@ -46,6 +46,7 @@ from service.errors import (
     StartError,
     TimedOut,
     Unavailable,
+    no_model,
 )
 from service.metrics import Metrics
 from service.settings import Settings
@@ -152,7 +153,7 @@ class Engine:
         """That of a model that takes work. Raises NotFound."""
         card = self.cards.get(model)
         if card is None:
-            raise NotFound(f"there is no model {model!r}; GET /v1/models lists them", "model", "model_not_found")
+            raise no_model(model)
         return card
 
     def check_open(self) -> None:
@@ -164,7 +165,9 @@ class Engine:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
         for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
-            self._add(loaded, order)
+            self._add(
+                loaded, Load(order.folder, loaded.card.name, order.adapters)
+            )  # its folder may come to hold another one
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
             seat = await connect(worker, self._shelf)
             self._join(seat)

@@ -66,7 +66,7 @@ class Seat:
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
         model, width, height, adapter, scale = batch.key
         loaded = self._models[model]
-        kind = loaded.card.digest, loaded.setup  # workers of one kind encode to the same bits
+        kind = loaded.card.digest, loaded.setup, loaded.text_bytes  # workers of one kind encode to the same bits
         held = [self._shelf.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
         self._batches[number] = _Sent(batch, slot, now, held)
         self._ahead.add(number)
@@ -135,7 +135,7 @@ class Seat:
         self._loading.clear()
         self._writer.transport.abort()
         await asyncio.to_thread(self.worker.end)
-        for sent in self._batches.values():  # it writes no more
+        for sent in self._batches.values():  # a process that is dead writes no more
             self._let_go(sent)
         self._batches.clear()
 

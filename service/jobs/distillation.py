@@ -108,7 +108,7 @@ def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder:
     if asked.method is not None:
         words += ["--method", asked.method]
     if asked.seconds is not None:
-        words += ["--seconds", f"{asked.seconds:g}"]
+        words += ["--seconds", str(asked.seconds)]
     sets = [f"teacher={json.dumps(teacher)}", f"prompts.source={json.dumps(str(prompts))}", f"seed={seed}"]
     return words + [part for each in (*sets, *asked.overrides()) for part in ("--set", each)]
 

@@ -194,6 +194,9 @@ def _check_budget(asked: Distillation, settings: Settings) -> None:
         if given is not None and (most is None or given > most):
             message = f"distillation.{kind}: {given:.15g} is beyond what this server allows; give {allowed}"
             raise InvalidRequest(message, f"distillation.{kind}", "job_budget_exceeded")
+    if asked.batch is not None and asked.batch > (asked.images or 0):  # a step is never cut
+        message = "distillation.batch: a step is whole, so it must be within the budget in images; leave the preset's"
+        raise InvalidRequest(message, "distillation.batch", "job_budget_exceeded")
 
 
 def _check_file(file: File) -> None:

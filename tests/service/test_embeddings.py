@@ -1,12 +1,13 @@
 """Where the embeddings of prompts belong in memory that is bounded; test_student has the workers that share it."""
 
-import os
 import random
+
+import pytest
 
 from service.engine.embeddings import Embeddings, Shelf
 from service.engine.launch import SharedMemory
 
-HEADER = 13  # bytes before an embedding
+HEADER = 16  # bytes before an embedding
 
 
 def overlap(one, size, other, its) -> bool:
@@ -31,7 +32,7 @@ def test_places_of_batches_on_their_way_are_nobody_elses_and_inside_the_memory()
 
 
 def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
-    shelf = Shelf(3 * (10 + HEADER))
+    shelf = Shelf(3 * (16 + HEADER))
 
     def take(key):
         held = shelf.take(key, 10)
@@ -43,7 +44,7 @@ def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
     take("c"), take("d")
     assert take("b") is second
     assert take("a") is not first
-    assert shelf.take("large", 3 * 10 + 2 * HEADER + 1) is None
+    assert shelf.take("large", 3 * 16 + 2 * HEADER + 1) is None
     assert shelf.take("nothing", 0) is None
     busy = shelf.take("c", 10)  # the oldest
     assert shelf.take("e", 10) is None
@@ -52,13 +53,16 @@ def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
 
 
 def test_an_embedding_is_found_whole_or_not_at_all():
-    memory, shelf = SharedMemory(), Shelf(HEADER + 4)
+    memory, shelf = SharedMemory(), Shelf(HEADER + 8)
     place = shelf.take("a", 4).place
     writer, reader = (Embeddings(memory.descriptor, {"a": place}) for _ in range(2))
     row = bytearray(4)
     assert reader.read("a", row) is None
-    os.pwrite(memory.descriptor, b"ab", place.offset + HEADER)  # and then its worker is killed
+    with pytest.raises(TypeError):
+        writer.write("a", None, 7, True)  # it comes no further, as when its worker is killed
     assert reader.read("a", row) is None
     writer.write("a", b"abcd", 7, True)
+    assert (reader.read("a", row), row) == ((7, True), b"abcd")
+    writer.write("a", b"efgh", 8, False)  # what is there stays, whoever reads it now
     assert (reader.read("a", row), row) == ((7, True), b"abcd")
     assert reader.read("b", row) is None

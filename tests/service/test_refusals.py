@@ -37,7 +37,6 @@ FIELDS = [
 ]
 
 BODIES = [
-    "{}",  # without a prompt
     "",
     " ",
     "{",
@@ -54,7 +53,6 @@ BODIES = [
     '{"prompt": "a",}',
     '{"prompt": "a"} {"prompt": "b"}',
     '{"prompt": "a", "prompt": 1}',
-    '{"prompt": "\\ud800"}',  # half of a surrogate pair
     '{"prompt": "a", "timeout": NaN}',
     '{"prompt": "a", "timeout": Infinity}',
     '{"prompt": "a", "seed": 1e400}',
@@ -239,6 +237,12 @@ def test_an_unknown_model_is_not_found(api):
 @pytest.mark.parametrize("body", BODIES)
 def test_a_bad_body_is_refused(api, body):
     refused(api.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
+
+
+@pytest.mark.parametrize("body", ["{}", '{"prompt": "\\ud800"}'])  # none, and half of a surrogate pair
+def test_a_body_that_is_wrong_in_its_prompt_names_it(api, body):
+    error = refused(api.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
+    assert error["param"] == "prompt"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])

@@ -250,6 +250,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
         ({"distillation": {"preset": "scenes"}}, openai.BadRequestError, "distillation"),
         ({"distillation": {"preset": "scenes", "images": 1001}}, openai.BadRequestError, "distillation.images"),
         ({"distillation": {"preset": "scenes", "seconds": 8.0}}, openai.BadRequestError, "distillation.seconds"),
+        ({"distillation": {"preset": "scenes", "images": 8, "batch": 9}}, openai.BadRequestError, "distillation.batch"),
         ({"hyperparameters": {"n_epochs": 3}}, openai.BadRequestError, "hyperparameters.n_epochs"),
         (
             {"distillation": {"preset": "scenes", "batch": 8}, "hyperparameters": {"batch_size": 4}},
