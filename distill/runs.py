@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from distill.alarms import Alarm, Figures
 from distill.errors import RunError
+from distill.spec import RECORD
 
 State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
@@ -66,7 +67,7 @@ def read_run(folder: Path) -> RunFolder:
     metrics, evaluations = map(_lines, logs)
     records = sorted((folder / "best").glob("[0-9]*/state.json"))
     best = _figures(records[-1].read_text(encoding="utf-8")) if records else {}
-    checkpoints = [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
     if _claimed(folder):
@@ -86,13 +87,17 @@ def holds_student(folder: Path, budget: int) -> bool:
 
     A run that was killed before its export has none, or an older one: of a smaller budget, or exported on the way.
     """
-    record = folder / "student" / "onestep.json"
+    record = folder / "student" / RECORD
     try:
         made_for = json.loads(record.read_text(encoding="utf-8"))["config"]["images"]
     except (OSError, ValueError, KeyError):
         return False
-    checkpoints = (path.stat().st_mtime for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit())
-    return bool(made_for >= budget and record.stat().st_mtime >= max(checkpoints, default=0))
+    newest = max((path.stat().st_mtime for path in _checkpoints(folder)), default=0)
+    return bool(made_for >= budget and record.stat().st_mtime >= newest)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
 
 
 def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:

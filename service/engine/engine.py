@@ -165,9 +165,8 @@ class Engine:
         """Wait for every worker. Raises StartError when one cannot start."""
         workers = await asyncio.to_thread(self._fleet.start)
         for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
-            self._add(
-                loaded, Load(order.folder, loaded.card.name, order.adapters)
-            )  # its folder may come to hold another one
+            # By the name of now: the folder may come to hold another student.
+            self._add(loaded, Load(order.folder, loaded.card.name, order.adapters))
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
             seat = await connect(worker, self._shelf)
             self._join(seat)
