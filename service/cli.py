@@ -201,7 +201,7 @@ def ray(
     up_after: Annotated[float, typer.Option(min=0, help="Seconds of need before replicas are added.")] = 30.0,
     down_after: Annotated[float, typer.Option(min=0, help="The same before they are taken away.")] = 600.0,
     guests: Annotated[
-        int, typer.Option(min=1, help="Students in a replica at once because requests ask for them.")
+        int, typer.Option(min=1, help="Students and LoRA adapters in a replica at once because requests ask for them.")
     ] = 3,
     config: Annotated[
         Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; SERVICE_ variables win.")

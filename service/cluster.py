@@ -31,7 +31,7 @@ from service.engine.engine import Engine
 from service.engine.launch import processes
 from service.engine.seat import SLOTS
 from service.errors import ServiceError, StartError
-from service.guest import Guest
+from service.guest import Guest, Guests
 from service.handlers import respond
 from service.logs import configure
 from service.settings import Settings
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda:0", "simulator")  # Ray gives each replica a GPU of its own, which it sees as the first
 NAME = "fgm-service"  # of the application in Ray Serve
-HEADER = "serve_multiplexed_model_id"  # Ray's
-STUDENTS = "*/onestep.json"  # below the folder of students
 OTHERS = 100  # requests beside those for images that a replica takes at once: health, models, linked images
 
 
@@ -56,28 +54,26 @@ class Scale:
     patience: float = 2.0  # seconds in which the replicas should make what waits
     up_after: float = 30.0  # seconds for which more must be needed before more are started
     down_after: float = 600.0  # the same for fewer
-    guests: int = 3  # students that a replica has loaded at once because requests asked for them
+    guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
 
 
 class Door:
-    """What requests of a replica pass: the student that they ask for is loaded, their answer names the replica.
+    """What requests of a replica pass: what they ask for is loaded, their answer names the replica.
 
-    They ask by the header that Ray routes by, to a replica that has the student where there is one. The body may name
-    another model; that one is served if it is loaded.
+    They ask by the header that Ray routes by, to a replica that has it where there is one. The body may name
+    another model or adapter; that one is served if it is loaded.
     """
 
     def __init__(self, app: FastAPI, name: str, guests: int) -> None:
         self._app = app
         self._name = name
         self._state: State = app.state.service
+        self._guests = Guests(self._state.engine, self._state.settings.students)
 
-        async def guest(folder: str) -> Guest:
-            students = self._state.settings.students
-            assert students is not None
-            await self._state.engine.load(students / folder, folder)
-            return Guest(self._state.engine, folder)
+        async def load(text: str) -> Guest:
+            return await self._guests.load(text)
 
-        self._guest: Callable[[str], Awaitable[Guest]] = serve.multiplexed(guest, max_num_models_per_replica=guests)
+        self._guest: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=guests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let an HTTP request through; anything else passes as it is."""
@@ -91,23 +87,21 @@ class Door:
             await send(message)
 
         try:
-            folder = self._asked(HTTPConnection(scope))
-            guest = await self._guest(folder) if folder else None
+            guest = await self._asked(HTTPConnection(scope))
         except ServiceError as error:
             await respond(error)(scope, receive, named)
             return
         with guest.kept() if guest else contextlib.nullcontext():
             await self._app(scope, receive, named)
 
-    def _asked(self, request: HTTPConnection) -> str | None:
-        """The student folder that a request asks for. Raises Unauthorized or Forbidden for one that may ask nothing."""
-        folder = request.headers.get(HEADER)
-        students = self._state.settings.students
-        if folder is None or students is None or folder not in (path.parent.name for path in students.glob(STUDENTS)):
+    async def _asked(self, request: HTTPConnection) -> Guest | None:
+        """What a request asks for, loaded. Raises Unauthorized or Forbidden for one that may ask nothing."""
+        text = serve.get_multiplexed_model_id()
+        if not text or await self._guests.wish(text) is None:
             return None
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         owner_of(self._state, token, "generate", request)
-        return folder
+        return await self._guest(text)
 
 
 class Replica:

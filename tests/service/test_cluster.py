@@ -1,6 +1,9 @@
 """Ray Serve for real, by the command that users type. Needs the extra `ray`, half a minute and two idle cores."""
 
+import base64
+import functools
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -13,9 +16,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 HEADER = "serve_multiplexed_model_id"
@@ -30,10 +35,13 @@ PATIENT = {  # Ray's own limits, for a machine that others use too
 
 @pytest.fixture
 def students(tmp_path):
-    """Two students, as simulators take them."""
-    for name in ("second", "third"):
+    """Two students and two adapters, as simulators take them."""
+    for name in ("second", "third", "sketch", "ink"):
         (tmp_path / name).mkdir()
+    for name in ("second", "third"):
         (tmp_path / name / "onestep.json").write_text(json.dumps({"name": "any"}))
+    for name in ("sketch", "ink"):
+        (tmp_path / name / "pytorch_lora_weights.safetensors").touch()
     return tmp_path
 
 
@@ -60,7 +68,7 @@ def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.
             it.wait(600)
 
 
-def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: str) -> httpx.Response:
+def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
     """An answer; every one of them must be an image."""
     body = {"prompt": "a red circle", "seed": seed, "n": n, **more}
     answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=600)
@@ -73,6 +81,12 @@ def replica(answer: httpx.Response) -> str:
     return answer.headers["x-replica"]
 
 
+def colour(answer: httpx.Response) -> tuple[int, ...]:
+    """Of a simulator's image."""
+    image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    return image.getpixel((0, 0))
+
+
 def of_both(ask) -> list[httpx.Response]:
     """The same question's answers, by each of two replicas."""
     answers: dict[str, httpx.Response] = {}
@@ -82,6 +96,14 @@ def of_both(ask) -> list[httpx.Response]:
         if len(answers) == 2:
             return list(answers.values())
     raise AssertionError(f"{list(answers)} alone answered")
+
+
+def come_to_one(ask) -> None:
+    """Soon the router knows which replica has what is asked for."""
+    for _ in range(50):
+        if len({replica(ask()) for _ in range(20)}) == 1:
+            return
+    raise AssertionError("no replica gets all")
 
 
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
@@ -101,6 +123,15 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
 
         for name in ("second", "third", "second"):
             generate(url, 7, headers={HEADER: name}, model=name)
+        for wish in ("simulator+sketch", "second+sketch", "second+ink", "simulator+sketch"):
+            model, adapter = wish.split("+")
+            headers = {HEADER.replace("_", "-"): wish}  # the form that nginx lets through
+            lora = {"name": adapter, "scale": 0.5}
+            ask = functools.partial(generate, url, 7, headers=headers, model=model, lora=lora)
+            assert colour(ask()) == colour(generate(url, 507))
+            come_to_one(ask)
+        nowhere = {"prompt": "a", "lora": {"name": "oil"}}
+        assert httpx.post(f"{url}/v1/images/generations", json=nowhere).json()["error"]["code"] == "adapter_not_found"
         assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "model": "fourth"}).status_code == 404
 
         while len({replica(generate(url, next(seeds))) for _ in range(20)}) == 2:
