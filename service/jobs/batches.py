@@ -92,7 +92,7 @@ class Batches:
             created_at=now,
             expires_at=now + WINDOW_SECONDS,
         )
-        with self._database.begin() as session:
+        with self._database.begin(owner) as session:
             file = self._files.own(session, owner, body.input_file_id, now, "input_file_id")
             if file.purpose != "batch":
                 message = f"file {file.id} has purpose {file.purpose!r}; upload it with purpose 'batch'"

@@ -19,7 +19,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-MIGRATION_LOCK = 0x66676D  # any number that every server of ours agrees on
+MIGRATION_LOCK = 0x66676D  # any numbers that every server of ours agrees on
+OWNERS_LOCK = 0x66676E
 LONGEST_PAUSE = 5.0  # seconds between two attempts while the database is away
 
 
@@ -64,10 +65,16 @@ class Database:
             raise StartError(f"the database {self.url!r} cannot be used: {error}") from None
 
     @contextmanager
-    def begin(self) -> Iterator[Session]:
-        """A transaction: committed at the end, rolled back by an exception. Raises Unavailable while it is away."""
+    def begin(self, owner: str | None = None) -> Iterator[Session]:
+        """A transaction: committed at the end, rolled back by an exception. Raises Unavailable while it is away.
+
+        Those of the same `owner` take turns, so that each may count what there is before it adds to it.
+        """
         try:
             with self._sessions.begin() as session:
+                if owner is not None and not self.is_sqlite:  # where all writers take turns
+                    lock = text("SELECT pg_advisory_xact_lock(:space, hashtext(:owner))")
+                    session.execute(lock, {"space": OWNERS_LOCK, "owner": owner})
                 yield session
         except (OperationalError, TimeoutError) as error:  # the latter: of a pool whose connections all wait
             log.warning("the database does not answer: %s", error)

@@ -74,7 +74,7 @@ class Files:
         )
         with self.writing(file.id) as target:
             shutil.copyfileobj(source, target, _PIECE)
-        with self._database.begin() as session:
+        with self._database.begin(owner) as session:
             self._check_quota(session, owner, size)  # again, for uploads side by side
             session.add(file)
         return file

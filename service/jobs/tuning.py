@@ -72,7 +72,7 @@ class Tuning:
             images_seen=0,
             images_total=asked.images,
         )
-        with self._database.begin() as session:
+        with self._database.begin(owner) as session:
             unfinished = select(func.count()).where(Job.owner == owner, Job.status.not_in(ENDED))
             if (session.scalar(unfinished) or 0) >= self._settings.jobs_per_key:
                 raise Overloaded(

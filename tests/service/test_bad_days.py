@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from service.engine.launch import local
 from service.errors import StartError
 from service.jobs.database import Database
 from service.jobs.files import new_id
-from service.jobs.tables import Executor, File
+from service.jobs.tables import Batch, Executor, File, Job
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings
 
@@ -308,3 +308,39 @@ def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, tea
             error = until_failed(client, client.fine_tuning.jobs.retrieve(ids[name])).error
             assert (error.code, error.param) == (code, "model")
             assert str(tmp_path) not in error.message
+
+
+def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tmp_path, connect):
+    tables = Database(empty)
+    settings = {"teachers": {"tiny": str(teacher)}, "unfinished_batches_per_key": 1, "jobs_per_key": 1}
+    settings |= {"file_quota_bytes": 1000, "database": empty}
+
+    def waiting() -> int:
+        with tables.begin() as session:
+            locks = "pg_locks JOIN pg_database ON pg_database.oid = database WHERE datname = current_database()"
+            return session.scalar(text(f"SELECT count(*) FROM {locks} AND locktype = 'advisory' AND NOT granted"))
+
+    def other(row: File | Batch | Job, ask: Callable[[], object]) -> openai.APIStatusError:
+        """What a request is told that came while another one, of another server, was about to add the row."""
+        with tables.begin("another"), tables.begin("127.0.0.1") as session:
+            answer = pool.submit(ask)
+            while not waiting():
+                assert not answer.done()
+            session.add(row)
+        return answer.exception()
+
+    with serving(create_app(Settings(data=tmp_path, **settings), local(Gate(), device="cpu"))) as url:
+        client = connect(url)
+        lines, prompts = upload(client, json.dumps(line("a")), purpose="batch"), upload(client)
+        common = {"owner": "127.0.0.1", "created_at": int(time.time())}
+        batch = Batch(id="batch_1", status="in_progress", endpoint=ENDPOINT, input_file_id=lines, links="", **common)
+        batch.completion_window, batch.expires_at = "24h", common["created_at"] + 1000
+        job = Job(id="ftjob-1", status="queued", model="tiny", training_file=prompts, seed=1, **common)
+        job.hyperparameters, job.distillation, job.result_files = {}, {}, []
+        file = File(id="file-1", purpose="batch", filename="big", bytes=900, **common)
+        with ThreadPoolExecutor(1) as pool:
+            order = {"input_file_id": lines, "endpoint": ENDPOINT, "completion_window": "24h"}
+            assert other(batch, lambda: client.batches.create(**order)).code == "too_many"
+            assert other(job, lambda: submit_job(client, prompts, TINY)).code == "job_quota_exceeded"
+            assert other(file, lambda: upload(client)).code == "quota_exceeded"
+    tables.close()
