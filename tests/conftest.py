@@ -16,6 +16,7 @@ from tiny import make_clip, make_teacher
 # What takes longest begins first, so that no process is left with it when the others have nothing more to do.
 LONG = (
     "test_run",
+    "test_cluster",
     "test_tuning",
     "test_bad_days",
     "test_demo",

@@ -1,4 +1,4 @@
-"""Ray Serve for real, by the command that users type. Needs the extra `ray`, half a minute and two idle cores."""
+"""Ray Serve for real, by the command that users type. A minute and a half, most of it for Ray's processes to start."""
 
 import base64
 import functools
