@@ -12,30 +12,26 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from pydantic import SecretStr
 from ray import serve
 from starlette.datastructures import MutableHeaders
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
-from service.dependencies import owner_of
+from service.dependencies import Caller, Generator, bring
 from service.engine.engine import Engine
 from service.engine.launch import processes
 from service.engine.seat import SLOTS
-from service.errors import ServiceError, StartError
+from service.errors import StartError
 from service.guest import Guest, Guests
-from service.handlers import respond
 from service.logs import configure
-from service.settings import Settings
-from service.state import State
+from service.settings import SHIPPED_TEACHER, Settings
 
 log = logging.getLogger(__name__)
 
@@ -57,51 +53,22 @@ class Scale:
     guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
 
 
-class Door:
-    """What requests of a replica pass: what they ask for is loaded, their answer names the replica.
+class Named:
+    """Outermost layer of a replica: its answers say which one it is."""
 
-    They ask by the header that Ray routes by, to a replica that has it where there is one. The body may name
-    another model or adapter; that one is served if it is loaded.
-    """
-
-    def __init__(self, app: FastAPI, name: str, guests: int) -> None:
+    def __init__(self, app: ASGIApp, name: str) -> None:
         self._app = app
         self._name = name
-        self._state: State = app.state.service
-        self._guests = Guests(self._state.engine, self._state.settings.students)
-
-        async def load(text: str) -> Guest:
-            return await self._guests.load(text)
-
-        self._guest: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=guests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an HTTP request through; anything else passes as it is."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Let everything through."""
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-replica"] = self._name
             await send(message)
 
-        try:
-            guest = await self._asked(HTTPConnection(scope))
-        except ServiceError as error:
-            await respond(error)(scope, receive, named)
-            return
-        with guest.kept() if guest else contextlib.nullcontext():
-            await self._app(scope, receive, named)
-
-    async def _asked(self, request: HTTPConnection) -> Guest | None:
-        """What a request asks for, loaded. Raises Unauthorized or Forbidden for one that may ask nothing."""
-        text = serve.get_multiplexed_model_id()
-        if not text or await self._guests.wish(text) is None:
-            return None
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        owner_of(self._state, token, "generate", request)
-        return await self._guest(text)
+        await self._app(scope, receive, named)
 
 
 class Replica:
@@ -113,16 +80,37 @@ class Replica:
         configure(settings.log_format, settings.log_level)
         fleet = processes(settings)
         fleet.start()  # before the app does, so that Ray reports what is wrong
-        app = create_app(settings, fleet)
-        self._engine: Engine = app.state.service.engine
-        self._door = Door(app, serve.get_replica_context().replica_tag, guests)
+        self._app = create_app(settings, fleet)
+        self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
+        self._engine: Engine = self._app.state.service.engine
+        self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.students), guests)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._door
+        return self._app
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Figures for `ByQueueSeconds`; Ray asks every few seconds and averages them."""
         return {"busy": self._engine.busy, "queue_seconds": self._engine.queue_seconds}
+
+
+def _bringing(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[None]]:
+    """Takes the place of `bring`: loads what a request names in the header that Ray routes by, and keeps it meanwhile.
+
+    The body may name something else; that is served if it is loaded.
+    """
+
+    async def load(text: str) -> Guest:  # Ray hangs its cache on the function
+        return await guests.load(text)
+
+    loaded: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=at_most)
+
+    async def brought(caller: Generator) -> AsyncIterator[None]:
+        text = serve.get_multiplexed_model_id()
+        wanted = text and await guests.wish(text)
+        with (await loaded(text)).kept() if wanted else contextlib.nullcontext():
+            yield
+
+    return brought
 
 
 def run(settings: Settings, scale: Scale, address: str) -> None:
@@ -133,6 +121,10 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
     """
     if settings.devices not in DEVICES:
         raise StartError(f"devices: a replica has one, {', '.join(DEVICES)}, and not {settings.devices}")
+    if settings.job_devices != "cpu":
+        raise StartError(
+            f"job_devices: a replica's GPU serves; run jobs on {settings.job_devices} by a server beside it"
+        )
     local = address == "local"
     if not local and settings.artefacts is None:
         raise StartError("artefacts: replicas on several machines need one store of linked images; name a folder")
@@ -154,13 +146,13 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
             signal.signal(number, lambda *_: stopped.set())
         _start_proxies(settings)
         try:
-            serve.run(application, name=NAME, route_prefix="/")
-            while not all(status == "HEALTHY" for status in serve.status().proxies.values()):
-                time.sleep(0.1)
-            log.info("serving on http://%s:%d", settings.host, settings.port)
+            _deploy(application)
+            log.info("waiting for replicas")
+            while not _serving() and not stopped.wait(0.2):
+                pass
+            if not stopped.is_set():
+                log.info("serving on http://%s:%d", settings.host, settings.port)
             stopped.wait()
-        except RuntimeError as error:
-            raise StartError(_reason(error)) from None
         finally:
             serve.delete(NAME, _blocking=False)
             while NAME in serve.status().applications:  # replicas answer what they took
@@ -177,6 +169,22 @@ def _start_proxies(settings: Settings) -> None:
     except TimeoutError:
         log.warning("Ray's proxies are not there after a minute; they are waited for")
         serve.start(http_options=options, proxy_location="EveryNode")  # finds what is starting
+
+
+def _deploy(application: Any) -> None:
+    """Have Ray start replicas, without waiting: there may be no GPU for the last one yet."""
+    target = serve.RunTarget(application, NAME, "/")
+    with contextlib.suppress(TimeoutError):  # of the proxies, which `_serving` looks at
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _serving() -> bool:
+    """Whether requests are answered. Raises StartError when they cannot be."""
+    status = serve.status()
+    application = status.applications[NAME]
+    if application.status == "DEPLOY_FAILED":
+        raise StartError(_reason(application.message))
+    return application.status == "RUNNING" and all(proxy == "HEALTHY" for proxy in status.proxies.values())
 
 
 def _application(settings: Settings, scale: Scale) -> Any:
@@ -217,12 +225,16 @@ def _shared(settings: Settings, artefacts: str) -> Settings:
         paths["data"] = None
         log.info("without a PostgreSQL database for all replicas there are no files, batches and jobs")
     given = settings.artefact_secret or SecretStr(secrets.token_hex(32))
+    paths["teachers"] = {
+        name: teacher if teacher == SHIPPED_TEACHER else str(Path(teacher).absolute())
+        for name, teacher in settings.teachers.items()
+    }
     paths["models"] = tuple(folder.absolute() for folder in settings.models)
     paths["artefacts"] = artefacts if "://" in artefacts else str(Path(artefacts).absolute())
     return settings.model_copy(update=paths | {"artefact_secret": given})
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(report: str) -> str:
     """The replica's own sentence, where Ray's report holds one."""
-    lines = [line for line in str(error).splitlines() if line.startswith("service.errors.StartError: ")]
-    return lines[-1].partition(": ")[2] if lines else f"Ray could not start the replicas: {error}"
+    lines = [line for line in report.splitlines() if line.startswith("service.errors.StartError: ")]
+    return lines[-1].partition(": ")[2] if lines else f"Ray could not start the replicas: {report}"

@@ -96,3 +96,10 @@ def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnectio
 Generator = Annotated[Caller, Depends(Needs("generate"))]
 Worker = Annotated[Caller, Depends(Needs("jobs"))]
 Admin = Annotated[Caller, Depends(Needs("admin"))]
+
+
+async def bring(caller: Generator) -> None:
+    """Load what a request names in its headers, for as long as it lasts: nothing, but under Ray (service.cluster)."""
+
+
+Brought = Annotated[None, Depends(bring)]

@@ -43,6 +43,14 @@ class Guest:
                 self._unused.set()
 
     async def _leave(self) -> None:
+        leaving = asyncio.create_task(self._end())
+        try:
+            await asyncio.shield(leaving)
+        except asyncio.CancelledError:  # who wanted its room hung up, and Ray has forgotten it already
+            await asyncio.wait([leaving])
+            raise
+
+    async def _end(self) -> None:
         await self._unused.wait()
         await self._unload()
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Request, Response
 
-from service.dependencies import Generator, Running, Service
+from service.dependencies import Brought, Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
 from service.generation import Images, Order, make, respond
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
@@ -49,6 +49,7 @@ async def generate(
     service: Service,
     engine: Running,
     caller: Generator,
+    brought: Brought,
     accept: Annotated[str, Header()] = "",
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Header, WebSocket
+from fastapi.security.utils import get_authorization_scheme_param
 
 from service.dependencies import Service
 from service.origins import allowed
@@ -29,7 +30,8 @@ async def images(
     service.sessions += 1
     open_sessions.inc()
     try:
-        await Session(socket, service, authorization.removeprefix("Bearer ")).run()
+        _, token = get_authorization_scheme_param(authorization)
+        await Session(socket, service, token).run()
     finally:
         service.sessions -= 1
         open_sessions.dec()

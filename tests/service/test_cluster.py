@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+ROUTE = "{}/v1/images/generations"
 HEADER = "serve_multiplexed_model_id"
 PATIENT = {  # Ray's own limits, for a machine that others use too
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
@@ -46,8 +47,8 @@ def students(tmp_path):
 
 
 @contextmanager
-def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server under Ray: its URL and its process, which has ended when this is left."""
+def serving(*arguments: str, said="serving on", **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server under Ray that has said so: its URL and its process, which has ended when this is left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         settings["port"] = str(free.getsockname()[1])
     environment = os.environ | PATIENT | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
@@ -57,7 +58,7 @@ def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.
             told = []
             for line in it.stderr:
                 told.append(line)
-                if "serving on" in line:
+                if said in line:
                     break
             else:
                 pytest.fail("".join(told))
@@ -71,7 +72,7 @@ def serving(*arguments: str, **settings: str) -> Iterator[tuple[str, subprocess.
 def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
     """An answer; every one of them must be an image."""
     body = {"prompt": "a red circle", "seed": seed, "n": n, **more}
-    answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=600)
+    answer = httpx.post(ROUTE.format(url), json=body, headers=headers, timeout=600)
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == n
     return answer
@@ -108,7 +109,13 @@ def come_to_one(ask) -> None:
 
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
     scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
-    settings = {"devices": "simulator", "max_batch": "1", "result_cache_bytes": "0", "data": "none"}
+    settings = {
+        "devices": "simulator",
+        "max_batch": "1",
+        "result_cache_bytes": "0",
+        "data": "none",
+        "queue_limit": "100",
+    }
     settings |= {"students": str(students)} | dict.fromkeys(("timeout_seconds", "worker_silence_seconds"), "600")
     with serving(*scale, **settings) as (url, process), ThreadPoolExecutor(8) as pool:
         seeds = itertools.count(100, 10)
@@ -131,8 +138,15 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
             assert colour(ask()) == colour(generate(url, 507))
             come_to_one(ask)
         nowhere = {"prompt": "a", "lora": {"name": "oil"}}
-        assert httpx.post(f"{url}/v1/images/generations", json=nowhere).json()["error"]["code"] == "adapter_not_found"
-        assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "model": "fourth"}).status_code == 404
+        assert httpx.post(ROUTE.format(url), json=nowhere).json()["error"]["code"] == "adapter_not_found"
+        assert httpx.post(ROUTE.format(url), json={"prompt": "a", "model": "fourth"}).status_code == 404
+
+        with ThreadPoolExecutor(40) as crowd:
+            body = {"prompt": "a red circle", "n": 10}
+            answers = [crowd.submit(httpx.post, ROUTE.format(url), json=body, timeout=600) for _ in range(40)]
+        refused = [answer.result() for answer in answers if answer.result().status_code != 200]
+        assert {answer.status_code for answer in refused} == {429}
+        assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
 
         while len({replica(generate(url, next(seeds))) for _ in range(20)}) == 2:
             pass  # one leaves, and nobody who asks meanwhile notices
@@ -145,8 +159,22 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
         assert process.wait(600) == 0
 
 
+def test_it_ends_when_it_is_told_to_while_a_replica_still_waits_for_its_place():
+    with serving("--min-replicas", "1", "--cpus", "1000", said="waiting for replicas", devices="simulator") as (
+        _,
+        process,
+    ):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == 0
+
+
 @pytest.mark.parametrize(
-    ("settings", "named"), [({"devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"), ({"host": "0.0.0.0"}, "--open-to-all")]
+    ("settings", "named"),
+    [
+        ({"devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"),
+        ({"job_devices": "cuda:1"}, "job_devices"),
+        ({"host": "0.0.0.0"}, "--open-to-all"),
+    ],
 )
 def test_what_keeps_it_from_starting_is_one_sentence(settings, named):
     environment = os.environ | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}

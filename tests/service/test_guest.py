@@ -42,6 +42,22 @@ def test_a_guest_stays_until_the_requests_that_use_it_are_answered(folder):
     run(local(Simulator(0, 0)), test)
 
 
+def test_a_guest_leaves_though_the_request_that_wants_its_room_is_given_up(folder):
+    async def test(engine: Engine) -> None:
+        guest = await Guests(engine, folder).load("second+sketch")
+        with guest.kept():
+            leaving = asyncio.create_task(guest.__del__())
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.sleep(0)
+            assert not leaving.done()  # for as long as Ray's lock must be held
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert served(engine) == {"simulator": []}
+
+    run(local(Simulator(0, 0)), test)
+
+
 def test_a_student_stays_while_one_of_its_adapters_does(folder):
     async def test(engine: Engine) -> None:
         guests = Guests(engine, folder)
