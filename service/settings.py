@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     models: tuple[Path, ...] = ()  # student folders; none is the student that ships
     students: Path | None = None  # folder whose student folders may be loaded by /v1/admin/models
     aliases: dict[str, str] = {}  # further names: {"gpt-image-1": "scenes-student"}
-    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is all GPUs, or the CPU
+    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is all GPUs but those of jobs, or the CPU
     replicas: _Count = 1  # workers on each device
     threads: _Count | None = None  # CPU threads of each stage of a worker; none shares the cores out
     determinism: Determinism = (

@@ -168,7 +168,7 @@ class Fleet:
 
 def processes(settings: Settings) -> Fleet:
     """A worker process for each device and replica."""
-    names = _devices(settings.devices) * settings.replicas
+    names = serving_devices(settings, _gpus()) * settings.replicas
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
     # the same number of threads.
     threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
@@ -206,18 +206,39 @@ def tuning_of(settings: Settings) -> Tuning:
     )
 
 
-def _devices(names: str) -> list[str]:
-    """The devices named; `auto` is every GPU that CUDA's driver shows, or what torch finds where there is no driver."""
-    if names != "auto":
-        return [name.strip() for name in names.split(",")]
+def serving_devices(settings: Settings, gpus: int) -> list[str]:
+    """Devices that get a worker where CUDA's driver shows so many GPUs: `auto` is every one that is not for jobs.
+
+    Where it shows none, `auto` is left to torch. Raises StartError where jobs would share a GPU that serves, or have
+    all of them.
+    """
+    for_jobs = settings.job_devices.split(",")
+    if settings.devices == "auto":
+        names = [name for name in (f"cuda:{i}" for i in range(gpus)) if name not in for_jobs]
+        if gpus and not names:
+            raise StartError(
+                f"job_devices ({settings.job_devices}) are all GPUs that there are, and leave devices = auto none to "
+                "serve on; give jobs fewer, or say --devices cpu"
+            )
+        return names or ["auto"]
+    names = [name.strip() for name in settings.devices.split(",")]
+    both = {"cuda:0" if name == "cuda" else name for name in names} & {*for_jobs} - {"cpu"}
+    if both:
+        raise StartError(
+            f"devices ({settings.devices}) and job_devices ({settings.job_devices}) share {', '.join(sorted(both))}, "
+            "where jobs would take the time of requests; name it in one of them"
+        )
+    return names
+
+
+def _gpus() -> int:
+    """GPUs that CUDA's driver shows, which takes no context, and no torch in this process; 0 without a driver."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")  # counting takes no context, and no torch in this process
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return ["auto"]
+        return 0
     count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return ["auto"]
-    return [f"cuda:{i}" for i in range(count.value)] or ["auto"]
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
 def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fleet:

@@ -6,6 +6,7 @@ import logging
 import httpx
 import pytest
 
+from service.engine.launch import serving_devices
 from service.errors import StartError
 from service.logs import JsonFormatter
 from service.settings import read_settings
@@ -42,6 +43,31 @@ def test_a_wrong_key_is_named(tmp_path, text, named):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(StartError, match=r"nowhere\.toml"):
         read_settings({}, tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("devices", "job_devices", "gpus", "serving"),
+    [
+        ("auto", "cpu", 2, ["cuda:0", "cuda:1"]),
+        ("auto", "cuda:1", 2, ["cuda:0"]),
+        ("auto", "cuda:1,cuda:0", 3, ["cuda:2"]),
+        ("auto", "cpu", 0, ["auto"]),
+        ("cuda:0, cuda:2", "cuda:1,cuda:3", 4, ["cuda:0", "cuda:2"]),
+        ("cpu", "cpu", 0, ["cpu"]),
+    ],
+)
+def test_gpus_of_jobs_do_not_serve(devices, job_devices, gpus, serving):
+    assert serving_devices(read_settings({"devices": devices, "job_devices": job_devices}), gpus) == serving
+
+
+@pytest.mark.parametrize(
+    ("devices", "job_devices", "gpus"),
+    [("cuda:0,cuda:1", "cuda:1", 2), ("cuda", "cuda:0", 2), ("auto", "cuda:0", 1), ("auto", "cuda:0,cuda:1", 2)],
+)
+def test_a_gpu_to_serve_and_to_train_on_is_refused_by_both_settings(devices, job_devices, gpus):
+    with pytest.raises(StartError, match=r"\bdevices\b") as refused:
+        serving_devices(read_settings({"devices": devices, "job_devices": job_devices}), gpus)
+    assert f"job_devices ({job_devices})" in str(refused.value)
 
 
 def test_printed_settings_hide_secrets():
