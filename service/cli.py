@@ -235,7 +235,14 @@ def _check_keys(settings: "Settings") -> None:
     from service.origins import is_loopback
 
     stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
-    if not (settings.api_keys or stored or settings.open_to_all or is_loopback(settings.host)):
+    if settings.api_keys or stored:
+        return
+    if settings.open_to_all and settings.keys_file:
+        raise StartError(
+            f"{settings.keys_file} (keys_file) has no key, and open_to_all would let everyone in without one; make one "
+            f"with `fgm-service keys create NAME --file {settings.keys_file}`, or leave one of the two settings out"
+        )
+    if not (settings.open_to_all or is_loopback(settings.host)):
         raise StartError(
             f"host {settings.host} is reached from other machines and there is no API key; make one with "
             "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"

@@ -24,13 +24,17 @@ OURS = {name: service for name, service in SERVICES.items() if service["image"].
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "service.json"
 ADAPTER = DOCKER / "k8s" / "adapter.yaml"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-CONFIGURING = [ROOT / "Dockerfile", ROOT / "docker-compose.yml", *DOCKER.rglob("*.y*ml"), *DOCKER.rglob("*.sh"), *PAGES]
+CONFIGURED = [path for end in ("*.y*ml", "*.sh", "*.env") for path in DOCKER.rglob(end)]
+CONFIGURING = [ROOT / "Dockerfile", ROOT / "docker-compose.yml", *CONFIGURED, *PAGES]
 MANIFESTS = {
     manifest["kind"]: manifest
     for path in (DOCKER / "k8s").glob("*.yaml")
     for manifest in yaml.safe_load_all(path.read_text())
     if "kind" in manifest and manifest["kind"] != "PersistentVolumeClaim"
 }
+KUSTOMIZATION = yaml.safe_load((DOCKER / "k8s" / "kustomization.yaml").read_text())
+CLAIMS = [*yaml.safe_load_all((DOCKER / "k8s" / "storage.yaml").read_text())]
+UPLOAD = MANIFESTS["Pod"]["spec"]
 POD = MANIFESTS["Deployment"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 ENDS = {"counter": ["_total"], "histogram": ["", "_bucket", "_sum", "_count"]}
@@ -104,6 +108,20 @@ def test_a_container_of_ours_is_confined_and_has_time_to_drain(service):
     assert seconds(service["stop_grace_period"]) > DRAIN_SECONDS
 
 
+def test_every_setting_that_people_are_told_of_reaches_the_containers():
+    full = {"SERVICE_DATABASE", "SERVICE_ARTEFACTS", "SERVICE_ARTEFACT_SECRET"}  # as deploy.md says
+    defaults = (DOCKER / "loopback.env").read_text()
+    assert "SERVICE_OPEN_TO_ALL=true" in defaults.splitlines()
+    assert "service.env" in (ROOT / ".gitignore").read_text().splitlines()
+    for service in OURS.values():
+        assert service["env_file"] == [
+            "docker/loopback.env",
+            {"path": "service.env", "required": False},
+        ]  # the last wins
+        set_here = {name for name in service["environment"] if name.startswith("SERVICE_")}  # and this over both
+        assert set_here == (full if service["profiles"] == ["full"] else set())
+
+
 def test_what_compose_mounts_exists():
     mounts = chain.from_iterable(service.get("volumes", ()) for service in SERVICES.values())
     sources = {mount.split(":")[0] for mount in mounts}
@@ -138,10 +156,12 @@ def test_the_image_runs_as_a_user_whose_number_the_manifests_know():
     context = POD["securityContext"]
     assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (int(user), int(group), int(group))
     assert context["runAsNonRoot"]
+    assert UPLOAD["securityContext"] == context
 
 
 def test_the_pod_is_confined_and_has_one_gpu():
     context = CONTAINER["securityContext"]
+    assert UPLOAD["containers"][0]["securityContext"] == context
     assert context["readOnlyRootFilesystem"]
     assert not context["allowPrivilegeEscalation"]
     assert context["capabilities"] == {"drop": ["ALL"]}
@@ -159,14 +179,29 @@ def test_probes_ask_paths_that_answer_without_a_key():
     assert probes == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
 
 
+def test_students_are_copied_into_the_claim_that_pods_read():
+    (image,) = KUSTOMIZATION["images"]
+    (container,) = UPLOAD["containers"]
+    assert container["image"] == f"{image['newName']}:{image['newTag']}"
+    assert MANIFESTS["Pod"]["metadata"]["namespace"] == KUSTOMIZATION["namespace"]
+    (mount,) = container["volumeMounts"]
+    assert mount["mountPath"] == "/models"
+    assert {**mount, "readOnly": True} in CONTAINER["volumeMounts"]
+    assert all(volume in POD["volumes"] for volume in UPLOAD["volumes"])
+    # A claim that is new is empty: pods start without it.
+    (models,) = (each["value"] for each in CONTAINER["env"] if each["name"] == "SERVICE_MODELS")
+    assert json.loads(models) == []
+    assert all(claim["spec"]["accessModes"] == ["ReadWriteMany"] for claim in CLAIMS)
+
+
 def test_manifests_name_each_other():
-    listed = set(yaml.safe_load((DOCKER / "k8s" / "kustomization.yaml").read_text())["resources"])
-    assert listed == {path.name for path in (DOCKER / "k8s").glob("*.yaml")} - {"kustomization.yaml", "adapter.yaml"}
+    others = {"kustomization.yaml", "adapter.yaml", "upload.yaml"}
+    assert set(KUSTOMIZATION["resources"]) == {path.name for path in (DOCKER / "k8s").glob("*.yaml")} - others
     (metric,) = MANIFESTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
     (rule,) = yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
     assert MANIFESTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "fgm"
-    claims = {each["metadata"]["name"] for each in yaml.safe_load_all((DOCKER / "k8s" / "storage.yaml").read_text())}
+    claims = {claim["metadata"]["name"] for claim in CLAIMS}
     mounted = {v["persistentVolumeClaim"]["claimName"] for v in POD["volumes"] if "persistentVolumeClaim" in v}
     assert claims == mounted
     assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == {volume["name"] for volume in POD["volumes"]}

@@ -3,9 +3,11 @@
 import base64
 import io
 import math
+import runpy
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -103,6 +105,13 @@ def test_keys_are_asked_for_where_they_are_set(serve, connect):
         assert caught.value.code == "invalid_api_key"
     assert httpx.get(f"{url}/healthz").status_code == 200
     assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_the_health_check_of_containers_goes_by_no_proxy(serve, monkeypatch):
+    url = serve()
+    monkeypatch.setenv("SERVICE_PORT", url.rpartition(":")[2])
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    runpy.run_path(str(Path(__file__).parents[2] / "docker" / "healthcheck.py"))  # raises where the server is not ready
 
 
 def test_concurrent_clients_share_batches(serve, connect):

@@ -83,6 +83,13 @@ def test_without_keys_it_listens_on_the_loopback_alone():
     assert "--open-to-all" in ended.stderr
 
 
+def test_open_to_all_does_not_stand_in_for_the_keys_of_a_file(tmp_path):
+    file = str(tmp_path / "keys.json")
+    done = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0", "--open-to-all", "--keys-file", file])
+    assert isinstance(done.exception, StartError)
+    assert f"{file} (keys_file) has no key" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("headers", "code"),
     [
