@@ -32,7 +32,8 @@ def serve(
         Path | None, typer.Option(help="Folder of files, batches and jobs; none to serve without them.")
     ] = None,
     job_devices: Annotated[
-        str | None, typer.Option(help="Devices of distillation jobs [cpu]: cpu, or GPUs as cuda:1,cuda:2.")
+        str | None,
+        typer.Option(help="Devices of distillation jobs [cpu]: cpu, or GPUs as cuda:1,cuda:2; a process each."),
     ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -15,6 +15,7 @@ _Count = Annotated[int, Field(ge=1, le=10**10)]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
+DISTILL = (sys.executable, "-m", "distill.cli")
 KEYS = {
     "images": "images",
     "prompts": "prompts.count",
@@ -102,9 +103,9 @@ def find_teacher(teachers: Mapping[str, str], model: str) -> str:
 
 
 def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
-    """Words of the `distill run`, from `run` on. The same words continue it."""
+    """The `distill run` by this Python. The same command continues it."""
     assert asked.preset is not None
-    words = ["run", asked.preset, "--out", str(folder)]
+    words = [*DISTILL, "run", asked.preset, "--out", str(folder)]
     if asked.method is not None:
         words += ["--method", asked.method]
     if asked.seconds is not None:
@@ -115,14 +116,4 @@ def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder:
 
 def checked(prompts: Path) -> list[str]:
     """The command that reads a file of prompts to its end, by this Python; it says what is wrong as a run does."""
-    return [sys.executable, "-m", "distill.cli", "prompts", "stats", str(prompts)]
-
-
-def launched(words: Sequence[str], devices: int) -> list[str]:
-    """The command by this Python: one process, or as many as there are devices under `accelerate launch`."""
-    module = ["-m", "distill.cli", *words]
-    if devices == 1:
-        return [sys.executable, *module]
-    flags = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(devices), "--main_process_port", "0"]
-    quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]  # a run has its own precision
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, *quiet, *module]
+    return [*DISTILL, "prompts", "stats", str(prompts)]

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from service.errors import NotFound
 from service.files import DISK_FULL
 from service.jobs.database import Database
-from service.jobs.distillation import Distillation, checked, command, find_teacher, launched
+from service.jobs.distillation import Distillation, checked, command, find_teacher
 from service.jobs.files import Files
 from service.jobs.progress import Level, Pace, note_checkpoint, note_line, tell
 from service.jobs.runs import RunFolder, environment
@@ -136,7 +136,7 @@ class Distiller:
             while child.status() is None:
                 self._workflows.wait(POLL_SECONDS)
             if child.status() == REFUSED:
-                raise _refusal(folder.last_words())
+                raise _refusal(folder.reason())
 
     def _run(self, key: str) -> None:
         """The workflow: one start of one job, to its end or to the next pause."""
@@ -175,7 +175,7 @@ class Distiller:
             if wish == "pause" and self._insist(lambda session: _pause(session, _row(session, job))):
                 return
             if status == REFUSED:
-                raise _refusal(folder.last_words())
+                raise _refusal(folder.reason())
             if status != CLAIMED and not asked:
                 seen = max([0, *folder.checkpoints()])
                 crashes = 1 if seen > furthest else crashes + 1
@@ -195,7 +195,7 @@ class Distiller:
         except NotFound as error:
             raise Failed(error.message, error.code or "model_not_found", error.param) from None
         asked = Distillation.model_validate(job.distillation)
-        return launched(command(asked, teacher, prompts, job.seed, folder.path), len(self._devices))
+        return command(asked, teacher, prompts, job.seed, folder.path)
 
     def _prompts(self, job: Job, folder: RunFolder) -> Path:
         """The prompts in the job's folder, where nobody deletes them. Raises Failed."""
@@ -214,7 +214,8 @@ class Distiller:
     def _attempt(self, job: Job, folder: RunFolder, words: Sequence[str]) -> tuple[int, bool]:
         """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
         pace, asked = Pace(), False
-        with folder.process(words, environment(self._devices), self._settings.job_nice) as child:
+        devices = self._devices
+        with folder.process(words, environment(devices), self._settings.job_nice, len(devices)) as child:
             while child.status() is None and not (asked := self._relay(job, folder, pace)):
                 self._workflows.wait(POLL_SECONDS)
             status = child.stop()

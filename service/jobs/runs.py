@@ -120,15 +120,24 @@ class RunFolder:
         return (self.student / "onestep.json").exists()
 
     def last_words(self) -> str:
-        """The last line that its process printed: an error of ours is one sentence after `error: `."""
+        """The last line that its process printed."""
+        return next(self._said(), "")
+
+    def reason(self) -> str:
+        """The error that ended its process, one sentence after `error: `; libraries may print lines after it."""
+        errors = (line.removeprefix("error: ") for line in self._said() if line.startswith("error: "))
+        return next(errors, self.last_words())
+
+    def _said(self) -> Iterator[str]:
+        """The last lines that its process printed, the newest first."""
         try:
             with self.console.open("rb") as file:
                 file.seek(max(0, self.console.stat().st_size - LAST_WORDS))
                 lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
         except FileNotFoundError:
-            return ""
-        said = lines[-1].removeprefix("error: ") if lines else ""
-        return said.replace(f"{self.path.parent}/", "")  # where this server keeps it is nobody's business
+            return
+        for line in reversed(lines):
+            yield line.replace(f"{self.path.parent}/", "")  # where this server keeps it is nobody's business
 
     def _changed(self, kind: Kind) -> Iterator[Line]:
         """The lines of a log that was written since it was last read."""
@@ -139,9 +148,14 @@ class RunFolder:
             yield from _lines(kind, self.path)
 
     @contextmanager
-    def process(self, command: Sequence[str], environment: dict[str, str], nice: int) -> Iterator["Child"]:
-        """Its process, for as long as the block lasts; then it is asked to stop, which writes a checkpoint."""
-        leash = [sys.executable, "-m", "service.jobs.leash", str(GRACE_SECONDS)]
+    def process(
+        self, command: Sequence[str], environment: dict[str, str], nice: int, processes: int = 1
+    ) -> Iterator["Child"]:
+        """Its process, for as long as the block lasts; then it is asked to stop, which writes a checkpoint.
+
+        Several `processes` of the same command share the run, as under `accelerate launch`.
+        """
+        leash = [sys.executable, "-m", "service.jobs.leash", str(GRACE_SECONDS), str(processes)]
         with self.console.open("ab") as console:
             child = Child(
                 subprocess.Popen(
@@ -206,7 +220,8 @@ def environment(devices: Sequence[str]) -> dict[str, str]:
         visible = own.split(",")
         numbers = [visible[int(number)] for number in numbers]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SERVICE_")}  # holds secrets
-    return {**inherited, "CUDA_VISIBLE_DEVICES": ",".join(numbers), "HF_HUB_OFFLINE": "1"}
+    own_choice = {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "ACCELERATE_USE_CPU": str(not numbers)}
+    return {**inherited, **own_choice, "HF_HUB_OFFLINE": "1"}
 
 
 def _lines(kind: Kind, folder: Path) -> Iterator[Line]:

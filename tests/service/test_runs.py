@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from filelock import FileLock
 from pydantic import ValidationError
 from sqlalchemy import select
 from typer.main import get_command
@@ -16,8 +17,8 @@ from typer.main import get_command
 from distill.cli import app
 from distill.config import load_config
 from service.jobs.database import Database
-from service.jobs.distillation import KEYS, Distillation, command, launched
-from service.jobs.distiller import _refusal
+from service.jobs.distillation import DISTILL, KEYS, Distillation, command
+from service.jobs.distiller import CLAIMED, REFUSED, _refusal
 from service.jobs.progress import Pace, note_checkpoint, note_line
 from service.jobs.runs import Child, Line, RunFolder, environment
 from service.jobs.tables import Job, JobCheckpoint
@@ -72,14 +73,12 @@ def test_what_is_no_knob_is_refused(given):
 def test_the_command_is_one_of_distill(tmp_path):
     asked = Distillation(preset="scenes", method="dmd", seconds=9.5, images=None)
     words = command(asked, 'a "teacher"', tmp_path / "prompts.txt", 7, tmp_path / "run")
-    parsed = get_command(app).commands["run"].make_context("run", words[1:]).params
+    assert (*words[:3], words[3]) == (*DISTILL, "run")
+    parsed = get_command(app).commands["run"].make_context("run", words[4:]).params
     assert parsed["config"] == "scenes"
     assert (parsed["method"], parsed["seconds"], parsed["out"]) == ("dmd", 9.5, tmp_path / "run")
     run = load_config("scenes", parsed["overrides"])
     assert (run.teacher, run.prompts.source, run.seed) == ('a "teacher"', str(tmp_path / "prompts.txt"), 7)
-    assert launched(words, 1)[1:3] == ["-m", "distill.cli"]
-    several = launched(words, 3)
-    assert several[several.index("--num_processes") + 1] == "3"
 
 
 def test_jobs_see_their_devices_alone(monkeypatch):
@@ -122,9 +121,10 @@ def test_a_process_that_is_let_go_is_asked_to_stop(tmp_path):
     assert folder.last_words() == "stopped"
 
 
-def test_a_leash_that_is_killed_takes_its_command_with_it(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_leash_that_is_killed_takes_its_command_with_it(tmp_path, processes):
     folder = RunFolder(tmp_path / "run")
-    with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0) as child:
+    with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0, processes) as child:
         until(child, lambda: "began" in folder.last_words())
         child._leash.kill()
         child._leash.wait()
@@ -132,6 +132,42 @@ def test_a_leash_that_is_killed_takes_its_command_with_it(tmp_path):
         assert child.status() == 128 + signal.SIGKILL
         until(child, lambda: not alive(child.pid))
     assert folder.last_words() == "began"
+
+
+FELLOWS = """
+import os, signal, sys
+if os.environ["RANK"] == "1":
+    print("error: what it is\\nand more", file=sys.stderr)
+    sys.exit(2)
+signal.pause()
+"""
+
+
+def test_of_several_processes_the_one_that_ends_badly_ends_all_and_says_why(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.process([sys.executable, "-c", FELLOWS], environment(["cpu"]), 0, 2) as child:
+        child._leash.wait()
+        assert child.status() == REFUSED
+        assert not alive(child.pid)
+    assert (folder.reason(), folder.last_words()) == ("what it is", "and more")
+
+
+def test_one_that_lost_its_fellows_does_not_speak_for_them(tmp_path):
+    script = "import os, signal; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else exit(1)"
+    with RunFolder(tmp_path / "run").process([sys.executable, "-c", script], environment(["cpu"]), 0, 2) as child:
+        child._leash.wait()
+        assert child.status() == 128 + signal.SIGKILL
+
+
+def test_two_processes_of_a_run_leave_a_folder_that_is_claimed(tmp_path):
+    folder = RunFolder(tmp_path / "job" / "run")
+    folder.path.mkdir(parents=True)
+    words = command(Distillation(preset="scenes-debug"), "scenes", tmp_path / "prompts.txt", 1, folder.path)
+    claim = FileLock(folder.path / ".lock")
+    with claim, folder.process(words, environment(["cpu", "cpu"]), 0, 2) as child:
+        child._leash.wait()
+        assert child.status() == CLAIMED, folder.last_words()
+    assert folder.reason().startswith("another run is writing to run;")
 
 
 def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path):
