@@ -71,7 +71,7 @@ class Distiller:
         self._settings = settings
         self._devices = settings.job_devices.split(",")
         workflows.define("validation", self._validate, SIDE_BY_SIDE)
-        workflows.define("distillation", self._run, side_by_side=1)
+        workflows.define("distillation", self._run, side_by_side=1, runs=settings.job_devices != "none")
 
     def begin(self, job: Job) -> None:
         """Read the prompts of a new job; carry out one that is queued, when its turn comes. Harmless to repeat."""

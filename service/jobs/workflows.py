@@ -49,14 +49,20 @@ class Workflows:
         self._executor = f"server-{secrets.token_hex(8)}"
         self._others: dict[str, tuple[int, int]] = {}  # servers: their count, and looks since it changed
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
+        self._queues: list[str] = []  # of the workflows that this process runs
         self._durable: dict[str, Callable[[str], None]] = {}
         self._interrupted: set[str] = set()  # workflows of this process, to be begun again by it
         self._active = 0
         self._changed = threading.Condition()
 
-    def define(self, name: str, function: Callable[[str], None], side_by_side: int) -> None:
-        """A workflow, before the start: its function of an id, and how many of it this process runs at a time."""
+    def define(self, name: str, function: Callable[[str], None], side_by_side: int, runs: bool = True) -> None:
+        """A workflow, before the start: its function of an id, and how many of it each process runs at a time.
+
+        Without `runs`, this process leaves it to others; it begins it all the same.
+        """
         self._functions[name] = function, side_by_side
+        if runs:
+            self._queues.append(name)
 
     def start(self) -> None:
         """Run workflows from now on: new ones, and those that a dead process left."""
@@ -82,6 +88,7 @@ class Workflows:
             # Tried again for ever: steps are safe to repeat, and a job must not be lost to a bad day.
             durable = DBOS.workflow(name=name, max_recovery_attempts=None)(self._counted(function))
             self._durable[name] = durable
+        DBOS.listen_queues(self._queues)
         self.beat()
         DBOS.launch()
         for name, (_, side_by_side) in self._functions.items():

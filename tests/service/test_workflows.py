@@ -113,3 +113,34 @@ def test_a_workflow_that_is_stopped_goes_on_at_the_next_start(tmp_path):
     jobs.start()
     assert ended.wait(30)
     jobs.stop()
+
+
+def test_a_server_leaves_to_others_what_it_does_not_run(tmp_path):
+    ran: list[str] = []
+    done = threading.Event()
+
+    def start(runs: bool) -> Jobs:
+        def note(key: str) -> None:
+            ran.append(key)
+            done.set()
+
+        jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+        jobs.workflows.define("heavy", note, 1, runs=runs)
+        jobs.workflows.define("light", note, 1)
+        jobs.start()
+        return jobs
+
+    jobs = start(runs=False)
+    jobs.workflows.begin("heavy", "one")
+    for key in ("two", "three", "four"):  # each a look at the queues later
+        done.clear()
+        jobs.workflows.begin("light", key)
+        assert done.wait(30)
+    jobs.stop()
+    assert ran == ["two", "three", "four"]
+
+    done.clear()
+    jobs = start(runs=True)
+    assert done.wait(30)
+    jobs.stop()
+    assert ran[3:] == ["one"]
