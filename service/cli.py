@@ -33,7 +33,7 @@ def serve(
     ] = None,
     job_devices: Annotated[
         str | None,
-        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, a process each; none: others run them."),
+        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, or none: others run them."),
     ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")

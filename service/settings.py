@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
     realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
     teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distil; that one ships
-    job_devices: Annotated[str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$")] = "cpu"  # jobs, a process each
+    job_devices: Annotated[str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$")] = "cpu"  # of jobs
     job_nice: Annotated[int, Field(ge=0, le=19)] = 10  # how far the processes of jobs stand back for the others
     job_students: _Count = 4  # students of jobs that are served, the newest
     jobs_per_key: _Count = 8  # jobs of one key that have not ended
