@@ -38,12 +38,27 @@ class Postgres:
 
     def kill(self) -> None:
         """By SIGKILL, all of its processes."""
-        server = psutil.Process(int(Path(self._folder, "data", "postmaster.pid").read_text().split()[0]))
-        processes = [server, *server.children(recursive=True)]
+        processes = self._processes()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # they leave when the first is gone
                 process.kill()
         psutil.wait_procs(processes)
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Stopped by SIGSTOP, all of its processes: connections stay, and nobody answers."""
+        processes = self._processes()
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(int(Path(self._folder, "data", "postmaster.pid").read_text().split()[0]))
+        return [server, *server.children(recursive=True)]
 
     def _run(self, program: str, *words: str) -> None:
         # Into nowhere: the server keeps what it is given, and a pipe would be held open.

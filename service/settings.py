@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import limits
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -27,8 +37,16 @@ SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
-_Url = Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+_HTTP_URL = TypeAdapter(AnyHttpUrl)
 Determinism = Literal["strict", "fast"]
+
+
+def _url(text: str) -> str:
+    _HTTP_URL.validate_python(text)  # raises ValidationError; a string is kept, for its own slashes
+    return text
+
+
+_Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), AfterValidator(_url)]
 
 
 def _rates(text: str) -> str:

@@ -133,6 +133,18 @@ class Batcher:
         if batch.work:
             self._retries.append(batch)
 
+    def hasten(self, model: str, adapter: str | None) -> None:
+        """Let what waits of a model, or of its adapter, go as interactive work does: somebody waits for its end."""
+        for name in [name for name in self._lines if name[0] is not Priority.INTERACTIVE]:
+            _, owner, key = name
+            if key.model == model and adapter in (None, key.adapter):
+                line = self._lines.pop(name)
+                for work in line:
+                    work.priority = Priority.INTERACTIVE
+                faster = (Priority.INTERACTIVE, owner, key)
+                merged = [*line, *self._lines.get(faster, ())]
+                self._lines[faster] = deque(sorted(merged, key=lambda work: work.arrived))
+
     def drop_cancelled(self) -> int:
         """Forget work whose clients left, and say how much."""
         before = len(self)

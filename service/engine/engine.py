@@ -315,6 +315,7 @@ class Engine:
     async def _finish(self, model: str, adapter: str | None) -> None:
         """Take no more work for a model or its adapter, and wait for what was accepted."""
         self._leaving = model, adapter
+        self._batcher.hasten(model, adapter)  # all changes of models wait for it, and bulk work may wait for ever
         self._left.clear()
         self._check_idle()
         try:

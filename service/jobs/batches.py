@@ -12,7 +12,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
@@ -51,7 +51,7 @@ MAX_LINES = 50_000
 MAX_ERRORS = 100  # of a file that is refused
 SIDE_BY_SIDE = 4  # batches that one server works on at a time
 KEEP_SECONDS = 0.5  # between two looks at the database; so long an answer may be in memory alone
-ATTEMPTS = 3  # at a line that the model fails on
+ATTEMPTS = 3  # at a line that the model, or the server itself, fails on
 LOST_SECONDS = 10  # after which a batch without a workflow gets one; its server died between the two
 PAGE = 500  # answers in memory while the files are written
 
@@ -255,8 +255,14 @@ class Batches:
             except ServiceError as error:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:
-                    status, body, _ = to_openai(error)
-                    return Answer.of(batch.id, request.number, request.custom_id, status, body)
+                    return _refusal(batch, request, error)
+            except Exception:  # of a safety check or a signature, say; the other lines go on
+                log.exception("line %d of %s failed", request.number, batch.id)
+                attempts += 1
+                if attempts == ATTEMPTS:
+                    message = f"the server failed on this request; its log has it under {batch.id}"
+                    return _refusal(batch, request, ServiceError(message))
+                await asyncio.sleep(random.uniform(0.5, 1.5))
             else:
                 body = answer.model_dump(mode="json", exclude_none=True)
                 return Answer.of(batch.id, request.number, request.custom_id, 200, body, images.usage)
@@ -280,6 +286,8 @@ class Batches:
             batch.output_tokens += sum(answer.output_tokens for answer in new)
             if batch.status == "cancelling":
                 return "cancelled"
+            if batch.completed + batch.failed == batch.total:
+                return "answered"
             return "expired" if time.time() >= batch.expires_at else None
 
     def _finalize(self, batch_id: str, outcome: Outcome) -> Outcome:
@@ -294,30 +302,43 @@ class Batches:
         return outcome
 
     def _write(self, batch_id: str, outcome: Outcome) -> None:
-        """Write the files in the order of the input, and end the batch in the transaction that makes them known."""
+        """End a batch with files in the order of the input."""
         batch = self._read(batch_id)
-        if batch.status in ENDED:
-            return
+        if batch.status not in ENDED:
+            self._end(batch, self._told(batch, outcome), "completed" if outcome == "answered" else outcome)
+
+    def _fail(self, batch_id: str, complaints: Sequence[Complaint]) -> None:
+        """End a batch that cannot be made, or made to its end, with files of what was answered."""
+        batch = self._read(batch_id)
+        if batch.status not in ENDED:
+            answers = ((line.answer, line.failed) for line in self._answers(batch_id))
+            self._end(batch, answers, "failed", complaints)
+
+    def _end(
+        self, batch: Batch, lines: Iterable[tuple[str, bool]], status: str, complaints: Sequence[Complaint] = ()
+    ) -> None:
+        """Write lines, each told whether it is an error, and end a batch in the transaction that makes them known."""
         written, failed = new_id("file-"), new_id("file-")  # new ones each time: nobody overwrites what is known
         counts = {written: 0, failed: 0}
         with self._files.writing(written) as output, self._files.writing(failed) as errors:
-            answers = self._answers(batch_id)
-            upcoming = next(answers, None)
-            for number, line in self._lines(batch):
-                if upcoming is not None and upcoming.number == number:
-                    text, is_error = upcoming.answer, upcoming.failed
-                    upcoming = next(answers, None)
-                else:
-                    text, is_error = unanswered(batch_id, number, line, outcome), True
+            for text, is_error in lines:
                 (errors if is_error else output).write(text.encode() + b"\n")
                 counts[failed if is_error else written] += 1
-        if self._finish(batch_id, outcome, written, failed, counts):
+        if self._finish(batch.id, status, complaints, written, failed, counts):
             counts = {file_id: 0 for file_id, count in counts.items() if not count}
         for file_id in counts:
             self._files.path(file_id).unlink(missing_ok=True)
 
-    def _finish(self, batch_id: str, outcome: Outcome, written: str, failed: str, counts: Mapping[str, int]) -> bool:
-        """End a batch with its files; false when another server has done so."""
+    def _finish(
+        self,
+        batch_id: str,
+        status: str,
+        complaints: Sequence[Complaint],
+        written: str,
+        failed: str,
+        counts: Mapping[str, int],
+    ) -> bool:
+        """Give a batch its files, its last status and the event that tells of it; False when another server has."""
         now = int(time.time())
         with self._database.begin() as session:
             batch = session.get_one(Batch, batch_id, with_for_update=True)
@@ -339,19 +360,12 @@ class Batches:
             batch.output_file_id = written if counts[written] else None
             batch.error_file_id = failed if counts[failed] else None
             batch.failed = counts[failed]  # with the lines that nobody began
+            batch.errors = [vars(complaint) for complaint in complaints] or None
             session.execute(delete(Line).where(Line.batch_id == batch_id))
-            self._end(session, batch, "completed" if outcome == "answered" else outcome, now)
+            batch.status = status
+            setattr(batch, f"{status}_at", now)
+            self._webhooks.announce(session, batch.owner, f"batch.{status}", batch_id, now)
         return True
-
-    def _fail(self, batch_id: str, complaints: Sequence[Complaint]) -> None:
-        """End a batch that cannot be made."""
-        with self._database.begin() as session:
-            batch = session.get_one(Batch, batch_id, with_for_update=True)
-            if batch.status in ENDED:
-                return
-            batch.errors = [vars(complaint) for complaint in complaints]
-            session.execute(delete(Line).where(Line.batch_id == batch_id))
-            self._end(session, batch, "failed", int(time.time()))
 
     # Lines
 
@@ -383,11 +397,16 @@ class Batches:
         except FileNotFoundError:
             raise InputGone from None
 
-    def _end(self, session: Session, batch: Batch, status: str, now: int) -> None:
-        """The last status of a batch, and the event that tells of it."""
-        batch.status = status
-        setattr(batch, f"{status}_at", now)
-        self._webhooks.announce(session, batch.owner, f"batch.{status}", batch.id, now)
+    def _told(self, batch: Batch, outcome: Outcome) -> Iterator[tuple[str, bool]]:
+        """What is said of each line of the input, and whether it is an error."""
+        answers = self._answers(batch.id)
+        upcoming = next(answers, None)
+        for number, line in self._lines(batch):
+            if upcoming is not None and upcoming.number == number:
+                yield upcoming.answer, upcoming.failed
+                upcoming = next(answers, None)
+            else:
+                yield unanswered(batch.id, number, line, outcome), True
 
     def _answers(self, batch_id: str) -> Iterator[Line]:
         """All answers by number, some at a time."""
@@ -400,3 +419,9 @@ class Batches:
                 return
             yield from found
             last = found[-1].number
+
+
+def _refusal(batch: Batch, request: Request, error: ServiceError) -> Answer:
+    """The answer to a line that came to an error."""
+    status, body, _ = to_openai(error)
+    return Answer.of(batch.id, request.number, request.custom_id, status, body)

@@ -36,9 +36,16 @@ class Database:
         try:
             self.url = make_url(url)
             self.is_sqlite = self.url.get_backend_name() == "sqlite"
-            waiting = {"timeout": 30} if self.is_sqlite else {"connect_timeout": 5}
-            self._engine = create_engine(self.url, pool_pre_ping=True, connect_args=waiting)
-        except (ArgumentError, ImportError) as error:
+            if self.is_sqlite:
+                self._engine = create_engine(self.url, pool_pre_ping=True, connect_args={"timeout": 30})
+            elif self.url.get_backend_name() == "postgresql":
+                from service.jobs import postgres  # imports psycopg, which SQLite does without
+
+                self.url = postgres.watched(self.url)
+                self._engine = postgres.engine(self.url)
+            else:
+                raise ArgumentError(f"{self.url.drivername} is neither SQLite nor PostgreSQL")
+        except ArgumentError as error:
             raise StartError(f"database: {error}; name it as sqlite:////srv/jobs.sqlite or postgresql://...") from None
         if self.is_sqlite:
             event.listen(self._engine, "connect", _prepare_sqlite)
@@ -56,6 +63,9 @@ class Database:
         try:
             with self._engine.begin() as connection:  # SQLite is locked from here on by its BEGIN IMMEDIATE
                 if not self.is_sqlite:
+                    from service.jobs.postgres import wait_for_ever
+
+                    wait_for_ever(connection)
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")

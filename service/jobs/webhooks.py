@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 PAUSES = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 TIMEOUT_SECONDS = 15
 SIDE_BY_SIDE = 4
+AT_ONCE = 100  # attempts that are begun in one look
 GONE = 410  # a receiver that wants to hear no more of it
 
 
@@ -60,7 +61,8 @@ class Webhooks:
     def begin_due(self, now: int) -> None:
         """Begin the attempts that are due. Harmless to repeat: each has a key of its own."""
         with self._database.begin() as session:
-            due = session.execute(select(Delivery.id, Delivery.attempts).where(Delivery.next_at <= now)).all()
+            rows = select(Delivery.id, Delivery.attempts).where(Delivery.next_at <= now).order_by(Delivery.next_at)
+            due = session.execute(rows.limit(AT_ONCE)).all()
         for event, attempts in due:
             self._workflows.begin("webhook", f"{event}.{attempts}")
 
@@ -90,7 +92,7 @@ class Webhooks:
         }
         try:
             answer = httpx2.post(delivery.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
-        except httpx2.HTTPError as error:
+        except Exception as error:  # of whatever kind: the event stays due until an attempt is counted
             return f"{type(error).__name__}: {error}"
         return None if answer.is_success else str(answer.status_code)
 

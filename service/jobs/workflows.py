@@ -45,7 +45,7 @@ class Workflows:
         self.stopping = threading.Event()  # set when the server shuts down; what a workflow waits on
         self._database = database
         beside = URL.create("sqlite", database=str(folder / "workflows.sqlite"))
-        self._url = beside if database.is_sqlite else database.url.set(drivername="postgresql+psycopg")
+        self._url = beside if database.is_sqlite else database.url
         self._executor = f"server-{secrets.token_hex(8)}"
         self._others: dict[str, tuple[int, int]] = {}  # servers: their count, and looks since it changed
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}

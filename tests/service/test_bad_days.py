@@ -28,9 +28,10 @@ from benchmarks import postgres
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
-from service.errors import StartError
+from service.errors import StartError, Unavailable
 from service.jobs.database import Database
 from service.jobs.files import new_id
+from service.jobs.postgres import Impatient
 from service.jobs.tables import Batch, Executor, File, Job
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings
@@ -143,6 +144,26 @@ def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_lo
     assert counted() == before + 1
     for each in databases:
         each.close()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_database_that_falls_silent_is_given_up_and_found_again(database, monkeypatch, begun):
+    monkeypatch.setattr(Impatient, "answer_seconds", 0.2)
+    tables = Database(f"{database.url}?connect_timeout=2")
+
+    def transaction(silent: contextlib.AbstractContextManager[None]) -> None:
+        with contextlib.ExitStack() as silence, tables.begin() as session:
+            if begun:
+                session.execute(text("SELECT 1"))
+            silence.enter_context(silent)
+            session.execute(text("SELECT 1"))
+
+    transaction(contextlib.nullcontext())  # leaves a connection in the pool
+    with pytest.raises(Unavailable):
+        transaction(database.silent())
+    with tables.begin() as session:
+        assert session.scalar(text("SELECT 2")) == 2
+    tables.close()
 
 
 def test_tables_are_made_once_by_servers_that_start_at_once(empty):
@@ -336,11 +357,14 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
         batch = Batch(id="batch_1", status="in_progress", endpoint=ENDPOINT, input_file_id=lines, links="", **common)
         batch.completion_window, batch.expires_at = "24h", common["created_at"] + 1000
         job = Job(id="ftjob-1", status="queued", model="tiny", training_file=prompts, seed=1, **common)
-        job.hyperparameters, job.distillation, job.result_files = {}, {}, []
+        job.hyperparameters, job.distillation, job.result_files = {"batch_size": "auto"}, {}, []
+        job.details = {'"a".b\\[0]': "é"}
         file = File(id="file-1", purpose="batch", filename="big", bytes=900, **common)
         with ThreadPoolExecutor(1) as pool:
             order = {"input_file_id": lines, "endpoint": ENDPOINT, "completion_window": "24h"}
             assert other(batch, lambda: client.batches.create(**order)).code == "too_many"
             assert other(job, lambda: submit_job(client, prompts, TINY)).code == "job_quota_exceeded"
+            assert [kept.id for kept in client.fine_tuning.jobs.list(metadata=job.details)] == [job.id]
+            assert client.fine_tuning.jobs.list(metadata={'a"b': "c"}).data == []
             assert other(file, lambda: upload(client)).code == "quota_exceeded"
     tables.close()

@@ -65,6 +65,19 @@ def test_bulk_work_waits_for_interactive_work_and_fills_its_batches_up():
     assert drain(queue) == [[20, 21, 0, 1], [2], [10, 11, 12]]
 
 
+@pytest.mark.parametrize(("adapter", "order"), [(None, [0, 1, 10, 11, 2, 12]), ("ink", [1, 10, 11, 0, 2, 12])])
+def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
+    queue = batcher(max_batch=1)
+    styled = Key("a", 64, 64, "ink", 1.0)
+    for seed, key in enumerate([A, styled, B]):
+        queue.add(work(key, seed, priority=Priority.BATCH), seed)
+    for seed in (10, 11):
+        queue.add(work(B, seed), seed)
+    queue.hasten("a", adapter)
+    queue.add(work(B, 12, priority=Priority.BATCH), 12)
+    assert [seed for batch in drain(queue) for seed in batch] == order
+
+
 def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
     queue = batcher(max_batch=8, rows={"a": 4})
     for seed in range(3):

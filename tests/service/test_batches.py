@@ -1,13 +1,17 @@
-"""`/v1/batches` by the real client, from the upload to the images behind the links."""
+"""`/v1/batches` by the real client, from the upload to the images behind the links and the webhook at the end."""
 
+import itertools
 import json
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from engines import Gate
 from running import until
+from test_webhooks import SECRET, Receiver, receiving
 
 from service.engine.backend import Simulator
 from service.jobs.database import Database
@@ -46,10 +50,48 @@ def read(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
     return found
 
 
-def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_path):
-    url = serve(Simulator(0, 0, fails_on="bad"), data=tmp_path, api_keys=KEYS)
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving(200) as one:
+        yield one
+
+
+def telling(receiver: Receiver) -> dict:
+    """Settings of a server that tells a receiver at once of what has ended."""
+    return {"webhooks": [{"url": receiver.url, "secret": SECRET}], "job_silence_seconds": 0.5}
+
+
+def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
+    """Kind and subject of each event, as the real client reads it, once there are so many."""
+    receiver.wait(count)
+    unwrap = openai.OpenAI(api_key="none").webhooks.unwrap
+    events = [unwrap(body, headers, secret=SECRET) for headers, body in receiver.told]
+    return [(event.type, event.data.id) for event in events]
+
+
+class Touchy:
+    """A safety check that breaks down on its first image, and on every one of a lenient request."""
+
+    def __init__(self):
+        self._calls = itertools.count()
+
+    def __call__(self, pixels, moderation):
+        if next(self._calls) == 0 or moderation == "low":
+            raise LookupError("the detector is away")
+
+
+def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_path, receiver):
+    url = serve(
+        Simulator(0, 0, fails_on="bad"),
+        data=tmp_path,
+        api_keys=KEYS,
+        safety=f"{__name__}:Touchy",
+        batch_lines_at_once=1,  # so that the first line is the first image
+        **telling(receiver),
+    )
     ann, bob = (connect(url, key) for key in KEYS)
     lines = [line("seeded", seed=7, n=2, output_format="webp"), line("bad", prompt="bad"), line("plain")]
+    lines.append(line("unchecked", moderation="low"))
     batch = submit(
         ann, lines, metadata={"project": "x"}, output_expires_after={"anchor": "created_at", "seconds": 3600}
     )
@@ -59,7 +101,7 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
 
     batch = ended(ann, batch.id, "completed", "failed")
     assert batch.status == "completed", batch.errors
-    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (3, 2, 1)
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (4, 2, 2)
     assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at < batch.expires_at
     assert (batch.model, batch.metadata) == ("simulator", {"project": "x"})
     assert batch.usage.total_tokens == batch.usage.input_tokens + batch.usage.output_tokens > 0
@@ -72,8 +114,12 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
     image = httpx.get(response["body"]["data"][0]["url"])
     assert (image.status_code, image.headers["content-type"]) == (200, "image/webp")
     errors = read(ann, batch.error_file_id)
-    assert errors["bad"]["response"]["status_code"] == 500
-    assert errors["bad"]["response"]["body"]["error"]["type"] == "server_error"
+    assert list(errors) == ["bad", "unchecked"]
+    for error in errors.values():
+        assert error["response"]["status_code"] == 500
+        assert error["response"]["body"]["error"]["type"] == "server_error"
+    assert batch.id in errors["unchecked"]["response"]["body"]["error"]["message"]
+    assert told(receiver, 1) == [("batch.completed", batch.id)]
 
     file = ann.files.retrieve(batch.output_file_id)
     assert (file.purpose, file.expires_at) == ("batch_output", batch.completed_at + 3600)
@@ -84,8 +130,9 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
     assert ann.files.delete(batch.input_file_id).deleted
 
 
-def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, connect, tmp_path):
-    client = connect(serve(data=tmp_path, max_body_bytes=10_000, unfinished_batches_per_key=1))
+def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, connect, tmp_path, receiver):
+    url = serve(data=tmp_path, max_body_bytes=10_000, unfinished_batches_per_key=1, **telling(receiver))
+    client = connect(url)
     wrong = [
         line("a"),
         "{not json",
@@ -114,7 +161,8 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
         (11, "invalid_value", "body.priority"),
         (12, "line_too_long", None),
     ]
-    assert (batch.failed_at is not None, batch.output_file_id) == (True, None)
+    assert (batch.failed_at is not None, batch.output_file_id, batch.error_file_id) == (True, None, None)
+    assert told(receiver, 1) == [("batch.failed", batch.id)]
 
     missing = {"input_file_id": "file-none", "endpoint": ENDPOINT, "completion_window": "24h"}
     with pytest.raises(openai.NotFoundError) as none:
@@ -132,10 +180,10 @@ class OnlyOne(Gate):
         return super().holds(prompts, seeds) and 1 not in seeds
 
 
-def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path):
+def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path, receiver):
     gate = OnlyOne()
-    url = serve(gate, data=tmp_path, max_batch=1, batch_lines_at_once=8, unfinished_batches_per_key=1)
-    client = connect(url)
+    few = {"max_batch": 1, "batch_lines_at_once": 8, "unfinished_batches_per_key": 1}
+    client = connect(serve(gate, data=tmp_path, **few, **telling(receiver)))
     batch = submit(client, [line("one", seed=1)] + [line(f"{i}", seed=i) for i in range(10, 20)])
     with pytest.raises(openai.RateLimitError, match="unfinished"):
         client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
@@ -150,10 +198,30 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
     assert (batch.request_counts.completed, batch.request_counts.failed, len(errors)) == (1, 10, 10)
 
     late = submit(client, [line("late")])
-    database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
-    with database.begin() as session:  # a day passes
-        session.get_one(Batch, late.id).expires_at = 0
-    database.close()
-    batch = ended(client, late.id, "expired")
-    assert read(client, batch.error_file_id)["late"]["error"]["code"] == "batch_expired"
+    a_day_passes(tmp_path, late)
+    expired = ended(client, late.id, "expired")
+    assert read(client, expired.error_file_id)["late"]["error"]["code"] == "batch_expired"
+    assert told(receiver, 2) == [("batch.cancelled", batch.id), ("batch.expired", late.id)]
     gate.open.set()
+
+
+def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect, tmp_path, receiver):
+    gate = OnlyOne()
+    client = connect(serve(gate, data=tmp_path, max_batch=1, **telling(receiver)))
+    batch = submit(client, [line("one", seed=1), line("two", seed=2)])
+    until(lambda: client.batches.retrieve(batch.id).request_counts.completed == 1)
+    (tmp_path / "files" / batch.input_file_id).unlink()
+    a_day_passes(tmp_path, batch)
+    batch = ended(client, batch.id, "failed")
+    assert [error.code for error in batch.errors.data] == ["input_file_gone"]
+    assert list(read(client, batch.output_file_id)) == ["one"]
+    assert (batch.error_file_id, batch.request_counts.completed, batch.request_counts.total) == (None, 1, 2)
+    assert told(receiver, 1) == [("batch.failed", batch.id)]
+    gate.open.set()
+
+
+def a_day_passes(data: Path, batch) -> None:
+    database = Database(f"sqlite:///{data / 'jobs.sqlite'}")
+    with database.begin() as session:
+        session.get_one(Batch, batch.id).expires_at = 0
+    database.close()

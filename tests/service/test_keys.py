@@ -34,13 +34,26 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
 def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     tokens = {scope: file.create(scope, [scope]) for scope in ("generate", "jobs")}
-    url = serve(keys_file=tmp_path / "keys.json")
+    url = serve(keys_file=tmp_path / "keys.json", data=tmp_path)
+
+    def ask(token, method="GET", path="models"):
+        return httpx.request(method, f"{url}/v1/{path}", headers={"authorization": f"Bearer {token}"})
 
     def status(token):
-        return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code
+        return ask(token).status_code
 
     assert status(tokens["generate"]) == 200
     assert status(tokens["jobs"]) == 403
+    guarded = [("GET", "files/file-1"), ("DELETE", "files/file-1"), ("GET", "files/file-1/content")]
+    guarded += [("GET", "batches/batch_1"), ("POST", "batches/batch_1/cancel"), ("DELETE", "models/ft:scenes::1")]
+    guarded += [("GET", f"fine_tuning/jobs/ftjob-1{part}") for part in ("", "/events", "/checkpoints", "/sample")]
+    guarded += [("POST", f"fine_tuning/jobs/ftjob-1/{act}") for act in ("cancel", "pause", "resume")]
+    guarded += [(method, path) for path in ("files", "batches", "fine_tuning/jobs") for method in ("GET", "POST")]
+    for method, path in guarded:
+        refused = ask(tokens["generate"], method, path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope"), path
+    assert ask(tokens["jobs"], "GET", "files").json()["data"] == []
+    assert ask(tokens["jobs"], "DELETE", "models/ft:scenes::1").status_code == 404
     assert status("fgm-wrong") == 401
     file.revoke("generate")
     assert status(tokens["generate"]) == 401

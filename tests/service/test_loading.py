@@ -11,6 +11,7 @@ import pytest
 from engines import Gate, is_of, make, run, value
 
 from service.engine.backend import DeviceLost, Simulator
+from service.engine.batcher import Priority
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, SharedMemory, Worker, local, processes, start_thread
 from service.errors import InvalidRequest, NotFound, StartError, Unavailable
@@ -144,6 +145,31 @@ def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder
 
     metrics = run(local(gate), test, max_batch=1)
     assert value(metrics, "images_total", model="simulator") == 3
+
+
+def test_unloading_does_not_wait_behind_all_that_is_interactive(folder):
+    gate = Gate()
+
+    made = []
+
+    async def keep(seed: int, image) -> None:
+        await image
+        made.append(seed)
+
+    async def test(engine: Engine) -> None:
+        await engine.load(folder)
+        images = [make(engine, seed, priority=Priority.BATCH) for seed in range(4)]
+        images += [make(engine, seed, model="second") for seed in range(4, 8)]
+        asked = [asyncio.create_task(keep(seed, image)) for seed, image in enumerate(images)]
+        await asyncio.sleep(0)
+        leaving = asyncio.create_task(engine.unload("simulator"))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await leaving
+        await asyncio.gather(*asked)
+
+    run(local(gate), test, max_batch=1)
+    assert made == [*range(8)]
 
 
 def test_an_image_of_a_model_that_left_is_made_anew_when_it_is_back(folder):

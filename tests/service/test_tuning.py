@@ -89,9 +89,10 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
     data, teachers = tmp_path / "data", {"tiny": str(teacher)}
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
-        job = submit(client, upload(client), TINY, suffix="mine", seed=3, metadata={"why": "test"})
+        why = {"why": "test", '"a".b\\[0]': "é"}
+        job = submit(client, upload(client), TINY, suffix="mine", seed=3, metadata=why)
         assert (job.status, job.result_files) == ("validating_files", [])
-        assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, {"why": "test"})
+        assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, why)
         assert job.method.distillation["preset"] == "scenes-debug"
         until(client, job, lambda job: job.images_seen)
         run, _ = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
@@ -119,8 +120,13 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
             checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
             assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
             assert checkpoints[0].metrics.gap > 0
-            assert client.fine_tuning.jobs.list(metadata={"why": "test"}).data[0].id == job.id
-            assert client.fine_tuning.jobs.list(metadata={"why": "other"}).data == []
+            assert client.fine_tuning.jobs.list(metadata=why).data[0].id == job.id
+            for pair in ({"why": "other"}, {'a"b': "c"}):
+                assert client.fine_tuning.jobs.list(metadata=pair).data == []
+            for pairs in ({"\0": ""}, {"why": "\0"}, {str(number): "" for number in range(17)}):
+                with pytest.raises(openai.BadRequestError, match="16 pairs") as refused:
+                    client.fine_tuning.jobs.list(metadata=pairs)
+                assert refused.value.param == "metadata"
 
             (results,) = (client.files.retrieve(name) for name in job.result_files)
             assert (results.purpose, results.filename) == ("fine-tune-results", f"{job.id}_results.csv")
