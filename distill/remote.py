@@ -3,6 +3,7 @@
 The server speaks OpenAI's formats: files and fine-tuning jobs. Nothing of it is imported here.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ Resource = dict[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 300.0  # that a server may be away while a job is followed
+AWAY = (502, 503, 504)  # what a server says that is busy or starts, and a proxy in front of one that does not answer
 
 
 class Server:
@@ -37,18 +39,21 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def upload(self, prompts: Path) -> str:
-        """The id of a file of prompts on the server. Raises RemoteError, as all that follow."""
-        try:
-            with prompts.open("rb") as file:
-                return str(self._ask("POST", "files", data={"purpose": "fine-tune"}, files={"file": file})["id"])
-        except OSError as error:
-            raise RemoteError(f"{prompts} cannot be read: {error.strerror}; name a file of prompts") from None
+    def submit(self, prompts: Path, job: Mapping[str, Any]) -> Resource:
+        """A new job on a file of prompts, by the fields of `POST /v1/fine_tuning/jobs`; null ones are left out.
 
-    def submit(self, job: Mapping[str, Any]) -> Resource:
-        """A new job, by the fields of `POST /v1/fine_tuning/jobs`; null ones are left out."""
+        Raises RemoteError, as all that follow; what the server refuses leaves no file there.
+        """
+        file = self._upload(prompts)
         given = {name: value for name, value in job.items() if value is not None}
-        return self._ask("POST", "fine_tuning/jobs", json=given)
+        try:
+            return self._ask("POST", "fine_tuning/jobs", json={**given, "training_file": file})
+        except AwayError:
+            raise  # it may have begun the job all the same
+        except RemoteError:
+            with contextlib.suppress(RemoteError):
+                self._ask("DELETE", f"files/{file}")
+            raise
 
     def job(self, name: str) -> Resource:
         """One job."""
@@ -93,6 +98,14 @@ class Server:
                     return
             time.sleep(POLL_SECONDS)
 
+    def _upload(self, prompts: Path) -> str:
+        """The id of a file of prompts on the server."""
+        try:
+            with prompts.open("rb") as file:
+                return str(self._ask("POST", "files", data={"purpose": "fine-tune"}, files={"file": file})["id"])
+        except OSError as error:
+            raise RemoteError(f"{prompts} cannot be read: {error.strerror}; name a file of prompts") from None
+
     def _ask(self, method: str, path: str, **parts: Any) -> Resource:
         try:
             answer = self._http.request(method, path, **parts)
@@ -108,5 +121,5 @@ class Server:
             said = f"{body['error']['message']} ({answer.status_code})"
         except (ValueError, TypeError, KeyError):
             said = f"an answer of status {answer.status_code} that is none of this service's; is it the right address?"
-        kind = AwayError if answer.status_code == httpx2.codes.SERVICE_UNAVAILABLE else RemoteError
+        kind = AwayError if answer.status_code in AWAY else RemoteError
         raise kind(f"{self._url} says: {said}")

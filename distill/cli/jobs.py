@@ -39,8 +39,8 @@ def submit(
     given |= dict(map(parse_override, overrides or []))
     asked = {name: value for name, value in given.items() if value is not None}
     with Remote(server, api_key) as remote:
-        fields = {"model": teacher, "training_file": remote.upload(prompts), "suffix": suffix, "seed": seed}
-        job = remote.submit({**fields, "distillation": asked})
+        fields = {"model": teacher, "suffix": suffix, "seed": seed, "distillation": asked}
+        job = remote.submit(prompts, fields)
         typer.echo(f"{job['id']} is {job['status']}; `distill logs {job['id']}` tells how it goes.")
         if follow:
             _follow(remote, job["id"])

@@ -4,7 +4,9 @@ const CURVES = {  // of the figures that a run logs, those that say how it goes
   overall: "score", gap: "teacher to fake, squared", flow_matching: "error of the fake",
   "latent/diversity": "diversity of a batch", frechet: "Frechet distance",
 };
+const DRAWN = 500;  // points of a curve at most: there are fewer pixels
 let chosen = null, shown = "", detail = "", drawn = "";
+let told = { at: "", events: [] };  // what the chosen job has told, the newest first
 
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -54,16 +56,30 @@ async function look() {
   if (job) await show(job);
 }
 
+// All events of a job: those that are here already, and before them what has come since.
+async function everything(at) {
+  const known = told.at === at ? told.events : [], fresh = [];
+  let page, met = -1;
+  do {
+    const after = fresh.length ? `&after=${fresh.at(-1).id}` : "";
+    page = await get(`${at}/events?limit=100${after}`);
+    met = page.data.findIndex((event) => event.id === known[0]?.id);
+    fresh.push(...page.data.slice(0, met < 0 ? undefined : met));
+  } while (page.has_more && met < 0);
+  return fresh.concat(known);
+}
+
 async function show(job) {
   const at = `v1/fine_tuning/jobs/${job.id}`;
-  const [events, checkpoints] = await Promise.all([get(`${at}/events?limit=100`), get(`${at}/checkpoints?limit=20`)]);
-  const state = JSON.stringify([job, events.data, checkpoints.data]);
+  const [events, checkpoints] = await Promise.all([everything(at), get(`${at}/checkpoints?limit=20`)]);
+  if (job.id !== chosen) return;  // another one since
+  told = { at, events };
+  const state = JSON.stringify([job, events.length, checkpoints.data]);
   if (state === detail) return;
-  detail = state;
   $("one").hidden = false;
   $("name").replaceChildren(element("code", { textContent: job.id }), " ", pill(job.status));
 
-  const metrics = events.data.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
+  const metrics = events.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
   const budget = job.images_total, images = job.images_seen;
   $("bar").hidden = job.status !== "running";
   if (budget) $("bar").value = images / budget;
@@ -79,23 +95,25 @@ async function show(job) {
   const curves = Object.entries(CURVES).map(([name, title]) => curve(title, points(metrics, name))).filter(Boolean);
   $("curves").replaceChildren(...curves);
   table(checkpoints.data);
-  await draw(at, images);
-  $("events").replaceChildren(...events.data.filter((event) => event.type !== "metrics").map((event) =>
+  $("events").replaceChildren(...events.filter((event) => event.type !== "metrics").map((event) =>
     element("li", { className: event.level }, element("time", { textContent: when(event.created_at) }), ` ${event.message}`)));
+  await draw(job, at);
+  detail = state;  // all of it is there: what failed on the way is done again
 }
 
-// The newest grid of the student's images; asked for again when more images have been seen.
-async function draw(at, images) {
-  if (drawn === `${at} ${images}`) return;
-  drawn = `${at} ${images}`;
-  const answer = images ? await fetch(`${at}/sample`, { headers: headers() }) : null;
+// The newest grid of the student's images; asked for again when more images have been seen, and at the end.
+async function draw(job, at) {
+  const wanted = `${at} ${job.images_seen} ${job.status}`;
+  if (drawn === wanted) return;
+  const answer = job.images_seen ? await fetch(`${at}/sample`, { headers: headers() }) : null;
+  if (answer && !answer.ok && answer.status !== 404) await read(answer);  // raises what went wrong; 404 is none yet
+  const image = answer?.ok ? await answer.blob() : null;
+  if (job.id !== chosen) return;
   const old = $("grid").firstChild?.src;
-  if (!answer?.ok) $("grid").replaceChildren();
-  else {
-    const source = URL.createObjectURL(await answer.blob());
-    $("grid").replaceChildren(element("img", { src: source, alt: "The student's images on some prompts" }));
-  }
+  if (!image) $("grid").replaceChildren();
+  else $("grid").replaceChildren(element("img", { src: URL.createObjectURL(image), alt: "The student's images on some prompts" }));
   if (old) URL.revokeObjectURL(old);
+  drawn = wanted;
 }
 
 function actions(job, at) {
@@ -109,7 +127,7 @@ function actions(job, at) {
     };
     return button;
   });
-  if (job.status === "succeeded") {
+  if (job.fine_tuned_model) {
     const link = `./?model=${encodeURIComponent(job.fine_tuned_model)}`;
     buttons.push(element("a", { className: "button", href: link, textContent: "Try the student" }));
   }
@@ -126,6 +144,8 @@ function curve(title, points) {
   const [width, height, edge] = [260, 90, 4];
   const [xs, ys] = [points.map((point) => point[0]), points.map((point) => point[1])];
   const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const stride = Math.ceil(points.length / DRAWN);
+  const thinned = points.filter((_, i) => i % stride === 0 || i === points.length - 1);
   const place = ([x, y]) => [
     edge + (width - 2 * edge) * (x - left) / (right - left || 1),
     height - edge - (height - 2 * edge) * (y - low) / (high - low || 1),
@@ -135,7 +155,7 @@ function curve(title, points) {
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `${title}, now ${ys.at(-1).toPrecision(3)}`);
-  line.setAttribute("points", points.map(place).join(" "));
+  line.setAttribute("points", thinned.map(place).join(" "));
   svg.append(line);
   const range = `${low.toPrecision(3)} to ${high.toPrecision(3)}, now ${ys.at(-1).toPrecision(3)}`;
   return element("figure", {}, element("figcaption", {}, element("span", { textContent: title })), svg,

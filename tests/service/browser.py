@@ -11,7 +11,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 available = bool(BROWSER and DRIVER)
-needed = pytest.mark.skipif(not available, reason="needs chromium and chromedriver")
+NEEDED = "needs chromium and chromedriver"
+needed = pytest.mark.skipif(not available, reason=NEEDED)
 
 
 class Browser:

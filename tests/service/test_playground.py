@@ -14,6 +14,9 @@ from selenium.webdriver.common.keys import Keys
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
+from service.jobs.jobs import Jobs
+from service.jobs.progress import tell
+from service.jobs.tables import Job
 from service.settings import Settings
 
 pytestmark = browser.needed
@@ -158,3 +161,31 @@ def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
         page.until(lambda: answers.read_text().count("\n") == 2)
         assert {json.loads(each)["custom_id"] for each in answers.read_text().splitlines()} == {"a", "b"}
         assert page.errors() == []
+
+
+def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_not_offered(page, tmp_path):
+    jobs = Jobs(tmp_path, Settings())
+    jobs.database.migrate()
+    texts = {"owner": "127.0.0.1", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
+    facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
+    with jobs.database.begin() as session:
+        job = Job(id="ftjob-1", **texts, **facts, starts=0, images_seen=0)
+        session.add(job)
+        tell(session, job, "It begins.")
+        for i in range(1, 202):
+            tell(session, job, "Images seen", data={"images": 8 * i, "gap": 1 / i})
+    with serving(create_app(Settings(data=tmp_path), local(Simulator(0, 0)))) as url:
+        page.driver.get(f"{url}/jobs")
+        page.until(lambda: page.find("#curves polyline"))
+        assert len(page.find("#curves polyline")[0].get_attribute("points").split()) == 201
+        assert page.text("#curves").endswith("0.00498 to 1.00, now 0.00498")
+        assert page.text("#events").endswith("It begins.")
+        assert not page.find("#actions a")
+        with jobs.database.begin() as session:
+            tell(session, session.get_one(Job, "ftjob-1"), "Images seen", data={"images": 1616, "gap": 0.25})
+            tell(session, session.get_one(Job, "ftjob-1"), "It ends.")
+        page.until(lambda: len(page.find("#events li")) == 2)
+        assert page.text("#curves").endswith("now 0.250")
+        assert page.text("#events").split("\n")[0].endswith("It ends.")
+        assert page.errors() == []
+    jobs.database.close()

@@ -2,8 +2,11 @@
 
 import re
 
+import httpx
+import pytest
 from running import serving
 from test_tuning import PROMPTS, server
+from test_webhooks import receiving
 from typer.testing import CliRunner, Result
 
 from distill import remote
@@ -44,6 +47,15 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
         assert isinstance(refused.exception, RemoteError)
         assert "succeeded already (400)" in str(refused.exception)
 
+        endless = ["--teacher", "tiny", "--preset", "scenes-debug", "--images", "1000000"]
+        name = re.match(r"ftjob-\w+", distill("submit", str(prompts), *endless).output)[0]
+        said = distill("cancel", name).output
+        assert said in (f"{name} is cancelled.\n", f"{name} is still running, and ends now.\n")
+        followed = distill("logs", name, "--follow")
+        assert followed.exit_code == 1
+        assert f"error: {name} cancelled" in followed.output
+        assert "The job is cancelled." in followed.output
+
 
 def test_what_the_server_refuses_is_one_sentence(tmp_path):
     prompts = tmp_path / "prompts.txt"
@@ -60,6 +72,17 @@ def test_what_the_server_refuses_is_one_sentence(tmp_path):
             refused = distill(*words, "--server", url, "--api-key", key)
             assert isinstance(refused.exception, RemoteError), refused.output
             assert said in str(refused.exception)
+        kept = httpx.get(f"{url}/v1/files", headers={"authorization": "Bearer ann"}).json()
+        assert kept["data"] == []  # of what was refused, no file stays
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_whose_server_starts_again_is_waited_for(status, monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
+    with receiving(status) as proxy:
+        away = distill("cancel", "ftjob-1", "--server", proxy.url)
+    assert isinstance(away.exception, AwayError)
+    assert f"status {status}" in str(away.exception)
 
 
 def test_a_server_that_is_away_is_waited_for_and_then_named(monkeypatch):

@@ -85,7 +85,7 @@ def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 
-def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_killed(teacher, tmp_path, connect):
+def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_killed(teacher, tmp_path, connect, subtests):
     data, teachers = tmp_path / "data", {"tiny": str(teacher)}
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
@@ -141,7 +141,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
     with server(data, teachers) as url:
         client = connect(url)
         assert np.array_equal(pixels(client, model.id), image)
-        if browser.available:
+        with subtests.test("its pages"):
             _pages_show(job, model.id, url)
         assert client.models.delete(model.id).deleted
         for ask in (client.models.retrieve, client.models.delete):
@@ -153,6 +153,8 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
 
 def _pages_show(job, model: str, url: str) -> None:
     """The Jobs page tells of the job, its curves and its grid; the playground draws by its student."""
+    if not browser.available:
+        pytest.skip(browser.NEEDED)
     with browser.browsing() as page:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#one .succeeded"))
@@ -165,6 +167,32 @@ def _pages_show(job, model: str, url: str) -> None:
         page.find("#prompt")[0].send_keys("a red circle")
         page.until(lambda: page.find("#images img"))
         assert page.errors() == []
+
+
+@browser.needed
+def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
+    with server(tmp_path, {"tiny": str(teacher)}) as url, browser.browsing() as page:
+        page.driver.get(f"{url}/jobs")
+        page.until(lambda: page.find("#none")[0].is_displayed())
+        page.find("#form summary")[0].click()
+        page.find("#model")[0].clear()
+        filled = {
+            "model": "tiny",
+            "prompts": "a red circle\na blue square",
+            "budget": "1000000",
+            "preset": "scenes-debug",
+        }
+        for field, text in filled.items():
+            page.find(f"#{field}")[0].send_keys(text)
+        page.find("#form button.main")[0].click()
+        page.until(lambda: page.find("#one .running"))
+        assert page.find("#bar")[0].is_displayed()
+        (cancel,) = (button for button in page.find("#actions button") if button.text == "Cancel")
+        cancel.click()
+        page.until(lambda: page.find("#one .cancelled"))
+        page.until(lambda: "The job is cancelled." in page.text("#events"))
+        assert not page.find("#actions button")
+        assert [head.text for head in page.find("#jobs .pill")] == ["cancelled"]
 
 
 def _distils(process: psutil.Process) -> bool:
