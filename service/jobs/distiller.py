@@ -9,7 +9,9 @@ the row and run the same command.
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, checked, command, find_teacher
 from service.jobs.files import Files
-from service.jobs.progress import Level, Pace, note_checkpoint, note_line, tell
+from service.jobs.progress import Level, Pace, note_checkpoint, note_lines, tell
 from service.jobs.runs import RunFolder, environment
 from service.jobs.students import Students, run_folder
 from service.jobs.tables import ENDED, File, Job
@@ -37,6 +39,7 @@ POLL_SECONDS = 0.5
 SIDE_BY_SIDE = 2  # files of prompts that one server reads at a time
 DELETED_SECONDS = 60  # that the files of a deleted student stay: every server has let go of it by then
 REFUSED, CLAIMED = 2, 75  # how `distill run` ends: for a reason that it names; because another process has the folder
+LINES = 100  # of a run's logs that are told in one transaction
 CRASHES = 3  # in a row, without an image more, that end a job
 
 
@@ -81,10 +84,15 @@ class Distiller:
             self._workflows.begin("distillation", f"{job.id}.{job.starts}")
 
     def end(self, session: Session, job: Job, status: str, message: str, level: Level = "info") -> None:
-        """End a job for good, in the caller's transaction. One that has ended already stays as it is."""
+        """End a job for good, in the caller's transaction. One that has ended already stays as it is.
+
+        A student that was made before the job was cancelled or failed is served no more.
+        """
         if job.status in ENDED:
             return
         now = int(time.time())
+        if status != "succeeded":
+            job.fine_tuned_model = None
         job.status, job.wish, job.finished_at, job.estimated_finish = status, None, now, None
         tell(session, job, message, level)
         self._webhooks.announce(session, job.owner, f"fine_tuning.job.{status}", job.id, now)
@@ -112,22 +120,16 @@ class Distiller:
 
     def _validate(self, key: str) -> None:
         """The workflow of a new job: its prompts are kept and read once, before the job waits for its turn."""
-        job = self._insist(lambda session: session.get(Job, key.partition(".")[0]))
-        if job is None or job.status != "validating_files":
-            return
-        folder = self.folder(job)
-        try:
-            self._read_prompts(job, folder)
-        except Failed as failed:
-            self._fail(job, failed)
-        except OSError as error:
-            self._fail(job, _storage(error))
-        now = self._insist(lambda session: _validated(session, job))
-        if now.status == "queued":
-            self.begin(now)
-        elif now.status == "cancelled":
-            folder.remove()  # what was kept since
-        self._webhooks.begin_due(int(time.time()))
+        name = key.partition(".")[0]
+        job = self._insist(lambda session: session.get(Job, name))
+        if job is not None and job.status == "validating_files":
+            with self._failing(job):
+                self._read_prompts(job, self.folder(job))
+            now = self._insist(lambda session: _validated(session, job))
+            if now.status == "queued":
+                self.begin(now)
+            self._webhooks.begin_due(int(time.time()))
+        self._let_go(name)
 
     def _read_prompts(self, job: Job, folder: RunFolder) -> None:
         """Raises Failed where `distill run` would find the prompts at fault."""
@@ -142,19 +144,33 @@ class Distiller:
         """The workflow: one start of one job, to its end or to the next pause."""
         name, _, start = key.partition(".")
         job = self._insist(lambda session: _enter(session, name, int(start)))
-        if job is None:
-            return
-        folder = self.folder(job)
+        if job is not None:
+            with self._failing(job):
+                self._distil(job, self.folder(job))
+            self._webhooks.begin_due(int(time.time()))
+        self._let_go(name)
+
+    @contextmanager
+    def _failing(self, job: Job) -> Iterator[None]:
+        """What goes wrong inside ends the job as failed."""
         try:
-            self._distil(job, folder)
+            yield
         except Failed as failed:
             self._fail(job, failed)
         except OSError as error:
             self._fail(job, _storage(error))
         except Exception:
-            log.exception("%s failed", name)
-            self._fail(job, Failed(f"something went wrong here; the server's log has it under {name}", "server_error"))
-        self._webhooks.begin_due(int(time.time()))
+            log.exception("%s failed", job.id)
+            message = f"something went wrong here; the server's log has it under {job.id}"
+            self._fail(job, Failed(message, "server_error"))
+
+    def _let_go(self, name: str) -> None:
+        """Remove what a job that has ended needs no more, also where a server died before it had."""
+        job = self._insist(lambda session: session.get(Job, name))
+        if job is not None and job.status == "succeeded":
+            self.folder(job).tidy()
+        elif job is not None and job.status == "cancelled":
+            self.folder(job).remove()
 
     def _distil(self, job: Job, folder: RunFolder) -> None:
         """Run the command until the job has ended or is paused. Raises Failed."""
@@ -167,7 +183,6 @@ class Distiller:
                 self._insist(
                     lambda session: self.end(session, _row(session, job), "cancelled", "The job is cancelled.")
                 )
-                folder.remove()
                 return
             if status == 0 and folder.finished():
                 self._succeed(job, folder)
@@ -223,21 +238,32 @@ class Distiller:
         return status, asked
 
     def _relay(self, job: Job, folder: RunFolder, pace: Pace) -> bool:
-        """Write down what the run has told since; whether the job is to stop."""
-        lines, budget, checkpoints = folder.new_lines(), folder.budget(), folder.new_checkpoints()
-        figures = {images: folder.figures(images) for images in checkpoints}
+        """Write down what the run has told since; whether the job is to stop.
 
-        def record(session: Session) -> bool:
+        A server that takes over reads the logs from their beginning, so lines are written some at a time: meanwhile
+        the row is locked, and with SQLite the database.
+        """
+        budget, checkpoints, lines = folder.budget(), folder.new_checkpoints(), folder.new_lines()
+
+        def tell_lines(session: Session) -> None:
             row = _row(session, job)
             row.images_total = budget or row.images_total
-            for line in lines:
-                note_line(session, row, line)
+            note_lines(session, row, piece)
+
+        while piece := list(islice(lines, LINES)):
+            self._insist(tell_lines)
+        # After the lines: an evaluation that comes now joins its checkpoint when its own line is told.
+        figures = {images: folder.figures(images) for images in checkpoints}
+
+        def tell_checkpoints(session: Session) -> bool:
+            row = _row(session, job)
+            row.images_total = budget or row.images_total
             for images in checkpoints:
                 note_checkpoint(session, row, images, figures[images])
             row.estimated_finish = pace.finish(row.images_seen, row.images_total)
             return row.wish is not None
 
-        return self._insist(record)
+        return self._insist(tell_checkpoints)
 
     def _succeed(self, job: Job, folder: RunFolder) -> None:
         """Serve the student and write the results, then say so."""
@@ -270,7 +296,6 @@ class Distiller:
         self._students.serve()
         size = self._workflows.patient_step("results", write)
         self._insist(ended)
-        folder.tidy()
 
     def _warn(self, job: Job, message: str) -> None:
         self._insist(lambda session: tell(session, _row(session, job), message, "warn"))

@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import yaml
 
@@ -24,6 +24,7 @@ Kind = Literal["metrics", "evaluation", "alarm"]
 LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.jsonl", "alarm": "alarms.jsonl"}
 READABLE = (".jsonl", ".txt", ".csv", ".parquet")  # files of prompts, by their ends
 LAST_WORDS = 4096  # bytes of the console's end that an error is looked for in
+BLOCK = 1 << 16  # bytes of a log that are read at a time from its end
 GRACE_SECONDS = 300  # that a run gets to write its checkpoint
 
 
@@ -41,6 +42,47 @@ class Line:
         return f"{self.kind}-{self.values.get('name', self.images)}"
 
 
+class Log:
+    """A file of lines that somebody else appends to, or replaces by a shorter one, which then grows again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = b""  # line that was read
+        self._end = 0  # of it in the file
+
+    def new(self) -> Iterator[bytes]:
+        """The whole lines since those read last; from the beginning where the last one no longer lies there."""
+        with self._open() as file:
+            file.seek(self._end - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._last, self._end = b"", 0
+                file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._last, self._end = line, self._end + len(line)
+                yield line
+
+    def backwards(self) -> Iterator[bytes]:
+        """All lines, the last first; no more of the file is read than is asked for."""
+        with self._open() as file:
+            start, rest = file.seek(0, os.SEEK_END), b""
+            while start:
+                length = min(start, BLOCK)
+                start -= length
+                file.seek(start)
+                rest, *lines = (file.read(length) + rest).split(b"\n")
+                yield from reversed(lines)
+            yield rest
+
+    def _open(self) -> BinaryIO:
+        """The file; an empty one before it is there."""
+        try:
+            return self._path.open("rb")
+        except FileNotFoundError:
+            return io.BytesIO()
+
+
 class RunFolder:
     """One run: `path` is the folder of `distill run`, and `console` beside it what its process printed."""
 
@@ -48,7 +90,7 @@ class RunFolder:
         self.path = path
         self.student = path / "student"
         self.console = path.with_name("console.log")
-        self._read: dict[Kind, tuple[int, int]] = {}  # size and time of the logs as they were last read
+        self._logs = {kind: Log(path / name) for kind, name in LOGS.items()}
         self._told: set[str] = set()
         self._seen: set[int] = set()
 
@@ -76,23 +118,30 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def new_lines(self) -> list[Line]:
-        """The lines of the logs that were not asked for before, each log in its order."""
-        new = [line for kind in LOGS for line in self._changed(kind) if line.key not in self._told]
-        self._told |= {line.key for line in new}
-        return new
+    def new_lines(self) -> Iterator[Line]:
+        """The lines of the logs that were not asked for before, each log in its order, as they are read."""
+        for kind, log in self._logs.items():
+            for line in _parsed(kind, log.new()):
+                if line.key not in self._told:
+                    self._told.add(line.key)
+                    yield line
 
     def figures(self, images: int) -> dict[str, Any]:
         """What is known of the student after so many images: the newest metrics of then, and its evaluation."""
-        metrics = [line.values for line in _lines("metrics", self.path) if line.images <= images]
-        judged = [line.values for line in _lines("evaluation", self.path) if line.images == images]
-        return {name: value for line in (metrics[-1:] + judged) for name, value in line.items() if name != "images"}
+        found: dict[str, Any] = {}
+        for kind in ("metrics", "evaluation"):
+            newest = (line for line in _parsed(kind, self._logs[kind].backwards()) if line.images <= images)
+            line = next(newest, None)
+            if line is not None and (kind == "metrics" or line.images == images):
+                found.update(line.values)
+        found.pop("images", None)
+        return found
 
     def results(self) -> str:
         """Its metrics and evaluations as CSV: a row for each number of images that there are figures of, in order."""
         rows: dict[int, dict[str, Any]] = {}
         for kind in ("metrics", "evaluation"):
-            for line in _lines(kind, self.path):
+            for line in _parsed(kind, Log(self.path / LOGS[kind]).new()):
                 rows.setdefault(line.images, {"step": line.images}).update(line.values)
         columns = dict.fromkeys(name for row in rows.values() for name in row if name != "images")
         table = io.StringIO()
@@ -138,14 +187,6 @@ class RunFolder:
             return
         for line in reversed(lines):
             yield line.replace(f"{self.path.parent}/", "")  # where this server keeps it is nobody's business
-
-    def _changed(self, kind: Kind) -> Iterator[Line]:
-        """The lines of a log that was written since it was last read."""
-        log = self.path / LOGS[kind]
-        state = log.stat() if log.exists() else None
-        if state and self._read.get(kind) != (state.st_size, state.st_mtime_ns):
-            self._read[kind] = state.st_size, state.st_mtime_ns
-            yield from _lines(kind, self.path)
 
     @contextmanager
     def process(
@@ -224,10 +265,9 @@ def environment(devices: Sequence[str]) -> dict[str, str]:
     return {**inherited, **own_choice, "HF_HUB_OFFLINE": "1"}
 
 
-def _lines(kind: Kind, folder: Path) -> Iterator[Line]:
-    """Lines of a log; one that a killed writer left half is passed over."""
-    log = folder / LOGS[kind]
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+def _parsed(kind: Kind, lines: Iterable[bytes]) -> Iterator[Line]:
+    """Lines of a log; one that is none, as a killed writer leaves it, is passed over."""
+    for line in lines:
         try:
             values = json.loads(line, parse_constant=lambda _: None)  # NaN and its like are no JSON
             yield Line(kind, int(values["images"]), values)

@@ -53,7 +53,10 @@ class Students:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(PERIOD)
-            await self._sync()
+            try:
+                await self._sync()
+            except Exception:
+                log.exception("the students could not be looked at; it is tried again")
 
     async def _sync(self) -> None:
         """Unload what is gone or no longer among the newest, load what is new; what cannot be now is tried again."""
@@ -78,12 +81,12 @@ class Students:
             self._refused.add(name)
 
     def _newest(self) -> dict[str, Path]:
-        """Folders of the students to serve, by name."""
+        """Folders of the students to serve, by name: those made last; a job ends a moment after its student is made."""
         with self._database.begin() as session:
             made = (
                 select(Job.id, Job.fine_tuned_model)
                 .where(Job.fine_tuned_model.is_not(None), Job.deleted_at.is_(None))
-                .order_by(Job.created_at.desc(), Job.id)
+                .order_by(Job.finished_at.desc().nulls_first(), Job.created_at.desc(), Job.id)
                 .limit(self._at_most)
             )
             rows = session.execute(made).all()

@@ -218,15 +218,17 @@ def _check_file(file: File) -> None:
         raise InvalidRequest(message, "training_file", "invalid_file_type")
 
 
-def _owned(session: Session, owner: str, name: str, param: str = "job_id") -> Job:
-    job = session.get(Job, name, with_for_update=True) if name.isascii() and name.isprintable() else None
+def _owned(session: Session, owner: str, name: str, param: str = "job_id", lock: bool = False) -> Job:
+    """A job of this owner, its row locked if it is to be changed. Raises NotFound."""
+    job = session.get(Job, name, with_for_update=lock) if name.isascii() and name.isprintable() else None
     if job is None or job.owner != owner:
         raise NotFound(f"there is no job {name!r}", param, "job_not_found")
     return job
 
 
 def _unfinished(session: Session, owner: str, name: str) -> Job:
-    job = _owned(session, owner, name)
+    """A job of this owner to be changed, its row locked. Raises NotFound, or InvalidRequest for one that has ended."""
+    job = _owned(session, owner, name, lock=True)
     if job.status in ENDED:
         raise InvalidRequest(f"the job has {job.status} already", "job_id", "job_ended")
     return job

@@ -1,6 +1,7 @@
 """A run as the service sees it: its knobs are real ones, its process outlives nobody, its logs are read once."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from distill.config import load_config
 from service.jobs.database import Database
 from service.jobs.distillation import DISTILL, KEYS, Distillation, command
 from service.jobs.distiller import CLAIMED, REFUSED, _refusal
-from service.jobs.progress import Pace, note_checkpoint, note_line
+from service.jobs.progress import Pace, note_checkpoint, note_lines
 from service.jobs.runs import Child, Line, RunFolder, environment
-from service.jobs.tables import Job, JobCheckpoint
+from service.jobs.tables import Job, JobCheckpoint, JobEvent
 
 EVERYTHING = {
     "images": 64,
@@ -175,14 +176,32 @@ def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path)
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"imag')
     (tmp_path / "alarms.jsonl").write_text('{"name": "collapse", "images": 16, "says": "less guidance"}\n')
-    told = folder.new_lines()
+    told = list(folder.new_lines())
     assert [(line.kind, line.images) for line in told] == [("metrics", 8), ("metrics", 16), ("alarm", 16)]
-    assert folder.new_lines() == []
+    assert list(folder.new_lines()) == []
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2.5}\n{"images": 24, "gap": 3}\n')
     assert [line.images for line in folder.new_lines()] == [24]
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({"images": 16, "overall": 0.5}) + "\n")
     assert folder.figures(16) == {"gap": 2.5, "overall": 0.5}
     assert folder.figures(20) == {"gap": 2.5}
+
+
+def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"images": images, "gap": "x" * 60_000}) + "\n" for images in (8, 16, 24)]
+    log.write_text("".join(lines[:2]))
+    folder = RunFolder(tmp_path)
+    assert [line.images for line in folder.new_lines()] == [8, 16]
+    with log.open("r+") as file:
+        file.write("?" * (len(lines[0]) - 1))  # whoever read it again would find no line here
+        file.seek(0, os.SEEK_END)
+        file.write(lines[2][:-1])
+    assert list(folder.new_lines()) == []  # half a line
+    with log.open("a") as file:
+        file.write("\n")
+    assert [line.images for line in folder.new_lines()] == [24]
+    assert [folder.figures(images)["gap"][:1] for images in (16, 20, 24)] == ["x"] * 3
+    assert folder.figures(15) == {}
 
 
 def test_the_end_is_foreseen_at_the_speed_of_this_start():
@@ -197,22 +216,35 @@ def test_the_end_is_foreseen_at_the_speed_of_this_start():
     assert before + 20 <= finish <= time.time() + 20
 
 
-def test_a_judgement_joins_the_checkpoint_that_was_written_before_it(tmp_path):
+def test_lines_are_told_once_and_a_judgement_joins_the_checkpoint_that_was_written_before_it(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     database.migrate()
     texts = {"owner": "ann", "status": "running", "model": "tiny", "training_file": "file-1"}
     facts = {"seed": 1, "hyperparameters": {}, "distillation": {}, "result_files": [], "created_at": 1}
+    early = [Line("metrics", images, {"images": images, "gap": 2.0}) for images in (8, 16)]
+    late = [Line("evaluation", images, {"images": images, "overall": images / 32}) for images in (16, 24)]
+    alarm = Line("alarm", 16, {"images": 16, "name": "collapse", "says": "less guidance"})
     with database.begin() as session:
-        job = Job(id="ftjob-1", **texts, **facts, images_seen=0)
+        job = Job(id="ftjob-1", **texts, **facts, images_seen=0, images_total=32)
         session.add(job)
         session.flush()
+        note_lines(session, job, early)
         note_checkpoint(session, job, 16, {"gap": 1.0})
-        note_line(session, job, Line("metrics", 16, {"images": 16, "gap": 2.0}))
-        note_line(session, job, Line("evaluation", 16, {"images": 16, "overall": 0.5}))
-        note_line(session, job, Line("evaluation", 24, {"images": 24, "overall": 0.6}))
+        note_lines(session, job, [*early, *late, *early, alarm])
+        assert job.images_seen == 24
     with database.begin() as session:
         (kept,) = session.scalars(select(JobCheckpoint))
         assert kept.metrics == {"step": 16, "gap": 1.0, "overall": 0.5}
+        told = list(session.scalars(select(JobEvent).order_by(JobEvent.number)))
+    assert [(event.number, event.message) for event in told] == [
+        (1, "Images seen: 8 of 32"),
+        (2, "Images seen: 16 of 32"),
+        (3, "The student was judged: 16 of 32"),
+        (4, "The student was judged: 24 of 32"),
+        (5, "Alarm, collapse: less guidance"),
+    ]
+    assert [event.type for event in told] == ["metrics"] * 4 + ["message"]
+    assert told[1].data == {"step": 16, "total_steps": 32, "images": 16, "gap": 2.0}
     database.close()
 
 

@@ -28,7 +28,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.jobs.jobs import Jobs
-from service.jobs.tables import Job
+from service.jobs.tables import File, Job
 from service.settings import Settings
 
 TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
@@ -241,11 +241,8 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
 def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
     url = serve(data=tmp_path, api_keys=("ann", "bob"))
     ann, bob = (connect(url, key) for key in ("ann", "bob"))
-    texts = {"owner": "key-0", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
-    facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
     jobs = Jobs(tmp_path, Settings())
-    with jobs.database.begin() as session:
-        session.add(Job(id="ftjob-1", fine_tuned_model="ft:tiny::1", **texts, **facts, starts=0, images_seen=8))
+    made(jobs, 1, "succeeded", owner="key-0", fine_tuned_model="ft:tiny::1")
     student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
     student.mkdir(parents=True)
     assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
@@ -262,6 +259,73 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
         jobs.tuning._distiller.remove_deleted(moment)
         assert student.exists() == left
     jobs.database.close()
+
+
+@pytest.fixture
+def jobs(tmp_path) -> Iterator[Jobs]:
+    """Jobs whose workflows are called by hand, and of which `made` has put some there."""
+    jobs = Jobs(tmp_path, Settings(job_students=2))
+    jobs.database.migrate()
+    yield jobs
+    jobs.database.close()
+
+
+def made(jobs: Jobs, number: int, status: str, **more) -> str:
+    """A job in the database, and its folder; its id."""
+    facts = {
+        "owner": "ann",
+        "model": "tiny",
+        "training_file": "file-1",
+        "seed": 1,
+        "hyperparameters": {"batch_size": 8},
+        "distillation": {"preset": "scenes"},
+        "result_files": [],
+        "created_at": number,
+        "starts": 0,
+        "images_seen": 8,
+    }
+    job = Job(**facts | {"id": f"ftjob-{number}", "status": status} | more)
+    (jobs.folder / "distillations" / job.id / "run" / "checkpoints").mkdir(parents=True)
+    with jobs.database.begin() as session:
+        session.add(job)
+    return job.id
+
+
+def test_the_students_made_last_are_served_whenever_their_jobs_were(jobs):
+    made(jobs, 1, "succeeded", fine_tuned_model="paused for long", finished_at=90)
+    made(jobs, 2, "succeeded", fine_tuned_model="first", finished_at=20)
+    made(jobs, 3, "succeeded", fine_tuned_model="second", finished_at=30)
+    assert jobs.students._newest().keys() == {"paused for long", "second"}
+    made(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
+    assert jobs.students._newest().keys() == {"paused for long", "about to end"}
+
+
+def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
+    for number, status in enumerate(("cancelled", "failed")):
+        name = made(jobs, number, "running", fine_tuned_model="made before the server died")
+        with jobs.database.begin() as session:
+            jobs.tuning._distiller.end(session, session.get_one(Job, name), status, "It ends.")
+        assert jobs.tuning.get("ann", name).fine_tuned_model is None
+    assert jobs.students._newest() == {}
+
+
+def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_at_its_next_start(jobs):
+    names = [made(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
+    for name in names:
+        jobs.tuning._distiller._run(f"{name}.0")
+    left = [path.relative_to(jobs.folder / "distillations") for path in jobs.folder.glob("distillations/**/*/")]
+    assert {str(path) for path in left} >= {f"{names[0]}/run", f"{names[2]}/run/checkpoints"}
+    assert not {f"{names[0]}/run/checkpoints", names[1]} & {str(path) for path in left}
+
+
+def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
+    name = made(jobs, 1, "validating_files")
+    facts = {"owner": "ann", "purpose": "fine-tune", "bytes": 1, "created_at": 1}
+    with jobs.database.begin() as session:
+        session.add(File(id="file-1", filename="prompts.txt\0", **facts))  # no path can hold it
+    jobs.tuning._distiller._validate(f"{name}.files")
+    job = jobs.tuning.get("ann", name)
+    assert (job.status, job.error["code"]) == ("failed", "server_error")
 
 
 @pytest.fixture(scope="module")
