@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from running import serving
 from sqlalchemy import create_engine, select, text
 from test_batches import ENDPOINT, ended, line, read, submit
-from test_tuning import ENDLESS, SERVE, TINY, server, told, until, upload
+from test_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
 from test_tuning import submit as submit_job
 
 from benchmarks import postgres
@@ -31,6 +31,7 @@ from service.engine.launch import local
 from service.errors import StartError, Unavailable
 from service.jobs.database import Database
 from service.jobs.files import new_id
+from service.jobs.jobs import Jobs
 from service.jobs.postgres import Impatient
 from service.jobs.tables import Batch, Executor, File, Job
 from service.jobs.workflows import LOOKS, Workflows
@@ -119,6 +120,21 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
         assert (job.status, [words for words in told(client, job) if "broke off" in words]) == ("running", [])
         client.fine_tuning.jobs.cancel(job.id)
         until(client, job, lambda job: job.status == "cancelled")
+
+
+def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, tmp_path):
+    jobs = Jobs(tmp_path, Settings(database=f"{empty}?options=-c%20lock_timeout%3D100"))
+    jobs.database.migrate()
+    name = made(jobs, 1, "running")
+    with jobs.database.begin() as session:
+        session.get_one(Job, name, with_for_update=True)
+        assert jobs.tuning.get("ann", name).id == name
+        assert jobs.tuning.index("ann", name, 1) == ([], False)
+        for part in (jobs.tuning.events, jobs.tuning.checkpoints):
+            assert part("ann", name, None, 1) == ([], False)
+        with pytest.raises(Unavailable):
+            jobs.tuning.pause("ann", name)
+    jobs.database.close()
 
 
 def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_look(database, tmp_path):

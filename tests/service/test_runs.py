@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from filelock import FileLock
 from pydantic import ValidationError
 from sqlalchemy import select
 from typer.main import get_command
@@ -19,7 +18,7 @@ from distill.cli import app
 from distill.config import load_config
 from service.jobs.database import Database
 from service.jobs.distillation import DISTILL, KEYS, Distillation, command
-from service.jobs.distiller import CLAIMED, REFUSED, _refusal
+from service.jobs.distiller import REFUSED, _refusal
 from service.jobs.progress import Pace, note_checkpoint, note_lines
 from service.jobs.runs import Child, Line, RunFolder, environment
 from service.jobs.tables import Job, JobCheckpoint, JobEvent
@@ -160,15 +159,17 @@ def test_one_that_lost_its_fellows_does_not_speak_for_them(tmp_path):
         assert child.status() == 128 + signal.SIGKILL
 
 
-def test_two_processes_of_a_run_leave_a_folder_that_is_claimed(tmp_path):
+def test_two_processes_make_one_run(teacher, tmp_path):
     folder = RunFolder(tmp_path / "job" / "run")
     folder.path.mkdir(parents=True)
-    words = command(Distillation(preset="scenes-debug"), "scenes", tmp_path / "prompts.txt", 1, folder.path)
-    claim = FileLock(folder.path / ".lock")
-    with claim, folder.process(words, environment(["cpu", "cpu"]), 0, 2) as child:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    words = command(Distillation(preset="scenes-debug", images=4, batch=4), str(teacher), prompts, 1, folder.path)
+    with folder.process(words, environment(["cpu", "cpu"]), 0, 2) as child:
         child._leash.wait()
-        assert child.status() == CLAIMED, folder.last_words()
-    assert folder.reason().startswith("another run is writing to run;")
+        assert child.status() == 0, folder.last_words()
+    assert folder.finished()
+    assert json.loads((folder.path / "checkpoints" / f"{4:012d}" / "state.json").read_text())["processes"] == 2
 
 
 def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path):

@@ -47,9 +47,8 @@ def server(data: Path, teachers: dict[str, str], **more) -> Iterator[str]:
 
 @contextlib.contextmanager
 def killed_server(data: Path, teachers: dict[str, str]) -> Iterator[tuple[int, str]]:
-    """A server in a process of its own, with two processes a job, which ends by SIGKILL; its id and URL."""
-    jobs = {"TEACHERS": json.dumps(teachers), "JOB_DEVICES": "cpu,cpu", "JOB_SILENCE_SECONDS": "1", "JOB_NICE": "0"}
-    given = {f"SERVICE_{name}": value for name, value in jobs.items()}
+    """A server in a process of its own, which ends by SIGKILL; its id and URL."""
+    given = {"SERVICE_TEACHERS": json.dumps(teachers), "SERVICE_JOB_SILENCE_SECONDS": "1", "SERVICE_JOB_NICE": "0"}
     command = [*SERVE, "--data", str(data)]
     with subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -95,7 +94,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
         assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, why)
         assert job.method.distillation["preset"] == "scenes-debug"
         until(client, job, lambda job: job.images_seen)
-        run, _ = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
+        (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
         run.kill()
         until(client, job, lambda job: any("status 137" in message for message in told(client, job)))
         seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
