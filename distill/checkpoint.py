@@ -119,10 +119,13 @@ def state_name(images: int) -> str:
 
 
 def trim_lines(path: Path, images: int) -> None:
-    """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again."""
+    """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again.
+
+    So is what a killed writer or a full disk left of a line.
+    """
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
-        write_aside(path, "".join(line + "\n" for line in lines))
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_aside(path, "".join(line for line in lines if json.loads(line)["images"] <= images))
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

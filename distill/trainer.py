@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +23,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -36,6 +43,7 @@ from distill.methods import Turn, Velocities
 from distill.networks import Networks
 from distill.text import TextCondition
 
+PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
 
 
@@ -75,7 +83,13 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
             package = name.replace("_", "-")
             raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
     folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
-    return Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_config=folders)
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=list(trackers) or None,
+        project_config=folders,
+        kwargs_handlers=[waiting],
+    )
 
 
 def check(config: Run, accelerator: Accelerator) -> None:

@@ -91,6 +91,13 @@ def test_a_run_starts_where_another_stands(teacher, tmp_path):
         assert (tensor <= between.amax(0) + 1e-6).all()
 
 
+def test_a_log_goes_back_to_its_state_also_when_the_disk_was_full_in_the_middle_of_a_line(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"images": 8}\n{"images": 16}\n{"images": 24}\n{"ima')
+    checkpoint.trim_lines(log, 16)
+    assert log.read_text() == '{"images": 8}\n{"images": 16}\n'
+
+
 def test_a_start_that_does_not_fit_is_refused(teacher, tmp_path):
     def begin(**more):
         list(trainer.train(parity.run(**more), tmp_path / "b", networks, Prompts(), [SHAPE], Accelerator(cpu=True)))
