@@ -121,7 +121,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
     """
     if settings.devices not in DEVICES:
         raise StartError(f"devices: a replica has one, {', '.join(DEVICES)}, and not {settings.devices}")
-    if settings.job_devices not in ("cpu", "none"):
+    if settings.job_devices.startswith("cuda"):
         raise StartError(
             f"job_devices: a replica's GPU serves; run jobs on {settings.job_devices} by a server beside it"
         )

@@ -136,9 +136,9 @@ class Batches:
         return batch
 
     def _begin_lost(self, now: int) -> None:
-        """A chore: a batch whose server died before it had a workflow gets one."""
+        """A chore: a batch that has no workflow gets one; its server died before it could, or its backup is older."""
         with self._database.begin() as session:
-            lost = select(Batch.id).where(Batch.status.in_(("validating", "cancelling")))
+            lost = select(Batch.id).where(Batch.status.not_in(ENDED))
             ids = list(session.scalars(lost.where(Batch.created_at < now - LOST_SECONDS)))
         for batch_id in ids:
             self._workflows.begin("batch", batch_id)

@@ -102,10 +102,11 @@ class Distiller:
         return RunFolder(run_folder(self._data, job.id))
 
     def begin_waiting(self, now: int) -> None:
-        """Begin what a server that died could not begin any more."""
+        """Begin what has no workflow: its server died before it could, or its backup is older than the job's."""
+        unfinished = select(Job).where(Job.status.in_(("validating_files", "queued", "running")))
         with self._database.begin() as session:
-            waiting = list(session.scalars(select(Job).where(Job.status.in_(("validating_files", "queued")))))
-        for job in waiting:
+            jobs = list(session.scalars(unfinished))
+        for job in jobs:
             self.begin(job)
 
     def remove_deleted(self, now: int) -> None:

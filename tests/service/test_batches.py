@@ -15,7 +15,7 @@ from test_webhooks import SECRET, Receiver, receiving
 
 from service.engine.backend import Simulator
 from service.jobs.database import Database
-from service.jobs.tables import Batch
+from service.jobs.tables import Batch, Line
 
 KEYS = ("sk-ann", "sk-bob")
 ENDPOINT = "/v1/images/generations"
@@ -218,6 +218,24 @@ def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect
     assert (batch.error_file_id, batch.request_counts.completed, batch.request_counts.total) == (None, 1, 2)
     assert told(receiver, 1) == [("batch.failed", batch.id)]
     gate.open.set()
+
+
+def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_path):
+    client = connect(serve(data=tmp_path, job_silence_seconds=1))
+    whole = ended(client, submit(client, [line("one", seed=1), line("two", seed=2)]).id, "completed")
+    database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    with database.begin() as session:  # as from a backup that is newer than the one of the workflows
+        kept = {column.name: getattr(session.get_one(Batch, whole.id), column.name) for column in Batch.__table__.c}
+        again = {"id": "batch_again", "status": "in_progress", "created_at": 0, "completed": 1, "output_file_id": None}
+        session.add(Batch(**kept | again))
+        session.flush()
+        session.add(Line(batch_id="batch_again", number=1, failed=False, answer=json.dumps({"custom_id": "one"})))
+    database.close()
+    batch = ended(client, "batch_again", "completed", "failed")
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 0)
+    answers = read(client, batch.output_file_id)
+    assert answers["one"] == {"custom_id": "one"}  # not made once more
+    assert answers["two"]["response"]["body"]["data"][0]["seed"] == 2
 
 
 def a_day_passes(data: Path, batch) -> None:
