@@ -49,6 +49,13 @@ def _url(text: str) -> str:
 _Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), AfterValidator(_url)]
 
 
+def _each_gpu_once(devices: str) -> str:
+    names = devices.split(",")
+    if names[0] != "cpu" and len(set(names)) < len(names):
+        raise ValueError("a GPU is named twice")
+    return devices
+
+
 def _rates(text: str) -> str:
     limits.parse_many(text)  # raises ValueError
     return text
@@ -145,9 +152,11 @@ class Settings(BaseSettings):
     realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
     realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
     teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distil; that one ships
-    job_devices: Annotated[str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$")] = "cpu"  # of jobs
+    job_devices: Annotated[
+        str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), AfterValidator(_each_gpu_once)
+    ] = "cpu"  # of jobs, a process each
     job_nice: Annotated[int, Field(ge=0, le=19)] = 10  # how far the processes of jobs stand back for the others
-    job_students: _Count = 4  # students of jobs that are served, the newest
+    job_students: _Count = 4  # students of jobs that are served, those made last
     jobs_per_key: _Count = 8  # jobs of one key that have not ended
     max_job_images: _Count | None = None  # longest budget of a job in images seen; none sets no bound
     max_job_seconds: _Seconds | None = None  # the same in seconds of training

@@ -36,8 +36,9 @@ python3 docker/check/smoke.py http://127.0.0.1:8000 --batch 50
 
 say "a batch while one of the two servers is killed, and started again"
 (sleep 5; podman kill $service > /dev/null; sleep 5; podman start $service > /dev/null) &
+killer=$!
 python3 docker/check/smoke.py http://127.0.0.1:8000 --batch 400
-wait
+wait $killer
 
 say "what Prometheus has seen of both"
 python3 docker/check/dashboard.py http://127.0.0.1:9090

@@ -1,7 +1,8 @@
 # The least of what the entry point of PostgreSQL's own image does: a user, their database, and the password for both.
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
-    initdb --username "$POSTGRES_USER" --pwfile <(echo "${POSTGRES_PASSWORD:?is empty}") --auth scram-sha-256 --locale C.UTF-8
+    initdb --username "$POSTGRES_USER" --auth scram-sha-256 --locale C.UTF-8 \
+        --pwfile <(echo "${POSTGRES_PASSWORD:?is empty}")
     echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
     echo "CREATE DATABASE $POSTGRES_USER" | postgres --single -j postgres
 fi

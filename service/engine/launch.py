@@ -168,7 +168,7 @@ class Fleet:
 
 def processes(settings: Settings) -> Fleet:
     """A worker process for each device and replica."""
-    names = serving_devices(settings, _gpus()) * settings.replicas
+    names = serving_devices(settings, _gpus() if settings.devices == "auto" else 0) * settings.replicas
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
     # the same number of threads.
     threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))

@@ -64,7 +64,7 @@ class Distiller:
         data: Path,
         settings: Settings,
     ) -> None:
-        """Defines its workflow, so before they start. Runs are in the folder `data`."""
+        """Defines its workflows, so before they start. Runs are in the folder `data`."""
         self._database = database
         self._workflows = workflows
         self._files = files

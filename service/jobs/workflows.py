@@ -51,7 +51,7 @@ class Workflows:
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
         self._queues: list[str] = []  # of the workflows that this process runs
         self._durable: dict[str, Callable[[str], None]] = {}
-        self._interrupted: set[str] = set()  # workflows of this process, to be begun again by it
+        self._interrupted: dict[str, str] = {}  # workflows of this process, to be begun again, and what they are
         self._active = 0
         self._changed = threading.Condition()
 
@@ -86,7 +86,7 @@ class Workflows:
         )
         for name, (function, _) in self._functions.items():
             # Tried again for ever: steps are safe to repeat, and a job must not be lost to a bad day.
-            durable = DBOS.workflow(name=name, max_recovery_attempts=None)(self._counted(function))
+            durable = DBOS.workflow(name=name, max_recovery_attempts=None)(self._counted(name, function))
             self._durable[name] = durable
         DBOS.listen_queues(self._queues)
         self.beat()
@@ -154,9 +154,9 @@ class Workflows:
         """
         from dbos import DBOS
 
-        for key in list(self._interrupted):
-            DBOS.resume_workflow(key)
-            self._interrupted.discard(key)
+        for key, name in list(self._interrupted.items()):
+            DBOS.resume_workflow(key, queue_name=name)
+            del self._interrupted[key]
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
         with self._database.begin() as session:  # after the list: a server is counted before it takes anything
             alive = {self._executor, *session.scalars(select(Executor.id))}
@@ -182,7 +182,7 @@ class Workflows:
         if self.stopping.wait(seconds):
             raise Stopping
 
-    def _counted(self, function: Callable[[str], None]) -> Callable[[str], None]:
+    def _counted(self, name: str, function: Callable[[str], None]) -> Callable[[str], None]:
         """The function, counted while it runs."""
 
         def run(key: str) -> None:
@@ -191,7 +191,7 @@ class Workflows:
                     function(key)
                 except Interrupted as interrupted:
                     log.warning("%s is begun again later: %s", key, interrupted.__cause__)
-                    self._interrupted.add(key)
+                    self._interrupted[key] = name
                     raise
 
         return run

@@ -30,8 +30,8 @@ async def images(
     service.sessions += 1
     open_sessions.inc()
     try:
-        _, token = get_authorization_scheme_param(authorization)
-        await Session(socket, service, token).run()
+        scheme, token = get_authorization_scheme_param(authorization)
+        await Session(socket, service, token if scheme.lower() == "bearer" else "").run()
     finally:
         service.sessions -= 1
         open_sessions.dec()

@@ -164,7 +164,7 @@ def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_lo
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_database_that_falls_silent_is_given_up_and_found_again(database, monkeypatch, begun):
-    monkeypatch.setattr(Impatient, "answer_seconds", 0.2)
+    monkeypatch.setattr(Impatient, "answer_seconds", 2.0)
     tables = Database(f"{database.url}?connect_timeout=2")
 
     def transaction(silent: contextlib.AbstractContextManager[None]) -> None:

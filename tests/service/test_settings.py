@@ -30,6 +30,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypa
         ("max_batch = 0", "max_batch"),
         ("max_batch = ", "TOML"),
         ('rate_limit = "often"', "rate_limit"),
+        ('job_devices = "cuda:0,cuda:0"', "twice"),
         ('log_format = "xml"', "log_format"),
     ],
 )
