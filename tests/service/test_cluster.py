@@ -1,7 +1,6 @@
 """Ray Serve for real, by the command that users type. A minute and a half, most of it for Ray's processes to start."""
 
 import base64
-import functools
 import importlib.util
 import io
 import itertools
@@ -99,14 +98,6 @@ def of_both(ask) -> list[httpx.Response]:
     raise AssertionError(f"{list(answers)} alone answered")
 
 
-def come_to_one(ask) -> None:
-    """Soon the router knows which replica has what is asked for."""
-    for _ in range(50):
-        if len({replica(ask()) for _ in range(20)}) == 1:
-            return
-    raise AssertionError("no replica gets all")
-
-
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
     scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
     settings = {
@@ -134,9 +125,8 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
             model, adapter = wish.split("+")
             headers = {HEADER.replace("_", "-"): wish}  # the form that nginx lets through
             lora = {"name": adapter, "scale": 0.5}
-            ask = functools.partial(generate, url, 7, headers=headers, model=model, lora=lora)
-            assert colour(ask()) == colour(generate(url, 507))
-            come_to_one(ask)
+            adapted = generate(url, 7, headers=headers, model=model, lora=lora)
+            assert colour(adapted) == colour(generate(url, 507))
         nowhere = {"prompt": "a", "lora": {"name": "oil"}}
         assert httpx.post(ROUTE.format(url), json=nowhere).json()["error"]["code"] == "adapter_not_found"
         assert httpx.post(ROUTE.format(url), json={"prompt": "a", "model": "fourth"}).status_code == 404

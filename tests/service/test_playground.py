@@ -8,6 +8,7 @@ import sys
 import browser
 import httpx
 import pytest
+from PIL import Image
 from running import metric, serving
 from selenium.webdriver.common.keys import Keys
 
@@ -24,9 +25,17 @@ pytestmark = browser.needed
 
 
 @pytest.fixture(scope="module")
-def page():
+def opened():
     with browser.browsing() as page:
         yield page
+
+
+@pytest.fixture
+def page(opened):
+    """A page that nothing was complained of yet."""
+    yield opened
+    opened.driver.get("about:blank")  # it may ask a server that is gone
+    opened.errors()
 
 
 def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path):
@@ -171,6 +180,9 @@ def figures(images: int, gap: float) -> Line:
 def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_not_offered(page, tmp_path):
     jobs = Jobs(tmp_path, Settings())
     jobs.database.migrate()
+    grid = tmp_path / "distillations" / "ftjob-1" / "run" / "samples" / "000001608.png"
+    grid.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(grid)
     texts = {"owner": "127.0.0.1", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
     facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
     with jobs.database.begin() as session:
@@ -192,5 +204,5 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
         page.until(lambda: len(page.find("#events li")) == 2)
         assert page.text("#curves").endswith("now 0.250")
         assert page.text("#events").split("\n")[0].endswith("It ends.")
-        assert all("/sample" in error["message"] for error in page.errors())  # its run has no grid
+        assert page.errors() == []
     jobs.database.close()
