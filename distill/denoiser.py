@@ -1,18 +1,16 @@
-"""A teacher that is trained here: transformer and text encoders as one module, its loop, and its folder.
+"""A teacher that is trained here: transformer and text encoders as one module, its training, and its folder.
 
 Flow matching in Stable Diffusion 3's own parts: x_t = (1 - t) x_0 + t eps, |v(x_t, t, c) - (eps - x_0)|^2, logit-normal
 t, some captions dropped so that guidance has its null prompt, and an exponential moving average of all weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -24,28 +22,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from distill.device import fast_bfloat16
-from distill.flow import interpolate, logit_normal
-from distill.scenes.state import load_state, save_state
-from distill.scenes.vae import Progress, ema
+from distill import attention
+from distill.device import autocast, fast_bfloat16
+from distill.errors import TeacherError
+from distill.flow import interpolate
+from distill.graphs import Graphed
+from distill.optimizers import set_rate
+from distill.philox import Draw
+from distill.scenes.state import Progress, average_into, load_state, new_share, save_state
 from distill.text import TextCondition
 
-Sample = Callable[[np.random.Generator], tuple[Tensor, list[str]]]  # latents x_0 (B, C, h, w) and their captions
+REPORT = 12_800  # images between two figures, which are means over them
+LOWEST_RATE = 0.02  # share of the peak learning rate that the decay ends at
+
+Sample = Callable[[Draw], tuple[Tensor, Tensor]]  # latents x_0 (B, C, h, w) and token ids (B, L) of their captions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a teacher is trained."""
+    """How a teacher is trained. Warm-up, decay, half-life and cadences are counted in images."""
 
     images: int
     batch: int
     learning_rate: float
-    weight_decay: float
-    caption_dropout: float
-    time_mean: float
-    time_std: float
-    ema: float
+    warmup: int
+    decay: int
+    ema_half_life: float
+    checkpoint_every: int
     seed: int
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    caption_dropout: float = 0.1
+    time_mean: float = 0.0
+    time_std: float = 1.0
 
 
 class Denoiser(nn.Module):
@@ -81,31 +91,76 @@ class Denoiser(nn.Module):
         return TextCondition(embeds, torch.cat([output.text_embeds for output in outputs], dim=-1))
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-        """Velocity (B, C, h, w) at x_t and t in [0, 1]."""
+        """Velocity (B, C, h, w), in fp32, at x_t and t in [0, 1]."""
         out: Tensor = self.transformer(x_t, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
-        return out
+        return out.float()
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Velocity for token ids; the form that is trained and compiled."""
+        """Velocity for token ids."""
         return self.velocity(x_t, t, self.encode(ids))
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a teacher folder. Raises TeacherError unless it has this architecture."""
+        for name in ("transformer", "text_encoder", "text_encoder_2"):
+            mine: Any = getattr(self, name)
+            given = type(mine).from_pretrained(folder / name, use_safetensors=True, local_files_only=True).state_dict()
+            if {key: value.shape for key, value in given.items()} != _shapes(mine):
+                raise TeacherError(f"{folder / name} has another architecture than the one that is trained here")
+            mine.load_state_dict(given)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, L), of the tokenizer's own length."""
-    ids: Tensor = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
+    """Token ids (B, L), of the tokenizer's own length; each distinct text is tokenized once."""
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    ids: Tensor = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids[[distinct[text] for text in texts]]
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where the device computes it faster than fp32, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device) else nullcontext()
+def training_step(
+    model: Denoiser,
+    average: Denoiser,
+    share: Tensor,
+    optimizer: torch.optim.Optimizer,
+    sample: Sample,
+    null: Tensor,
+    recipe: Recipe,
+) -> Callable[[Tensor], Tensor]:
+    """A training step as a function of the indices (B,) of its images, to its loss and its gradient's norm (2,).
+
+    `share` () is that of the new weights in the average, `null` (L,) the token ids of the empty caption. The step reads
+    nothing from the device and sends nothing to it, so that a CUDA graph of it holds for every step.
+    """
+
+    def step(images: Tensor) -> Tensor:
+        # 1. data
+        draw = Draw(recipe.seed, "teacher", images)
+        x_0, ids = sample(draw)
+        dropped = draw.uniform() < recipe.caption_dropout
+        ids = torch.where(dropped[:, None], null, ids)
+        t = torch.sigmoid(recipe.time_mean + recipe.time_std * draw.normal(()))
+        eps = draw.normal(x_0.shape[1:])
+
+        # 2. flow matching
+        with autocast(images.device):
+            v = model(interpolate(x_0, eps, t), t, ids)
+        loss = F.mse_loss(v, eps - x_0)
+
+        # 3. step, and average
+        torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average_into(average, model, share)
+        return torch.stack([loss.detach(), norm])
+
+    return step
 
 
 def fit(
     model: Denoiser,
-    average: Any,
-    tokenizer: CLIPTokenizer,
+    average: Denoiser,
     sample: Sample,
+    null: Tensor,
     recipe: Recipe,
     state: Path,
     device: torch.device,
@@ -115,64 +170,61 @@ def fit(
 ) -> Iterator[Progress]:
     """Train from `first` images seen to `last`, which is the recipe's end, continuing from the newest state.
 
-    `average` is an `AveragedModel` of the model. `sample` draws a batch from the step's own numbers, so that a
-    training that was stopped ends with the same bits.
+    `average` is a copy of the model. A step is a function of weights, optimizer and image indices, so that a resumed
+    training ends with the same bits. On a GPU it is replayed as one CUDA graph.
     """
     last = recipe.images if last is None else last
+    cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
+        lr=torch.tensor(recipe.learning_rate, device=device) if cuda else recipe.learning_rate,
+        betas=recipe.betas,
         weight_decay=recipe.weight_decay,
         fused=True,
+        capturable=cuda,
     )
-    modules: dict[str, nn.Module] = {"model": model, "ema": average}
+    modules = {"model": model, "ema": average}
     images = max(first, load_state(state, modules, optimizer, recipe))
-    forward = torch.compile(model) if compiled else model
+    kernel = attention.resolve("auto", torch.bfloat16 if fast_bfloat16(device) else torch.float32, device)
+    attention.use(kernel, model.transformer)
+    if kernel == "math":  # the text encoders' name for the same
+        for encoder in (model.text_encoder, model.text_encoder_2):
+            encoder.set_attn_implementation("eager")
+    if compiled:
+        for block in model.transformer.transformer_blocks:
+            block.compile(fullgraph=True)
+    share = torch.zeros((), device=device)
+    step = training_step(model, average, share, optimizer, sample, null, recipe)
+    take = Graphed(step, effects=True) if cuda else step
 
+    sums, steps = torch.zeros(2, device=device), 0
     while images < last:
-        # 1. data: every step from its own seed, so that a resumed run draws the same
-        step = images // recipe.batch
-        rng = np.random.default_rng((recipe.seed, 1, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        x_0, texts = sample(rng)
-        ids = tokenize(tokenizer, texts).to(device)
-        x_0 = x_0.to(device)
-        eps = torch.randn(x_0.shape, generator=generator).to(device)
-        t = logit_normal(recipe.batch, recipe.time_mean, recipe.time_std, generator=generator).to(device)
+        set_rate(optimizer, recipe.learning_rate * rate(recipe, images - first, last - first))
+        share.fill_(new_share(recipe.ema_half_life, images - first + recipe.batch, recipe.batch))
+        sums += take(torch.arange(images, images + recipe.batch, device=device))
+        before, images, steps = images, images + recipe.batch, steps + 1
 
-        # 2. flow matching
-        with autocast(device):
-            v = forward(interpolate(x_0, eps, t), t, ids)
-        loss = F.mse_loss(v.float(), eps - x_0)
-
-        # 3. step: warm up, hold, and decay over the last four tenths
-        done = (images - first) / (last - first)
-        rate = min(1.0, ((images - first) / recipe.batch + 1) / 300, (1 - done) / 0.4)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(model)
-        images += recipe.batch
-        step += 1
-
-        # 4. report and keep
-        finished = images >= last
-        figures: dict[str, float] = {}
-        if finished or step % 100 == 0:
-            figures |= {"loss": float(loss.detach()), "gradient": float(norm)}
         save = partial(save_state, state, modules, optimizer, images, recipe)
-        if finished or step % 1000 == 0:
+        progress = Progress(before, images, recipe.images, {}, save)
+        finished = images >= last
+        if finished or progress.crosses(REPORT):
+            loss, norm = (sums / steps).tolist()
+            progress.figures.update(loss=loss, gradient=norm)
+            sums, steps = torch.zeros_like(sums), 0
+        if finished or progress.crosses(recipe.checkpoint_every):
             save()
-        yield Progress(images, recipe.images, figures, save)
+        yield progress
 
 
-def averaged(model: Denoiser, decay: float) -> Any:
-    """The exponential moving average of a model, whose `module` is the model that is kept."""
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema(decay))
+def rate(recipe: Recipe, seen: int, budget: int) -> float:
+    """Share of the peak learning rate after `seen` images of a budget: a linear rise, a plateau, a linear fall."""
+    rise = min(1.0, (seen + recipe.batch) / max(recipe.warmup, 1))
+    left = min(1.0, (budget - seen) / max(min(recipe.decay, budget), 1))
+    return rise * (LOWEST_RATE + (1 - LOWEST_RATE) * left)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def save_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The small world: what is drawn is what was asked, and the scorer sees exactly what is there."""
+"""The toy dataset: what is drawn is what was asked, and the scorer sees exactly what is there."""
 
 from itertools import combinations
 
@@ -12,6 +12,7 @@ from distill.scenes.captions import (
     Thing,
     evaluation_prompts,
     everything,
+    parse_task_weights,
     sample_prompt,
     training_prompts,
     vocabulary,
@@ -96,6 +97,15 @@ def test_training_never_sees_what_is_held_out():
     assert {t.colour for p in seen for t in p.things} == {None, *COLOURS}
     mirrored = Prompt("position", (Thing("ring"), Thing("star")), relation="right")
     assert mirrored.combination() == Prompt("position", (Thing("star"), Thing("ring")), relation="left").combination()
+
+
+def test_task_weights_are_the_tasks_shares_of_training_prompts():
+    weights = parse_task_weights("counting=3, position=1")
+    assert weights == {**dict.fromkeys(TASKS, 0.0), "counting": 0.75, "position": 0.25}
+    rng = np.random.default_rng(6)
+    tasks = [sample_prompt(rng, weights).task for _ in range(4000)]
+    assert {task: tasks.count(task) / 4000 for task in TASKS} == pytest.approx(weights, abs=0.03)
+    assert sum(parse_task_weights(None).values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("held_out", [True, False])

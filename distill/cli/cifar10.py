@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from distill.cli.options import Compiled, Device
-from distill.cli.stopping import asked_to_stop, stopped
+from distill.cli.stopping import train_with_bar
 
 _CIFAR10 = "Folder of CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."
 _CONDITIONAL = "Captions are the classes' names; without, one word for all."
@@ -32,17 +32,11 @@ def teacher(
     """
     from distill.checkpoint import claimed
     from distill.cifar10.teacher import TeacherRecipe, train_teacher
-    from distill.console import image_bar
     from distill.device import resolve_device
 
     recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
-    training = train_teacher(data, recipe, out, resolve_device(device), compiled)
-    with claimed(out), image_bar("teacher", images) as bar, asked_to_stop() as asked:
-        for progress in training:
-            bar.update(progress.images, progress.figures)
-            if asked:
-                progress.save()
-                raise stopped(progress.images, asked)
+    with claimed(out):
+        train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
     typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distils it.")
 
 

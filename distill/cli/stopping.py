@@ -1,10 +1,14 @@
 """Ctrl-C and SIGTERM end a training at the end of a step, which is saved."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from distill.scenes.state import Progress
 
 
 @contextmanager
@@ -30,3 +34,15 @@ def stopped(images: int, asked: list[int]) -> typer.Exit:
     """Say so, and with which status the command ends."""
     typer.echo(f"Stopped after {images} images, which are saved; the same command continues.")
     return typer.Exit(128 + asked[0])
+
+
+def train_with_bar(name: str, images: int, training: "Iterable[Progress]") -> None:
+    """Train a teacher to its end, with a bar. Ends the command when asked to stop."""
+    from distill.console import image_bar
+
+    with image_bar(name, images) as bar, asked_to_stop() as asked:
+        for progress in training:
+            bar.update(progress.images, progress.figures)
+            if asked:
+                progress.save()
+                raise stopped(progress.images, asked)

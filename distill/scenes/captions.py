@@ -6,12 +6,14 @@ the same and adds colours. Every shape, colour and relation is seen in training,
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
 import numpy as np
 
+from distill.errors import ConfigError
 from distill.scenes.shapes import COLOURS, SHAPES
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's names
@@ -108,16 +110,47 @@ def evaluation_prompts(per_task: int, seed: int, held_out: bool = True) -> list[
     return chosen
 
 
-def sample_prompt(rng: np.random.Generator) -> Prompt:
-    """A prompt for training, task by task alike; counting and position name the colours half of the time."""
+def parse_task_weights(text: str | None) -> dict[str, float]:
+    """Shares of the tasks, which sum to 1, from text such as "counting=2,position=1"; equal ones from None.
+
+    A task that the text does not name has no share. Raises ConfigError for text of another form.
+    """
+    if text is None:
+        return dict.fromkeys(TASKS, 1 / len(TASKS))
+    weights = dict.fromkeys(TASKS, 0.0)
+    for part in text.split(","):
+        task, _, number = (word.strip() for word in part.partition("="))
+        if task not in weights:
+            raise ConfigError(f"--task-weights: there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+        try:
+            weights[task] = float(number)
+        except ValueError:
+            raise ConfigError(f"--task-weights: {part!r} is not task=number") from None
+        if not 0 <= weights[task] < math.inf:
+            raise ConfigError(f"--task-weights: {part!r} is negative or not finite; give 0 or more")
+    total = math.fsum(weights.values())
+    if total == 0:
+        raise ConfigError("--task-weights: all are 0; give one task more")
+    return {task: weight / total for task, weight in weights.items()}
+
+
+def sample_prompt(rng: np.random.Generator, task_weights: Mapping[str, float] | None = None) -> Prompt:
+    """A prompt for training; counting and position name the colours half of the time.
+
+    `task_weights` are the tasks' shares. Without them all tasks are drawn alike, but those with more held-out
+    combinations are a little rarer.
+    """
+    task = None
+    if task_weights is not None:
+        task = TASKS[rng.choice(len(TASKS), p=[task_weights[task] for task in TASKS])]
     while True:
-        prompt = _sample_any(rng)
+        prompt = _sample_any(rng, task)
         if not prompt.held_out:
             return prompt
 
 
-def _sample_any(rng: np.random.Generator) -> Prompt:
-    task = TASKS[rng.integers(len(TASKS))]
+def _sample_any(rng: np.random.Generator, task: str | None) -> Prompt:
+    task = task or TASKS[rng.integers(len(TASKS))]
     names = rng.choice(len(SHAPES), 2, replace=False)
     tints = rng.choice(len(COLOURS), 2, replace=False)
     coloured = task in ("colors", "color_attr") or (task in ("counting", "position") and rng.random() < 0.5)

@@ -1,19 +1,57 @@
-"""Resumable state of the world's own trainings: modules, optimizers and images seen, as checkpoints of a recipe."""
+"""What the trainings of teachers share: progress, the average of weights, and the states that they resume from."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill import checkpoint
 from distill.errors import CheckpointError
 
+RAMP = 0.1  # of the images seen: the longest half-life of the average
+FREE = ("images", "vae_images", "per_task", "evaluate_every", "checkpoint_every")  # budgets and cadences of a recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Images seen before and after a step, out of how many, and figures to show.
+
+    `save()` writes a state of this moment, whatever the cadence.
+    """
+
+    before: int
+    images: int
+    total: int
+    figures: dict[str, float]
+    save: Callable[[], None]
+
+    def crosses(self, every: int) -> bool:
+        """Whether a cadence of `every` images fell due in this step."""
+        return self.images // every > self.before // every
+
+
+def new_share(half_life: float, images: int, batch: int) -> float:
+    """Share of the new weights in the average after a step that ends at `images`.
+
+    The half-life is at most a part of the images seen, so that the average does not stay at where training started.
+    """
+    return float(1 - 0.5 ** (batch / min(half_life, RAMP * images)))
+
+
+@torch.no_grad()
+def average_into(average: nn.Module, model: nn.Module, share: Tensor | float) -> None:
+    """Move the average's weights towards the model's."""
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, share)
+
 
 def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:
-    """Write everything that a training needs to go on after `images` images; the newest state alone is kept.
+    """Write everything that a training needs to continue after `images` images; only the newest state is kept.
 
     Raises CheckpointError when the disk refuses.
     """
@@ -27,14 +65,14 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
     """Restore what `save_state` wrote and return the images seen; 0 when there is nothing to restore.
 
-    Raises CheckpointError when the state was made by a recipe that differs in more than its budget.
+    Raises CheckpointError when the state was made by a recipe that differs in more than budgets and cadences.
     """
     newest = checkpoint.latest(folder)
     if newest is None:
         return 0
     tensors, record = checkpoint.load(newest)
-    for key, value in asdict(recipe).items():
-        if key != "images" and record["recipe"].get(key) != value:
+    for key, value in json.loads(json.dumps(asdict(recipe))).items():
+        if key not in FREE and record["recipe"].get(key) != value:
             raise CheckpointError(
                 f"{newest} was trained with {key} = {record['recipe'].get(key)}, not {value}; "
                 "give the same value or another --out folder"

@@ -1,14 +1,18 @@
-"""`distill teacher`: the world's teacher in Stable Diffusion 3's own format, trained from nothing.
+"""`distill teacher`: the teacher of the toy dataset in Stable Diffusion 3's own format.
 
 First the autoencoder (`vae.py`), then the transformer together with two small CLIP text encoders (`denoiser.py`), on
 latents that are encoded once.
 
-The transformer learns coarse to fine: on large patches, where an image is 16 tokens and cheap, it learns which words
-mean which colours and places; then the same blocks go on with small patches, 64 tokens, and learn exact shapes.
+A transformer that is trained from nothing learns coarse to fine: on large patches, where an image is 16 tokens and
+cheap, it learns which words mean which colours and places; then the same blocks continue with small patches, 64 tokens,
+and learn exact shapes. One that starts from another teacher has learnt this already.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +20,26 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from distill.denoiser import Denoiser, Recipe, averaged, fit, save_pipeline, tokenize
-from distill.files import aside
+from distill.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
+from distill.device import autocast, fast_bfloat16
+from distill.errors import CacheError, TeacherError
+from distill.files import aside, write_aside
 from distill.flow import noise
-from distill.scenes.captions import Prompt, evaluation_prompts, sample_prompt, vocabulary, wording
-from distill.scenes.render import place, render
+from distill.philox import Draw
+from distill.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
+from distill.scenes.data import WORDINGS, make_chunks
+from distill.scenes.render import SIZE
 from distill.scenes.score import score
-from distill.scenes.vae import Progress, encode_mean, to_images
-from distill.teacher import decode_latents, guided, sample
+from distill.scenes.state import Progress
+from distill.scenes.vae import encode_mean, to_images
+from distill.spec import RECORD, read_spec
+from distill.teacher import decode_in_parts, guided, sample
 from distill.tokenizer import build_clip_tokenizer
 
 TOKENS = 16  # CLIP tokens of a prompt, start and end included
@@ -35,28 +47,55 @@ T5_TOKENS = 0  # tokens of the absent T5: none, so that text does not outweigh t
 COARSE, FINE = 4, 2  # sides of a patch, in latent pixels
 CHANNELS = 4  # of the latents
 GUIDANCE = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # scales that the teacher's own is chosen from
+SCENES = "scenes.safetensors"  # in the teacher's folder: latents and token ids of the training scenes
+FORMAT = 1  # of that file; to be raised when other scenes are rendered for the same recipe
+AT_ONCE = 256  # images that an evaluation samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe(Recipe):
+    """How the transformer and its text encoders are trained, and on what.
+
+    The first `coarse_images` of `images` are on large patches. `start` is the teacher folder that it starts from.
+    `vae_images` None is that teacher's autoencoder. The tasks' shares of the scenes are `task_weights`. `per_task`
+    prompts of each task are sampled by each evaluation, and to choose the guidance scale.
+    """
+
+    start: str | None
+    vae_images: int | None
+    coarse_images: int
+    scenes: int
+    task_weights: dict[str, float]
+    per_task: int
+    evaluate_every: int
+    time_mean: float = 0.4
+    time_std: float = 1.2
 
 
 @dataclass(frozen=True)
-class TeacherRecipe(Recipe):
-    """How the transformer and its text encoders are trained; `images` of which the first `coarse_images` are coarse."""
+class Scenes:
+    """Training scenes on the device: scaled latents (N, 4, 16, 16), and token ids (N, WORDINGS, TOKENS)."""
 
-    images: int = 1_600_000
-    coarse_images: int = 660_000
-    scenes: int = 40_960
-    batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    caption_dropout: float = 0.1
-    time_mean: float = 0.4
-    time_std: float = 1.2
-    ema: float = 0.999
-    per_task: int = 32  # prompts of each task that it is judged by on the way, and that choose its guidance
-    seed: int = 2
+    latents: Tensor
+    ids: Tensor
+
+    def sample(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """A scene for each image of a batch, in one of its wordings."""
+        wordings = self.ids.flatten(0, 1)
+        drawn = draw.integers(len(wordings))
+        return self.latents.index_select(0, drawn // WORDINGS), wordings.index_select(0, drawn)
+
+
+@dataclass(frozen=True)
+class EvalPrompts:
+    """Prompts of an evaluation, with token ids (N, TOKENS)."""
+
+    prompts: list[Prompt]
+    ids: Tensor
 
 
 def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
-    """The world's model, untrained, on patches of a side."""
+    """The untrained model, on patches of a side."""
     return Denoiser(
         tokenizer,
         width=96,
@@ -75,22 +114,86 @@ def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
     )
 
 
-def scene_latents(
-    vae: AutoencoderKL, recipe: TeacherRecipe, folder: Path, device: torch.device
-) -> tuple[list[Prompt], Tensor]:
-    """The training scenes' prompts and scaled latents (N, 4, 16, 16), encoded once and kept in the folder."""
-    rng = np.random.default_rng((recipe.seed, recipe.scenes))
-    prompts = [sample_prompt(rng) for _ in range(recipe.scenes)]
-    path = folder / f"latents-{recipe.seed}-{recipe.scenes}.safetensors"
+def check_start(folder: Path) -> None:
+    """Raise TeacherError unless a teacher folder can be started from: 64x64 images on small patches, our vocabulary."""
+    spec = read_spec(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    ours = build_clip_tokenizer(vocabulary(), TOKENS)
+    if (spec.image_size, spec.patch_size, spec.latent_channels) != (SIZE, FINE, CHANNELS):
+        raise TeacherError(
+            f"{folder} makes images of {spec.image_size} pixels from {spec.latent_channels} channels on patches of "
+            f"{spec.patch_size}, not {SIZE}, {CHANNELS} and {FINE}; start from a folder that `distill teacher` made"
+        )
+    if tokenizer.get_vocab() != ours.get_vocab():
+        raise TeacherError(f"{folder} has other words; start from a folder that `distill teacher` made")
+
+
+def copy_autoencoder(start: Path, folder: Path) -> None:
+    """Copy a teacher's autoencoder; what is copied can be written, whatever the original allows."""
+    with aside(folder / "vae") as made:
+        made.mkdir()
+        for path in (start / "vae").iterdir():
+            shutil.copyfile(path, made / path.name)
+
+
+def encode_scenes(
+    recipe: TeacherRecipe, folder: Path, device: torch.device, processes: int | None = None
+) -> Iterator[int]:
+    """Render the training scenes and encode them by `folder/vae` into the folder, unless it has them; yields how many.
+
+    Several processes render while this one encodes.
+    """
+    vae = _load_vae(folder, device)
+    key = _key(recipe, vae, device)
+    if _key_in(folder / SCENES) == key:
+        return
+    parts, texts = [], []
+    for chunk in make_chunks(recipe.seed, recipe.scenes, recipe.task_weights, processes):
+        parts.append(encode_mean(vae, chunk.images, device).cpu())
+        texts += chunk.texts
+        yield len(texts) // WORDINGS
+    latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+    ids = tokenize(build_clip_tokenizer(vocabulary(), TOKENS), texts).view(-1, WORDINGS, TOKENS)
+    with aside(folder / SCENES) as made:
+        save_file({"latents": latents.contiguous(), "ids": ids}, made, {"key": key})
+
+
+def read_scenes(recipe: TeacherRecipe, folder: Path, vae: AutoencoderKL, device: torch.device) -> Scenes:
+    """The encoded scenes of a folder. Raises CacheError unless they are those of the recipe and the autoencoder."""
+    path = folder / SCENES
+    if _key_in(path) != _key(recipe, vae, device):
+        raise CacheError(f"{path} is missing, or its scenes are of another recipe or autoencoder; encode them first")
+    return Scenes(**load_file(path, device=str(device)))
+
+
+def _load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).to(device).eval()
+
+
+def _key(recipe: TeacherRecipe, vae: AutoencoderKL, device: torch.device) -> str:
+    """Everything that encoded scenes depend on."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    determined = {
+        "format": FORMAT,
+        "seed": recipe.seed,
+        "scenes": recipe.scenes,
+        "task_weights": recipe.task_weights,
+        "wordings": WORDINGS,
+        "tokens": TOKENS,
+        "autoencoder": weights.hexdigest(),
+        "shift_and_scale": (vae.config.shift_factor, vae.config.scaling_factor),
+        "bf16": fast_bfloat16(device),
+    }
+    return json.dumps(determined, sort_keys=True)
+
+
+def _key_in(path: Path) -> str | None:
     if not path.exists():
-        parts = []
-        for start in range(0, recipe.scenes, 1024):
-            images = render([place(prompt, rng) for prompt in prompts[start : start + 1024]])
-            parts.append(encode_mean(vae, images, device))
-        latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
-        with aside(path) as made:
-            save_file({"latents": latents.contiguous()}, made)
-    return prompts, load_file(path)["latents"]
+        return None
+    with safe_open(path, framework="pt") as file:
+        return str(file.metadata()["key"])
 
 
 def refine(coarse: Denoiser, fine: Denoiser) -> None:
@@ -115,89 +218,67 @@ def train_teacher(
     recipe: TeacherRecipe,
     folder: Path,
     device: torch.device,
-    compiled: bool = True,
+    compiled: bool = False,
     scales: Sequence[float] = GUIDANCE,
 ) -> Iterator[Progress]:
-    """Train until the budget is seen, continuing from the folder's states; needs `folder/vae`.
+    """Train until the budget is seen, continuing from the folder's states; needs `folder/vae` and its encoded scenes.
 
-    At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with EMA weights, and names
-    the guidance of `scales` that scores highest.
+    At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with averaged weights, and
+    names the guidance of `scales` that scores highest on prompts that training saw; held-out ones stay untouched.
     """
     torch.manual_seed(recipe.seed)
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
+    vae = _load_vae(folder, device)
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
-    prompts, latents = scene_latents(vae, recipe, folder, device)
-
-    def sample_scenes(rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        rows = rng.integers(len(prompts), size=recipe.batch)
-        dropped = rng.random(recipe.batch) < recipe.caption_dropout
-        texts = ["" if drop else wording(prompts[i], rng) for i, drop in zip(rows, dropped, strict=True)]
-        return latents[torch.from_numpy(rows)], texts
+    scenes = read_scenes(recipe, folder, vae, device)
+    null = tokenize(tokenizer, [""])[0].to(device)
+    held_out, seen = (_eval_prompts(tokenizer, recipe.per_task, side, device) for side in (True, False))
 
     best: Any = None
-    for patch, first, last in ((COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)):
+    stages = [(COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)]
+    for patch, first, last in stages if recipe.coarse_images else stages[1:]:
         model = make_denoiser(tokenizer, patch)
         if best is not None:
             refine(best, model)
+        elif recipe.start is not None:
+            model.start_from(Path(recipe.start))
         model.to(device)
-        average = averaged(model, recipe.ema)
-        best = average.module
+        best = deepcopy(model)
         state = folder / f"patch-{patch}-state"
-        for progress in fit(model, average, tokenizer, sample_scenes, recipe, state, device, compiled, first, last):
-            if progress.images >= last or progress.images // recipe.batch % 1000 == 0:
-                progress.figures.update(quick_score(best, vae, tokenizer, device, 2.5, recipe.per_task, True, 16))
+        for progress in fit(model, best, scenes.sample, null, recipe, state, device, compiled, first, last):
+            if progress.images >= last or progress.crosses(recipe.evaluate_every):
+                progress.figures.update(evaluate(best, vae, held_out, null, 2.5, 16))
             yield progress
 
     save_pipeline(best, vae, tokenizer, folder)
-    record = {
-        "max_sequence_length": T5_TOKENS,
-        "guidance": best_guidance(best, vae, tokenizer, recipe.per_task, device, scales),
-    }
-    (folder / "onestep.json").write_text(json.dumps({**record, "recipe": asdict(recipe)}, indent=2) + "\n")
+    scores = [evaluate(best, vae, seen, null, scale, 28)["overall"] for scale in scales]
+    record = {"max_sequence_length": T5_TOKENS, "guidance": scales[int(np.argmax(scores))], "recipe": asdict(recipe)}
+    write_aside(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _eval_prompts(tokenizer: CLIPTokenizer, per_task: int, held_out: bool, device: torch.device) -> EvalPrompts:
+    prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
+    rng = np.random.default_rng(0)
+    return EvalPrompts(prompts, tokenize(tokenizer, [wording(prompt, rng) for prompt in prompts]).to(device))
+
+
+def evaluate(
+    model: Denoiser, vae: AutoencoderKL, evaluated: EvalPrompts, null: Tensor, guidance: float, steps: int
+) -> dict[str, float]:
+    """Scores by task, and overall, of guided samples of some steps, from the seeds 0 to N - 1."""
+    return score(evaluated.prompts, generate(model, vae, evaluated.ids, null, guidance, steps))
 
 
 @torch.no_grad()
 def generate(
-    model: Denoiser,
-    vae: AutoencoderKL,
-    ids: Tensor,
-    null: Tensor,
-    guidance: float,
-    steps: int,
-    device: torch.device,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Images (N, 64, 64, 3) for token ids (N, TOKENS), seeds 0 to N - 1."""
-    z = noise(range(len(ids)), (CHANNELS, 16, 16)).to(device)
-    cond, empty = model.encode(ids.to(device)), model.encode(null.to(device))
-    latents = sample(guided(model.velocity, empty, guidance), z, cond, steps)
-    return to_images(decode_latents(vae, latents))
-
-
-def quick_score(
-    model: Denoiser,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    device: torch.device,
-    guidance: float,
-    per_task: int,
-    held_out: bool,
-    steps: int,
-) -> dict[str, float]:
-    """Score per task of guided samples."""
-    prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
-    rng = np.random.default_rng(0)
-    ids = tokenize(tokenizer, [wording(prompt, rng) for prompt in prompts])
-    return score(prompts, generate(model, vae, ids, tokenize(tokenizer, [""]), guidance, steps, device))
-
-
-def best_guidance(
-    model: Denoiser,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    per_task: int,
-    device: torch.device,
-    scales: Sequence[float],
-) -> float:
-    """The guidance scale of the highest score on prompts that training saw; the held-out ones stay untouched."""
-    scores = [quick_score(model, vae, tokenizer, device, g, per_task, False, 28)["overall"] for g in scales]
-    return scales[int(np.argmax(scores))]
+    model: Denoiser, vae: AutoencoderKL, ids: Tensor, null: Tensor, guidance: float, steps: int
+) -> NDArray[np.uint8]:
+    """Images (N, 64, 64, 3) for token ids (N, TOKENS), from the seeds 0 to N - 1; `null` (TOKENS,) is no caption."""
+    images = []
+    for start in range(0, len(ids), AT_ONCE):
+        part = ids[start : start + AT_ONCE]
+        z = noise(range(start, start + len(part)), (CHANNELS, SIZE // 4, SIZE // 4)).to(ids.device)
+        with autocast(ids.device):
+            velocity = guided(model.velocity, model.encode(null[None]), guidance)
+            latents = sample(velocity, z, model.encode(part), steps)
+        images.append(to_images(decode_in_parts(vae, latents)))
+    return np.concatenate(images)

@@ -1,14 +1,14 @@
-"""The world's autoencoder: 64x64 RGB to 16x16 latents of 4 channels and back, trained from nothing.
+"""The autoencoder of the toy dataset: 64x64 RGB to 16x16 latents of 4 channels and back, trained from nothing.
 
-The autoencoder bounds everything after it, so it is trained first, on the densest scenes, and judged by how many of
-its round trips still score as right.
+The autoencoder bounds the quality of everything after it, so it is trained first, on scenes of many objects, and
+evaluated by how many of its round trips still score as right.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,40 +17,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.device import autocast
 from distill.scenes.captions import Prompt, Thing, sample_prompt
 from distill.scenes.render import SIZE, place, render
 from distill.scenes.score import score
 from distill.scenes.shapes import SHAPES
-from distill.scenes.state import load_state, save_state
+from distill.scenes.state import Progress, average_into, load_state, new_share, save_state
+
+REPORT = 800  # images between two figures
 
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """How long and how fast; `images` is the budget that the learning rate decays over."""
-
-    images: int = 26_000
-    batch: int = 16
-    learning_rate: float = 2e-3
-    kl_weight: float = 1e-6
-    ema: float = 0.995
-    judged: int = 1024  # fresh scenes that its round trip is judged by and that set the latents' scale
-    seed: int = 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Images seen, out of how many, and figures to show beside the bar; `save()` keeps a state off the cadence."""
+    """How the autoencoder is trained; `images` is the budget that the learning rate decays over."""
 
     images: int
-    total: int
-    figures: dict[str, float]
-    save: Callable[[], None]
-
-
-def ema(decay: float) -> Any:
-    """An `AveragedModel`'s averaging function: exponential, one fused update."""
-    make: Any = torch.optim.swa_utils.get_ema_multi_avg_fn
-    return make(decay)
+    seed: int
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 320  # images
+    kl_weight: float = 1e-6
+    ema_half_life: float = 2_200  # images
+    evaluated: int = 1024  # fresh scenes that its round trip is evaluated on and that set the latents' scale
+    checkpoint_every: int = 8_000  # images
 
 
 def make_vae() -> AutoencoderKL:
@@ -76,9 +65,9 @@ def make_vae() -> AutoencoderKL:
     return vae
 
 
-def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def to_pixels(images: NDArray[np.uint8], device: torch.device | None = None) -> Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1], on a device if one is given."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
@@ -97,11 +86,11 @@ def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[Progress]:
-    """Train until the budget is seen, continuing from `folder` if it holds a state; the EMA ends in `folder/vae`."""
+    """Train until the budget is seen, continuing from the folder's state if any; the average ends in its `vae`."""
     torch.manual_seed(recipe.seed)
     vae = make_vae().to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=ema(recipe.ema))
+    average = deepcopy(vae)
     modules = {"vae": vae, "ema": average}
     images = load_state(folder / "vae-state", modules, optimizer, recipe)
 
@@ -109,7 +98,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         # 1. data: every step from its own seed, so that a resumed run draws the same scenes
         rng = np.random.default_rng((recipe.seed, images))
         torch.manual_seed(recipe.seed * 1_000_003 + images)
-        pixels = to_pixels(crowded_scenes(recipe.batch, rng)).to(device)
+        pixels = to_pixels(crowded_scenes(recipe.batch, rng), device)
 
         # 2. round trip
         posterior = vae.encode(pixels).latent_dist
@@ -119,32 +108,31 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
         loss = error + recipe.kl_weight * posterior.kl().mean()
 
-        # 4. step, along a one-cycle rate
-        done = images / recipe.images
-        warm = min(1.0, images / (20 * recipe.batch) + 0.05)
+        # 4. step: a short rise of the rate, then half a cosine
+        warm = min(1.0, (images + recipe.batch) / recipe.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * done))
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * images / recipe.images))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(vae)
-        images += recipe.batch
+        before, images = images, images + recipe.batch
+        average_into(average, vae, new_share(recipe.ema_half_life, images, recipe.batch))
 
-        # 5. report and keep
-        finished = images >= recipe.images
-        figures: dict[str, float] = {}
-        if finished or (images // recipe.batch) % 50 == 0:
-            figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+        # 5. report and save
         save = partial(save_state, folder / "vae-state", modules, optimizer, images, recipe)
-        if finished or (images // recipe.batch) % 500 == 0:
-            figures["round_trip"] = round_trip(average.module, recipe.judged, seed=0, device=device)
+        progress = Progress(before, images, recipe.images, {}, save)
+        finished = images >= recipe.images
+        if finished or progress.crosses(REPORT):
+            progress.figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+        if finished or progress.crosses(recipe.checkpoint_every):
+            progress.figures["round_trip"] = round_trip(average, recipe.evaluated, seed=0, device=device)
             save()
-        yield Progress(images, recipe.images, figures, save)
+        yield progress
 
-    finished_vae: Any = average.module
-    set_latent_scale(finished_vae, recipe.judged, recipe.seed, device)
-    finished_vae.save_pretrained(folder / "vae")
+    set_latent_scale(average, recipe.evaluated, recipe.seed, device)
+    # In the precision of the teacher's folder, so that the scenes are encoded by the weights that are published.
+    deepcopy(average).half().save_pretrained(folder / "vae")
 
 
 @torch.no_grad()
@@ -158,16 +146,20 @@ def set_latent_scale(vae: AutoencoderKL, count: int, seed: int, device: torch.de
 
 @torch.no_grad()
 def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
-    """Posterior means (N, 4, 16, 16), unscaled, on the CPU."""
-    parts = torch.split(to_pixels(images), batch)
-    return torch.cat([vae.encode(part.to(device)).latent_dist.mean.cpu() for part in parts])
+    """Posterior means (N, 4, 16, 16), unscaled, in fp32 on the device."""
+    means = []
+    with autocast(device):
+        for start in range(0, len(images), batch):
+            posterior = vae.encode(to_pixels(images[start : start + batch], device)).latent_dist
+            means.append(posterior.mean.float())
+    return torch.cat(means)
 
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> float:
-    """Overall score of `count` fresh training scenes after encoding and decoding, in [0, 1]: the world's ceiling."""
+    """Overall score of `count` fresh training scenes after encoding and decoding, in [0, 1]: a teacher's ceiling."""
     rng = np.random.default_rng((seed, count))
     prompts = [sample_prompt(rng) for _ in range(count)]
     latents = encode_mean(vae, render([place(prompt, rng) for prompt in prompts]), device)
-    decoded = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in torch.split(latents, 128)])
+    decoded = torch.cat([vae.decode(part).sample.cpu() for part in torch.split(latents, 128)])
     return score(prompts, to_images(decoded))["overall"]
