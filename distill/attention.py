@@ -17,7 +17,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from distill.errors import ConfigError
 
-_KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION}
+
+
+def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that `auto` means for training in a dtype on a device; any other name is itself.
+
+    `benchmarks/kernels.py` measures what the rule rests on.
+    """
+    if name != "auto":
+        return name
+    return "math" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "networks.attention") -> None:
@@ -39,9 +49,11 @@ def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "n
 
 
 def use(name: str, model: SD3Transformer2DModel) -> None:
-    """Have all of a transformer's attention computed by the named kernel; `sdpa` leaves the choice to torch."""
+    """Compute all of a transformer's attention with the named kernel; `sdpa` leaves the choice to torch."""
     if name == "xformers":
         model.set_attn_processor(XFormersJointAttnProcessor())
+    elif name == "math":
+        model.set_attn_processor(MatrixAttention())
     elif name in _KERNELS:
         model.set_attn_processor(_JointAttention(_KERNELS[name]))
 
@@ -58,3 +70,38 @@ class _JointAttention(JointAttnProcessor2_0):  # type: ignore[misc]
     ) -> Any:
         with sdpa_kernel(self._kernel):
             return super().__call__(attn, hidden_states, encoder_hidden_states, **more)
+
+
+class MatrixAttention:
+    """Joint attention as two matrix products and a softmax.
+
+    PyTorch's fused attention on CPUs has a slow bf16 backward: a training step takes half the time without it.
+    """
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
+    ) -> Any:
+        """Image tokens (B, N, D), and text tokens (B, L, D) where a block has both, to the same."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)  # (B, H, N, D / H)
+
+        def normed(norm: Any, x: Tensor) -> Tensor:
+            out: Tensor = x if norm is None else norm(x)
+            return out
+
+        q = normed(attn.norm_q, heads(attn.to_q(hidden_states)))
+        k = normed(attn.norm_k, heads(attn.to_k(hidden_states)))
+        v = heads(attn.to_v(hidden_states))
+        if encoder_hidden_states is not None:
+            q = torch.cat([q, normed(attn.norm_added_q, heads(attn.add_q_proj(encoder_hidden_states)))], 2)
+            k = torch.cat([k, normed(attn.norm_added_k, heads(attn.add_k_proj(encoder_hidden_states)))], 2)
+            v = torch.cat([v, heads(attn.add_v_proj(encoder_hidden_states))], 2)
+
+        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)  # (B, H, N + L, N + L)
+        out = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2).to(q.dtype)
+        image, text = out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
+        image = attn.to_out[1](attn.to_out[0](image))
+        if encoder_hidden_states is None:
+            return image
+        return image, text if attn.context_pre_only else attn.to_add_out(text)

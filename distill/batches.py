@@ -1,21 +1,21 @@
-"""What each turn of a run learns from, micro-batch by micro-batch: noise, prompts and real images by the image's index.
+"""What each turn of a run learns from, micro-batch by micro-batch: images by index, their prompts and real images.
 
-Every random number is a function of (seed, purpose, image index), so that a run needs no generator's state to continue,
-and devices share one global batch.
+All of it is a function of (seed, purpose, image index), so that a run needs no generator's state to continue, and
+devices share one global batch.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from distill.config import Run
-from distill.flow import Draw
 from distill.methods import Batch, Real
+from distill.philox import Draw, key_of
 from distill.text import TextCondition
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class Conditions(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Sequence[int]) -> TextCondition: ...
+    def rows(self, indices: Tensor) -> TextCondition: ...
 
 
 class Reals(Protocol):
@@ -36,7 +36,45 @@ class Reals(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Sequence[int]) -> Real: ...
+    def rows(self, indices: Tensor) -> Real: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images of one forward by their indices (B,), with conditions of their prompts, and real images if asked for.
+
+    `shape` (C, h, w) is that of their latents, and `purpose` names the random numbers that are drawn for them.
+    """
+
+    purpose: str
+    shape: tuple[int, int, int]
+    images: Tensor
+    cond: TextCondition
+    real: Real | None
+
+    def batch(self, seed: int) -> Batch:
+        """The batch that a loss takes, its noise drawn where the indices are."""
+        draw = Draw(seed, self.purpose, self.images)
+        return Batch(draw.normal(self.shape), self.cond, draw, self.real)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that changes from one micro-batch of a purpose to the next."""
+        real = [self.real.x_0, self.real.cond.embeds, self.real.cond.pooled] if self.real else []
+        return [self.images, self.cond.embeds, self.cond.pooled, *real]
+
+    def with_tensors(self, images: Tensor, embeds: Tensor, pooled: Tensor, *real: Tensor) -> Self:
+        """The same of other values, in the order of `tensors`."""
+        others = Real(real[0], TextCondition(real[1], real[2])) if real else None
+        return type(self)(self.purpose, self.shape, images, TextCondition(embeds, pooled), others)
+
+    def pin_memory(self) -> Self:
+        """The same where a GPU fetches it by itself; what is on a GPU stays there."""
+        pinned = (x if x.is_cuda else x.pin_memory() for x in self.tensors())
+        return self.with_tensors(*pinned)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device, which fetches it without being waited for."""
+        return self.with_tensors(*(x.to(device, non_blocking=True) for x in self.tensors()))
 
 
 def micro(config: Run, local: int) -> int:
@@ -53,21 +91,22 @@ def batches(
     shapes: Sequence[tuple[int, int, int]],
     pinned: bool,
     reals: Reals | None = None,
-) -> Generator[Batch]:
-    """The micro-batches of all turns to come, on the host: of each batch the `local` images from `offset` on."""
+) -> Generator[MicroBatch]:
+    """The micro-batches of all turns to come: of each batch the `local` images from `offset` on."""
     for first in range(images, config.images, config.batch):
         for turn in config.method.turns():
             for step in range(turn.steps):
                 purpose = f"{turn.role} {step}"
-                shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).uniform() * len(shapes))]
+                shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).integers(len(shapes)))]
                 start, stop = first + offset, first + offset + local
                 for row in range(start, stop, micro(config, local)):
                     rows = range(row, min(row + micro(config, local), stop))
-                    draw = Draw(config.seed, purpose, rows)
-                    z, cond = draw.normal(shape), conditions.rows(_rows(config.seed, rows, len(conditions)))
-                    real = reals.rows(_rows(config.seed, rows, len(reals))) if turn.real and reals is not None else None
-                    batch = Batch(z, cond, draw, real)
-                    yield _pinned(batch) if pinned else batch
+                    cond = conditions.rows(_rows(config.seed, "prompts", rows, len(conditions)))
+                    real = None
+                    if turn.real and reals is not None:
+                        real = reals.rows(_rows(config.seed, "real images", rows, len(reals)))
+                    made = MicroBatch(purpose, shape, torch.arange(rows.start, rows.stop), cond, real)
+                    yield made.pin_memory() if pinned else made
 
 
 def ahead(items: Iterator[T]) -> Generator[T]:
@@ -79,31 +118,21 @@ def ahead(items: Iterator[T]) -> Generator[T]:
             yield item
 
 
-def _pinned(batch: Batch) -> Batch:
-    """The batch where a GPU fetches it by itself."""
-    real = batch.real and Real(batch.real.x_0.pin_memory(), batch.real.cond.pin_memory())
-    return replace(batch, z=batch.z.pin_memory(), cond=batch.cond.pin_memory(), real=real)
-
-
-def onto(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, which fetches it without being waited for."""
-
-    def sent(x: Any) -> Any:
-        return x.to(device, non_blocking=True)
-
-    real = batch.real and Real(sent(batch.real.x_0), sent(batch.real.cond))
-    return replace(batch, z=sent(batch.z), cond=sent(batch.cond), real=real)
-
-
-def _rows(seed: int, images: range, count: int) -> list[int]:
-    """Which prompt, or real image, each image gets.
+def _rows(seed: int, purpose: str, images: range, count: int) -> Tensor:
+    """Which prompt, or real image, each image gets, as indices (B,).
 
     Every epoch is a permutation of its own, found from the image index alone.
     """
-    return [int(_permutation(seed, image // count, count)[image % count]) for image in images]
+    parts = []
+    start = images.start
+    while start < images.stop:
+        epoch, row = divmod(start, count)
+        parts.append(_permutation(seed, purpose, epoch, count)[row : row + images.stop - start])
+        start += len(parts[-1])
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=4)  # of prompts and of real images; a batch may span two epochs
-def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+def _permutation(seed: int, purpose: str, epoch: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(key_of(seed, f"{purpose} {epoch}") >> 1)
     return torch.randperm(count, generator=generator)

@@ -80,7 +80,7 @@ def _made_of(record: Mapping[str, Any]) -> Iterator[str]:
         count = "" if prompts["count"] is None else f"{prompts['count']:,} different "
         yield f"Data: {count}prompts of `{prompts['source']}`.\n"
     if config:
-        chosen = {key: config[key] for key in ("method", "networks", "optimizer", "batch", "ema", "seed")}
+        chosen = {key: config[key] for key in ("method", "networks", "optimizer", "batch", "ema_half_life", "seed")}
         yield f"Settings:\n\n```yaml\n{yaml.safe_dump(chosen, sort_keys=False)}```\n"
     yield f"Everything else about it, with the whole recipe, is in `{RECORD}`.\n"
 

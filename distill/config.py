@@ -17,6 +17,7 @@ PRESETS = Path(__file__).parent / "presets"
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 _Positive = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(BaseModel):
@@ -25,7 +26,7 @@ class Prompts(BaseModel):
     model_config = _FROZEN
     source: str = "scenes"
     count: _Count = 20_000
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RealImages(BaseModel):
@@ -37,20 +38,23 @@ class RealImages(BaseModel):
     model_config = _FROZEN
     source: str
     count: _Count | None = None
-    seed: Annotated[int, Field(ge=0)] = 0  # of scenes
+    seed: Seed = 0  # of scenes
 
 
 class _Networks(BaseModel):
     """How the networks compute. A run may go on with another choice: only rounding differs.
 
-    `checkpointing` keeps each block's input alone and computes the block again in the backward. `compile` compiles
-    each block. `attention` names the kernel; `sdpa` leaves it to torch, which is the fastest on CPUs too.
+    `checkpointing` is activation checkpointing of each block. `compile` compiles each block. `attention` names the
+    kernel: `auto` is `math`, two matrix products and a softmax, for bf16 on CPUs, where the backward of PyTorch's fused
+    kernel is slow, and elsewhere `sdpa`, which leaves the choice to PyTorch. `cuda_graph` runs a whole round of updates
+    as one CUDA graph; `auto` does so for models whose kernels are shorter than their launches.
     """
 
     model_config = _FROZEN
     checkpointing: bool = False
     compile: bool = False
-    attention: Literal["sdpa", "math", "flash", "xformers"] = "sdpa"
+    attention: Literal["auto", "sdpa", "math", "flash", "xformers"] = "auto"
+    cuda_graph: bool | Literal["auto"] = "auto"
 
 
 class Full(_Networks):
@@ -72,7 +76,7 @@ class Lora(_Networks):
 
 
 class Optimizer(BaseModel):
-    """Adam for both roles. Rates warm up over `warmup` images and fall to nothing over the last `decay` of the run.
+    """Adam for both roles. Rates rise over the first `warmup` images and fall to zero over the last `decay` images.
 
     `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
     is not finite is skipped and counted; more than `skips` in a row end the run.
@@ -87,7 +91,7 @@ class Optimizer(BaseModel):
     clip: _Positive = 1.0
     skips: Annotated[int, Field(ge=0)] = 3
     warmup: Annotated[int, Field(ge=0)] = 2_000
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.5
+    decay: Annotated[int, Field(ge=0)] = 50_000
 
 
 class Cadence(BaseModel):
@@ -123,8 +127,8 @@ class Run(BaseModel):
     batch: _Count = 128
     micro_batch: _Count | None = None  # images in one forward; a step sums the gradients of a whole batch
     sizes: tuple[tuple[_Count, _Count], ...] = ()  # (width, height) to draw from, step by step; none is the teacher's
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    seed: int = 0
+    ema_half_life: Annotated[float, Field(ge=0)] = 20_000  # images after which weights count half in the average
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cadence: Cadence = Cadence()
     stop: Stop = Stop()

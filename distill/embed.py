@@ -24,7 +24,16 @@ from torch import Tensor
 from distill.device import fast_bfloat16
 from distill.errors import CacheError, PromptError
 from distill.prompts import Distinct
-from distill.shards import SHARD_ROWS, Layout, ShardReader, ShardWriter, rows_of_shard, shard_name, write_rows
+from distill.shards import (
+    SHARD_ROWS,
+    Layout,
+    ShardReader,
+    ShardWriter,
+    check_rows,
+    rows_of_shard,
+    shard_name,
+    write_rows,
+)
 from distill.spec import TeacherSpec, read_spec
 from distill.text import SD3TextEncoder, TextCondition
 
@@ -63,7 +72,7 @@ def embed_prompts(
     shard_rows: int = SHARD_ROWS,
     processes: int = 1,
 ) -> Iterator[Encoded]:
-    """Encode each different prompt, in order, into `out`, and the empty prompt beside them.
+    """Encode each different prompt, in order, into `out`, and the empty prompt and the order of all beside them.
 
     Computed and kept in bf16 where the device is fast in it, else in fp32. A shard has at most `shard_rows` rows and
     SHARD_BYTES bytes. Several `processes` hold encoders of their own, on a GPU each where there are as many, and
@@ -101,7 +110,8 @@ def embed_prompts(
         yield Encoded(count, truncated, shard.repeated)
     if not count:
         raise PromptError("there are no prompts to encode; give a source that holds some")
-    writer.finish({"null": null.path}, {}, repeated=source.repeated)
+    order = {"rows": torch.tensor(source.order)}
+    writer.finish({"null": null.path, "order": order}, {}, repeated=source.repeated)
     yield Encoded(count, truncated, source.repeated)
 
 
@@ -202,19 +212,27 @@ def tensors(cond: TextCondition) -> dict[str, Tensor]:
 
 
 class EmbeddingCache:
-    """A whole cache of one teacher's text conditions; rows are read from disk when they are asked for."""
+    """A whole cache of one teacher's text conditions, held on a device if it is small, else read from disk by row.
 
-    def __init__(self, folder: Path, teacher: Path | str) -> None:
-        """Open and check. Raises CacheError for a cache that is partial, damaged, or another teacher's."""
-        self._reader = ShardReader(folder, _layout(read_spec(teacher)))
+    A prompt that its source repeats has an index for each time, so that training sees it as often.
+    """
+
+    def __init__(self, folder: Path, teacher: Path | str, device: torch.device | None = None) -> None:
+        """Open and check; small caches are held on the `device`, if one is given.
+
+        Raises CacheError for a cache that is partial, damaged, or another teacher's.
+        """
+        self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
         self.null = TextCondition(**self._reader.only("null"))
+        self._order = self._reader.only("order")["rows"]
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._order)
 
-    def rows(self, indices: Sequence[int]) -> TextCondition:
-        """The conditions of some prompts, in the order asked.
+    def rows(self, indices: Tensor) -> TextCondition:
+        """The conditions of the prompts of some indices (B,), in that order.
 
         Raises IndexError for one that is not there, CacheError for one in a damaged shard.
         """
-        return TextCondition(**self._reader.rows(indices))
+        check_rows(indices, len(self))
+        return TextCondition(**self._reader.rows(self._order[indices]))

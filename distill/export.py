@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def export_student(
         "teacher": spec.name,
         "teacher_digest": spec.digest,
         **recipe,
-        "made_with": {name: version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
+        "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
     }
     try:
         with aside(out) as made:
@@ -81,6 +81,14 @@ def export_student(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
+
+
+def _version(package: str) -> str:
+    """Of an installed package; this one may also run from its checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _copy_frozen(teacher: Path, made: Path) -> None:

@@ -5,8 +5,7 @@ predict the velocity w = eps - x_0 = dx_t/dt. The FGM paper runs time the other 
 Batches are (B, ...) and times (B,).
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -73,22 +72,3 @@ def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Te
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
     return pair
-
-
-class Draw:
-    """Random numbers for a batch, one generator an image, from (seed, purpose, image index) alone.
-
-    An image's numbers are the same on one device or many, in a first run or a resumed one, in any batch.
-    """
-
-    def __init__(self, seed: int, purpose: str, images: Iterable[int]) -> None:
-        key = int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 2
-        self._generators = [torch.Generator().manual_seed((key + i * 0x9E3779B97F4A7C15) % 2**63) for i in images]
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal (B, *shape), fp32 on the CPU."""
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators])
-
-    def uniform(self) -> Tensor:
-        """Uniform (B,) in [0, 1)."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._generators])

@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from distill.embed import tensors, text_dtype, text_shapes
 from distill.errors import ImageError
@@ -156,21 +157,23 @@ def _layout(spec: TeacherSpec) -> Layout:
 
 
 class ImageCache:
-    """A whole cache of one teacher's latents and captions; rows are read from disk when they are asked for."""
+    """A whole cache of one teacher's latents and captions, held on a device if small, else read from disk by row."""
 
-    def __init__(self, folder: Path, teacher: Path | str, count: int | None = None) -> None:
-        """Open and check; `count` are its first rows alone.
+    def __init__(
+        self, folder: Path, teacher: Path | str, count: int | None = None, device: torch.device | None = None
+    ) -> None:
+        """Open and check; `count` are its first rows alone. Small caches are held on the `device`, if one is given.
 
         Raises CacheError for a cache that is partial, damaged, or another teacher's.
         """
-        self._reader = ShardReader(folder, _layout(read_spec(teacher)))
+        self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
         self._count = len(self._reader) if count is None else min(count, len(self._reader))
 
     def __len__(self) -> int:
         return self._count
 
-    def rows(self, indices: Sequence[int]) -> Real:
-        """Some images with their captions' conditions, in the order asked.
+    def rows(self, indices: Tensor) -> Real:
+        """The images of some indices (B,) with their captions' conditions, in that order.
 
         Raises IndexError for one that is not there, CacheError for one in a damaged shard.
         """

@@ -20,23 +20,68 @@ from distill.runs import METRICS
 
 BUCKETS = 5  # of t, for the gap between teacher and fake
 SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
+_LOG10 = "log10_"  # of a figure whose mean is shown as its logarithm
+
+
+class Figures:
+    """Sums and counts of one round's figures, as tensors on their device: nothing waits for their values.
+
+    The losses swing round zero and say little. What tells whether a run is well: `gap` (|u - v|^2, and its log10 by t),
+    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count the values that are finite; `skipped` counts the others."""
+        finite = values.isfinite()
+        sum_and_count = torch.stack([torch.where(finite, values, 0).sum().float(), finite.sum().float()])
+        self._sums[name] = self._sums[name] + sum_and_count if name in self._sums else sum_and_count
+
+    def add_loss(self, role: str, loss: Loss) -> None:
+        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
+        self.add(f"loss/{role}", loss.value.detach())
+        if role == "student":
+            self._add_latents(loss.x_0)
+        for name, values in loss.figures.items():
+            if name == "t":
+                continue
+            self.add(name, values.float())
+            bucket = (loss.figures["t"] * BUCKETS).long().clamp(max=BUCKETS - 1)
+            for number in range(BUCKETS):
+                inside = torch.where(bucket == number, values.float(), torch.nan)
+                self.add(f"{_LOG10}{name}/t{number / BUCKETS:.1f}", inside)
+
+    def _add_latents(self, x_0: Tensor) -> None:
+        self.add("latent/std", x_0.std())
+        self.add("latent/saturated", (x_0.abs() > SATURATED).float())
+        flat = x_0.flatten(1)[:32].float()
+        if len(flat) > 1:
+            self.add("latent/diversity", torch.nn.functional.pdist(flat) / flat.shape[1] ** 0.5)
+
+    def names(self) -> list[str]:
+        return list(self._sums)
+
+    def sums(self) -> Tensor:
+        """Sum and count of each name, (names, 2)."""
+        return torch.stack(list(self._sums.values()))
 
 
 class Log:
-    """Figures are added while turns go on, and written as a line at the cadence.
+    """Rounds are added as they end, and written as a line at the cadence.
 
-    The losses swing round zero and say little. What tells whether a run is well: `gap` (log10 |u - v|^2 by t),
-    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation. `seconds/` are
-    sums: what the roles' turns took, and how long they waited for data. `memory/peak` is of the main process, in bytes.
-    Figures stay on their device until a line is written, so that nothing waits for them.
+    `seconds/` are sums: what the roles' turns took, or whole rounds where these are CUDA graphs, and how long they
+    waited for data. `memory/peak` is of the main process, in bytes.
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
         self._path = out / METRICS
         self._accelerator = accelerator
-        self._values: dict[str, list[float | Tensor]] = {}
-        self._by_time: list[tuple[str, Tensor, Tensor]] = []
+        self._rounds: dict[str, Tensor] = {}
+        self._numbers: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._inner = 0.0
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.trim_lines(self._path, images)
@@ -45,59 +90,36 @@ class Log:
             if tracker.name != "tensorboard":  # which would write a second file of events for it
                 tracker.store_init_configuration(config.identity())
 
-    def add(self, name: str, value: float | Tensor) -> None:
-        self._values.setdefault(name, []).append(value)
+    def add_round(self, names: Sequence[str], sums: Tensor) -> None:
+        """Figures of a round by name, with sum and count of each (names, 2)."""
+        key = "\n".join(names)
+        self._rounds[key] = self._rounds[key] + sums if key in self._rounds else sums
+
+    def add_number(self, name: str, value: float) -> None:
+        """A figure that is known as it is."""
+        self._numbers[name] = value
 
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
-        """Count what is done here as time of `name`."""
+        """Count what is done here as time of `name`, less what is counted inside of it."""
+        outer, self._inner = self._inner, 0.0
         began = time.perf_counter()
         yield
-        self._seconds[name] = self._seconds.get(name, 0) + time.perf_counter() - began
-
-    def add_loss(self, role: str, loss: Loss) -> None:
-        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
-        self.add(f"loss/{role}", loss.value.detach())
-        if role == "student":
-            self.add_latents(loss.x_0)
-        for name, values in loss.figures.items():
-            if name != "t":
-                self.add(name, values.float().mean())
-                self._by_time.append((name, loss.figures["t"], values.float()))
-
-    def add_latents(self, x_0: Tensor) -> None:
-        self.add("latent/std", x_0.std())
-        self.add("latent/saturated", (x_0.abs() > SATURATED).float().mean())
-        flat = x_0.flatten(1)[:32].float()
-        if len(flat) > 1:
-            self.add("latent/diversity", torch.nn.functional.pdist(flat).mean() / flat.shape[1] ** 0.5)
-
-    @contextmanager
-    def update_ratio(self, role: str, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """|update| / |weights| of the step taken inside, over evenly spaced numbers of each tensor."""
-        before = [_sample(tensor) for tensor in tensors]
-        yield
-        change = size = 0.0
-        for tensor, old in zip(tensors, before, strict=True):
-            change += float((_sample(tensor) - old).square().mean()) * tensor.numel()
-            size += float(old.square().mean()) * tensor.numel()
-        self.add(f"update_ratio/{role}", math.sqrt(change / size))
+        took = time.perf_counter() - began
+        self._seconds[name] = self._seconds.get(name, 0) + took - self._inner
+        self._inner = outer + took
 
     def write(self, images: int) -> dict[str, float]:
-        for name, t, values in self._by_time:
-            buckets = (t.cpu() * BUCKETS).long().clamp(max=BUCKETS - 1)
-            for bucket in sorted(set(buckets.tolist())):
-                inside = values.cpu()[buckets == bucket]
-                self.add(f"log10_{name}/t{bucket / BUCKETS:.1f}", inside.mean().clamp(1e-12).log10())
-        figures = {f"seconds/{name}": value for name, value in self._seconds.items()}
+        figures = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
         figures["memory/peak"] = _peak_memory(self._accelerator.device)
-        for name, added in self._values.items():
-            finite = [number for number in map(float, added) if math.isfinite(number)]  # `skipped` counts the others
-            if finite:
-                figures[name] = sum(finite) / len(finite)
+        for names, sums in self._rounds.items():
+            for name, (total, count) in zip(names.split("\n"), sums.tolist(), strict=True):
+                if count:
+                    mean = total / count
+                    figures[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean
         figures = dict(sorted(figures.items()))
-        self._values.clear()
-        self._by_time.clear()
+        self._rounds.clear()
+        self._numbers.clear()
         self._seconds.clear()
         if self._accelerator.is_main_process:
             with self._path.open("a") as file:
@@ -106,9 +128,13 @@ class Log:
         return figures
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """At most about 4096 numbers of a tensor: enough for a norm, and no second copy of a large model."""
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float().clone()
+def sample_of(tensors: Sequence[Tensor]) -> Tensor:
+    """At most about 4096 numbers of each tensor, scaled so that their norm is about that of all."""
+    parts = []
+    for tensor in tensors:
+        part = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float()
+        parts.append(part * (tensor.numel() / part.numel()) ** 0.5)
+    return torch.cat(parts)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -285,7 +285,7 @@ def build(
             "networks.kind full cannot be sharded; train full copies under DDP, or take networks.kind lora for FSDP2"
         )
     model = load_transformer(folder, torch.float32 if isinstance(kind, Full) else dtype, device)
-    attention.use(kind.attention, model)
+    attention.use(attention.resolve(kind.attention, dtype, device), model)
     if isinstance(kind, Full):
         return FullCopies(model, kind, dtype, roles, two_times, critic)
     base = SharedBase(model, kind, roles, two_times, critic)

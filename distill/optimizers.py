@@ -1,7 +1,12 @@
-"""Adam for a role's tensors, in the form that a configuration names."""
+"""Adam for a role's tensors, in the form that a configuration names.
+
+Nothing here waits for the device: a rate and whether a step is taken are tensors there, so that a CUDA graph of a
+training step holds for every step.
+"""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,5 +34,25 @@ def adam(tensors: Iterable[Tensor], config: Optimizer, rate: float) -> torch.opt
 
         eight: torch.optim.Optimizer = Adam8bit(tensors, lr=rate, betas=config.betas, eps=config.eps)
         return eight
-    fused = tensors[0].device.type in _FUSED
-    return torch.optim.Adam(tensors, lr=rate, betas=config.betas, eps=config.eps, fused=fused)
+    device = tensors[0].device
+    fused, cuda = device.type in _FUSED, device.type == "cuda"
+    lr = torch.tensor(rate, device=device) if cuda else rate
+    return torch.optim.Adam(tensors, lr=lr, betas=config.betas, eps=config.eps, fused=fused, capturable=cuda)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the steps that follow."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def step(optimizer: torch.optim.Optimizer, sound: Tensor) -> None:
+    """Take a step where `sound` () is true, and leave weights and moments as they are where it is false."""
+    if optimizer.param_groups[0].get("fused"):
+        cast(Any, optimizer).found_inf = (~sound).float()  # as gradient scalers tell the kernel
+        optimizer.step()
+    elif bool(sound):
+        optimizer.step()

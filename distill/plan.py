@@ -21,11 +21,12 @@ from torch.autograd.forward_ad import unpack_dual
 from distill import methods
 from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError
-from distill.flow import Draw, derivative, one_step
+from distill.flow import derivative, one_step
 from distill.geometry import Geometry
 from distill.meter import Meter, without_data
 from distill.methods import Batch, Real, Turn, Velocities, Velocity
 from distill.networks import ROLES, FullCopies, SharedBase
+from distill.philox import Draw
 from distill.run import GRID
 from distill.teacher import decode_in_parts
 from distill.text import TextCondition

@@ -10,8 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill.flow import Draw, interpolate, one_step, shift_time, x_0_from_velocity
+from distill.flow import interpolate, one_step, shift_time, x_0_from_velocity
 from distill.methods import Batch, Loss, Velocities, Velocity
+from distill.philox import Draw
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,20 +56,22 @@ class TeacherGuidance(BaseModel):
                 raise ValueError(f"{name} must go from low to high, not from {pair[0]} to {pair[1]}")
         return self
 
-    def drawn(self, draw: Draw) -> Tensor:
-        """A scale for each image (B,), or the one of all ()."""
+    def drawn(self, draw: Draw) -> Tensor | float:
+        """A scale for each image (B,), or the one of all."""
         if isinstance(self.teacher, tuple):
             low, high = self.teacher
             return low + (high - low) * draw.uniform()
-        return torch.tensor(self.teacher)
+        return self.teacher
 
-    def at(self, t: Tensor, scale: Tensor) -> Tensor:
-        """What `drawn` gave, at times t (B,): 1 outside of the interval."""
+    def at(self, t: Tensor, scale: Tensor | float) -> Tensor | None:
+        """What `drawn` gave, at times t (B,): 1 outside of the interval. None where no image is guided at any time."""
+        if self.teacher == 1:
+            return None
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        return torch.where(inside, scale.to(t), torch.ones_like(t))
+        return torch.where(inside, torch.ones_like(t) * scale, torch.ones_like(t))
 
-    def scales(self, t: Tensor, draw: Draw) -> Tensor:
-        """The scale of each image (B,), drawn for these times alone."""
+    def scales(self, t: Tensor, draw: Draw) -> Tensor | None:
+        """The scale of each image (B,), drawn for these times alone; None where no image is guided."""
         return self.at(t, self.drawn(draw))
 
 
@@ -110,9 +113,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).mean(1)
 
 
-def guided(field: Velocity, null: Any, x_t: Tensor, t: Tensor, cond: Any, scales: Tensor) -> Tensor:
-    """null + scale (field - null) with a scale per image; the null half only where a scale needs it."""
-    if bool((scales == 1).all()):
+def guided(field: Velocity, null: Any, x_t: Tensor, t: Tensor, cond: Any, scales: Tensor | None) -> Tensor:
+    """null + scale (field - null) with a scale per image (B,); without scales the null half is not computed."""
+    if scales is None:
         return field(x_t, t, cond)
     both = type(cond).cat([null.expand(len(x_t)), cond])
     empty, full = field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
@@ -155,7 +158,7 @@ def guided_pair(guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, ba
     """Teacher's and fake's velocities u, v at x_t, each guided as the policy says."""
     scales = guidance.scales(t, batch.draw)
     u = guided(nets.teacher, nets.null, x_t, t, batch.cond, scales)
-    v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.fake == "alike" else torch.ones_like(t))
+    v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.fake == "alike" else None)
     return u, v
 
 

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import sys
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,12 +43,15 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> Iterat
 
 
 class Distinct:
-    """Each different prompt of a source once; counts and digests what has been read of the source."""
+    """Each different prompt of a source once; counts and digests what has been read of the source.
+
+    `order` has, for each prompt that was read, its number among the different ones.
+    """
 
     def __init__(self, prompts: Iterable[str]) -> None:
-        self.read = 0
+        self.order = array("q")
         self._prompts = iter(prompts)
-        self._seen: set[bytes] = set()
+        self._seen: dict[bytes, int] = {}
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
@@ -57,6 +61,11 @@ class Distinct:
         """Read on by `count` prompts, or to the end."""
         for prompt in islice(self._prompts, count):
             self._is_new(prompt)
+
+    @property
+    def read(self) -> int:
+        """How many prompts have been read."""
+        return len(self.order)
 
     @property
     def repeated(self) -> int:
@@ -70,9 +79,8 @@ class Distinct:
 
     def _is_new(self, prompt: str) -> bool:
         mark, before = _mark(prompt), len(self._seen)
-        self.read += 1
         self._digest.update(mark)
-        self._seen.add(mark)
+        self.order.append(self._seen.setdefault(mark, before))
         return len(self._seen) > before
 
 

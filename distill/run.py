@@ -107,10 +107,10 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         return
     folder = teacher_folder(config)
     spec = read_spec(folder)
-    conditions = EmbeddingCache(out / "embeddings", folder)
+    conditions = EmbeddingCache(out / "embeddings", folder, machine.device)
     reals = None
     if config.real is not None:
-        reals = ImageCache(_images_folder(config.real, out), folder, config.real.count)
+        reals = ImageCache(_images_folder(config.real, out), folder, config.real.count, machine.device)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
     # looks where a sharded base needs all of them to generate; one writes.
@@ -288,7 +288,8 @@ class _Watch:
     def _judge(self, progress: Progress, generate: Generate) -> None:
         encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
         result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
-        figures = {"overall": result.overall, "frechet": result.frechet, "diversity": result.diversity}
+        names = ("overall", "frechet", "recall", "diversity")
+        figures: dict[str, float] = {name: getattr(result, name) for name in names}
         progress.figures.update(figures)
         if not self._write:
             return

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import checkpoint
@@ -28,6 +28,7 @@ from distill.spec import TeacherSpec
 FORMAT = 1
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 30  # a prompt of a model with T5 takes megabytes, and a shard is built in memory
+RESIDENT_BYTES = 1 << 30  # of all rows of a cache, up to which a reader holds them in memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Layout:
 def rows_of_shard(most: int, row: Mapping[str, Tensor]) -> int:
     """How many rows like this one a shard takes: at most `most`, and SHARD_BYTES of them."""
     return max(1, min(most, SHARD_BYTES // sum(tensor.nbytes for tensor in row.values())))
+
+
+def check_rows(indices: Tensor, count: int) -> None:
+    """Raise IndexError unless all indices are those of `count` rows."""
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        raise IndexError(f"rows {indices.tolist()} of {count}")
 
 
 def shard_name(number: int) -> str:
@@ -141,7 +148,7 @@ class ShardWriter:
     def finish(
         self, files: Mapping[str, Mapping[str, Tensor] | Path], lines: Mapping[str, Sequence[Any]], **counts: int
     ) -> None:
-        """Keep further rows, each group in a file of its name, and make the index final."""
+        """Keep further tensors, each group in a file of its name, and make the index final."""
         with self._writing():
             for name, rows in files.items():
                 self._index[name] = self._save(name, rows)
@@ -220,15 +227,17 @@ class ShardWriter:
 
 
 class ShardReader:
-    """A whole cache; rows are read from disk when they are asked for.
+    """A whole cache, whose rows are read from disk when they are asked for, or held on a device.
 
-    That every shard is there, and of its size, is checked when the cache is opened; its checksum when its first row is
-    asked for. A large model's cache is terabytes, which no start and no process of many should have to read through,
-    and no row gets into training unchecked either way.
+    That every shard is there, and of its size, is checked when the cache is opened; its checksum before its first row
+    is given out. A large model's cache is terabytes, which no start and no process of many should have to read through.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        """Open and check. Raises CacheError for a cache that is partial, damaged, or another teacher's."""
+    def __init__(self, folder: Path, layout: Layout, device: torch.device | None = None) -> None:
+        """Open and check; rows of RESIDENT_BYTES or less are held on the `device`, if one is given.
+
+        Raises CacheError for a cache that is partial, damaged, or another teacher's.
+        """
         path = folder / layout.manifest
         if not path.exists():
             begun = (folder / layout.unfinished).exists()
@@ -238,28 +247,40 @@ class ShardReader:
         self._index = _read_index(path, layout, {"shards"})
         self._shards = _shards(path, self._index["shards"], layout)
         self._starts = [0, *accumulate(shard.rows for shard in self._shards)]
+        self._table: dict[str, Tensor] | None = None
+        if device is not None and sum(shard.bytes for shard in self._shards) <= RESIDENT_BYTES:
+            whole = [shard.whole() for shard in self._shards]
+            self._table = {name: torch.cat([part[name] for part in whole]).to(device) for name in layout.shapes}
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Some rows by tensor, in the order asked.
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """The rows of some indices (B,) by tensor, in that order, where they are held or else on the CPU.
 
         Raises IndexError for one that is not there, CacheError for one in a damaged shard.
         """
+        check_rows(indices, len(self))
+        if self._table is not None:
+            return {name: held.index_select(0, indices.to(held.device)) for name, held in self._table.items()}
         parts = []
-        for index in indices:
-            if not 0 <= index < len(self):
-                raise IndexError(f"row {index} of {len(self)}")
+        for index in indices.tolist():
             shard = bisect_right(self._starts, index) - 1
             parts.append(self._shards[shard].row(index - self._starts[shard]))
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
 
     def only(self, name: str) -> dict[str, Tensor]:
-        """The first row of a file beside the shards. Raises CacheError when the cache has none of the name."""
-        if name not in self._index:
-            raise self._layout.damaged(self._path)
-        return _shards(self._path, [self._index[name]], self._layout)[0].row(0)
+        """The tensors of a file beside the shards.
+
+        Raises CacheError when the cache has none of the name, or it is not what was written.
+        """
+        try:
+            path = self._path.parent / self._index[name]["name"]
+            if _digest(path) == self._index[name]["sha256"]:
+                return dict(load_file(path))
+        except (KeyError, TypeError, OSError, SafetensorError):
+            pass
+        raise self._layout.damaged(self._path)
 
 
 class _Shard:
@@ -280,9 +301,20 @@ class _Shard:
         if shapes != expected:
             raise self._damaged()
         self._file = file
+        self.bytes = self._path.stat().st_size
 
     def row(self, row: int) -> dict[str, Tensor]:
         """One row, as a batch, by tensor. Raises CacheError when the file is not what was written."""
+        self._check()
+        return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
+
+    def whole(self) -> dict[str, Tensor]:
+        """All rows by tensor. Raises CacheError when the file is not what was written."""
+        self._check()
+        return {name: self._file.get_tensor(name) for name in self._layout.shapes}
+
+    def _check(self) -> None:
+        """Compare the file's checksum, once."""
         if not self._checked:
             try:
                 self._checked = _digest(self._path) == self._sha256
@@ -290,7 +322,6 @@ class _Shard:
                 raise self._damaged() from None
             if not self._checked:
                 raise self._damaged()
-        return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
 
     def _damaged(self) -> CacheError:
         mend = f"remove {self._path.parent} and {self._layout.verb} again"

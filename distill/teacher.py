@@ -5,6 +5,7 @@ scaled ones that the transformer sees.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -118,7 +119,6 @@ def euler_times(steps: int, shift: float) -> Tensor:
 def sample(u: Velocity, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
     """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, as the stock pipeline takes its steps."""
     x = noise.float()
-    times = euler_times(steps, shift).to(x.device)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
-        x = x + (t_next - t) * u(x, t.expand(len(x)), cond)
+    for t, t_next in pairwise(euler_times(steps, shift).tolist()):
+        x = x + (t_next - t) * u(x, x.new_full((len(x),), t), cond)
     return x

@@ -13,11 +13,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -28,23 +28,25 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
-    set_seed,
 )
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill import attention, checkpoint, optimizers
-from distill.batches import Conditions, Reals, ahead, batches, micro, onto
+from distill.batches import Conditions, MicroBatch, Reals, ahead, batches, micro
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
-from distill.log import Log
+from distill.graphs import Graphed
+from distill.log import Figures, Log, sample_of
 from distill.methods import Turn, Velocities
 from distill.networks import Networks
 from distill.text import TextCondition
 
 PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
+RAMP = 0.1  # of the images seen: the longest half-life of the average
+GRAPHED = 50_000_000  # trainable numbers of a role, above which kernels take longer than their launches
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,28 @@ def mesh(accelerator: Accelerator) -> DeviceMesh | None:
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
+def graphs_rounds(
+    config: Run, networks: Networks, shapes: Sequence[tuple[int, int, int]], accelerator: Accelerator
+) -> bool:
+    """Whether a round of turns runs as one CUDA graph: where that is possible, and pays or is asked for.
+
+    Raises ConfigError that names what stands against a graph that is asked for.
+    """
+    asked = config.networks.cuda_graph
+    size = sum(tensor.numel() for tensor in networks.trainable("student").values())
+    against = {
+        "a CUDA device": accelerator.device.type != "cuda",
+        "a single process": accelerator.num_processes > 1,
+        "one size of images": len(shapes) > 1,
+        "networks.checkpointing false": config.networks.checkpointing,
+        "optimizer.kind adam": config.optimizer.kind != "adam",
+    }
+    missing = [name for name, fails in against.items() if fails]
+    if asked is True and missing:
+        raise ConfigError(f"networks.cuda_graph needs {', '.join(missing)}; set it to auto, or change that")
+    return asked is not False and not missing and (asked is True or size < GRAPHED)
+
+
 def train(
     config: Run,
     out: Path,
@@ -136,9 +160,9 @@ def train(
     """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
     `shapes` are the latents (C, h, w) that each step draws one of. Raises CheckpointError for a checkpoint of another
-    configuration, DivergedError for a number that is not finite, RunError when `out` vanishes meanwhile.
+    configuration, DivergedError for gradients that are not finite, RunError when `out` vanishes meanwhile.
     """
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     local = config.batch // world
 
@@ -154,59 +178,71 @@ def train(
 
     null = conditions.null.to(device)
     asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
-    skipped = dict.fromkeys(networks.roles, 0)  # steps in a row whose gradient was not finite
-    pinned = device.type == "cuda"
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
+    parts = -(-local // micro(config, local))  # micro-batches of a step
+    skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
+    blend = torch.zeros((), device=device)  # share of the new weights in the average
+    names: list[str] = []  # of a round's figures
+    graphed = graphs_rounds(config, networks, shapes, accelerator)
+
+    def take_round(coming: Iterator[MicroBatch]) -> Tensor:
+        """One step for each turn; the figures' sums (names, 2)."""
+        figures = Figures()
+        for turn in turns:
+            with log.seconds(turn.role):
+                # 2. loss and gradient, over this process's share of the global batch
+                for part in islice(coming, parts):
+                    with networks.using(turn.role):
+                        with accelerator.autocast():
+                            loss = turn.loss(asked[turn.role], part.batch(config.seed))
+                        (loss.value * (len(part.images) / local)).backward()
+                    figures.add_loss(turn.role, loss)
+
+                # 3. average over processes, clip, step
+                tensors = list(weights[turn.role].values())
+                _average_gradients(tensors, accelerator)
+                norm = torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip)
+                sound = norm.isfinite()
+                optimizers.step(adams[turn.role], sound)
+                adams[turn.role].zero_grad()
+                skipped[turn.role].copy_(torch.where(sound, 0, skipped[turn.role] + 1))
+                figures.add(f"gradient_norm/{turn.role}", norm)
+                figures.add(f"skipped/{turn.role}", (~sound).float())
+                if not graphed:
+                    check_soundness(turn.role)  # which waits for the device, so that the turn's seconds are its own
+
+        # 4. average the student
+        for name, tensor in average.items():
+            tensor.lerp_(weights["student"][name].detach(), blend)
+        names[:] = figures.names()
+        return figures.sums()
+
+    def check_soundness(role: str) -> None:
+        in_a_row = int(skipped[role])
+        if in_a_row > config.optimizer.skips:
+            raise DivergedError(
+                f"the {role}'s gradient was not finite {in_a_row} times in a row after {images} images; "
+                f"lower optimizer.{role}_rate, or train with precision fp32; the last checkpoint is sound"
+            )
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
-    coming = batches(config, images, rank * local, local, conditions, shapes, pinned, reals)
-    # On a CPU the thread would take the cores that the step itself runs on.
-    with closing(coming if device.type == "cpu" else ahead(coming)) as made:
+    run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
+    coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
+    # On a CPU the thread would take the cores that the step itself runs on; a graph is recorded without company.
+    with closing(coming if device.type == "cpu" or graphed else ahead(coming)) as made:
+        fed = _fed(made, device, log)
         while images < config.images:
             started = time.perf_counter()
-            scale = _rate(config, images)
             after = images + config.batch
             logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
-            for turn in turns:
-                # 2. loss and gradient, over this process's share of the global batch
-                for _ in range(0, local, micro(config, local)):
-                    with log.seconds("data"):
-                        batch = onto(next(made), device)
-                    with log.seconds(turn.role), networks.using(turn.role):
-                        with accelerator.autocast():
-                            loss = turn.loss(asked[turn.role], batch)
-                        (loss.value * (len(batch.z) / local)).backward()
-                        log.add_loss(turn.role, loss)
-
-                # 3. average over processes, clip, step
-                with log.seconds(turn.role):
-                    tensors = list(weights[turn.role].values())
-                    _average_gradients(tensors, accelerator)
-                    norm = float(torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip))
-                    sound = math.isfinite(norm)
-                    skipped[turn.role] = 0 if sound else skipped[turn.role] + 1
-                    if skipped[turn.role] > config.optimizer.skips:
-                        raise DivergedError(
-                            f"the {turn.role}'s gradient is {norm} after {images} images, {skipped[turn.role]} "
-                            f"times in a row; lower optimizer.{turn.role}_rate, or train with precision fp32; "
-                            "the last checkpoint is sound"
-                        )
-                    adams[turn.role].param_groups[0]["lr"] = rates[turn.role] * scale
-                    if sound:
-                        with log.update_ratio(turn.role, tensors) if logged else nullcontext():
-                            adams[turn.role].step()
-                        log.add(f"gradient_norm/{turn.role}", norm)
-                    adams[turn.role].zero_grad()
-                    log.add(f"skipped/{turn.role}", float(not sound))
-
-            # 4. average the student
-            # The first images count for more: an average that starts at the teacher should not stay there.
-            keep = min(config.ema, (1 + images / config.batch) / (10 + images / config.batch))
-            for name, tensor in average.items():
-                tensor.lerp_(weights["student"][name].detach(), 1 - keep)
+            for role, optimizer in adams.items():
+                optimizers.set_rate(optimizer, rates[role] * _rate(config, images))
+            blend.fill_(1 - _kept(config, after))
+            before = {role: sample_of(list(weights[role].values())) for role in weights} if logged else {}
+            log.add_round(names, run_round(fed))
 
             # 5. report and keep
             if not out.is_dir():
@@ -214,10 +250,15 @@ def train(
                     f"{out} is gone; if it was moved, the same command with its new place as --out continues "
                     "from the last checkpoint in it"
                 )
-            before, images = images, after
+            seen, images = images, after
+            for role, old in before.items():
+                check_soundness(role)
+                change = sample_of(list(weights[role].values())) - old
+                steps = sum(turn.role == role for turn in turns)
+                log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()) / steps)
             seconds += time.perf_counter() - started
             save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
-            progress = Progress(before, images, seconds, {}, generate, average, save)
+            progress = Progress(seen, images, seconds, {}, generate, average, save)
             if logged:
                 progress.figures.update(log.write(images))
             if progress.crosses(config.cadence.checkpoint) or images >= config.images:
@@ -225,6 +266,37 @@ def train(
                     save()
                 accelerator.wait_for_everyone()
             yield progress
+
+
+def _fed(made: Iterator[MicroBatch], device: torch.device, log: Log) -> Iterator[MicroBatch]:
+    """Micro-batches on the device; the time that is waited for them is logged."""
+    while True:
+        with log.seconds("data"):
+            part = next(made, None)
+            if part is None:
+                return
+            part = part.to(device)
+        yield part
+
+
+def _graphed(
+    take_round: Callable[[Iterator[MicroBatch]], Tensor], count: int, log: Log
+) -> Callable[[Iterator[MicroBatch]], Tensor]:
+    """The same rounds, of so many micro-batches, as replays of one CUDA graph."""
+    forms: list[MicroBatch] = []
+
+    def from_tensors(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        return take_round(form.with_tensors(*islice(rest, len(form.tensors()))) for form in forms)
+
+    replay = Graphed(from_tensors, effects=True)
+
+    def run_round(coming: Iterator[MicroBatch]) -> Tensor:
+        forms[:] = islice(coming, count)
+        with log.seconds("round"):
+            return replay(*(tensor for form in forms for tensor in form.tensors()))
+
+    return run_round
 
 
 def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
@@ -239,12 +311,22 @@ def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
 
 
 def _rate(config: Run, images: int) -> float:
-    """Share of the full rate: a linear rise, a plateau, a half cosine to zero."""
+    """Share of the full rate: a linear rise over `warmup` images, a plateau, a half cosine over the last `decay`."""
     warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup, 1))
-    start = config.images * (1 - config.optimizer.decay)
+    start = max(0, config.images - config.optimizer.decay)
     if images <= start:
         return warm
     return warm * (0.5 + 0.5 * math.cos(math.pi * (images - start) / (config.images - start)))
+
+
+def _kept(config: Run, images: int) -> float:
+    """Share of the average that stays in a step after which `images` are seen.
+
+    Its half-life is at most a part of what was seen, so that the average does not stay at the teacher that it starts
+    from.
+    """
+    half_life = min(float(config.ema_half_life), RAMP * images)
+    return 0.5 ** (config.batch / half_life) if half_life else 0.0
 
 
 def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:

@@ -8,9 +8,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here as in every process that a test star
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # nobody is trusted; each client would read them all anew
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from tiny import make_clip, make_teacher
 
 # What takes longest begins first, so that no process is left with it when the others have nothing more to do.
@@ -35,6 +37,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # stable: a file's own order stays
+
+
+@pytest.fixture(autouse=True)
+def _own_precision() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first run for all that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from distill.flow import Draw
+from distill.philox import Draw
 
 
 def gaussian_field(mean: float | Tensor, std: float | Tensor) -> Callable[..., Tensor]:

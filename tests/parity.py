@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from distill import trainer
 from distill.config import Lora, Run, load_config
 from distill.errors import ConfigError
-from distill.flow import Draw
 from distill.methods import Batch, Velocities
 from distill.methods.fgm import Config
 from distill.networks import ROLES, SharedBase, build
+from distill.philox import Draw
 from distill.policies import Guidance
 from distill.text import TextCondition
 

@@ -122,5 +122,5 @@ def test_a_conditional_teacher_and_real_images_know_the_classes(data: Path, tmp_
     list(encode_examples(tmp_path / "teacher", examples, tmp_path / "cache"))
     spec = read_spec(tmp_path / "teacher")
     expected = (to_pixels(images) - spec.shift_factor) * spec.scaling_factor
-    found = ImageCache(tmp_path / "cache", tmp_path / "teacher").rows(range(3)).x_0
+    found = ImageCache(tmp_path / "cache", tmp_path / "teacher").rows(torch.arange(3)).x_0
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # the folder's weights are fp16

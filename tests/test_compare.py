@@ -47,7 +47,7 @@ def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
         "fgm,networks={kind: lora, rank: 8}",
         "dmd,method.guidance.teacher=[2,6]",
     ]
-    for variant in read_variants([*texts, "fgm,ema=0.9"], "scenes", ["batch=32"], 640):
+    for variant in read_variants([*texts, "fgm,ema_half_life=900"], "scenes", ["batch=32"], 640):
         program, verb, source, *words, last, folder = shlex.split(variant.command(Path("runs")))
         assert (program, verb, set(words[::2])) == ("distill", "run", {"--set"})
         assert (last, folder) == ("--out", f"runs/{variant.name}")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from distill.config import Full, Lora
-from distill.flow import Draw
 from distill.methods import Batch, Real, Velocities
 from distill.methods.dmd import Config, Gan
 from distill.networks import FullCopies, SharedBase, build
+from distill.philox import Draw
 from distill.policies import Guidance
 from distill.teacher import load_transformer
 from distill.text import SD3TextEncoder, TextCondition

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from distill import methods
-from distill.flow import Draw
 from distill.methods import Batch, Real, Velocities
 from distill.methods.dmd import Config, Gan
+from distill.philox import Draw
 from distill.policies import Guidance, Times
 
 

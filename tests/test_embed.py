@@ -9,7 +9,8 @@ import torch
 from commands import invoke, start, until
 from tiny import PROMPTS, WORDS, make_teacher
 
-from distill.embed import MANIFEST, EmbeddingCache, embed_prompts
+from distill import shards
+from distill.embed import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
 from distill.errors import CacheError, PromptError
 from distill.text import SD3TextEncoder
 
@@ -37,15 +38,32 @@ def cache(teacher, tmp_path):
     return tmp_path / "cache"
 
 
-def test_rows_are_what_the_encoder_makes_once_per_prompt(cache, teacher):
-    opened = EmbeddingCache(cache, teacher)
-    assert len(opened) == len(PROMPTS)
-    encoder = SD3TextEncoder.load(teacher)
-    rows = opened.rows([2, 0, 1])
-    expected = encoder.encode([PROMPTS[i] for i in (2, 0, 1)])
+@pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["from disk", "held"])
+def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, teacher, device):
+    opened = EmbeddingCache(cache, teacher, device)
+    assert len(opened) == len(PROMPTS) + 1
+    assert json.loads((cache / MANIFEST).read_text())["prompts"] == len(PROMPTS)  # a repetition is encoded once
+    encoder = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu"))
+    rows = opened.rows(torch.tensor([2, 0, 1, len(PROMPTS)]))
+    expected = encoder.encode([PROMPTS[i] for i in (2, 0, 1, 0)])
     torch.testing.assert_close(rows.embeds, expected.embeds)
     torch.testing.assert_close(rows.pooled, expected.pooled)
     torch.testing.assert_close(opened.null.embeds, encoder.encode([""]).embeds)
+    for row in (-1, len(PROMPTS) + 1):
+        with pytest.raises(IndexError):
+            opened.rows(torch.tensor([row]))
+
+
+def test_a_cache_is_held_only_within_the_memory_for_it(cache, teacher, monkeypatch):
+    monkeypatch.setattr(shards, "RESIDENT_BYTES", 1)
+    shard = cache / "shard-00000.safetensors"
+    opened = EmbeddingCache(cache, teacher, torch.device("cpu"))
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\1\2\3")
+    with pytest.raises(CacheError, match="shard-00000"):  # it is read now, not before
+        opened.rows(torch.tensor([0]))
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match="shard-00000"):
+        EmbeddingCache(cache, teacher, torch.device("cpu"))
 
 
 def test_cut_prompts_are_counted(teacher, tmp_path):
@@ -63,7 +81,7 @@ def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path
     shard.write_bytes(whole[:-4] + b"\0\1\2\3")
     damaged = EmbeddingCache(cache, teacher)
     with pytest.raises(CacheError, match="shard-00000"):
-        damaged.rows([0])
+        damaged.rows(torch.tensor([0]))
     shard.write_bytes(whole[:-4])
     with pytest.raises(CacheError, match="shard-00000"):
         EmbeddingCache(cache, teacher)
@@ -71,7 +89,7 @@ def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path
     with pytest.raises(CacheError, match="shard-00000"):
         EmbeddingCache(cache, teacher)
     shard.write_bytes(whole)
-    assert len(EmbeddingCache(cache, teacher).rows([0])) == 1
+    assert len(EmbeddingCache(cache, teacher).rows(torch.tensor([0]))) == 1
     (cache / MANIFEST).unlink()
     with pytest.raises(CacheError, match="not a whole"):
         EmbeddingCache(cache, teacher)
@@ -100,7 +118,7 @@ def test_the_lengths_that_rows_were_made_with_are_recorded_and_held_to(teacher_t
     path = tmp_path / "cache" / MANIFEST
     index = json.loads(path.read_text())
     assert (index["clip_length"], index["max_sequence_length"], index["t5"]) == (8, 6, True)
-    assert EmbeddingCache(tmp_path / "cache", teacher_t5).rows([0]).embeds.shape == (1, 14, 48)
+    assert EmbeddingCache(tmp_path / "cache", teacher_t5).rows(torch.tensor([0])).embeds.shape == (1, 14, 48)
     path.write_text(json.dumps({**index, "max_sequence_length": 5}))
     with pytest.raises(CacheError, match="max_sequence_length = 5, not 6"):
         EmbeddingCache(tmp_path / "cache", teacher_t5)
@@ -111,10 +129,10 @@ def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path):
     list(embed_prompts(teacher, texts, tmp_path / "cache", shard_rows=2))
     opened = EmbeddingCache(tmp_path / "cache", teacher)
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 3
-    expected = SD3TextEncoder.load(teacher).encode([texts[4], texts[1], texts[2]])
-    torch.testing.assert_close(opened.rows([4, 1, 2]).pooled, expected.pooled)
+    expected = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode([texts[4], texts[1], texts[2]])
+    torch.testing.assert_close(opened.rows(torch.tensor([4, 1, 2])).pooled, expected.pooled)
     with pytest.raises(IndexError):
-        opened.rows([5])
+        opened.rows(torch.tensor([5]))
 
 
 def test_a_call_killed_before_its_first_shard_leaves_nothing_that_binds(teacher, tmp_path):
@@ -152,7 +170,7 @@ def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
         repeated = len(TEXTS) - DIFFERENT
         assert f"{DIFFERENT} prompts are in {folder}; {repeated} more were repetitions of them" in done.output
     assert kept.stat().st_mtime_ns == written
-    assert len(EmbeddingCache(out, teacher)) == DIFFERENT
+    assert len(EmbeddingCache(out, teacher)) == len(TEXTS)
     assert contents(out) == contents(whole)
 
 
@@ -193,8 +211,8 @@ def test_a_source_that_has_grown_continues_a_cache(teacher, tmp_path):
     begin(teacher, tmp_path / "cache", TEXTS[:20])
     *_, last = embed_prompts(teacher, TEXTS, tmp_path / "cache")
     assert (last.prompts, last.repeated) == (DIFFERENT, len(TEXTS) - DIFFERENT)
-    rows = EmbeddingCache(tmp_path / "cache", teacher).rows(range(DIFFERENT))
-    expected = SD3TextEncoder.load(teacher).encode(list(dict.fromkeys(TEXTS)))
+    rows = EmbeddingCache(tmp_path / "cache", teacher).rows(torch.arange(len(TEXTS)))
+    expected = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode(TEXTS)
     torch.testing.assert_close(rows.embeds, expected.embeds)
     lines = (tmp_path / "cache" / "prompts.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(dict.fromkeys(TEXTS))

@@ -8,9 +8,10 @@ import torch
 from gaussians import FixedDraw, affine_student, gaussian_field
 from torch import nn
 
-from distill.flow import Draw, interpolate
+from distill.flow import interpolate
 from distill.methods import Batch, Real, Velocities
 from distill.methods.fgm import Config, RealUID
+from distill.philox import Draw
 from distill.policies import WEIGHTS, Guidance, Times
 from distill.text import TextCondition
 

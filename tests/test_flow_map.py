@@ -15,10 +15,11 @@ from distill import checkpoint
 from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError, TeacherError
 from distill.export import export_student
-from distill.flow import Draw, between, jump, noise, one_step
+from distill.flow import between, jump, noise, one_step
 from distill.methods import Batch, Loss, Velocities
 from distill.methods.flow_map import LAWS, Config
 from distill.networks import build
+from distill.philox import Draw
 from distill.pipeline import OneStepPipeline
 from distill.policies import TeacherGuidance
 from distill.teacher import load_transformer, velocity

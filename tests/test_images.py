@@ -16,6 +16,7 @@ from tiny import make_teacher
 
 from distill import checkpoint
 from distill.config import load_config
+from distill.embed import text_dtype
 from distill.errors import CacheError, ConfigError, ImageError
 from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
 from distill.scenes.vae import to_pixels
@@ -76,10 +77,10 @@ def test_rows_are_what_the_encoders_make(write, teacher, tmp_path):
     source.mkdir()
     write(source)
     assert last(teacher, source, tmp_path / "cache", shard_rows=2) == EncodedImages(3, 0, 0)
-    rows = ImageCache(tmp_path / "cache", teacher).rows([2, 0, 1])
+    rows = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([2, 0, 1]))
     pixels = to_pixels(np.stack([np.asarray(picture(i)) for i in (2, 0, 1)]))
     torch.testing.assert_close(rows.x_0, encode_images(load_vae(teacher), pixels))
-    cond = SD3TextEncoder.load(teacher).encode([CAPTIONS[i] for i in (2, 0, 1)])
+    cond = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode([CAPTIONS[i] for i in (2, 0, 1)])
     torch.testing.assert_close(rows.cond.embeds, cond.embeds)
     torch.testing.assert_close(rows.cond.pooled, cond.pooled)
 
@@ -101,11 +102,11 @@ def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
     last(teacher, tmp_path, tmp_path / "cache")
     expected = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "white", "blue")]
     expected[2].paste("green", (0, SIDE // 2, SIDE, SIDE))
-    rows = ImageCache(tmp_path / "cache", teacher).rows([0, 1])
+    rows = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([0, 1]))
     pixels = to_pixels(np.stack([np.asarray(image) for image in expected]))
     latents = encode_images(load_vae(teacher), pixels)
     torch.testing.assert_close(rows.x_0, latents[:2], atol=1e-4, rtol=1e-3)
-    third = ImageCache(tmp_path / "cache", teacher).rows([2]).x_0
+    third = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([2])).x_0
     away = encode_images(load_vae(teacher), to_pixels(np.asarray(expected[2])[None, ::-1].copy()))
     assert (third - latents[2:]).abs().mean() < 0.2 * (third - away).abs().mean()
 

@@ -12,12 +12,13 @@ from distill import plan as plans
 from distill.cli import app
 from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
-from distill.flow import Draw, one_step
+from distill.flow import one_step
 from distill.geometry import NAMES, read_geometry
 from distill.meter import Meter
 from distill.methods import Batch, Velocities, dmd, flow_map, reflow
 from distill.methods.fgm import Config
 from distill.networks import ROLES, SharedBase, build
+from distill.philox import Draw
 from distill.plan import Plan, Setting, changes_that_fit
 from distill.policies import Guidance
 from distill.teacher import load_transformer

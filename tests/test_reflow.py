@@ -8,9 +8,9 @@ from gaussians import affine_student, gaussian_field
 from tiny import distilled
 
 from distill import checkpoint
-from distill.flow import Draw
 from distill.methods import Batch, Velocities
 from distill.methods.reflow import Config
+from distill.philox import Draw
 from distill.pipeline import OneStepPipeline
 from distill.policies import TeacherGuidance
 from distill.text import TextCondition

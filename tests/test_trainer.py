@@ -11,6 +11,7 @@ from parity import IMAGES, SHAPE, Prompts
 from distill import batches, checkpoint, trainer
 from distill.config import Optimizer
 from distill.errors import CacheError, ConfigError, RunError
+from distill.networks import build
 from distill.optimizers import adam
 from distill.text import TextCondition
 
@@ -115,15 +116,16 @@ def test_shares_of_processes_are_the_whole_batch_in_one_size_a_step():
     config = parity.run(images=20 * IMAGES)
 
     def share(offset, local):
-        return list(batches.batches(config, 0, offset, local, Prompts(), shapes, pinned=False))
+        made = batches.batches(config, 0, offset, local, Prompts(), shapes, pinned=False)
+        return [part.batch(config.seed) for part in made]
 
     whole, left, right = share(0, IMAGES), share(0, IMAGES // 2), share(IMAGES // 2, IMAGES // 2)
     for a, b, c in zip(whole, left, right, strict=True):
         assert torch.equal(a.z, torch.cat([b.z, c.z]))
         assert torch.equal(a.cond.embeds, torch.cat([b.cond.embeds, c.cond.embeds]))
     assert {tuple(batch.z.shape[1:]) for batch in whole} == set(shapes)
-    resumed = list(batches.batches(config, 8 * IMAGES, 0, IMAGES, Prompts(), shapes, pinned=False))
-    assert all(torch.equal(a.z, b.z) for a, b in zip(whole[16:], resumed, strict=True))
+    resumed = batches.batches(config, 8 * IMAGES, 0, IMAGES, Prompts(), shapes, pinned=False)
+    assert all(torch.equal(a.z, b.batch(config.seed).z) for a, b in zip(whole[16:], resumed, strict=True))
 
 
 def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
@@ -132,6 +134,73 @@ def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
         config, tmp_path, parity.shared(teacher), Prompts(), [(4, 8, 8), (4, 4, 8)], Accelerator(cpu=True)
     )
     assert [progress.images for progress in steps] == [IMAGES, 2 * IMAGES, 3 * IMAGES, 4 * IMAGES]
+
+
+def test_the_average_halves_old_weights_over_its_half_life_whatever_the_batch(teacher, tmp_path):
+    """With weights that stay, the average closes in on them by a half for each half-life; it starts elsewhere."""
+    for batch in (1, 4):
+        config = parity.run(batch=batch, images=2**40, ema_half_life=1000)
+        left = 1.0
+        for images in range(100_000 + batch, 102_000 + 1, batch):
+            left *= trainer._kept(config, images)
+        assert left == pytest.approx(0.25)
+    begun = parity.run(ema_half_life=1000)
+    assert trainer._kept(begun, IMAGES) < 0.01  # what the first images taught replaces the teacher
+    assert trainer._kept(parity.run(ema_half_life=0), 10**6) == 0
+
+
+def test_rates_are_a_function_of_the_images_seen_whatever_the_batch():
+    def rates(batch):
+        config = parity.run(batch=batch, images=8000, **{"optimizer.warmup": 1000, "optimizer.decay": 4000})
+        return [trainer._rate(config, images) for images in (992, 2000, 4000, 6000, 7992)]
+
+    for batch in (4, 8):
+        risen, *plateau, middle, last = rates(batch)
+        assert risen == pytest.approx(1, abs=0.01)
+        assert plateau == [1, 1]
+        assert (middle, last) == (pytest.approx(0.5), pytest.approx(0, abs=1e-4))
+    short = parity.run(images=1000, **{"optimizer.warmup": 0, "optimizer.decay": 4000})
+    assert trainer._rate(short, 500) == pytest.approx(0.5)  # a decay that is longer than the run takes all of it
+
+
+def test_seeds_have_64_bits(teacher, tmp_path):
+    def gaps(seed):
+        config = parity.run(images=IMAGES, seed=seed)
+        (progress,) = trainer.train(
+            config, tmp_path / str(seed), parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True)
+        )
+        return progress.figures["gap"]
+
+    seeds = (0, 2**32, 2**63, 2**64 - 1)
+    assert len({gaps(seed) for seed in seeds}) == len(seeds)
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match="seed"):
+            parity.run(seed=seed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_cuda_graph_needs_a_gpu(teacher):
+    config = parity.run(**{"networks.cuda_graph": True})
+    with pytest.raises(ConfigError, match=r"networks\.cuda_graph needs a CUDA device; set it to auto"):
+        trainer.graphs_rounds(config, parity.shared(teacher), [SHAPE], Accelerator(cpu=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_round_as_a_cuda_graph_is_the_same_round(kind, teacher, tmp_path):
+    def end(graph):
+        config = parity.run(images=8 * IMAGES, **{"networks.kind": kind, "networks.cuda_graph": graph})
+        networks = build(teacher, config.networks, torch.float32, torch.device("cuda"))
+        machine = Accelerator()
+        *_, last = trainer.train(config, tmp_path / str(graph), networks, Prompts(), [SHAPE], machine)
+        return last
+
+    replayed, taken = end(True), end(False)
+    for name, tensor in taken.average.items():
+        torch.testing.assert_close(replayed.average[name], tensor)
+    for name in ("gap", "gradient_norm/fake", "gradient_norm/student"):
+        assert replayed.figures[name] == pytest.approx(taken.figures[name], rel=1e-4)
 
 
 def test_what_is_read_ahead_comes_in_order_with_its_errors_and_leaves_no_thread():

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.flow import Draw
+from distill.philox import Draw
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]
 Critic = Callable[[Tensor, Tensor, Any], Tensor]

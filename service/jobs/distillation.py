@@ -25,7 +25,7 @@ KEYS = {
     "student_rate": "optimizer.student_rate",
     "fake_rate": "optimizer.fake_rate",
     "warmup": "optimizer.warmup",
-    "ema": "ema",
+    "ema_half_life": "ema_half_life",
     "precision": "precision",
     "sizes": "sizes",
     "patience": "stop.patience",
@@ -55,7 +55,7 @@ class Distillation(BaseModel):
     student_rate: _Rate | None = None
     fake_rate: _Rate | None = None
     warmup: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
-    ema: Annotated[float | None, Field(ge=0, lt=1)] = None
+    ema_half_life: Annotated[float | None, Field(ge=0, le=10**10, description="In images.")] = None
     precision: Literal["auto", "fp32", "bf16"] | None = None
     sizes: Annotated[
         list[Annotated[list[_Count], Field(min_length=2, max_length=2)]] | None,
