@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
@@ -14,13 +15,17 @@ export HF_HUB_OFFLINE := 1
 setup: $(STAMP)
 
 # torch comes first and pinned: it is the version that the suite is proven with, and a range would take the newest.
-$(STAMP): pyproject.toml
+$(RUNS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: setup  ## distil, judge, serve; EXIT=1 ends instead of serving on
+demo: $(RUNS)  ## show the shipped student, distil one, evaluate it, serve it; EXIT=1 ends instead of serving on
 	$(BIN)/python -m distill.demo --out $(DEMO) $(if $(EXIT),--exit)
 
 test: lint
@@ -31,7 +36,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-serve: setup  ## the shipped student on http://127.0.0.1:8000
+serve: $(RUNS)  ## the shipped student on http://127.0.0.1:8000
 	$(BIN)/fgm-service serve
 
 clean:

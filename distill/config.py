@@ -117,7 +117,7 @@ class Run(BaseModel):
 
     model_config = _FROZEN
     teacher: str = "scenes"
-    start: Path | None = None  # run folder whose newest checkpoint the roles start from; none is the teacher
+    start: Path | None = None  # run whose newest checkpoint the roles start from, or a student; none is the teacher
     prompts: Prompts = Prompts()
     real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())

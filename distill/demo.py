@@ -1,4 +1,4 @@
-"""`make demo`: the whole path in one go, each step left alone when it is done already."""
+"""`make demo`: the whole path in one go. Steps that are done already are not repeated."""
 
 import argparse
 import base64
@@ -19,17 +19,20 @@ from typing import Any
 from distill.files import aside
 
 PROMPT = "a photo of a red circle to the left of a blue square"
+SHOWN = (PROMPT, "three green stars", "a purple heart", "a yellow ring above a pink cross", "a star and a diamond")
+SECONDS = 270  # of distilling
 
 
 def main() -> int:
-    """Distil for a short budget, judge, serve, ask once; serve on until Ctrl-C unless --exit."""
+    """Show the shipped student, distil one for a short time, evaluate it, serve it until Ctrl-C unless --exit."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the run, as `distill run`'s"
     )
-    parser.add_argument("--per-task", default="16", metavar="N", help="prompts of each task that are judged")
-    parser.add_argument("--steps", default="28", metavar="N", help="of the teacher when it is judged")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="of distilling; 0 takes the preset's images")
+    parser.add_argument("--per-task", default="16", metavar="N", help="prompts of each task in the evaluation")
+    parser.add_argument("--steps", default="28", metavar="N", help="of the teacher in the evaluation")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--exit", action="store_true", help="end instead of serving on")
     arguments = parser.parse_args()
@@ -37,13 +40,21 @@ def main() -> int:
     address = f"http://127.0.0.1:{arguments.port}"
     signal.signal(signal.SIGTERM, _leave)
 
+    grid = out / "shipped-student.png"
+    if not grid.exists():
+        print("The shipped student makes an image of each of these prompts in one network evaluation:")
+        print("".join(f"  {prompt}\n" for prompt in SHOWN), end="", flush=True)
+        _distill("generate", *SHOWN, "--out", str(out / "shipped-student"), "--grid", str(grid))
+
     # The same command continues a stopped run and does nothing for a finished one.
-    _distill("run", "demo", "--out", str(out), *(f"--set={setting}" for setting in arguments.set))
+    print("\nNow a new student is distilled from the shipped teacher:", flush=True)
+    budget = ("--seconds", str(arguments.seconds)) if arguments.seconds else ()
+    _distill("run", "demo", "--out", str(out), *budget, *(f"--set={setting}" for setting in arguments.set))
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
-        judged = ("--per-task", arguments.per_task, "--steps", arguments.steps, "--picture", str(picture))
+        evaluation = ("--per-task", arguments.per_task, "--steps", arguments.steps, "--picture", str(picture))
         with aside(figures) as made, made.open("w") as file:
-            _distill("evaluate", "--student", str(out / "student"), *judged, stdout=file)
+            _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
     print(figures.read_text())
 
     quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # what follows is to be seen

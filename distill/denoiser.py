@@ -23,13 +23,14 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill import attention
+from distill.average import average_into, new_share
 from distill.device import autocast, fast_bfloat16
 from distill.errors import TeacherError
 from distill.flow import interpolate
 from distill.graphs import Graphed
 from distill.optimizers import set_rate
 from distill.philox import Draw
-from distill.scenes.state import Progress, average_into, load_state, new_share, save_state
+from distill.scenes.state import Progress, load_state, save_state
 from distill.text import TextCondition
 
 REPORT = 12_800  # images between two figures, which are means over them
@@ -150,7 +151,7 @@ def training_step(
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        average_into(average, model, share)
+        average_into(average.parameters(), model.parameters(), share)
         return torch.stack([loss.detach(), norm])
 
     return step

@@ -36,16 +36,6 @@ def shift_time(t: Tensor, s: float) -> Tensor:
     return s * t / (1 + (s - 1) * t)
 
 
-def uniform(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Times (count,) uniform in [0, 1)."""
-    return torch.rand(count, generator=generator)
-
-
-def logit_normal(count: int, mean: float, std: float, generator: torch.Generator | None = None) -> Tensor:
-    """Times (count,) = sigmoid(N(mean, std)); SD3 trains with mean 0, std 1 and then shifts."""
-    return torch.sigmoid(torch.randn(count, generator=generator) * std + mean)
-
-
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal (len(seeds), *shape), fp32 on the CPU: one generator a seed, alike alone and in any batch."""
     rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]

@@ -177,6 +177,8 @@ def export(
     plain, teacher, source = config.as_dict(), Path(config.teacher).name, Path(config.prompts.source).name
     if config.real is not None:
         plain["real"]["source"] = Path(config.real.source).name
+    if config.start is not None:
+        plain["start"] = config.start.name
     recipe = {
         "name": f"{teacher}-one-step",
         "method": config.method.name,

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill import attention, checkpoint, optimizers
+from distill.average import average_into, new_share
 from distill.batches import Conditions, MicroBatch, Reals, ahead, batches, micro
 from distill.config import Run
 from distill.errors import ConfigError, DivergedError, RunError
@@ -41,11 +42,11 @@ from distill.graphs import Graphed
 from distill.log import Figures, Log, sample_of
 from distill.methods import Turn, Velocities
 from distill.networks import Networks
+from distill.teacher import load_transformer
 from distill.text import TextCondition
 
 PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
-RAMP = 0.1  # of the images seen: the longest half-life of the average
 GRAPHED = 50_000_000  # trainable numbers of a role, above which kernels take longer than their launches
 
 
@@ -181,7 +182,7 @@ def train(
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
-    blend = torch.zeros((), device=device)  # share of the new weights in the average
+    share = torch.zeros((), device=device)  # of the new weights in the average
     names: list[str] = []  # of a round's figures
     graphed = graphs_rounds(config, networks, shapes, accelerator)
 
@@ -212,8 +213,7 @@ def train(
                     check_soundness(turn.role)  # which waits for the device, so that the turn's seconds are its own
 
         # 4. average the student
-        for name, tensor in average.items():
-            tensor.lerp_(weights["student"][name].detach(), blend)
+        average_into(average.values(), (weights["student"][name] for name in average), share)
         names[:] = figures.names()
         return figures.sums()
 
@@ -240,7 +240,7 @@ def train(
             logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
             for role, optimizer in adams.items():
                 optimizers.set_rate(optimizer, rates[role] * _rate(config, images))
-            blend.fill_(1 - _kept(config, after))
+            share.fill_(new_share(config.ema_half_life, after, config.batch))
             before = {role: sample_of(list(weights[role].values())) for role in weights} if logged else {}
             log.add_round(names, run_round(fed))
 
@@ -319,16 +319,6 @@ def _rate(config: Run, images: int) -> float:
     return warm * (0.5 + 0.5 * math.cos(math.pi * (images - start) / (config.images - start)))
 
 
-def _kept(config: Run, images: int) -> float:
-    """Share of the average that stays in a step after which `images` are seen.
-
-    Its half-life is at most a part of what was seen, so that the average does not stay at the teacher that it starts
-    from.
-    """
-    half_life = min(float(config.ema_half_life), RAMP * images)
-    return 0.5 ** (config.batch / half_life) if half_life else 0.0
-
-
 def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
     """Mean over processes, in few messages; any number of forwards before it stays right."""
     if accelerator.num_processes == 1:
@@ -401,21 +391,26 @@ def _restore(
     return int(record["images"]), float(record.get("seconds", 0))
 
 
-def _begin(run: Path, weights: dict[str, dict[str, Tensor]], average: dict[str, Tensor]) -> None:
-    """Roles take the weights that another run's newest checkpoint has for them; optimizers and data start anew.
+def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str, Tensor]) -> None:
+    """Roles take the weights of another run's newest checkpoint, or the student those of a student folder.
 
-    Raises ConfigError when there is none, or it is of other networks.
+    Optimizers and data begin anew. Raises ConfigError when there are no weights, or they are of other networks.
     """
-    newest = checkpoint.latest(run / "checkpoints")
-    if newest is None:
-        raise ConfigError(f"start: {run} has no checkpoint; give the folder of a run")
-    tensors, _ = checkpoint.load(newest)
+    if (start / "model_index.json").exists():
+        student = load_transformer(start).state_dict()
+        found = {part: {name: student[name] for name in average if name in student} for part in ("student", "average")}
+    else:
+        newest = checkpoint.latest(start / "checkpoints")
+        if newest is None:
+            raise ConfigError(f"start: {start} has no checkpoint; give the folder of a run, or that of a student")
+        tensors, _ = checkpoint.load(newest)
+        found = {part: checkpoint.unpack(part, tensors) for part in ("average", *weights)}
     for part, own in (("average", average), *weights.items()):
-        given = checkpoint.unpack(part, tensors)
+        given = found.get(part, {})
         if not given and part != "student":
             continue  # a method that trained no such role
         if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-            raise ConfigError(f"start: {newest} has other weights for the {part}; networks and teacher must be alike")
+            raise ConfigError(f"start: {start} has other weights for the {part}; networks and teacher must be alike")
         with torch.no_grad():
             for name, tensor in given.items():
                 own[name].copy_(tensor)

@@ -23,7 +23,7 @@ SMALL = (
 def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    options = f"--out {tmp_path} --exit --port {port} --per-task 1 --steps 2".split()
+    options = f"--out {tmp_path} --exit --port {port} --seconds 0 --per-task 1 --steps 2".split()
     command = [sys.executable, "-m", "distill.demo", *options, *(f"--set={each}" for each in SMALL)]
 
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -36,7 +36,7 @@ def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path):
 
     whole = subprocess.run(command, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    for picture in ("teacher-vs-student.png", "first-image.png"):
+    for picture in ("shipped-student.png", "teacher-vs-student.png", "first-image.png"):
         Image.open(tmp_path / picture).verify()
     assert whole.stdout.splitlines()[-1].startswith(f"Next: curl http://127.0.0.1:{port}/v1/images/generations")
 

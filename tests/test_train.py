@@ -24,7 +24,7 @@ from distill.denoiser import LOWEST_RATE, rate, tokenize, training_step
 from distill.errors import CacheError, CheckpointError, TeacherError
 from distill.scenes.captions import parse_task_weights, training_prompts, vocabulary
 from distill.scenes.data import CHUNK, make_chunks
-from distill.scenes.state import Progress, new_share
+from distill.scenes.state import Progress
 from distill.scenes.train import (
     COARSE,
     FINE,
@@ -232,8 +232,6 @@ def test_the_rate_rises_holds_and_falls_and_the_average_follows() -> None:
     assert rate(recipe, 750, 1000) == pytest.approx((1 + LOWEST_RATE) / 2)
     assert rate(recipe, 990, 1000) == pytest.approx(LOWEST_RATE, abs=0.02)
     assert rate(replace(recipe, warmup=0, decay=0), 0, 1000) == rate(replace(recipe, decay=0), 990, 1000) == 1
-    assert 1 - (1 - new_share(1000, 10**6, 10)) ** 100 == pytest.approx(0.5)
-    assert 1 - (1 - new_share(1000, 500, 10)) ** 5 == pytest.approx(0.5)  # the half-life is a tenth of 500
 
 
 def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> None:

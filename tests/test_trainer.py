@@ -7,12 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from parity import IMAGES, SHAPE, Prompts
+from tiny import make_teacher
 
 from distill import batches, checkpoint, trainer
 from distill.config import Optimizer
 from distill.errors import CacheError, ConfigError, RunError
 from distill.networks import build
 from distill.optimizers import adam
+from distill.teacher import load_transformer
 from distill.text import TextCondition
 
 
@@ -92,6 +94,24 @@ def test_a_run_starts_where_another_stands(teacher, tmp_path):
         assert (tensor <= between.amax(0) + 1e-6).all()
 
 
+def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
+    """The student takes its weights; the fake starts from the teacher."""
+    student = make_teacher(tmp_path / "student", seed=7)
+    config = parity.run(start=student, images=IMAGES, **{"networks.kind": "full", "optimizer.warmup": 10**12})
+    networks = build(teacher, config.networks, torch.float32, parity.CPU)
+    (progress,) = trainer.train(config, tmp_path / "out", networks, Prompts(), [SHAPE], Accelerator(cpu=True))
+    for role, folder in (("student", student), ("fake", teacher)):
+        expected = load_transformer(folder).state_dict()
+        for name, tensor in networks.trainable(role).items():
+            torch.testing.assert_close(tensor.detach(), expected[name])
+    for name, tensor in progress.average.items():
+        torch.testing.assert_close(tensor, networks.trainable("student")[name].detach())
+    with pytest.raises(ConfigError, match=r"start: .* has other weights for the student"):
+        list(
+            trainer.train(config, tmp_path / "lora", parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
+        )
+
+
 def test_a_log_goes_back_to_its_state_also_when_the_disk_was_full_in_the_middle_of_a_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"images": 8}\n{"images": 16}\n{"images": 24}\n{"ima')
@@ -136,19 +156,6 @@ def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
     assert [progress.images for progress in steps] == [IMAGES, 2 * IMAGES, 3 * IMAGES, 4 * IMAGES]
 
 
-def test_the_average_halves_old_weights_over_its_half_life_whatever_the_batch(teacher, tmp_path):
-    """With weights that stay, the average closes in on them by a half for each half-life; it starts elsewhere."""
-    for batch in (1, 4):
-        config = parity.run(batch=batch, images=2**40, ema_half_life=1000)
-        left = 1.0
-        for images in range(100_000 + batch, 102_000 + 1, batch):
-            left *= trainer._kept(config, images)
-        assert left == pytest.approx(0.25)
-    begun = parity.run(ema_half_life=1000)
-    assert trainer._kept(begun, IMAGES) < 0.01  # what the first images taught replaces the teacher
-    assert trainer._kept(parity.run(ema_half_life=0), 10**6) == 0
-
-
 def test_rates_are_a_function_of_the_images_seen_whatever_the_batch():
     def rates(batch):
         config = parity.run(batch=batch, images=8000, **{"optimizer.warmup": 1000, "optimizer.decay": 4000})
@@ -180,7 +187,7 @@ def test_seeds_have_64_bits(teacher, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_cuda_graph_needs_a_gpu(teacher):
-    config = parity.run(**{"networks.cuda_graph": True})
+    config = parity.run(**{"networks.kind": "lora", "networks.cuda_graph": True})
     with pytest.raises(ConfigError, match=r"networks\.cuda_graph needs a CUDA device; set it to auto"):
         trainer.graphs_rounds(config, parity.shared(teacher), [SHAPE], Accelerator(cpu=True))
 

@@ -1,4 +1,4 @@
-"""What the trainings of teachers share: progress, the average of weights, and the states that they resume from."""
+"""What the trainings of teachers share: progress, and the states that they resume from."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from distill import checkpoint
 from distill.errors import CheckpointError
 
-RAMP = 0.1  # of the images seen: the longest half-life of the average
 FREE = ("images", "vae_images", "per_task", "evaluate_every", "checkpoint_every")  # budgets and cadences of a recipe
 
 
@@ -33,21 +31,6 @@ class Progress:
     def crosses(self, every: int) -> bool:
         """Whether a cadence of `every` images fell due in this step."""
         return self.images // every > self.before // every
-
-
-def new_share(half_life: float, images: int, batch: int) -> float:
-    """Share of the new weights in the average after a step that ends at `images`.
-
-    The half-life is at most a part of the images seen, so that the average does not stay at where training started.
-    """
-    return float(1 - 0.5 ** (batch / min(half_life, RAMP * images)))
-
-
-@torch.no_grad()
-def average_into(average: nn.Module, model: nn.Module, share: Tensor | float) -> None:
-    """Move the average's weights towards the model's."""
-    for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, share)
 
 
 def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:

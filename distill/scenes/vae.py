@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.average import average_into, new_share
 from distill.device import autocast
 from distill.scenes.captions import Prompt, Thing, sample_prompt
 from distill.scenes.render import SIZE, place, render
 from distill.scenes.score import score
 from distill.scenes.shapes import SHAPES
-from distill.scenes.state import Progress, average_into, load_state, new_share, save_state
+from distill.scenes.state import Progress, load_state, save_state
 
 REPORT = 800  # images between two figures
 
@@ -117,7 +118,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         before, images = images, images + recipe.batch
-        average_into(average, vae, new_share(recipe.ema_half_life, images, recipe.batch))
+        average_into(average.parameters(), vae.parameters(), new_share(recipe.ema_half_life, images, recipe.batch))
 
         # 5. report and save
         save = partial(save_state, folder / "vae-state", modules, optimizer, images, recipe)
