@@ -15,7 +15,7 @@ WINDOW = 3  # lines of the log
 COLLAPSED = 0.5  # of the highest diversity so far
 OVERSATURATED = 0.1  # of the latents' numbers; healthy runs stay below 0.05
 STALLED = 2.0  # times the lowest error of the fake so far
-TOO_FAST = 0.05  # |update| / |weights| of one step; healthy runs stay below 0.01
+TOO_FAST = 0.05  # |update| / |weights| of one round; healthy runs stay below 0.01
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def too_fast(now: Figures, lowest: Figures, highest: Figures) -> str | None:
     role = max(found, key=found.__getitem__)
     if found[role] <= TOO_FAST:
         return None
-    return f"one step moves the {role}'s weights by {found[role]:.1%} of their size; lower optimizer.{role}_rate"
+    return f"one round moves the {role}'s weights by {found[role]:.1%} of their size; lower optimizer.{role}_rate"
 
 
 def not_finite(now: Figures, lowest: Figures, highest: Figures) -> str | None:

@@ -134,5 +134,5 @@ def _rows(seed: int, purpose: str, images: range, count: int) -> Tensor:
 
 @lru_cache(maxsize=4)  # of prompts and of real images; a batch may span two epochs
 def _permutation(seed: int, purpose: str, epoch: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(key_of(seed, f"{purpose} {epoch}") >> 1)
+    generator = torch.Generator().manual_seed(key_of(seed, f"{purpose} {epoch}"))
     return torch.randperm(count, generator=generator)

@@ -112,8 +112,11 @@ def is_finished(variant: Variant, out: Path) -> bool:
             f"{folder} has seen {found.images} images, more than the {config.images} of this comparison; "
             "give them all as many, or another --out"
         )
-    kept = load_config(str(folder / "config.yaml"))
-    return kept.identity() == config.identity() and found.state == "finished" and found.images >= config.images
+    return (
+        run.read_config(folder).identity() == config.identity()
+        and found.state == "finished"
+        and found.images >= config.images
+    )
 
 
 def within(seconds: float, variant: Variant, out: Path) -> Variant:

@@ -117,7 +117,7 @@ class Run(BaseModel):
 
     model_config = _FROZEN
     teacher: str = "scenes"
-    start: Path | None = None  # run whose newest checkpoint the roles start from, or a student; none is the teacher
+    start: Path | None = None  # run (its newest checkpoint) or student to start from; none is the teacher
     prompts: Prompts = Prompts()
     real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
@@ -146,6 +146,8 @@ class Run(BaseModel):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.images < self.batch:
+            raise ValueError(f"images {self.images} is less than a batch of {self.batch}, and a step is never cut")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take one of its divisors"

@@ -24,7 +24,8 @@ class _Recording:
 class Graphed:
     """A function that stays the same but for its arguments' values and for tensors that change in place.
 
-    Its recordings share one pool of memory, as no two of them run at once: it is of one thread and stream at a time.
+    Its recordings share one pool of memory, as no two of them run at once: use it from one thread and one stream at a
+    time.
     A function with `effects`, such as a training step, runs exactly once a call: the first calls run without a graph
     and warm up. Any other is warmed up and recorded by its first call.
     """

@@ -129,7 +129,7 @@ class Log:
 
 
 def sample_of(tensors: Sequence[Tensor]) -> Tensor:
-    """At most about 4096 numbers of each tensor, scaled so that their norm is about that of all."""
+    """Evenly spaced numbers of each tensor, 8191 at most, scaled so that their norm is about that of all."""
     parts = []
     for tensor in tensors:
         part = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float()

@@ -44,6 +44,9 @@ class Networks(Protocol):
 
     roles: tuple[str, ...]
 
+    def size(self) -> int:
+        """Numbers in the weights of one network, the frozen base of adapters included."""
+
     def velocity(self, role: str) -> Velocity:
         """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
 
@@ -80,6 +83,9 @@ class FullCopies:
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         for model in self._models.values():
             _prepare(model, kind)
+
+    def size(self) -> int:
+        return _size(self._models["teacher"])
 
     def velocity(self, role: str) -> Velocity:
         return partial(velocity, self._models[role if role in self.roles else "teacher"])
@@ -146,6 +152,9 @@ class SharedBase:
         for block in self._model.transformer_blocks:
             fully_shard(block, mesh=mesh, ignored_params=whole)
         fully_shard(self._model, mesh=mesh, ignored_params=whole)
+
+    def size(self) -> int:
+        return _size(self._model)
 
     def velocity(self, role: str) -> Velocity:
         def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -231,6 +240,10 @@ def _field(v: Velocity, passing: Callable[[], Any]) -> Velocity:
         return out
 
     return field
+
+
+def _size(model: SD3Transformer2DModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _of_critic(head: Head | None, role: str) -> dict[str, Tensor]:

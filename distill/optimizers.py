@@ -1,7 +1,7 @@
 """Adam for a role's tensors, in the form that a configuration names.
 
-Nothing here waits for the device: a rate and whether a step is taken are tensors there, so that a CUDA graph of a
-training step holds for every step.
+On a GPU the learning rate and whether a step is taken are tensors, so that a CUDA graph of a training step holds for
+every step. 8-bit Adam alone waits for the device, to know whether a step is skipped.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.config import Optimizer
 from distill.errors import ConfigError
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has Adam as one kernel for many tensors
+_FUSED = ("cpu", "cuda", "xpu")  # where torch has Adam as one kernel for many tensors that can skip a step
 
 
 def check(kind: str, device: torch.device) -> None:

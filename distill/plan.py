@@ -339,7 +339,7 @@ def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCond
 
 
 def _moments(tensor: Tensor) -> int:
-    """Bytes of Adam's two moments; its step counts are on the host."""
+    """Bytes of Adam's two moments; its step counts are too small to count."""
     return 2 * tensor.nbytes
 
 

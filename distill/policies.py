@@ -64,7 +64,7 @@ class TeacherGuidance(BaseModel):
         return self.teacher
 
     def at(self, t: Tensor, scale: Tensor | float) -> Tensor | None:
-        """What `drawn` gave, at times t (B,): 1 outside of the interval. None where no image is guided at any time."""
+        """What `drawn` gave, at times t (B,): 1 outside of the interval. None if the scale is 1: no image is guided."""
         if self.teacher == 1:
             return None
         inside = (t >= self.interval[0]) & (t <= self.interval[1])

@@ -50,7 +50,7 @@ _SECTIONS = {
         "residual": Panel("Residual", "", "How far the student is from being the teacher's flow map, squared."),
         "log10_residual": Panel("Residual by time", "log₁₀", "t is where jumps start; 1 is noise."),
         "gradient_norm": Panel("Gradient norms", "before clipping"),
-        "update_ratio": Panel("Update ratios", "|update| / |weights|", "Of one step, on the lines of the log."),
+        "update_ratio": Panel("Update ratios", "|update| / |weights|", "Of one round, on the lines of the log."),
         "skipped": Panel("Skipped steps", "share", "Steps whose gradient was not finite."),
     },
     "The student's latents": {

@@ -22,7 +22,7 @@ from distill.alarms import Alarms
 from distill.config import Lora, RealImages, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
-from distill.errors import RunError
+from distill.errors import CheckpointError, ConfigError, RunError
 from distill.evaluate.compare import SHIPPED_TEACHER
 from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
@@ -57,10 +57,22 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
     latent_shapes(config, spec)
     kept = out / "config.yaml"
     if kept.exists():
-        config.check_same(load_config(str(kept)).identity(), kept)
+        config.check_same(read_config(out).identity(), kept)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
     return spec
+
+
+def read_config(out: Path) -> Run:
+    """The configuration of a run folder. Raises CheckpointError for one that this version does not know."""
+    path = out / "config.yaml"
+    try:
+        return load_config(str(path))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} is no configuration of this version ({error}); a run of another version is not continued: "
+            "give another --out"
+        ) from error
 
 
 def latent_shapes(config: Run, spec: TeacherSpec) -> list[tuple[int, int, int]]:
@@ -167,7 +179,7 @@ def export(
     of images seen, of a checkpoint that is still there. Raises RunError when there is none.
     """
     run = read_run(out)
-    config = load_config(str(out / "config.yaml"))
+    config = read_config(out)
     state = _state(out, which)
     weights, record = checkpoint.load(state, "" if state.parent.name == "best" else "average")
     images = int(record["images"])

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import checkpoint
+from distill.device import to_device
 from distill.errors import CacheError
 from distill.spec import TeacherSpec
 
-FORMAT = 1
+FORMAT = 2
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 30  # a prompt of a model with T5 takes megabytes, and a shard is built in memory
 RESIDENT_BYTES = 1 << 30  # of all rows of a cache, up to which a reader holds them in memory
@@ -262,7 +263,7 @@ class ShardReader:
         """
         check_rows(indices, len(self))
         if self._table is not None:
-            return {name: held.index_select(0, indices.to(held.device)) for name, held in self._table.items()}
+            return {name: held.index_select(0, to_device(indices, held.device)) for name, held in self._table.items()}
         parts = []
         for index in indices.tolist():
             shard = bisect_right(self._starts, index) - 1

@@ -14,7 +14,8 @@ from distill.config import Cadence, Run
 from distill.files import write_aside
 
 SPEED = "speed.json"
-WARM, TIMED = 4, 8  # rounds of a run that are not timed (a CUDA graph is recorded in the fourth), and that are
+WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
+TIMED = 8  # rounds
 
 
 def images_within(seconds: float, config: Run, folder: Path) -> int:

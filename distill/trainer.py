@@ -4,8 +4,8 @@ It owns optimizers, rhythm and checkpoints, and yields progress to its caller. E
 (seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
 
 A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
-processes once: gradient accumulation that any method's turns can alternate over. For a GPU the next micro-batch is
-read and drawn in a thread meanwhile.
+processes once: gradient accumulation that any method's turns can alternate over. On a GPU, without
+a CUDA graph, a thread reads the next micro-batch meanwhile.
 """
 
 import math
@@ -47,7 +47,7 @@ from distill.text import TextCondition
 
 PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
-GRAPHED = 50_000_000  # trainable numbers of a role, above which kernels take longer than their launches
+GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels take longer than their launches
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def check(config: Run, accelerator: Accelerator) -> None:
         )
     attention.check(config.networks.attention, dtype, accelerator.device)
     optimizers.check(config.optimizer.kind, accelerator.device)
+    if config.networks.cuda_graph is True and (against := _against_graphs(config, accelerator)):
+        raise ConfigError(f"networks.cuda_graph needs {', '.join(against)}; set it to auto, or change that")
 
 
 def mesh(accelerator: Accelerator) -> DeviceMesh | None:
@@ -127,26 +129,16 @@ def mesh(accelerator: Accelerator) -> DeviceMesh | None:
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
-def graphs_rounds(
-    config: Run, networks: Networks, shapes: Sequence[tuple[int, int, int]], accelerator: Accelerator
-) -> bool:
-    """Whether a round of turns runs as one CUDA graph: where that is possible, and pays or is asked for.
-
-    Raises ConfigError that names what stands against a graph that is asked for.
-    """
-    asked = config.networks.cuda_graph
-    size = sum(tensor.numel() for tensor in networks.trainable("student").values())
+def _against_graphs(config: Run, accelerator: Accelerator) -> list[str]:
+    """What a CUDA graph of a round needs, and this configuration or machine has not."""
     against = {
         "a CUDA device": accelerator.device.type != "cuda",
-        "a single process": accelerator.num_processes > 1,
-        "one size of images": len(shapes) > 1,
+        "a single process without FSDP": accelerator.num_processes > 1 or accelerator.is_fsdp2,
+        "one size of images": len(config.sizes) > 1,
         "networks.checkpointing false": config.networks.checkpointing,
         "optimizer.kind adam": config.optimizer.kind != "adam",
     }
-    missing = [name for name, fails in against.items() if fails]
-    if asked is True and missing:
-        raise ConfigError(f"networks.cuda_graph needs {', '.join(missing)}; set it to auto, or change that")
-    return asked is not False and not missing and (asked is True or size < GRAPHED)
+    return [need for need, missing in against.items() if missing]
 
 
 def train(
@@ -181,10 +173,13 @@ def train(
     asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro(config, local))  # micro-batches of a step
-    skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
+    skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
+    most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # at any time of this process
     share = torch.zeros((), device=device)  # of the new weights in the average
     names: list[str] = []  # of a round's figures
-    graphed = graphs_rounds(config, networks, shapes, accelerator)
+    graphed = not _against_graphs(config, accelerator) and (
+        networks.size() < GRAPHED if config.networks.cuda_graph == "auto" else config.networks.cuda_graph
+    )
 
     def take_round(coming: Iterator[MicroBatch]) -> Tensor:
         """One step for each turn; the figures' sums (names, 2)."""
@@ -207,10 +202,11 @@ def train(
                 optimizers.step(adams[turn.role], sound)
                 adams[turn.role].zero_grad()
                 skipped[turn.role].copy_(torch.where(sound, 0, skipped[turn.role] + 1))
+                most_skipped[turn.role].copy_(torch.maximum(most_skipped[turn.role], skipped[turn.role]))
                 figures.add(f"gradient_norm/{turn.role}", norm)
                 figures.add(f"skipped/{turn.role}", (~sound).float())
                 if not graphed:
-                    check_soundness(turn.role)  # which waits for the device, so that the turn's seconds are its own
+                    check_soundness(turn.role)  # waits for the device, so that the turn's seconds are its own
 
         # 4. average the student
         average_into(average.values(), (weights["student"][name] for name in average), share)
@@ -218,7 +214,7 @@ def train(
         return figures.sums()
 
     def check_soundness(role: str) -> None:
-        in_a_row = int(skipped[role])
+        in_a_row = int(most_skipped[role])
         if in_a_row > config.optimizer.skips:
             raise DivergedError(
                 f"the {role}'s gradient was not finite {in_a_row} times in a row after {images} images; "
@@ -238,11 +234,16 @@ def train(
             started = time.perf_counter()
             after = images + config.batch
             logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
+            saved = after >= config.images or after // config.cadence.checkpoint > images // config.cadence.checkpoint
             for role, optimizer in adams.items():
                 optimizers.set_rate(optimizer, rates[role] * _rate(config, images))
             share.fill_(new_share(config.ema_half_life, after, config.batch))
             before = {role: sample_of(list(weights[role].values())) for role in weights} if logged else {}
             log.add_round(names, run_round(fed))
+            if graphed and (logged or saved):
+                with log.seconds("round"):  # waits for the device
+                    for role in networks.roles:
+                        check_soundness(role)
 
             # 5. report and keep
             if not out.is_dir():
@@ -252,16 +253,14 @@ def train(
                 )
             seen, images = images, after
             for role, old in before.items():
-                check_soundness(role)
                 change = sample_of(list(weights[role].values())) - old
-                steps = sum(turn.role == role for turn in turns)
-                log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()) / steps)
+                log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()))
             seconds += time.perf_counter() - started
             save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
             progress = Progress(seen, images, seconds, {}, generate, average, save)
             if logged:
                 progress.figures.update(log.write(images))
-            if progress.crosses(config.cadence.checkpoint) or images >= config.images:
+            if saved:
                 if accelerator.is_main_process:
                     save()
                 accelerator.wait_for_everyone()

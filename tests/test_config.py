@@ -19,11 +19,11 @@ def test_presets_are_valid_and_survive_a_round_trip(preset, tmp_path):
 def test_overrides_reach_nested_keys():
     config = load_config(
         "scenes",
-        ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=64", "networks.kind=lora", "networks.rank=8"],
+        ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=640", "networks.kind=lora", "networks.rank=8"],
     )
     assert config.optimizer.student_rate == 1e-5
     assert config.method.alpha == 0.5
-    assert config.images == 64
+    assert config.images == 640
     assert config.networks == Lora(rank=8)
 
 
@@ -71,9 +71,14 @@ def test_broken_files_are_named(tmp_path):
             load_config(str(path))
 
 
+def test_a_budget_of_less_than_a_step_is_refused():
+    with pytest.raises(ConfigError, match="images 511 is less than a batch of 512"):
+        load_config("scenes", ["images=511"])
+
+
 def test_identity_holds_everything_but_budget_and_cadence():
     base = load_config("scenes")
-    assert load_config("scenes", ["images=7", "cadence.log=3"]).identity() == base.identity()
+    assert load_config("scenes", ["images=777", "cadence.log=3"]).identity() == base.identity()
     assert load_config("scenes", ["networks.compile=true", "networks.attention=math"]).identity() == base.identity()
     assert load_config("scenes", ["sizes=[[64,64]]"]).identity() != base.identity()
     assert load_config("scenes", ["seed=7"]).identity() != base.identity()

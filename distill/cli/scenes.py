@@ -12,7 +12,7 @@ from distill.errors import ConfigError
 _START = "Teacher folder that transformer and text encoders start from; its autoencoder is copied."
 _VAE = "Images that the autoencoder is trained on; 26000, or none with --start."
 _COARSE = "How many of them, the first, on large patches; 660000, or none with --start."
-_WEIGHTS = "Shares of the scenes, as task=number,...; a task that is left out has none. All alike if not given."
+_WEIGHTS = "Shares of the scenes, as task=number,...; a task that is left out has none. Equal shares if not given."
 _DECAY = "Last images, over which the rate falls linearly to 2 % of its peak."
 
 
@@ -49,18 +49,28 @@ def teacher(
     weights = parse_task_weights(task_weights)
     if start is not None and coarse_images:
         raise ConfigError("--coarse-images: large patches are for a training from nothing; leave it or --start out")
+    coarse = (660_000 if start is None else 0) if coarse_images is None else coarse_images
+    if coarse >= images:
+        raise ConfigError(f"--images {images}: the first {coarse} are on large patches; give more, or --coarse-images")
 
     from distill.checkpoint import claimed
     from distill.console import image_bar
     from distill.device import resolve_device
-    from distill.scenes.train import TeacherRecipe, check_start, copy_autoencoder, encode_scenes, train_teacher
+    from distill.scenes.train import (
+        TeacherRecipe,
+        check_start,
+        check_states,
+        copy_autoencoder,
+        encode_scenes,
+        train_teacher,
+    )
     from distill.scenes.vae import VaeRecipe, train_vae
 
     where = resolve_device(device)
     recipe = TeacherRecipe(
         start=None if start is None else str(start),
         vae_images=26_000 if start is None and vae_images is None else vae_images,
-        coarse_images=660_000 if start is None and coarse_images is None else coarse_images or 0,
+        coarse_images=coarse,
         images=images,
         scenes=scenes,
         task_weights=weights,
@@ -77,6 +87,7 @@ def teacher(
     if start is not None:
         check_start(start)
     with claimed(out):
+        check_states(recipe, out)  # before another autoencoder takes the place of the one that they were trained on
         if recipe.vae_images is not None:
             autoencoder = VaeRecipe(images=recipe.vae_images, seed=seed)
             train_with_bar("autoencoder", autoencoder.images, train_vae(autoencoder, out, where))

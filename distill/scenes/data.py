@@ -9,6 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -17,6 +18,7 @@ from threading import Thread
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.errors import CacheError
 from distill.scenes.captions import sample_prompt, wording
 from distill.scenes.render import place, render
 
@@ -59,6 +61,10 @@ def make_chunks(
         while running:
             yield running.popleft().result()
             running.extend(islice(submitted, 1))
+    except BrokenProcessPool as error:
+        raise CacheError(
+            "a process that renders scenes was killed, perhaps for memory; run the same command again"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

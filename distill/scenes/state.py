@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from distill import checkpoint
 from distill.errors import CheckpointError
 
-FREE = ("images", "vae_images", "per_task", "evaluate_every", "checkpoint_every")  # budgets and cadences of a recipe
+FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget and cadences of a recipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
     checkpoint.prune(folder, 1)
 
 
+def check_state(folder: Path, recipe: Any) -> None:
+    """Raise CheckpointError when the newest state, if any, was made by a recipe that differs in more than FREE."""
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        return
+    made_with = checkpoint.load_record(newest)["recipe"]
+    for key, value in json.loads(json.dumps(asdict(recipe))).items():
+        if key not in FREE and made_with.get(key) != value:
+            raise CheckpointError(
+                f"{newest} was trained with {key} = {made_with.get(key)}, not {value}; "
+                "give the same value or another --out folder"
+            )
+
+
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
     """Restore what `save_state` wrote and return the images seen; 0 when there is nothing to restore.
 
@@ -53,13 +67,8 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
     newest = checkpoint.latest(folder)
     if newest is None:
         return 0
+    check_state(folder, recipe)
     tensors, record = checkpoint.load(newest)
-    for key, value in json.loads(json.dumps(asdict(recipe))).items():
-        if key not in FREE and record["recipe"].get(key) != value:
-            raise CheckpointError(
-                f"{newest} was trained with {key} = {record['recipe'].get(key)}, not {value}; "
-                "give the same value or another --out folder"
-            )
     for name, module in modules.items():
         module.load_state_dict(checkpoint.unpack(name, tensors))
     checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -36,7 +36,7 @@ from distill.scenes.captions import Prompt, evaluation_prompts, vocabulary, word
 from distill.scenes.data import WORDINGS, make_chunks
 from distill.scenes.render import SIZE
 from distill.scenes.score import score
-from distill.scenes.state import Progress
+from distill.scenes.state import Progress, check_state
 from distill.scenes.vae import encode_mean, to_images
 from distill.spec import RECORD, read_spec
 from distill.teacher import decode_in_parts, guided, sample
@@ -133,7 +133,8 @@ def copy_autoencoder(start: Path, folder: Path) -> None:
     with aside(folder / "vae") as made:
         made.mkdir()
         for path in (start / "vae").iterdir():
-            shutil.copyfile(path, made / path.name)
+            if path.is_file():
+                shutil.copyfile(path, made / path.name)
 
 
 def encode_scenes(
@@ -166,6 +167,16 @@ def read_scenes(recipe: TeacherRecipe, folder: Path, vae: AutoencoderKL, device:
     return Scenes(**load_file(path, device=str(device)))
 
 
+def check_states(recipe: TeacherRecipe, folder: Path) -> None:
+    """Raise CheckpointError when the transformer has been trained here by another recipe."""
+    for patch in (COARSE, FINE):
+        check_state(_state_folder(folder, patch), recipe)
+
+
+def _state_folder(folder: Path, patch: int) -> Path:
+    return folder / f"patch-{patch}-state"
+
+
 def _load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).to(device).eval()
 
@@ -192,8 +203,11 @@ def _key(recipe: TeacherRecipe, vae: AutoencoderKL, device: torch.device) -> str
 def _key_in(path: Path) -> str | None:
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        return str(file.metadata()["key"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("key"))
+    except SafetensorError:
+        return None  # damaged: the scenes are encoded again
 
 
 def refine(coarse: Denoiser, fine: Denoiser) -> None:
@@ -243,7 +257,7 @@ def train_teacher(
             model.start_from(Path(recipe.start))
         model.to(device)
         best = deepcopy(model)
-        state = folder / f"patch-{patch}-state"
+        state = _state_folder(folder, patch)
         for progress in fit(model, best, scenes.sample, null, recipe, state, device, compiled, first, last):
             if progress.images >= last or progress.crosses(recipe.evaluate_every):
                 progress.figures.update(evaluate(best, vae, held_out, null, 2.5, 16))

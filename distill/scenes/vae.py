@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from distill.average import average_into, new_share
 from distill.device import autocast
+from distill.philox import key_of
 from distill.scenes.captions import Prompt, Thing, sample_prompt
 from distill.scenes.render import SIZE, place, render
 from distill.scenes.score import score
@@ -98,7 +99,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     while images < recipe.images:
         # 1. data: every step from its own seed, so that a resumed run draws the same scenes
         rng = np.random.default_rng((recipe.seed, images))
-        torch.manual_seed(recipe.seed * 1_000_003 + images)
+        torch.manual_seed(key_of(recipe.seed, f"autoencoder {images}"))
         pixels = to_pixels(crowded_scenes(recipe.batch, rng), device)
 
         # 2. round trip

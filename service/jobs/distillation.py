@@ -25,6 +25,7 @@ KEYS = {
     "student_rate": "optimizer.student_rate",
     "fake_rate": "optimizer.fake_rate",
     "warmup": "optimizer.warmup",
+    "decay": "optimizer.decay",
     "ema_half_life": "ema_half_life",
     "precision": "precision",
     "sizes": "sizes",
@@ -55,6 +56,7 @@ class Distillation(BaseModel):
     student_rate: _Rate | None = None
     fake_rate: _Rate | None = None
     warmup: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
+    decay: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
     ema_half_life: Annotated[float | None, Field(ge=0, le=10**10, description="In images.")] = None
     precision: Literal["auto", "fp32", "bf16"] | None = None
     sizes: Annotated[

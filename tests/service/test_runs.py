@@ -32,6 +32,7 @@ EVERYTHING = {
     "student_rate": 1e-5,
     "fake_rate": 2e-5,
     "warmup": 0,
+    "decay": 32,
     "ema_half_life": 900,
     "precision": "fp32",
     "sizes": [[64, 64], [64, 32]],
@@ -49,7 +50,8 @@ def test_every_knob_is_a_key_of_a_run():
     run = load_config("scenes-debug", asked.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.count) == (64, 4, 2, 8)
     assert (run.method.guidance.teacher, run.optimizer.student_rate, run.optimizer.fake_rate) == (3.5, 1e-5, 2e-5)
-    assert (run.ema_half_life, run.precision, run.stop.patience, run.optimizer.warmup) == (900, "fp32", 2, 0)
+    assert (run.ema_half_life, run.precision, run.stop.patience) == (900, "fp32", 2)
+    assert (run.optimizer.warmup, run.optimizer.decay) == (0, 32)
     assert run.sizes == ((64, 64), (64, 32))
     assert run.cadence.model_dump(include={"log", "sample", "checkpoint", "evaluate"}) == {
         "log": 4,
