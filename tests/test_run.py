@@ -145,6 +145,16 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
+def test_a_run_of_another_version_is_named_and_left_alone(teacher, prompts, tmp_path):
+    kept = tmp_path / "config.yaml"
+    kept.write_text("teacher: scenes\nema: 0.9\n")
+    refused = invoke(*command(teacher, prompts, tmp_path, "networks.kind=full"))
+    assert isinstance(refused.exception, CheckpointError)
+    assert "config.yaml is no configuration of this version (unknown key 'ema'" in str(refused.exception)
+    assert "give another --out" in str(refused.exception)
+    assert kept.read_text() == "teacher: scenes\nema: 0.9\n"
+
+
 @pytest.mark.parametrize("older", ["budget", "time"])
 def test_a_run_that_was_killed_before_its_export_does_not_keep_an_older_student(whole, teacher, prompts, older):
     """Of a smaller budget, or exported on the way."""

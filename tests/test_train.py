@@ -33,6 +33,7 @@ from distill.scenes.train import (
     Scenes,
     TeacherRecipe,
     check_start,
+    check_states,
     encode_scenes,
     make_denoiser,
     refine,
@@ -110,6 +111,9 @@ def test_the_folder_runs_in_stock_diffusers_as_our_reader_describes_it(trained: 
 def test_another_recipe_does_not_continue_a_training_but_another_budget_does(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"learning_rate = 0\.001, not 0\.0001"):
         list(train_teacher(replace(RECIPE, learning_rate=1e-4), trained, CPU))
+    with pytest.raises(CheckpointError, match="trained with vae_images = "):
+        check_states(replace(RECIPE, vae_images=64), trained)  # another autoencoder would make other latents
+    check_states(replace(RECIPE, images=400), trained)
     more = replace(RECIPE, images=40, evaluate_every=8, checkpoint_every=8, per_task=2)
     assert next(train_teacher(more, shutil.copytree(trained, tmp_path / "copy"), CPU)).images == 40
 
