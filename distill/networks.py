@@ -36,6 +36,7 @@ from distill.teacher import load_transformer, velocity
 from distill.two_times import add_second_time
 
 ROLES = ("fake", "student")
+CRITIC = "critic."  # before the names of a critic's tensors, which are the fake's to train
 COMPILED_FORMS = 64  # of a block: by role, gradient, last or not, and batch; beyond them compilation is an error
 
 
@@ -250,7 +251,7 @@ def _of_critic(head: Head | None, role: str) -> dict[str, Tensor]:
     """A head's tensors, which are the fake's to train, by names that no transformer's tensors have."""
     if head is None or role != "fake":
         return {}
-    return {f"critic.{name}": tensor for name, tensor in head.named_parameters()}
+    return {CRITIC + name: tensor for name, tensor in head.named_parameters()}
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from distill.flow import one_step
 from distill.graphs import Graphed
 from distill.log import Figures, Log, sample_of
 from distill.methods import Turn, Velocities
-from distill.networks import Networks
+from distill.networks import CRITIC, Networks
 from distill.teacher import load_transformer
 from distill.text import TextCondition
 
@@ -408,6 +408,9 @@ def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str
         given = found.get(part, {})
         if not given and part != "student":
             continue  # a method that trained no such role
+        # A critic that only one of the two runs has begins anew, or is left behind.
+        critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
+        own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
         if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
             raise ConfigError(f"start: {start} has other weights for the {part}; networks and teacher must be alike")
         with torch.no_grad():

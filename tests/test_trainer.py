@@ -12,6 +12,7 @@ from tiny import make_teacher
 from distill import batches, checkpoint, trainer
 from distill.config import Optimizer
 from distill.errors import CacheError, ConfigError, DivergedError, RunError
+from distill.methods import Real
 from distill.networks import build
 from distill.optimizers import adam
 from distill.teacher import load_transformer
@@ -101,6 +102,32 @@ def test_a_run_starts_where_another_stands(teacher, tmp_path):
         between = torch.stack([average[name], expected["student"][name]])
         assert (tensor >= between.amin(0) - 1e-6).all()
         assert (tensor <= between.amax(0) + 1e-6).all()
+
+
+def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_one(teacher, tmp_path):
+    class Reals:
+        def __len__(self):
+            return 3
+
+        def rows(self, indices):
+            return Real(torch.zeros(len(indices), *SHAPE), Prompts().rows(torch.zeros(len(indices), dtype=torch.int64)))
+
+    gan = {"method": "{name: dmd, fake_steps: 1, gan: {}}", "real": "{source: scenes}"}
+
+    def end(out, critic, **more):
+        config = parity.run(images=IMAGES, **{"networks.kind": "full", "optimizer.warmup": 10**12, **more})
+        networks = build(teacher, config.networks, torch.float32, parity.CPU, critic=critic)
+        reals = Reals() if critic else None
+        list(trainer.train(config, out, networks, Prompts(), [SHAPE], Accelerator(cpu=True), reals))
+        return networks.trainable("fake")
+
+    first = end(tmp_path / "fgm", False)
+    second = end(tmp_path / "gan", True, start=tmp_path / "fgm", **gan)
+    third = end(tmp_path / "again", False, start=tmp_path / "gan")
+    assert second.keys() - first.keys() == {name for name in second if name.startswith("critic.")} != set()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor)
+        torch.testing.assert_close(third[name], tensor)
 
 
 def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
