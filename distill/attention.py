@@ -23,7 +23,7 @@ _KERNELS = {"flash": SDPBackend.FLASH_ATTENTION}
 def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel that `auto` means for training in a dtype on a device; any other name is itself.
 
-    `benchmarks/kernels.py` measures what the rule rests on.
+    `benchmarks/precision.py` measures what the rule rests on.
     """
     if name != "auto":
         return name

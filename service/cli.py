@@ -1,5 +1,6 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,11 @@ from service.errors import StartError
 
 if TYPE_CHECKING:
     from service.settings import Settings
+
+# The libraries' progress bars and notices would run through the log, also of the worker processes.
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    os.environ.setdefault(_name, "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys.app, name="keys")

@@ -130,7 +130,7 @@ def parse_task_weights(text: str | None) -> dict[str, float]:
             raise ConfigError(f"--task-weights: {part!r} is negative or not finite; give 0 or more")
     total = math.fsum(weights.values())
     if total == 0:
-        raise ConfigError("--task-weights: all are 0; give one task more")
+        raise ConfigError("--task-weights: all are 0; give at least one task a positive number")
     return {task: weight / total for task, weight in weights.items()}
 
 
