@@ -141,7 +141,7 @@ def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, pro
 
 
 def test_students_of_the_small_world_are_judged_in_one_table(tmp_path) -> None:
-    variants = read_variants(["fgm", "dmd"], "scenes", [], 8)
+    variants = read_variants(["fgm", "dmd"], "scenes", ["batch=8"], 8)
     for variant in variants:
         folder = tmp_path / variant.name
         checkpoint.save(
