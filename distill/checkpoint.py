@@ -113,6 +113,11 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a cadence of `every` images fell due between two numbers of images seen."""
+    return after // every > before // every
+
+
 def state_name(images: int) -> str:
     """The folder's name of a state; names sort by images."""
     return f"{images:012d}"

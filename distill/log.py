@@ -78,7 +78,7 @@ class Log:
     def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
         self._path = out / METRICS
         self._accelerator = accelerator
-        self._rounds: dict[str, Tensor] = {}
+        self._rounds: dict[tuple[str, ...], Tensor] = {}
         self._numbers: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._inner = 0.0
@@ -92,7 +92,7 @@ class Log:
 
     def add_round(self, names: Sequence[str], sums: Tensor) -> None:
         """Figures of a round by name, with sum and count of each (names, 2)."""
-        key = "\n".join(names)
+        key = tuple(names)
         self._rounds[key] = self._rounds[key] + sums if key in self._rounds else sums
 
     def add_number(self, name: str, value: float) -> None:
@@ -113,7 +113,7 @@ class Log:
         figures = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
         figures["memory/peak"] = _peak_memory(self._accelerator.device)
         for names, sums in self._rounds.items():
-            for name, (total, count) in zip(names.split("\n"), sums.tolist(), strict=True):
+            for name, (total, count) in zip(names, sums.tolist(), strict=True):
                 if count:
                     mean = total / count
                     figures[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean

@@ -70,7 +70,7 @@ class Progress:
 
     def crosses(self, every: int) -> bool:
         """Whether a cadence of `every` images fell due in this round."""
-        return self.images // every > self.before // every
+        return checkpoint.crosses(self.before, self.images, every)
 
 
 def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
@@ -233,8 +233,10 @@ def train(
         while images < config.images:
             started = time.perf_counter()
             after = images + config.batch
-            logged = after >= config.images or after // config.cadence.log > images // config.cadence.log
-            saved = after >= config.images or after // config.cadence.checkpoint > images // config.cadence.checkpoint
+            logged, saved = (
+                after >= config.images or checkpoint.crosses(images, after, every)
+                for every in (config.cadence.log, config.cadence.checkpoint)
+            )
             for role, optimizer in adams.items():
                 optimizers.set_rate(optimizer, rates[role] * _rate(config, images))
             share.fill_(new_share(config.ema_half_life, after, config.batch))

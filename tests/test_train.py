@@ -142,7 +142,7 @@ def test_scenes_that_are_not_awaited_end_their_processes() -> None:
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     assert len(children.read_text().split()) >= 2
     before = set(children.read_text().split())
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert len(before & set(children.read_text().split())) <= 1  # multiprocessing's own resource tracker stays
 
 

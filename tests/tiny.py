@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -30,6 +31,25 @@ CLIP_LENGTH = 8
 PROMPTS = ["a red circle", "a blue square left of a red circle", "", "ünknown words"]
 
 
+def make_transformer(**more: Any) -> SD3Transformer2DModel:
+    """A transformer of random weights, for text (L, 48) and pooled text (40,)."""
+    geometry = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 48,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 16 + 24,
+        "pos_embed_max_size": 12,
+        "qk_norm": "rms_norm",
+    }
+    return SD3Transformer2DModel(**geometry | more)
+
+
 def make_teacher(
     folder: Path,
     t5: bool = False,
@@ -42,20 +62,7 @@ def make_teacher(
     torch.manual_seed(seed)
     tokenizer = build_clip_tokenizer(WORDS, CLIP_LENGTH)
     clips = [_clip(tokenizer, width) for width in (16, 24)]
-    transformer = SD3Transformer2DModel(
-        sample_size=sample_size,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=48,
-        caption_projection_dim=32,
-        pooled_projection_dim=16 + 24,
-        pos_embed_max_size=12,
-        qk_norm="rms_norm",
-    )
+    transformer = make_transformer(sample_size=sample_size)
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -7,7 +7,7 @@ imports no torch, so that the processes start fast.
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[str, flo
 
 def make_chunks(
     seed: int, count: int, task_weights: Mapping[str, float], processes: int | None = None
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     """`count` scenes in order; `processes` None takes a process for each core."""
     work = [(seed, i, min(CHUNK, count - start), task_weights) for i, start in enumerate(range(0, count, CHUNK))]
     processes = min(len(work), processes or os.cpu_count() or 1)

@@ -30,7 +30,7 @@ class Progress:
 
     def crosses(self, every: int) -> bool:
         """Whether a cadence of `every` images fell due in this step."""
-        return self.images // every > self.before // every
+        return checkpoint.crosses(self.before, self.images, every)
 
 
 def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:
@@ -48,9 +48,11 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
 def check_state(folder: Path, recipe: Any) -> None:
     """Raise CheckpointError when the newest state, if any, was made by a recipe that differs in more than FREE."""
     newest = checkpoint.latest(folder)
-    if newest is None:
-        return
-    made_with = checkpoint.load_record(newest)["recipe"]
+    if newest is not None:
+        _check_recipe(newest, checkpoint.load_record(newest)["recipe"], recipe)
+
+
+def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: Any) -> None:
     for key, value in json.loads(json.dumps(asdict(recipe))).items():
         if key not in FREE and made_with.get(key) != value:
             raise CheckpointError(
@@ -67,8 +69,8 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
     newest = checkpoint.latest(folder)
     if newest is None:
         return 0
-    check_state(folder, recipe)
     tensors, record = checkpoint.load(newest)
+    _check_recipe(newest, record["recipe"], recipe)
     for name, module in modules.items():
         module.load_state_dict(checkpoint.unpack(name, tensors))
     checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))
