@@ -6,6 +6,7 @@ has a number that nothing before it had, written last, so what a worker that die
 """
 
 import itertools
+import logging
 import os
 import struct
 from collections import deque
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+
+from service.engine import memory
+
+log = logging.getLogger(__name__)
 
 _NUMBER = struct.Struct("<Q")  # the place's: aligned, so that it is never there in part
 _FACTS = struct.Struct("<I?3x")  # tokens of the prompt, whether it was cut off
@@ -98,16 +103,29 @@ class Embeddings:
         if place is None or not self._holds(place):
             return None
         facts = bytearray(_FACTS.size)
-        os.preadv(self._memory, [facts, row], place.offset + _NUMBER.size)
+        try:
+            memory.read(self._memory, memoryview(facts), place.offset + _NUMBER.size)
+            memory.read(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
+        except EOFError:
+            return None
         tokens, truncated = _FACTS.unpack(facts)
         return tokens, truncated
 
     def write(self, prompt: str, row: Any, tokens: int, truncated: bool) -> None:
-        """Leave a prompt's for others. Two workers may do so at once: in strict mode their bits are the same."""
+        """Leave a prompt's for others. Two workers may do so at once: in strict mode their bits are the same.
+
+        Where the memory does not take all of it, other workers encode the prompt again.
+        """
         place = self._places.get(prompt)
-        if place is not None and not self._holds(place):
-            os.pwritev(self._memory, [_FACTS.pack(tokens, truncated), row], place.offset + _NUMBER.size)
-            os.pwrite(self._memory, _NUMBER.pack(place.number), place.offset)
+        if place is None or self._holds(place):
+            return
+        facts = _FACTS.pack(tokens, truncated)
+        try:
+            memory.write(self._memory, memoryview(facts), place.offset + _NUMBER.size)
+            memory.write(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
+            memory.write(self._memory, memoryview(_NUMBER.pack(place.number)), place.offset)
+        except OSError as error:
+            log.warning("an embedding is not shared: %s", error)
 
     def _holds(self, place: Place) -> bool:
         return os.pread(self._memory, _NUMBER.size, place.offset) == _NUMBER.pack(place.number)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.backend import Card, Timing
+from service.engine.backend import Card, Pixels, Timing
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
 from service.engine.embeddings import Shelf
@@ -507,7 +507,7 @@ class Engine:
             raise
 
     async def _listen(self, seat: Seat) -> str:
-        """Take a worker's replies until it dies, goes silent or hangs, and say which."""
+        """Take a worker's replies until it fails: it dies, goes silent, hangs or leaves pixels out. Returns which."""
         while True:
             try:
                 async with asyncio.timeout(self._settings.worker_silence_seconds):
@@ -522,7 +522,12 @@ class Engine:
                 case Advanced():
                     seat.advanced(reply.batch)
                 case Made():
-                    await self._answer(seat, reply)
+                    try:
+                        pixels = await asyncio.to_thread(seat.pixels, reply.batch)
+                    except (EOFError, OSError):
+                        log.exception("the pixels of a batch cannot be read")
+                        return "incomplete"
+                    self._answer(seat, reply, pixels)
                 case Failed():
                     self._failed(seat, reply)
                 case Loaded() | NotLoaded():
@@ -531,9 +536,8 @@ class Engine:
             if seat.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
                 return "hung"
 
-    async def _answer(self, seat: Seat, made: Made) -> None:
-        """Fetch a batch's pixels and give each image to those who wait for it."""
-        pixels = await asyncio.to_thread(seat.pixels, made.batch)
+    def _answer(self, seat: Seat, made: Made, pixels: Pixels) -> None:
+        """Give each image of a batch to those who wait for it."""
         pixels.flags.writeable = False
         now = time.monotonic()
         batch, sent, needed = seat.answered(made.batch, now)

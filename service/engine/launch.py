@@ -18,6 +18,7 @@ import numpy as np
 
 from service.engine import worker
 from service.engine.backend import Backend, Pixels
+from service.engine.memory import read
 from service.engine.messages import Channel, Load, Ready, Refused, Start, Tuning
 from service.engine.profile import ladder_of
 from service.engine.worker import SLOT_BYTES, Loader, Memory, loader
@@ -54,9 +55,9 @@ class Worker:
         raise StartError(f"the worker on {self.name} died while it started; its own messages are above")
 
     def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
-        """A copy of what the worker has put into a slot."""
+        """A copy of what the worker has put into a slot. Raises EOFError or OSError when it is not all there."""
         pixels = np.empty(shape, np.uint8)
-        os.preadv(self.memory, [pixels.data.cast("B")], slot * SLOT_BYTES)
+        read(self.memory, pixels.data.cast("B"), slot * SLOT_BYTES)
         return pixels
 
     def end(self) -> None:

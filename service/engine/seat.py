@@ -108,7 +108,10 @@ class Seat:
         self._ahead.discard(number)
 
     def pixels(self, number: int) -> Pixels:
-        """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread."""
+        """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread.
+
+        Raises EOFError or OSError when they are not all there.
+        """
         sent = self._batches[number]
         key = sent.batch.key
         return self.worker.read(sent.slot, (len(sent.batch.work), key.height, key.width, 3))

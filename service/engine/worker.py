@@ -26,6 +26,7 @@ import numpy as np
 
 from service.engine.backend import Backend, DeviceLost, Simulator, Text, Timing
 from service.engine.embeddings import Embeddings
+from service.engine.memory import write
 from service.engine.messages import (
     Advanced,
     Beat,
@@ -145,7 +146,15 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))
-        os.pwrite(memory.pixels, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
+        expected = len(job.run.seeds), job.run.height, job.run.width, 3
+        if pixels.shape != expected or pixels.dtype != np.uint8:
+            raise ValueError(f"the model gave {pixels.dtype} of shape {pixels.shape}, not uint8 of {expected}")
+        if pixels.nbytes > SLOT_BYTES:
+            raise MemoryError(f"the pixels are {pixels.nbytes} bytes; a slot holds {SLOT_BYTES}")
+        try:
+            write(memory.pixels, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
+        except OSError as error:  # smaller batches may have room
+            raise MemoryError(f"the shared memory does not take {pixels.nbytes} bytes: {error}") from error
 
     def advance(job: _Job) -> None:
         channel.send(Advanced(job.run.batch))

@@ -1,6 +1,7 @@
 """Servers over a simulator, and the real client."""
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator
 
 import openai
@@ -33,3 +34,11 @@ def connect() -> Iterator[Callable[..., openai.OpenAI]]:
             return stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
 
         yield client
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Sets the size to which any file of this process may grow, shared memory too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

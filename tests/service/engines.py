@@ -43,6 +43,11 @@ def is_of(image, seed: int) -> bool:
     return np.array_equal(image.pixels[0, 0], np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8))
 
 
+def is_whole(image, seed: int) -> bool:
+    """Whether every pixel is that of the seed."""
+    return is_of(image, seed) and bool((image.pixels == image.pixels[0, 0]).all())
+
+
 class Gate(Simulator):
     """Lets nothing but the warm-up through until it is opened, and keeps what it was asked for."""
 

@@ -1,5 +1,6 @@
 """Where the embeddings of prompts belong in memory that is bounded; test_student has the workers that share it."""
 
+import os
 import random
 
 import pytest
@@ -66,3 +67,23 @@ def test_an_embedding_is_found_whole_or_not_at_all():
     writer.write("a", b"efgh", 8, False)  # what is there stays, whoever reads it now
     assert (reader.read("a", row), row) == ((7, True), b"abcd")
     assert reader.read("b", row) is None
+
+
+def test_an_embedding_that_is_cut_off_is_not_there():
+    memory, place = SharedMemory(), Shelf(HEADER + 8).take("a", 4).place
+    shared = Embeddings(memory.descriptor, {"a": place})
+    shared.write("a", b"abcd", 7, True)
+    for size in (HEADER + 3, HEADER, HEADER - 1, 8):
+        os.ftruncate(memory.descriptor, place.offset + size)
+        assert shared.read("a", bytearray(4)) is None
+
+
+def test_an_embedding_for_which_the_memory_has_no_room_is_not_shared(file_limit):
+    memory, place = SharedMemory(), Shelf(HEADER + (1 << 20)).take("a", 1 << 20).place
+    shared = Embeddings(memory.descriptor, {"a": place})
+    file_limit(1 << 19)
+    shared.write("a", bytes(1 << 20), 7, True)
+    file_limit(1 << 30)
+    assert shared.read("a", bytearray(1 << 20)) is None
+    shared.write("a", bytes(1 << 20), 7, True)
+    assert shared.read("a", bytearray(1 << 20)) == (7, True)

@@ -3,15 +3,19 @@
 import asyncio
 import os
 import random
+import resource
 import signal
+import tempfile
 from typing import ClassVar
 
+import numpy as np
 import pytest
-from engines import Gate, is_of, make, run, value
+from engines import Gate, is_of, is_whole, make, run, value
 
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import local, processes
+from service.engine.launch import Fleet, local, processes
+from service.engine.worker import SLOT_BYTES
 from service.errors import GenerationFailed, Overloaded, TimedOut
 from service.settings import Settings
 
@@ -174,3 +178,66 @@ def test_batches_keep_to_what_was_measured_fast_enough():
         assert max(Counting.sizes) == 1  # the only one that was timed
 
     run(local(Counting(0, 0)), test, p95_seconds=1)
+
+
+IMAGE_BYTES = 64 * 64 * 3
+TOP_SLOT = 3 * SLOT_BYTES  # where the first batch goes
+
+
+@pytest.mark.parametrize("room", [IMAGE_BYTES, IMAGE_BYTES + 1, 4 * IMAGE_BYTES - 1])
+def test_a_batch_that_the_shared_memory_does_not_take_whole_is_made_in_smaller_ones(file_limit, room):
+    async def test(engine: Engine) -> None:
+        file_limit(TOP_SLOT + room)
+        images = await engine.generate("simulator", "a", range(4), 64, 64)
+        assert all(is_whole(image, seed) for seed, image in enumerate(images))
+
+    run(local(Simulator(0, 0)), test)
+
+
+def test_an_image_for_which_the_shared_memory_has_no_room_fails_and_is_not_kept(file_limit):
+    async def test(engine: Engine) -> None:
+        file_limit(TOP_SLOT + IMAGE_BYTES - 1)
+        with pytest.raises(GenerationFailed):
+            await make(engine, 3)
+        file_limit(resource.RLIM_INFINITY)
+        assert is_whole(await make(engine, 3), 3)
+
+    run(local(Simulator(0, 0)), test)
+
+
+@pytest.mark.parametrize("kept", [0, 1, IMAGE_BYTES - 1])
+def test_a_worker_whose_pixels_are_not_all_there_is_replaced_and_its_batch_runs_again(kept):
+    fleet = local(Simulator(0, 0))
+    start = fleet.launches[0]
+    launched = []
+
+    def cut_off(models):
+        worker = start(models)
+        launched.append(worker)
+        if len(launched) == 1:
+            os.close(worker.memory)
+            with tempfile.TemporaryFile() as file:
+                file.truncate(TOP_SLOT + kept)
+                worker.memory = os.dup(file.fileno())
+        return worker
+
+    async def test(engine: Engine) -> None:
+        assert is_whole(await make(engine, 3), 3)
+        assert is_whole(await make(engine, 3), 3)
+
+    metrics = run(Fleet([cut_off], fleet.models), test)
+    assert len(launched) == 2
+    assert value(metrics, "worker_restarts_total", reason="incomplete") == 1
+
+
+@pytest.mark.parametrize("wrong", [lambda p: p[:-1], lambda p: p[:, :-1], lambda p: p.astype(np.float32)])
+def test_pixels_of_another_shape_or_kind_than_was_asked_for_are_no_images(wrong):
+    class Wrong(Simulator):
+        def decode(self, latents):
+            return wrong(super().decode(latents)) if latents[0] == [7] else super().decode(latents)
+
+    async def test(engine: Engine) -> None:
+        with pytest.raises(GenerationFailed):
+            await make(engine, 7)
+
+    run(local(Wrong(0, 0)), test)

@@ -1,0 +1,19 @@
+"""Complete reads and writes of memory that processes share: the system may move fewer bytes than it is asked to."""
+
+import os
+
+
+def read(descriptor: int, target: memoryview, offset: int) -> None:
+    """Fill a buffer of bytes from an offset. Raises EOFError when the memory ends before that, OSError on an error."""
+    while target:
+        count = os.preadv(descriptor, [target], offset)
+        if count == 0:
+            raise EOFError(f"the shared memory ends at byte {offset}; {len(target)} more bytes were expected")
+        target, offset = target[count:], offset + count
+
+
+def write(descriptor: int, source: memoryview, offset: int) -> None:
+    """Write all bytes of a buffer at an offset. Raises OSError when the memory does not take them."""
+    while source:
+        count = os.pwrite(descriptor, source, offset)
+        source, offset = source[count:], offset + count
