@@ -3,28 +3,31 @@
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
+import msgspec
 from filelock import FileLock
 
 from service.errors import StartError
 from service.files import PRIVATE, aside
 
 Scope = Literal["generate", "jobs", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
+KEY_CHARACTERS = 16  # of a key at least
+_KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # what a bearer token consists of (RFC 6750)
 
 
 @dataclass(frozen=True)
 class Key:
     """A key as it is kept. `owner` is the name that limits, logs and fair shares know its holder by."""
 
-    owner: str
-    digest: str  # SHA-256; the keys are 256 random bits, so a slow hash would add nothing
+    owner: Annotated[str, msgspec.Meta(pattern=r"\S")]
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256; a slow hash adds nothing to random keys
     scopes: frozenset[Scope]
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -34,8 +37,23 @@ class Key:
         return cls(owner, _digest(token), frozenset(scopes))
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """The contents of a key file."""
+
+    keys: tuple[Key, ...]
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError for text that cannot be an API key: empty, short, or with characters that no header carries."""
+    if not _KEY.fullmatch(token):
+        raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, of A-Z a-z 0-9 - . _ ~ + / =")
+
+
 def find(keys: Sequence[Key], token: str) -> Key | None:
-    """The key of a token. Every key is compared, each in constant time: time tells nothing about any of them."""
+    """The key of a token, None for text that cannot be a key. All keys are compared, each in constant time."""
+    if not _KEY.fullmatch(token):
+        return None
     digest = _digest(token)
     found = [key for key in keys if hmac.compare_digest(key.digest, digest)]
     return found[0] if found else None
@@ -62,7 +80,9 @@ class KeyFile:
         return self._keys
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
-        """Add a key and return its token, which nothing can show a second time. Raises StartError for a name in use."""
+        """Add a key and return its token, which nothing can show a second time. Raises StartError for a wrong name."""
+        if not owner.strip():
+            raise StartError("a key needs a name: logs and limits go by it")
         token = f"fgm-{secrets.token_urlsafe(32)}"
         with self._locked():
             keys = self.read()
@@ -85,14 +105,14 @@ class KeyFile:
 
     def _parse(self) -> tuple[Key, ...]:
         try:
-            records = json.loads(self._path.read_text(encoding="utf-8"))["keys"]
-            keys = [Key(**record) for record in records]
-            if not all(set(key.scopes) <= set(SCOPES) for key in keys):
-                raise ValueError("unknown scope")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            keys = msgspec.json.decode(self._path.read_bytes(), type=_Contents).keys
+            for key in keys:
+                if key.digest == _digest(""):
+                    raise ValueError(f"the key of {key.owner!r} is empty")
+        except (OSError, ValueError, msgspec.DecodeError) as error:
             message = f"{self._path} is no file of API keys ({error}); make one with `fgm-service keys create`"
             raise StartError(message) from None
-        return tuple(replace(key, scopes=frozenset(key.scopes)) for key in keys)
+        return keys
 
     def _write(self, keys: Iterable[Key]) -> None:
         records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]

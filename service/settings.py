@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from service.engine.messages import T5, Attention, Precision, Quantize
 from service.errors import StartError
+from service.keys import KEY_CHARACTERS, check_token
 from service.logs import LogFormat
 
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
@@ -59,6 +60,21 @@ def _each_gpu_once(devices: str) -> str:
 def _rates(text: str) -> str:
     limits.parse_many(text)  # raises ValueError
     return text
+
+
+def _api_key(key: SecretStr) -> SecretStr:
+    check_token(key.get_secret_value())
+    return key
+
+
+def _artefact_secret(secret: SecretStr) -> SecretStr:
+    if len(secret) < KEY_CHARACTERS:
+        raise ValueError(f"a secret has at least {KEY_CHARACTERS} characters")
+    return secret
+
+
+_ApiKey = Annotated[SecretStr, AfterValidator(_api_key)]
+_ArtefactSecret = Annotated[SecretStr, AfterValidator(_artefact_secret)]
 
 
 def _webhook_secret(secret: SecretStr) -> SecretStr:
@@ -125,7 +141,7 @@ class Settings(BaseSettings):
     encode_threads: _Count = 2
     max_body_bytes: _Count = 1 << 20
     body_seconds: _Count = 30  # time in which a body must arrive
-    api_keys: tuple[SecretStr, ...] = ()  # besides those of the file; scopes generate and jobs
+    api_keys: tuple[_ApiKey, ...] = ()  # besides those of the file; scopes generate and jobs
     keys_file: Path | None = None  # made by `fgm-service keys create`
     open_to_all: bool = False  # listen beyond the loopback without keys
     rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
@@ -133,7 +149,7 @@ class Settings(BaseSettings):
     public_url: str | None = None  # how clients reach the server, for links; none takes the request's own
     artefacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
     artefact_seconds: _Count = 3600  # how long such a link lasts
-    artefact_secret: SecretStr | None = None  # signs the links; none draws one, and keeps it in the data folder
+    artefact_secret: _ArtefactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder
     safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of one's own
     provenance: Literal["none", "origin", "prompt"] = "origin"  # said in images: software, model and seed; the prompt
     c2pa_certificates: Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed
@@ -209,13 +225,13 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
         first = error.errors(include_input=False)[0]  # the input may be a key
         raise StartError(_complaint(str(first["loc"][0]), first["type"], first["msg"])) from None
     except SettingsError as error:
-        raise StartError(f'{error}; lists are JSON, for example SERVICE_API_KEYS=\'["one", "two"]\'') from None
+        raise StartError(f'{error}; lists are JSON, for example SERVICE_MODELS=\'["one", "two"]\'') from None
     except tomllib.TOMLDecodeError as error:
         raise StartError(f"{file} is not TOML: {error}") from None
 
 
 def _complaint(name: str, kind: str, message: str) -> str:
     if kind != "extra_forbidden":
-        return f"{name} (SERVICE_{name.upper()}): {message}"
+        return f"{name} (SERVICE_{name.upper()}): {message.removeprefix('Value error, ')}"
     close = difflib.get_close_matches(name, Settings.model_fields, 1)
     return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

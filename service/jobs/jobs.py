@@ -23,6 +23,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 Chore = Callable[[int], None]  # of the time in seconds
+SECRET_BYTES = 32  # of what signs links
 STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
 
 
@@ -70,13 +71,22 @@ class Jobs:
         return self._open
 
     def secret(self) -> bytes:
-        """Random bytes that are drawn once: links that they sign outlast the server."""
+        """Random bytes that are drawn once: links that they sign outlast the server.
+
+        Raises StartError for a file of other bytes than were drawn, empty ones above all: anyone could sign with them.
+        """
         path = self.folder / "secret"
         with FileLock(f"{path}.lock"):  # against a server that starts at the same moment
             if not path.exists():
                 with aside(path, PRIVATE) as file:
-                    file.write(secrets.token_bytes(32))
-        return path.read_bytes()
+                    file.write(secrets.token_bytes(SECRET_BYTES))
+        secret = path.read_bytes()
+        if len(secret) < SECRET_BYTES or not any(secret):
+            raise StartError(
+                f"{path}, which signs links to images, is damaged; restore it from a backup, or delete it: the server "
+                "then draws a new secret, and links given before are no longer valid"
+            )
+        return secret
 
     def start(self) -> None:
         """Bring the database up to date and run workflows. Raises StartError."""

@@ -97,9 +97,9 @@ def test_a_long_prompt_is_cut_and_the_answer_says_so(api):
 
 
 def test_keys_are_asked_for_where_they_are_set(serve, connect):
-    url = serve(api_keys=("first", "second"))
-    assert connect(url, "second").models.list().data
-    for key in ("wrong", "secon"):
+    url = serve(api_keys=("the-first-of-two-keys", "the-second-of-two-keys"))
+    assert connect(url, "the-second-of-two-keys").models.list().data
+    for key in ("wrong", "the-second-of-two-key"):
         with pytest.raises(openai.AuthenticationError) as caught:
             connect(url, key).images.generate(prompt="a")
         assert caught.value.code == "invalid_api_key"

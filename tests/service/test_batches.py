@@ -17,7 +17,7 @@ from service.engine.backend import Simulator
 from service.jobs.database import Database
 from service.jobs.tables import Batch, Line
 
-KEYS = ("sk-ann", "sk-bob")
+KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 ENDPOINT = "/v1/images/generations"
 
 

@@ -12,8 +12,8 @@ from service.settings import Settings
 
 
 def test_every_answer_of_a_server_is_counted(serve):
-    url = serve(api_keys=("secret",))
-    load = load_server(url, 2, 0.1, "secret")
+    url = serve(api_keys=("key-of-ann-in-tests",))
+    load = load_server(url, 2, 0.1, "key-of-ann-in-tests")
     assert (load.refused, load.clients) == (0, 2)
     assert load.quantile(0.5) <= load.quantile(0.99) <= load.seconds
     assert samples(url)["fgm_batch_images_sum"] == len(load.latencies) + 2  # and one of each client before

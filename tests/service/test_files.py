@@ -10,7 +10,7 @@ from service.errors import Forbidden
 from service.jobs.database import Database
 from service.jobs.files import Files
 
-KEYS = ("sk-ann", "sk-bob")
+KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 
 
 def test_files_are_kept_for_their_owner(serve, connect, tmp_path):

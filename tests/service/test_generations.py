@@ -16,6 +16,7 @@ from service.app import create_app
 from service.artefacts import Artefacts
 from service.engine.backend import Simulator
 from service.engine.launch import local
+from service.errors import StartError
 from service.settings import Settings
 
 
@@ -55,6 +56,17 @@ def test_a_link_with_another_signature_or_name_is_not_found(api):
     ):
         answer = httpx.get(wrong)
         assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"half of it", bytes(32)])
+def test_a_damaged_secret_signs_no_links(tmp_path, content):
+    (tmp_path / "secret").write_bytes(content)
+    with pytest.raises(StartError, match=r"secret, which signs links to images, is damaged"):
+        create_app(Settings(data=tmp_path), local(Simulator()))
+    assert (tmp_path / "secret").read_bytes() == content
+    (tmp_path / "secret").unlink()
+    create_app(Settings(data=tmp_path), local(Simulator()))
+    assert len((tmp_path / "secret").read_bytes()) == 32
 
 
 def test_artefacts_expire_and_are_swept(tmp_path):

@@ -13,6 +13,8 @@ from service import cli
 from service.errors import StartError
 from service.keys import Key, KeyFile, find
 
+SCOPES = ("generate", "jobs", "admin")
+
 
 def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
     file = KeyFile(tmp_path / "keys.json")
@@ -23,6 +25,8 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
     assert find(keys, token).scopes == {"generate", "admin"}
     assert find(keys, other).owner == "bob"
     assert find(keys, token + "x") is None
+    assert find([Key.of(text, "weak", SCOPES) for text in ("", "short", "\n")], "") is None
+    assert find([Key.of("short", "weak", SCOPES)], "short") is None
     text = (tmp_path / "keys.json").read_text()
     assert token not in text
     assert token.removeprefix("fgm-") not in text
@@ -61,19 +65,40 @@ def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
     assert status(tokens["generate"]) == 401
 
 
+def stored(key, **other):
+    return json.dumps({"keys": [vars(key) | {"scopes": sorted(key.scopes)} | other]})
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "[]",
         '{"keys": [{"owner": "a"}]}',
-        json.dumps({"keys": [vars(Key.of("t", "a", [])) | {"scopes": ["everything"]}]}),
+        stored(Key.of("t", "a", []), scopes=["everything"]),
+        stored(Key.of("t", "a", []), digest="not SHA-256"),
+        stored(Key.of("t", "", [])),
+        stored(Key.of("", "a", SCOPES)),
     ],
 )
 def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(StartError, match=r"keys\.json is no file of API keys"):
         KeyFile(tmp_path / "keys.json").read()
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Basic Og==", "Bearer key of ann"])
+def test_a_request_without_a_credential_is_refused(serve, tmp_path, header):
+    KeyFile(tmp_path / "keys.json").create("ann", SCOPES)
+    headers = {} if header is None else {"authorization": header}
+    refused = httpx.get(f"{serve(keys_file=tmp_path / 'keys.json')}/v1/models", headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_key_needs_a_name(tmp_path):
+    with pytest.raises(StartError, match="needs a name"):
+        KeyFile(tmp_path / "keys.json").create(" ", ["generate"])
+    assert not (tmp_path / "keys.json").exists()
 
 
 def test_keys_are_managed_from_the_command_line(tmp_path):

@@ -22,6 +22,7 @@ from service.jobs.tables import Job
 from service.settings import Settings
 
 pytestmark = browser.needed
+KEY = "key-of-ann-in-tests"
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +135,11 @@ def test_keys_draw_and_themes_and_phones_have_their_form(page):
 
 
 def test_a_key_is_asked_for_where_it_is_needed(page):
-    with serving(create_app(Settings(api_keys=("secret",), data=None), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(api_keys=(KEY,), data=None), local(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#access[open]"))
         assert "API key" in page.text("#status")
-        page.find("#key")[0].send_keys("secret", Keys.ENTER)
+        page.find("#key")[0].send_keys(KEY, Keys.ENTER)
         page.until(lambda: page.find("#model option"))
         page.find("#prompt")[0].send_keys("a red circle")
         page.until(lambda: page.find("#images img"))

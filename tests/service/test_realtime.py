@@ -126,6 +126,10 @@ def test_keys_are_asked_for_and_asked_again(serve, tmp_path):
     with session(url, additional_headers={"authorization": f"Bearer {token}"}) as socket:
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
+    for key in (None, "", "short", " "):
+        with session(url) as socket:
+            say(socket, type="session.start", api_key=key)
+            assert hear(socket)["error"]["code"] == "invalid_api_key"
     with session(url) as socket:
         say(socket, type="session.start", api_key=token)
         assert hear(socket) == {"type": "session.started"}

@@ -17,6 +17,8 @@ from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.settings import Settings
 
+KEY = "key-of-ann-in-tests"
+
 
 def distill(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
@@ -60,19 +62,19 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
 def test_what_the_server_refuses_is_one_sentence(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
-    settings = Settings(data=tmp_path / "data", api_keys=("ann",))
+    settings = Settings(data=tmp_path / "data", api_keys=(KEY,))
     with serving(create_app(settings, local(Simulator()))) as url:
         for key, words, said in [
-            ("bob", ["jobs"], "API key"),
-            ("ann", ["submit", str(prompts), "--set", "rnak=8"], "distillation.rnak is not supported"),
-            ("ann", ["submit", str(prompts), "--teacher", "none"], "there is no teacher 'none'"),
-            ("ann", ["submit", str(tmp_path / "other.txt")], "other.txt cannot be read"),
-            ("ann", ["logs", "ftjob-none", "--follow"], "there is no job"),
+            ("key-of-bob-in-tests", ["jobs"], "API key"),
+            (KEY, ["submit", str(prompts), "--set", "rnak=8"], "distillation.rnak is not supported"),
+            (KEY, ["submit", str(prompts), "--teacher", "none"], "there is no teacher 'none'"),
+            (KEY, ["submit", str(tmp_path / "other.txt")], "other.txt cannot be read"),
+            (KEY, ["logs", "ftjob-none", "--follow"], "there is no job"),
         ]:
             refused = distill(*words, "--server", url, "--api-key", key)
             assert isinstance(refused.exception, RemoteError), refused.output
             assert said in str(refused.exception)
-        kept = httpx.get(f"{url}/v1/files", headers={"authorization": "Bearer ann"}).json()
+        kept = httpx.get(f"{url}/v1/files", headers={"authorization": f"Bearer {KEY}"}).json()
         assert kept["data"] == []  # of what was refused, no file stays
 
 

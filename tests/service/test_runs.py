@@ -84,7 +84,7 @@ def test_the_command_is_one_of_distill(tmp_path):
 
 
 def test_jobs_see_their_devices_alone(monkeypatch):
-    monkeypatch.setenv("SERVICE_API_KEYS", '["secret"]')
+    monkeypatch.setenv("SERVICE_API_KEYS", '["key-of-ann-in-tests"]')
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environment(["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
     assert environment(["cuda:1", "cuda:2"])["CUDA_VISIBLE_DEVICES"] == "1,2"

@@ -71,8 +71,26 @@ def test_a_gpu_to_serve_and_to_train_on_is_refused_by_both_settings(devices, job
     assert f"job_devices ({job_devices})" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["", "short", " " * 20, "a key with spaces in it", "${KEY_OF_ANN_UNSET}", "sixteen-letters\n"]
+)
+def test_an_empty_or_short_key_is_refused(monkeypatch, key):
+    monkeypatch.setenv("SERVICE_API_KEYS", json.dumps(["key-of-ann-in-tests", key]))
+    with pytest.raises(StartError, match=r"SERVICE_API_KEYS.*at least 16 characters"):
+        read_settings({})
+
+
+@pytest.mark.parametrize("secret", ["", "short"])
+def test_an_empty_or_short_secret_of_links_is_refused(monkeypatch, secret):
+    monkeypatch.setenv("SERVICE_ARTEFACT_SECRET", secret)
+    with pytest.raises(StartError, match=r"SERVICE_ARTEFACT_SECRET.*at least 16 characters"):
+        read_settings({})
+
+
 def test_printed_settings_hide_secrets():
-    settings = read_settings({"api_keys": ("hunter2",), "artefact_secret": "hunter2", "max_batch": 5})
+    settings = read_settings(
+        {"api_keys": ("hunter2hunter2hunter2",), "artefact_secret": "hunter2hunter2hunter2", "max_batch": 5}
+    )
     lines = settings.lines()
     assert "max_batch = 5" in lines
     assert "hunter2" not in "".join(lines)

@@ -33,6 +33,7 @@ from service.settings import Settings
 
 TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
 ENDLESS = {**TINY, "images": 1_000_000, "checkpoint_every": 1_000_000, "sample_every": 1_000_000}
+KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 PROMPTS = '{"prompt": "a red circle"}\n"a blue square"\n'
 SERVE = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--port", "0"]
 
@@ -238,8 +239,8 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
 
 
 def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
-    url = serve(data=tmp_path, api_keys=("ann", "bob"))
-    ann, bob = (connect(url, key) for key in ("ann", "bob"))
+    url = serve(data=tmp_path, api_keys=KEYS)
+    ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
     made(jobs, 1, "succeeded", owner="key-0", fine_tuned_model="ft:tiny::1")
     student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
@@ -332,7 +333,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
     """A server with two keys, a bound to budgets, and a teacher that is gone: the one of this process from here on."""
     folder = tmp_path_factory.mktemp("refusing")
     teachers = {"tiny": str(folder), "gone": "/nowhere"}
-    settings = Settings(data=folder, teachers=teachers, api_keys=("ann", "bob"), max_job_images=1000)
+    settings = Settings(data=folder, teachers=teachers, api_keys=KEYS, max_job_images=1000)
     with serving(create_app(settings, local(Simulator()))) as url:
         yield url
 
@@ -367,7 +368,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
     ],
 )
 def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect, fields, error, param):
-    client = connect(refusing, "ann")
+    client = connect(refusing, KEYS[0])
     given = {"model": "tiny", "distillation": {"preset": "scenes", "images": 1000}, "training_file": None} | fields
     given["training_file"] = given["training_file"] or upload(client)
     with pytest.raises(error) as refused:
@@ -376,18 +377,18 @@ def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect
 
 
 def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
-    client = connect(refusing, "ann")
+    client = connect(refusing, KEYS[0])
     knobs = {"preset": "scenes", "images": 1000}
     with pytest.raises(openai.BadRequestError, match="purpose"):
         submit(client, upload(client, purpose="batch"), knobs)
     with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):
         submit(client, upload(client, name="prompts.png"), knobs)
     with pytest.raises(openai.NotFoundError):
-        submit(connect(refusing, "bob"), upload(client), knobs)
+        submit(connect(refusing, KEYS[1]), upload(client), knobs)
 
 
 @pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
 def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call):
     for name in ("ftjob-none", "x\0y", "ö"):
         with pytest.raises(openai.NotFoundError):
-            getattr(connect(refusing, "bob").fine_tuning.jobs, call)(name)
+            getattr(connect(refusing, KEYS[1]).fine_tuning.jobs, call)(name)
