@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -244,8 +243,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.outages and not arguments.postgres:
         parser.error("--outages needs --postgres")
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    arguments.out.mkdir(parents=True)
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        parser.error(f"--out {arguments.out} is not empty; name a new folder, or remove that one")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     moments = random.Random(arguments.seed)
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(running(_programs())) if arguments.postgres else None

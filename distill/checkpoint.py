@@ -5,9 +5,8 @@ A state is a folder, written by `files.aside`: what bears a final name is comple
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,12 @@ def claimed(folder: Path) -> Iterator[None]:
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write a state to `folder`, in place of what may lie there.
 
-    Raises CheckpointError when the disk refuses; nothing half-written keeps a final name.
+    Raises CheckpointError when the disk refuses, or when other files lie there too; nothing half-written keeps a final
+    name.
     """
+    for path in folder.glob("*"):
+        if path.name not in (_TENSORS, _RECORD):
+            raise CheckpointError(f"{path} is in the place of a checkpoint and not a part of one; move it away")
     try:
         with aside(folder) as made:
             made.mkdir()
@@ -97,7 +100,7 @@ def latest(folder: Path) -> Path | None:
 
     Damaged ones are passed over with a warning; a run that goes on from the one before writes them anew.
     """
-    for path in sorted((path for path in folder.glob("[0-9]*") if path.is_dir()), reverse=True):
+    for path in reversed(states(folder)):
         try:
             json.loads((path / _RECORD).read_text())
             with safe_open(path / _TENSORS, framework="pt"):  # checks the header against the file's length
@@ -107,10 +110,22 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def states(folder: Path) -> list[Path]:
+    """The states in a folder, whole or damaged, the oldest first; folders of other names are none."""
+    return sorted(
+        path
+        for path in folder.glob("[0-9]*")
+        if path.name.isdecimal() and path.name == state_name(int(path.name)) and path.is_dir()
+    )
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` states."""
-    for path in sorted(path for path in folder.glob("[0-9]*") if path.is_dir())[:-keep]:
-        shutil.rmtree(path)
+    """Remove all but the newest `keep` states. What else lies in one of their folders stays."""
+    for path in states(folder)[:-keep]:
+        for name in (_RECORD, _TENSORS):
+            (path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            path.rmdir()
 
 
 def crosses(before: int, after: int, every: int) -> bool:

@@ -26,7 +26,7 @@ from distill.evaluate.compare import Comparison, cell, figure_names
 from distill.evaluate.judge import FEATURES, Judgement, Questions
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.evaluate.sampler import Setting, TeacherSampler
-from distill.files import write_aside
+from distill.files import check_replaceable, write_aside
 from distill.pipeline import OneStepPipeline, read_student
 from distill.prompts import read_prompts
 from distill.runs import read_run
@@ -84,6 +84,13 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
         if len(set(values.values())) > 1:
             raise ConfigError(f"{field} differs between variants ({values}); a comparison has one, set it with --set")
     return variants
+
+
+def check_folder(out: Path) -> None:
+    """Raise OutputError when another file is in the place of what a comparison writes beside its runs."""
+    for name in ("compare.json", "compare.md"):
+        check_replaceable(out / name, "distill compare")
+    check_replaceable(out / "compare.png")
 
 
 def share_embeddings(variants: Sequence[Variant], out: Path) -> None:

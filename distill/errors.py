@@ -48,6 +48,10 @@ class ScorerError(DistillError):
     """A package or weights that a figure needs and that are not there, or images that it cannot be taken of."""
 
 
+class OutputError(DistillError):
+    """A file or folder in the place of an output that was not written by this program, and is left as it is."""
+
+
 class RunError(DistillError):
     """A folder that holds no run, or a file in it that is in another form."""
 

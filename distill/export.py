@@ -15,13 +15,23 @@ from torch import Tensor
 
 from distill.card import card, licence_of
 from distill.config import Lora
-from distill.errors import CheckpointError, ConfigError
+from distill.errors import CheckpointError, ConfigError, OutputError, TeacherError
 from distill.files import aside
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import load_transformer
 from distill.two_times import save_second_time, split
 
 SHARD_SIZE = "5GB"
+_PARTS = r"transformer|vae|scheduler|text_encoder(_[23])?|tokenizer(_[23])?|image_encoder|feature_extractor"
+_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_SETTINGS = (
+    r"(config|scheduler_config|preprocessor_config|tokenizer|tokenizer_config|vocab|added_tokens|special_tokens_map)"
+)
+# Every file that a student folder may hold. One that holds others too is not replaced.
+_WRITTEN = re.compile(
+    rf"README\.md|model_index\.json|{re.escape(RECORD)}|(pytorch_lora_weights|second_time)\.safetensors"
+    rf"|({_PARTS})/({_WEIGHTS}|{_SETTINGS}\.json|merges\.txt|spiece\.model)"
+)
 
 
 def export_student(
@@ -34,7 +44,7 @@ def export_student(
     max_shard_size: str = SHARD_SIZE,
     licence: str | None = None,
 ) -> Path:
-    """Write the student of `teacher` to `out`, replacing an older one only when it is whole.
+    """Write the student of `teacher` to `out`, replacing an older student, and nothing else, by a whole one.
 
     `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
     merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
@@ -42,11 +52,13 @@ def export_student(
     `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
     licence is the one that the teacher's card names unless another is given.
 
-    Raises ConfigError for a size that is none, CheckpointError when the disk refuses.
+    Raises ConfigError for a size that is none, OutputError when `out` holds anything else than a student,
+    CheckpointError when the disk refuses.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
     spec = read_spec(teacher)
+    check_place(out, spec.folder)
     weights, second = split(weights)
     named = licence_of(spec.folder) if licence is None else {"license": licence}
     record = {
@@ -78,9 +90,39 @@ def export_student(
                 save_second_time(second, made)
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
+            check_place(out, spec.folder)  # again, for what was put there meanwhile
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
+
+
+def check_place(out: Path, teacher: Path) -> None:
+    """Raise OutputError unless a student may be written to `out`: it is absent, empty, or a student of ours.
+
+    A folder that holds a student and other files, or the teacher itself, is left as it is.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder for the student")
+    if out.resolve() == teacher.resolve():
+        raise OutputError(f"{out} is the folder of the teacher; name another folder for the student")
+    held = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not held:
+        return
+    try:
+        ours = {"start_time", "made_with"} <= read_json(out / RECORD).keys()
+    except TeacherError:
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{out} holds other files ({held[0].relative_to(out)}) and no student that was exported; name a new folder"
+        )
+    for path in held:
+        if not _WRITTEN.fullmatch(path.relative_to(out).as_posix()):
+            raise OutputError(
+                f"{out} holds {path.relative_to(out)} beside a student; move that file away, or name another folder"
+            )
 
 
 def _version(package: str) -> str:

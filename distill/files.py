@@ -1,19 +1,27 @@
 """Files and folders that are whole or not there: written beside their place, flushed, renamed into it."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distill.errors import OutputError
+
+MARK = "Flow Generator Matching"  # in pictures and pages that we write: one that has it may be replaced
+_MARKED_BYTES = 1 << 20  # of a file that are searched for a mark
+
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Where to write the file or folder `path`: it takes that name when the block ends well, and vanishes otherwise.
 
-    A folder cannot be renamed over another, so an older one is put aside first; a kill between the two renames leaves
-    it where `put_back` finds it. Raises what the disk raises.
+    A link is followed. An older file or folder is replaced: whoever lets a user name `path` checks first that it may
+    be. A folder cannot be renamed over another, so an older one is put aside first; a kill between the two renames
+    leaves it where `put_back` finds it. Raises what the disk raises, FileExistsError for a folder in a file's place.
     """
+    path = path.resolve()
     made, old = _hidden(path, "partial"), _hidden(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(made)
@@ -22,6 +30,8 @@ def aside(path: Path) -> Iterator[Path]:
         for each in (*made.rglob("*"), made):
             flush(each)
         if made.is_dir() and path.exists():
+            if not path.is_dir():
+                raise FileExistsError(errno.EEXIST, "a file is in the place of the folder", str(path))
             _remove(old)
             path.rename(old)
         made.replace(path)
@@ -40,13 +50,23 @@ def write_aside(path: Path, text: str) -> None:
         made.write_text(text, encoding="utf-8")
 
 
+def check_replaceable(path: Path, mark: str = MARK) -> None:
+    """Raise OutputError unless `path` is absent or a file that we wrote, which its mark says."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file")
+    if path.exists():
+        with path.open("rb") as file:
+            if mark.encode() not in file.read(_MARKED_BYTES):
+                raise OutputError(f"{path} exists and was not written by this program; name another file, or move it")
+
+
 def put_back(folder: Path) -> None:
     """Give what a kill left between two renames, in a folder or one below it, its name again.
 
     For one process alone, since another may be between the two.
     """
-    for old in (*folder.glob(".*.old"), *folder.glob("*/.*.old")):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    for old in (*folder.glob(_hidden(Path("*"), "old").name), *folder.glob(f"*/{_hidden(Path('*'), 'old')}")):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(_suffix("old")))
         if path.exists():
             _remove(old)
         else:
@@ -63,11 +83,16 @@ def flush(path: Path) -> None:
 
 
 def _hidden(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}")
+    """A name beside `path` that no other program or person gives: what bears it is ours to remove."""
+    return path.with_name(f".{path.name}{_suffix(what)}")
+
+
+def _suffix(what: str) -> str:
+    return f".distill-{what}"
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

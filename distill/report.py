@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.alarms import Figures
 from distill.errors import RunError
-from distill.files import write_aside
+from distill.files import MARK, check_replaceable, write_aside
 from distill.runs import Clock, RunFolder, read_clock
 
 POINTS = 200  # of one curve at most; longer logs are averaged
@@ -72,7 +72,11 @@ _JUDGED = {
 
 
 def write_report(run: RunFolder, out: Path) -> None:
-    """Write the page of a run, whole or not at all. Raises RunError when a file of the run is in another form."""
+    """Write the page of a run, whole or not at all.
+
+    Raises RunError when a file of the run is in another form, OutputError when `out` is another file than a report.
+    """
+    check_replaceable(out)
     write_aside(out, render_report(run))
 
 
@@ -86,6 +90,7 @@ def render_report(run: RunFolder) -> str:
     changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
     template = Template((Path(__file__).with_name("report.html")).read_text(encoding="utf-8"))
     return template.substitute(
+        generator=MARK,
         name=escape(run.name),
         state=run.state,
         state_class=run.state.split()[0],

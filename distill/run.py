@@ -22,11 +22,11 @@ from distill.alarms import Alarms
 from distill.config import Lora, RealImages, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
-from distill.errors import CheckpointError, ConfigError, RunError
+from distill.errors import CheckpointError, ConfigError, OutputError, RunError
 from distill.evaluate.compare import SHIPPED_TEACHER
 from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
-from distill.export import SHARD_SIZE, export_student
+from distill.export import SHARD_SIZE, check_place, export_student
 from distill.flow import noise
 from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
 from distill.networks import build
@@ -41,6 +41,7 @@ from distill.trainer import Progress, accelerator_for, check, mesh, train
 
 GRID = 16  # images in a sample grid
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
+_OWN = ("checkpoints", "best", "student", "samples", METRICS, EVALUATIONS, ALARMS)  # written, and rewritten, by a run
 
 
 def teacher_folder(config: Run) -> Path:
@@ -51,13 +52,19 @@ def teacher_folder(config: Run) -> Path:
 def prepare(config: Run, out: Path) -> TeacherSpec:
     """Check the teacher and write the resolved configuration, before anything is computed.
 
-    Raises TeacherError, SizeError, or CheckpointError when `out` holds a run of another configuration.
+    Raises TeacherError, SizeError, CheckpointError when `out` holds a run of another configuration, or OutputError when
+    it holds files of no run that a run would replace.
     """
     spec = read_spec(teacher_folder(config))
     latent_shapes(config, spec)
     kept = out / "config.yaml"
     if kept.exists():
         config.check_same(read_config(out).identity(), kept)
+    else:
+        for name in _OWN:
+            if (out / name).exists():
+                raise OutputError(f"{out} holds {name}, but no config.yaml of a run; give another --out")
+    check_place(out / "student", spec.folder)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
     return spec
@@ -223,7 +230,7 @@ def _state(out: Path, which: str) -> Path:
         if found is None:
             raise RunError(f"{out} has no checkpoint yet; `distill run` with the same --out writes one")
         return found
-    kept = {int(path.name): path for part in ("checkpoints", "best") for path in (out / part).glob("[0-9]*")}
+    kept = {int(path.name): path for part in ("checkpoints", "best") for path in checkpoint.states(out / part)}
     if not which.isdecimal() or int(which) not in kept:
         there = ", ".join(map(str, sorted(kept))) or "none"
         raise RunError(f"{out} has no checkpoint {which}; give best, last or the images of one: {there}")

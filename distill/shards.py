@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.device import to_device
-from distill.errors import CacheError
+from distill.errors import CacheError, OutputError
 from distill.spec import TeacherSpec
 
 FORMAT = 2
@@ -47,6 +47,11 @@ class Layout:
     def unfinished(self) -> str:
         """The index while shards are still being added."""
         return f"{Path(self.manifest).stem}.unfinished.json"
+
+    @property
+    def begun(self) -> str:
+        """An empty file, which marks the folder until the cache is whole."""
+        return f".{Path(self.manifest).stem}.begun"
 
     @property
     def pinned(self) -> dict[str, Any]:
@@ -103,7 +108,8 @@ class ShardWriter:
         """Open the folder, and pass over what its shards were made of.
 
         Raises CacheError when it holds a whole cache already, was begun with another source, teacher, dtype or
-        format, lacks a file that its index names, or the disk refuses.
+        format, lacks a file that its index names, or the disk refuses; OutputError when it holds files of no cache that
+        a cache would replace.
         """
         if (folder / layout.manifest).exists():
             raise CacheError(f"{folder} holds {layout.noun}s already; remove it or give another folder")
@@ -116,6 +122,7 @@ class ShardWriter:
             )
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
 
     def count(self, name: str) -> int:
         """A figure, as the last shard left it."""
@@ -155,7 +162,20 @@ class ShardWriter:
                 self._index[name] = self._save(name, rows)
             self._keep(lines, counts)
             (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
+            (self._folder / self._layout.begun).unlink()
             checkpoint.flush(self._folder)
+
+    def _claim(self) -> None:
+        """Mark the folder as that of a cache. Raises OutputError when a cache would replace files that are no cache's.
+
+        A call that is killed before its first index leaves files under the mark.
+        """
+        mark = self._folder / self._layout.begun
+        if not (mark.exists() or (self._folder / self._layout.unfinished).exists()):
+            others = sorted((*self._folder.glob("*.safetensors"), *self._folder.glob("*.jsonl")))
+            if others:
+                raise OutputError(f"{others[0]} is not a part of a cache and could be replaced; give another folder")
+        mark.touch()
 
     def _begun(self, dtype: str, counts: Set[str]) -> dict[str, Any]:
         """The index of the shards that a killed call left, or one of none."""

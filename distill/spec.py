@@ -30,6 +30,7 @@ _OTHERS = {
     "tokenizer_2": None,
     "tokenizer_3": None,
 }
+COMPONENTS = (*_MODELS, *_OTHERS)  # folders of a pipeline
 _OPTIONAL = {"text_encoder_3", "tokenizer_3"}
 _SCHEDULES = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
               "use_beta_sigmas", "stochastic_sampling")  # fmt: skip

@@ -10,10 +10,10 @@ from PIL import Image
 from tiny import stock_pipeline
 from typer.testing import CliRunner
 
-from distill.cifar10.data import CLASSES, read_images
-from distill.cifar10.teacher import TeacherRecipe, train_teacher
+from distill.cifar10.data import CLASSES, read_images, write_images
+from distill.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
 from distill.cli import app
-from distill.errors import ImageError
+from distill.errors import ImageError, OutputError
 from distill.identity import identity_autoencoder
 from distill.images import ImageCache, encode_examples, read_examples
 from distill.scenes.vae import to_pixels
@@ -108,6 +108,22 @@ def test_the_whole_path_runs_on_its_files(data: Path, clip_folder: Path, tmp_pat
     scores = ["--clip", clip_folder, "--reference", real, "--device", "cpu", "--json"]
     for folder in (made, tmp_path / "slow"):
         assert json.loads(invoke("score", folder, *scores))["cmmd"] > 0
+
+
+def test_other_images_and_models_are_not_replaced(data: Path, teacher: Path, tmp_path: Path) -> None:
+    list(write_images(data, tmp_path, False, True))
+    assert list(write_images(data, tmp_path, False, True)) == [1, 2, 3]  # the same command again
+    with pytest.raises(OutputError, match="lists other images"):
+        list(write_images(data, tmp_path, True, True))
+    (tmp_path / "metadata.jsonl").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "00001.png")
+    with pytest.raises(OutputError, match=r"00001\.png exists"):
+        list(write_images(data, tmp_path, False, True))
+    with pytest.raises(OutputError, match="but no state of this training"):
+        check_teacher_folder(teacher)
+    (tmp_path / "prompts.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds prompts\.txt"):
+        check_teacher_folder(tmp_path)
 
 
 def test_a_conditional_teacher_and_real_images_know_the_classes(data: Path, tmp_path: Path) -> None:

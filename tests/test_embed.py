@@ -11,7 +11,7 @@ from tiny import PROMPTS, WORDS, make_teacher
 
 from distill import shards
 from distill.embed import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
-from distill.errors import CacheError, PromptError
+from distill.errors import CacheError, OutputError, PromptError
 from distill.text import SD3TextEncoder
 
 UNFINISHED = "embeddings.unfinished.json"
@@ -145,6 +145,15 @@ def test_a_call_killed_before_its_first_shard_leaves_nothing_that_binds(teacher,
     assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 3
 
 
+@pytest.mark.parametrize("name", ["prompts.jsonl", "shard-00000.safetensors", "null.safetensors", "mine.jsonl"])
+def test_a_cache_replaces_no_file_of_another(name, teacher, tmp_path):
+    (tmp_path / name).write_text('{"prompt": "mine"}\n')
+    for _ in range(2):
+        with pytest.raises(OutputError, match=f"{name} is not a part of a cache"):
+            list(embed_prompts(teacher, ["a"], tmp_path))
+    assert contents(tmp_path) == {name: b'{"prompt": "mine"}\n'}
+
+
 def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
@@ -180,7 +189,7 @@ def test_what_a_kill_leaves_half_written_changes_no_byte(teacher, tmp_path):
     with (out / "prompts.jsonl").open("a") as file:
         file.write('"a prompt of the next sh')
     (out / ".shard-00001.safetensors.partial").write_bytes(b"half")
-    (out / f".{UNFINISHED}.partial").write_text("{")
+    (out / f".{UNFINISHED}.distill-partial").write_text("{")
     (out / "shard-00001.safetensors").write_bytes(b"renamed, but not in the index")
     list(embed_prompts(teacher, TEXTS, out, shard_rows=8))
     list(embed_prompts(teacher, TEXTS, tmp_path / "whole", shard_rows=8))

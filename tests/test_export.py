@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny import PROMPTS, stock_pipeline
 
 from distill.card import licence_of
-from distill.errors import CheckpointError, ConfigError, ParityError, SizeError, TeacherError
+from distill.errors import CheckpointError, ConfigError, OutputError, ParityError, SizeError, TeacherError
 from distill.export import export_student
 from distill.flow import noise, one_step
 from distill.networks import ROLES, Lora, SharedBase, build
@@ -196,6 +196,85 @@ def test_export_replaces_a_student_only_by_a_whole_one(teacher, tmp_path):
     assert OneStepPipeline.load(out).spec.images_seen == 13
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert SD3TextEncoder.load(out).encode([""]).embeds.shape == (1, 8, 48)
+
+
+def _documents(folder: Path, teacher: Path, student: Path) -> Path:
+    (folder / "letters").mkdir(parents=True)
+    (folder / "letters" / "a.txt").write_text("mine")
+    return folder
+
+
+def _models(folder: Path, teacher: Path, student: Path) -> Path:
+    shutil.copytree(student, folder / "one")
+    return folder
+
+
+def _link(folder: Path, teacher: Path, student: Path) -> Path:
+    folder.symlink_to(_documents(folder.with_name("target"), teacher, student))
+    return folder
+
+
+def _student_with(name: str):
+    def make(folder: Path, teacher: Path, student: Path) -> Path:
+        shutil.copytree(student, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        return folder
+
+    return make
+
+
+def _file(folder: Path, teacher: Path, student: Path) -> Path:
+    folder.write_text("mine")
+    return folder
+
+
+def _renamed(folder: Path, teacher: Path, student: Path) -> Path:
+    (folder / "onestep.json").parent.mkdir()
+    (folder / "onestep.json").write_text('{"start_time": 1.0}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _documents,
+        _models,
+        _link,
+        _file,
+        _renamed,
+        _student_with("notes.txt"),
+        _student_with(".git/config"),
+        _student_with("transformer/notes.txt"),
+        _student_with("vae/old/config.json"),
+        lambda folder, teacher, student: shutil.copytree(teacher, folder),
+        lambda folder, teacher, student: shutil.copytree(teacher, folder / "inside").parent,
+    ],
+)
+def test_an_export_replaces_nothing_but_a_student(make, teacher, student, tmp_path):
+    out = make(tmp_path / "out", teacher, student)
+
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
+    with pytest.raises(OutputError, match=re.escape(str(out))):
+        export_student(teacher, dict(load_transformer(teacher).named_parameters()), out, RECIPE)
+    assert contents() == before
+
+
+def test_an_export_goes_to_an_empty_folder_and_through_a_link_and_never_onto_its_teacher(teacher, student, tmp_path):
+    weights = dict(load_transformer(teacher).named_parameters())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for images in (1, 2):
+        export_student(teacher, weights, tmp_path / "link", {**RECIPE, "images_seen": images})
+        assert OneStepPipeline.load(tmp_path / "empty").spec.images_seen == images
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"}
+    with pytest.raises(OutputError, match="folder of the teacher"):
+        export_student(tmp_path / "empty", weights, tmp_path / "link", RECIPE)
+    assert OneStepPipeline.load(tmp_path / "empty").spec.images_seen == 2
 
 
 def test_only_what_stock_loads_is_copied_and_no_path_of_this_machine_with_it(teacher, tmp_path):

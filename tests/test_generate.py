@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.errors import ConfigError, DistillError, PromptError
+from distill.errors import ConfigError, DistillError, OutputError, PromptError
 from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
 from distill.generate import generate_images
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
@@ -54,6 +54,29 @@ def test_a_grid_shows_them_all(tmp_path: Path) -> None:
     assert "grid.png" in result.output
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 5 * 128
+
+
+@pytest.mark.parametrize("place", ["out/00001-1.png", "grid.png"])
+def test_pictures_replace_pictures_of_ours_alone(place: str, tmp_path: Path) -> None:
+    command = (*TEXTS[:2], "--out", tmp_path / "out", "--grid", tmp_path / "grid.png")
+    assert generate(*command).exit_code == 0
+    assert generate(*reversed(TEXTS[:2]), *command[2:]).exit_code == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / place)
+    before = files(tmp_path / "out")
+    with pytest.raises(OutputError, match=f"{place} exists and was not written by this program"):
+        generate(*command)
+    assert files(tmp_path / "out") == before
+
+
+def test_a_file_in_the_place_of_a_folder_and_a_folder_in_that_of_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    words = (("--out", tmp_path / "file"), ("--out", tmp_path / "out", "--grid", tmp_path / "folder"))
+    for arguments in words:
+        result = generate("a", *arguments)
+        assert result.exit_code == 2
+        assert "Invalid value for" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_image_that_was_there(tmp_path: Path) -> None:

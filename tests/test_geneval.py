@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.errors import ConfigError, PromptError, RunError, ScorerError
+from distill.errors import ConfigError, OutputError, PromptError, RunError, ScorerError
 from distill.evaluate.clip import Clip
 from distill.evaluate.files import find_images
 from distill.evaluate.geneval import read_questions, render
@@ -64,6 +64,15 @@ def test_a_teacher_fills_the_folders_and_more_images_leave_the_first_alone(teach
         assert image.info["prompt"] == json.loads(LINES[1])["prompt"]
     with pytest.raises(RunError, match="another guidance"):
         invoke(*command, "--guidance", "2")
+
+
+def test_images_that_nothing_tells_of_are_not_taken_for_ones_of_the_model(teacher, prompts, tmp_path) -> None:
+    (tmp_path / "out" / "00000" / "samples").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "out" / "00000" / "samples" / "0000.png")
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"no images\.json"):
+        invoke("geneval", prompts, "--teacher", teacher, "--out", tmp_path / "out", "--images", "1")
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_student_renders_too(prompts, tmp_path) -> None:

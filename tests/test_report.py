@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from distill import console
 from distill.cli import app
-from distill.errors import RunError
+from distill.errors import OutputError, RunError
 from distill.evaluate.picture import labelled_grid, save_png
-from distill.report import GRIDS, POINTS, duration, render_report, si
+from distill.report import GRIDS, POINTS, duration, render_report, si, write_report
 from distill.runs import read_clock, read_run, read_runs
 
 SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.5", "gradient_norm/fake", "gradient_norm/student", "latent/std")
@@ -331,6 +331,16 @@ def test_the_command_writes_the_page_where_it_is_told(tmp_path: Path) -> None:
         assert result.exit_code == 0
         assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
         assert list(page.parent.glob(".*partial")) == []
+
+
+def test_a_report_replaces_a_report_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 6400)
+    for _ in range(2):
+        write_report(read_run(folder), tmp_path / "a.html")
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(OutputError, match=r"metrics\.jsonl exists and was not written by this program"):
+        write_report(read_run(folder), folder / "metrics.jsonl")
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("last", [0, 0.5, 1e-7, -3e9, 0.50001])

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from distill import checkpoint
 from distill.cli import main
 from distill.cli.stopping import asked_to_stop, stopped
-from distill.errors import CheckpointError, ConfigError, DivergedError, RunError
-from distill.files import write_aside
+from distill.config import load_config
+from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, RunError
+from distill.files import aside, write_aside
 from distill.pipeline import OneStepPipeline
-from distill.run import export
+from distill.run import export, prepare
 from distill.runs import read_clock, read_run
 from distill.trainer import accelerator_for
 
@@ -288,12 +289,59 @@ def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     """Where `save` replaces a state of the same name; the next claim gives it its name again."""
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
     checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
-    folder.rename(folder.with_name(f".{folder.name}.old"))
+    folder.rename(folder.with_name(f".{folder.name}.distill-old"))
     with checkpoint.claimed(tmp_path):
         assert checkpoint.latest(folder.parent) == folder
     checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert checkpoint.load(folder)[0]["x"][0] == 1
+
+
+def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path):
+    others = [tmp_path / name for name in (".notes.old", "notes", ".notes.partial", "sub/.x.old", "sub/x")]
+    others += [tmp_path / "checkpoints" / name for name in ("0001-mine/a.txt", "2024/a.txt", f"{1:012d}/a.txt")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    with checkpoint.claimed(tmp_path):
+        write_aside(tmp_path / "notes", "notes")
+        for images in (2, 3, 4):
+            checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(images), {}, {"images": images})
+        checkpoint.prune(tmp_path / "checkpoints", 1)
+    assert [path.read_text() for path in others] == [path.name for path in others]
+    with pytest.raises(CheckpointError, match=r"a\.txt is in the place of a checkpoint"):
+        checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(1), {}, {"images": 1})
+    assert len(checkpoint.states(tmp_path / "checkpoints")) == 2
+
+
+def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_place(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_aside(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    with pytest.raises(FileExistsError), aside(tmp_path / "target") as made:
+        made.mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+@pytest.mark.parametrize(
+    "name", ["student/notes.txt", "student/onestep.json", "metrics.jsonl", "checkpoints/1/a", "best/a", "alarms.jsonl"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_begins_where_it_replaces_nothing(name, begun, teacher, tmp_path):
+    config = load_config("scenes-debug", [f"teacher={teacher}"])
+    if begun:
+        prepare(config, tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if begun and not name.startswith("student"):
+        prepare(config, tmp_path)  # a run's own
+    else:
+        with pytest.raises(OutputError, match=name.partition("/")[0]):
+            prepare(config, tmp_path)
+        assert (tmp_path / "config.yaml").exists() is begun
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

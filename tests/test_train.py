@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import checkpoint
 from distill.denoiser import LOWEST_RATE, rate, tokenize, training_step
-from distill.errors import CacheError, CheckpointError, TeacherError
+from distill.errors import CacheError, CheckpointError, OutputError, TeacherError
 from distill.scenes.captions import parse_task_weights, training_prompts, vocabulary
 from distill.scenes.data import CHUNK, make_chunks
 from distill.scenes.state import Progress
@@ -34,6 +34,8 @@ from distill.scenes.train import (
     TeacherRecipe,
     check_start,
     check_states,
+    check_teacher_folder,
+    copy_autoencoder,
     encode_scenes,
     make_denoiser,
     refine,
@@ -280,6 +282,29 @@ def test_the_command_starts_from_a_teacher_and_records_its_recipe(trained: Path,
     state = checkpoint.latest(tmp_path / f"patch-{FINE}-state")
     assert state is not None
     assert checkpoint.load_record(state)["recipe"] == recipe
+    options[options.index("--images") + 1] = "12"
+    assert (
+        invoke(
+            "teacher", "--out", str(tmp_path), "--start", str(trained), "--device", "cpu", *words.split(), *options
+        ).exit_code
+        == 0
+    )  # its own pipeline is replaced
+
+
+def test_a_training_replaces_no_model_that_was_not_trained_there(teacher: Path, trained: Path, tmp_path: Path) -> None:
+    started = replace(RECIPE, start=str(trained), vae_images=None, coarse_images=0)
+    for recipe in (RECIPE, started):
+        with pytest.raises(OutputError, match="but no state of this training"):
+            check_teacher_folder(recipe, teacher)
+    copy_autoencoder(trained, tmp_path)
+    check_teacher_folder(started, tmp_path)  # stopped here
+    with pytest.raises(OutputError, match="holds vae"):
+        check_teacher_folder(RECIPE, tmp_path)
+    check_teacher_folder(RECIPE, trained)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / SCENES).write_text("mine")
+    with pytest.raises(OutputError, match=r"holds scenes\.safetensors"):
+        check_teacher_folder(started, tmp_path / "other")
 
 
 def test_a_teacher_of_another_architecture_is_no_start(tmp_path: Path) -> None:

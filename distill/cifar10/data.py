@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill.errors import ImageError
-from distill.files import aside, write_aside
+from distill.errors import ImageError, OutputError
+from distill.evaluate.picture import save_png
+from distill.files import write_aside
 from distill.images import METADATA
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -39,17 +40,20 @@ def captions(labels: NDArray[np.uint8], conditional: bool) -> list[str]:
 def write_images(folder: Path, out: Path, conditional: bool, test: bool = False) -> Iterator[int]:
     """Write each image as PNG and their captions as metadata.jsonl, and yield how many are written.
 
-    A folder that `distill encode` and `distill score --reference` take. Raises ImageError when the disk refuses.
+    A folder that `distill encode` and `distill score --reference` take. Raises OutputError when `out` holds other
+    images, ImageError when the disk refuses.
     """
     images, labels = read_images(folder, test)
     names = [f"{i:05d}.png" for i in range(len(images))]
     lines = [{"file_name": name, "text": text} for name, text in zip(names, captions(labels, conditional), strict=True)]
+    listed = "".join(json.dumps(line) + "\n" for line in lines)
     try:
+        if (out / METADATA).exists() and (out / METADATA).read_text(encoding="utf-8", errors="replace") != listed:
+            raise OutputError(f"{out / METADATA} lists other images; give another --out")
         for i, (name, image) in enumerate(zip(names, images, strict=True), 1):
-            with aside(out / name) as made:
-                Image.fromarray(image).save(made, format="PNG")
+            save_png(Image.fromarray(image), out / name)
             yield i
-        write_aside(out / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
+        write_aside(out / METADATA, listed)
     except OSError as error:
         raise ImageError(f"could not write images to {out}: {error}; make room and run the same command") from error
 

@@ -19,12 +19,13 @@ from distill.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
 from distill.files import write_aside
 from distill.identity import identity_autoencoder
 from distill.philox import Draw
-from distill.scenes.state import Progress
+from distill.scenes.state import Progress, check_folder
 from distill.scenes.vae import to_pixels
 from distill.spec import RECORD
 from distill.tokenizer import build_clip_tokenizer
 
 PROMPTS = "prompts.txt"  # in the teacher's folder: all there is to ask for
+STATE = "state"  # in the teacher's folder: what a training continues from
 TOKENS = 3  # of a prompt: a word, start and end
 HEAD = 64  # channels of an attention head
 
@@ -41,6 +42,11 @@ class TeacherRecipe(Recipe):
     decay: int = 20_480_000
     ema_half_life: float = 887_000
     checkpoint_every: int = 128_000
+
+
+def check_teacher_folder(folder: Path) -> None:
+    """Raise OutputError when a training would replace files that no training here has written."""
+    check_folder(folder, (STATE,), (PROMPTS,))
 
 
 def train_teacher(
@@ -70,7 +76,7 @@ def train_teacher(
         mirrored = (draw.uniform() < 0.5).view(-1, 1, 1, 1)
         return torch.where(mirrored, x_0.flip(3), x_0), ids.index_select(0, rows)
 
-    yield from fit(model, average, sample, null, recipe, folder / "state", device, compiled)
+    yield from fit(model, average, sample, null, recipe, folder / STATE, device, compiled)
     save_pipeline(average, vae, tokenizer, folder)
     write_aside(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
     record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": asdict(recipe)}

@@ -16,7 +16,7 @@ _IMAGES = (
 def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     prompts: Annotated[str, typer.Argument(help=SOURCE)],
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
     shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     processes: Annotated[
@@ -50,7 +50,7 @@ def embed(
 def encode(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     images: Annotated[str, typer.Argument(help=_IMAGES)],
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0)] = 0,
     shard_rows: Annotated[int, typer.Option(help="Images of one file at most; it stays under 1 GiB.", min=1)] = 4096,

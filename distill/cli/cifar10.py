@@ -14,7 +14,7 @@ _CONDITIONAL = "Captions are the classes' names; without, one word for all."
 
 def teacher(
     data: Annotated[Path, typer.Argument(help=_CIFAR10)],
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.", file_okay=False)] = Path(
         "runs/cifar10-teacher"
     ),
     images: Annotated[int, typer.Option(help="Images that it is trained on.", min=1)] = 51_200_000,
@@ -31,10 +31,11 @@ def teacher(
     The same command continues a training that was stopped, a larger budget continues a finished one.
     """
     from distill.checkpoint import claimed
-    from distill.cifar10.teacher import TeacherRecipe, train_teacher
+    from distill.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
     from distill.device import resolve_device
 
     recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
+    check_teacher_folder(out)
     with claimed(out):
         train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
     typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distils it.")
@@ -42,7 +43,7 @@ def teacher(
 
 def images(
     data: Annotated[Path, typer.Argument(help=_CIFAR10)],
-    out: Annotated[Path, typer.Option(help="Folder of the images and their captions.")],
+    out: Annotated[Path, typer.Option(help="Folder of the images and their captions.", file_okay=False)],
     test: Annotated[bool, typer.Option("--test", help="Those of the test batch.")] = False,
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
 ) -> None:

@@ -17,7 +17,9 @@ def compare(
     images: Annotated[int | None, typer.Option(help="Budget of each in images; the preset's.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget of each in seconds of training.", min=1)] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all of them.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.", file_okay=False)] = Path(
+        "runs/compare"
+    ),
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.")] = 0,
@@ -29,7 +31,7 @@ def compare(
     """
     import shlex
 
-    from distill.compare import is_finished, is_scored, judged, read_variants, share_embeddings, within
+    from distill.compare import check_folder, is_finished, is_scored, judged, read_variants, share_embeddings, within
     from distill.console import image_bar, table
     from distill.console import out as console
     from distill.device import resolve_device
@@ -48,6 +50,7 @@ def compare(
     words += ["--per-task", str(per_task), "--steps", str(steps), "--seed", str(seed)]
     where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
+    check_folder(out)
     share_embeddings(planned, out)
     finished, diverged = [], {}
     for variant in planned:

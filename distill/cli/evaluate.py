@@ -24,7 +24,9 @@ def evaluate(
     student_steps: Annotated[int, typer.Option(help="Steps of a flow map student.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images.")] = 0,
     device: Device = "auto",
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/teacher-vs-student.png"),
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path(
+        "runs/teacher-vs-student.png"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Judge teacher and student on the same prompts and seeds of the small world.
@@ -40,8 +42,10 @@ def evaluate(
     from distill.evaluate.compare import SHIPPED_TEACHER, Comparison, overview, side_by_side
     from distill.evaluate.judge import FEATURES, Questions
     from distill.evaluate.picture import save_png
+    from distill.files import check_replaceable
     from distill.pipeline import SHIPPED_STUDENT
 
+    check_replaceable(picture)
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
     folder = student or SHIPPED_STUDENT
     students, where = {"student": folder}, resolve_device(device)
@@ -71,7 +75,7 @@ def evaluate(
 
 def geneval(
     prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
-    out: Annotated[Path, typer.Option(help="Folder of the images, for GenEval's scorer.")],
+    out: Annotated[Path, typer.Option(help="Folder of the images, for GenEval's scorer.", file_okay=False)],
     student: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder, in place of a student.")] = None,
     images: Annotated[int, typer.Option(help="Images of each prompt.", min=1)] = 4,

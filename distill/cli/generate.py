@@ -13,13 +13,15 @@ def generate(
     file: Annotated[str | None, typer.Option(help=f"More prompts: {SOURCE}")] = None,
     student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder, in place of a student.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("runs/images"),
+    out: Annotated[Path, typer.Option(help="Folder of the images.", file_okay=False)] = Path("runs/images"),
     count: Annotated[
         int | None, typer.Option(help="Images to make, going round the prompts; one of each if not given.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
     batch: Annotated[int, typer.Option(help="Images made together; it changes none of them.", min=1)] = 16,
-    grid: Annotated[Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.", dir_okay=False)
+    ] = None,
     steps: Annotated[
         int, typer.Option(help="Steps of an image; more than 1 for flow map students and teachers.", min=1)
     ] = 1,

@@ -24,7 +24,7 @@ def run(
     seconds: Annotated[
         float | None, typer.Option(help="Budget in seconds of training; a measured speed makes images of it.", min=1)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.", file_okay=False)] = None,
 ) -> None:
     """Distil a teacher into a one-step student.
 
@@ -98,7 +98,9 @@ def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> Non
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder: finished, stopped or running.")],
-    out: Annotated[Path | None, typer.Option(help="Student folder; student in the run folder if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Student folder; student in the run folder if not given.", file_okay=False)
+    ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="best, last, or the images seen of a checkpoint; best is the last if none was judged.")
     ] = "best",
@@ -115,7 +117,7 @@ def export(
     """Write the student of a run, as `distill run` does at its end.
 
     The student is the averaged one of a checkpoint; a LoRA run's folder also holds the adapter, for diffusers and
-    ComfyUI. An older student in the same place is replaced by a whole one.
+    ComfyUI. An older student in the same place is replaced; a folder that holds anything else is refused.
     """
     import torch
 

@@ -8,7 +8,9 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the run folder if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html in the run folder if not given.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Show a run in one HTML file: its state, curves, samples, evaluations, cost and configuration.
 

@@ -17,7 +17,9 @@ _DECAY = "Last images, over which the rate falls linearly to 2 % of its peak."
 
 
 def teacher(
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.")] = Path("runs/teacher"),
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.", file_okay=False)] = Path(
+        "runs/teacher"
+    ),
     start: Annotated[Path | None, typer.Option(help=_START)] = None,
     images: Annotated[int, typer.Option(help="Images that the transformer is trained on.", min=1)] = 1_600_000,
     coarse_images: Annotated[int | None, typer.Option(help=_COARSE, min=0)] = None,
@@ -60,6 +62,7 @@ def teacher(
         TeacherRecipe,
         check_start,
         check_states,
+        check_teacher_folder,
         copy_autoencoder,
         encode_scenes,
         train_teacher,
@@ -86,6 +89,7 @@ def teacher(
     )
     if start is not None:
         check_start(start)
+    check_teacher_folder(recipe, out)
     with claimed(out):
         check_states(recipe, out)  # before another autoencoder takes the place of the one that they were trained on
         if recipe.vae_images is not None:
@@ -101,7 +105,7 @@ def teacher(
 
 
 def show(
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("runs/scenes.png"),
+    out: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path("runs/scenes.png"),
     count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.")] = 0,
     held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from distill.errors import PromptError, RunError
+from distill.errors import OutputError, PromptError, RunError
 from distill.evaluate.judge import Generate
 from distill.files import write_aside
 from distill.generate import save_image
@@ -64,7 +64,8 @@ def render(
     """Write `images` of each question, and yield how many are there; those that are there already are kept.
 
     Image k of question i has the seed `seed + k * questions + i`: it stays the same when more images are asked for.
-    Raises RunError when `out` holds images of another model, setting, seed or file of prompts.
+    Raises RunError when `out` holds images of another model, setting, seed or file of prompts, OutputError when it does
+    not say what made them.
     """
     _record({**made_with, "seed": seed, "prompts": [question.line for question in questions]}, out / RECORD)
     for i, question in enumerate(questions):
@@ -97,6 +98,10 @@ def _sample(out: Path, question: int, image: int) -> Path:
 def _record(record: Mapping[str, Any], path: Path) -> None:
     """Keep what makes the images, or hold it against what made those that are there."""
     if not path.exists():
+        if any(path.parent.glob("[0-9]" * 5)):
+            raise OutputError(
+                f"{path.parent} holds images, and no {RECORD} that says what made them; give another --out"
+            )
         write_aside(path, json.dumps(record, indent=2) + "\n")
         return
     try:

@@ -1,14 +1,15 @@
 """Grids of images with words: rows of models over columns of prompts, captions wrapped under the tiles."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from distill.files import aside
+from distill.files import MARK, aside, check_replaceable
 
 TILE = 128  # pixels
 GAP = 6
@@ -47,7 +48,14 @@ def labelled_grid(
     return page
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all, so that a viewer never opens half a picture."""
+def save_png(image: Image.Image, path: Path, words: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write a PNG whole or not at all, with `words` as its texts by name.
+
+    Raises OutputError when another file than a picture of ours is in its place, and what the disk raises.
+    """
+    check_replaceable(path)
+    texts = PngImagePlugin.PngInfo()
+    for name, text in {"Software": MARK, **words}.items():
+        texts.add_itxt(name, text)  # iTXt, for the older kind of text is Latin alone
     with aside(path) as made:
-        image.save(made, format="PNG")
+        image.save(made, format="PNG", pnginfo=texts)

@@ -1,7 +1,7 @@
 """What the trainings of teachers share: progress, and the states that they resume from."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distill import checkpoint
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, OutputError
+from distill.spec import COMPONENTS, RECORD
 
 FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget and cadences of a recipe
 
@@ -43,6 +44,18 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
         tensors |= checkpoint.pack(name, module.state_dict())
     checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": asdict(recipe)})
     checkpoint.prune(folder, 1)
+
+
+def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) -> None:
+    """Raise OutputError when files that a training would replace are there and none of its `states` is.
+
+    `written` names files of the training's own beside the pipeline's.
+    """
+    if any(checkpoint.states(folder / name) for name in states):
+        return
+    for name in (*COMPONENTS, "model_index.json", RECORD, *written):
+        if (folder / name).exists():
+            raise OutputError(f"{folder} holds {name}, but no state of this training; give another --out")
 
 
 def check_state(folder: Path, recipe: Any) -> None:

@@ -8,6 +8,7 @@ cheap, it learns which words mean which colours and places; then the same blocks
 and learn exact shapes. One that starts from another teacher has learnt this already.
 """
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -36,7 +37,8 @@ from distill.scenes.captions import Prompt, evaluation_prompts, vocabulary, word
 from distill.scenes.data import WORDINGS, make_chunks
 from distill.scenes.render import SIZE
 from distill.scenes.score import score
-from distill.scenes.state import Progress, check_state
+from distill.scenes.state import Progress, check_folder, check_state
+from distill.scenes.vae import STATE as VAE_STATE
 from distill.scenes.vae import encode_mean, to_images
 from distill.spec import RECORD, read_spec
 from distill.teacher import decode_in_parts, guided, sample
@@ -126,6 +128,26 @@ def check_start(folder: Path) -> None:
         )
     if tokenizer.get_vocab() != ours.get_vocab():
         raise TeacherError(f"{folder} has other words; start from a folder that `distill teacher` made")
+
+
+def check_teacher_folder(recipe: TeacherRecipe, folder: Path) -> None:
+    """Raise OutputError when a training would replace files that no training here has written."""
+    states = [_state_folder(folder, patch).name for patch in (COARSE, FINE)]
+    if recipe.vae_images is not None:
+        states.append(VAE_STATE)
+    elif recipe.start is not None and _holds_autoencoder(folder, Path(recipe.start)):
+        return  # stopped after it was copied, before the first state
+    check_folder(folder, states, (SCENES,))
+
+
+def _holds_autoencoder(folder: Path, start: Path) -> bool:
+    """Whether the folder has a copy of a teacher's autoencoder, and no pipeline yet."""
+    if (folder / "model_index.json").exists() or not (folder / "vae").is_dir():
+        return False
+    names = {path.name for path in (start / "vae").iterdir() if path.is_file()}
+    if names != {path.name for path in (folder / "vae").iterdir()}:
+        return False
+    return all(filecmp.cmp(start / "vae" / name, folder / "vae" / name, shallow=False) for name in names)
 
 
 def copy_autoencoder(start: Path, folder: Path) -> None:

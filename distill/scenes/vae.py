@@ -27,6 +27,7 @@ from distill.scenes.shapes import SHAPES
 from distill.scenes.state import Progress, load_state, save_state
 
 REPORT = 800  # images between two figures
+STATE = "vae-state"  # in the teacher's folder: what its training continues from
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
     average = deepcopy(vae)
     modules = {"vae": vae, "ema": average}
-    images = load_state(folder / "vae-state", modules, optimizer, recipe)
+    images = load_state(folder / STATE, modules, optimizer, recipe)
 
     while images < recipe.images:
         # 1. data: every step from its own seed, so that a resumed run draws the same scenes
@@ -122,7 +123,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         average_into(average.parameters(), vae.parameters(), new_share(recipe.ema_half_life, images, recipe.batch))
 
         # 5. report and save
-        save = partial(save_state, folder / "vae-state", modules, optimizer, images, recipe)
+        save = partial(save_state, folder / STATE, modules, optimizer, images, recipe)
         progress = Progress(before, images, recipe.images, {}, save)
         finished = images >= recipe.images
         if finished or progress.crosses(REPORT):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
@@ -20,6 +21,7 @@ from service.jobs.tables import ENDED, Batch, File, Job
 
 ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
 _PIECE = 1 << 20
+_OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # names in the folder; others are left alone
 
 
 def new_id(prefix: str) -> str:
@@ -121,7 +123,8 @@ class Files:
         if now - self._orphans_sought >= ORPHAN_SECONDS:
             self._orphans_sought = now
             for path in self._folder.iterdir():
-                self._sweep_orphan(path, now)
+                if _OURS.fullmatch(path.name):
+                    self._sweep_orphan(path, now)
 
     def _sweep_orphan(self, path: Path, now: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # swept by another server

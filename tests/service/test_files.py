@@ -86,12 +86,16 @@ def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
     with pytest.raises(Forbidden, match="quota of 15"):
         add("ann")
     add("bob")
-    (tmp_path / "files" / "file-unfinished.part").write_bytes(b"1")
+    (tmp_path / "files" / f".{first}.0123456789abcdef.part").write_bytes(b"1")
+    (tmp_path / "files" / "letters").mkdir()
+    for name in ("letter.txt", "letters/file-1", ".hidden"):  # of a person who keeps files in a folder of that name
+        (tmp_path / "files" / name).write_bytes(b"1")
     files.sweep(now + 3599)
     assert files.path(first).exists()
     files.sweep(now + 3600)
-    assert [path.name for path in (tmp_path / "files").iterdir()] == ["file-unfinished.part"]
+    theirs = {"letter.txt", "letters", ".hidden"}
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {f".{first}.0123456789abcdef.part", *theirs}
     files.sweep(now + 100_000)
-    assert list((tmp_path / "files").iterdir()) == []
+    assert {path.name for path in (tmp_path / "files").iterdir()} == theirs
     add("ann")
     database.close()
