@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.errors import TeacherError
+from distill.finite import not_finite
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it, and `distill export` beside a merged student
 _PREFIX = "transformer."
@@ -46,6 +47,8 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
         raise TeacherError(f"{path} is missing or damaged: {error}; fetch or export it again") from error
     if told.get(f"{_PREFIX}alpha_pattern") or told.get(f"{_PREFIX}use_dora"):
         raise TeacherError(f"{path} has an alpha for each layer or is a DoRA; only plain LoRA adapters are taken")
+    if (bad := not_finite(tensors)) is not None:
+        raise TeacherError(f"{path} is damaged: {bad} is not finite; fetch or export it again")
     factors = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         stem = name.removesuffix(".lora_A.weight")

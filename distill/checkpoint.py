@@ -1,4 +1,4 @@
-"""States of a run on disk: tensors in safetensors, numbers in JSON, whole or not at all.
+"""States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, whole or not at all.
 
 A state is a folder, written by `files.aside`: what bears a final name is complete.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.errors import CheckpointError, ClaimedError
-from distill.files import aside, put_back
+from distill.errors import CheckpointError, ClaimedError, DivergedError
+from distill.files import aside, put_back, sha256
 from distill.files import flush as flush
 from distill.files import write_aside as write_aside
+from distill.finite import not_finite
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
@@ -49,9 +51,14 @@ def claimed(folder: Path) -> Iterator[None]:
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write a state to `folder`, in place of what may lie there.
 
-    Raises CheckpointError when the disk refuses, or when other files lie there too; nothing half-written keeps a final
-    name.
+    Raises DivergedError for numbers that are not finite, CheckpointError when the disk refuses, or when other files lie
+    there too; nothing half-written keeps a final name.
     """
+    if (name := not_finite(tensors)) is not None:
+        raise DivergedError(
+            f"{name} is not finite after {record['images']} images, so no checkpoint is written; lower the learning "
+            "rates, or train with precision fp32; the checkpoint before it is sound"
+        )
     for path in folder.glob("*"):
         if path.name not in (_TENSORS, _RECORD):
             raise CheckpointError(f"{path} is in the place of a checkpoint and not a part of one; move it away")
@@ -59,7 +66,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
         with aside(folder) as made:
             made.mkdir()
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
-            (made / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            checked = {**record, "sha256": sha256(made / _TENSORS)}
+            (made / _RECORD).write_text(json.dumps(checked, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not save {folder}: {error}; make room and run the same command, "
@@ -68,17 +76,20 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
 
 
 def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a state; with a `part`, only what `pack` put under it, and nothing else is read.
+    """Tensors and record of a state; with a `part`, only what `pack` put under it.
 
-    Raises CheckpointError when it cannot be read.
+    Raises CheckpointError when it cannot be read, is not what was written, or holds numbers that are not finite.
     """
     start = f"{part}/" if part else ""
     try:
+        _check(folder)
         with safe_open(folder / _TENSORS, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118, it is no mapping
             tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise _unreadable(folder, error) from error
+    if (name := not_finite(tensors)) is not None:
+        raise _unreadable(folder, f"{start}{name} is not finite")
     return tensors, load_record(folder)
 
 
@@ -91,7 +102,25 @@ def load_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+def _check(folder: Path) -> None:
+    """Raise OSError, SafetensorError or ValueError unless the tensors are those that were written with the record."""
+    record = json.loads((folder / _RECORD).read_text())
+    if not isinstance(record, dict):
+        raise ValueError(f"{_RECORD} does not hold a JSON object")
+    with safe_open(folder / _TENSORS, framework="pt"):  # checks the header against the file's length
+        status = (folder / _TENSORS).stat()
+    written = record.get("sha256")  # states of earlier versions have none
+    if written not in (None, _checksum(folder / _TENSORS, status.st_mtime_ns, status.st_size, status.st_ino)):
+        raise ValueError(f"the checksum of {_TENSORS} is not that in {_RECORD}")
+
+
+@lru_cache(64)
+def _checksum(path: Path, *changes: int) -> str:
+    """A file's checksum, computed once for as long as its status stays the same: states are gigabytes."""
+    return sha256(path)
+
+
+def _unreadable(folder: Path, error: object) -> CheckpointError:
     return CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before")
 
 
@@ -102,9 +131,8 @@ def latest(folder: Path) -> Path | None:
     """
     for path in reversed(states(folder)):
         try:
-            json.loads((path / _RECORD).read_text())
-            with safe_open(path / _TENSORS, framework="pt"):  # checks the header against the file's length
-                return path
+            _check(path)
+            return path
         except (OSError, SafetensorError, ValueError) as error:
             _log.warning("%s cannot be read (%s); the one before it is taken", path, error)
     return None

@@ -26,6 +26,7 @@ from distill import attention
 from distill.average import average_into, new_share
 from distill.device import autocast, fast_bfloat16
 from distill.errors import TeacherError
+from distill.finite import check_finite
 from distill.flow import interpolate
 from distill.graphs import Graphed
 from distill.optimizers import set_rate
@@ -104,7 +105,9 @@ class Denoiser(nn.Module):
         """Take the weights of a teacher folder. Raises TeacherError unless it has this architecture."""
         for name in ("transformer", "text_encoder", "text_encoder_2"):
             mine: Any = getattr(self, name)
-            given = type(mine).from_pretrained(folder / name, use_safetensors=True, local_files_only=True).state_dict()
+            model = type(mine).from_pretrained(folder / name, use_safetensors=True, local_files_only=True)
+            check_finite(model, folder / name)
+            given = model.state_dict()
             if {key: value.shape for key, value in given.items()} != _shapes(mine):
                 raise TeacherError(f"{folder / name} has another architecture than the one that is trained here")
             mine.load_state_dict(given)

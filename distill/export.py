@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distill.card import card, licence_of
 from distill.config import Lora
-from distill.errors import CheckpointError, ConfigError, OutputError, TeacherError
+from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
 from distill.files import aside
+from distill.finite import not_finite
 from distill.spec import FORMAT, RECORD, read_json, read_spec
 from distill.teacher import load_transformer
 from distill.two_times import save_second_time, split
@@ -53,12 +54,14 @@ def export_student(
     licence is the one that the teacher's card names unless another is given.
 
     Raises ConfigError for a size that is none, OutputError when `out` holds anything else than a student,
-    CheckpointError when the disk refuses.
+    DivergedError for weights that are not finite, CheckpointError when the disk refuses.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
     spec = read_spec(teacher)
     check_place(out, spec.folder)
+    if (name := not_finite(weights)) is not None:
+        raise DivergedError(f"the student's {name} is not finite; export an earlier checkpoint with --checkpoint")
     weights, second = split(weights)
     named = licence_of(spec.folder) if licence is None else {"license": licence}
     record = {
@@ -83,6 +86,8 @@ def export_student(
         with aside(out) as made:
             _copy_frozen(spec.folder, made)
             transformer = _transformer(spec.folder, weights, lora, made).to(dtype)
+            if (name := not_finite(transformer.state_dict())) is not None:
+                raise DivergedError(f"the student's {name} is too large for {dtype}; export it with --dtype bf16")
             transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
             # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
             shutil.copyfile(spec.folder / "transformer" / "config.json", made / "transformer" / "config.json")

@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there: written beside their place, flushed, renamed into it."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ def put_back(folder: Path) -> None:
             _remove(old)
         else:
             old.rename(path)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, which is read in pieces. Raises what the disk raises."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

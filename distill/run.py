@@ -321,8 +321,7 @@ class _Watch:
         best = checkpoint.latest(self._out / "best")
         if best is None or fitness > checkpoint.load_record(best)["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
-            if not target.exists():
-                checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
+            checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
             checkpoint.prune(self._out / "best", 1)
         run = read_run(self._out)
         self.over = ended_early(run.config, run.evaluations, run.best)

@@ -24,6 +24,7 @@ from torch import Tensor
 from distill import checkpoint
 from distill.device import to_device
 from distill.errors import CacheError, OutputError
+from distill.files import sha256
 from distill.spec import TeacherSpec
 
 FORMAT = 2
@@ -233,7 +234,7 @@ class ShardWriter:
         checkpoint.flush(made)
         made.replace(path)
         checkpoint.flush(self._folder)
-        return {"name": path.name, "rows": count, "sha256": _digest(path)}
+        return {"name": path.name, "rows": count, "sha256": sha256(path)}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -297,7 +298,7 @@ class ShardReader:
         """
         try:
             path = self._path.parent / self._index[name]["name"]
-            if _digest(path) == self._index[name]["sha256"]:
+            if sha256(path) == self._index[name]["sha256"]:
                 return dict(load_file(path))
         except (KeyError, TypeError, OSError, SafetensorError):
             pass
@@ -338,7 +339,7 @@ class _Shard:
         """Compare the file's checksum, once."""
         if not self._checked:
             try:
-                self._checked = _digest(self._path) == self._sha256
+                self._checked = sha256(self._path) == self._sha256
             except OSError:
                 raise self._damaged() from None
             if not self._checked:
@@ -388,8 +389,3 @@ def _append(path: Path, at: int, values: Iterable[Any]) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
+from distill.finite import check_finite
 from distill.flow import shift_time
 from distill.spec import TeacherSpec, read_spec
 from distill.text import TextCondition
@@ -40,18 +41,26 @@ _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 trainin
 def load_transformer(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SD3Transformer2DModel:
-    """The transformer of a checked folder, in evaluation mode and frozen."""
+    """The transformer of a checked folder, in evaluation mode and frozen.
+
+    Raises TeacherError for weights that are not finite.
+    """
     path = read_spec(folder).folder / "transformer"
     model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_vae(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> AutoencoderKL:
-    """The autoencoder of a checked folder, in evaluation mode and frozen."""
+    """The autoencoder of a checked folder, in evaluation mode and frozen.
+
+    Raises TeacherError for weights that are not finite.
+    """
     path = read_spec(folder).folder / "vae"
     model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
 
 

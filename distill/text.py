@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from distill import quantize
 from distill.device import fast_bfloat16, to_device
+from distill.finite import check_finite
 from distill.spec import read_spec
 
 
@@ -108,13 +109,15 @@ class SD3TextEncoder:
         """Load from a teacher or student folder; `max_sequence_length` None is the length that the folder pins.
 
         A folder's T5 may be left out, held in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is
-        not a whole SD3 pipeline.
+        not a whole SD3 pipeline, or whose weights are not finite.
         """
         spec = read_spec(folder)
         own: dict[str, Any] = {"local_files_only": True}
 
         def load(kind: Any, name: str) -> Any:
-            return kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own).to(device).eval()
+            model = kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own)
+            check_finite(model, spec.folder / name)
+            return model.to(device).eval()
 
         has_t5 = spec.has_t5 and t5 != "none"
         return cls(
@@ -171,6 +174,7 @@ def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) 
         device = torch.device("cpu")
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
     t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    check_finite(t5, folder)
     if kind == "int8":
         quantize.hold(t5, device)
     return t5.to(device).eval()

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from distill.errors import ConfigError, TeacherError
+from distill.finite import check_finite
 from distill.spec import read_json
 
 _KIND = "AutoencoderTiny"
@@ -29,6 +30,7 @@ def load_tiny_vae(
         raise ConfigError(f"tiny_vae {folder} holds {config.get('_class_name')}; name the folder of an {_KIND}")
     try:
         vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        check_finite(vae, folder)
     except Exception as error:  # a damaged file ends in errors of many kinds
         raise ConfigError(f"tiny_vae {folder} cannot be loaded: {error}; fetch it again") from error
     factor = vae.config.upsampling_scaling_factor ** (len(vae.config.num_decoder_blocks) - 1)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.errors import TeacherError
+from distill.finite import not_finite
 
 FILE = "second_time.safetensors"
 _PREFIX = "time_text_embed.second_time."
@@ -76,3 +77,5 @@ def load_second_time(transformer: SD3Transformer2DModel, folder: Path) -> None:
                 parameter.copy_(tensors[name]).requires_grad_(False)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise TeacherError(f"{folder / FILE} is missing or damaged ({error}); export the student again") from error
+    if (bad := not_finite(parameters)) is not None:
+        raise TeacherError(f"{folder / FILE} is damaged: {bad} is not finite; export the student again")

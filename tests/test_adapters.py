@@ -78,6 +78,7 @@ def test_alpha_counts_from_either_place(teacher, adapter_folder, tmp_path):
     [
         ({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, "there is no blocks.0"),
         ({f"transformer.{MODULES[0]}.lora_A.weight": torch.zeros(2, 5)}, "not a linear layer of its shape"),
+        ({f"transformer.{MODULES[2]}.lora_A.weight": torch.full((4, 32), torch.nan)}, "lora_A.weight is not finite"),
         ({"text_encoder.x.weight": torch.zeros(1)}, "holds text_encoder.x.weight"),
     ],
 )

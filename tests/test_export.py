@@ -9,10 +9,19 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, stock_pipeline
 
 from distill.card import licence_of
-from distill.errors import CheckpointError, ConfigError, OutputError, ParityError, SizeError, TeacherError
+from distill.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    OutputError,
+    ParityError,
+    SizeError,
+    TeacherError,
+)
 from distill.export import export_student
 from distill.flow import noise, one_step
 from distill.networks import ROLES, Lora, SharedBase, build
@@ -156,6 +165,36 @@ def test_the_card_bears_a_licence(teacher, tmp_path):
 def test_a_size_of_shards_that_is_none_is_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match="5GB"):
         export_student(teacher, {}, tmp_path / "student", RECIPE, max_shard_size="big")
+
+
+def test_weights_that_are_not_finite_are_not_exported(teacher, tmp_path):
+    weights = {name: p.detach().clone() for name, p in load_transformer(teacher).named_parameters()}
+    weights["proj_out.bias"][1] = float("nan")
+    with pytest.raises(DivergedError, match=r"proj_out\.bias is not finite"):
+        export_student(teacher, weights, tmp_path / "student", RECIPE)
+    weights["proj_out.bias"][1] = 1e5
+    with pytest.raises(DivergedError, match=r"proj_out\.bias is too large for torch\.float16; .*bf16"):
+        export_student(teacher, weights, tmp_path / "student", RECIPE)
+    assert list(tmp_path.iterdir()) == []
+    export_student(teacher, weights, tmp_path / "student", RECIPE, dtype=torch.bfloat16)
+
+
+PARTS = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_not_finite_are_not_loaded(part, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "damaged")
+    tensors = load_file(folder / part / PARTS[part])
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[-1] = float("inf")
+    save_file(tensors, folder / part / PARTS[part], {"format": "pt"})
+    with pytest.raises(TeacherError, match=f"{part}: {name} is not finite"):
+        OneStepPipeline.load(folder)
 
 
 def test_a_seed_is_one_image_alone_and_in_any_batch(student):

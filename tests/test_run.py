@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import invoke, start, until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
 from distill.cli import main
@@ -372,6 +372,54 @@ def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_pa
     checkpoint.save(newest, {"x": torch.full((9,), 2)}, {"images": 2})
     assert checkpoint.latest(tmp_path) == newest
     assert checkpoint.load(newest)[0]["x"][0] == 2
+
+
+@pytest.mark.parametrize("at", [0.3, 0.9])
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x01"])
+def test_a_checkpoint_with_other_bytes_than_were_written_is_passed_over(at, damage, tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.ones(999)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    file = newest / "state.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(int(at * file.stat().st_size))
+        opened.write(damage)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert f"{newest} cannot be read (the checksum of state.safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checksum.*remove it to go on from the one before"):
+        checkpoint.load(newest)
+    record = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps([record]))
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+
+
+def test_a_number_that_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
+    folder = tmp_path / checkpoint.state_name(2)
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(DivergedError, match="average/x is not finite after 2 images"):
+            checkpoint.save(folder, {"average/x": torch.tensor([0.0, bad])}, {"images": 2})
+        assert not folder.exists()
+    checkpoint.save(folder, {"average/x": torch.zeros(2)}, {"images": 2})
+    save_file({"average/x": torch.tensor([0.0, float("nan")])}, folder / "state.safetensors")
+    (folder / "state.json").write_text('{"images": 2}')  # as an earlier version wrote it, without a checksum
+    for part in ("", "average"):
+        with pytest.raises(CheckpointError, match="average/x is not finite"):
+            checkpoint.load(folder, part)
+
+
+def test_a_run_continues_and_exports_without_its_damaged_newest_checkpoint(whole, teacher, prompts, tmp_path):
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "damaged")
+    shutil.rmtree(out / "student")
+    with (out / "checkpoints" / checkpoint.state_name(96) / "state.safetensors").open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\xff" * 64)
+    assert OneStepPipeline.load(export(out)).spec.images_seen == 80
+    with pytest.raises(CheckpointError, match="checksum"):
+        export(out, tmp_path / "student", "96")
+    assert not (tmp_path / "student").exists()
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert_same_end(out, undisturbed)
 
 
 def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):

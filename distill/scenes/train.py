@@ -31,6 +31,7 @@ from distill.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
 from distill.device import autocast, fast_bfloat16
 from distill.errors import CacheError, TeacherError
 from distill.files import aside, write_aside
+from distill.finite import check_finite
 from distill.flow import noise
 from distill.philox import Draw
 from distill.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
@@ -200,7 +201,9 @@ def _state_folder(folder: Path, patch: int) -> Path:
 
 
 def _load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).to(device).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, local_files_only=True)
+    check_finite(vae, folder / "vae")
+    return vae.to(device).eval()
 
 
 def _key(recipe: TeacherRecipe, vae: AutoencoderKL, device: torch.device) -> str:

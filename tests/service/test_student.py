@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import os
+import shutil
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +193,21 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
 
     backend = load_backend(str(student), None, "cpu", Tuning())
     run(local(backend), test, result_cache_bytes=0)
+
+
+def test_weights_that_are_not_finite_are_not_loaded(student, tmp_path):
+    path = shutil.copytree(student, tmp_path / "student") / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["proj_out.bias"][0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(StartError, match=r"proj_out\.bias is not finite"):
+        load_backend(str(tmp_path / "student"), None, "cpu", Tuning())
+    shape = weights["proj_out.weight"].shape
+    factors = {"transformer.proj_out.lora_A.weight": torch.zeros(2, shape[1])}
+    factors["transformer.proj_out.lora_B.weight"] = torch.full((shape[0], 2), torch.inf)
+    save_file(factors, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(StartError, match=r"lora_B\.weight is not finite"):
+        load_backend(str(student), None, "cpu", Tuning()).add_adapter("style", str(tmp_path))
 
 
 def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
