@@ -7,9 +7,11 @@ pass over the weights that the adapter touches; untouched copies of those stay b
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -21,12 +23,17 @@ from distill.finite import not_finite
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it, and `distill export` beside a merged student
 _PREFIX = "transformer."
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps alpha
+_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
+_CONFIG = "adapter_config.json"  # where peft keeps them
+# Settings of peft that change what an adapter adds, and its name for weights that start from a changed base.
+_OTHERS = ("use_dora", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config",
+           "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "modules_to_save")  # fmt: skip
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a file adds to a transformer. `factors` are B (out, r), alpha / r taken in, and A (r, in), by module."""
+    """What a file adds to a transformer. `factors` are B (out, r), its scale taken in, and A (r, in), by module."""
 
     digest: str
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -35,18 +42,24 @@ class Adapter:
 def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adapter:
     """The adapter of a folder, fp32 on the transformer's device. Changes nothing of the transformer.
 
-    Raises TeacherError for a file that is missing or damaged, or that holds anything but pairs for its linear layers.
+    The scale is alpha / r, or alpha / sqrt(r) of an rsLoRA adapter. Raises TeacherError for a file that is missing or
+    damaged, that holds anything but pairs for its linear layers, or that peft was told to merge in another way.
     """
     path = Path(folder) / FILE
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        beside = path.with_name(_CONFIG)
+        config = beside.read_bytes() if beside.exists() else b""
+        digest = hashlib.sha256(path.read_bytes() + config).hexdigest()
         with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            settings = _settings((file.metadata() or {}).get(_METADATA) or config or "{}")
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise TeacherError(f"{path} is missing or damaged: {error}; fetch or export it again") from error
-    if told.get(f"{_PREFIX}alpha_pattern") or told.get(f"{_PREFIX}use_dora"):
-        raise TeacherError(f"{path} has an alpha for each layer or is a DoRA; only plain LoRA adapters are taken")
+    other = next((name for name in _OTHERS if settings.get(name)), None)
+    if other is None and str(settings.get("init_lora_weights")).startswith(_CHANGED_BASE):
+        other = f"init_lora_weights {settings['init_lora_weights']}"
+    if other is not None:
+        raise TeacherError(f"{path} was trained with {other}; only plain LoRA and rsLoRA adapters are taken")
     if (bad := not_finite(tensors)) is not None:
         raise TeacherError(f"{path} is damaged: {bad} is not finite; fetch or export it again")
     factors = {}
@@ -61,11 +74,25 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
             raise TeacherError(f"{path} is for another transformer: there is no {module} in this one") from None
         if b is None or not isinstance(linear, nn.Linear) or linear.weight.shape != (len(b), a.shape[1]):
             raise TeacherError(f"{path} is for another transformer: {module} is not a linear layer of its shape")
-        scale = float(told.get(f"{_PREFIX}lora_alpha", len(a)) if alpha is None else alpha) / len(a)
+        divisor = math.sqrt(len(a)) if settings.get("use_rslora") else len(a)
+        scale = float(alpha) / len(a) if alpha is not None else settings.get("lora_alpha", divisor) / divisor
+        if not math.isfinite(scale):
+            raise TeacherError(f"{path} is damaged: its alpha is not finite; fetch or export it again")
         factors[module] = (scale * b).to(linear.weight.device), a.to(linear.weight.device)
     if tensors or not factors:
         raise TeacherError(f"{path} holds {next(iter(tensors), 'nothing')}; only pairs for a transformer are taken")
     return Adapter(digest, factors)
+
+
+def _settings(text: str | bytes) -> dict[str, Any]:
+    """What peft was told of an adapter, from JSON. Raises ValueError."""
+    told = json.loads(text)
+    if not isinstance(told, dict):
+        raise ValueError("its settings are not a JSON object")
+    settings = {str(name).removeprefix(_PREFIX): value for name, value in told.items()}
+    if not isinstance(settings.get("lora_alpha", 1), int | float):
+        raise ValueError(f"lora_alpha is {settings['lora_alpha']!r}, not a number")
+    return settings
 
 
 class Merger:

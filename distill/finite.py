@@ -19,6 +19,6 @@ def check_finite(model: nn.Module, path: Path) -> None:
     if (name := not_finite(model.state_dict())) is not None:
         dtype = model.state_dict()[name].dtype
         raise TeacherError(
-            f"{path}: {name} is not finite in {dtype}; if the folder is damaged, fetch or export it again, else load it "
-            "in bf16 or fp32"
+            f"{path}: {name} is not finite in {dtype}; if the folder is damaged, fetch or export it again, else load "
+            "it in bf16 or fp32"
         )

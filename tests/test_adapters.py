@@ -1,5 +1,8 @@
 """Adapters merged in place: what diffusers makes of the same file, and nothing of it left afterwards."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,6 +74,50 @@ def test_alpha_counts_from_either_place(teacher, adapter_folder, tmp_path):
     torch.testing.assert_close(read_adapter(tmp_path, transformer).factors[name][0], 3 * plain)  # rank 2
     save_file(factors, tmp_path / FILE, {"lora_adapter_metadata": '{"transformer.lora_alpha": 1}'})
     torch.testing.assert_close(read_adapter(tmp_path, transformer).factors[name][0], plain / 2)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_rslora_adapter_has_the_scale_that_peft_gives_it(beside, teacher, adapter_folder, tmp_path):
+    factors = load_file(adapter_folder / FILE)
+    config = {"lora_alpha": 3, "r": 2, "use_rslora": True, "target_modules": list(MODULES)}
+    config["rank_pattern"] = {module: rank for rank, module in enumerate(MODULES, 2)}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in config.items()})}
+    save_file(factors, tmp_path / FILE, {"format": "pt"} | metadata)
+    stock = stock_pipeline(teacher)
+    stock.load_lora_weights(tmp_path, local_files_only=True)
+    if beside:
+        save_file(factors, tmp_path / FILE)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    transformer = load_transformer(teacher)
+    adapter = read_adapter(tmp_path, transformer)
+    Merger(transformer).merge(adapter)
+    torch.testing.assert_close(output(transformer), output(stock.transformer), atol=1e-4, rtol=1e-4)
+    plain = read_adapter(adapter_folder, transformer).factors[MODULES[2]][0]
+    torch.testing.assert_close(adapter.factors[MODULES[2]][0], plain * 3 / 2)  # rank 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"alpha_pattern": {"proj_out": 4}}, "alpha_pattern"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"lora_alpha": float("nan")}, "alpha is not finite"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
+    ],
+)
+def test_an_adapter_that_is_merged_in_another_way_is_refused_by_name(setting, match, teacher, adapter_folder, tmp_path):
+    shutil.copyfile(adapter_folder / FILE, tmp_path / FILE)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(setting))
+    with pytest.raises(TeacherError, match=match):
+        read_adapter(tmp_path, load_transformer(teacher))
+    told = {f"transformer.{name}": value for name, value in setting.items()}
+    save_file(load_file(adapter_folder / FILE), tmp_path / FILE, {"lora_adapter_metadata": json.dumps(told)})
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(TeacherError, match=match):
+        read_adapter(tmp_path, load_transformer(teacher))
 
 
 @pytest.mark.parametrize(
