@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow
@@ -11,6 +12,7 @@ from service.handlers import respond
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
+_BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has one
 
 
 class Protocol(HttpToolsProtocol):
@@ -41,8 +43,14 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; bytes that are part of no request are given no more time than a head."""
+        self._unset_keepalive_if_required()
         self._loose_bytes += len(data)
-        super().data_received(data)
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = self._parse(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self.transport.is_closing() or self.transport.get_protocol() is not self:  # a websocket's from now on
             return
         if self._loose_bytes - len(data) > self.max_head_bytes:  # before this piece, whose end is all that may be loose
@@ -66,7 +74,11 @@ class Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole; the body has limits of its own."""
+        """The head is whole; the body has limits of its own. CONNECT is refused: this is no proxy."""
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError
+        if self._declined:
+            return
         self._begun, self._loose_bytes = False, 0
         self._relax()
         super().on_headers_complete()
@@ -78,6 +90,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self._declined:
+            return
         self._loose_bytes = 0
         super().on_message_complete()
 
@@ -99,6 +113,37 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
         if self._patience is not None:
             self._patience.cancel()
+
+    @property
+    def _declined(self) -> bool:
+        """Whether the head that is parsed offers another protocol, and the offer is ignored (RFC 9110, 7.8)."""
+        return bool(self.parser.should_upgrade()) and not self._should_upgrade()
+
+    def _should_upgrade(self) -> bool:
+        """Whether the offer is a WebSocket, which begins with a GET without a body."""
+        body = any(name in _BODY and value != b"0" for name, value in self.headers)
+        return self.parser.get_method() == b"GET" and not body and super()._should_upgrade()
+
+    def _parse(self, data: memoryview) -> memoryview:
+        """Parse up to the end, or to the end of a head that offers another protocol; returns what is left."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+                return data[:0]
+            # This parser has skipped the body. Another one reads the head again, without the offer, and then the body.
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
+            return data[offer.args[0] :]
+        return data[:0]
+
+    def _head_without_offer(self) -> bytes:
+        start = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"".join([start, *lines, b"\r\n"])
 
     def _count(self, piece: bytes) -> None:
         """Raises ValueError, for the parser to stop at, when the head is too large."""

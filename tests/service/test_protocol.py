@@ -104,6 +104,46 @@ def test_what_is_no_http_is_told_so(patient, text):
         assert hung_up(patient, "invalid_http") == before + 1
 
 
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+OFFERS = {
+    "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAAAA\r\n",
+    "tls": b"connection: upgrade\r\nupgrade: TLS/1.3, HTTP/2.0\r\n",
+    "websocket": b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n",  # of a POST
+    "none": b"",
+}
+BODY = json.dumps({"prompt": "a", "seed": 7}).encode()
+FRAMED = {
+    "length": b"content-length: %d\r\n\r\n" % len(BODY) + BODY,
+    "chunked": b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY + b"\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("framed", FRAMED)
+@pytest.mark.parametrize("offer", OFFERS)
+def test_an_offer_of_another_protocol_is_ignored(patient, offer, framed):
+    request = HEAD + OFFERS[offer] + FRAMED[framed]
+    with dial(patient) as line:
+        line.sendall(request + request + LINE + b"connection: close\r\n\r\n")
+        answers = rest(line)
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == 3
+    assert answers.count(b'"seed":7') == 2
+
+
+def test_a_body_that_comes_after_its_head_and_an_offer_is_read(patient):
+    head, body = (HEAD + b"expect: 100-continue\r\n" + OFFERS["h2c"] + FRAMED["length"]).split(b"\r\n\r\n")
+    with dial(patient) as line:
+        line.sendall(head.replace(b"Upgrade,", b"Upgrade, close,") + b"\r\n\r\n")
+        assert line.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.sendall(body)
+        assert rest(line).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_tunnel_is_refused(patient):
+    with dial(patient) as line:
+        line.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost:80\r\n\r\n")
+        assert refused(rest(line), 400)["code"] == "invalid_http"
+
+
 def test_a_head_that_does_not_end_is_not_waited_for(hasty):
     with dial(hasty) as line:
         line.sendall(LINE)
