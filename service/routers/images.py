@@ -3,13 +3,13 @@
 import asyncio
 import base64
 import hashlib
-import re
 import time
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Request, Response
 
+from service.accept import IMAGES, image_type
 from service.dependencies import Brought, Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
 from service.generation import Images, Order, make, respond
@@ -17,15 +17,12 @@ from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesR
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
-RAW = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
-JSON = ("application/json", "application/*", "*/*")
 EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
 T = TypeVar("T")
-_QUALITY = re.compile(r"\bq=(0(?:\.\d*)?|1(?:\.0*)?)")
 
 
 @router.post(
@@ -36,7 +33,7 @@ _QUALITY = re.compile(r"\bq=(0(?:\.\d*)?|1(?:\.0*)?)")
             "description": "Images; with `stream` one event, with `Accept: image/*` the bytes of one image",
             "content": {
                 "text/event-stream": {"schema": EVENT},
-                **{kind: {"schema": {"type": "string"}} for kind in RAW},
+                **{kind: {"schema": {"type": "string"}} for kind in IMAGES},
             },
         },
         "4XX": {"model": ErrorResponse},
@@ -50,7 +47,7 @@ async def generate(
     engine: Running,
     caller: Generator,
     brought: Brought,
-    accept: Annotated[str, Header()] = "",
+    accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
     """Make `n` images of a prompt, each from one call of the network.
@@ -58,10 +55,10 @@ async def generate(
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    raw = _raw(accept)
+    raw = image_type(", ".join(accept), body.output_format)
     _consistent(body, raw)
     if raw is not None:
-        body = body.model_copy(update={"output_format": RAW[raw]})
+        body = body.model_copy(update={"output_format": IMAGES[raw]})
     order = Order.of(body, service.card(body.model))
     request.state.user = body.user
     request.state.prompt = body.prompt if service.settings.log_prompts else None
@@ -84,34 +81,21 @@ async def generate(
     return await service.replays.once(caller.owner, idempotency_key, fingerprint, answer)
 
 
-def _raw(accept: str) -> str | None:
-    """The kind of image that a client likes better than JSON, or named before it."""
-    liked: list[tuple[float, str]] = []
-    for part in accept.lower().split(","):
-        kind, _, rest = part.partition(";")
-        quality = _QUALITY.search(rest)
-        liked.append((float(quality[1]) if quality else 1.0, kind.strip()))
-    known = [(quality, kind) for quality, kind in liked if quality and (kind in RAW or kind in JSON)]
-    best = max(known, key=lambda each: each[0], default=(0.0, ""))[1]
-    return best if best in RAW else None
-
-
 def _consistent(body: ImageRequest, raw: str | None) -> None:
     """Refuse fields that contradict each other or the `Accept` header."""
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images is for stream = true", "partial_images")
     if not body.stream and raw is None:
         return
+    if body.stream and raw is not None:
+        message = f"stream = true asks for events and Accept: {raw} for the bytes of an image; leave one of them out"
+        raise InvalidRequest(message, "stream")
     means = "stream = true" if body.stream else f"Accept: {raw}"
     if (body.n or 1) > 1:
         raise InvalidRequest(f"{means} answers with one image; n must be 1", "n")
     if body.response_format == "url":
         raise InvalidRequest(f"{means} answers with the image itself, not with a url", "response_format")
-    if raw is None:
-        return
-    if body.stream:
-        raise InvalidRequest(f"{means} answers with plain bytes, not with a stream", "stream")
-    if body.output_format not in (None, RAW[raw]):
+    if raw is not None and body.output_format not in (None, IMAGES[raw]):
         raise InvalidRequest(f"output_format contradicts {means}", "output_format")
 
 
