@@ -3,6 +3,20 @@
 import math
 from typing import Any
 
+SHORTEST_WAIT = 0.1  # seconds; a client that is told 0 asks again at once, and forever
+
+LONGEST_ECHO = 100  # characters of a client's text that an error repeats
+
+
+def excerpt(text: str) -> str:
+    """Return the beginning of a client's text, for an error to repeat."""
+    return text if len(text) <= LONGEST_ECHO else f"{text[: LONGEST_ECHO - 1]}…"
+
+
+def quoted(text: str) -> str:
+    """Return an excerpt in quotes, special characters escaped."""
+    return repr(excerpt(text))
+
 
 class ServiceError(Exception):
     """Something that a client is told. `param` names the request's field at fault, `code` the case for programs."""
@@ -10,7 +24,7 @@ class ServiceError(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = None if param is None else excerpt(param)
         self.code = code
 
 
@@ -54,14 +68,15 @@ class TooSlow(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full or a limit reached; `retry_after` says in how many seconds there is room.
+    """The queue is full or a limit reached. There is room in `retry_after` seconds, which the message says too.
 
     `position` is how many images wait before those that were refused, where that is what they were refused for.
     """
 
     def __init__(self, message: str, retry_after: float, code: str, position: int | None = None) -> None:
-        super().__init__(message, code=code)
-        self.retry_after = retry_after
+        self.retry_after = max(retry_after, SHORTEST_WAIT)
+        wait = f"{self.retry_after:.1f}" if self.retry_after < 10 else f"{math.ceil(self.retry_after)}"
+        super().__init__(f"{message}; try again in {wait} s", code=code)
         self.position = position
 
 
@@ -108,7 +123,7 @@ TABLE: dict[type[ServiceError], tuple[int, str]] = {
 
 def no_model(name: str) -> NotFound:
     """The error of a model that is not loaded, by the name that it was asked for."""
-    return NotFound(f"there is no model {name!r}; GET /v1/models lists them", "model", "model_not_found")
+    return NotFound(f"there is no model {quoted(name)}; GET /v1/models lists them", "model", "model_not_found")
 
 
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -47,6 +47,7 @@ from service.errors import (
     TimedOut,
     Unavailable,
     no_model,
+    quoted,
 )
 from service.metrics import Metrics
 from service.settings import Settings
@@ -278,7 +279,7 @@ class Engine:
         async with self._changing:
             card = self.card(model)
             if name not in card.adapters:
-                raise NotFound(f"{model} has no adapter {name!r}", "name", "adapter_not_found")
+                raise NotFound(f"{model} has no adapter {quoted(name)}", "name", "adapter_not_found")
             await self._finish(model, name)
             left = {other: digest for other, digest in card.adapters.items() if other != name}
             self._cards[model] = replace(card, adapters=left)
@@ -397,7 +398,7 @@ class Engine:
 
     def _refuse(self, reason: str, sentence: str, seconds: float, position: int) -> None:
         self._metrics.refusals.labels(reason).inc()
-        raise Overloaded(f"{sentence}; try again in {seconds:.1f} s", seconds, reason, position)
+        raise Overloaded(sentence, seconds, reason, position)
 
     def _pixels(self, work: Work) -> _Pixels:
         return self._same(work.key, work.prompt, work.seed)
