@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service import __doc__ as summary
 from service import handlers, routers
@@ -115,10 +116,14 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # Front serves both forms of a path
     )
     app.state.service = state
     for module in pkgutil.iter_modules(routers.__path__):
         app.include_router(importlib.import_module(f"service.routers.{module.name}").router)
+    upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
+    body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
+    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -127,9 +132,7 @@ def create_app(
             allow_headers=["*"],  # OpenAI's client sends some of its own; what opens a door is the key, not a header
             expose_headers=EXPOSED,
         )
-    upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
-    body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
-    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     handlers.install(app)
     return app
 

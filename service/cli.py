@@ -60,13 +60,11 @@ def serve(
     import logging
     from concurrent.futures import ThreadPoolExecutor
 
-    import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
     from service.engine.launch import processes
     from service.logs import configure
-    from service.protocol import Protocol
-    from service.server import Server
+    from service.server import Server, uvicorn_config
     from service.settings import read_settings
 
     given: dict[str, Any] = {
@@ -95,19 +93,7 @@ def serve(
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
-    options = uvicorn.Config(
-        served,
-        host=settings.host,
-        port=settings.port,
-        http=Protocol,
-        timeout_graceful_shutdown=settings.drain_seconds,
-        log_config=None,
-        access_log=False,
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,  # images are compressed already
-        server_header=False,
-    )
-    server = Server(options)
+    server = Server(uvicorn_config(served, settings))
     with contextlib.suppress(KeyboardInterrupt):  # how it passes SIGINT on when it has ended
         server.run()
     if not server.started:

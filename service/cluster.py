@@ -163,7 +163,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
 
 def _start_proxies(settings: Settings) -> None:
     """Have a proxy of Ray's listen on each machine. Ray waits a minute for them, which is too short for a busy one."""
-    options = {"host": settings.host, "port": settings.port}
+    options = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": settings.keep_alive_seconds}
     try:
         serve.start(http_options=options, proxy_location="EveryNode")
     except TimeoutError:

@@ -13,7 +13,7 @@ from service.encode import encode
 from service.engine.backend import Card
 from service.engine.batcher import Priority
 from service.engine.engine import Asked, Engine, Image
-from service.errors import Blocked, InvalidRequest
+from service.errors import Blocked, InvalidRequest, quoted
 from service.provenance import Origin
 from service.schemas import ImageData, ImageRequest, ImagesResponse, OutputFormat, TokenDetails, Usage
 from service.state import State
@@ -47,7 +47,7 @@ class Order:
         if output_format == "png" and compression != 100:
             raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
         if body.lora and body.lora.name not in card.adapters:
-            message = f"{card.name} has no adapter {body.lora.name!r}; it has {[*card.adapters]}"
+            message = f"{card.name} has no adapter {quoted(body.lora.name)}; it has {[*card.adapters]}"
             raise InvalidRequest(message, "lora.name", "adapter_not_found")
         n = body.n or 1
         if body.seed is not None and body.seed + n > MAX_SEED:

@@ -1,20 +1,25 @@
 """Whatever goes wrong in a request, as an OpenAI error object."""
 
+import json
+import sys
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.errors import (
     BodyTooLarge,
+    ClientGone,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
     ServiceError,
     TooSlow,
     Unavailable,
+    excerpt,
     to_openai,
 )
 from service.files import DISK_FULL
@@ -46,7 +51,8 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return respond(InvalidRequest("the body is not JSON", code="invalid_json"))
+        place = first["loc"][-1]
+        return _unreadable(request, f"the body is not JSON: {first['ctx']['error']} (character {place})")
     if not first["loc"][1:]:
         return respond(InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json"))
     return respond(complaint(first["type"], first["loc"][1:], first["msg"]))
@@ -54,7 +60,7 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 def complaint(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
     """Pydantic's complaint about a field."""
-    param = ".".join(map(str, field))
+    param = excerpt(".".join(map(str, field)))
     if kind in _UNSUPPORTED:
         return InvalidRequest(f"{param} is not supported", param, "unknown_parameter")
     return InvalidRequest(f"{param}: {message}", param, "invalid_value")
@@ -64,17 +70,68 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     match error.status_code:
         case 404:
-            return respond(NotFound(f"there is no {request.url.path}"))
+            return respond(NotFound(f"there is no {excerpt(request.url.path)}"))
         case 405:
-            response = respond(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}"))
-            response.headers.update(error.headers or {})  # which methods are
+            allowed = ", ".join(_methods(request))
+            response = respond(MethodNotAllowed(f"{excerpt(request.url.path)} takes {allowed} only"))
+            response.headers["allow"] = allowed
             return response
         case 408:
             return respond(TooSlow(error.detail))
         case 413:
             return respond(BodyTooLarge(error.detail))
+        case 499:
+            return respond(ClientGone(error.detail))
+        case _ if error.__cause__ is not None:  # what FastAPI's reading of a JSON body ended with
+            return await _unread(request, error.__cause__)
         case _:
-            return respond(InvalidRequest(error.detail))
+            return _unreadable(request, error.detail, code=None)
+
+
+async def _unread(request: Request, cause: BaseException) -> JSONResponse:
+    """Answer a JSON body whose text or numbers could not be read."""
+    if isinstance(cause, UnicodeDecodeError):
+        return _unreadable(request, f"the body is not UTF-8 text: byte {cause.start} cannot be decoded")
+    if isinstance(cause, RecursionError):
+        return _unreadable(request, "the body is nested too deeply")
+    digits = sys.get_int_max_str_digits()
+    param = _longest_number(await request.body(), digits)
+    message = f"{param or 'the body'}: a number has more than {digits} digits"
+    return _unreadable(request, message, param, "invalid_value")
+
+
+def _unreadable(
+    request: Request, message: str, param: str | None = None, code: str | None = "invalid_json"
+) -> JSONResponse:
+    """Answer a body that cannot be read, and say so if that is because it is compressed."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() == "identity":
+        return respond(InvalidRequest(message, param, code))
+    message = f"the server reads no body with Content-Encoding: {excerpt(coding)}; send it without"
+    return respond(InvalidRequest(message, code="unsupported_encoding"))
+
+
+def _longest_number(body: bytes, digits: int) -> str | None:
+    """Return the name in a JSON body of the first number with too many digits; None if it is in no object."""
+    too_long = object()
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, object]]) -> None:
+        names.extend(excerpt(name) for name, value in pairs if value is too_long)
+
+    json.loads(body, parse_int=lambda text: too_long if len(text) > digits else 0, object_pairs_hook=note)
+    return names[0] if names else None
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a path takes, over all routes: each of them knows only its own."""
+    routes = request.app.router.routes
+    taken = [
+        method
+        for method in ("GET", "POST", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+    return ["HEAD", *taken] if "GET" in taken else taken
 
 
 async def _disk(request: Request, error: Exception) -> JSONResponse:

@@ -11,9 +11,10 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.handlers import respond
 from service.metrics import Metrics
+from service.origins import host_of
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -30,7 +31,10 @@ class BodyLimit(NamedTuple):
 
 
 class Front:
-    """Outermost layer of the app."""
+    """Outermost layer of the app but for CORS and the proxies' headers.
+
+    A path is served with and without a slash at its end, also below a `root_path`, and HEAD is served where GET is.
+    """
 
     def __init__(
         self,
@@ -48,21 +52,30 @@ class Front:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an HTTP request through; anything else passes as it is."""
-        if scope["type"] != "http":
+        """Let an HTTP request through; a WebSocket only has its path normalised."""
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        root = scope.get("root_path", "").rstrip("/")
+        path = scope["path"].removeprefix(root).rstrip("/") or "/"
+        scope = {**scope, "path": root + path}
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"]
+        if method == "HEAD":
+            scope["method"] = "GET"  # the server sends the headers alone
         request_id = f"req_{secrets.token_hex(12)}"
         began = time.monotonic()
         status: int | None = None
-        limit = self._uploads.get(scope["path"], self._body)
+        limit = self._uploads.get(path, self._body)
         too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         received = 0
         whole = False  # whether the body has arrived
-        polled = scope["path"] in POLLED
-        trace = self._tracing.request(scope["method"], headers) if self._tracing and not polled else None
+        polled = path in POLLED
+        trace = self._tracing.request(method, headers) if self._tracing and not polled else None
 
         async def limited() -> Message:
             nonlocal received, whole
@@ -75,6 +88,8 @@ class Front:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the body did not arrive within {limit.seconds} s") from None
+            if message["type"] == "http.disconnect":
+                raise HTTPException(499, "the client left before its request had arrived")
             received += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if received > limit.max_bytes:
@@ -88,14 +103,19 @@ class Front:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        hosts = headers.getlist("host")
         try:
-            await self._app(scope, limited, labelled)
+            if len(hosts) > 1 or (hosts and host_of(hosts[0]) is None):
+                error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
+                await respond(error)(scope, receive, labelled)
+            else:
+                await self._app(scope, limited, labelled)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
                 raise  # too late for another answer: the server closes the connection
-            error = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
-            await respond(error)(scope, receive, labelled)
+            broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
+            await respond(broken)(scope, receive, labelled)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
@@ -108,4 +128,4 @@ class Front:
             if trace:
                 trace.answered(route, status, request_id)
             level = logging.DEBUG if route in POLLED else logging.INFO
-            log.log(level, "%s %s %s", scope["method"], route, status, extra=told)
+            log.log(level, "%s %s %s", method, route, status, extra=told)

@@ -1,17 +1,34 @@
 """Which web pages may call, and by which names the server is called: what keeps foreign pages out where no key does."""
 
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
-from service.errors import Forbidden
+from service.errors import Forbidden, excerpt, quoted
 from service.settings import Settings
+
+_HOST = re.compile(r"(\[[\w:.%~-]+\]|[\w.~%!$&'()*+,;=-]*)(?::\d{0,5})?", re.ASCII)  # RFC 3986, 3.2.2
 
 
 def allowed(origin: str, host: str, settings: Settings) -> bool:
     """Whether a page of this origin may call a server that is called by `host`: one of ours, or one of the settings."""
     own = {host, urlsplit(settings.public_url or "").netloc}
-    page = urlsplit(origin).netloc  # none in the origin "null"
+    page = origin.partition("://")[2]  # none in the origin "null"
     return bool(page and page in own) or bool({origin, "*"} & {*settings.cors_origins})
+
+
+def host_of(header: str) -> str | None:
+    """Return the name or address in a `Host` header, in lower case and without brackets; None if it is not valid."""
+    found = _HOST.fullmatch(header)
+    if found is None:
+        return None
+    name = found[1].lower()
+    if not name.startswith("["):
+        return name
+    try:
+        return str(ipaddress.IPv6Address(name[1:-1]))
+    except ValueError:
+        return None
 
 
 def is_loopback(name: str) -> bool:
@@ -30,12 +47,12 @@ def check_open(origin: str | None, host: str, settings: Settings) -> None:
     """
     if origin is not None and not allowed(origin, host, settings):
         raise Forbidden(
-            f"pages of {origin} may not call; the setting cors_origins lets them", code="origin_not_allowed"
+            f"pages of {excerpt(origin)} may not call; the setting cors_origins lets them", code="origin_not_allowed"
         )
-    name = urlsplit(f"//{host}").hostname or ""
+    name = host_of(host) or ""
     known = {settings.host, urlsplit(settings.public_url or "").hostname}
     if not (settings.open_to_all or name in known or is_loopback(name)):
         raise Forbidden(
-            f"without API keys the server answers to the names of this machine, not to {name!r}; make a key",
+            f"without API keys the server answers to the names of this machine, not to {quoted(name)}; make a key",
             code="host_not_allowed",
         )

@@ -121,9 +121,11 @@ class Session:
             return _messages.validate_python(from_json(text))
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
+            if first["type"] == "union_tag_invalid":  # its own message repeats the tag
+                raise InvalidRequest(f"type must be {first['ctx']['expected_tags']}", "type", "invalid_value") from None
             raise complaint(first["type"], first["loc"][1:] or ["type"], first["msg"]) from None
-        except ValueError:
-            raise InvalidRequest("the message is not JSON", code="invalid_json") from None
+        except ValueError as error:
+            raise InvalidRequest(f"the message is not JSON: {error}", code="invalid_json") from None
 
     async def _work(self) -> None:
         """Make what waits, until nothing does."""

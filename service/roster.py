@@ -12,7 +12,7 @@ import msgspec
 from filelock import FileLock
 
 from service.engine.engine import Engine
-from service.errors import InvalidRequest, ServiceError, StartError
+from service.errors import InvalidRequest, ServiceError, StartError, quoted
 from service.files import aside
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def find(students: Path | None, name: str, file: str) -> Path:
     """The folder of that name that holds a file. Raises InvalidRequest where there is none."""
     folders = folders_of(students, file)
     if name not in folders:
-        raise InvalidRequest(f"there is no folder {name!r} with {file}; there are {sorted(folders)}", "folder")
+        raise InvalidRequest(f"there is no folder {quoted(name)} with {file}; there are {sorted(folders)}", "folder")
     return folders[name]
 
 

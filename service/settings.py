@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Collection, Mapping
@@ -55,6 +56,12 @@ def _each_gpu_once(devices: str) -> str:
     if names[0] != "cpu" and len(set(names)) < len(names):
         raise ValueError("a GPU is named twice")
     return devices
+
+
+def _network(text: str) -> str:
+    if text != "*":
+        ipaddress.ip_network(text)  # raises ValueError
+    return text
 
 
 def _rates(text: str) -> str:
@@ -146,7 +153,10 @@ class Settings(BaseSettings):
     open_to_all: bool = False  # listen beyond the loopback without keys
     rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
     cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
-    public_url: str | None = None  # how clients reach the server, for links; none takes the request's own
+    public_url: _Url | None = None  # how clients reach the server, for links; none takes the request's own
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
+    # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; "*" is all
+    keep_alive_seconds: _Count = 75  # for which a connection stays open between two requests
     artefacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
     artefact_seconds: _Count = 3600  # how long such a link lasts
     artefact_secret: _ArtefactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder

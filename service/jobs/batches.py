@@ -25,6 +25,7 @@ from service.errors import (
     ServiceError,
     TimedOut,
     Unavailable,
+    quoted,
     to_openai,
 )
 from service.generation import Images, make, respond
@@ -132,7 +133,9 @@ class Batches:
     def _own(self, session: Session, owner: str, batch_id: str, param: str | None = None) -> Batch:
         batch = session.get(Batch, batch_id) if batch_id.isascii() and batch_id.isprintable() else None
         if batch is None or batch.owner != owner:
-            raise NotFound(f"there is no batch {batch_id!r}; GET /v1/batches lists yours", param, "batch_not_found")
+            raise NotFound(
+                f"there is no batch {quoted(batch_id)}; GET /v1/batches lists yours", param, "batch_not_found"
+            )
         return batch
 
     def _begin_lost(self, now: int) -> None:
@@ -194,7 +197,7 @@ class Batches:
                 continue
             digest = hashlib.blake2b(found.custom_id.encode(), digest_size=16).digest()
             if digest in seen:
-                message = f"custom_id {found.custom_id!r} is there twice; answers are told apart by it"
+                message = f"custom_id {quoted(found.custom_id)} is there twice; answers are told apart by it"
                 complaints.append(Complaint("duplicate_custom_id", message, number, "custom_id"))
             seen.add(digest)
             models.add(found.order.model)

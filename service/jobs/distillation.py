@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.errors import NotFound
+from service.errors import NotFound, quoted
 from service.settings import SHIPPED_TEACHER
 
 _Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -98,7 +98,7 @@ def find_teacher(teachers: Mapping[str, str], model: str) -> str:
     teacher = teachers.get(model)
     if teacher is None:
         known = ", ".join(teachers) or "none"
-        raise NotFound(f"there is no teacher {model!r}; this server has {known}", "model", "model_not_found")
+        raise NotFound(f"there is no teacher {quoted(model)}; this server has {known}", "model", "model_not_found")
     if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
         raise NotFound(f"the folder of the teacher {model!r} is gone from the server", "model", "model_gone")
     return teacher

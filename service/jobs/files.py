@@ -14,7 +14,7 @@ from typing import IO, Any, BinaryIO, Literal
 from sqlalchemy import Select, delete, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound
+from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound, quoted
 from service.files import aside
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, Batch, File, Job
@@ -138,7 +138,7 @@ class Files:
         """`get`, within a transaction that relies on the file."""
         file = session.get(File, file_id) if file_id.isascii() and file_id.isprintable() else None
         if file is None or file.owner != owner or (file.expires_at is not None and file.expires_at <= now):
-            raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", param, "file_not_found")
+            raise NotFound(f"there is no file {quoted(file_id)}; GET /v1/files lists yours", param, "file_not_found")
         return file
 
     def _check_quota(self, session: Session, owner: str, size: int) -> None:

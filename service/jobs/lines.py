@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from service.engine.batcher import Priority
-from service.errors import InvalidRequest, ServiceError
+from service.errors import InvalidRequest, ServiceError, excerpt
 from service.generation import MAX_SEED, Order
 from service.jobs.schemas import BatchLine
 from service.schemas import Usage
@@ -100,8 +100,8 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> Request | 
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":
-            return Complaint("invalid_json_line", "the line is not JSON", number, None)
-        param = ".".join(map(str, first["loc"])) or None
+            return Complaint("invalid_json_line", f"the line is not JSON: {first['ctx']['error']}", number, None)
+        param = excerpt(".".join(map(str, first["loc"]))) or None
         code = {"method": "invalid_method", "url": "invalid_url"}.get(param or "", "invalid_request")
         return Complaint(code, f"{param or 'the line'}: {first['msg']}", number, param)
     except ServiceError as error:

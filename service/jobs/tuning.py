@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded
+from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, find_teacher
 from service.jobs.distiller import Distiller
@@ -214,7 +214,7 @@ def _check_file(file: File) -> None:
         message = f"{file.id} was uploaded for {file.purpose!r}; upload it with purpose 'fine-tune'"
         raise InvalidRequest(message, "training_file", "invalid_purpose")
     if Path(file.filename).suffix not in READABLE:
-        message = f"{file.filename} is no file of prompts by its name; it must end in {', '.join(READABLE)}"
+        message = f"{excerpt(file.filename)} is no file of prompts by its name; it must end in {', '.join(READABLE)}"
         raise InvalidRequest(message, "training_file", "invalid_file_type")
 
 
@@ -222,7 +222,7 @@ def _owned(session: Session, owner: str, name: str, param: str = "job_id", lock:
     """A job of this owner, its row locked if it is to be changed. Raises NotFound."""
     job = session.get(Job, name, with_for_update=lock) if name.isascii() and name.isprintable() else None
     if job is None or job.owner != owner:
-        raise NotFound(f"there is no job {name!r}", param, "job_not_found")
+        raise NotFound(f"there is no job {quoted(name)}", param, "job_not_found")
     return job
 
 
@@ -238,7 +238,7 @@ def _part(session: Session, kind: type[Part], name: str, job: str) -> Part:
     """An event or checkpoint of a job. Raises NotFound."""
     found = session.get(kind, name) if name.isascii() and name.isprintable() else None
     if found is None or found.job_id != job:
-        raise NotFound(f"there is no {name!r} in this job", "after")
+        raise NotFound(f"there is no {quoted(name)} in this job", "after")
     return found
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
+from starlette.datastructures import UploadFile
 
 from service.dependencies import Kept, Worker
 from service.errors import InvalidRequest, NotFound
@@ -35,6 +36,9 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
     """Keep a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
     # The form is read here, and not by a parameter, so that nobody without a key has the server read a large one.
     async with request.form(max_files=1, max_fields=3) as form:
+        if not isinstance(form.get("file"), UploadFile):
+            message = "file: upload one in a multipart form, for example by curl -F file=@lines.jsonl -F purpose=batch"
+            raise InvalidRequest(message, "file", "invalid_value")
         try:
             given = Upload.model_validate(dict(form))
         except ValidationError as error:

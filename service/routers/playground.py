@@ -3,10 +3,10 @@
 from pathlib import Path
 from string import Template
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from service.errors import NotFound
+from service.errors import NotFound, excerpt
 
 router = APIRouter(include_in_schema=False)
 
@@ -14,15 +14,18 @@ WEB = Path(__file__).parents[1] / "web"
 TITLES = {"index": "One-step playground", "jobs": "Distillation jobs", "batches": "Bulk batches"}
 FRAME = Template((WEB / "frame.html").read_text(encoding="utf-8"))  # head, navigation and key, the same for all
 PAGES = {
-    name: FRAME.substitute(title=title, name=name, main=(WEB / f"{name}.html").read_text(encoding="utf-8"))
+    (name, base): FRAME.substitute(
+        base=base, title=title, name=name, main=(WEB / f"{name}.html").read_text(encoding="utf-8")
+    )
     for name, title in TITLES.items()
+    for base in ("./", "../")
 }
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 PARTS = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in KINDS}
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
     ),
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -33,28 +36,33 @@ HEADERS = {
 @router.get("/")
 async def playground() -> Response:
     """Images as one types. Open to all, as the other pages: what they ask for needs a key where the server has keys."""
-    return _page("index")
+    return _page("index", "./")
 
 
 @router.get("/jobs")
-async def jobs() -> Response:
+async def jobs(request: Request) -> Response:
     """Distillation jobs: begin one, watch it, try its student."""
-    return _page("jobs")
+    return _page("jobs", _base(request))
 
 
 @router.get("/batches")
-async def batches() -> Response:
+async def batches(request: Request) -> Response:
     """Bulk batches: drop a file, watch it, fetch the answers."""
-    return _page("batches")
+    return _page("batches", _base(request))
 
 
 @router.get("/web/{name}")
 async def part(name: str) -> Response:
     """A style sheet or script of the pages; the names are those that were there at the start."""
     if name not in PARTS:
-        raise NotFound(f"there is no /web/{name}")
+        raise NotFound(f"there is no /web/{excerpt(name)}")
     return Response(PARTS[name], media_type=KINDS[Path(name).suffix], headers=HEADERS)
 
 
-def _page(name: str) -> Response:
-    return Response(PAGES[name], media_type="text/html", headers=HEADERS)
+def _base(request: Request) -> str:
+    """Return where the page's links start, which are relative: a proxy may serve the pages below a prefix."""
+    return "../" if request.scope.get("raw_path", b"").endswith(b"/") else "./"
+
+
+def _page(name: str, base: str) -> Response:
+    return Response(PAGES[name, base], media_type="text/html", headers=HEADERS)

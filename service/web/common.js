@@ -74,8 +74,9 @@ function theme(name) {
   localStorage.setItem("theme", name);
 }
 
+const page = ({ pathname }) => pathname.replace(/\/$/, "");  // served with and without a slash at its end
 for (const link of document.querySelectorAll("nav a")) {
-  if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
+  if (page(link) === page(location)) link.setAttribute("aria-current", "page");
 }
 $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 theme(localStorage.getItem("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));

@@ -9,13 +9,14 @@ import httpx
 import uvicorn
 
 from service.protocol import Protocol
+from service.server import uvicorn_config
 
 
 @contextlib.contextmanager
 def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
     """The app behind uvicorn; yields its base URL, and drains it at the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn_config(app, app.state.service.settings, protocol))
     started = threading.Event()
     startup = server.startup
 

@@ -1,8 +1,10 @@
 """The wire: what the real OpenAI client sees, and what everything that goes wrong looks like."""
 
+import asyncio
 import base64
 import io
 import math
+import re
 import runpy
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,51 @@ def test_models_are_listed_and_shown(serve, connect):
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("other")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/jobs", "/healthz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/simulator"]
+)
+def test_a_path_is_served_with_and_without_a_slash_and_to_head(api, path):
+    slashed = httpx.get(f"{api}{path.rstrip('/')}/")
+    plain, head = httpx.get(f"{api}{path}"), httpx.head(f"{api}{path}")
+    assert [answer.status_code for answer in (plain, slashed, head)] == [200] * 3
+    assert head.content == b""
+    assert int(head.headers["content-length"]) > 0
+    assert head.headers["content-type"] == slashed.headers["content-type"] == plain.headers["content-type"]
+
+
+def test_other_methods_take_a_slash_too(api):
+    assert httpx.post(f"{api}/v1/images/generations/", json={"prompt": "a"}).status_code == 200
+
+
+def test_links_can_be_looked_at_before_they_are_fetched(api):
+    link = httpx.post(f"{api}/v1/images/generations", json={"prompt": "a", "response_format": "url"}).json()["data"][0]
+    image, head = httpx.get(link["url"]), httpx.head(link["url"])
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["content-length"]) == len(image.content)
+
+
+@pytest.mark.parametrize("path", ["/", "", "/jobs", "/jobs/", "/healthz/", "/nothing/"])
+def test_paths_are_served_below_a_prefix(path, tmp_path):
+    app = create_app(Settings(data=None, artefacts=str(tmp_path)), local(Simulator(0, 0)))
+    transport = httpx.ASGITransport(app, root_path="/images")
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/images") as client:
+            return await client.get(f"http://localhost/images{path}")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == (404 if "nothing" in path else 200)
+
+
+def test_a_page_finds_its_parts_with_and_without_a_slash(api):
+    for path in ("/", "/jobs", "/jobs/", "/batches/"):
+        page = httpx.URL(f"{api}{path}")
+        html = httpx.get(page).text
+        base = page.join(re.search(r'<base href="([^"]+)">', html)[1])
+        for part in re.findall(r'(?:src|href)="(web/[^"]+)"', html):
+            assert httpx.get(base.join(part)).status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,9 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
         line("f") | {"method": "GET"},
         line("g") | {"url": "/v1/images/edits"},
         line("h", priority="interactive"),
-        line("i", prompt="long" * 3000),
+        line("i", **{"x" * 500: 1}),
+        '{"custom_id": "j", "body": {"seed": %s}}' % ("9" * 5000),
+        line("k", prompt="long" * 3000),
         line("never read"),
     ]
     batch = ended(client, submit(client, wrong).id, "failed")
@@ -159,8 +161,12 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
         (9, "invalid_method", "method"),
         (10, "invalid_url", "url"),
         (11, "invalid_value", "body.priority"),
-        (12, "line_too_long", None),
+        (12, "invalid_request", batch.errors.data[9].param),
+        (13, "invalid_json_line", None),
+        (14, "line_too_long", None),
     ]
+    assert "x" * 201 not in batch.errors.to_json()
+    assert "number out of range" in batch.errors.data[10].message
     assert (batch.failed_at is not None, batch.output_file_id, batch.error_file_id) == (True, None, None)
     assert told(receiver, 1) == [("batch.failed", batch.id)]
 

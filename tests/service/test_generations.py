@@ -5,6 +5,7 @@ import io
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import fsspec
 import httpx
@@ -16,7 +17,9 @@ from service.app import create_app
 from service.artefacts import Artefacts
 from service.engine.backend import Simulator
 from service.engine.launch import local
-from service.errors import StartError
+from service.errors import Overloaded, StartError, to_openai
+from service.limiter import Limiter
+from service.metrics import Metrics
 from service.settings import Settings
 
 
@@ -123,10 +126,31 @@ def test_bytes_are_answered_to_who_accepts_them(api, kind):
         ("image/png;q=0, */*", "application/json"),
         ("IMAGE/PNG;q=x", "image/png"),
         ("text/html", "application/json"),
+        ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "application/json"),  # Java's HttpURLConnection
+        ("text/html, application/xml;q=0.9, image/avif, image/webp, */*;q=0.8", "application/json"),  # browsers
+        ("image/avif, image/webp, image/*, */*;q=0.8", "image/webp"),  # of an <img>
+        ("*/*;q=0.9, image/png;q=.1", "application/json"),
+        ("image/png;q=.9, */*;q=.1", "image/png"),
+        ("image/png, application/json", "application/json"),
+        ("image/webp, image/png", "image/webp"),
+        ("image/*", "image/png"),
+        ("image/png, garbage", "image/png"),
+        ("image/gif", "application/json"),
+        ("image/png" + 3000 * ";", "application/json"),
     ],
 )
 def test_clients_get_what_they_like_best(api, accept, kind):
     assert ask(api, {"accept": accept}).headers["content-type"] == kind
+
+
+def test_of_several_kinds_of_image_the_format_of_the_request_is_taken(api):
+    for accept in ("image/*", "image/png, image/webp;q=0.9", "image/png, image/webp"):
+        assert ask(api, {"accept": accept}, output_format="webp").headers["content-type"] == "image/webp"
+
+
+def test_accept_may_be_several_headers(api):
+    headers = [("accept", "image/png;q=0.5"), ("accept", "application/json;q=0.1")]
+    assert ask(api, headers).headers["content-type"] == "image/png"
 
 
 def test_what_contradicts_itself_is_refused_by_name(api):
@@ -197,6 +221,65 @@ def test_pages_of_other_origins_are_let_in_by_setting_alone(api, serve):
     assert "access-control-allow-origin" not in other.headers
     closed = httpx.options(f"{serve()}/v1/images/generations", headers=asks)
     assert "access-control-allow-origin" not in closed.headers
+
+
+def test_pages_of_other_origins_can_read_every_failure(serve):
+    broken = Simulator(0, 0)
+    broken.card = replace(broken.card, pixels_per_token=0)
+    url = serve(broken, cors_origins=("https://studio.example",), max_body_bytes=100, rate_limit="1/hour")
+    for status, body in ((500, {"prompt": "a"}), (400, {}), (413, {"prompt": "a" * 200}), (429, {"prompt": "a"})):
+        failed = httpx.post(f"{url}/v1/images/generations", json=body, headers={"origin": "https://studio.example"})
+        assert failed.status_code == status
+        assert failed.headers["access-control-allow-origin"] == "https://studio.example"
+        assert "x-request-id" in failed.headers["access-control-expose-headers"]
+
+
+def test_links_are_https_behind_a_proxy_that_is_trusted(serve):
+    headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.7"}
+    for trusted, scheme in ((("127.0.0.0/8",), "https"), (("*",), "https"), (("10.0.0.0/8",), "http"), ((), "http")):
+        url = serve(Simulator(0, 0), trusted_proxies=trusted)
+        link = ask(url, headers, response_format="url").json()["data"][0]["url"]
+        assert link.startswith(f"{scheme}://127.0.0.1:")
+
+
+def test_callers_are_told_apart_behind_a_proxy_that_is_trusted(serve):
+    url = serve(Simulator(0, 0), rate_limit="1/hour")
+    for client, status in (("203.0.113.7", 200), ("203.0.113.8", 200), ("203.0.113.7", 429)):
+        assert ask(url, {"x-forwarded-for": client}).status_code == status
+
+
+def test_a_refusal_by_rate_says_when_so_many_images_fit(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    limiter = Limiter("10/10 seconds; 15/minute", Metrics())
+
+    def wait(images: int) -> float:
+        with pytest.raises(Overloaded) as refused:
+            limiter.take("ann", images)
+        headers = to_openai(refused.value)[2]
+        assert int(headers["retry-after"]) >= 1
+        assert "0.0 s" not in refused.value.message
+        return refused.value.retry_after
+
+    limiter.take("ann", 1)
+    now += 4
+    limiter.take("ann", 9)
+    assert wait(1) == 6  # the first image leaves at 10 s, the nine at 14 s
+    assert wait(2) == 10
+    assert wait(8) == 60  # of the other rate, three have to leave
+    now += wait(2) + 0.001
+    limiter.take("ann", 2)
+    limiter.take("bob", 10)
+    now += 7.999
+    assert wait(10) == pytest.approx(42)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e-9])
+def test_a_refusal_never_says_to_come_back_at_once(seconds):
+    error = Overloaded("full", seconds, "queue_full")
+    headers = to_openai(error)[2]
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("1", "100")
+    assert error.message == "full; try again in 0.1 s"
 
 
 def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):

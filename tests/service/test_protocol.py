@@ -144,6 +144,77 @@ def test_a_tunnel_is_refused(patient):
         assert refused(rest(line), 400)["code"] == "invalid_http"
 
 
+@pytest.mark.parametrize(
+    "host",
+    [b"[::1", b"[zz]", b"::1]", b"a b", b"a/b", b"a@b", b"a:b", b"a:999999", b"\xff", b"localhost\r\nhost: localhost"],
+)
+@pytest.mark.parametrize("path", [b"/healthz", b"/v1/models", b"/v1/nothing"])
+def test_a_broken_host_is_refused(patient, host, path):
+    with dial(patient) as line:
+        line.sendall(b"GET %s HTTP/1.1\r\nconnection: close\r\nhost: %s\r\n\r\n" % (path, host))
+        head, _, body = rest(line).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_host"
+
+
+SHAKE = b"connection: Upgrade\r\nupgrade: websocket\r\n"
+SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PEA=="
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"host: [::1",
+        b"host: [zz]:1",
+        b"host: localhost\r\norigin: http://[::1",
+        b"host: localhost\r\norigin: http://[zz]",
+        b"host: localhost\r\norigin: \xff",
+        b"host: localhost\r\norigin: ",
+    ],
+)
+def test_a_websocket_of_a_broken_host_or_origin_is_refused(patient, headers):
+    with dial(patient) as line:
+        line.sendall(b"GET /v1/realtime/images HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (headers, SHAKE))
+        assert rest(line).startswith(b"HTTP/1.1 403 ")
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "http://[zz]:1", "http://a:b", "\xff", "", "null"])
+def test_a_broken_origin_is_a_foreign_one(patient, origin):
+    refused = httpx.get(f"{patient}/v1/models", headers={"origin": origin.encode("latin-1")})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(patient):
+    settings = Settings(data=None, keep_alive_seconds=1)
+    assert Settings(data=None).keep_alive_seconds > 60  # proxies keep theirs for so long
+    with serving(create_app(settings, local(Simulator(0, 0)))) as url, dial(url) as line, dial(patient) as longer:
+        head = LINE.replace(b"GET", b"HEAD") + b"\r\n"  # whose answer comes as one piece
+        for each in (line, longer):
+            each.sendall(head)
+            assert each.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert rest(line) == b""
+        longer.sendall(head)
+        assert longer.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/files", "multipart/form-data; boundary=x"), ("/v1/images/generations", "application/json")]
+)
+def test_a_client_that_leaves_during_its_upload_is_no_failure(hasty, caplog, path, kind):
+    before = metric(hasty, "requests_total", status="499")
+    with caplog.at_level("INFO"):
+        with dial(hasty) as line:
+            line.sendall(
+                f"POST {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
+                f"content-type: {kind}\r\ncontent-length: 1000\r\n\r\n".encode()
+            )
+            assert line.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            line.sendall(b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\na')
+        until(lambda: metric(hasty, "requests_total", status="499") == before + 1)
+        until(lambda: f"POST {path} 499" in caplog.text)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
 def test_a_head_that_does_not_end_is_not_waited_for(hasty):
     with dial(hasty) as line:
         line.sendall(LINE)

@@ -158,6 +158,24 @@ def test_pages_of_other_origins_and_sessions_beyond_the_limit_are_refused(serve)
         until(lambda: metric(url, "realtime_sessions") == 0)
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ('{"type": "%s"}' % ("x" * 500), "type must be"),
+        ('{"type": "images.generate", "prompt": "a", "seed": %s}' % ("9" * 5000), "out of range"),
+        ('{"type": "images.generate", "prompt": "a", "model": "%s"}' % ("x" * 500), "no model"),
+        ('{"type": "images.generate", "prompt": "a", "%s": 1}' % ("x" * 500), "not supported"),
+        ('{"type": "images.generate"', "not JSON"),
+    ],
+)
+def test_a_wrong_message_is_refused_with_the_reason_and_little_of_its_text(serve, message, reason):
+    with session(serve(Simulator(0, 0))) as socket:
+        socket.send(message)
+        answer = socket.recv(30)
+        assert reason in json.loads(answer)["error"]["message"]
+        assert "x" * 201 not in answer
+
+
 def test_who_says_nothing_or_too_much_is_sent_away(serve):
     url = serve(Simulator(0, 0), realtime_idle_seconds=0.2, max_body_bytes=200)
     with session(url) as socket, pytest.raises(ConnectionClosed) as closed:

@@ -1,6 +1,8 @@
 """Bad requests: each is refused with the right status and a complete error object, and none reaches the model."""
 
+import gzip
 import json
+import re
 
 import httpx
 import pytest
@@ -245,6 +247,87 @@ def test_a_body_that_is_wrong_in_its_prompt_names_it(api, body):
     assert error["param"] == "prompt"
 
 
+UNREADABLE = [
+    (gzip.compress(b'{"prompt": "a"}'), {"content-encoding": "gzip"}, None, "Content-Encoding: gzip"),
+    (b"{", {"content-encoding": "br"}, None, "Content-Encoding: br"),
+    (gzip.compress(b'{"prompt": "a"}'), {}, None, "UTF-8"),
+    ('{"prompt": "é"}'.encode("latin-1"), {}, None, "UTF-8"),
+    (b'{"prompt": "a", "seed": %s}' % (b"9" * 5000), {}, "seed", "4300 digits"),
+    (b'{"prompt": "a", "lora": {"scale": -%s}}' % (b"9" * 5000), {}, "scale", "4300 digits"),
+    (b"[%s]" % (b"9" * 5000), {}, None, "4300 digits"),
+    (b"[" * 100_000, {}, None, "nested"),
+    (b'{"prompt": "a",}', {}, None, "character 15"),
+]
+
+
+@pytest.mark.parametrize(("body", "headers", "param", "reason"), UNREADABLE)
+def test_a_body_that_cannot_be_read_is_refused_with_the_reason(api, body, headers, param, reason):
+    error = refused(api.post(PATH, content=body, headers={"content-type": "application/json", **headers}), 400)
+    assert error["param"] == param
+    assert error["code"]
+    assert reason in error["message"]
+
+
+def test_a_stream_of_plain_bytes_is_refused_with_the_reason(api):
+    answer = api.post(PATH, json={"prompt": "a", "stream": True, "n": 2}, headers={"accept": "image/png"})
+    error = refused(answer, 400)
+    assert error["param"] == "stream"
+    assert "Accept: image/png" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [{"files": {"file": (None, "hello")}}, {"data": {"file": "a"}}, {"json": {"file": "a"}}]
+)
+def test_text_in_the_place_of_a_file_is_refused_with_the_reason(api, content):
+    error = refused(api.post("/v1/files", **content), 400)
+    assert error["param"] == "file"
+    assert "file=@" in error["message"]
+
+
+LONG = "x" * 40_000  # longer than any field may be, and short enough for a head
+HEADERS = ("accept", "authorization", "content-encoding", "content-type", "host", "idempotency-key", "origin")
+WHOLE = BATCH | JOB | {"prompt": "a", "folder": "a", "name": "a"}  # all that some route requires
+
+
+def operations(api):
+    """Every operation of the server: method, path, names of its query parameters, and of its JSON body's fields."""
+    described = api.get("/openapi.json").json()
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            query = [each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"]
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            schema = described["components"]["schemas"].get(body.get("$ref", "").rpartition("/")[2], {})
+            yield method, path, query, schema.get("properties", {})
+
+
+def long_requests(api):
+    """Requests that are too long in one place: method, path, and the rest for httpx."""
+    for path in (f"/{LONG}", f"/web/{LONG}"):
+        yield "GET", path, {}
+        yield "PUT", path, {}
+    for name in HEADERS:
+        yield "POST", PATH, {"headers": {"content-type": "application/json", name: LONG}, "content": "{"}
+    for form in ({LONG: "a"}, {"purpose": LONG}, {"expires_after[anchor]": LONG}):
+        yield "POST", "/v1/files", {"data": {"purpose": "batch"} | form, "files": {"file": ("a", b"a")}}
+    for method, path, query, fields in operations(api):
+        plain = re.sub(r"{\w+}", "a", path)
+        yield method, re.sub(r"{\w+}", LONG, path), {"params": dict.fromkeys(query, "a")}
+        for name in query:
+            yield method, plain, {"params": {name: LONG}}
+        whole = {name: value for name, value in WHOLE.items() if name in fields}
+        for name in fields:
+            for value in (LONG, [LONG], {LONG: LONG}, {"name": LONG}, {"type": LONG}):
+                yield method, plain, {"json": whole | {name: value}}
+        if fields:
+            yield method, plain, {"json": whole | {LONG: 1}}
+
+
+def test_no_error_repeats_much_of_a_request(api):
+    for method, path, content in long_requests(api):
+        answer = api.request(method, path, **content)
+        assert answer.is_success or LONG[:201] not in answer.text + str(answer.headers), (path[:99], str(content)[:99])
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
 def test_another_kind_of_body_is_refused(api, kind):
     error = refused(api.post(PATH, content=json.dumps({"prompt": "a"}), headers={"content-type": kind}), 400)
@@ -262,6 +345,13 @@ def test_a_bad_path_is_refused(api, method, path, status):
     answer = api.request(method, path)
     refused(answer, status)
     assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_all_methods_of_a_path_are_named(api):
+    answer = api.put("/v1/models/simulator")
+    assert answer.headers["allow"] == "HEAD, GET, DELETE"
+    assert "takes HEAD, GET, DELETE only" in refused(answer, 405)["message"]
+    assert api.head(PATH).headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), POSTS)

@@ -32,6 +32,10 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypa
         ('rate_limit = "often"', "rate_limit"),
         ('job_devices = "cuda:0,cuda:0"', "twice"),
         ('log_format = "xml"', "log_format"),
+        ('trusted_proxies = ["proxy"]', "trusted_proxies"),
+        ('trusted_proxies = ["10.0.0.1/8"]', "trusted_proxies"),
+        ('public_url = "http://[::1"', "public_url"),
+        ("keep_alive_seconds = 0", "keep_alive_seconds"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path, text, named):
