@@ -105,7 +105,7 @@ class KeyFile:
 
     def _parse(self) -> tuple[Key, ...]:
         try:
-            keys = msgspec.json.decode(self._path.read_bytes(), type=_Contents).keys
+            keys = msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=_Contents).keys
             for key in keys:
                 if key.digest == _digest(""):
                     raise ValueError(f"the key of {key.owner!r} is empty")

@@ -55,8 +55,8 @@ class Roster:
         if self._path is None or not self._path.exists():
             return Loaded()
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=Loaded)
-        except (OSError, msgspec.DecodeError) as error:
+            return msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=Loaded)
+        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise StartError(f"{self._path} is no list of loaded models ({error}); mend or delete it") from None
 
     def add(self, new: Student | Adapter) -> None:

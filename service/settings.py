@@ -4,10 +4,11 @@ import base64
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import limits
 from pydantic import (
@@ -23,10 +24,11 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from service.engine.messages import T5, Attention, Precision, Quantize
@@ -35,6 +37,14 @@ from service.keys import KEY_CHARACTERS, check_token
 from service.logs import LogFormat
 
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
+PREFIX = "SERVICE_"  # of environment variables
+COMMAND_VARIABLES = ("SERVICE_CONFIG", "SERVICE_KEY")  # options of commands that are no settings
+# What Kubernetes sets for Services named `service` or `service-...`, as NAME=VALUE: SERVICE_PORT=tcp://10.0.0.1:80,
+# SERVICE_PORT_80_TCP_ADDR=10.0.0.1, SERVICE_SERVICE_HOST=10.0.0.1, SERVICE_API_SERVICE_PORT_HTTP=80
+_SERVICE_LINK = re.compile(
+    r"SERVICE_(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
@@ -112,7 +122,8 @@ def _state_folder() -> Path:
 class Settings(BaseSettings):
     """Everything that the server depends on. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
 
-    model_config = SettingsConfigDict(env_prefix="SERVICE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    stored: ClassVar[Mapping[str, Any]] = {}  # what the TOML file holds
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
@@ -167,7 +178,9 @@ class Settings(BaseSettings):
     c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
     c2pa_timestamp_url: str | None = None  # authority that dates the signatures
     data: Annotated[Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
-    database: SecretStr | None = None  # postgresql://user:password@host/name; none is SQLite in the data folder
+    database: Annotated[SecretStr, Field(min_length=1)] | None = (
+        None  # postgresql://user:password@host/name; none is SQLite in the data folder
+    )
     max_file_bytes: _Count = 200 << 20  # of one upload
     file_quota_bytes: _Count = 10 << 30  # of all files of one key
     upload_seconds: _Count = 600  # time in which an upload must arrive
@@ -204,8 +217,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given wins over the environment, and the environment over the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        """What is given wins over the environment, without what Kubernetes puts there, and that over the file."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        variables = env_settings.env_vars.items()
+        env_settings.env_vars = {name: value for name, value in variables if not _is_service_link(name, value or "")}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(cls.stored))
 
     def check_aliases(self, models: Collection[str]) -> None:
         """Raises StartError for an alias of a model that is not loaded."""
@@ -219,14 +235,14 @@ class Settings(BaseSettings):
 
 
 def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Settings:
-    """Settings with some given. Raises StartError naming the key that is wrong."""
+    """Settings with some given. Raises StartError naming the key or variable that is wrong."""
+    _check_variables()
     kind = Settings
     if file is not None:
-        if not file.is_file():
-            raise StartError(f"there is no settings file {file}")
+        contents = _read_toml(file)
 
         class FromFile(Settings):
-            model_config = SettingsConfigDict(toml_file=file)
+            stored = contents
 
         kind = FromFile
     try:
@@ -236,12 +252,40 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
         raise StartError(_complaint(str(first["loc"][0]), first["type"], first["msg"])) from None
     except SettingsError as error:
         raise StartError(f'{error}; lists are JSON, for example SERVICE_MODELS=\'["one", "two"]\'') from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark before it
+    except OSError as error:
+        raise StartError(f"the settings file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StartError(f"{file} is not UTF-8; save it in that encoding") from None
     except tomllib.TOMLDecodeError as error:
         raise StartError(f"{file} is not TOML: {error}") from None
+
+
+def _check_variables() -> None:
+    """Raises StartError for a variable that looks like a setting and is none."""
+    names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {*COMMAND_VARIABLES}
+    for name, value in os.environ.items():
+        if name.startswith(PREFIX) and name not in names and not _is_service_link(name, value):
+            close = _nearest(name.removeprefix(PREFIX).lower())
+            advice = f"did you mean {PREFIX}{close.upper()}?" if close else "docs/operations.md lists the settings"
+            raise StartError(f"there is no setting for the variable {name}; {advice}")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether a variable is Kubernetes' own, for a Service whose name happens to begin like our variables."""
+    return _SERVICE_LINK.fullmatch(f"{name}={value}") is not None
+
+
+def _nearest(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, Settings.model_fields, 1)), None)
 
 
 def _complaint(name: str, kind: str, message: str) -> str:
     if kind != "extra_forbidden":
         return f"{name} (SERVICE_{name.upper()}): {message.removeprefix('Value error, ')}"
-    close = difflib.get_close_matches(name, Settings.model_fields, 1)
-    return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = _nearest(name)
+    return f"there is no setting {name!r}" + (f"; did you mean {close!r}?" if close else "")

@@ -168,6 +168,10 @@ def test_the_pod_is_confined_and_has_one_gpu():
     assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
+def test_variables_of_other_services_are_kept_out_of_the_pods():
+    assert (POD["enableServiceLinks"], UPLOAD["enableServiceLinks"]) == (False, False)
+
+
 def test_the_pod_has_time_to_drain():
     hook = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
     (drain,) = (int(each["value"]) for each in CONTAINER["env"] if each["name"] == "SERVICE_DRAIN_SECONDS")

@@ -32,7 +32,7 @@ LINES = [
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "evaluation_metadata.jsonl"
-    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8-sig")  # as some editors save it
     return path
 
 

@@ -33,7 +33,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """The lines of GenEval's `evaluation_metadata.jsonl`. Raises PromptError for a file that is not of its form."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read ({error}); give GenEval's evaluation_metadata.jsonl") from error
     questions = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

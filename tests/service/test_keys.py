@@ -28,6 +28,8 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
     assert find([Key.of(text, "weak", SCOPES) for text in ("", "short", "\n")], "") is None
     assert find([Key.of("short", "weak", SCOPES)], "short") is None
     text = (tmp_path / "keys.json").read_text()
+    (tmp_path / "keys.json").write_text(text, encoding="utf-8-sig")  # by an editor that puts a mark first
+    assert KeyFile(tmp_path / "keys.json").read() == keys
     assert token not in text
     assert token.removeprefix("fgm-") not in text
     assert stat.S_IMODE((tmp_path / "keys.json").stat().st_mode) == 0o600

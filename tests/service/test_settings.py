@@ -45,6 +45,49 @@ def test_a_wrong_key_is_named(tmp_path, text, named):
         read_settings({}, file)
 
 
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("SERVICE_KEY_FILE", "SERVICE_KEYS_FILE"),
+        ("SERVICE_MODEL", "SERVICE_MODELS"),
+        ("SERVICE_APIKEYS", "SERVICE_API_KEYS"),
+        ("SERVICE_METRICS_PORT", "docs/operations.md"),
+        ("SERVICE_", "docs/operations.md"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_named(monkeypatch, variable, nearest):
+    monkeypatch.setenv(variable, "9000")
+    with pytest.raises(StartError, match=rf"{variable};.*{nearest}"):
+        read_settings({})
+
+
+def test_variables_that_kubernetes_sets_for_services_are_left_alone(tmp_path, monkeypatch):
+    for name, value in {
+        "SERVICE_PORT": "tcp://10.0.0.1:80",
+        "SERVICE_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "SERVICE_PORT_80_TCP_ADDR": "10.0.0.1",
+        "SERVICE_SERVICE_HOST": "10.0.0.1",
+        "SERVICE_SERVICE_PORT_HTTP": "80",
+        "SERVICE_API_PORT": "tcp://10.0.0.1:80",
+        "SERVICE_API_SERVICE_PORT": "80",
+        "SERVICE_CONFIG": "used by the commands",
+    }.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "service.toml"
+    file.write_text("port = 1234")
+    assert read_settings({}, file).port == 1234
+    assert read_settings({}).port == 8000
+
+
+def test_a_byte_order_mark_is_skipped_and_another_encoding_is_named(tmp_path):
+    file = tmp_path / "service.toml"
+    file.write_text("max_batch = 2", encoding="utf-8-sig")
+    assert read_settings({}, file).max_batch == 2
+    file.write_text("max_batch = 2", encoding="utf-16")
+    with pytest.raises(StartError, match="not UTF-8"):
+        read_settings({}, file)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(StartError, match=r"nowhere\.toml"):
         read_settings({}, tmp_path / "nowhere.toml")
@@ -81,6 +124,12 @@ def test_a_gpu_to_serve_and_to_train_on_is_refused_by_both_settings(devices, job
 def test_an_empty_or_short_key_is_refused(monkeypatch, key):
     monkeypatch.setenv("SERVICE_API_KEYS", json.dumps(["key-of-ann-in-tests", key]))
     with pytest.raises(StartError, match=r"SERVICE_API_KEYS.*at least 16 characters"):
+        read_settings({})
+
+
+def test_an_empty_database_is_refused(monkeypatch):
+    monkeypatch.setenv("SERVICE_DATABASE", "")
+    with pytest.raises(StartError, match="SERVICE_DATABASE"):
         read_settings({})
 
 
