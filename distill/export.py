@@ -18,13 +18,13 @@ from distill.config import Lora
 from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
 from distill.files import aside
 from distill.finite import not_finite
-from distill.spec import FORMAT, RECORD, read_json, read_spec
+from distill.spec import COMPONENTS, FORMAT, MODELS, RECORD, Weights, find_weights, read_json, read_spec, setting_files
 from distill.teacher import load_transformer
 from distill.two_times import save_second_time, split
 
 SHARD_SIZE = "5GB"
 _PARTS = r"transformer|vae|scheduler|text_encoder(_[23])?|tokenizer(_[23])?|image_encoder|feature_extractor"
-_WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_WEIGHTS = r"(diffusion_pytorch_)?model(\.(fp|bf)16)?(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 _SETTINGS = (
     r"(config|scheduler_config|preprocessor_config|tokenizer|tokenizer_config|vocab|added_tokens|special_tokens_map)"
 )
@@ -139,13 +139,23 @@ def _version(package: str) -> str:
 
 
 def _copy_frozen(teacher: Path, made: Path) -> None:
-    """Copy what the student shares with its teacher: the pipeline's other parts, in the form that is loaded."""
+    """Copy what the student shares with its teacher: of the pipeline's other parts the files that are loaded.
+
+    A variant becomes the plain file, so that the student is loaded without naming one.
+    """
     made.mkdir()
-    shutil.copyfile(teacher / "model_index.json", made / "model_index.json")
-    for name, kind in read_json(teacher / "model_index.json").items():
-        if isinstance(kind, list) and kind[-1] is not None and name != "transformer":
-            others = shutil.ignore_patterns("*.bin", "*.fp16*.safetensors*", "*.index.fp16.json", "*.msgpack", ".*")
-            shutil.copytree(teacher / name, made / name, ignore=others)
+    index = {name: kind for name, kind in read_json(teacher / "model_index.json").items() if name != "_name_or_path"}
+    for name, kind in index.items():
+        if isinstance(kind, list) and (name not in COMPONENTS or kind[-1] is None):
+            index[name] = [None, None]  # of other programs, and not loaded here
+        elif isinstance(kind, list) and name != "transformer":
+            (made / name).mkdir()
+            weights = find_weights(teacher / name) if name in MODELS else Weights(())
+            ending = f".{weights.variant}"
+            for path in (*setting_files(teacher / name), *weights.files):
+                renamed = weights.index in (None, path)
+                shutil.copyfile(path, made / name / (path.name.replace(ending, "") if renamed else path.name))
+    (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:

@@ -6,7 +6,10 @@ in the middle of a run.
 
 import hashlib
 import json
+import math
+import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside
 FORMAT = 1  # of a student's record; another number is refused
 
 _PIPELINE = "StableDiffusion3Pipeline"
-_MODELS = {
+MODELS = {  # components with weights, and their classes
     "transformer": "SD3Transformer2DModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModelWithProjection",
@@ -30,10 +33,18 @@ _OTHERS = {
     "tokenizer_2": None,
     "tokenizer_3": None,
 }
-COMPONENTS = (*_MODELS, *_OTHERS)  # folders of a pipeline
+COMPONENTS = (*MODELS, *_OTHERS)  # folders of a pipeline
 _OPTIONAL = {"text_encoder_3", "tokenizer_3"}
-_SCHEDULES = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
-              "use_beta_sigmas", "stochastic_sampling")  # fmt: skip
+_CONFIG_FILES = ("config.json", "scheduler_config.json")
+_TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+                    "tokenizer_config.json", "vocab.json")  # fmt: skip
+_SENTENCEPIECE = "spiece.model"  # of T5, read where there is no tokenizer.json
+_VARIANTS = (None, "fp16", "bf16")  # in files' names, the preferred one first
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantised
+# What a static shift leaves without effect. Any other setting of a scheduler that is not off changes its times.
+_WITHOUT_EFFECT = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "time_shift_type"}
+_TRAIN_TIMESTEPS = 1000
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAMPLED_BYTES = 4096
 
 _STOCK_SEQUENCE_LENGTH = 256
@@ -45,7 +56,7 @@ class TeacherSpec:
     """Numbers of an SD3 folder. Latent sizes are in latent pixels, image sizes in image pixels."""
 
     folder: Path
-    digest: str  # identity of configurations and weights, for caches and cards
+    digest: str  # identity of the files that are loaded, wherever they are; for caches and cards
     parameters: int  # of the transformer
     latent_channels: int
     sample_size: int  # native height and width of the latents
@@ -64,7 +75,12 @@ class TeacherSpec:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The model's name: the folder's, or what the hub's cache calls the model of a revision."""
+        owner = self.folder.parent.parent.name
+        if self.folder.parent.name == "snapshots" and owner.startswith("models--"):
+            return owner.rpartition("--")[2]
+        if re.fullmatch(r"[0-9a-f]{40}", self.folder.name):  # a revision by itself
+            return f"sd3-{self.folder.name[:8]}"
         return self.folder.name
 
     @property
@@ -101,37 +117,38 @@ def check_size(width: int, height: int, unit: int, patches: int, name: str) -> N
 def read_spec(folder: Path | str) -> TeacherSpec:
     """Check the folder and read its numbers; costs milliseconds, whatever the model's size.
 
-    Raises TeacherError when it is missing, lacks a file, has a truncated one, or is another kind of pipeline.
+    Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
+    settings that the sampler here does not follow.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise TeacherError(f"{folder} is not a folder; give the path of a {_PIPELINE} folder")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != _PIPELINE:
         raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
-    present = {name: kind for name, kind in {**_MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
+    present = {name: kind for name, kind in {**MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
     if ("text_encoder_3" in present) != ("tokenizer_3" in present):
         raise TeacherError(
             f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
         )
 
     identity = hashlib.sha256()
-    for path in sorted(
-        path for name in present for path in (folder / name).iterdir() if path.suffix in {".json", ".txt"}
-    ):
-        identity.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for path in sorted(path for name in present for path in setting_files(folder / name)):
+        content = path.read_bytes()
+        _check_pointer(content, path)
+        identity.update(path.relative_to(folder).as_posix().encode() + content)
     parameters = {}
-    for name in sorted(present.keys() & _MODELS.keys()):
-        parameters[name] = sum(_check_weights(path, identity) for path in _weight_files(folder / name))
+    for name in sorted(present.keys() & MODELS.keys()):
+        parameters[name] = sum(_check_weights(path, identity) for path in find_weights(folder / name).files)
 
-    transformer, vae = (read_json(folder / name / "config.json") for name in ("transformer", "vae"))
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    for key in _SCHEDULES:
-        if scheduler.get(key):
-            raise TeacherError(f"{folder}/scheduler/scheduler_config.json sets {key}; only a static shift is supported")
+    configs = {name: read_json(folder / name / "config.json") for name in present if name in MODELS}
+    for name, config in configs.items():
+        _check_class(folder / name / "config.json", config, name)
+    transformer, vae = configs["transformer"], configs["vae"]
+    scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     try:
-        return TeacherSpec(
+        spec = TeacherSpec(
             folder=folder,
             digest=identity.hexdigest(),
             parameters=parameters["transformer"],
@@ -150,9 +167,11 @@ def read_spec(folder: Path | str) -> TeacherSpec:
             shift=float(scheduler["shift"]),
             guidance=float(record.get("guidance", _STOCK_GUIDANCE)),
         )
+        _check_numbers(spec, configs)
+        return spec
     except KeyError as missing:
         raise TeacherError(f"{folder}: a component's configuration lacks {missing}; save the pipeline again") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TeacherError(
             f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
         ) from None
@@ -161,7 +180,9 @@ def read_spec(folder: Path | str) -> TeacherSpec:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises TeacherError when it is missing or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        _check_pointer(content, path)
+        value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
     except (ValueError, OSError) as error:
@@ -181,24 +202,114 @@ def _is_present(folder: Path, index: dict[str, Any], name: str, expected: str | 
             f"{folder}/model_index.json has {kind} as {name}, but a {_PIPELINE} needs {expected or 'one'}"
         )
     if not (folder / name).is_dir():
-        raise TeacherError(f"{folder / name} is missing; the folder is not a whole {_PIPELINE}")
+        leave = f", or set {' and '.join(sorted(_OPTIONAL))} to [null, null] in model_index.json to go without T5"
+        raise TeacherError(
+            f"{folder / name} is missing; the folder is not a whole {_PIPELINE}: fetch it"
+            f"{leave if name in _OPTIONAL else ''}"
+        )
     return True
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, one or the shards that its index names."""
-    indexes = sorted(folder.glob("*model.safetensors.index.json"))
-    if indexes:
-        shards = read_json(indexes[0]).get("weight_map")
-        if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
-            raise TeacherError(
-                f"{indexes[0]} does not map tensors to files beside it; fetch or export the folder again"
-            )
-        return [folder / name for name in sorted(set(shards.values()))]
-    files = sorted(folder.glob("*model.safetensors"))
-    if not files:
-        raise TeacherError(f"{folder} has no model.safetensors; only safetensors weights are loaded")
-    return files[:1]
+def _read_scheduler(path: Path) -> dict[str, Any]:
+    """A scheduler's configuration. Raises TeacherError for one that takes other times than those of a static shift."""
+    scheduler = read_json(path)
+    _check_class(path, scheduler, "scheduler")
+    steps = scheduler.get("num_train_timesteps", _TRAIN_TIMESTEPS)
+    if steps != _TRAIN_TIMESTEPS:
+        raise TeacherError(f"{path} sets num_train_timesteps to {steps}; only {_TRAIN_TIMESTEPS} is supported")
+    for key, value in scheduler.items():
+        if value and not key.startswith("_") and key not in {"num_train_timesteps", "shift", *_WITHOUT_EFFECT}:
+            raise TeacherError(f"{path} sets {key}; only a static shift is supported")
+    return scheduler
+
+
+def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
+    """Raise TeacherError unless a component's own configuration names the class that is loaded, and plain weights."""
+    expected = {**MODELS, **_OTHERS}[name]
+    named = config.get("_class_name", config.get("architectures"))
+    if named is not None and expected not in (named if isinstance(named, list) else [named]):
+        raise TeacherError(f"{path} is of a {named}, but {expected} is what can be used as {name}")
+    if config.get("quantization_config"):
+        raise TeacherError(f"{path} is of quantised weights, which cannot be distilled; give the plain model")
+
+
+def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError for numbers that are none of a model, or parts that do not fit together."""
+    clips = [configs["text_encoder"], configs["text_encoder_2"]]  # a configuration leaves out what is the default
+    hidden, pooled, positions = (
+        [int(clip.get(key, default)) for clip in clips]
+        for key, default in (("hidden_size", 512), ("projection_dim", 512), ("max_position_embeddings", 77))
+    )
+    vae, transformer = configs["vae"], configs["transformer"]
+    out = transformer.get("out_channels")
+    t5 = int(configs["text_encoder_3"].get("d_model", 512)) if spec.has_t5 else spec.joint_dim
+    sizes = (spec.latent_channels, spec.sample_size, spec.patch_size, spec.joint_dim, spec.pooled_dim, spec.clip_length)
+    told = {
+        "a size is not positive": min(sizes) > 0,
+        "scaling_factor is not a positive number": 0 < spec.scaling_factor < math.inf,
+        "shift_factor is not a number": math.isfinite(spec.shift_factor),
+        "the scheduler's shift is not a positive number": 0 < spec.shift < math.inf,
+        "guidance is not a number of at least 0": 0 <= spec.guidance < math.inf,
+        "max_sequence_length is negative": spec.max_sequence_length >= 0,
+        "the vae's latent_channels are not the transformer's in_channels": vae.get("latent_channels", 4)
+        == spec.latent_channels,
+        "the transformer's out_channels are not its in_channels": out in (None, spec.latent_channels),
+        "the vae's images are not RGB": (vae.get("in_channels", 3), vae.get("out_channels", 3)) == (3, 3),
+        "sample_size is over pos_embed_max_size": spec.sample_size <= spec.patch_size * spec.pos_embed_max_size,
+        "pooled_projection_dim is not the sum of the CLIPs' projection_dim": sum(pooled) == spec.pooled_dim,
+        "joint_attention_dim is less than the CLIPs' hidden_size": sum(hidden) <= spec.joint_dim,
+        "joint_attention_dim is not T5's d_model": t5 == spec.joint_dim,
+        "the tokenizer's model_max_length is over the CLIPs' positions": spec.clip_length <= min(positions),
+    }
+    for what, holds in told.items():
+        if not holds:
+            raise ValueError(what)
+
+
+def _check_pointer(content: bytes, path: Path) -> None:
+    """Raise TeacherError for a file that Git LFS has not fetched."""
+    if content.startswith(_POINTER):
+        raise TeacherError(f"{path} is a pointer of Git LFS and not the file; run `git lfs pull` in its folder")
+
+
+def setting_files(folder: Path) -> list[Path]:
+    """The files beside weights that are loaded of a component: settings, words, and the index of several files."""
+    names = list(_TOKENIZER_FILES if folder.name.startswith("tokenizer") else _CONFIG_FILES)
+    if folder.name.startswith("tokenizer") and not (folder / "tokenizer.json").exists():
+        names.append(_SENTENCEPIECE)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if folder.name in MODELS and (index := find_weights(folder).index):
+        found.append(index)
+    return found
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files of a component's weights, the `index` that maps tensors to them, and the `variant` to ask loaders for."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    variant: str | None = None
+
+
+def find_weights(folder: Path) -> Weights:
+    """The safetensors files that are loaded of a component: one, or the shards that its index names.
+
+    A variant, as `model.fp16.safetensors`, is taken where there are no others. Raises TeacherError when there are none.
+    """
+    ours = folder.name in ("transformer", "vae")  # diffusers' own prefer an index, transformers' a single file
+    stem = "diffusion_pytorch_model" if ours else "model"
+    for variant in _VARIANTS:
+        ending = f".{variant}" if variant else ""
+        whole, index = folder / f"{stem}{ending}.safetensors", folder / f"{stem}.safetensors.index{ending}.json"
+        if whole.exists() and not (ours and index.exists()):
+            return Weights((whole,), None, variant)
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
+                raise TeacherError(f"{index} does not map tensors to files beside it; fetch or export the folder again")
+            return Weights(tuple(folder / name for name in sorted(set(shards.values()))), index, variant)
+    raise TeacherError(f"{folder} has no {stem}.safetensors; only safetensors weights are loaded")
 
 
 def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
@@ -210,10 +321,16 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
+            _check_pointer(file.read(len(_POINTER)), path)
+            file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             header = file.read(length)
             tensors = [entry for key, entry in json.loads(header).items() if key != "__metadata__"]
             ends = [entry["data_offsets"][1] for entry in tensors]
+            if packed := {entry["dtype"] for entry in tensors} - _DTYPES:
+                raise TeacherError(
+                    f"{path} holds quantised weights ({packed.pop()}), which cannot be distilled; give the plain model"
+                )
             if size != 8 + length + max(ends, default=0):
                 raise TeacherError(f"{path} is {size} bytes long, not the {8 + length + max(ends, default=0)} of its "
                                    "header; it is truncated, so fetch or export it again")  # fmt: skip

@@ -7,6 +7,7 @@ scaled ones that the transformer sees.
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from distill.finite import check_finite
 from distill.flow import shift_time
-from distill.spec import TeacherSpec, read_spec
+from distill.spec import TeacherSpec, find_weights, read_spec
 from distill.text import TextCondition
 
 __all__ = [
@@ -46,7 +47,7 @@ def load_transformer(
     Raises TeacherError for weights that are not finite.
     """
     path = read_spec(folder).folder / "transformer"
-    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
 
@@ -59,9 +60,14 @@ def load_vae(
     Raises TeacherError for weights that are not finite.
     """
     path = read_spec(folder).folder / "vae"
-    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _only_from(path: Path) -> dict[str, Any]:
+    """What loaders are told: the weights of this folder, in safetensors."""
+    return {"use_safetensors": True, "local_files_only": True, "variant": find_weights(path).variant}
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:

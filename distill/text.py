@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from distill import quantize
 from distill.device import fast_bfloat16, to_device
 from distill.finite import check_finite
-from distill.spec import read_spec
+from distill.spec import find_weights, read_spec
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class SD3TextEncoder:
         own: dict[str, Any] = {"local_files_only": True}
 
         def load(kind: Any, name: str) -> Any:
-            model = kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, **own)
+            variant = find_weights(spec.folder / name).variant
+            model = kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, variant=variant, **own)
             check_finite(model, spec.folder / name)
             return model.to(device).eval()
 
@@ -173,7 +174,8 @@ def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) 
     if kind == "cpu":
         device = torch.device("cpu")
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    own = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(folder).variant}
+    t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, **own)
     check_finite(t5, folder)
     if kind == "int8":
         quantize.hold(t5, device)

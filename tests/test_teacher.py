@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, make_teacher, stock_pipeline
 
 from distill.errors import TeacherError
+from distill.export import export_student
 from distill.meter import Meter
+from distill.spec import MODELS
 from distill.teacher import (
     decode_in_parts,
     decode_latents,
@@ -135,6 +138,140 @@ DAMAGE = {
     ),
     "is not usable": lambda folder: _edit(folder / "vae" / "config.json", shift_factor=None),
 }
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+SETTINGS = [
+    (SCHEDULER, {"num_train_timesteps": 500}, "sets num_train_timesteps to 500; only 1000"),
+    (SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler"}, "is of a DPMSolverMultistepScheduler"),
+    (SCHEDULER, {"use_karras_sigmas": True}, "sets use_karras_sigmas"),
+    (SCHEDULER, {"shift_terminal": 0.1}, "sets shift_terminal"),
+    (SCHEDULER, {"stochastic_sampling": True}, "sets stochastic_sampling"),
+    (SCHEDULER, {"prediction_type": "v_prediction"}, "sets prediction_type"),
+    (SCHEDULER, {"shift": 0}, "the scheduler's shift is not a positive number"),
+    (SCHEDULER, {"shift": float("nan")}, "the scheduler's shift is not a positive number"),
+    ("vae/config.json", {"_class_name": "AutoencoderKLWan"}, "is of a AutoencoderKLWan"),
+    ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is not a positive number"),
+    ("vae/config.json", {"latent_channels": 16}, "latent_channels are not the transformer's in_channels"),
+    ("vae/config.json", {"out_channels": 1}, "not RGB"),
+    ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "is of a FluxTransformer2DModel"),
+    ("transformer/config.json", {"out_channels": 8}, "out_channels are not its in_channels"),
+    ("transformer/config.json", {"pooled_projection_dim": 41}, "sum of the CLIPs' projection_dim"),
+    ("transformer/config.json", {"sample_size": 26}, "sample_size is over pos_embed_max_size"),
+    ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
+    ("text_encoder/config.json", {"architectures": ["CLIPTextModel"]}, "CLIPTextModelWithProjection is what can be"),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "model_max_length is over the CLIPs' positions"),
+    ("onestep.json", {"max_sequence_length": -1}, "max_sequence_length is negative"),
+    ("onestep.json", {"guidance": float("inf")}, "guidance is not a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), SETTINGS)
+def test_a_setting_that_is_not_followed_is_refused(name, change, sentence, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "other")
+    _edit(folder / name, **change)
+    with pytest.raises(TeacherError, match=sentence):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype: torch.dtype, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "other")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "proj_out.weight": tensors["proj_out.weight"].to(dtype)}, path)
+    with pytest.raises(TeacherError, match=r"holds quantised weights .*; give the plain model"):
+        read_spec(folder)
+
+
+def test_only_files_that_are_loaded_count_and_are_copied(teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "crowded")
+    for name in (*MODELS, "scheduler", "tokenizer", "."):
+        if not (folder / name).is_dir():
+            continue
+        for stray in (
+            "README.txt",
+            "notes.json",
+            "._config.json",
+            "._model.safetensors",
+            ".DS_Store",
+            "generation_config.json",
+        ):
+            (folder / name / stray).write_bytes(b"\0mac")
+        (folder / name / "._diffusion_pytorch_model.safetensors").write_bytes(b"\0mac")
+        (folder / name / "older.safetensors").write_bytes(b"\0mac")
+        (folder / name / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    for name in ("text_encoder", "text_encoder_2"):  # transformers takes the whole file before an index
+        (folder / name / "model.safetensors.index.json").write_text('{"weight_map": {"a": "nowhere.safetensors"}}')
+    _edit(folder / "model_index.json", safety_checker=["elsewhere", "Checker"], image_encoder=["transformers", "X"])
+    assert read_spec(folder).digest == read_spec(teacher).digest
+    weights = dict(load_transformer(folder).named_parameters())
+    out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    plain = {path.relative_to(teacher) for path in teacher.rglob("*") if path.is_file()}
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == plain | {Path("README.md")}
+    stock_pipeline(out)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder_2", "tokenizer"])
+def test_every_file_that_is_loaded_counts(name: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "changed")
+    (path,) = (path for path in (folder / name).iterdir() if path.name in ("config.json", "tokenizer.json"))
+    path.write_text(path.read_text() + " ")
+    assert read_spec(folder).digest != read_spec(teacher).digest
+
+
+def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "variant")
+    for name in MODELS:
+        for path in (folder / name).glob("*model.safetensors"):
+            path.rename(path.with_name(path.name.replace("model.", "model.fp16.")))
+    encoder = folder / "text_encoder_3"
+    (encoder / "model.fp16.safetensors").rename(encoder / "model.fp16-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(encoder / "model.fp16-00001-of-00001.safetensors"),
+                                                         "model.fp16-00001-of-00001.safetensors")}  # fmt: skip
+    (encoder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    encoded = SD3TextEncoder.load(folder).encode(PROMPTS)
+    expected = SD3TextEncoder.load(teacher_t5).encode(PROMPTS)
+    assert encoded.embeds.equal(expected.embeds)
+    weights = load_transformer(folder).state_dict()
+    assert all(weights[name].equal(tensor) for name, tensor in load_transformer(teacher_t5).state_dict().items())
+    for _ in range(2):  # the second replaces the first
+        out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    assert not list(out.rglob("*fp16.*"))
+    assert SD3TextEncoder.load(out).encode(PROMPTS).embeds.equal(expected.embeds)
+    assert load_vae(out).config.scaling_factor == load_vae(folder).config.scaling_factor
+    stock_pipeline(out)
+
+
+def test_a_t5_that_was_not_fetched_is_named_with_what_to_do(teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "without")
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+        with pytest.raises(TeacherError, match=r"fetch it, or set .* to \[null, null\] in model_index.json"):
+            read_spec(folder)
+    _edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert not read_spec(folder).has_t5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_index.json", "vae/config.json", "tokenizer/tokenizer.json", "text_encoder/model.safetensors"],
+)
+def test_a_pointer_of_git_lfs_is_named(name: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "cloned")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(TeacherError, match=f"{name} is a pointer of Git LFS .*`git lfs pull`"):
+        read_spec(folder)
+
+
+def test_a_revision_of_the_hub_s_cache_has_the_model_s_name(teacher: Path, tmp_path: Path) -> None:
+    revision = "b1148b4028b9ec56ebd36444c193d56aeff7ab56"
+    snapshot = tmp_path / "models--stabilityai--stable-diffusion-3-medium-diffusers" / "snapshots" / revision
+    shutil.copytree(teacher, snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert read_spec(snapshot).name == read_spec(tmp_path / "link").name == "stable-diffusion-3-medium-diffusers"
+    assert read_spec(shutil.copytree(teacher, tmp_path / revision)).name == "sd3-b1148b40"
+    assert read_spec(shutil.copytree(teacher, tmp_path / "mine")).name == "mine"
 
 
 @pytest.mark.parametrize("sentence", DAMAGE)
