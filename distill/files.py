@@ -12,6 +12,7 @@ from distill.errors import OutputError
 
 MARK = "Flow Generator Matching"  # in pictures and pages that we write: one that has it may be replaced
 _MARKED_BYTES = 1 << 20  # of a file that are searched for a mark
+NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system raises that cannot flush folders
 
 
 @contextmanager
@@ -81,10 +82,13 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Make a file or folder durable."""
+    """Make a file or folder durable, a folder where its file system can: CIFS and FUSE may not flush folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_FLUSHED or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

@@ -87,7 +87,7 @@ def serve(
 
         served = create_app(settings, workers)
         if served.state.service.jobs:
-            served.state.service.jobs.database.migrate()  # here too, so that a wrong database is one sentence
+            served.state.service.jobs.check()  # before the server starts, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([loaded.card.name for loaded in ready.models])
     configure(settings.log_format, settings.log_level)

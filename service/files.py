@@ -4,12 +4,14 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 PRIVATE = 0o600  # for its owner alone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the disk raises when there is no room
+NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system raises that cannot flush folders
 
 
 @contextlib.contextmanager
@@ -28,13 +30,22 @@ def aside(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         made.replace(path)
     finally:
         made.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush_folder(path.parent)
 
 
-def _flush(folder: Path) -> None:
-    """Make the names in a folder durable."""
+def make_writable(folder: Path) -> None:
+    """Make a folder where there is none, and write into it. Raises what the disk raises."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can: CIFS and FUSE may not flush folders."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_FLUSHED:
+            raise
     finally:
         os.close(handle)

@@ -1,12 +1,13 @@
 """API keys: who may ask for what. Only hashes are kept, in a JSON file that the server reads again when it changes."""
 
+import contextlib
 import hashlib
 import hmac
 import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -99,9 +100,15 @@ class KeyFile:
                 raise StartError(f"{self._path} has no key named {owner!r}; `fgm-service keys list` shows them")
             self._write([key for key in keys if key.owner != owner])
 
-    def _locked(self) -> FileLock:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self._path}.lock")
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time. Raises StartError where the folder cannot be written."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self._path}.lock"):
+                yield
+        except OSError as error:
+            raise StartError(f"{self._path} cannot be written: {error.strerror}") from None
 
     def _parse(self) -> tuple[Key, ...]:
         try:

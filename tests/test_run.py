@@ -19,7 +19,7 @@ from distill.cli import main
 from distill.cli.stopping import asked_to_stop, stopped
 from distill.config import load_config
 from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, RunError
-from distill.files import aside, write_aside
+from distill.files import aside, flush, write_aside
 from distill.pipeline import OneStepPipeline
 from distill.run import export, prepare
 from distill.runs import read_clock, read_run
@@ -342,6 +342,10 @@ def test_a_run_begins_where_it_replaces_nothing(name, begun, teacher, tmp_path):
             prepare(config, tmp_path)
         assert (tmp_path / "config.yaml").exists() is begun
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error():
+    flush(Path("/proc"))
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

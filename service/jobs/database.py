@@ -72,7 +72,8 @@ class Database:
         except CommandError as error:
             raise StartError(f"the database {self.url!r} is of another version of the service: {error}") from None
         except SQLAlchemyError as error:
-            raise StartError(f"the database {self.url!r} cannot be used: {error}") from None
+            reason = " ".join(str(getattr(error, "orig", None) or error).split())
+            raise StartError(f"the database {self.url!r} cannot be used: {reason}") from None
 
     @contextmanager
     def begin(self, owner: str | None = None) -> Iterator[Session]:

@@ -74,11 +74,15 @@ class Files:
             created_at=now,
             expires_at=None if lifetime is None else now + lifetime,
         )
-        with self.writing(file.id) as target:
-            shutil.copyfileobj(source, target, _PIECE)
-        with self._database.begin(owner) as session:
-            self._check_quota(session, owner, size)  # again, for uploads side by side
-            session.add(file)
+        try:
+            with self.writing(file.id) as target:
+                shutil.copyfileobj(source, target, _PIECE)
+            with self._database.begin(owner) as session:
+                self._check_quota(session, owner, size)  # again, for uploads side by side
+                session.add(file)
+        except (OSError, Forbidden):
+            self.path(file.id).unlink(missing_ok=True)
+            raise
         return file
 
     def writing(self, file_id: str) -> AbstractContextManager[IO[bytes]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from service.errors import ServiceError, StartError
-from service.files import PRIVATE, aside
+from service.files import PRIVATE, aside, make_writable
 from service.jobs.database import Database
 from service.jobs.distiller import Distiller
 from service.jobs.files import Files
+from service.jobs.sqlite import check_sqlite
 from service.jobs.students import Students
 from service.jobs.tuning import Tuning
 from service.jobs.webhooks import Webhooks
@@ -31,13 +32,17 @@ class Jobs:
     """The database, files, workflows, and the chores that are done every few seconds. Every method blocks."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        """Makes the data folder. Raises StartError when it cannot."""
+        """Makes the data folder. Raises StartError when it cannot, or when it may not write there."""
         self.folder = folder.absolute()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"data: the folder {self.folder} cannot be made ({error.strerror}); name another one with --data"
-            raise StartError(f"{reason}, or `none` to serve without files, batches and jobs") from None
+        for needed in (self.folder, self.folder / "files"):
+            try:
+                make_writable(needed)
+            except OSError as error:
+                raise StartError(
+                    f"data: the folder {needed} cannot be made or written ({error.strerror}); make it writable for the "
+                    "user that the server runs as, or name another one with --data, or `none` to serve without files, "
+                    "batches and jobs"
+                ) from None
         given = settings.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder)
@@ -76,17 +81,30 @@ class Jobs:
         Raises StartError for a file of other bytes than were drawn, empty ones above all: anyone could sign with them.
         """
         path = self.folder / "secret"
-        with FileLock(f"{path}.lock"):  # against a server that starts at the same moment
-            if not path.exists():
-                with aside(path, PRIVATE) as file:
-                    file.write(secrets.token_bytes(SECRET_BYTES))
-        secret = path.read_bytes()
+        try:
+            with FileLock(f"{path}.lock"):  # against a server that starts at the same moment
+                if not path.exists():
+                    with aside(path, PRIVATE) as file:
+                        file.write(secrets.token_bytes(SECRET_BYTES))
+            secret = path.read_bytes()
+        except OSError as error:
+            raise StartError(
+                f"{path}, which signs links to images, cannot be read or made ({error.strerror}); give it and "
+                f"{path.name}.lock to the user that the server runs as"
+            ) from None
         if len(secret) < SECRET_BYTES or not any(secret):
             raise StartError(
                 f"{path}, which signs links to images, is damaged; restore it from a backup, or delete it: the server "
                 "then draws a new secret, and links given before are no longer valid"
             )
         return secret
+
+    def check(self) -> None:
+        """Bring the database up to date. Raises StartError where `start` could not work with what is there."""
+        if self.database.is_sqlite:
+            check_sqlite(Path(self.database.url.database or ""))
+            check_sqlite(self.folder / "workflows.sqlite")
+        self.database.migrate()
 
     def start(self) -> None:
         """Bring the database up to date and run workflows. Raises StartError."""

@@ -2,10 +2,11 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from service.files import PRIVATE, aside
+from service.files import PRIVATE, aside, flush_folder
 
 
 @pytest.mark.parametrize(("mode", "kept"), [(0o666, 0o640), (PRIVATE, 0o600)])
@@ -23,6 +24,10 @@ def test_a_file_is_replaced_as_a_whole_and_has_its_mode(tmp_path, mode, kept):
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == kept
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error():
+    flush_folder(Path("/proc"))
 
 
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):

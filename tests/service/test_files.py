@@ -1,5 +1,6 @@
 """`/v1/files` by the real client: what is uploaded is kept, for its owner alone, until it is deleted or expires."""
 
+import io
 import time
 
 import httpx
@@ -86,6 +87,16 @@ def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
     with pytest.raises(Forbidden, match="quota of 15"):
         add("ann")
     add("bob")
+
+    class SideBySide(io.BytesIO):
+        def read(self, *size: int) -> bytes:
+            if not self.tell():
+                add("eve")
+            return super().read(*size)
+
+    with pytest.raises(Forbidden, match="quota of 15"):
+        files.add(SideBySide(b"123456"), owner="eve", purpose="batch", filename="x", now=now, lifetime=3600)
+    assert len(list((tmp_path / "files").iterdir())) == 3  # nothing is left of what was refused
     (tmp_path / "files" / f".{first}.0123456789abcdef.part").write_bytes(b"1")
     (tmp_path / "files" / "letters").mkdir()
     for name in ("letter.txt", "letters/file-1", ".hidden"):  # of a person who keeps files in a folder of that name

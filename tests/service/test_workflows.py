@@ -1,6 +1,9 @@
 """The database and its workflows: migrations side by side, and work that a killed process left."""
 
+import contextlib
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -67,9 +70,38 @@ def test_a_database_that_cannot_be_is_named(url):
         Database(url).migrate()
 
 
-def test_a_folder_that_cannot_be_made_is_named():
-    with pytest.raises(StartError, match="/proc/nowhere"):
-        Jobs(Path("/proc/nowhere"), Settings())
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/proc", "/dev/null"])
+def test_a_folder_that_cannot_be_made_or_written_is_named(folder):
+    with pytest.raises(StartError, match=f"the folder {folder} cannot be made or written"):
+        Jobs(Path(folder), Settings())
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"x" * 4096)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"no database" * 1000),
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        _overwrite,
+    ],
+)
+@pytest.mark.parametrize("name", ["jobs.sqlite", "workflows.sqlite"])
+def test_a_damaged_database_is_named_before_anything_starts(tmp_path, name, damage):
+    jobs = Jobs(tmp_path, Settings())
+    jobs.check()
+    jobs.database.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "workflows.sqlite")) as workflows:
+        workflows.execute("CREATE TABLE steps (name TEXT)")
+    jobs.check()
+    jobs.database.close()
+    damage(tmp_path / name)
+    with pytest.raises(StartError, match=f"{name} cannot be used"):
+        jobs.check()
 
 
 def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(tmp_path):
