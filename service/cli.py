@@ -1,5 +1,9 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
+from service.signals import end_on_signals
+
+end_on_signals()  # before the other imports: a container may be stopped while they run
+
 import os
 import sys
 from pathlib import Path
@@ -56,7 +60,6 @@ def serve(
     Every setting has a SERVICE_ variable (SERVICE_MAX_BATCH, SERVICE_RATE_LIMIT, ...) and a key in the TOML file;
     docs/operations.md lists them. SIGTERM finishes what was accepted, then ends; a second one ends at once.
     """
-    import contextlib
     import logging
     from concurrent.futures import ThreadPoolExecutor
 
@@ -94,8 +97,7 @@ def serve(
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
     server = Server(uvicorn_config(served, settings))
-    with contextlib.suppress(KeyboardInterrupt):  # how it passes SIGINT on when it has ended
-        server.run()
+    server.run()
     if not server.started:
         sys.exit(STARTUP_FAILURE)
 

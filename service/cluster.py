@@ -32,6 +32,7 @@ from service.errors import StartError
 from service.guest import Guest, Guests
 from service.logs import configure
 from service.settings import SHIPPED_TEACHER, Settings
+from service.signals import handled
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         folder = settings.artefacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artefacts-"))
         application = _application(_shared(settings, folder), scale)
         stopped = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handled():
             signal.signal(number, lambda *_: stopped.set())
         _start_proxies(settings)
         try:

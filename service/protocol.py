@@ -7,7 +7,7 @@ import secrets
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow
+from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow, Unavailable
 from service.handlers import respond
 from service.metrics import Metrics
 
@@ -21,6 +21,7 @@ class Protocol(HttpToolsProtocol):
     max_head_bytes = 64 << 10  # method, path and headers; trailers too
     head_seconds = 10.0  # from the connection, or a head's first byte, to its last
     stall_seconds = 60.0  # in which a client takes nothing of what is sent to it
+    drain_body_seconds = 1.0  # that the rest of a body gets once the server drains
 
     _begun = False  # whether a head has begun and not ended
     _head_bytes = 0  # of the head, as far as it is parsed
@@ -103,6 +104,12 @@ class Protocol(HttpToolsProtocol):
         else:
             self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"), "invalid_http")
 
+    def shutdown(self) -> None:
+        """Drain: what has arrived is answered; a body that does not end soon is refused."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:
+            self.loop.call_later(self.drain_body_seconds, self._give_up)
+
     def pause_writing(self) -> None:
         """More waits to be sent than the connection's buffer holds."""
         super().pause_writing()
@@ -166,6 +173,10 @@ class Protocol(HttpToolsProtocol):
             self._refuse(TooSlow(sentence), "head_too_slow")
         else:
             self.transport.close()
+
+    def _give_up(self) -> None:
+        if self.cycle.more_body and not self.cycle.response_started and not self.transport.is_closing():
+            self._refuse(Unavailable("the server is shutting down; send the request again"), "draining")
 
     def _watch(self) -> None:
         self._unsent_bytes = self.transport.get_write_buffer_size()

@@ -1,6 +1,8 @@
-"""uvicorn's server, which a second signal ends at once."""
+"""uvicorn's server, which drains at the first signal and ends at once at the second."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
@@ -8,17 +10,30 @@ from fastapi import FastAPI
 
 from service.protocol import Protocol
 from service.settings import Settings
+from service.signals import end_at_once, handled
 
 
 class Server(uvicorn.Server):
-    """The first SIGTERM or SIGINT drains; the second ends the process, whatever it waits for."""
+    """The first SIGTERM, SIGINT or SIGHUP drains; the second ends the process, whatever it waits for."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while the server runs. A drained server then ends by itself, with status 0."""
+        before = {number: signal.signal(number, self.handle_exit) for number in handled()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for each signal. Workers and jobs see that the process is gone, and end too."""
-        if self.should_exit:
-            signal.signal(sig, signal.SIG_DFL)
-            signal.raise_signal(sig)
-        super().handle_exit(sig, frame)
+        """Called for each signal. Nothing is drained before the server listens, or at a second signal.
+
+        Workers and jobs see that the process is gone, and end too.
+        """
+        if self.should_exit or not hasattr(self, "servers"):
+            end_at_once(sig)
+        self.should_exit = True
 
 
 def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[Protocol] = Protocol) -> uvicorn.Config:

@@ -47,6 +47,7 @@ from service.engine.messages import (
 )
 from service.engine.profile import measure, read_profile, recall
 from service.errors import StartError
+from service.signals import ENDING
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +283,7 @@ def _simulate(order: Load, tuning: Tuning) -> Backend:
 
 def main() -> None:
     """Entry point of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server finishes its work first
+    for number in ENDING:  # sent to the whole group; the server finishes its work first
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))

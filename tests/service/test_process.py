@@ -1,8 +1,11 @@
 """The `fgm-service` command as a process: start, refusal to start, SIGTERM."""
 
+import http.client
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +18,38 @@ from running import metric, until
 SERVE = [sys.executable, "-m", "service.cli", "serve"]
 
 
-def test_sigterm_answers_what_was_accepted_then_ends():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_answers_what_was_accepted_then_ends(number):
     environment = os.environ | {"SERVICE_MAX_BATCH": "1"}
     command = [*SERVE, "--device", "simulator", "--port", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
-        with ThreadPoolExecutor(6) as pool:
+        upload = socket.create_connection(("127.0.0.1", httpx.URL(url).port), 60)
+        upload.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")
+        with upload, ThreadPoolExecutor(6) as pool:
             bodies = [{"prompt": "a", "n": 10, "seed": seed} for seed in range(0, 60, 10)]  # all different
             answers = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body) for body in bodies]
             until(lambda: metric(url, "queued_images") + metric(url, "images_total") >= 50)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
+            refused = http.client.HTTPResponse(upload)  # its body does not come, and holds nothing up
+            refused.begin()
+            assert (refused.status, refused.headers["connection"]) == (503, "close")
             log = process.stderr.read()
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert process.wait(30) == 0
         assert [len(answer.result().json()["data"]) for answer in answers] == [10] * 6
         assert "Traceback" not in log
+
+
+def test_sigterm_ends_process_1_that_still_starts():
+    contained = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*contained, "true"], check=False).returncode:
+        pytest.skip("needs the right to make namespaces")
+    command = [*contained, sys.executable, "-c", "import service.cli, signal; print(flush=True); signal.pause()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(first), signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_a_second_signal_ends_it_at_once():
