@@ -5,12 +5,15 @@ predict the velocity w = eps - x_0 = dx_t/dt. The FGM paper runs time the other 
 Batches are (B, ...) and times (B,).
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill.philox import Draw
 
 Cond = TypeVar("Cond")
 
@@ -37,9 +40,21 @@ def shift_time(t: Tensor, s: float) -> Tensor:
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal (len(seeds), *shape), fp32 on the CPU: one generator a seed, alike alone and in any batch."""
-    rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    """Standard normal (len(seeds), *shape), fp32 on the CPU: one stream a seed, the same alone and in any batch.
+
+    Seeds are whole numbers from 0 to 2^64 - 1, and each has noise of its own; raises ValueError for any other. Those
+    below 2^32 give the noise of torch's generator, which ignores all higher bits; larger ones give Philox's.
+    """
+    rows = [_noise(operator.index(seed), tuple(shape)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"a seed is a whole number from 0 to 2^64 - 1, not {seed}")
+    if seed < 2**32:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return Draw(seed, "noise", [0]).normal(shape)[0]
 
 
 def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:

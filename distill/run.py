@@ -30,6 +30,7 @@ from distill.export import SHARD_SIZE, check_place, export_student
 from distill.flow import noise
 from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
 from distill.networks import build
+from distill.philox import key_of
 from distill.prompts import read_prompts
 from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
 from distill.scenes.render import SIZE
@@ -136,7 +137,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     watch = None
     if machine.is_main_process or machine.is_fsdp2:
         watch = _Watch(config, out, folder, spec, machine.device, dtype, machine.is_main_process)
-    torch.manual_seed(config.seed)  # adapters start from it
+    torch.manual_seed(key_of(config.seed, "weights"))
     turns = config.method.turns()
     roles = tuple(sorted({turn.role for turn in turns}))
     two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)

@@ -155,7 +155,6 @@ def train(
     `shapes` are the latents (C, h, w) that each step draws one of. Raises CheckpointError for a checkpoint of another
     configuration, DivergedError for gradients that are not finite, RunError when `out` vanishes meanwhile.
     """
-    torch.manual_seed(config.seed)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     local = config.batch // world
 

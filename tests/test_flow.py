@@ -44,5 +44,25 @@ def test_a_shift_adds_its_logarithm_to_the_logit():
 
 
 def test_noise_depends_on_the_image_s_seed_alone():
-    batch = noise([5, 3, 9], (4, 2, 2))
+    batch = noise([5, 3, 2**40, 9], (4, 2, 2))
     assert torch.equal(batch[1:2], noise([3], (4, 2, 2)))
+    assert torch.equal(batch[2:3], noise([2**40], (4, 2, 2)))
+
+
+def test_every_bit_of_a_seed_counts():
+    seeds = [7, 2**31 + 7, 2**32 - 1, *(7 + 2**bit for bit in range(32, 64)), 2**64 - 1]
+    made = noise(seeds, (4, 8, 8)).flatten(1)
+    correlation = torch.corrcoef(made) - torch.eye(len(seeds))
+    assert correlation.abs().max() < 5 / made.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=r"from 0 to 2\^64 - 1, not"):
+        noise([seed], (4,))
+
+
+@pytest.mark.parametrize("seed", [7.5, "7", None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(TypeError, match="integer"):
+        noise([seed], (4,))

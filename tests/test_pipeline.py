@@ -28,6 +28,11 @@ def test_images_are_bytes_and_as_many_as_asked(count: int, student: Path) -> Non
     assert len({image.numpy().tobytes() for image in images}) == count
 
 
+def test_seeds_that_differ_in_their_high_bits_alone_give_other_images(student: Path) -> None:
+    images = OneStepPipeline.load(student)(PROMPTS[:1] * 2, [7, 7 + 2**32])
+    assert not torch.equal(images[0], images[1])
+
+
 def test_a_ladder_keeps_its_tolerance_in_any_company() -> None:
     prompts, seeds = ["a red circle left of a blue star", "a green triangle"] * 8, range(16)
     strict = OneStepPipeline.load(SHIPPED_STUDENT)

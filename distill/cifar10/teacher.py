@@ -18,7 +18,7 @@ from distill.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
 from distill.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
 from distill.files import write_aside
 from distill.identity import identity_autoencoder
-from distill.philox import Draw
+from distill.philox import Draw, key_of
 from distill.scenes.state import Progress, check_folder
 from distill.scenes.vae import to_pixels
 from distill.spec import RECORD
@@ -62,7 +62,7 @@ def train_teacher(
     shift, scale = float(pixels.mean()), float(1 / pixels.std())
     vae = identity_autoencoder(SIDE, shift, scale)
 
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(key_of(recipe.seed, "weights"))
     tokenizer = build_clip_tokenizer([ANY, *CLASSES], TOKENS)
     model = _denoiser(recipe, tokenizer).to(device)
     average = deepcopy(model)

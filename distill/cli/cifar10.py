@@ -22,7 +22,7 @@ def teacher(
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
     layers: Annotated[int, typer.Option(help="Blocks of the transformer.", min=1)] = 12,
     heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 1,
     device: Device = "auto",
     compiled: Compiled = False,
 ) -> None:

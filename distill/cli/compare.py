@@ -22,7 +22,7 @@ def compare(
     ),
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.", min=0)] = 0,
 ) -> None:
     """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
 

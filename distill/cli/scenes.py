@@ -107,7 +107,7 @@ def teacher(
 def show(
     out: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path("runs/scenes.png"),
     count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.", min=0)] = 0,
     held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
 ) -> None:
     """Write a grid of scenes with their prompts under them."""

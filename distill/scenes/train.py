@@ -33,7 +33,7 @@ from distill.errors import CacheError, TeacherError
 from distill.files import aside, write_aside
 from distill.finite import check_finite
 from distill.flow import noise
-from distill.philox import Draw
+from distill.philox import Draw, key_of
 from distill.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
 from distill.scenes.data import WORDINGS, make_chunks
 from distill.scenes.render import SIZE
@@ -265,7 +265,7 @@ def train_teacher(
     At the end `folder` holds the whole pipeline in `StableDiffusion3Pipeline`'s own layout, with averaged weights, and
     names the guidance of `scales` that scores highest on prompts that training saw; held-out ones stay untouched.
     """
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(key_of(recipe.seed, "weights"))
     vae = _load_vae(folder, device)
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
     scenes = read_scenes(recipe, folder, vae, device)

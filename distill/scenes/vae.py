@@ -90,7 +90,7 @@ def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[Progress]:
     """Train until the budget is seen, continuing from the folder's state if any; the average ends in its `vae`."""
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(key_of(recipe.seed, "autoencoder weights"))
     vae = make_vae().to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
     average = deepcopy(vae)

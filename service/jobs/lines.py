@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from service.engine.batcher import Priority
 from service.errors import InvalidRequest, ServiceError, excerpt
-from service.generation import MAX_SEED, Order
+from service.generation import RANDOM_SEEDS, Order
 from service.jobs.schemas import BatchLine
 from service.schemas import Usage
 from service.state import State
@@ -111,7 +111,7 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> Request | 
         return Complaint(error.code or "invalid_request", error.message, number, error.param)
     if body.seed is None:
         count = len(order.seeds)
-        drawn = int.from_bytes(_digest(batch_id, number)) % (MAX_SEED - count)
+        drawn = int.from_bytes(_digest(batch_id, number)) % (RANDOM_SEEDS - count)
         order = replace(order, seeds=range(drawn, drawn + count))
     return Request(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
 
