@@ -3,30 +3,47 @@
 import asyncio
 import logging
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import select
 
 from service.engine.engine import Engine
-from service.errors import InvalidRequest, NotFound, ServiceError
+from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
+from service.jobs.progress import Level, tell
 from service.jobs.tables import Job
 
 log = logging.getLogger(__name__)
 
 PERIOD = 2.0  # seconds after which the student of another server's job is served here too
+FIRST_PAUSE = 5.0  # seconds before a student that could not be loaded is tried again; doubled each time
+LONGEST_PAUSE = 600.0
+
+
+class _Failure(NamedTuple):
+    """Why a student could not be loaded, and when the next attempt is due."""
+
+    reason: str
+    pause: float  # seconds
+    due: float  # on the clock
 
 
 class Students:
     """Keeps the engine at what the jobs have made, at most so many students at a time."""
 
-    def __init__(self, database: Database, data: Path, at_most: int) -> None:
+    def __init__(
+        self, database: Database, data: Path, at_most: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._database = database
         self._data = data
         self._at_most = at_most
+        self._clock = clock
         self._served: set[str] = set()
-        self._refused: set[str] = set()  # by the engine; not tried again before the next start
+        self._failures: dict[str, _Failure] = {}
         self._syncing = asyncio.Lock()
         self._started = threading.Event()
         self._following: asyncio.Task[None] | None = None
@@ -59,7 +76,7 @@ class Students:
                 log.exception("the students could not be looked at; it is tried again")
 
     async def _sync(self) -> None:
-        """Unload what is gone or no longer among the newest, load what is new; what cannot be now is tried again."""
+        """Unload what is gone or no longer among the newest; load what is new, and what could not be loaded before."""
         async with self._syncing:
             try:
                 wanted = await asyncio.to_thread(self._newest)
@@ -67,21 +84,40 @@ class Students:
                     with suppress(NotFound):  # an administrator was faster
                         await self._engine.unload(name)
                     self._served.discard(name)
-                for name in wanted.keys() - self._served - self._refused:
-                    await self._load(wanted[name], name)
+                self._failures = {name: failure for name, failure in self._failures.items() if name in wanted}
+                for name, job in wanted.items():
+                    if name not in self._served:
+                        await self._load(job, name)
             except ServiceError as error:
                 log.warning("put off: %s", error.message)
 
-    async def _load(self, folder: Path, name: str) -> None:
+    async def _load(self, job: str, name: str) -> None:
+        """Load a student unless its next attempt is not due yet; the events of its job say what came of it."""
+        failed = self._failures.get(name)
+        if failed is not None and self._clock() < failed.due:
+            return
+        folder = student_folder(self._data, job)
         try:
             await self._engine.load(folder, name)
-            self._served.add(name)
-        except InvalidRequest as error:
-            log.error("%s cannot be served: %s", name, error.message)
-            self._refused.add(name)
+        except ServiceError as error:
+            pause = FIRST_PAUSE if failed is None else min(2 * failed.pause, LONGEST_PAUSE)
+            self._failures[name] = _Failure(error.message, pause, self._clock() + pause)
+            log.warning("%s could not be loaded; next attempt in %.0f s: %s", name, pause, error.message)
+            if failed is None or failed.reason != error.message:
+                reason = error.message.replace(str(folder), "its folder")
+                message = f"The student could not be loaded and is not served yet; loading is tried again: {reason}"
+                await asyncio.to_thread(self._tell, job, message, "warn")
+            return
+        self._served.add(name)
+        if self._failures.pop(name, None) is not None:
+            await asyncio.to_thread(self._tell, job, "The student is loaded and served now.", "info")
 
-    def _newest(self) -> dict[str, Path]:
-        """Folders of the students to serve, by name: those made last; a job ends a moment after its student is made."""
+    def _tell(self, job: str, message: str, level: Level) -> None:
+        with self._database.begin() as session:
+            tell(session, session.get_one(Job, job, with_for_update=True), message, level)
+
+    def _newest(self) -> dict[str, str]:
+        """Jobs whose students to serve, by the student's name: those made last; a job ends a moment after that."""
         with self._database.begin() as session:
             made = (
                 select(Job.id, Job.fine_tuned_model)
@@ -90,7 +126,7 @@ class Students:
                 .limit(self._at_most)
             )
             rows = session.execute(made).all()
-        return {name: student_folder(self._data, job) for job, name in rows if name}
+        return {name: job for job, name in rows if name}
 
 
 def run_folder(data: Path, job: str) -> Path:

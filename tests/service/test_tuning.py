@@ -19,6 +19,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from engines import run
 from PIL import Image
 from running import serving
 from test_webhooks import SECRET, receiving
@@ -26,8 +27,10 @@ from test_webhooks import SECRET, receiving
 from distill.pipeline import OneStepPipeline
 from service.app import create_app
 from service.engine.backend import Simulator
+from service.engine.engine import Engine
 from service.engine.launch import local
 from service.jobs.jobs import Jobs
+from service.jobs.students import Students, student_folder
 from service.jobs.tables import File, Job
 from service.settings import Settings
 
@@ -298,6 +301,46 @@ def test_the_students_made_last_are_served_whenever_their_jobs_were(jobs):
     assert jobs.students._newest().keys() == {"paused for long", "second"}
     made(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
     assert jobs.students._newest().keys() == {"paused for long", "about to end"}
+
+
+def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_say_so(jobs):
+    record = "onestep.json"
+    for number in (1, 2):
+        name = made(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
+        student_folder(jobs.folder, name).mkdir()
+    (student_folder(jobs.folder, name) / record).write_text(json.dumps({"name": "any"}))
+    now = 0.0
+    students = Students(jobs.database, jobs.folder, 2, lambda: now)
+
+    def events() -> list[tuple[str, str]]:
+        return [(event.level, event.message) for event in jobs.tuning.events("ann", "ftjob-1", None, 10)[0]]
+
+    async def test(engine: Engine) -> None:
+        nonlocal now
+        await students.start(engine)
+        assert [*engine.cards] == ["simulator", "student 2"]  # one that fails keeps no other from its place
+        ((level, message),) = events()
+        assert level == "warn"
+        assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
+        assert str(jobs.folder) not in message
+        folder = student_folder(jobs.folder, "ftjob-1")
+        pauses = []
+        for _ in range(9):  # each pause is twice the one before, up to the longest
+            pauses.append(students._failures["student 1"].pause)
+            now += pauses[-1]
+            await students._sync()
+        assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+        assert len(events()) == 1  # the same reason again is told once
+        (folder / record).write_text(json.dumps({"name": "any"}))
+        await students._sync()
+        assert "student 1" not in engine.cards  # its next attempt is not due yet
+        now += 600
+        await students._sync()
+        assert "student 1" in engine.cards
+        assert events()[0] == ("info", "The student is loaded and served now.")
+        await students.stop()
+
+    run(local(Simulator()), test)
 
 
 def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
