@@ -50,6 +50,7 @@ EXPOSED = [
     "idempotent-replayed",
 ]
 FORM_BYTES = 64 << 10  # what an upload has besides its file
+ARTEFACT_THREADS = 32  # they wait for a disk or a network, and compute nothing
 
 
 def create_app(
@@ -76,6 +77,7 @@ def create_app(
         ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode"),
         engine,
         Artefacts(folder.name if folder else links or "", secret, settings.artefact_seconds),
+        ThreadPoolExecutor(ARTEFACT_THREADS, thread_name_prefix="artefacts"),
         Replays(settings.replay_seconds, settings.replay_bytes),
         Limiter(settings.rate_limit, metrics),
         check,
@@ -94,7 +96,7 @@ def create_app(
             app.state.batches = Batches(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
-        sweeping = asyncio.create_task(_sweep(state.artefacts, max(60, settings.artefact_seconds / 10)))
+        sweeping = asyncio.create_task(_sweep(state, max(60, settings.artefact_seconds / 10)))
         yield {"metrics": metrics}  # for the protocol, which refuses what never reaches the app
         if jobs:
             await jobs.students.stop()
@@ -106,6 +108,7 @@ def create_app(
         sweeping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await sweeping
+        state.artefact_threads.shutdown(wait=False, cancel_futures=True)
         if folder:
             folder.cleanup()
 
@@ -148,11 +151,12 @@ def _tracing(settings: Settings) -> "Tracing | None":
     return Tracing.to(settings.otlp_endpoint)
 
 
-async def _sweep(artefacts: Artefacts, period: float) -> None:
-    """Delete expired images from time to time; a store that is away is asked again the next time."""
+async def _sweep(state: State, period: float) -> None:
+    """Delete expired images from time to time; a store that does not answer is tried again the next time."""
+    loop = asyncio.get_running_loop()
     while True:
         try:
-            await asyncio.to_thread(artefacts.sweep, time.time())
+            await loop.run_in_executor(state.artefact_threads, state.artefacts.sweep, time.time())
         except Unavailable:
             log.warning("expired images are left for the next time")
         await asyncio.sleep(period)

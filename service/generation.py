@@ -155,8 +155,9 @@ async def respond(service: State, images: Images, base: str | None, lifetime: in
     """The answer: images within it, or, with the `base` of the server's URLs, links that last `lifetime` seconds."""
     order = images.order
     if base is not None:
+        loop, threads = asyncio.get_running_loop(), service.artefact_threads
         save = [
-            asyncio.to_thread(service.artefacts.save, data, order.output_format, time.time(), lifetime)
+            loop.run_in_executor(threads, service.artefacts.save, data, order.output_format, time.time(), lifetime)
             for data in images.encoded
         ]
         names = await asyncio.gather(*save)

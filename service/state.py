@@ -31,6 +31,7 @@ class State:
     encoders: ThreadPoolExecutor
     engine: Engine
     artefacts: Artefacts
+    artefact_threads: ThreadPoolExecutor  # a slow store of linked images keeps these busy, and no others
     replays: Replays
     limiter: Limiter
     checker: Checker | None  # of images before they are shown

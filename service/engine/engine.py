@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 
 LONE_DEATHS = 5  # workers that may die while an image is their oldest and alone; then it is at fault
 LONGEST_PAUSE = 30.0  # seconds between two attempts to start a worker
+THREADS = 3  # for each worker: one starts it, one ends it, one copies its images
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Engine:
         self._making: dict[_Pixels, Work] = {}
         self._made: Cache[_Pixels, Image] = Cache(settings.result_cache_bytes)
         self._shelf = Shelf(settings.prompt_cache_bytes)
+        # Not the event loop's own executor, which uploads and slow folders may keep busy.
+        self._threads = ThreadPoolExecutor(THREADS * len(fleet.launches), thread_name_prefix="engine")
         self._numbers = itertools.count()
         self._lingering: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -164,12 +168,12 @@ class Engine:
 
     async def start(self) -> None:
         """Wait for every worker. Raises StartError when one cannot start."""
-        workers = await asyncio.to_thread(self._fleet.start)
+        workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._fleet.start)
         for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
             # By the name of now: the folder may come to hold another student.
             self._add(loaded, Load(order.folder, loaded.card.name, order.adapters))
         for launch, worker in zip(self._fleet.launches, workers, strict=True):
-            seat = await connect(worker, self._shelf)
+            seat = await connect(worker, self._shelf, self._threads)
             self._join(seat)
             self._supervisors.append(asyncio.create_task(self._supervise(launch, seat)))
 
@@ -374,6 +378,7 @@ class Engine:
             await asyncio.wait(self._supervisors)
         await asyncio.gather(*(seat.leave() for seat in self._seats))
         self._seats.clear()
+        self._threads.shutdown(wait=False)
 
     def _admit(self, key: Key, images: int, owner: str, priority: Priority, timeout: float) -> None:
         """Raise Overloaded with the time after which so many images would be taken."""
@@ -499,16 +504,17 @@ class Engine:
 
     async def _start(self, launch: Launch, models: Sequence[Load]) -> Seat:
         """A worker that is ready; cancelling ends it at once, whatever it still loads."""
-        worker = launch(models)
+        worker, loop = launch(models), asyncio.get_running_loop()
         try:
-            await asyncio.to_thread(worker.wait)
-            return await connect(worker, self._shelf)
+            await loop.run_in_executor(self._threads, worker.wait)
+            return await connect(worker, self._shelf, self._threads)
         except BaseException:
-            await asyncio.to_thread(worker.end)
+            await loop.run_in_executor(self._threads, worker.end)
             raise
 
     async def _listen(self, seat: Seat) -> str:
         """Take a worker's replies until it fails: it dies, goes silent, hangs or leaves pixels out. Returns which."""
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 async with asyncio.timeout(self._settings.worker_silence_seconds):
@@ -524,7 +530,7 @@ class Engine:
                     seat.advanced(reply.batch)
                 case Made():
                     try:
-                        pixels = await asyncio.to_thread(seat.pixels, reply.batch)
+                        pixels = await loop.run_in_executor(self._threads, seat.pixels, reply.batch)
                     except (EOFError, OSError):
                         log.exception("the pixels of a batch cannot be read")
                         return "incomplete"

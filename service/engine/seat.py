@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from service.engine import messages
@@ -31,12 +32,18 @@ class Seat:
     """One worker: its models, its batches, its free slots, and when it was last heard of."""
 
     def __init__(
-        self, worker: Worker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shelf: Shelf
+        self,
+        worker: Worker,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        shelf: Shelf,
+        threads: Executor,
     ) -> None:
         self.worker = worker
         self._reader = reader
         self._writer = writer
         self._shelf = shelf
+        self._threads = threads
         self._models = {loaded.card.name: loaded for loaded in worker.ready.models}
         self._slots = list(range(SLOTS))
         self._batches: dict[int, _Sent] = {}  # oldest first
@@ -137,7 +144,7 @@ class Seat:
                 waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
         self._loading.clear()
         self._writer.transport.abort()
-        await asyncio.to_thread(self.worker.end)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self.worker.end)
         for sent in self._batches.values():  # a process that is dead writes no more
             self._let_go(sent)
         self._batches.clear()
@@ -154,7 +161,7 @@ def opposite(order: Load | LoadAdapter, answer: Loaded) -> Unload | UnloadAdapte
     return Unload(answer.card.name) if isinstance(order, Load) else UnloadAdapter(order.model, order.name)
 
 
-async def connect(worker: Worker, shelf: Shelf) -> Seat:
-    """A worker that is ready, on the event loop."""
+async def connect(worker: Worker, shelf: Shelf, threads: Executor) -> Seat:
+    """A worker that is ready, on the event loop; `threads` are for calls that block."""
     worker.connection.setblocking(False)
-    return Seat(worker, *await asyncio.open_connection(sock=worker.connection), shelf)
+    return Seat(worker, *await asyncio.open_connection(sock=worker.connection), shelf, threads)

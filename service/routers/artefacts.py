@@ -16,7 +16,8 @@ router = APIRouter(prefix="/v1/artefacts", tags=["images"])
 @router.get("/{name}", response_class=Response, responses={"4XX": {"model": ErrorResponse}})
 async def show(name: str, service: Service, signature: Annotated[str, Query()]) -> Response:
     """One image, while its link lasts."""
-    found = await asyncio.to_thread(service.artefacts.read, name, signature, time.time())
+    loop, threads = asyncio.get_running_loop(), service.artefact_threads
+    found = await loop.run_in_executor(threads, service.artefacts.read, name, signature, time.time())
     if found is None:
         raise NotFound("this link has expired, or never was one of this server")
     data, output_format = found

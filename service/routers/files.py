@@ -1,10 +1,10 @@
 """`/v1/files`: what batches and jobs read and write, in OpenAI's format."""
 
-import asyncio
 import time
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
@@ -46,7 +46,7 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
             raise RequestValidationError(complaints) from None
         if (given.anchor is None) != (given.seconds is None):
             raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
-        kept = await asyncio.to_thread(
+        kept = await run_in_threadpool(  # as the other routes of files and jobs, which the database may hold up
             jobs.files.add,
             given.file.file,
             owner=caller.owner,

@@ -25,7 +25,7 @@ from test_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
 from test_tuning import submit as submit_job
 
 from benchmarks import postgres
-from service.app import create_app
+from service.app import ARTEFACT_THREADS, create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.errors import StartError, Unavailable
@@ -230,6 +230,35 @@ def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
     answers = read(client, batch.output_file_id)
     assert list(answers) == ["0", "1", "2"]
     assert httpx.get(answers["2"]["response"]["body"]["data"][0]["url"]).status_code == 200
+
+
+def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, tmp_path):
+    links = 40  # more than any executor has threads
+    entered, answers = threading.Semaphore(0), threading.Event()
+
+    class Store(MemoryFileSystem):
+        protocol, store = "slow", {}
+
+        def pipe_file(self, path, value, **options):
+            entered.release()
+            assert answers.wait(60)
+            super().pipe_file(path, value, **options)
+
+    fsspec.register_implementation("slow", Store, clobber=True)
+    client = connect(serve(Simulator(0, 0), data=tmp_path, artefacts="slow://images"))
+    with ThreadPoolExecutor(links) as callers:
+        try:
+            ask = client.images.generate
+            waiting = [callers.submit(ask, prompt="a circle", response_format="url") for _ in range(links)]
+            for _ in range(ARTEFACT_THREADS):
+                assert entered.acquire(timeout=60)
+            impatient = client.with_options(timeout=30)
+            assert impatient.images.generate(prompt="a red circle").data[0].b64_json
+            assert impatient.files.retrieve(upload(impatient)).status == "processed"
+            assert not any(each.done() for each in waiting)
+        finally:
+            answers.set()
+        assert all(each.result().data[0].url for each in waiting)
 
 
 def test_a_store_that_is_away_at_the_start_is_named(tmp_path):

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import tempfile
+import threading
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +19,22 @@ from service.engine.launch import Fleet, local, processes
 from service.engine.worker import SLOT_BYTES
 from service.errors import GenerationFailed, Overloaded, TimedOut
 from service.settings import Settings
+
+
+def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor():
+    fleet, done = processes(Settings(devices="simulator")), threading.Event()
+
+    async def test(engine: Engine) -> None:
+        busy = [asyncio.create_task(asyncio.to_thread(done.wait)) for _ in range(64)]  # more than it has threads
+        try:
+            assert is_of(await make(engine, 1), 1)
+            os.kill(engine.processes[0], signal.SIGKILL)
+            assert is_of(await make(engine, 2), 2)
+        finally:
+            done.set()
+            await asyncio.gather(*busy)
+
+    run(fleet, test)
 
 
 def test_workers_killed_at_random_lose_nothing_and_change_nothing():
