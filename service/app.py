@@ -28,6 +28,7 @@ from service.jobs.jobs import Jobs
 from service.limiter import Limiter
 from service.metrics import Metrics
 from service.middleware import BodyLimit, Front
+from service.origins import pattern
 from service.provenance import signer
 from service.replays import Replays
 from service.roster import Roster
@@ -131,6 +132,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
+            allow_origin_regex="|".join(map(pattern, settings.cors_origins)),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # OpenAI's client sends some of its own; what opens a door is the key, not a header
             expose_headers=EXPOSED,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.requests import HTTPConnection
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
 from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
@@ -68,10 +68,13 @@ class Needs:
         self,
         request: Request,
         service: Service,
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+        api_key: Annotated[str | None, Depends(APIKeyHeader(name="api-key", auto_error=False))],
+        x_api_key: Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_error=False))],
     ) -> Caller:
         """Raises Unauthorized without a known key, Forbidden where the key is not for this."""
-        caller = Caller(owner_of(service, given.credentials if given else "", self._scope, request))
+        token = bearer.credentials if bearer else api_key or x_api_key or ""
+        caller = Caller(owner_of(service, token, self._scope, request))
         request.state.owner = caller.owner
         return caller
 
@@ -87,7 +90,8 @@ def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnectio
         return connection.client.host if connection.client else "local"
     key = find(keys, token)
     if key is None:
-        raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`", code="invalid_api_key")
+        message = "a valid API key is needed, as `Authorization: Bearer KEY`, `api-key: KEY` or `x-api-key: KEY`"
+        raise Unauthorized(message, code="invalid_api_key")
     if scope not in key.scopes:
         raise Forbidden(f"this API key has no scope {scope!r}", code="insufficient_scope")
     return key.owner

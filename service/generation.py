@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -38,21 +39,27 @@ class Order:
     timeout: float | None  # seconds; None is the server's
     adapter: str | None
     scale: float  # of the adapter
+    warnings: Sequence[str] = ()  # what is not done as requested
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
-        """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honour."""
-        width, height = _size(body.size, card.sizes)
+        """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honour.
+
+        Where the request says that such a field may be ignored, the order carries a warning instead.
+        """
+        width, height = _size(body, card.sizes)
         output_format = body.output_format or "png"
         compression = 100 if body.output_compression is None else body.output_compression
         if output_format == "png" and compression != 100:
-            raise InvalidRequest("output_compression is for jpeg and webp; png is lossless", "output_compression")
+            body.reject("output_compression", "it is for jpeg and webp; png is lossless")
+            compression = 100
         if body.lora and body.lora.name not in card.adapters:
             message = f"{card.name} has no adapter {quoted(body.lora.name)}; it has {[*card.adapters]}"
             raise InvalidRequest(message, "lora.name", "adapter_not_found")
         n = body.n or 1
         if body.seed is not None and body.seed + n > MAX_SEED:
-            raise InvalidRequest("seed + n is beyond 2^53; take a smaller seed", "seed", "invalid_value")
+            message = "seed + n is beyond 2^53; take a smaller seed, or leave seed out for a random one"
+            raise InvalidRequest(message, "seed", "invalid_value")
         first = secrets.randbelow(RANDOM_SEEDS - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
         return cls(
@@ -68,6 +75,7 @@ class Order:
             body.timeout,
             body.lora.name if body.lora else None,
             body.lora.scale if body.lora else 1.0,
+            tuple(body.warnings or ()),
         )
 
     @property
@@ -147,8 +155,10 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
     )
     stages = dict.fromkeys(stage for image in images for stage in image.seconds)
     seconds = {stage: max(image.seconds.get(stage, 0.0) for image in images) for stage in stages}
-    warnings = [f"the prompt was cut to the model's {card.token_limit} tokens"] if truncated else None
-    return Images(order, encoded, usage, warnings, seconds | after)
+    warnings = [*order.warnings]
+    if truncated:
+        warnings.append(f"the prompt was cut to the model's {card.token_limit} tokens")
+    return Images(order, encoded, usage, warnings or None, seconds | after)
 
 
 async def respond(service: State, images: Images, base: str | None, lifetime: int | None = None) -> ImagesResponse:
@@ -197,12 +207,23 @@ def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -
     return service.signer.sign(data, order.output_format) if service.signer else data
 
 
-def _size(size: str | None, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Width and height meant; `auto` is the model's own."""
-    if size is None or size == "auto":
+def _size(body: ImageRequest, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Width and height meant; `auto` is the model's own, and another size may give way to the nearest allowed one."""
+    if body.size is None or body.size == "auto":
         return allowed[0]
-    width, height = map(int, size.split("x"))
-    if (width, height) not in allowed:
+    width, height = map(int, body.size.split("x"))
+    if (width, height) in allowed:
+        return width, height
+    if body.warnings is None:
         known = ", ".join(f"{w}x{h}" for w, h in allowed)
-        raise InvalidRequest(f"the model makes images of {known}, not {size}", "size", "invalid_value")
-    return width, height
+        message = f"the model makes images of {known}, not {body.size}; take one of these, or leave size out"
+        raise InvalidRequest(message, "size", "invalid_value")
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        """By shape, then by area."""
+        wide, high = math.log(size[0] / width), math.log(size[1] / height)
+        return abs(wide - high), abs(wide + high)
+
+    nearest = min(allowed, key=distance)
+    body.warnings.append(f"size is {nearest[0]}x{nearest[1]}, the nearest to {body.size} that the model makes")
+    return nearest

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -23,6 +24,7 @@ from service.errors import (
     to_openai,
 )
 from service.files import DISK_FULL
+from service.schemas import ADVICE, HARMLESS
 
 _UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
 
@@ -58,12 +60,20 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     return respond(complaint(first["type"], first["loc"][1:], first["msg"]))
 
 
+def of_body(error: ValidationError) -> RequestValidationError:
+    """FastAPI's error for a body that was validated by a handler."""
+    complaints = error.errors(include_input=False)
+    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in complaints])
+
+
 def complaint(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
     """Pydantic's complaint about a field."""
     param = excerpt(".".join(map(str, field)))
+    name = str(field[-1])
+    advice = ADVICE.get(name, "or leave it out" if name in HARMLESS else None)
     if kind in _UNSUPPORTED:
-        return InvalidRequest(f"{param} is not supported", param, "unknown_parameter")
-    return InvalidRequest(f"{param}: {message}", param, "invalid_value")
+        return InvalidRequest(f"{param} is not supported; {advice or 'leave it out'}", param, "unknown_parameter")
+    return InvalidRequest(f"{param}: {message}" + (f"; {advice}" if advice else ""), param, "invalid_value")
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

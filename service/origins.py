@@ -14,7 +14,12 @@ def allowed(origin: str, host: str, settings: Settings) -> bool:
     """Whether a page of this origin may call a server that is called by `host`: one of ours, or one of the settings."""
     own = {host, urlsplit(settings.public_url or "").netloc}
     page = origin.partition("://")[2]  # none in the origin "null"
-    return bool(page and page in own) or bool({origin, "*"} & {*settings.cors_origins})
+    return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.cors_origins)
+
+
+def pattern(allowed: str) -> str:
+    """The regular expression of an allowed origin: `*` alone is any, and within a host it stands for a part of it."""
+    return ".*" if allowed == "*" else re.escape(allowed).replace(r"\*", "[A-Za-z0-9.-]+")
 
 
 def host_of(header: str) -> str | None:

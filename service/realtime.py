@@ -118,7 +118,8 @@ class Session:
     def _parse(self, text: str) -> SessionStart | RealtimeRequest:
         """A message. Raises InvalidRequest as the other routes do."""
         try:
-            return _messages.validate_python(from_json(text))
+            context = {"unsupported": self._service.settings.unsupported}
+            return _messages.validate_python(from_json(text), context=context)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             if first["type"] == "union_tag_invalid":  # its own message repeats the tag

@@ -1,9 +1,30 @@
 """What goes over the wire: OpenAI's names and types, with our extensions marked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
+from service.errors import InvalidRequest
+
+# Fields that a request can do without: the images are those that it would get if it left them out.
+HARMLESS = ("quality", "style", "background", "moderation", "output_compression", "partial_images", "user", "size")
+ADVICE = {
+    "extra_body": "put the fields in it at the top level of the request",
+    "seed": "leave seed out for a random one",
+    "size": "give auto or WIDTHxHEIGHT, or leave size out",
+    "style": "the model has no choice of styles",
+}  # by field: what to do where pydantic's message does not say it
+NAMED = 16  # unsupported fields of one request that are named
+NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -17,7 +38,11 @@ class LoraChoice(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only."""
+    """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only.
+
+    Validated with the context `{"unsupported": "warn"}`, it leaves out fields that are unknown, and values of HARMLESS
+    fields that are not supported; its warnings name them.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -53,6 +78,58 @@ class ImageRequest(BaseModel):
         ]
         | None
     ) = None
+    _warnings: list[str] | None = PrivateAttr(None)
+
+    @property
+    def warnings(self) -> list[str] | None:
+        """What is not done as requested; None where that is an error."""
+        return self._warnings
+
+    def reject(self, field: str, message: str) -> None:
+        """Warn that a field is ignored. Raises InvalidRequest instead where that is an error."""
+        if self._warnings is None:
+            raise InvalidRequest(f"{field}: {message}", field, "invalid_value")
+        self._warnings.append(f"{field} is ignored: {message}")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _leave_out_unsupported(
+        cls, given: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        if not isinstance(given, dict) or (info.context or {}).get("unsupported") != "warn":
+            return validate(given)
+        warnings = []
+        if given.get("seed") == -1:
+            given = {**given, "seed": None}
+            warnings.append("seed -1 is taken for a random seed; leave seed out for one")
+        try:
+            made = validate(given)
+        except ValidationError as error:
+            unsupported = _unsupported(error)
+            made = validate({name: value for name, value in given.items() if name not in unsupported})
+            named = list(unsupported.items())[:NAMED]
+            warnings += [f"{_shown(name)} is ignored: {reason}" for name, reason in named]
+            if more := len(unsupported) - len(named):
+                warnings.append(f"{more} more fields are ignored")
+        made._warnings = warnings
+        return made
+
+
+def _unsupported(error: ValidationError) -> dict[str, str]:
+    """The fields at fault that a request can do without, and why they are."""
+    fields: dict[str, str] = {}
+    for each in error.errors(include_input=False, include_url=False):
+        name, *within = map(str, each["loc"])
+        if each["type"] == "extra_forbidden" and not within:
+            fields[name] = ADVICE.get(name, "there is no such field")
+        elif name in HARMLESS:
+            fields.setdefault(name, ADVICE.get(name, each["msg"]))
+    return fields
+
+
+def _shown(name: str) -> str:
+    """A client's name for a field, fit for a header and a log."""
+    return ascii(name[:NAME_CHARACTERS])[1:-1]
 
 
 class ImageData(BaseModel):

@@ -50,6 +50,7 @@ _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
 Determinism = Literal["strict", "fast"]
 
 
@@ -77,6 +78,12 @@ def _network(text: str) -> str:
 def _rates(text: str) -> str:
     limits.parse_many(text)  # raises ValueError
     return text
+
+
+def _origin(origin: str) -> str:
+    if origin != "null" and not _ORIGIN.fullmatch(origin):
+        raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, with * for any host")
+    return origin.lower()  # as browsers send it
 
 
 def _api_key(key: SecretStr) -> SecretStr:
@@ -150,6 +157,7 @@ class Settings(BaseSettings):
     profiles: Path | None = None  # folder of measured times; made where it has none of a device and model
     queue_limit: Annotated[int, Field(ge=10)] = 512  # images waiting at most; the largest request must fit
     queue_limit_per_key: Annotated[int, Field(ge=10)] | None = None  # the same for each API key; none is no less
+    unsupported: Literal["refuse", "warn"] = "refuse"  # fields of image requests; warn ignores those that do no harm
     timeout_seconds: _Seconds = 60.0  # from arrival to answer, where a request does not say; refused if it cannot be
     linger_seconds: Annotated[float, Field(ge=0)] = 0.0  # what a lone image waits for company while nothing runs
     worker_silence_seconds: _Seconds = 30.0  # a worker that says nothing for so long is replaced
@@ -163,7 +171,7 @@ class Settings(BaseSettings):
     keys_file: Path | None = None  # made by `fgm-service keys create`
     open_to_all: bool = False  # listen beyond the loopback without keys
     rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
-    cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()  # web pages of other origins that may call
     public_url: _Url | None = None  # how clients reach the server, for links; none takes the request's own
     trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
     # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; "*" is all

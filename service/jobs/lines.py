@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from service.engine.batcher import Priority
-from service.errors import InvalidRequest, ServiceError, excerpt
+from service.errors import InvalidRequest, ServiceError
 from service.generation import RANDOM_SEEDS, Order
+from service.handlers import complaint
 from service.jobs.schemas import BatchLine
 from service.schemas import Usage
 from service.state import State
@@ -89,24 +90,28 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> Request | 
     if len(line) > max_bytes:
         return Complaint("line_too_long", f"the line is over {max_bytes} bytes", number, None)
     try:
-        read = BatchLine.model_validate_json(line)
+        read = BatchLine.model_validate_json(line, context={"unsupported": service.settings.unsupported})
         body = read.body
-        if body.stream or body.partial_images:
+        if body.stream:
             raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")
+        if body.partial_images:
+            body.reject("body.partial_images", "a batch does not stream")
         if body.response_format == "b64_json":
             raise InvalidRequest("a batch answers with links", "body.response_format", "invalid_value")
         if body.timeout is not None:
-            raise InvalidRequest("a batch takes its time", "body.timeout", "invalid_value")
+            body.reject("body.timeout", "a batch takes its time")
         if body.priority == "interactive":
-            raise InvalidRequest("a batch waits for interactive work", "body.priority", "invalid_value")
+            body.reject("body.priority", "a batch waits for interactive work")
         order = Order.of(body, service.card(body.model))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":
             return Complaint("invalid_json_line", f"the line is not JSON: {first['ctx']['error']}", number, None)
-        param = excerpt(".".join(map(str, first["loc"]))) or None
-        code = {"method": "invalid_method", "url": "invalid_url"}.get(param or "", "invalid_request")
-        return Complaint(code, f"{param or 'the line'}: {first['msg']}", number, param)
+        if not first["loc"]:
+            return Complaint("invalid_request", f"the line: {first['msg']}", number, None)
+        wrong = complaint(first["type"], first["loc"], first["msg"])
+        code = {"method": "invalid_method", "url": "invalid_url"}.get(wrong.param or "", "invalid_request")
+        return Complaint(code, wrong.message, number, wrong.param)
     except ServiceError as error:
         return Complaint(error.code or "invalid_request", error.message, number, error.param)
     if body.seed is None:

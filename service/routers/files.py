@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from service.dependencies import Kept, Worker
 from service.errors import InvalidRequest, NotFound
+from service.handlers import of_body
 from service.jobs import tables
 from service.jobs.schemas import FileDeleted, FileObject, Page, Purpose, Upload
 from service.schemas import ErrorResponse
@@ -42,8 +42,7 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
         try:
             given = Upload.model_validate(dict(form))
         except ValidationError as error:
-            complaints = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_input=False)]
-            raise RequestValidationError(complaints) from None
+            raise of_body(error) from None
         if (given.anchor is None) != (given.seconds is None):
             raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
         kept = await run_in_threadpool(  # as the other routes of files and jobs, which the database may hold up

@@ -7,12 +7,14 @@ import time
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
+from pydantic import SkipValidation, ValidationError
 
 from service.accept import IMAGES, image_type
 from service.dependencies import Brought, Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
 from service.generation import Images, Order, make, respond
+from service.handlers import of_body
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
@@ -23,6 +25,17 @@ EVENT = {
     "required": ["data"],
 }
 T = TypeVar("T")
+
+
+async def _validated(body: Annotated[ImageRequest, SkipValidation], service: Service) -> ImageRequest:
+    """The body, validated here because FastAPI knows nothing of the settings. Raises RequestValidationError."""
+    try:
+        return ImageRequest.model_validate(body, context={"unsupported": service.settings.unsupported})
+    except ValidationError as error:
+        raise of_body(error) from None
+
+
+Validated = Annotated[ImageRequest, Depends(_validated)]
 
 
 @router.post(
@@ -41,12 +54,12 @@ T = TypeVar("T")
     },
 )
 async def generate(
-    body: ImageRequest,
     request: Request,
     service: Service,
     engine: Running,
     caller: Generator,
     brought: Brought,
+    body: Validated,
     accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
@@ -84,7 +97,7 @@ async def generate(
 def _consistent(body: ImageRequest, raw: str | None) -> None:
     """Refuse fields that contradict each other or the `Accept` header."""
     if body.partial_images and not body.stream:
-        raise InvalidRequest("partial_images is for stream = true", "partial_images")
+        body.reject("partial_images", "it is for stream = true")
     if not body.stream and raw is None:
         return
     if body.stream and raw is not None:
@@ -102,7 +115,7 @@ def _consistent(body: ImageRequest, raw: str | None) -> None:
 def _labels(images: Images) -> dict[str, str]:
     """What an answer of plain bytes says in headers."""
     labels = {"x-seed": str(images.order.seeds[0])}
-    return labels | {"x-warning": images.warnings[0]} if images.warnings else labels
+    return labels | {"x-warning": "; ".join(images.warnings)} if images.warnings else labels
 
 
 def _event(images: Images) -> str:

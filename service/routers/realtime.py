@@ -19,6 +19,8 @@ async def images(
     origin: Annotated[str | None, Header()] = None,
     host: Annotated[str, Header()] = "",
     authorization: Annotated[str, Header()] = "",
+    api_key: Annotated[str, Header()] = "",
+    x_api_key: Annotated[str, Header()] = "",
 ) -> None:
     """Serve one session. Pages of other origins are refused as CORS would refuse them, before anything is said."""
     open_sessions = service.metrics.sessions
@@ -30,8 +32,9 @@ async def images(
     service.sessions += 1
     open_sessions.inc()
     try:
-        scheme, token = get_authorization_scheme_param(authorization)
-        await Session(socket, service, token if scheme.lower() == "bearer" else "").run()
+        scheme, bearer = get_authorization_scheme_param(authorization)
+        token = bearer if scheme.lower() == "bearer" and bearer else api_key or x_api_key
+        await Session(socket, service, token).run()
     finally:
         service.sessions -= 1
         open_sessions.dec()

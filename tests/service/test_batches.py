@@ -187,6 +187,20 @@ class OnlyOne(Gate):
         return super().holds(prompts, seeds) and 1 not in seeds
 
 
+def test_an_unsupported_field_of_a_line_is_ignored_and_named_where_the_server_warns(serve, connect, tmp_path):
+    client = connect(serve(Simulator(0, 0), data=tmp_path, unsupported="warn"))
+    unsupported = {"quality": "hd", "size": "1024x1024", "seed": -1, "extra_body": {}}
+    unsupported |= {"timeout": 5, "priority": "interactive", "partial_images": 1}
+    batch = ended(client, submit(client, [line("a", **unsupported)]).id, "completed", "failed")
+    assert batch.status == "completed", batch.errors
+    body = read(client, batch.output_file_id)["a"]["response"]["body"]
+    assert (body["size"], len(body["warnings"])) == ("64x64", len(unsupported))
+    assert all(any(name in each for each in body["warnings"]) for name in unsupported)
+
+    batch = ended(client, submit(client, [line("a", quality="hd", n=11)]).id, "completed", "failed")
+    assert [(error.param, error.line) for error in batch.errors.data] == [("body.n", 1)]
+
+
 def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path, receiver):
     gate = OnlyOne()
     few = {"max_batch": 1, "batch_lines_at_once": 8, "unfinished_batches_per_key": 1}

@@ -282,6 +282,96 @@ def test_a_refusal_never_says_to_come_back_at_once(seconds):
     assert error.message == "full; try again in 0.1 s"
 
 
+def test_a_star_in_the_host_of_an_allowed_origin_stands_for_any_name(serve):
+    url = serve(cors_origins=["chrome-extension://*", "https://*.example.com", "http://LOCALHOST:*"])
+    inside = ["chrome-extension://abcdefghijklmnop", "https://a.b.example.com", "http://localhost:5173"]
+    outside = ["https://example.com", "https://evilexample.com", "https://a.example.com.evil.com", "null"]
+    outside += ["http://a.example.com", "https://a.example.com:444", "moz-extension://a", "https://evil@.example.com"]
+    for origin in inside + outside:
+        answer = ask(url, {"origin": origin})
+        assert (answer.status_code == 200) == (origin in inside), origin
+        assert (answer.headers.get("access-control-allow-origin") == origin) == (origin in inside), origin
+
+
+@pytest.fixture(scope="module")
+def warning():
+    with serving(create_app(Settings(unsupported="warn"), local(Simulator(0, 0)))) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("quality", value) for value in ("medium", "hd", 1, [])],
+        *[("style", value) for value in ("vivid", {})],
+        *[("background", value) for value in ("transparent", False)],
+        *[("moderation", value) for value in ("none", 0)],
+        *[("output_compression", value) for value in (50, 101, "90")],
+        *[("partial_images", value) for value in (2, 9)],
+        *[("user", value) for value in (7, "x" * 257)],
+        *[("size", value) for value in ("1024x1024", "wide", "1024 x 1024", 1024, "")],
+        *[(name, {"seed": 7}) for name in ("extra_body", "negative_prompt", "steps", "input_fidelity", "__proto__")],
+        ("seed", -1),
+    ],
+)
+def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(warning, api, field, value):
+    answer = ask(warning, **{field: value})
+    assert answer.status_code == 200, answer.text
+    (said,) = answer.json()["warnings"]
+    assert field in said
+    assert answer.json()["size"] == "64x64"
+    assert param(ask(api, **{field: value})) == field
+
+
+def test_all_that_is_not_done_as_requested_is_named_in_every_form_of_answer(warning):
+    unsupported = {"quality": "high", "style": "vivid", "size": "1792x1024", "seed": -1, "a\r\nb: ü": 1}
+    answer = ask(warning, n=2, output_format="webp", user="ann", **unsupported).json()
+    assert (len(answer["data"]), answer["output_format"]) == (2, "webp")
+    assert (answer["size"], len(answer["warnings"])) == ("128x64", len(unsupported))  # of the two sizes, the wide one
+    assert ask(warning, **unsupported).json()["data"][0]["seed"] != answer["data"][0]["seed"]
+    streamed = ask(warning, stream=True, **unsupported).text
+    assert all(name in streamed for name in ("quality is ignored", "style is ignored", "size is 128x64"))
+    raw = ask(warning, {"accept": "image/png"}, **unsupported)
+    assert "quality is ignored" in raw.headers["x-warning"]
+    assert "a\\r\\nb: \\xfc is ignored" in raw.headers["x-warning"]
+    assert "b" not in raw.headers
+    many = ask(warning, **{f"field-{number}" * 99: 1 for number in range(1000)}).json()["warnings"]
+    assert many[-1] == "984 more fields are ignored"
+    assert sum(map(len, many)) < 2000
+    assert "warnings" not in ask(warning, quality="auto", background="opaque", seed=7).json()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", 7),
+        ("n", 11),
+        ("seed", -2),
+        ("seed", "7"),
+        ("output_format", "gif"),
+        ("response_format", "png"),
+        ("stream", "yes"),
+        ("timeout", 0),
+        ("lora", {"name": "style", "path": "x"}),
+    ],
+)
+def test_what_changes_the_images_or_the_answer_is_refused_even_where_the_server_warns(warning, field, value):
+    assert param(ask(warning, quality="hd", **{field: value})).startswith(field)
+
+
+def test_the_message_for_a_wrong_field_says_what_to_do(api):
+    def message(**body) -> str:
+        return ask(api, **body).json()["error"]["message"]
+
+    assert "leave seed out for a random one" in message(seed=-1)
+    assert "leave seed out for a random one" in message(seed=2**53 - 1, n=2)
+    assert "take one of these, or leave size out" in message(size="1024x1024")
+    assert "give auto or WIDTHxHEIGHT, or leave size out" in message(size="1024*1024")
+    assert "put the fields in it at the top level" in message(extra_body={"seed": 7})
+    assert "leave it out" in message(quality="medium")
+    assert "leave it out" in message(negative_prompt="b")
+
+
 def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
     url = serve(Simulator(0, 0), rate_limit="5/hour")
     assert param(ask(url, n=6)) == "n"

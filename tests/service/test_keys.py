@@ -147,6 +147,25 @@ def test_without_keys_no_page_from_elsewhere_is_let_in(serve, tmp_path, headers,
     assert httpx.post(f"{url}/v1/files", headers={"origin": url}, **form).status_code == 200
 
 
+def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve):
+    key = "a-key-for-these-tests"
+    url = serve(api_keys=[key])
+    for headers, status in (
+        ({"api-key": key}, 200),  # Azure's
+        ({"x-api-key": key}, 200),
+        ({"authorization": "Basic YTpi", "api-key": key}, 200),
+        ({"authorization": "Bearer", "x-api-key": key}, 200),
+        ({"authorization": "Bearer another-key-for-tests", "api-key": key}, 401),
+        ({"api-key": "another-key-for-tests"}, 401),
+        ({"api-key": "", "x-api-key": ""}, 401),
+        ({"x-key": key}, 401),
+    ):
+        answer = httpx.get(f"{url}/v1/models", headers=headers)
+        assert answer.status_code == status, headers
+        if status == 401:
+            assert "`api-key: KEY`" in answer.json()["error"]["message"]
+
+
 def test_pages_and_names_that_the_settings_know_are_let_in(serve):
     url = serve(cors_origins=["https://friend.example"], public_url="https://images.example/")
     for headers in (

@@ -143,6 +143,23 @@ def test_keys_are_asked_for_and_asked_again(serve, tmp_path):
         assert closed.value.rcvd.code == 1008
 
 
+@pytest.mark.parametrize("header", ["api-key", "x-api-key"])
+def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve, header):
+    key = "a-key-for-these-tests"
+    with session(serve(Simulator(0, 0), api_keys=[key]), additional_headers={header: key}) as socket:
+        ask(socket, prompt="a")
+        assert hear(socket)["type"] == "images.completed"
+
+
+def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(serve):
+    with session(serve(Simulator(0, 0), unsupported="warn")) as socket:
+        ask(socket, prompt="a", quality="medium", seed=-1, extra_body={}, partial_images=2, size="1024x1024")
+        answer = hear(socket)
+        assert (answer["type"], answer["size"], len(answer["warnings"])) == ("images.completed", "64x64", 5)
+        ask(socket, prompt="a", quality="medium", response_format="url")
+        assert hear(socket)["error"]["param"] == "response_format"
+
+
 def test_pages_of_other_origins_and_sessions_beyond_the_limit_are_refused(serve):
     url = serve(Simulator(0, 0), cors_origins=["https://friend.example"], realtime_limit=1)
     own = httpx.URL(url)

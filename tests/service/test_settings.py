@@ -133,6 +133,12 @@ def test_an_empty_database_is_refused(monkeypatch):
         read_settings({})
 
 
+@pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a.example/page", "", "https://"])
+def test_what_no_page_can_have_for_its_origin_is_refused(origin):
+    with pytest.raises(StartError, match=r"cors_origins.*is no origin; write scheme://host"):
+        read_settings({"cors_origins": (origin,)})
+
+
 @pytest.mark.parametrize("secret", ["", "short"])
 def test_an_empty_or_short_secret_of_links_is_refused(monkeypatch, secret):
     monkeypatch.setenv("SERVICE_ARTEFACT_SECRET", secret)
