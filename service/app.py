@@ -133,11 +133,12 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_origin_regex="|".join(map(pattern, settings.cors_origins)),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],  # OpenAI's client sends some of its own; what opens a door is the key, not a header
             expose_headers=EXPOSED,
         )
-    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
+    trusted = "*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies)
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)
     handlers.install(app)
     return app
 

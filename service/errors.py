@@ -13,6 +13,11 @@ def excerpt(text: str) -> str:
     return text if len(text) <= LONGEST_ECHO else f"{text[: LONGEST_ECHO - 1]}…"
 
 
+def without_middle(sentence: str) -> str:
+    """Return a sentence that may hold a client's text anywhere; of a long one, the beginning and the end."""
+    return sentence if len(sentence) <= 200 else f"{sentence[:139]}…{sentence[-60:]}"
+
+
 def quoted(text: str) -> str:
     """Return an excerpt in quotes, special characters escaped."""
     return repr(excerpt(text))

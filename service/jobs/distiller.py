@@ -18,7 +18,7 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound
+from service.errors import NotFound, without_middle
 from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.distillation import Distillation, checked, command, find_teacher
@@ -47,6 +47,7 @@ class Failed(Exception):
     """Why a job cannot go on, as its client is told."""
 
     def __init__(self, message: str, code: str, param: str | None = None) -> None:
+        message = without_middle(message)  # a run's own words may repeat the training file
         super().__init__(message)
         self.error = {"code": code, "message": message, "param": param}
 

@@ -236,7 +236,12 @@ def test_pages_of_other_origins_can_read_every_failure(serve):
 
 def test_links_are_https_behind_a_proxy_that_is_trusted(serve):
     headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.7"}
-    for trusted, scheme in ((("127.0.0.0/8",), "https"), (("*",), "https"), (("10.0.0.0/8",), "http"), ((), "http")):
+    for trusted, scheme in (
+        (("127.0.0.0/8",), "https"),
+        (("10.0.0.0/8", "*"), "https"),
+        (("10.0.0.0/8",), "http"),
+        ((), "http"),
+    ):
         url = serve(Simulator(0, 0), trusted_proxies=trusted)
         link = ask(url, headers, response_format="url").json()["data"][0]["url"]
         assert link.startswith(f"{scheme}://127.0.0.1:")

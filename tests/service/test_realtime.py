@@ -143,6 +143,12 @@ def test_keys_are_asked_for_and_asked_again(serve, tmp_path):
         assert closed.value.rcvd.code == 1008
 
 
+def test_the_path_may_end_with_a_slash(serve):
+    with dial(serve(Simulator(0, 0)).replace("http", "ws") + "/v1/realtime/images/") as socket:
+        ask(socket, prompt="a")
+        assert hear(socket)["type"] == "images.completed"
+
+
 @pytest.mark.parametrize("header", ["api-key", "x-api-key"])
 def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve, header):
     key = "a-key-for-these-tests"

@@ -269,3 +269,11 @@ def test_results_are_a_row_for_each_number_of_images(tmp_path):
 )
 def test_a_refusal_names_what_is_at_fault(words, code, param):
     assert _refusal(words).error == {"code": code, "message": words, "param": param}
+
+
+def test_a_refusal_repeats_little_of_the_training_file():
+    refused = _refusal(f"prompts.parquet has no column prompt, only {'x' * 5000}; rename one")
+    assert refused.error["code"] == "invalid_training_file"
+    assert refused.error["message"].startswith("prompts.parquet has no column prompt")
+    assert refused.error["message"].endswith("; rename one")
+    assert "x" * 201 not in refused.error["message"]
