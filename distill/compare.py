@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 
 from distill import checkpoint, methods, run
-from distill.config import Run, load_config, replace_method
+from distill.config import Run, load_config
 from distill.errors import ConfigError, RunError
 from distill.evaluate.compare import Comparison, cell, figure_names
 from distill.evaluate.judge import FEATURES, Judgement, Questions
@@ -68,7 +68,7 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
     for text in texts:
         head, *own = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside of brackets belong to a value
         if head in methods.names():
-            source, sets = base, (*replace_method(base, head), *overrides, *own)
+            source, sets = base, (f"method.name={head}", *overrides, *own)
         elif head.endswith((".yaml", ".yml")):
             source, sets = head, (*overrides, *own)
         else:
@@ -78,7 +78,12 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
             raise ConfigError(
                 f"two variants are called {name!r}; give one of them another file name or a key of its own"
             )
-        variants.append(Variant(name, load_config(source, [*sets, budget]), source, sets))
+        config = load_config(source, [*sets, budget])
+        if head in methods.names() and config.method.name != head:
+            raise ConfigError(
+                f"{text} is set to the method {config.method.name}; give that name as the variant, or leave the key out"
+            )
+        variants.append(Variant(name, config, source, sets))
     for field in ("teacher", "precision"):
         values = {variant.name: getattr(variant.config, field) for variant in variants}
         if len(set(values.values())) > 1:

@@ -7,41 +7,41 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from distill import methods
 from distill.errors import CheckpointError, ConfigError
 from distill.overrides import parse_override
+from distill.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_KINDS = {"method": "name", "networks": "kind"}  # groups that come in kinds, and the key that names the kind
 _Positive = Annotated[float, Field(gt=0)]
-_Count = Annotated[int, Field(ge=1)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+_Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
-class Prompts(BaseModel):
+class Prompts(Settings):
     """Where prompts come from: `scenes`, or a txt, jsonl, csv or parquet file; `count` of them at most."""
 
-    model_config = _FROZEN
     source: str = "scenes"
     count: _Count = 20_000
     seed: Seed = 0
 
 
-class RealImages(BaseModel):
+class RealImages(Settings):
     """Where real images with captions come from, for methods that learn from them too.
 
     `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `count`.
     """
 
-    model_config = _FROZEN
     source: str
     count: _Count | None = None
     seed: Seed = 0  # of scenes
 
 
-class _Networks(BaseModel):
+class _Networks(Settings):
     """How the networks compute. A run may go on with another choice: only rounding differs.
 
     `checkpointing` is activation checkpointing of each block. `compile` compiles each block. `attention` names the
@@ -50,7 +50,6 @@ class _Networks(BaseModel):
     as one CUDA graph; `auto` does so for models whose kernels are shorter than their launches.
     """
 
-    model_config = _FROZEN
     checkpointing: bool = False
     compile: bool = False
     attention: Literal["auto", "sdpa", "math", "flash", "xformers"] = "auto"
@@ -69,24 +68,23 @@ class Lora(_Networks):
     kind: Literal["lora"] = "lora"
     rank: _Count = 64
     alpha: _Positive = 64
-    targets: tuple[str, ...] = (
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "net.0.proj", "net.2",
     )  # fmt: skip
 
 
-class Optimizer(BaseModel):
+class Optimizer(Settings):
     """Adam for both roles. Rates rise over the first `warmup` images and fall to zero over the last `decay` images.
 
     `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
     is not finite is skipped and counted; more than `skips` in a row end the run.
     """
 
-    model_config = _FROZEN
     kind: Literal["adam", "adam-8bit"] = "adam"
     student_rate: _Positive = 1e-4
     fake_rate: _Positive = 2e-4
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[_Decay, _Decay] = (0.0, 0.999)
     eps: _Positive = 1e-8
     clip: _Positive = 1.0
     skips: Annotated[int, Field(ge=0)] = 3
@@ -94,10 +92,9 @@ class Optimizer(BaseModel):
     decay: Annotated[int, Field(ge=0)] = 50_000
 
 
-class Cadence(BaseModel):
+class Cadence(Settings):
     """How often, in images seen; what does not change the result of a run."""
 
-    model_config = _FROZEN
     log: _Count = 1_000
     sample: _Count = 10_000
     checkpoint: _Count = 10_000
@@ -105,17 +102,15 @@ class Cadence(BaseModel):
     keep: _Count = 2
 
 
-class Stop(BaseModel):
+class Stop(Settings):
     """When a run may end before its budget: after `patience` evaluations without a better student; never if null."""
 
-    model_config = _FROZEN
     patience: _Count | None = None
 
 
-class Run(BaseModel):
+class Run(Settings):
     """Everything that a run depends on."""
 
-    model_config = _FROZEN
     teacher: str = "scenes"
     start: Path | None = None  # run (its newest checkpoint) or student to start from; none is the teacher
     prompts: Prompts = Prompts()
@@ -137,8 +132,10 @@ class Run(BaseModel):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
+        if isinstance(value, BaseModel):
             return value
+        if not isinstance(value, dict):
+            raise ValueError("must be a method's name or its settings, as {name: fgm, alpha: 1}")
         name = value.get("name", "fgm")
         if name not in methods.names():
             raise ValueError(f"no method {name!r}; there are {', '.join(methods.names())}")
@@ -216,55 +213,94 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(
             f"{path} must hold keys and values, not a {type(values).__name__}; write it as the presets are"
         )
-    for override in overrides:
-        key, value = parse_override(override)
-        _put(values, key.split("."), value, override)
+    for group, tag in _KINDS.items():
+        if isinstance(values.get(group), str):
+            values[group] = {tag: values[group]}
+    _apply(values, overrides)
     try:
         return Run.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 
 
-def replace_method(base: str, name: str) -> list[str]:
-    """Overrides that put a method in place of the one of a preset or file; guidance stays, which goes with the teacher.
+def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each key to its last value. Kinds are chosen first, so that the keys of a kind may also stand before it."""
+    given: dict[str, tuple[Any, str]] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        if key in _KINDS and isinstance(value, str):  # method=dmd is short for method.name=dmd
+            key = f"{key}.{_KINDS[key]}"
+        given.pop(key, None)
+        given[key] = value, override
+    tags = {f"{group}.{tag}": group for group, tag in _KINDS.items()}
+    for key in sorted(given, key=lambda key: key not in _KINDS and key not in tags):
+        value, override = given[key]
+        if key in tags:
+            _choose(values, tags[key], value)
+        _put(values, key.split("."), value, override)
 
-    Raises ConfigError for a method that there is not.
+
+def _choose(values: dict[str, Any], group: str, kind: Any) -> None:
+    """Drop the settings of another kind than this from a group; what both kinds know of these is kept.
+
+    Those are the guidance of methods, which belongs to the teacher, and how networks compute.
+    Raises ConfigError for a method that does not exist.
     """
-    if name not in methods.names():
-        raise ConfigError(
-            f"no method {name!r}{_nearest(name, methods.names())}; there are {', '.join(methods.names())}"
-        )
-    own, other = load_config(base).method, methods.config_class(name)
-    if own.name == name:
-        return []
-    chosen: dict[str, Any] = {"name": name}
-    if "guidance" in type(own).model_fields and "guidance" in other.model_fields:
-        known = other.model_fields["guidance"].annotation.model_fields  # a method without a fake has none for it
-        chosen["guidance"] = own.guidance.model_dump(mode="json", include=set(known))
-    return [f"method={json.dumps(chosen)}"]
+    own = values.get(group)
+    if not isinstance(own, dict):
+        return
+    if group == "networks":
+        if own.get("kind", "full") != kind:
+            values[group] = {name: value for name, value in own.items() if name in _Networks.model_fields}
+        return
+    if kind not in methods.names():
+        near = _nearest(str(kind), methods.names())
+        raise ConfigError(f"no method {kind!r}{near}; there are {', '.join(methods.names())}")
+    if own.get("name", "fgm") != kind:
+        guidance = own.get("guidance")
+        if isinstance(guidance, dict):  # a method without a fake has no guidance of one
+            known = methods.config_class(kind).model_fields["guidance"].annotation.model_fields
+            guidance = {name: value for name, value in guidance.items() if name in known}
+        values[group] = {} if guidance is None else {"guidance": guidance}
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {key!r} holds no further keys; set it whole")
     values[keys[-1]] = value
 
 
 def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as a sentence."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    if where[:1] == ["networks"]:  # pydantic puts the kind's name into the path
-        del where[1:2]
+    """One of pydantic's complaints as a sentence: of the members of a union, that which came the furthest."""
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    where = _keys_of(first["loc"])
     if first["type"] == "extra_forbidden":
+        where = [*_keys_of(first["loc"][:-1]), str(first["loc"][-1])]
+        if where[-1] in _keys_beside(where):
+            return f"{'.'.join(where)} belongs to another kind of {where[0]}; leave it out, or choose that kind"
         return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
+    kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
     if first["type"] == "union_tag_not_found":
-        kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
         return f"networks.kind is missing; with other keys of networks, set it to {kinds}"
-    given = f", not {first['input']!r}" if where else ""
+    if first["type"] == "union_tag_invalid":
+        return f"networks.kind: there is no {first['input']['kind']!r}; take {kinds}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{'.'.join(where)} holds keys of its own, {', '.join(_keys_beside([*where, '']))}; set one of them"
+    given = f", not {first['input']!r}" if where and not isinstance(first["input"], dict) else ""
     return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _keys_of(place: Sequence[int | str]) -> list[str]:
+    """The keys in pydantic's path of an error, which also names the members of unions."""
+    keys: list[str] = []
+    for part in place:
+        if isinstance(part, int) or part in _keys_beside([*keys, part]):
+            keys.append(str(part))
+    return keys
 
 
 def _keys_beside(where: Sequence[str]) -> list[str]:
@@ -278,6 +314,8 @@ def _keys_beside(where: Sequence[str]) -> list[str]:
 def _models_of(model: Any, field: str) -> list[Any]:
     if (model, field) == (Run, "method"):
         return [methods.config_class(name) for name in methods.names()]
+    if field not in model.model_fields:
+        return []
     annotation = model.model_fields[field].annotation
     kinds = get_args(annotation) or (annotation,)
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import unpack_dual
 
-from distill import methods
 from distill.config import Full, Lora, load_config
-from distill.errors import ConfigError
 from distill.flow import derivative, one_step
 from distill.geometry import Geometry
 from distill.meter import Meter, without_data
@@ -183,13 +181,9 @@ def setting(
 ) -> Setting:
     """A setting in the command's words, with the targets of every LoRA run.
 
-    The method is as the preset for SD3 has it, or another with its own settings. Raises ConfigError when there is none
-    of the name.
+    The method is chosen in the preset for SD3. Raises ConfigError for one that does not exist.
     """
-    if method not in methods.names():
-        raise ConfigError(f"no method {method!r}; there are {', '.join(methods.names())}")
-    preset = load_config("sd3-medium-lora").method
-    chosen = preset if preset.name == method else methods.config_class(method)()
+    chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
     kind = Lora(rank=rank, checkpointing=checkpointing) if mode == "lora" else Full(checkpointing=checkpointing)
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
     return Setting(geometry, kind, precision, batch, size, chosen, optimizer)

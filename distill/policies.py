@@ -7,24 +7,25 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.flow import interpolate, one_step, shift_time, x_0_from_velocity
 from distill.methods import Batch, Loss, Velocities, Velocity
 from distill.philox import Draw
+from distill.settings import Settings
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_Scale = Annotated[float, Field(ge=1, le=100)]
+_Time = Annotated[float, Field(ge=0, le=1)]
 
 
-class Times(BaseModel):
+class Times(Settings):
     """Where on [0, 1] the losses look.
 
     `logit-normal` is sigmoid(N(mean, std)), then shifted; SiD-DiT takes mean ln 2 and std 1.6, SD3 shifts by 3.
     `uniform` ignores mean and std. The clamp keeps 1/t and the ends' vanishing signal at bay.
     """
 
-    model_config = _FROZEN
     law: Literal["logit-normal", "uniform"] = "logit-normal"
     mean: float = 0.6931
     std: Annotated[float, Field(gt=0)] = 1.6
@@ -32,22 +33,27 @@ class Times(BaseModel):
     low: Annotated[float, Field(gt=0, lt=1)] = 0.02
     high: Annotated[float, Field(gt=0, lt=1)] = 0.98
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, not {self.low} and {self.high}")
+        return self
+
     def sample(self, draw: Draw) -> Tensor:
         """Times (B,)."""
         t = draw.uniform() if self.law == "uniform" else torch.sigmoid(draw.normal(()) * self.std + self.mean)
         return shift_time(t, self.shift).clamp(self.low, self.high)
 
 
-class TeacherGuidance(BaseModel):
-    """Which guided field of the teacher the student is held to.
+class TeacherGuidance(Settings):
+    """The target velocity field: the teacher's, with classifier-free guidance.
 
-    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8). Outside of `interval` in t it is
-    not guided.
+    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8); 1 is no guidance. Outside of
+    `interval` in t there is none either.
     """
 
-    model_config = _FROZEN
-    teacher: float | tuple[float, float] = 4.5
-    interval: tuple[float, float] = (0.0, 1.0)
+    teacher: _Scale | tuple[_Scale, _Scale] = 4.5
+    interval: tuple[_Time, _Time] = (0.0, 1.0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -61,6 +61,7 @@ def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
         (["fgm", "fgm"], "two variants are called 'fgm'"),
         (["fgm", "dmd,teacher=elsewhere"], "teacher differs between variants"),
         (["fgm,method.alpah=1"], "did you mean 'alpha'"),
+        (["fgm,method=dmd"], "fgm,method=dmd is set to the method dmd; give that name as the variant"),
     ],
 )
 def test_what_cannot_be_compared_is_told(texts: list[str], message: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.config import PRESETS, Lora, load_config
+from distill.config import PRESETS, Full, Lora, load_config
 from distill.errors import ConfigError
 
 
@@ -43,6 +43,12 @@ def test_overrides_reach_nested_keys():
         ("scenes", "images=0", ["images"]),
         ("scenes", "method.name=fmg", ["fmg", "fgm"]),
         ("scenes", "method.weight=none", ["method.weight", "inverse-l1"]),
+        ("scenes", "method=fmg", ["no method 'fmg'", "did you mean 'fgm'"]),
+        ("scenes", "method=null", ["method", "its settings"]),
+        ("scenes", "method.gan={fake: 1}", ["method.gan belongs to another kind of method"]),
+        ("scenes", "networks.rank=8", ["networks.rank belongs to another kind of networks"]),
+        ("scenes", "method={name: dmd, gan: {fkae: 1}}", ["unknown key 'method.gan.fkae'", "did you mean 'fake'"]),
+        ("scenes", "prompts=scenes", ["prompts holds keys of its own", "source"]),
         ("scenes", "batch", ["key=value"]),
         ("scenes", "micro_batch=7", ["micro_batch", "divide"]),
         ("scens", "batch=1", ["scens", "did you mean 'scenes'"]),
@@ -53,6 +59,74 @@ def test_mistakes_are_named(name, override, words):
     with pytest.raises(ConfigError) as caught:
         load_config(name, [override])
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.guidance.teacher=0",
+        "method.guidance.teacher=nan",
+        "method.guidance.teacher=[0,4]",
+        "method.guidance.teacher=[8,2]",
+        "method.guidance.interval=[0,2]",
+        "method.guidance.interval=[0.5,0.2]",
+        "method.times={low: 0.9, high: 0.1}",
+        "method.times.mean=inf",
+        "method.times.shift=0",
+        "method.alpha=-1",
+        "optimizer.student_rate=-1e-4",
+        "optimizer.fake_rate=inf",
+        "optimizer.clip=nan",
+        "optimizer.betas=[0.9,1]",
+        "ema_half_life=inf",
+        "prompts.count=100000000000000000000",
+        "images=1e30",
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_name_of_the_key(override):
+    key = override.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(ConfigError, match=rf"^\S*{key}|: {key} must go from low to high"):
+        load_config("scenes", [override])
+
+
+@pytest.mark.parametrize("preset", ["scenes", "sd3-medium-lora"])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["method.name=dmd", "method.fake_steps=3"],
+        ["method=dmd", "method.fake_steps=3"],
+        ["method.fake_steps=3", "method=dmd"],
+        ["method.name=reflow", "method.fake_steps=3", "method.name=dmd"],
+    ],
+)
+def test_another_method_is_chosen_first_and_keeps_the_guidance_of_the_teacher(preset, sets):
+    method = load_config(preset, sets).method
+    assert (method.name, method.fake_steps) == ("dmd", 3)
+    assert method.guidance == load_config(preset).method.guidance
+
+
+def test_a_method_without_a_fake_keeps_what_it_knows_of_the_guidance():
+    assert load_config("sd3-medium-lora", ["method=flow_map"]).method.guidance.teacher == 4.5
+
+
+def test_the_method_that_a_preset_has_keeps_its_settings():
+    assert load_config("sd3-medium-lora", ["method.name=dmd", "method=fgm"]) == load_config("sd3-medium-lora")
+    own = load_config("scenes", ["method={name: dmd, fake_steps: 2}", "method.name=dmd"]).method
+    assert (own.name, own.fake_steps) == ("dmd", 2)
+
+
+@pytest.mark.parametrize("choice", ["networks.kind=full", "networks=full"])
+def test_another_kind_of_networks_keeps_how_they_compute(choice):
+    assert load_config("sd3-medium-lora", [choice]).networks == Full(checkpointing=True)
+
+
+def test_a_file_may_name_a_method_alone(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: dmd\nnetworks: lora\nreal: null\n")
+    config = load_config(str(path), ["networks.rank=4"])
+    assert (config.method.name, config.networks) == ("dmd", Lora(rank=4))
+    with pytest.raises(ConfigError, match="real: this dmd takes no real images"):
+        load_config(str(path), ["real.source=scenes"])
 
 
 @pytest.mark.parametrize("kernel", ["flash", "xformers"])

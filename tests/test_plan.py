@@ -265,7 +265,7 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
     (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(TeacherError, match="FluxTransformer2DModel"):
         read_geometry(str(tmp_path))
-    with pytest.raises(ConfigError, match="no method 'fgn'; there are dmd, fgm"):
+    with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
         plans.setting(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
     with pytest.raises(SizeError, match="multiple of 4 up to 48"):
         Setting(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()

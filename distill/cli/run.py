@@ -34,9 +34,10 @@ def run(
     """
     import yaml
 
-    from distill.config import load_config, replace_method
+    from distill.config import load_config
 
-    resolved = load_config(config, [*(replace_method(config, method) if method else []), *(overrides or [])])
+    chosen = [] if method is None else [f"method.name={method}"]
+    resolved = load_config(config, [*chosen, *(overrides or [])])
     folder = out or Path("runs") / Path(config).stem
 
     if distil_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):

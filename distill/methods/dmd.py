@@ -18,29 +18,26 @@ student's images, which carry gradient through it, are to pass for real:
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from distill.flow import interpolate, x_0_from_velocity
 from distill.methods import Batch, Loss, Turn, Velocities
 from distill.policies import Guidance, Times, dot, flow_matching, guided_pair, made, noised
+from distill.settings import Settings
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
 
-
-class Gan(BaseModel):
+class Gan(Settings):
     """Weights of the critic's loss beside the fake's, and of the student's beside its direction; SDXL's in DMD2."""
 
-    model_config = _FROZEN
     fake: Annotated[float, Field(gt=0)] = 1e-2
     student: Annotated[float, Field(gt=0)] = 5e-3
 
 
-class Config(BaseModel):
+class Config(Settings):
     """DMD2's choices; `normalise` divides each image's direction by its mean |x_0 - f_u|."""
 
-    model_config = _FROZEN
     name: Literal["dmd"] = "dmd"
     normalise: bool = True
     times: Times = Times(law="uniform")

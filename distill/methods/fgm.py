@@ -24,24 +24,23 @@ import logging
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from distill.flow import interpolate
 from distill.methods import Batch, Loss, Turn, Velocities
 from distill.policies import WEIGHTS, Guidance, Times, dot, flow_matching, guided_pair, made, noised, regression
+from distill.settings import Settings
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
 _Share = Annotated[float, Field(ge=0.85, le=1)]  # RealUID's range; below it the student's images lose their say
 _log = logging.getLogger(__name__)
 
 
-class RealUID(BaseModel):
+class RealUID(Settings):
     """How much real images count: `a` is the student's share in the fake's loss, `b` its share in the fake's target.
 
     b / a near 0.94 or 1.06 matters most. Wants three or more steps of the fake to each of the student.
     """
 
-    model_config = _FROZEN
     a: _Share
     b: _Share
 
@@ -54,10 +53,9 @@ class RealUID(BaseModel):
         return self
 
 
-class Config(BaseModel):
+class Config(Settings):
     """FGM's choices; every one is a named setting from the literature."""
 
-    model_config = _FROZEN
     name: Literal["fgm"] = "fgm"
     alpha: Annotated[float, Field(ge=0, le=2)] = 1.0
     weight: Literal["velocity-uniform", "one-minus-t", "inverse-l1"] = "inverse-l1"

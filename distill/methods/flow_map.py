@@ -22,24 +22,24 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.flow import between, derivative, jump, x_0_from_velocity
 from distill.methods import Batch, Loss, Turn, Velocities, Velocity
 from distill.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.settings import Settings
 
 _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
 
 
-class Config(BaseModel):
+class Config(Settings):
     """The law, where jumps start, and how images weigh.
 
     `from_noise` is the share of jumps that start at t = 1; the others' t is from `times`, and s uniform below t.
     `adaptive` divides each image's squared residual by its own size (MeanFlow).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["flow_map"] = "flow_map"
     law: Literal["lagrangian", "eulerian"] = "lagrangian"
     weight: Literal["adaptive", "uniform"] = "adaptive"

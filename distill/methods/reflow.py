@@ -12,21 +12,21 @@ learns. Pairs are made as they are needed and used once.
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from distill.flow import interpolate, x_0_from_velocity
 from distill.methods import Batch, Loss, Turn, Velocities
 from distill.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.settings import Settings
 from distill.teacher import sample
 
 
-class Config(BaseModel):
+class Config(Settings):
     """The paper's two stages, and the teacher's ODE: its steps and its scheduler's shift, which is 3 for SD3.
 
     `times` are those of the stage `reflow`; the paper's are uniform.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["reflow"] = "reflow"
     stage: Literal["reflow", "distillation"] = "distillation"
     times: Times = Times(law="uniform")
