@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -230,6 +231,33 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     assert f"Stopped after {images} images" in said
     assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
+
+
+def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(teacher, prompts, tmp_path):
+    out = tmp_path / "two"
+    endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    first, second = (
+        start(
+            *command(teacher, prompts, out, *endless),
+            env=os.environ
+            | {"ACCELERATE_USE_CPU": "true"}
+            | {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    )
+    until(first, (out / "metrics.jsonl").exists)
+    second.send_signal(signal.SIGTERM)
+    said, silence = first.communicate()[0], second.communicate()[0]
+    assert {first.returncode, second.returncode} == {128 + signal.SIGTERM}
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    assert f"Stopped after {int(saved.name)} images" in said
+    assert silence == ""
 
 
 @pytest.mark.parametrize("whole", ["full"], indirect=True)  # adapters: test_distributed.py

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.stopping import asked_to_stop, stopped
+from distill.cli.stopping import agreed, asked_to_stop, stopped
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,12 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
                 bar.update(progress.images, figures)
                 for note in progress.notes:
                     bar.say(note)
-                if asked and machine.is_main_process:
-                    progress.save()
-                    raise stopped(progress.images, asked)
+                if signals := agreed(asked, machine):
+                    if machine.is_main_process:
+                        progress.save()
+                    machine.wait_for_everyone()  # a launcher kills the others when one has left
+                    machine.end_training()
+                    raise stopped(progress.images, signals)
         machine.end_training()
     return bool(machine.is_main_process)
 

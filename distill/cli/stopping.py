@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from distill.scenes.state import Progress
 
 
@@ -30,9 +32,22 @@ def asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def agreed(asked: list[int], machine: "Accelerator") -> list[int]:
+    """What any process of a run was asked, alike in all of them. Every process calls this after each round."""
+    if machine.num_processes == 1:
+        return asked
+    import torch
+
+    number = torch.tensor(max(asked, default=0), device=machine.device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return [found] if (found := int(number)) else []
+
+
 def stopped(images: int, asked: list[int]) -> typer.Exit:
     """Say so, and with which status the command ends."""
-    typer.echo(f"Stopped after {images} images, which are saved; the same command continues.")
+    from distill.console import out
+
+    out.print(f"Stopped after {images} images, which are saved; the same command continues.", highlight=False)
     return typer.Exit(128 + asked[0])
 
 

@@ -2,8 +2,7 @@
 
 The command runs in so many processes, which find each other by their environment, as accelerate and torch read it.
 What the first prints is shown; of the others only what one printed that ended them all. When one has ended badly the
-others may wait for it for ever, so they are killed a little later. So ends a run that is asked to stop, too: the first
-saves it, while the others wait for the first, and then leaves with the signal's status.
+others may wait for it for ever, so they are killed a little later.
 
 The server holds the other end of standard input. When that closes, because the server lets go or has died in whatever
 way, the command and all that it started are asked to stop by SIGTERM, and killed SECONDS later. This process leads
