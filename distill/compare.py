@@ -98,15 +98,15 @@ def check_folder(out: Path) -> None:
     check_replaceable(out / "compare.png")
 
 
-def share_embeddings(variants: Sequence[Variant], out: Path) -> None:
-    """Let runs with the same prompts read those that the first of them encodes."""
-    first: dict[Any, str] = {}
-    for variant in variants:
-        owner = first.setdefault(variant.config.prompts, variant.name)
-        link = out / variant.name / "embeddings"
-        if owner != variant.name and not os.path.lexists(link):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path("..") / owner / "embeddings")
+def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
+    """Let a run read the prompts of the first of the variants that has the same."""
+    alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
+    owner = next((name for name in alike if not (out / name).is_file()), variant.name)
+    link = out / variant.name / "embeddings"
+    if owner != variant.name and not os.path.lexists(link):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # its run may have failed before it made it
+        link.symlink_to(Path("..") / owner / "embeddings")
 
 
 def is_finished(variant: Variant, out: Path) -> bool:
@@ -159,7 +159,7 @@ def read_cost(folder: Path) -> Cost:
 class Outcome:
     """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images.
 
-    `diverged` says of runs without a student why they ended.
+    `diverged` and `failed` say of runs without a student why they ended, or could not start.
     """
 
     commands: dict[str, str]
@@ -168,16 +168,18 @@ class Outcome:
     students: dict[str, Judgement]
     picture: Image
     diverged: Mapping[str, str]
+    failed: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: `teacher`, `runs`, and `diverged` where there are any."""
+        """Plain values: `teacher`, `runs`, and `diverged` and `failed` where there are any."""
         figures = {name: judgement.as_dict() for name, judgement in self.students.items()}
         runs = {
             name: {"command": self.commands[name], **asdict(cost), **figures.get(name, {})}
             for name, cost in self.costs.items()
         }
         measure = {"features": FEATURES, "teacher": self.teacher.as_dict()} if self.teacher else {}
-        return {**measure, "runs": runs, **({"diverged": dict(self.diverged)} if self.diverged else {})}
+        without = {"diverged": dict(self.diverged), "failed": dict(self.failed)}
+        return {**measure, "runs": runs, **{how: why for how, why in without.items() if why}}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and lines: the teacher, then each run with what it took."""
@@ -186,7 +188,8 @@ class Outcome:
         for name, cost in self.costs.items():
             took = [str(cost.images), f"{cost.seconds:.0f}", str(cost.kept)]
             lines.append([name, *took, *(cell(self.students[name], figure) for figure in names)])
-        lines += [[name, "diverged", *["-"] * (2 + len(names))] for name in self.diverged]
+        for how, without in (("diverged", self.diverged), ("failed", self.failed)):
+            lines += [[name, how, *["-"] * (2 + len(names))] for name in without]
         return ["", "images", "seconds", "kept", *names], lines
 
     def save(self, out: Path, record: Mapping[str, Any]) -> None:
@@ -199,7 +202,8 @@ class Outcome:
         text += "\n`kept`: the images that the exported student had seen.\n"
         if self.teacher:
             text += f"±: half of a 95 % interval over prompts. Distances: to true scenes, on features {FEATURES}.\n"
-        text += "".join(f"\n{name} diverged: {why}.\n" for name, why in self.diverged.items())
+        for how, without in (("diverged", self.diverged), ("failed", self.failed)):
+            text += "".join(f"\n{name} {how}: {why}.\n" for name, why in without.items())
         text += f"\n```sh\n{record['command']}\n```\n\nEach run by itself:\n\n```sh\n"
         text += "".join(f"{command}\n" for command in self.commands.values())
         write_aside(out / "compare.md", f"{text}```\n")
@@ -220,10 +224,11 @@ def judged(
     device: torch.device,
     report: Callable[[int], None],
     diverged: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Teacher and students on the same questions and seeds; without a scorer only a picture of the first prompts.
 
-    Runs that `diverged` have no student, and are passed on by name with the reason.
+    Runs that `diverged` or `failed` have no student, and are passed on by name with the reason.
     """
     config = variants[0].config
     teacher = run.teacher_folder(config)
@@ -233,7 +238,7 @@ def judged(
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
         figures = {name: answers.judgement for name, answers in result.students.items()}
-        return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged)
+        return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged, failed)
 
     texts = list(islice(cycle(read_prompts(config.prompts.source, SHOWN, config.prompts.seed)), SHOWN))
     seeds = range(seed, seed + len(texts))
@@ -244,4 +249,4 @@ def judged(
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
-    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts), diverged)
+    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts), diverged, failed)

@@ -6,6 +6,7 @@ and at the end `student/`. The same call continues a run.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import cycle, islice
@@ -41,6 +42,7 @@ from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
 
 GRID = 16  # images in a sample grid
+_log = logging.getLogger(__name__)
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
 _OWN = ("checkpoints", "best", "student", "samples", METRICS, EVALUATIONS, ALARMS)  # written, and rewritten, by a run
 
@@ -53,11 +55,12 @@ def teacher_folder(config: Run) -> Path:
 def prepare(config: Run, out: Path) -> TeacherSpec:
     """Check the teacher and write the resolved configuration, before anything is computed.
 
-    Raises TeacherError, SizeError, CheckpointError when `out` holds a run of another configuration, or OutputError when
-    it holds files of no run that a run would replace.
+    Raises TeacherError, SizeError, ConfigError for a patience that nothing can end, CheckpointError when `out` holds a
+    run of another configuration, or OutputError when it holds files of no run that a run would replace.
     """
     spec = read_spec(teacher_folder(config))
     latent_shapes(config, spec)
+    _check_patience(config, spec)
     kept = out / "config.yaml"
     if kept.exists():
         config.check_same(read_config(out).identity(), kept)
@@ -86,6 +89,29 @@ def read_config(out: Path) -> Run:
 def latent_shapes(config: Run, spec: TeacherSpec) -> list[tuple[int, int, int]]:
     """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
     return [spec.latent_shape_of(*size) for size in config.sizes] or [spec.latent_shape]
+
+
+def is_judged(config: Run, spec: TeacherSpec) -> bool:
+    """Whether students are evaluated on the way: on the toy dataset alone, at its own size."""
+    size = config.sizes[0] if config.sizes else (spec.image_size, spec.image_size)
+    return "scenes" in (config.teacher, config.prompts.source) and size == (SIZE, SIZE)
+
+
+def _check_patience(config: Run, spec: TeacherSpec) -> None:
+    patience = config.stop.patience
+    if patience is None:
+        return
+    if not is_judged(config, spec):
+        raise ConfigError(
+            "stop.patience counts evaluations, and only students of the toy dataset are evaluated; set it to null"
+        )
+    evaluations = config.images // config.cadence.evaluate
+    if evaluations <= patience:
+        _log.warning(
+            "stop.patience %d cannot end this run: images and cadence.evaluate make %d evaluations",
+            patience,
+            evaluations,
+        )
 
 
 def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
@@ -271,8 +297,7 @@ class _Watch:
             self.over = ended_early(run.config, run.evaluations, run.best)
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device, dtype)
-        scenes = "scenes" in (config.teacher, config.prompts.source)
-        self._judged = scenes and self._shape == spec.latent_shape_of(SIZE, SIZE)
+        self._judged = is_judged(config, spec)
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.

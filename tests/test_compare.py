@@ -14,7 +14,7 @@ from distill import checkpoint
 from distill.cli import app
 from distill.compare import Cost, Variant, is_finished, judged, read_variants, within
 from distill.config import load_config
-from distill.errors import ConfigError, DivergedError
+from distill.errors import ConfigError, DivergedError, RunError
 from distill.evaluate.judge import Questions
 from distill.pipeline import SHIPPED_STUDENT
 
@@ -114,6 +114,21 @@ def test_a_run_that_diverges_is_a_row_that_says_so_and_the_others_go_on(teacher,
     assert f"| {wild} | diverged | - | - |" in (tmp_path / "compare.md").read_text()
     alone = invoke(teacher, prompts, tmp_path, wild, "--images", "16")
     assert isinstance(alone.exception, DivergedError)
+
+
+def test_a_run_that_cannot_start_is_a_row_with_the_reason_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
+    wrong = "fgm,sizes=[[17,16]]"
+    (tmp_path / "dmd").write_text("a file where the run's folder should be")
+    done = invoke(teacher, prompts, tmp_path, wrong, "fgm", "dmd", "--images", "4")
+    assert done.exit_code == 0, done.output + str(done.exception)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["runs"].keys() == {"fgm"}  # which shares the prompts that the first did not encode
+    assert found["failed"].keys() == {wrong, "dmd"}
+    assert "cannot make images of 17x16" in found["failed"][wrong]
+    assert f"| {wrong} | failed | - | - |" in (tmp_path / "compare.md").read_text()
+    alone = invoke(teacher, prompts, tmp_path, wrong, "--images", "4")
+    assert isinstance(alone.exception, RunError)
+    assert "cannot make images of 17x16" in str(alone.exception)
 
 
 def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:

@@ -283,6 +283,18 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     assert moved > 1e-5  # it did learn
 
 
+def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):
+    foreign = load_config("scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "stop.patience=1"])
+    with pytest.raises(ConfigError, match=r"stop\.patience counts evaluations"):
+        prepare(foreign, tmp_path / "foreign")
+    assert not (tmp_path / "foreign").exists()
+    prepare(load_config("scenes-debug", ["stop.patience=1"]), tmp_path / "short")
+    assert "stop.patience 1 cannot end this run" in caplog.text
+    caplog.clear()
+    prepare(load_config("scenes-debug", ["stop.patience=1", "cadence.evaluate=32"]), tmp_path / "enough")
+    assert not caplog.text
+
+
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
     import resource
 

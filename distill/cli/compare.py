@@ -27,15 +27,18 @@ def compare(
     """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
 
     Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues, also with
-    more variants; what is finished is not done again. A run that diverges is told of, and the others go on.
+    more variants; what is finished is not done again. A run that diverges or cannot start is reported, and the others
+    go on.
     """
     import shlex
+
+    import torch
 
     from distill.compare import check_folder, is_finished, is_scored, judged, read_variants, share_embeddings, within
     from distill.console import image_bar, table
     from distill.console import out as console
     from distill.device import resolve_device
-    from distill.errors import ConfigError, DivergedError
+    from distill.errors import ConfigError, DistillError, DivergedError, RunError
     from distill.evaluate.judge import Questions
 
     if images is not None and seconds is not None:
@@ -51,10 +54,10 @@ def compare(
     where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
     check_folder(out)
-    share_embeddings(planned, out)
-    finished, diverged = [], {}
+    finished, diverged, failed = [], {}, {}
     for variant in planned:
         try:
+            share_embeddings(variant, planned, out)
             if seconds is not None:
                 encode_with_bars(variant.config, out / variant.name, where)
                 variant = within(seconds, variant, out)
@@ -64,12 +67,16 @@ def compare(
         except DivergedError as error:
             diverged[variant.name] = str(error)
             typer.echo(f"{variant.name} diverged: {error}")
+        except (DistillError, OSError, torch.OutOfMemoryError) as error:
+            failed[variant.name] = str(error)
+            typer.echo(f"{variant.name} failed: {error}")
     if not finished:
-        raise DivergedError(f"every run of the comparison diverged; the first: {next(iter(diverged.values()))}")
+        kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
+        raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
     questions = Questions.make(per_task, seed)
     total = (1 + len(finished)) * questions.count if is_scored(finished[0].config) else None
     with image_bar("images", total) as bar:
-        outcome = judged(finished, out, questions, steps, seed, where, bar.advance, diverged)
+        outcome = judged(finished, out, questions, steps, seed, where, bar.advance, diverged, failed)
     outcome.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *outcome.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")
