@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.errors import CheckpointError, ClaimedError, DivergedError
+from distill.errors import CheckpointError, ClaimedError, DivergedError, OutputError
 from distill.files import aside, put_back, sha256
 from distill.files import flush as flush
 from distill.files import write_aside as write_aside
 from distill.finite import not_finite
+from distill.runs import images_of
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
@@ -33,14 +34,16 @@ def claimed(folder: Path) -> Iterator[None]:
     """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
 
     What a killed process left between two renames is put right first.
-    Raises ClaimedError when another live process has claimed it.
+    Raises ClaimedError when another live process has claimed it, OutputError when it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise ClaimedError(f"another run is writing to {folder}; wait for it, or give another --out") from error
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
     try:
         put_back(folder)
         yield
@@ -169,11 +172,12 @@ def state_name(images: int) -> str:
 def trim_lines(path: Path, images: int) -> None:
     """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again.
 
-    So is what a killed writer or a full disk left of a line.
+    What a killed writer, a full disk or a damaged one left of a line is dropped too.
     """
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_aside(path, "".join(line for line in lines if json.loads(line)["images"] <= images))
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+        ends = zip(lines, map(images_of, lines), strict=True)
+        write_aside(path, "".join(line for line, end in ends if end is not None and end <= images))
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

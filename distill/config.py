@@ -197,7 +197,7 @@ class Run(Settings):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
-    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top.
+    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top; its budget is whole batches.
 
     Raises ConfigError that names the preset, file or key at fault.
     """
@@ -207,7 +207,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"no preset or file {name!r}{_nearest(name, known)}; presets are {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a preset or a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}; mend the place that is named") from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -218,9 +220,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
             values[group] = {tag: values[group]}
     _apply(values, overrides)
     try:
-        return Run.model_validate(values)
+        run = Run.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+    return run.model_copy(update={"images": -(-run.images // run.batch) * run.batch})
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:

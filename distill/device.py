@@ -5,12 +5,25 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from distill.errors import ConfigError
+
 
 def resolve_device(name: str) -> torch.device:
-    """The named device; `auto` is the first GPU if there is one, else the CPU."""
+    """The named device; `auto` is the first GPU if there is one, else the CPU.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    there = (device.index or 0) < gpus if device.type == "cuda" else device.type in ("cpu", "mps")
+    if not there:
+        raise ConfigError(f"there is no device {name!r}: this machine has {gpus} GPUs; give auto, cpu, cuda or cuda:0")
+    return device
 
 
 def fast_bfloat16(device: torch.device) -> bool:

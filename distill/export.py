@@ -56,8 +56,7 @@ def export_student(
     Raises ConfigError for a size that is none, OutputError when `out` holds anything else than a student,
     DivergedError for weights that are not finite, CheckpointError when the disk refuses.
     """
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
-        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
+    check_size(max_shard_size)
     spec = read_spec(teacher)
     check_place(out, spec.folder)
     if (name := not_finite(weights)) is not None:
@@ -99,6 +98,12 @@ def export_student(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
+
+
+def check_size(max_shard_size: str) -> None:
+    """Raise ConfigError for what is no size of a file of weights."""
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?[KMGT]B", max_shard_size) or float(max_shard_size[:-2]) < 1:
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
 
 
 def check_place(out: Path, teacher: Path) -> None:

@@ -127,6 +127,11 @@ class SharedBase:
             target_modules=list(kind.targets),
             init_lora_weights="gaussian",
         )
+        names = [name for name, _ in teacher.named_modules()]
+        known = set(Lora.model_fields["targets"].default)  # a teacher may lack some of these
+        for target in kind.targets:
+            if target not in known and not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ConfigError(f"networks.targets: the teacher has no layer {target!r}; take names as to_q or net.2")
         self._model = teacher.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant

@@ -25,6 +25,8 @@ class Server:
     """A server at `url`, asked with an API key where it wants one; `with` closes the connection."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
+        if key and not key.isascii():
+            raise RemoteError("the API key holds letters that a header cannot; copy it again")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(60, connect=5, write=600)
         try:

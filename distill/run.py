@@ -215,8 +215,8 @@ def export(
     run = read_run(out)
     config = read_config(out)
     state = _state(out, which)
-    weights, record = checkpoint.load(state, "" if state.parent.name == "best" else "average")
-    images = int(record["images"])
+    weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
+    images = int(state.name)
     judged = next((line for line in run.evaluations if line["images"] == images), {})
     manifest = out / "embeddings" / MANIFEST
     # A published record needs no paths of this machine.
@@ -231,7 +231,7 @@ def export(
         "images_seen": images,
         "prompts": {
             "source": source,
-            "count": json.loads(manifest.read_text())["prompts"] if manifest.exists() else None,
+            "count": _prompts_of(manifest),
         },
         **({"sizes": config.sizes} if config.sizes else {}),
         "figures": {name: value for name, value in judged.items() if name != "images"},
@@ -247,6 +247,14 @@ def export(
         max_shard_size,
         licence,
     )
+
+
+def _prompts_of(manifest: Path) -> int | None:
+    """How many prompts a cache holds; None where that cannot be read."""
+    try:
+        return int(json.loads(manifest.read_text())["prompts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _state(out: Path, which: str) -> Path:

@@ -58,7 +58,7 @@ def read_run(folder: Path) -> RunFolder:
         raise RunError(
             f"{folder} is not a run: it has no config.yaml; give a folder that `distill run` made"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as YAML; `distill run` with the same --out writes it anew") from error
     if not (isinstance(config, dict) and "teacher" in config and isinstance(config.get("images"), int)):
         raise RunError(f"{folder} is not a run: its config.yaml names no teacher and images; give another folder")
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> RunFolder:
     logs = [folder / METRICS, folder / EVALUATIONS]
     metrics, evaluations = map(_lines, logs)
     records = sorted((folder / "best").glob("[0-9]*/state.json"))
-    best = _figures(records[-1].read_text(encoding="utf-8")) if records else {}
+    best = _figures(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
     checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
@@ -90,21 +90,21 @@ def holds_student(folder: Path, budget: int) -> bool:
     record = folder / "student" / RECORD
     try:
         made_for = json.loads(record.read_text(encoding="utf-8"))["config"]["images"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     newest = max((path.stat().st_mtime for path in _checkpoints(folder)), default=0)
     return bool(made_for >= budget and record.stat().st_mtime >= newest)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
 
 
 def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:
     """Whether as many evaluations as `stop.patience` found no better student than the best, so that a run is over."""
     stop = config.get("stop")
     patience = stop.get("patience") if isinstance(stop, dict) else None
-    return patience is not None and sum(line["images"] > best.get("images", 0) for line in evaluations) >= patience
+    return isinstance(patience, int) and sum(line["images"] > best.get("images", 0) for line in evaluations) >= patience
 
 
 def read_runs(folder: Path) -> list[RunFolder]:
@@ -150,16 +150,23 @@ def _lines(path: Path) -> list[Figures]:
     """A log's lines; one that is no figures, as a killed writer leaves it, is passed over."""
     if not path.exists():
         return []
-    lines = [_figures(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [line for line in lines if "images" in line]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [_figures(line) for line in lines if images_of(line) is not None]
+
+
+def images_of(line: str) -> int | None:
+    """How many images a line of a log is about; None for one that is no line of a log."""
+    images: Any = _figures(line).get("images")
+    return images if isinstance(images, int) and 0 <= images < 2**63 else None
 
 
 def _alarms(path: Path) -> list[Alarm]:
     """The alarms that a run raised; a line in another form is passed over."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError):
-            found.append(Alarm(**json.loads(line)))
+        if images_of(line) is not None:
+            with suppress(TypeError):
+                found.append(Alarm(**json.loads(line)))
     return found
 
 
@@ -167,11 +174,10 @@ def _figures(text: str) -> Figures:
     """The finite numbers of a JSON object; none for anything else."""
     try:
         values = json.loads(text)
-    except ValueError:
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+    except (ValueError, AttributeError, OverflowError, RecursionError):
         return {}
-    if not isinstance(values, dict):
-        return {}
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _claimed(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """How many images a run makes in a time: measured once, over a few rounds of its own."""
 
 import json
+import math
 import shutil
 import time
 from itertools import islice
@@ -10,7 +11,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import run
-from distill.config import Cadence, Run
+from distill.config import Cadence, Run, Stop
+from distill.errors import RunError
 from distill.files import write_aside
 
 SPEED = "speed.json"
@@ -25,9 +27,20 @@ def images_within(seconds: float, config: Run, folder: Path) -> int:
     goes away again, and kept in `speed.json` for a run that is continued. Every process of a run calls this.
     """
     kept = folder / SPEED
-    speed = float(json.loads(kept.read_text())["images_per_second"]) if kept.exists() else None
+    speed = _read_speed(kept) if kept.exists() else None
     speed = broadcast_object_list([speed])[0] or _measure(config, folder)
     return max(1, int(speed * seconds / config.batch)) * config.batch
+
+
+def _read_speed(path: Path) -> float:
+    """Images a second that were measured before. Raises RunError for a file that holds no speed."""
+    try:
+        speed = float(json.loads(path.read_text())["images_per_second"])
+    except (ValueError, KeyError, TypeError):
+        speed = 0
+    if not 0 < speed < math.inf:
+        raise RunError(f"{path} holds no speed; remove it, and the run is measured again")
+    return speed
 
 
 def _measure(config: Run, folder: Path) -> float:
@@ -35,7 +48,7 @@ def _measure(config: Run, folder: Path) -> float:
     scratch = folder / ".speed"
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
-    endless = config.model_copy(update={"images": never, "cadence": quiet, "trackers": ()})
+    endless = config.model_copy(update={"images": never, "cadence": quiet, "stop": Stop(), "trackers": ()})
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from distill import quantize
 from distill.device import fast_bfloat16, to_device
+from distill.errors import PromptError
 from distill.finite import check_finite
 from distill.spec import find_weights, read_spec
 
@@ -184,6 +185,11 @@ def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Token ids (B, length), padded and cut."""
+    for prompt in prompts:
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise PromptError(
+                f"the prompt {prompt[:80]!a} holds half of a character, as a cut emoji leaves it; remove it"
+            )
     batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids

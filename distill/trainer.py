@@ -47,6 +47,7 @@ from distill.text import TextCondition
 
 PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
+_ENGINES = "cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2"
 GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels take longer than their launches
 
 
@@ -76,8 +77,12 @@ class Progress:
 def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
     """Accelerate's view of the machine, one process or many; trackers that write files do so under `out/tensorboard`.
 
-    Raises ConfigError for a tracker that accelerate does not know or that is not installed.
+    Raises ConfigError for a tracker that accelerate does not know or that is not installed, and for an environment that
+    asks accelerate for an engine that cannot train roles in turns, or that it cannot start in.
     """
+    for name in ("DEEPSPEED", "MEGATRON_LM", "SAGEMAKER"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(f"ACCELERATE_USE_{name} is set, and this engine {_ENGINES}; unset it")
     known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
     for name in trackers:
         if name not in known:
@@ -87,12 +92,18 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
             raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
     folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=list(trackers) or None,
-        project_config=folders,
-        kwargs_handlers=[waiting],
-    )
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            log_with=list(trackers) or None,
+            project_config=folders,
+            kwargs_handlers=[waiting],
+        )
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"accelerate does not start: {error}; check the variables of a launcher (ACCELERATE_..., FSDP_..., "
+            "WORLD_SIZE, RANK, MASTER_ADDR), or unset them to train in one process"
+        ) from error
 
 
 def check(config: Run, accelerator: Accelerator) -> None:
@@ -104,7 +115,10 @@ def check(config: Run, accelerator: Accelerator) -> None:
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
         engine == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
-        raise ConfigError(f"{engine.value} cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2")
+        raise ConfigError(f"{engine.value} {_ENGINES}")
+    dimensions = accelerator.parallelism_config
+    if dimensions is not None and (dimensions.tp_enabled or dimensions.cp_enabled):
+        raise ConfigError(f"tensor or context parallelism {_ENGINES}")
     if accelerator.is_fsdp2 and config.networks.kind == "full":
         raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

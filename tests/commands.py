@@ -10,6 +10,9 @@ from typer.testing import CliRunner, Result
 
 from distill.cli import app
 
+# Lines that no log of a run holds, but a damaged disk or another program may leave in one.
+GARBAGE = b'\xff\xfe\n5\nnull\n[1]\n{}\n{"images": "x"}\n{"images": 1e999}\n{"images": -8}\n' + b"[" * 100_000 + b"\n"
+
 
 def invoke(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))

@@ -147,6 +147,15 @@ def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path)
     assert [within(seconds, variant, tmp_path).config.images for seconds in (0.1, 2.5, 60)] == [8, 24, 600]
 
 
+@pytest.mark.parametrize("text", ["garbage", "{}", '{"images_per_second": -1}', '{"images_per_second": NaN}', "[]"])
+def test_a_speed_that_is_none_is_named(text, tmp_path) -> None:
+    variant = Variant("fgm", load_config("scenes-debug"), "scenes-debug", ())
+    (tmp_path / "fgm").mkdir()
+    (tmp_path / "fgm" / "speed.json").write_text(text)
+    with pytest.raises(RunError, match=r"speed\.json holds no speed; remove it"):
+        within(5, variant, tmp_path)
+
+
 def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, prompts, tmp_path) -> None:
     """At speeds that were measured before; test_run.py measures one."""
     for name, speed in (("fgm", 5.0), ("dmd", 3.0)):

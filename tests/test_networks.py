@@ -104,6 +104,11 @@ def test_full_copies_are_not_sharded(teacher):
         build(teacher, Full(), torch.float32, CPU, mesh=object())
 
 
+def test_targets_that_the_teacher_has_not_are_named(teacher):
+    with pytest.raises(ConfigError, match=r"networks\.targets: the teacher has no layer 'to_kk'"):
+        build(teacher, Lora(targets=("to_q", "to_kk")), torch.float32, CPU)
+
+
 def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher):
     cond = Prompts().rows(range(3))
     networks = build(teacher, Lora(rank=4, alpha=4), torch.bfloat16, CPU)

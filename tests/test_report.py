@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import GARBAGE
 from filelock import FileLock
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -164,6 +165,18 @@ def test_a_number_that_is_not_finite_and_half_a_line_are_left_out(tmp_path: Path
     assert run.images == 1920
     assert run.metrics[-1] == {"images": 1920, "latent/std": 0.75}
     assert "nan" not in render_report(run).lower()
+
+
+def test_garbage_in_the_logs_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1280)
+    before = read_run(folder)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "alarms.jsonl"):
+        with (folder / name).open("ab") as file:
+            file.write(GARBAGE)
+    run = read_run(folder)
+    assert (run.metrics, run.evaluations, run.alarms) == (before.metrics, before.evaluations, before.alarms)
+    assert render_report(run)
+    assert [each.images for each in read_runs(tmp_path)] == [before.images]
 
 
 def test_evaluations_stand_in_the_report_and_the_best_is_marked(tmp_path: Path) -> None:

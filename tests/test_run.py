@@ -19,7 +19,7 @@ from distill import checkpoint
 from distill.cli import main
 from distill.cli.stopping import asked_to_stop, stopped
 from distill.config import load_config
-from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, RunError
+from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, RunError, SizeError
 from distill.files import aside, flush, write_aside
 from distill.pipeline import OneStepPipeline
 from distill.run import export, prepare
@@ -193,6 +193,12 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     average, _ = checkpoint.load(out / "checkpoints" / checkpoint.state_name(80), "average")
     if kind == "full":
         assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+
+
+def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole):
+    done = invoke("evaluate", "--student", str(whole[1] / "student"))
+    assert isinstance(done.exception, SizeError)
+    assert "makes 16 pixels a side" in str(done.exception)
 
 
 def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from tiny import CLIP_LENGTH, PROMPTS, WORDS, make_teacher, stock_pipeline
 from transformers import CLIPTokenizer
 
+from distill.errors import PromptError
 from distill.text import SD3TextEncoder, TextCondition
 from distill.tokenizer import build_clip_tokenizer
 
@@ -59,6 +60,11 @@ def test_truncation_is_told_for_each_encoder(teacher: Path, teacher_t5: Path) ->
     assert SD3TextEncoder.load(teacher).truncated([fits, fits + " a", "a", ""]) == [False, True, False, False]
     six = SD3TextEncoder.load(teacher_t5)  # CLIP's 8 tokens would do, T5's 6 with one end mark do not
     assert six.truncated(["a a a a a", "a a a a a a"]) == [False, True]
+
+
+def test_half_of_a_character_is_refused_by_the_prompt_that_holds_it(teacher: Path) -> None:
+    with pytest.raises(PromptError, match=r"the prompt 'cut \\ud83d' holds half of a character"):
+        SD3TextEncoder.load(teacher).encode(["a", "cut \ud83d"])
 
 
 def test_conditions_are_sliced_joined_and_repeated() -> None:

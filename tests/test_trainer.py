@@ -6,6 +6,7 @@ import parity
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import GARBAGE
 from parity import IMAGES, SHAPE, Prompts
 from tiny import make_teacher
 
@@ -150,7 +151,7 @@ def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
 
 def test_a_log_goes_back_to_its_state_also_when_the_disk_was_full_in_the_middle_of_a_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text('{"images": 8}\n{"images": 16}\n{"images": 24}\n{"ima')
+    log.write_bytes(b'{"images": 8}\n' + GARBAGE + b'{"images": 16}\n{"images": 24}\n{"ima')
     checkpoint.trim_lines(log, 16)
     assert log.read_text() == '{"images": 8}\n{"images": 16}\n'
 

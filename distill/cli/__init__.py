@@ -53,9 +53,10 @@ app.add_typer(_cifar10, name="cifar10")
 
 
 def main() -> None:
-    """Entry point of the console command: errors of ours, and a full disk, become one sentence and status 2.
+    """Entry point of the console command: errors that a user can mend become one sentence and status 2.
 
-    Status 75 is to try again later.
+    These are errors of ours, what the system says of a file or of memory, and text that is not Unicode. Status 75 is to
+    try again later.
     """
     try:
         app()
@@ -63,10 +64,30 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if isinstance(error, ClaimedError) else 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room and give the same command again, it continues" if full else "give another file or folder"
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {what}; {mend}", file=sys.stderr)
+        sys.exit(2)
+    except UnicodeEncodeError as error:
+        part = error.object[error.start : error.start + 1]
+        print(f"error: {part!a} is half of a character, which cannot be written; remove it", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
             raise
-        print(f"error: {error}; make room and give the same command again, it continues", file=sys.stderr)
+        why = str(error).partition("\n")[0]
+        print(f"error: there is not enough memory ({why}); lower the batch or micro_batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether memory ran out, as Python, PyTorch on GPUs and PyTorch on CPUs say it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import SOURCE, Device
+from distill.cli.options import LAST_SEED, MOST, SOURCE, Device
 
 _IMAGES = (
     "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
@@ -17,7 +17,7 @@ def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     prompts: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
-    count: Annotated[int | None, typer.Option(help="Prompts to take at most.")] = None,
+    count: Annotated[int | None, typer.Option(help="Prompts to take at most.", min=1, max=MOST)] = None,
     shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     processes: Annotated[
         int, typer.Option(help="Processes with encoders of their own; with cuda they take the GPUs in turn.", min=1)
@@ -51,8 +51,8 @@ def encode(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     images: Annotated[str, typer.Argument(help=_IMAGES)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
-    count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0)] = 0,
+    count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1, max=MOST)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0, max=LAST_SEED)] = 0,
     shard_rows: Annotated[int, typer.Option(help="Images of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     device: Device = "auto",
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Compiled, Device
+from distill.cli.options import LAST_SEED, Compiled, Device
 from distill.cli.stopping import train_with_bar
 
 _CIFAR10 = "Folder of CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."
@@ -22,7 +22,7 @@ def teacher(
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
     layers: Annotated[int, typer.Option(help="Blocks of the transformer.", min=1)] = 12,
     heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=LAST_SEED)] = 1,
     device: Device = "auto",
     compiled: Compiled = False,
 ) -> None:

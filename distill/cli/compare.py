@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distill.cli.options import LAST_SEED, MOST, Seconds
 from distill.cli.run import distil_with_bars, encode_with_bars
 
 
@@ -14,15 +15,15 @@ def compare(
         list[str], typer.Argument(help="Methods or YAML files, each with its own keys: fgm,method.alpha=0.5.")
     ],
     config: Annotated[str, typer.Option(help="Preset or YAML file that methods take everything else from.")] = "scenes",
-    images: Annotated[int | None, typer.Option(help="Budget of each in images; the preset's.", min=1)] = None,
-    seconds: Annotated[float | None, typer.Option(help="Budget of each in seconds of training.", min=1)] = None,
+    images: Annotated[int | None, typer.Option(help="Budget of each in images; the preset's.", min=1, max=MOST)] = None,
+    seconds: Seconds = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all of them.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of what is found.", file_okay=False)] = Path(
         "runs/compare"
     ),
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.", min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
 

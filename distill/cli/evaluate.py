@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from distill.cli.options import Device, Guidance
+from distill.cli.options import LAST_SEED, Device, Guidance
 
 
 def evaluate(
@@ -22,7 +22,7 @@ def evaluate(
         str, typer.Option(help="More teachers: steps with commas between, each with guidance and without: 1,4,28.")
     ] = "",
     student_steps: Annotated[int, typer.Option(help="Steps of a flow map student.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and images.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and images.", min=0, max=LAST_SEED)] = 0,
     device: Device = "auto",
     picture: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path(
         "runs/teacher-vs-student.png"
@@ -81,7 +81,7 @@ def geneval(
     images: Annotated[int, typer.Option(help="Images of each prompt.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Steps of a teacher.", min=1)] = 28,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=LAST_SEED)] = 0,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 16,
     device: Device = "auto",
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import SOURCE, Device, Guidance
+from distill.cli.options import LAST_SEED, SOURCE, Device, Guidance
 
 
 def generate(
@@ -17,7 +17,7 @@ def generate(
     count: Annotated[
         int | None, typer.Option(help="Images to make, going round the prompts; one of each if not given.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; it counts up.", min=0, max=LAST_SEED)] = 0,
     batch: Annotated[int, typer.Option(help="Images made together; it changes none of them.", min=1)] = 16,
     grid: Annotated[
         Path | None, typer.Option(help="PNG file for the first 64 images with their prompts.", dir_okay=False)

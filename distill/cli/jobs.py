@@ -1,9 +1,12 @@
 """`distill submit`, `jobs`, `logs` and `cancel`: distillations that a server does."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from distill.cli.options import Seconds
 
 if TYPE_CHECKING:
     from distill.remote import Server as Remote
@@ -21,7 +24,7 @@ def submit(
     preset: Annotated[str | None, typer.Option(help="Preset; scenes for that teacher if not given.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     images: Annotated[int | None, typer.Option(help="Budget in images; the preset's.", min=1)] = None,
-    seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training.", min=1)] = None,
+    seconds: Seconds = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, as rank=16.")
     ] = None,
@@ -32,11 +35,17 @@ def submit(
     api_key: ServerKey = None,
 ) -> None:
     """Let a server distil one of its teachers, and serve the student."""
+    from distill.errors import ConfigError
     from distill.overrides import parse_override
     from distill.remote import Server as Remote
 
-    given = {"preset": preset, "method": method, "images": images, "seconds": seconds}
-    given |= dict(map(parse_override, overrides or []))
+    given: dict[str, Any] = {"preset": preset, "method": method, "images": images, "seconds": seconds}
+    for override in overrides or []:
+        name, value = parse_override(override)
+        try:
+            given[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ConfigError(f"--set {override}: the value is no text and no finite number") from None
     asked = {name: value for name, value in given.items() if value is not None}
     with Remote(server, api_key) as remote:
         fields = {"model": teacher, "suffix": suffix, "seed": seed, "distillation": asked}

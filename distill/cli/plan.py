@@ -5,25 +5,39 @@ from typing import Annotated, Literal
 
 import typer
 
+from distill.cli.options import finite
+
 
 def plan(
     teacher: Annotated[
         str, typer.Argument(help="Teacher folder, or sd3-medium, sd3.5-medium, sd3.5-large.")
     ] = "sd3-medium",
-    device_memory: Annotated[float, typer.Option(help="Memory of the device in GiB.", min=0)] = 80,
+    device_memory: Annotated[
+        float, typer.Option(help="Memory of the device in GiB.", min=0, max=1e6, callback=finite)
+    ] = 80,
     mode: Annotated[Literal["lora", "full"], typer.Option(help="Adapters on one base, or three models.")] = "lora",
-    batch: Annotated[int, typer.Option(help="Images of one forward; `micro_batch` of a run.", min=1)] = 4,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 64,
+    batch: Annotated[int, typer.Option(help="Images of one forward; `micro_batch` of a run.", min=1, max=1 << 20)] = 4,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.", min=1)] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
-    reserve: Annotated[float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0)] = 2,
+    reserve: Annotated[
+        float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0, max=1e6, callback=finite)
+    ] = 2,
     tflops: Annotated[
-        float | None, typer.Option(help="Peak TFLOP/s; that of an H100 if not given: 989 in bf16, 67 in fp32.", min=0)
+        float | None,
+        typer.Option(
+            help="Peak TFLOP/s; that of an H100 if not given: 989 in bf16, 67 in fp32.",
+            min=1e-6,
+            max=1e9,
+            callback=finite,
+        ),
     ] = None,
-    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached.", min=0, max=1)] = 0.35,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the peak that is reached.", min=1e-6, max=1, callback=finite)
+    ] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.

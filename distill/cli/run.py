@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from distill.cli.options import Seconds
 from distill.cli.stopping import agreed, asked_to_stop, stopped
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ def run(
     ],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Budget in seconds of training; a measured speed makes images of it.", min=1)
-    ] = None,
+    seconds: Seconds = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.", file_okay=False)] = None,
 ) -> None:
     """Distil a teacher into a one-step student.

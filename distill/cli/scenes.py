@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Compiled, Device
+from distill.cli.options import LAST_SEED, Compiled, Device, finite
 from distill.cli.stopping import train_with_bar
 from distill.errors import ConfigError
 
@@ -27,7 +27,9 @@ def teacher(
     scenes: Annotated[int, typer.Option(help="Different scenes among the images.", min=1)] = 40_960,
     task_weights: Annotated[str | None, typer.Option(help=_WEIGHTS)] = None,
     batch: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.", min=0)] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak of the learning rate.", min=1e-12, max=1, callback=finite)
+    ] = 1e-3,
     warmup: Annotated[int, typer.Option(help="First images, over which the rate rises.", min=0)] = 19_200,
     decay: Annotated[int, typer.Option(help=_DECAY, min=0)] = 400_000,
     ema_half_life: Annotated[
@@ -37,7 +39,7 @@ def teacher(
     per_task: Annotated[int, typer.Option(help="Prompts of each task in an evaluation.", min=1)] = 32,
     evaluate_every: Annotated[int, typer.Option(help="Images between two evaluations.", min=1)] = 64_000,
     checkpoint_every: Annotated[int, typer.Option(help="Images between two saved states.", min=1)] = 64_000,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=LAST_SEED)] = 1,
     device: Device = "auto",
     compiled: Compiled = False,
 ) -> None:
@@ -106,8 +108,8 @@ def teacher(
 
 def show(
     out: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path("runs/scenes.png"),
-    count: Annotated[int, typer.Option(help="How many scenes.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="How many scenes.", min=1, max=4096)] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and scenes.", min=0, max=LAST_SEED)] = 0,
     held_out: Annotated[bool, typer.Option("--held-out", help="Combinations that training never sees.")] = False,
 ) -> None:
     """Write a grid of scenes with their prompts under them."""

@@ -93,7 +93,13 @@ class Comparison:
                 "a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
             )
         for folder in students.values():
-            read_student(folder).check_steps(student_steps)
+            student = read_student(folder)
+            student.check_steps(student_steps)
+            if student.sizes[0] != (SIZE, SIZE):
+                raise SizeError(
+                    f"{folder} makes {student.sizes[0][0]} pixels a side; the scorer of the toy dataset takes {SIZE}: "
+                    "evaluate a student of that size, or render images with `distill geneval` for another scorer"
+                )
         scaled = (Setting(steps, spec.guidance if scale is None else scale) for steps, scale in settings)
         self.settings = list(dict.fromkeys(scaled))
         self._teacher = TeacherSampler(teacher, device)

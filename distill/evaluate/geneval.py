@@ -45,7 +45,8 @@ def read_questions(path: Path) -> list[Question]:
 def _question(line: str, where: str) -> Question:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+        prompt.encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
         raise PromptError(f'{where}: not a JSON object with a "prompt"; give GenEval\'s evaluation_metadata.jsonl')

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -115,7 +116,7 @@ class RunFolder:
         """Images that the run is to see; None before it has begun."""
         try:
             return int(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))["images"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError, KeyError, yaml.YAMLError):
             return None
 
     def new_lines(self) -> Iterator[Line]:
@@ -152,7 +153,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[int]:
         """Images of the checkpoints that are kept, the oldest first."""
-        return sorted(int(path.name) for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+        return sorted(int(path.name) for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
 
     def new_checkpoints(self) -> list[int]:
         """Those that were not asked for before."""
@@ -269,7 +270,15 @@ def _parsed(kind: Kind, lines: Iterable[bytes]) -> Iterator[Line]:
     """Lines of a log; one that is none, as a killed writer leaves it, is passed over."""
     for line in lines:
         try:
-            values = json.loads(line, parse_constant=lambda _: None)  # NaN and its like are no JSON
-            yield Line(kind, int(values["images"]), values)
-        except (ValueError, TypeError, KeyError):
+            values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is no JSON
+            told = kind != "alarm" or (isinstance(values["name"], str) and isinstance(values["says"], str))
+            if told and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
+                yield Line(kind, values["images"], values)
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
+
+
+def _finite(text: str) -> float | None:
+    """A number of JSON; None for one that is too large for a float."""
+    number = float(text)
+    return number if math.isfinite(number) else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from commands import GARBAGE
 from pydantic import ValidationError
 from sqlalchemy import select
 from typer.main import get_command
@@ -187,6 +188,26 @@ def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path)
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({"images": 16, "overall": 0.5}) + "\n")
     assert folder.figures(16) == {"gap": 2.5, "overall": 0.5}
     assert folder.figures(20) == {"gap": 2.5}
+
+
+def test_garbage_in_a_log_is_passed_over(tmp_path):
+    folder = RunFolder(tmp_path)
+    whole = {"metrics": {"gap": 1}, "evaluations": {"overall": 0.5}, "alarms": {"name": "collapse", "says": "less"}}
+    for name, values in whole.items():
+        line = json.dumps({"images": 8, **values}).encode() + b"\n"
+        (tmp_path / f"{name}.jsonl").write_bytes(GARBAGE + line + b'{"images": 9, "gap": 1e999, "name": 5}\n' + GARBAGE)
+    told = list(folder.new_lines())
+    assert [(line.kind, line.images) for line in told if line.images == 8] == [
+        ("metrics", 8),
+        ("evaluation", 8),
+        ("alarm", 8),
+    ]
+    assert {line.images for line in told} == {8, 9}
+    assert all(line.values["gap"] is None for line in told if line.images == 9)
+    assert folder.figures(8) == {"gap": 1, "overall": 0.5}
+    assert folder.results().splitlines()[1].startswith("8,1")
+    (tmp_path / "config.yaml").write_bytes(b"\xff: [")
+    assert folder.budget() is None
 
 
 def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
