@@ -195,8 +195,8 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
         assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
 
 
-def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole):
-    done = invoke("evaluate", "--student", str(whole[1] / "student"))
+def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole, tmp_path):
+    done = invoke("evaluate", "--student", str(whole[1] / "student"), "--picture", str(tmp_path / "picture.png"))
     assert isinstance(done.exception, SizeError)
     assert "makes 16 pixels a side" in str(done.exception)
 
