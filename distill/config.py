@@ -197,7 +197,7 @@ class Run(Settings):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
-    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top; its budget is whole batches.
+    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top.
 
     Raises ConfigError that names the preset, file or key at fault.
     """
@@ -220,10 +220,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
             values[group] = {tag: values[group]}
     _apply(values, overrides)
     try:
-        run = Run.model_validate(values)
+        return Run.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
-    return run.model_copy(update={"images": -(-run.images // run.batch) * run.batch})
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -45,8 +45,14 @@ class RunFolder:
 
     @property
     def budget(self) -> int:
-        """Images that the run is to see."""
-        return int(self.config["images"])
+        """Images that the run is to see: its `images` in whole batches."""
+        images, batch = self.config["images"], self.config.get("batch")
+        return whole_batches(images, batch) if isinstance(batch, int) and batch > 0 else int(images)
+
+
+def whole_batches(images: int, batch: int) -> int:
+    """Images that a run sees for a budget of `images`, since a step is never cut."""
+    return -(-images // batch) * batch
 
 
 def read_run(folder: Path) -> RunFolder:

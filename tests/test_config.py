@@ -150,11 +150,6 @@ def test_a_budget_of_less_than_a_step_is_refused():
         load_config("scenes", ["images=511"])
 
 
-def test_a_budget_is_whole_batches():
-    assert load_config("scenes-debug", ["images=13", "batch=8"]).images == 16
-    assert load_config("scenes-debug", ["images=16", "batch=8"]).images == 16
-
-
 def test_identity_holds_everything_but_budget_and_cadence():
     base = load_config("scenes")
     assert load_config("scenes", ["images=777", "cadence.log=3"]).identity() == base.identity()

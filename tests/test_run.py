@@ -289,6 +289,12 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     assert moved > 1e-5  # it did learn
 
 
+def test_a_budget_is_shown_in_whole_batches(teacher, prompts, tmp_path):
+    done = invoke(*command(teacher, prompts, tmp_path, "images=13", "cadence.sample=100000"))
+    assert "distilling 16/16" in done.output
+    assert read_run(tmp_path).budget == 16
+
+
 def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):
     foreign = load_config("scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "stop.patience=1"])
     with pytest.raises(ConfigError, match=r"stop\.patience counts evaluations"):

@@ -54,6 +54,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
     from distill import run as runs
     from distill.checkpoint import claimed
     from distill.console import SHOWN, image_bar
+    from distill.runs import whole_batches
     from distill.speed import images_within
 
     machine = runs.accelerator(config, folder)
@@ -68,7 +69,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
             config = config.model_copy(update={"images": images_within(seconds, config, folder)})
             if machine.is_main_process:
                 runs.prepare(config, folder)
-        with image_bar("distilling", config.images) as bar, asked_to_stop() as asked:
+        with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, asked_to_stop() as asked:
             for progress in runs.distil(config, folder, machine):
                 figures = {name: progress.figures[name] for name in SHOWN if name in progress.figures}
                 bar.update(progress.images, figures)

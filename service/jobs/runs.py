@@ -113,10 +113,12 @@ class RunFolder:
         return kept
 
     def budget(self) -> int | None:
-        """Images that the run is to see; None before it has begun."""
+        """Images that the run is to see, in whole batches; None before it has begun."""
         try:
-            return int(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))["images"])
-        except (FileNotFoundError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            images, batch = int(config["images"]), int(config["batch"])
+            return -(-images // batch) * batch
+        except (FileNotFoundError, ValueError, TypeError, KeyError, ZeroDivisionError, yaml.YAMLError):
             return None
 
     def new_lines(self) -> Iterator[Line]:

@@ -208,6 +208,8 @@ def test_garbage_in_a_log_is_passed_over(tmp_path):
     assert folder.results().splitlines()[1].startswith("8,1")
     (tmp_path / "config.yaml").write_bytes(b"\xff: [")
     assert folder.budget() is None
+    (tmp_path / "config.yaml").write_text("images: 13\nbatch: 8\n")
+    assert folder.budget() == 16  # whole batches
 
 
 def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
