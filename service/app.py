@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service import __doc__ as summary
@@ -27,7 +26,7 @@ from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.limiter import Limiter
 from service.metrics import Metrics
-from service.middleware import BodyLimit, Front
+from service.middleware import BodyLimit, Cors, Front
 from service.origins import pattern
 from service.provenance import signer
 from service.replays import Replays
@@ -130,7 +129,7 @@ def create_app(
     app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origins,
             allow_origin_regex="|".join(map(pattern, settings.cors_origins)),
             allow_methods=["GET", "HEAD", "POST", "DELETE"],

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from service.errors import InvalidRequest, ServiceError
 from service.handlers import respond
@@ -52,15 +55,18 @@ class Front:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an HTTP request through; a WebSocket only has its path normalised."""
+        """Let a request through; of a WebSocket, only path and host are looked at."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
         scope = {**scope, "path": root + path}
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        one_host = not hosts or (len(hosts) == 1 and host_of(hosts[0]) is not None)
         if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
+            await (self._app if one_host else WebSocketClose())(scope, receive, send)
             return
         method = scope["method"]
         if method == "HEAD":
@@ -70,7 +76,6 @@ class Front:
         status: int | None = None
         limit = self._uploads.get(path, self._body)
         too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
-        headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         received = 0
         whole = False  # whether the body has arrived
@@ -103,13 +108,12 @@ class Front:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        hosts = headers.getlist("host")
         try:
-            if len(hosts) > 1 or (hosts and host_of(hosts[0]) is None):
+            if one_host:
+                await self._app(scope, limited, labelled)
+            else:
                 error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
                 await respond(error)(scope, receive, labelled)
-            else:
-                await self._app(scope, limited, labelled)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
@@ -129,3 +133,14 @@ class Front:
                 trace.answered(route, status, request_id)
             level = logging.DEBUG if route in POLLED else logging.INFO
             log.log(level, "%s %s %s", method, route, status, extra=told)
+
+
+class Cors(CORSMiddleware):
+    """CORS whose refusals repeat nothing of the request."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight; the names of headers that it asks for are returned only if it is granted."""
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200 and "access-control-allow-headers" in response.headers:
+            del response.headers["access-control-allow-headers"]
+        return response

@@ -218,7 +218,7 @@ def test_pages_of_other_origins_are_let_in_by_setting_alone(api, serve):
     assert allowed.headers["access-control-allow-origin"] == "https://studio.example"
     assert "x-stainless-lang" in allowed.headers["access-control-allow-headers"]
     other = httpx.options(f"{api}/v1/images/generations", headers=asks | {"origin": "https://other.example"})
-    assert "access-control-allow-origin" not in other.headers
+    assert not {"access-control-allow-origin", "access-control-allow-headers"} & {*other.headers}
     closed = httpx.options(f"{serve()}/v1/images/generations", headers=asks)
     assert "access-control-allow-origin" not in closed.headers
 

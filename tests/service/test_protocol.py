@@ -166,6 +166,7 @@ SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PE
     [
         b"host: [::1",
         b"host: [zz]:1",
+        b"host: localhost\r\nhost: localhost",
         b"host: localhost\r\norigin: http://[::1",
         b"host: localhost\r\norigin: http://[zz]",
         b"host: localhost\r\norigin: \xff",
