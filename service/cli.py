@@ -229,7 +229,7 @@ def _check_keys(settings: "Settings") -> None:
     from service.keys import KeyFile
     from service.origins import is_loopback
 
-    stored = KeyFile(settings.keys_file).read() if settings.keys_file else ()
+    stored = KeyFile(settings.keys_file).read_at_start() if settings.keys_file else ()
     if settings.api_keys or stored:
         return
     if settings.open_to_all and settings.keys_file:

@@ -74,17 +74,18 @@ class Needs:
     ) -> Caller:
         """Raises Unauthorized without a known key, Forbidden where the key is not for this."""
         token = bearer.credentials if bearer else api_key or x_api_key or ""
-        caller = Caller(owner_of(service, token, self._scope, request))
+        caller = Caller(await owner_of(service, token, self._scope, request))
         request.state.owner = caller.owner
         return caller
 
 
-def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnection) -> str:
+async def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnection) -> str:
     """Whose token it is. Raises Unauthorized for one that is not known, Forbidden where it is not for this.
 
-    Without keys, it is the address of whoever calls; raises Forbidden for a page from elsewhere.
+    Raises Unavailable while keys cannot be read. Without keys, it is the address of whoever calls; raises Forbidden
+    for a page from elsewhere.
     """
-    keys = service.keys()
+    keys = await service.keys()
     if not service.guarded:
         check_open(connection.headers.get("origin"), connection.headers.get("host", ""), service.settings)
         return connection.client.host if connection.client else "local"

@@ -1,25 +1,37 @@
 """API keys: who may ask for what. Only hashes are kept, in a JSON file that the server reads again when it changes."""
 
+import asyncio
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from filelock import FileLock
 
-from service.errors import StartError
+from service.errors import StartError, Unavailable
 from service.files import PRIVATE, aside
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["generate", "jobs", "admin"]
 KEY_CHARACTERS = 16  # of a key at least
+START_SECONDS = 10.0  # that a command waits for a key file
+READ_SECONDS = 1.0  # that requests wait for it
+MOUNT_AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 _KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # what a bearer token consists of (RFC 6750)
 
 
@@ -68,17 +80,34 @@ class KeyFile:
         self._read_at: tuple[int, int] | None = None  # inode and time of the version that was read
         self._keys: tuple[Key, ...] = ()
 
+    def __str__(self) -> str:
+        return str(self._path)
+
     def read(self) -> tuple[Key, ...]:
-        """All keys, read again when the file has changed. Raises StartError for a file that is not one of ours."""
+        """All keys, read again when the file has changed. Raises StartError for a file that is not one of ours.
+
+        Raises OSError while the file's mount does not answer.
+        """
         try:
             state = self._path.stat()
+            version = (state.st_ino, state.st_mtime_ns)
+            if version != self._read_at:
+                self._keys = self._parse()
+                self._read_at = version
         except FileNotFoundError:
             return ()
-        version = (state.st_ino, state.st_mtime_ns)
-        if version != self._read_at:
-            self._keys = self._parse()
-            self._read_at = version
+        except OSError as error:
+            if error.errno in MOUNT_AWAY:
+                raise
+            raise StartError(f"{self._path} cannot be read: {error.strerror}") from None
         return self._keys
+
+    def read_at_start(self) -> tuple[Key, ...]:
+        """`read`, for commands. Raises StartError also where the file's mount does not answer within some time."""
+        try:
+            return _in_thread(self.read).result(START_SECONDS)
+        except OSError as error:  # TimeoutError is one
+            raise StartError(f"{self._path} cannot be read: its file system does not answer ({error!r})") from None
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
         """Add a key and return its token, which nothing can show a second time. Raises StartError for a wrong name."""
@@ -86,7 +115,7 @@ class KeyFile:
             raise StartError("a key needs a name: logs and limits go by it")
         token = f"fgm-{secrets.token_urlsafe(32)}"
         with self._locked():
-            keys = self.read()
+            keys = self.read_at_start()
             if any(key.owner == owner for key in keys):
                 raise StartError(f"{self._path} has a key named {owner!r} already; revoke it or take another name")
             self._write((*keys, Key.of(token, owner, scopes)))
@@ -95,7 +124,7 @@ class KeyFile:
     def revoke(self, owner: str) -> None:
         """Delete a key; a running server refuses it from then on. Raises StartError when there is none."""
         with self._locked():
-            keys = self.read()
+            keys = self.read_at_start()
             if all(key.owner != owner for key in keys):
                 raise StartError(f"{self._path} has no key named {owner!r}; `fgm-service keys list` shows them")
             self._write([key for key in keys if key.owner != owner])
@@ -116,7 +145,7 @@ class KeyFile:
             for key in keys:
                 if key.digest == _digest(""):
                     raise ValueError(f"the key of {key.owner!r} is empty")
-        except (OSError, ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError) as error:
             message = f"{self._path} is no file of API keys ({error}); make one with `fgm-service keys create`"
             raise StartError(message) from None
         return keys
@@ -125,6 +154,59 @@ class KeyFile:
         records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]
         with aside(self._path, PRIVATE) as file:
             file.write(json.dumps({"keys": records}, indent=1).encode())
+
+
+class KeyReader:
+    """Reads a key file for requests, in threads of its own: a mount that hangs holds up neither loop nor shutdown."""
+
+    def __init__(self, file: KeyFile) -> None:
+        self._file = file
+        self._last: tuple[Key, ...] | None = None  # the keys that were read last
+        self._reading: asyncio.Future[tuple[Key, ...] | Exception] | None = None
+        self._since = 0.0
+        self._away = False
+
+    async def read(self) -> tuple[Key, ...]:
+        """The file's keys; while its mount does not answer, those that were read last.
+
+        Raises Unavailable where there are none, or where the file is not one of ours: nobody is let in by mistake.
+        """
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.wrap_future(_in_thread(self._attempt))
+            self._since = time.monotonic()
+        reading = self._reading
+        patience = READ_SECONDS if self._last is not None else START_SECONDS
+        await asyncio.wait([reading], timeout=max(0.0, self._since + patience - time.monotonic()))
+        found = reading.result() if reading.done() else TimeoutError(f"{self._file} does not answer")
+        if isinstance(found, tuple):
+            self._last, self._away = found, False
+        elif isinstance(found, StartError) or self._last is None:
+            log.error("nobody is let in: %s", found)
+            raise Unavailable("the server cannot read its API keys; try again later")
+        elif not self._away:
+            self._away = True
+            log.warning("the keys that were read last stay valid: %s", found)
+        return self._last
+
+    def _attempt(self) -> tuple[Key, ...] | Exception:
+        try:
+            return self._file.read()
+        except (StartError, OSError) as error:
+            return error
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """The result of `work`, which runs in a thread that the end of the process does not wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="keys", daemon=True).start()
+    return future
 
 
 def _digest(token: str) -> str:

@@ -26,6 +26,7 @@ from service.errors import (
     Overloaded,
     ServiceError,
     Unauthorized,
+    Unavailable,
     to_openai,
 )
 from service.generation import Images, Order, make
@@ -64,12 +65,12 @@ class Session:
                     message = self._parse(text)
                     if isinstance(message, SessionStart):
                         self._token = message.api_key or self._token
-                    self._owner = self._identify()
+                    self._owner = await self._identify()
                 except (Unauthorized, Forbidden) as error:
                     await self._say(_refusal(error, None, None))
                     await self._close(1008, error.message)
                     return
-                except InvalidRequest as error:
+                except (InvalidRequest, Unavailable) as error:
                     await self._say(_refusal(error, None, None))
                     continue
                 if isinstance(message, SessionStart):
@@ -92,7 +93,7 @@ class Session:
         """The next message; None when the client is gone, or was sent away."""
         settings = self._service.settings
         try:
-            known = bool(self._identify())
+            known = bool(await self._identify())
         except ServiceError:
             known = False  # it must show its key soon
         try:
@@ -111,9 +112,9 @@ class Session:
             return None
         return text
 
-    def _identify(self) -> str:
+    async def _identify(self) -> str:
         """Whose session it is, asked again with every message: a key may have been revoked. Raises as HTTP does."""
-        return owner_of(self._service, self._token, "generate", self._socket)
+        return await owner_of(self._service, self._token, "generate", self._socket)
 
     def _parse(self, text: str) -> SessionStart | RealtimeRequest:
         """A message. Raises InvalidRequest as the other routes do."""

@@ -9,7 +9,7 @@ from service.engine.backend import Card
 from service.engine.engine import Engine
 from service.errors import no_model
 from service.jobs.jobs import Jobs
-from service.keys import Key, KeyFile
+from service.keys import Key, KeyFile, KeyReader
 from service.limiter import Limiter
 from service.metrics import Metrics
 from service.provenance import Signer
@@ -45,11 +45,11 @@ class State:
     def __post_init__(self) -> None:
         given = [key.get_secret_value() for key in self.settings.api_keys]
         self._given = tuple(Key.of(key, f"key-{i}", ("generate", "jobs")) for i, key in enumerate(given))
-        self._file = KeyFile(self.settings.keys_file) if self.settings.keys_file else None
+        self._reader = KeyReader(KeyFile(self.settings.keys_file)) if self.settings.keys_file else None
 
-    def keys(self) -> tuple[Key, ...]:
-        """The keys that are let in at this moment."""
-        keys = self._given + (self._file.read() if self._file else ())
+    async def keys(self) -> tuple[Key, ...]:
+        """The keys that are let in at this moment. Raises Unavailable where they cannot be read."""
+        keys = self._given + (await self._reader.read() if self._reader else ())
         self.guarded = self.guarded or bool(keys)
         return keys
 

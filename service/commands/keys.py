@@ -44,7 +44,7 @@ def create(
 @app.command("list")
 def index(file: File) -> None:
     """Name, scopes and age of every key."""
-    for key in KeyFile(file).read():
+    for key in KeyFile(file).read_at_start():
         print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
 
 

@@ -1,15 +1,17 @@
 """API keys: how they are kept, what they open, and that no server is open by accident."""
 
 import json
+import os
 import stat
 import subprocess
 import sys
 
 import httpx
 import pytest
+from running import until
 from typer.testing import CliRunner
 
-from service import cli
+from service import cli, keys
 from service.errors import StartError
 from service.keys import Key, KeyFile, find
 
@@ -20,16 +22,16 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     token = file.create("ann", ["generate", "admin"])
     other = file.create("bob", ["jobs"])
-    keys = KeyFile(tmp_path / "keys.json").read()
-    assert find(keys, token).owner == "ann"
-    assert find(keys, token).scopes == {"generate", "admin"}
-    assert find(keys, other).owner == "bob"
-    assert find(keys, token + "x") is None
+    stored = KeyFile(tmp_path / "keys.json").read()
+    assert find(stored, token).owner == "ann"
+    assert find(stored, token).scopes == {"generate", "admin"}
+    assert find(stored, other).owner == "bob"
+    assert find(stored, token + "x") is None
     assert find([Key.of(text, "weak", SCOPES) for text in ("", "short", "\n")], "") is None
     assert find([Key.of("short", "weak", SCOPES)], "short") is None
     text = (tmp_path / "keys.json").read_text()
     (tmp_path / "keys.json").write_text(text, encoding="utf-8-sig")  # by an editor that puts a mark first
-    assert KeyFile(tmp_path / "keys.json").read() == keys
+    assert KeyFile(tmp_path / "keys.json").read() == stored
     assert token not in text
     assert token.removeprefix("fgm-") not in text
     assert stat.S_IMODE((tmp_path / "keys.json").stat().st_mode) == 0o600
@@ -67,7 +69,7 @@ def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
     assert status(tokens["generate"]) == 401
 
 
-def stored(key, **other):
+def contents(key, **other):
     return json.dumps({"keys": [vars(key) | {"scopes": sorted(key.scopes)} | other]})
 
 
@@ -77,16 +79,45 @@ def stored(key, **other):
         "",
         "[]",
         '{"keys": [{"owner": "a"}]}',
-        stored(Key.of("t", "a", []), scopes=["everything"]),
-        stored(Key.of("t", "a", []), digest="not SHA-256"),
-        stored(Key.of("t", "", [])),
-        stored(Key.of("", "a", SCOPES)),
+        contents(Key.of("t", "a", []), scopes=["everything"]),
+        contents(Key.of("t", "a", []), digest="not SHA-256"),
+        contents(Key.of("t", "", [])),
+        contents(Key.of("", "a", SCOPES)),
     ],
 )
 def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(StartError, match=r"keys\.json is no file of API keys"):
         KeyFile(tmp_path / "keys.json").read()
+
+
+def test_while_a_key_file_does_not_answer_the_last_keys_stay_valid(serve, tmp_path):
+    path = tmp_path / "keys.json"
+    token = KeyFile(path).create("ann", SCOPES)
+    url = serve(keys_file=path)
+
+    def status(key):
+        return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert status(token) == 200
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it waits, as on a mount that hangs
+    assert [status(token), status(token), status(f"{token}x")] == [200, 200, 401]
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    os.close(os.open(path, os.O_WRONLY))
+    path.unlink()
+    path.write_text("{}")
+    until(lambda: status(token) == 503)  # it answers again, and is no key file: nobody is let in
+    path.unlink()
+    assert status(token) == 401
+
+
+def test_a_key_file_that_never_answers_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "START_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "keys.json")
+    with pytest.raises(StartError, match=r"keys\.json cannot be read: its file system does not answer"):
+        KeyFile(tmp_path / "keys.json").read_at_start()
+    os.close(os.open(tmp_path / "keys.json", os.O_WRONLY))
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Basic Og==", "Bearer key of ann"])
