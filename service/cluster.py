@@ -193,7 +193,8 @@ def _application(settings: Settings, scale: Scale) -> Any:
     device = settings.devices
     if device == "auto":
         device = "cuda:0" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-    images = settings.queue_limit + SLOTS * settings.max_batch * settings.replicas  # in the engine, at most
+    # In the engine, at most: interactive and bulk work may each fill the queue.
+    images = 2 * settings.queue_limit + SLOTS * settings.max_batch * settings.replicas
     deployment = serve.deployment(
         name="server",
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": int(device == "cuda:0")},

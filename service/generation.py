@@ -105,7 +105,9 @@ class Images:
         return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
 
 
-async def make(service: State, engine: Engine, order: Order, owner: str, asked: Asked | None = None) -> Images:
+async def make(
+    service: State, engine: Engine, order: Order, owner: str, asked: Asked | None = None, *, patient: bool = False
+) -> Images:
     """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
     card = order.card
@@ -124,6 +126,7 @@ async def make(service: State, engine: Engine, order: Order, owner: str, asked: 
         asked=asked,
         adapter=order.adapter,
         scale=order.scale,
+        patient=patient,
     )
     after: dict[str, float] = {}  # stages after the device
     if service.checker:

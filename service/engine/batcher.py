@@ -10,7 +10,7 @@ free, and then goes at once, unless the batcher was told to linger.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Work:
     seed: int
     reply: Any  # what the engine answers through; only `cancelled()` is asked here
     owner: str = ""
-    priority: Priority = Priority.INTERACTIVE
+    priority: Priority = Priority.INTERACTIVE  # whose room it takes
     arrived: float = field(default=0.0)  # seconds, on the caller's clock
     wanted: int = 1  # requests that wait for it
     begun: bool = False  # whether a device was given it
@@ -94,10 +94,12 @@ class Batcher:
         """Images that wait, retries too."""
         return sum(map(len, self._lines.values())) + sum(len(batch.work) for batch in self._retries)
 
-    def missing_room(self, images: int, owner: str) -> int:
-        """Images that must leave before so many more of an owner may wait."""
-        own = sum(len(line) for (_, name, _), line in self._lines.items() if name == owner)
-        return max(0, len(self) + images - self._limit, own + images - self._owner_limit)
+    def missing_room(self, images: int, owner: str, priority: Priority) -> int:
+        """Images that must leave before so many more of an owner may wait. Work of lower priority takes no room."""
+        lines = [(name, _count(line, priority)) for (_, name, _), line in self._lines.items()]
+        own = sum(count for name, count in lines if name == owner)
+        waiting = sum(count for _, count in lines) + sum(_count(batch.work, priority) for batch in self._retries)
+        return max(0, waiting + images - self._limit, own + images - self._owner_limit)
 
     def ahead_of(self, priority: Priority) -> dict[Key, int]:
         """Images by key that wait with this priority or a better one."""
@@ -139,8 +141,6 @@ class Batcher:
             _, owner, key = name
             if key.model == model and adapter in (None, key.adapter):
                 line = self._lines.pop(name)
-                for work in line:
-                    work.priority = Priority.INTERACTIVE
                 faster = (Priority.INTERACTIVE, owner, key)
                 merged = [*line, *self._lines.get(faster, ())]
                 self._lines[faster] = deque(sorted(merged, key=lambda work: work.arrived))
@@ -210,3 +210,8 @@ class Batcher:
         del self._lines[name]
         if all(owner != name[1] for _, owner, _ in self._lines):
             self._turns.pop(name[1], None)
+
+
+def _count(work: Collection[Work], priority: Priority) -> int:
+    """Images of this priority or a better one."""
+    return len(work) if priority is max(Priority) else sum(each.priority <= priority for each in work)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.admission import BulkAdmission
 from service.engine.backend import Card, Pixels, Timing
 from service.engine.batcher import Batch, Batcher, Key, Priority, Work
 from service.engine.cache import Cache
@@ -105,6 +106,7 @@ class Engine:
         self._pace = Pace()
         limits = settings.queue_limit, settings.queue_limit_per_key or settings.queue_limit
         self._batcher = Batcher(settings.max_batch, *limits, self._pace.rows, settings.linger_seconds)
+        self._bulk = BulkAdmission(lambda images, owner: not self._batcher.missing_room(images, owner, Priority.BATCH))
         self._seats: list[Seat] = []
         self._supervisors: list[asyncio.Task[None]] = []
         self._making: dict[_Pixels, Work] = {}
@@ -191,14 +193,18 @@ class Engine:
         asked: Asked | None = None,
         adapter: str | None = None,
         scale: float = 1.0,
+        patient: bool = False,
     ) -> list[Image]:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
         `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's; `asked` is
         told of the work. Raises Overloaded without queueing anything when the queue is full or the images could not be
         there in time, TimedOut when they were not, GenerationFailed for what the model failed on, NotFound for a model
-        or adapter that is not loaded, Unavailable while the server starts or drains.
+        or adapter that is not loaded, Unavailable while the server starts or drains. `patient` waits until the queue
+        has room for bulk work and never raises Overloaded.
         """
+        if patient:
+            await self._bulk.enter(len(set(seeds)), owner)
         self.check_open()
         card = self.card(model)
         if adapter is not None and adapter not in card.adapters:
@@ -223,7 +229,7 @@ class Engine:
                 replies[seed] = making.reply
             else:
                 new.append(seed)
-        if new:
+        if new and not patient:
             self._admit(key, len(new), owner, priority, timeout)
         for work in wanted:
             work.wanted += 1
@@ -369,6 +375,7 @@ class Engine:
     async def drain(self) -> None:
         """Refuse new work, finish what was accepted, and end the workers."""
         self._draining = True
+        self._bulk.release()
         if self._seats or len(self._batcher):
             self._check_idle()
             await self._idle.wait()
@@ -384,9 +391,9 @@ class Engine:
         """Raise Overloaded with the time after which so many images would be taken."""
         ahead = self._batcher.ahead_of(priority)
         position = sum(ahead.values())
-        if excess := self._batcher.missing_room(images, owner):
+        if excess := self._batcher.missing_room(images, owner, priority):
             wait = self._needed({key: excess})
-            self._refuse("queue_full", f"{len(self._batcher)} images wait already", wait, position)
+            self._refuse("queue_full", f"{position} images wait already", wait, position)
         for batch in itertools.chain.from_iterable(seat.outstanding() for seat in self._seats):
             ahead[batch.key] = ahead.get(batch.key, 0) + len(batch.work)
         if not ahead:
@@ -444,6 +451,7 @@ class Engine:
                 break
             self._metrics.closed.labels(batch.reason).inc()
             seat.send(next(self._numbers), batch, now)
+        self._bulk.admit()
         self._metrics.queue.set(len(self._batcher))
         self._check_idle()
 

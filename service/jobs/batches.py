@@ -248,10 +248,10 @@ class Batches:
         images: Images | None = None  # made, but not stored yet
         while True:
             try:
-                images = images or await make(self._service, self._service.engine, request.order, batch.owner)
+                images = images or await make(
+                    self._service, self._service.engine, request.order, batch.owner, patient=True
+                )
                 answer = await respond(self._service, images, batch.links, self._settings.batch_link_seconds)
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after * random.uniform(0.5, 1.5))
             except (TimedOut, Unavailable):
                 # Others came first, the server is draining, or the store of images is away.
                 await asyncio.sleep(random.uniform(0.5, 1.5))

@@ -106,11 +106,34 @@ def test_the_bounds_count_images_over_all_and_for_each_owner():
     queue = batcher(max_batch=2, limit=4, owner_limit=3)
     for i in range(3):
         queue.add(work(A if i % 2 else B, owner="one"), i)
-    assert queue.missing_room(1, "one") == 1
-    assert queue.missing_room(1, "two") == 0
-    assert queue.missing_room(3, "two") == 2
+    for priority in Priority:
+        assert queue.missing_room(1, "one", priority) == 1
+        assert queue.missing_room(1, "two", priority) == 0
+        assert queue.missing_room(3, "two", priority) == 2
     queue.take(9, idle=True)
-    assert queue.missing_room(2, "one") == 0
+    assert queue.missing_room(2, "one", Priority.INTERACTIVE) == 0
+
+
+def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
+    queue = batcher(limit=4, owner_limit=3)
+    bulk = [work(A, seed, "one", Priority.BATCH) for seed in range(4)]
+    queue.retry(Batch(A, bulk[:2], "retry"))
+    for item in bulk[2:]:
+        queue.add(item, 0)
+
+    def check() -> None:
+        assert queue.missing_room(1, "two", Priority.BATCH) == 1
+        assert queue.missing_room(3, "one", Priority.INTERACTIVE) == 0
+        assert queue.missing_room(4, "one", Priority.INTERACTIVE) == 1
+
+    check()
+    queue.hasten("a", None)
+    check()
+    for seed in range(3):
+        queue.add(work(A, seed, "one"), 1)
+    assert queue.missing_room(1, "one", Priority.INTERACTIVE) == 1
+    assert queue.missing_room(1, "two", Priority.INTERACTIVE) == 0
+    assert queue.missing_room(1, "two", Priority.BATCH) == 4
 
 
 def test_cancelled_work_is_dropped_and_frees_its_room():
@@ -121,7 +144,7 @@ def test_cancelled_work_is_dropped_and_frees_its_room():
     items[1].reply.cancel()
     items[2].reply.cancel()
     assert queue.drop_cancelled() == 2
-    assert queue.missing_room(2, "") == 0
+    assert queue.missing_room(2, "", Priority.INTERACTIVE) == 0
     assert drain(queue) == [[0, 3]]
 
 

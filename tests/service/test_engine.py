@@ -14,10 +14,11 @@ import pytest
 from engines import Gate, is_of, is_whole, make, run, value
 
 from service.engine.backend import Simulator
+from service.engine.batcher import Priority
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, local, processes
 from service.engine.worker import SLOT_BYTES
-from service.errors import GenerationFailed, Overloaded, TimedOut
+from service.errors import GenerationFailed, Overloaded, TimedOut, Unavailable
 from service.settings import Settings
 
 
@@ -179,6 +180,75 @@ def test_ten_times_what_it_can_take_is_refused_and_what_it_took_is_answered():
 
     metrics = run(local(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
     assert value(metrics, "refusals_total", reason="queue_full") >= 400
+
+
+def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        def line(seed: int, owner: str):
+            options = {"owner": owner, "priority": Priority.BATCH, "timeout": 1000.0, "patient": True}
+            return asyncio.create_task(engine.generate("simulator", "bulk", range(seed, seed + 4), 64, 64, **options))
+
+        bulk = [line(100 * owner + 4 * i, f"bulk{owner}") for i in range(10) for owner in range(4)]
+        left = [line(1000 + 4 * i, "bulk0") for i in range(5)]
+        await asyncio.sleep(0)
+        for task in left:
+            task.cancel()
+        await asyncio.to_thread(gate.entered.wait)
+        answers = [asyncio.create_task(make(engine, seed, owner="bulk1")) for seed in range(2000, 2020)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await make(engine, 3000)
+        with pytest.raises(Overloaded):
+            await make(engine, 3000, priority=Priority.BATCH)
+        gate.open.set()
+        await asyncio.gather(*answers)
+        for images in await asyncio.gather(*bulk):
+            assert len(images) == 4
+        assert all(task.cancelled() for task in left)
+
+    metrics = run(local(gate), test, max_batch=4, queue_limit=20)
+    assert value(metrics, "refusals_total", reason="queue_full") == 2
+    assert len(gate.seeds) == 40 * 4 + 20
+    assert {*range(2000, 2020)} <= {*gate.seeds[:32]}  # before the bulk work that waited
+
+
+def test_bulk_owners_take_turns_in_front_of_a_full_queue():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        def line(seed: int, owner: str):
+            options = {"owner": owner, "priority": Priority.BATCH, "patient": True}
+            return asyncio.create_task(make(engine, seed, **options))
+
+        greedy = [line(seed, "greedy") for seed in range(100)]
+        await asyncio.sleep(0)
+        modest = [line(seed, "modest") for seed in range(100, 105)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(*greedy, *modest)
+
+    run(local(gate), test, max_batch=1, queue_limit=10)
+    assert {*range(100, 105)} <= {*gate.seeds[:30]}
+
+
+def test_bulk_work_that_waits_for_room_ends_when_the_server_drains():
+    gate = Gate()
+
+    async def test(engine: Engine) -> None:
+        options = {"priority": Priority.BATCH, "patient": True}
+        lines = [asyncio.create_task(make(engine, seed, **options)) for seed in range(30)]
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        gate.open.set()
+        answers = await asyncio.gather(*lines, return_exceptions=True)
+        assert sum(isinstance(answer, Unavailable) for answer in answers) >= 30 - 10 - 4
+        assert all(is_of(answer, seed) for seed, answer in enumerate(answers) if not isinstance(answer, Unavailable))
+        await draining
+
+    run(local(gate), test, max_batch=1, queue_limit=10)
 
 
 def test_batches_keep_to_what_was_measured_fast_enough():
