@@ -108,12 +108,12 @@ class Batches:
 
     def get(self, owner: str, batch_id: str) -> Batch:
         """A batch. Raises NotFound for one that is not there, or is another's."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             return self._own(session, owner, batch_id)
 
     def index(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[Batch], bool]:
         """Batches, the newest first, and whether there are more."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             start = None if after is None else self._own(session, owner, after, "after")
             rows = page(select(Batch).where(Batch.owner == owner), Batch, start, "desc", limit)
             found = session.scalars(rows).all()
@@ -140,7 +140,7 @@ class Batches:
 
     def _begin_lost(self, now: int) -> None:
         """A chore: a batch that has no workflow gets one; its server died before it could, or its backup is older."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             lost = select(Batch.id).where(Batch.status.not_in(ENDED))
             ids = list(session.scalars(lost.where(Batch.created_at < now - LOST_SECONDS)))
         for batch_id in ids:
@@ -210,7 +210,7 @@ class Batches:
         batch = self._read(batch_id)
         if batch.status in ENDED:
             return "answered"
-        with self._database.begin() as session:
+        with self._database.read() as session:
             answered = set(session.scalars(select(Line.number).where(Line.batch_id == batch_id)))
         lines = self._requests(batch, answered)
         making: set[concurrent.futures.Future[Answer]] = set()
@@ -373,7 +373,7 @@ class Batches:
     # Lines
 
     def _read(self, batch_id: str) -> Batch:
-        with self._database.begin() as session:
+        with self._database.read() as session:
             return session.get_one(Batch, batch_id)
 
     def _requests(self, batch: Batch, answered: set[int]) -> Iterator[Request | Answer]:
@@ -416,7 +416,7 @@ class Batches:
         last = 0
         while True:
             rows = select(Line).where(Line.batch_id == batch_id, Line.number > last).order_by(Line.number).limit(PAGE)
-            with self._database.begin() as session:
+            with self._database.read() as session:
                 found = session.scalars(rows).all()
             if not found:
                 return

@@ -2,17 +2,19 @@
 
 import logging
 import random
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import StartError, Unavailable
+from service.jobs import sqlite
 
 T = TypeVar("T")
 
@@ -37,20 +39,19 @@ class Database:
             self.url = make_url(url)
             self.is_sqlite = self.url.get_backend_name() == "sqlite"
             if self.is_sqlite:
-                self._engine = create_engine(self.url, pool_pre_ping=True, connect_args={"timeout": 30})
+                self._file = sqlite.file_of(self.url)
+                self._engine, self._readers = sqlite.writers(self.url), sqlite.readers(self.url)
             elif self.url.get_backend_name() == "postgresql":
                 from service.jobs import postgres  # imports psycopg, which SQLite does without
 
                 self.url = postgres.watched(self.url)
-                self._engine = postgres.engine(self.url)
+                self._engine = self._readers = postgres.engine(self.url)
             else:
                 raise ArgumentError(f"{self.url.drivername} is neither SQLite nor PostgreSQL")
         except ArgumentError as error:
             raise StartError(f"database: {error}; name it as sqlite:////srv/jobs.sqlite or postgresql://...") from None
-        if self.is_sqlite:
-            event.listen(self._engine, "connect", _prepare_sqlite)
-            event.listen(self._engine, "begin", _begin_immediate)
-        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+        self._writing = sessionmaker(self._engine, expire_on_commit=False)
+        self._reading = sessionmaker(self._readers, expire_on_commit=False)
 
     def migrate(self) -> None:
         """Bring the tables to this version's shape. Servers that start together take turns. Raises StartError."""
@@ -61,7 +62,7 @@ class Database:
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         try:
-            with self._engine.begin() as connection:  # SQLite is locked from here on by its BEGIN IMMEDIATE
+            with sqlite.prepared(self._file) if self.is_sqlite else nullcontext(), self._engine.begin() as connection:
                 if not self.is_sqlite:
                     from service.jobs.postgres import wait_for_ever
 
@@ -71,7 +72,7 @@ class Database:
                 command.upgrade(config, "head")
         except CommandError as error:
             raise StartError(f"the database {self.url!r} is of another version of the service: {error}") from None
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())
             raise StartError(f"the database {self.url!r} cannot be used: {reason}") from None
 
@@ -81,26 +82,26 @@ class Database:
 
         Those of the same `owner` take turns, so that each may count what there is before it adds to it.
         """
-        try:
-            with self._sessions.begin() as session:
-                if owner is not None and not self.is_sqlite:  # where all writers take turns
-                    lock = text("SELECT pg_advisory_xact_lock(:space, hashtext(:owner))")
-                    session.execute(lock, {"space": OWNERS_LOCK, "owner": owner})
-                yield session
-        except (OperationalError, TimeoutError) as error:  # the latter: of a pool whose connections all wait
-            log.warning("the database does not answer: %s", error)
-            raise Unavailable("the server's database does not answer; try again") from error
+        with self._transaction(self._writing) as session:
+            if owner is not None and not self.is_sqlite:  # where all writers take turns
+                lock = text("SELECT pg_advisory_xact_lock(:space, hashtext(:owner))")
+                session.execute(lock, {"space": OWNERS_LOCK, "owner": owner})
+            yield session
 
-    def insist(self, work: Callable[[Session], T], stopping: threading.Event) -> T:
+    def read(self) -> AbstractContextManager[Session]:
+        """A transaction that only reads, and so waits for no writer. Raises Unavailable while it is away."""
+        return self._transaction(self._reading)
+
+    def insist(self, work: Callable[[Session], T], stopping: threading.Event, *, read: bool = False) -> T:
         """What `work` returns in a transaction, tried again while the database is away. Raises Stopping.
 
         For workflows, which have time. `work` may run again after a commit whose answer was lost, so it must be
-        written to find its own traces.
+        written to find its own traces. `read` is for work that only reads.
         """
         pause = 0.1
         while True:
             try:
-                with self.begin() as session:
+                with self.read() if read else self.begin() as session:
                     return work(session)
             except Unavailable:
                 if stopping.wait(pause * random.uniform(0.5, 1.5)):
@@ -110,15 +111,13 @@ class Database:
     def close(self) -> None:
         """Let the connections go."""
         self._engine.dispose()
+        self._readers.dispose()
 
-
-def _prepare_sqlite(connection: Any, record: Any) -> None:
-    connection.isolation_level = None  # the driver begins no transactions of its own: `_begin_immediate` does
-    connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer side by side
-    connection.execute("PRAGMA synchronous = FULL")  # what is committed is on the disk
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin_immediate(connection: Connection) -> None:
-    """Writers wait for each other at the beginning, where nothing is lost, and not in the middle."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    @contextmanager
+    def _transaction(self, sessions: sessionmaker[Session]) -> Iterator[Session]:
+        try:
+            with sessions.begin() as session:
+                yield session
+        except (OperationalError, TimeoutError) as error:  # the latter: of a pool whose connections all wait
+            log.warning("the database does not answer: %s", error)
+            raise Unavailable("the server's database does not answer; try again") from error

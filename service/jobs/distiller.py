@@ -105,14 +105,14 @@ class Distiller:
     def begin_waiting(self, now: int) -> None:
         """Begin what has no workflow: its server died before it could, or its backup is older than the job's."""
         unfinished = select(Job).where(Job.status.in_(("validating_files", "queued", "running")))
-        with self._database.begin() as session:
+        with self._database.read() as session:
             jobs = list(session.scalars(unfinished))
         for job in jobs:
             self.begin(job)
 
     def remove_deleted(self, now: int) -> None:
         """Remove the files of students that were deleted a while ago."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             gone = select(Job).where(Job.fine_tuned_model.is_not(None), Job.deleted_at <= now - DELETED_SECONDS)
             jobs = list(session.scalars(gone))
         for job in jobs:
@@ -123,7 +123,7 @@ class Distiller:
     def _validate(self, key: str) -> None:
         """The workflow of a new job: its prompts are kept and read once, before the job waits for its turn."""
         name = key.partition(".")[0]
-        job = self._insist(lambda session: session.get(Job, name))
+        job = self._find(Job, name)
         if job is not None and job.status == "validating_files":
             with self._failing(job):
                 self._read_prompts(job, self.folder(job))
@@ -168,7 +168,7 @@ class Distiller:
 
     def _let_go(self, name: str) -> None:
         """Remove what a job that has ended needs no more, also where a server died before it had."""
-        job = self._insist(lambda session: session.get(Job, name))
+        job = self._find(Job, name)
         if job is not None and job.status == "succeeded":
             self.folder(job).tidy()
         elif job is not None and job.status == "cancelled":
@@ -219,7 +219,7 @@ class Distiller:
         kept = folder.prompts()
         if kept is not None:
             return kept
-        file = self._insist(lambda session: session.get(File, job.training_file))
+        file = self._find(File, job.training_file)
         try:
             if file is None:
                 raise FileNotFoundError
@@ -311,6 +311,9 @@ class Distiller:
             self.end(session, row, "failed", f"The job failed: {failed}", "error")
 
         self._insist(ended)
+
+    def _find(self, kind: type[T], key: str) -> T | None:
+        return self._database.insist(lambda session: session.get(kind, key), self._workflows.stopping, read=True)
 
     def _insist(self, work: Callable[[Session], T]) -> T:
         return self._database.insist(work, self._workflows.stopping)

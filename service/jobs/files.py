@@ -63,7 +63,7 @@ class Files:
             raise InvalidRequest("the file is empty", "file", "empty_file")
         if size > self._max_bytes:
             raise BodyTooLarge(f"the file is over the limit of {self._max_bytes} bytes", "file", "file_too_large")
-        with self._database.begin() as session:
+        with self._database.read() as session:
             self._check_quota(session, owner, size)
         file = File(
             id=new_id("file-"),
@@ -91,7 +91,7 @@ class Files:
 
     def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> File:
         """A file. Raises NotFound for one that is not there, has expired, or is another's."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             return self.own(session, owner, file_id, now, param)
 
     def index(
@@ -101,7 +101,7 @@ class Files:
         rows = select(File).where(File.owner == owner, _lasting(now))
         if purpose is not None:
             rows = rows.where(File.purpose == purpose)
-        with self._database.begin() as session:
+        with self._database.read() as session:
             start = None if after is None else self.own(session, owner, after, now, "after")
             found = session.scalars(page(rows, File, start, order, limit)).all()
         return found[:limit], len(found) > limit
@@ -133,7 +133,7 @@ class Files:
     def _sweep_orphan(self, path: Path, now: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # swept by another server
             if path.stat().st_mtime < now - ORPHAN_SECONDS:
-                with self._database.begin() as session:
+                with self._database.read() as session:
                     kept = session.get(File, path.name) is not None
                 if not kept:
                     path.unlink()

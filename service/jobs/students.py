@@ -118,7 +118,7 @@ class Students:
 
     def _newest(self) -> dict[str, str]:
         """Jobs whose students to serve, by the student's name: those made last; a job ends a moment after that."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             made = (
                 select(Job.id, Job.fine_tuned_model)
                 .where(Job.fine_tuned_model.is_not(None), Job.deleted_at.is_(None))

@@ -91,7 +91,7 @@ class Tuning:
 
     def get(self, owner: str, name: str) -> Job:
         """A job of this owner. Raises NotFound."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             return _owned(session, owner, name)
 
     def index(
@@ -108,21 +108,21 @@ class Tuning:
             unfold = func.json_each if self._database.is_sqlite else func.json_each_text
             pair = unfold(Job.details).table_valued("key", "value")
             rows = rows.where(exists().where(pair.c.key == key, pair.c.value == value))
-        with self._database.begin() as session:
+        with self._database.read() as session:
             start = None if after is None else _owned(session, owner, after, "after")
             found = session.scalars(page(rows, Job, start, "desc", limit)).all()
         return found[:limit], len(found) > limit
 
     def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEvent], bool]:
         """What a job has told, the newest first, and whether there is more."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             _owned(session, owner, name)
             start = None if after is None else _part(session, JobEvent, after, name).number
             return _newest(session, JobEvent, name, JobEvent.number, start, limit)
 
     def checkpoints(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobCheckpoint], bool]:
         """The checkpoints that a job has written, the newest first, and whether there are more."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             _owned(session, owner, name)
             start = None if after is None else _part(session, JobCheckpoint, after, name).step_number
             return _newest(session, JobCheckpoint, name, JobCheckpoint.step_number, start, limit)

@@ -60,7 +60,7 @@ class Webhooks:
 
     def begin_due(self, now: int) -> None:
         """Begin the attempts that are due. Harmless to repeat: each has a key of its own."""
-        with self._database.begin() as session:
+        with self._database.read() as session:
             rows = select(Delivery.id, Delivery.attempts).where(Delivery.next_at <= now).order_by(Delivery.next_at)
             due = session.execute(rows.limit(AT_ONCE)).all()
         for event, attempts in due:
@@ -69,12 +69,12 @@ class Webhooks:
     def _attempt(self, key: str) -> None:
         """One attempt at one delivery."""
         event, _, attempts = key.partition(".")
-        insist, stopping = self._database.insist, self._workflows.stopping
-        delivery = insist(lambda session: session.get(Delivery, event), stopping)
+        database, stopping = self._database, self._workflows.stopping
+        delivery = database.insist(lambda session: session.get(Delivery, event), stopping, read=True)
         if delivery is None or delivery.attempts != int(attempts) or delivery.next_at is None:
             return
         failure = self._send(delivery)
-        insist(lambda session: self._note(session, delivery, failure), stopping)
+        database.insist(lambda session: self._note(session, delivery, failure), stopping)
 
     def _send(self, delivery: Delivery) -> str | None:
         """Tell an endpoint; None when it has taken the event, else why it has not."""

@@ -158,7 +158,7 @@ class Workflows:
             DBOS.resume_workflow(key, queue_name=name)
             del self._interrupted[key]
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
-        with self._database.begin() as session:  # after the list: a server is counted before it takes anything
+        with self._database.read() as session:  # after the list: a server is counted before it takes anything
             alive = {self._executor, *session.scalars(select(Executor.id))}
         if dead := {each.executor_id for each in pending if each.executor_id} - alive:
             # Takes a workflow from a dead executor only, so that two servers that do this at once begin it once.

@@ -1,6 +1,8 @@
 """`/v1/files` by the real client: what is uploaded is kept, for its owner alone, until it is deleted or expires."""
 
+import contextlib
 import io
+import sqlite3
 import time
 
 import httpx
@@ -61,6 +63,23 @@ def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
         assert large.value.status_code == 413
     assert httpx.post(f"{url}/v1/files", json={"purpose": "batch"}).json()["error"]["param"] == "file"
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serve, connect, tmp_path):
+    client = connect(serve(data=tmp_path))
+    file = client.files.create(file=("lines.jsonl", b"{}\n"), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert client.files.retrieve(file.id) == file
+        assert [each.id for each in client.files.list()] == [file.id]
+        assert client.files.content(file.id).read() == b"{}\n"
+        assert client.batches.retrieve(batch.id).id == batch.id
+        assert [each.id for each in client.batches.list()] == [batch.id]
+        assert list(client.fine_tuning.jobs.list()) == []
+        with pytest.raises(openai.NotFoundError):
+            client.fine_tuning.jobs.list_events("ftjob-none")
+        writer.execute("ROLLBACK")
 
 
 def test_without_a_data_folder_nothing_is_kept_and_the_answer_says_so(serve, connect):

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, select
 
-from service.errors import StartError
+from service.errors import StartError, Unavailable
+from service.jobs import sqlite
 from service.jobs.database import Database
 from service.jobs.jobs import Jobs
 from service.jobs.tables import Executor, Table
@@ -44,30 +46,108 @@ signal.pause()
 """
 
 
-def test_migrations_make_the_tables_that_the_code_declares(tmp_path):
-    url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
-    Database(url).migrate()
-    engine = create_engine(url)
+@pytest.fixture
+def database(tmp_path) -> Iterator[Callable[[], Database]]:
+    """Makes databases on one SQLite file, not migrated yet, and closes them."""
+    with contextlib.ExitStack() as stack:
+        url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+        yield lambda: stack.enter_context(contextlib.closing(Database(url)))
+
+
+@pytest.fixture
+def jobs_of(tmp_path) -> Iterator[Callable[[], Jobs]]:
+    """Makes `Jobs` in one folder, not started yet, and stops the last one, which a test may have done before."""
+    made: list[Jobs] = []
+
+    def make() -> Jobs:
+        made.append(Jobs(tmp_path, Settings(job_silence_seconds=0.5)))
+        return made[-1]
+
+    yield make
+    if made and made[-1].open:
+        made[-1].stop()
+
+
+def test_migrations_make_the_tables_that_the_code_declares(database, tmp_path):
+    database().migrate()
+    engine = create_engine(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
     engine.dispose()
 
 
-def test_servers_that_start_at_once_take_turns_to_migrate(tmp_path):
-    databases = [Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}") for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(database.migrate) for database in databases]:
+def test_servers_that_start_at_once_take_turns_to_migrate(database):
+    databases = [database() for _ in range(8)]
+    together = threading.Barrier(8)
+
+    def migrate(one: Database) -> None:
+        together.wait()
+        one.migrate()
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(migrate, each) for each in databases]:
             done.result()
-    with databases[0].begin() as session:
+    with databases[0].read() as session:
         assert session.scalars(select(Executor)).all() == []
-    for database in databases:
-        database.close()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "oracle://somewhere", "sqlite:////nowhere/at/all"])
+def test_a_new_file_is_prepared_by_one_server_at_a_time(database, tmp_path):
+    migrated = threading.Event()
+
+    def migrate() -> None:
+        one.migrate()
+        migrated.set()
+
+    one = database()
+    with ThreadPoolExecutor(1) as pool:
+        with sqlite.prepared(tmp_path / "jobs.sqlite"):
+            done = pool.submit(migrate)
+            assert not migrated.wait(0.2)
+        done.result()
+
+
+def test_reading_waits_for_no_writer_however_many_wait_for_each_other(database, tmp_path):
+    one = database()
+    one.migrate()
+    writer = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+    with contextlib.closing(writer), ThreadPoolExecutor(20) as pool:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO executors (id, beats) VALUES ('half', 1)")
+
+        def write(number: int) -> None:
+            with one.begin() as session:
+                session.add(Executor(id=f"server-{number}", beats=0))
+
+        writing = [pool.submit(write, number) for number in range(20)]
+        stopping = threading.Event()
+        for _ in range(3):
+            with one.read() as session:
+                assert session.scalars(select(Executor)).all() == []
+            assert one.insist(lambda session: session.get(Executor, "half"), stopping, read=True) is None
+        assert not any(each.done() for each in writing)
+        writer.execute("ROLLBACK")
+        for each in writing:
+            each.result()
+    with one.read() as session:
+        assert len(session.scalars(select(Executor)).all()) == 20
+
+
+def test_a_transaction_that_reads_cannot_write(database):
+    one = database()
+    one.migrate()
+    with pytest.raises(Unavailable), one.read() as session:
+        session.add(Executor(id="one", beats=0))
+    with one.read() as session:
+        assert session.scalars(select(Executor)).all() == []
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "oracle://somewhere", "sqlite:////nowhere/at/all", "sqlite://", "sqlite:///:memory:"]
+)
 def test_a_database_that_cannot_be_is_named(url):
     with pytest.raises(StartError, match="database"):
         Database(url).migrate()
+    assert not Path("/nowhere").exists()
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "/proc", "/dev/null"])
@@ -104,10 +184,10 @@ def test_a_damaged_database_is_named_before_anything_starts(tmp_path, name, dama
         jobs.check()
 
 
-def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(tmp_path):
+def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(jobs_of, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    jobs = jobs_of()
     steps = tmp_path / "steps"
     ended = threading.Event()
 
@@ -118,21 +198,19 @@ def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(tmp_pa
 
     jobs.workflows.define("count", count, 1)
     jobs.start()
-    try:
-        assert ended.wait(30)
-    finally:
-        jobs.stop()
+    assert ended.wait(30)
+    jobs.stop()
     assert steps.read_text() == "first "
 
 
-def test_a_workflow_that_is_stopped_goes_on_at_the_next_start(tmp_path):
+def test_a_workflow_that_is_stopped_goes_on_at_the_next_start(jobs_of):
     began, ended = threading.Event(), threading.Event()
 
     def patient(key: str) -> None:
         began.set()
         jobs.workflows.wait(3600)
 
-    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    jobs = jobs_of()
     jobs.workflows.define("patient", patient, 1)
     jobs.start()
     jobs.workflows.begin("patient", "one")
@@ -140,14 +218,14 @@ def test_a_workflow_that_is_stopped_goes_on_at_the_next_start(tmp_path):
     assert began.wait(30)
     jobs.stop()
 
-    jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+    jobs = jobs_of()
     jobs.workflows.define("patient", lambda key: ended.set(), 1)
     jobs.start()
     assert ended.wait(30)
     jobs.stop()
 
 
-def test_a_server_leaves_to_others_what_it_does_not_run(tmp_path):
+def test_a_server_leaves_to_others_what_it_does_not_run(jobs_of):
     ran: list[str] = []
     done = threading.Event()
 
@@ -156,7 +234,7 @@ def test_a_server_leaves_to_others_what_it_does_not_run(tmp_path):
             ran.append(key)
             done.set()
 
-        jobs = Jobs(tmp_path, Settings(job_silence_seconds=0.5))
+        jobs = jobs_of()
         jobs.workflows.define("heavy", note, 1, runs=runs)
         jobs.workflows.define("light", note, 1)
         jobs.start()
