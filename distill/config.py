@@ -23,9 +23,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(Settings):
-    """Where prompts come from: `scenes`, or a txt, jsonl, csv or parquet file; `count` of them at most."""
+    """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; `count` of them at most.
+
+    `column` names the column of the prompts, where it is not `prompt`, `caption` or `text`.
+    """
 
     source: str = "scenes"
+    column: str | None = None
     count: _Count = 20_000
     seed: Seed = 0
 

@@ -26,11 +26,12 @@ from torch import Tensor
 from distill.embed import tensors, text_dtype, text_shapes
 from distill.errors import ImageError
 from distill.methods import Real
-from distill.prompts import COLUMNS, SCENES_COUNT
+from distill.prompt_files import COLUMNS
+from distill.prompts import SCENES_COUNT
 from distill.scenes.captions import sample_prompt, wording
 from distill.scenes.render import Scene, place, render
 from distill.scenes.vae import to_pixels
-from distill.shards import SHARD_ROWS, Layout, ShardReader, ShardWriter, rows_of_shard
+from distill.shards import SHARD_ROWS, Layout, ShardReader, ShardWriter, check_source, rows_of_shard
 from distill.spec import TeacherSpec, read_spec
 from distill.teacher import encode_images, load_vae
 from distill.text import SD3TextEncoder, TextCondition
@@ -150,6 +151,11 @@ def encode_examples(
     yield EncodedImages(count, skipped, truncated)
 
 
+def check_examples(teacher: Path | str, examples: Iterable[Example], folder: Path) -> None:
+    """Raise CacheError unless a whole cache was made of these images, and for this teacher."""
+    check_source(folder, _layout(read_spec(teacher)), _Counted(examples))
+
+
 def _layout(spec: TeacherSpec) -> Layout:
     """What a cache of images holds."""
     shapes = {"latents": spec.latent_shape, **text_shapes(spec)}
@@ -167,6 +173,7 @@ class ImageCache:
         Raises CacheError for a cache that is partial, damaged, or another teacher's.
         """
         self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
+        self.sha256 = self._reader.sha256  # of the source's images
         self._count = len(self._reader) if count is None else min(count, len(self._reader))
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, SOURCE, Device
+from distill.cli.options import LAST_SEED, MOST, SOURCE, Column, Device
 
 _IMAGES = (
     "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
@@ -18,6 +18,7 @@ def embed(
     prompts: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Prompts to take at most.", min=1, max=MOST)] = None,
+    column: Column = None,
     shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     processes: Annotated[
         int, typer.Option(help="Processes with encoders of their own; with cuda they take the GPUs in turn.", min=1)
@@ -38,7 +39,8 @@ def embed(
     encoded = None
     where = resolve_device(device)
     with claimed(out), image_bar("prompts", count) as bar:
-        for encoded in embed_prompts(teacher, read_prompts(prompts, count), out, where, shard_rows, processes):
+        texts = read_prompts(prompts, count, column=column)
+        for encoded in embed_prompts(teacher, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
     assert encoded is not None  # a source without prompts is an error
     if encoded.truncated:
@@ -83,12 +85,13 @@ def encode(
 def stats(
     source: Annotated[str, typer.Argument(help=SOURCE)],
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder, to count in its tokens too.")] = None,
+    column: Column = None,
 ) -> None:
     """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
     from distill.console import out, table
     from distill.prompts import prompt_stats
 
-    found = prompt_stats(source, teacher)
+    found = prompt_stats(source, teacher, column)
     rows = []
     for name, spread in found.lengths.items():
         figures = (spread.minimum, spread.median, spread.p95, spread.maximum)

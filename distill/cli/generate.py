@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, SOURCE, Device, Guidance
+from distill.cli.options import LAST_SEED, SOURCE, Column, Device, Guidance
 
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.", metavar="PROMPT")] = None,
     file: Annotated[str | None, typer.Option(help=f"More prompts: {SOURCE}")] = None,
+    column: Column = None,
     student: Annotated[Path | None, typer.Option(help="Student folder; the shipped one if not given.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher folder, in place of a student.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the images.", file_okay=False)] = Path("runs/images"),
@@ -46,7 +47,7 @@ def generate(
 
     if student is not None and teacher is not None:
         raise ConfigError("--student and --teacher are both given; one model makes the images")
-    texts = [*(prompts or ()), *(read_prompts(file) if file is not None else ())]
+    texts = [*(prompts or ()), *(read_prompts(file, column=column) if file is not None else ())]
     if not texts:
         raise PromptError("there is nothing to make; give prompts, or --file with a source of them")
     texts = list(islice(cycle(texts), count or len(texts)))

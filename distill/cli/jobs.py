@@ -19,7 +19,7 @@ LOOPBACK = "http://127.0.0.1:8000"
 
 
 def submit(
-    prompts: Annotated[Path, typer.Argument(help="Prompts: a txt, jsonl, csv or parquet file.")],
+    prompts: Annotated[Path, typer.Argument(help="Prompts: a txt, json, jsonl, csv, tsv or parquet file.")],
     teacher: Annotated[str, typer.Option(help="Teacher, by the name that the server has for it.")] = "scenes",
     preset: Annotated[str | None, typer.Option(help="Preset; scenes for that teacher if not given.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,

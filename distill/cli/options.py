@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-SOURCE = "txt, jsonl, csv or parquet file, folder of a saved data set, `scenes`, or - for stdin."
+SOURCE = (
+    "txt, json, jsonl, csv, tsv or parquet file, folder of such files or of a saved data set, `scenes`, or - for stdin."
+)
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LAST_SEED = 2**63 - 1  # more seeds count up from it
@@ -30,5 +32,8 @@ Guidance = Annotated[
     typer.Option(
         help="Teacher's scale, 1 for none; what its folder says if not given.", min=1, max=100, callback=finite
     ),
+]
+Column = Annotated[
+    str | None, typer.Option(help="Column of the prompts; the first of prompt, caption and text if not given.")
 ]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")]

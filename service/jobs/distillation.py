@@ -19,6 +19,7 @@ DISTILL = (sys.executable, "-m", "distill.cli")
 KEYS = {
     "images": "images",
     "prompts": "prompts.count",
+    "column": "prompts.column",
     "batch": "batch",
     "micro_batch": "micro_batch",
     "guidance": "method.guidance.teacher",
@@ -50,6 +51,10 @@ class Distillation(BaseModel):
     images: Annotated[_Count | None, Field(description="Budget in images seen.")] = None
     seconds: Annotated[float | None, Field(ge=1, le=10**8, description="Budget in seconds of training instead.")] = None
     prompts: Annotated[_Count, Field(description="Prompts of the training file at most.")] = 1_000_000
+    column: Annotated[
+        str | None,
+        Field(max_length=256, description="Column of the prompts in the file, if it is not prompt, caption or text."),
+    ] = None
     batch: _Count | None = None
     micro_batch: _Count | None = None
     guidance: Annotated[float | None, Field(ge=1, le=100, description="Of the teacher.")] = None
@@ -116,6 +121,7 @@ def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder:
     return words + [part for each in (*sets, *asked.overrides()) for part in ("--set", each)]
 
 
-def checked(prompts: Path) -> list[str]:
+def checked(asked: Distillation, prompts: Path) -> list[str]:
     """The command that reads a file of prompts to its end, by this Python; it says what is wrong as a run does."""
-    return [*DISTILL, "prompts", "stats", str(prompts)]
+    column = [] if asked.column is None else [f"--column={asked.column}"]
+    return [*DISTILL, "prompts", "stats", str(prompts), *column]

@@ -135,7 +135,7 @@ class Distiller:
 
     def _read_prompts(self, job: Job, folder: RunFolder) -> None:
         """Raises Failed where `distill run` would find the prompts at fault."""
-        words = checked(self._prompts(job, folder))
+        words = checked(Distillation.model_validate(job.distillation), self._prompts(job, folder))
         with folder.process(words, environment(["cpu"]), self._settings.job_nice) as child:
             while child.status() is None:
                 self._workflows.wait(POLL_SECONDS)

@@ -23,7 +23,7 @@ import yaml
 
 Kind = Literal["metrics", "evaluation", "alarm"]
 LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.jsonl", "alarm": "alarms.jsonl"}
-READABLE = (".jsonl", ".txt", ".csv", ".parquet")  # files of prompts, by their ends
+READABLE = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet")  # endings of files of prompts
 LAST_WORDS = 4096  # bytes of the console's end that an error is looked for in
 BLOCK = 1 << 16  # bytes of a log that are read at a time from its end
 GRACE_SECONDS = 300  # that a run gets to write its checkpoint

@@ -213,7 +213,7 @@ def _check_file(file: File) -> None:
     if file.purpose != "fine-tune":
         message = f"{file.id} was uploaded for {file.purpose!r}; upload it with purpose 'fine-tune'"
         raise InvalidRequest(message, "training_file", "invalid_purpose")
-    if Path(file.filename).suffix not in READABLE:
+    if Path(file.filename).suffix.lower() not in READABLE:
         message = f"{excerpt(file.filename)} is no file of prompts by its name; it must end in {', '.join(READABLE)}"
         raise InvalidRequest(message, "training_file", "invalid_file_type")
 

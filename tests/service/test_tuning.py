@@ -424,8 +424,9 @@ def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
     knobs = {"preset": "scenes", "images": 1000}
     with pytest.raises(openai.BadRequestError, match="purpose"):
         submit(client, upload(client, purpose="batch"), knobs)
-    with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):
-        submit(client, upload(client, name="prompts.png"), knobs)
+    for name in ("prompts.png", "prompts.jsonl.gz", "prompts"):
+        with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):
+            submit(client, upload(client, name=name), knobs)
     with pytest.raises(openai.NotFoundError):
         submit(connect(refusing, KEYS[1]), upload(client), knobs)
 
