@@ -21,6 +21,7 @@ from PIL.Image import Image
 
 from distill import checkpoint, methods, run
 from distill.config import Run, load_config
+from distill.embed import cached_prompts
 from distill.errors import ConfigError, RunError
 from distill.evaluate.compare import Comparison, cell, figure_names
 from distill.evaluate.judge import FEATURES, Judgement, Questions
@@ -28,7 +29,6 @@ from distill.evaluate.picture import labelled_grid, save_png
 from distill.evaluate.sampler import Setting, TeacherSampler
 from distill.files import check_replaceable, write_aside
 from distill.pipeline import OneStepPipeline, read_student
-from distill.prompts import read_prompts
 from distill.runs import read_run
 from distill.scenes.render import SIZE
 from distill.spec import read_spec
@@ -103,7 +103,8 @@ def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -
     alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
     owner = next((name for name in alike if not (out / name).is_file()), variant.name)
     link = out / variant.name / "embeddings"
-    if owner != variant.name and not os.path.lexists(link):
+    encodes = run.embeddings_folder(variant.config, link.parent) == link
+    if encodes and owner != variant.name and not os.path.lexists(link):
         link.parent.mkdir(parents=True, exist_ok=True)
         (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # its run may have failed before it made it
         link.symlink_to(Path("..") / owner / "embeddings")
@@ -240,7 +241,8 @@ def judged(
         figures = {name: answers.judgement for name, answers in result.students.items()}
         return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged, failed)
 
-    texts = list(islice(cycle(read_prompts(config.prompts.source, SHOWN, config.prompts.seed)), SHOWN))
+    first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.count))
+    texts = list(islice(cycle(first), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)
     setting = Setting(steps, sampler.spec.guidance)

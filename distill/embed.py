@@ -3,6 +3,7 @@
 The text encoders, most of a large teacher's memory, are gone by then.
 """
 
+import json
 import os
 import signal
 from collections import deque
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from distill.device import fast_bfloat16
 from distill.errors import CacheError, PromptError
+from distill.prompt_files import EMBEDDED
 from distill.prompts import Distinct
 from distill.shards import (
     SHARD_ROWS,
@@ -30,6 +32,7 @@ from distill.shards import (
     ShardReader,
     ShardWriter,
     check_rows,
+    check_source,
     rows_of_shard,
     shard_name,
     write_rows,
@@ -37,8 +40,8 @@ from distill.shards import (
 from distill.spec import TeacherSpec, read_spec
 from distill.text import SD3TextEncoder, TextCondition
 
-MANIFEST = "embeddings.json"
-TEXTS = "prompts.jsonl"  # for people: the prompt of each row
+MANIFEST = EMBEDDED
+TEXTS = "prompts.jsonl"  # the prompt of each row, in order
 BATCH = 64
 
 
@@ -113,6 +116,20 @@ def embed_prompts(
     order = {"rows": torch.tensor(source.order)}
     writer.finish({"null": null.path, "order": order}, {}, repeated=source.repeated)
     yield Encoded(count, truncated, source.repeated)
+
+
+def check_prompts(teacher: Path | str, prompts: Iterable[str], folder: Path) -> None:
+    """Raise CacheError unless a whole cache was made of these prompts, and for this teacher."""
+    check_source(folder, _layout(read_spec(teacher)), Distinct(prompts))
+
+
+def cached_prompts(folder: Path, count: int) -> list[str]:
+    """The first different prompts of a cache, at most `count`. Raises CacheError when they cannot be read."""
+    try:
+        with (folder / TEXTS).open("rb") as lines:
+            return [str(json.loads(line)) for line in islice(lines, count)]
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{folder / TEXTS} cannot be read ({error}); remove {folder} and embed again") from None
 
 
 def _devices(device: torch.device | str, processes: int) -> list[torch.device]:
@@ -217,14 +234,17 @@ class EmbeddingCache:
     A prompt that its source repeats has an index for each time, so that training sees it as often.
     """
 
-    def __init__(self, folder: Path, teacher: Path | str, device: torch.device | None = None) -> None:
-        """Open and check; small caches are held on the `device`, if one is given.
+    def __init__(
+        self, folder: Path, teacher: Path | str, device: torch.device | None = None, count: int | None = None
+    ) -> None:
+        """Open and check; `count` are its first prompts alone. Small caches are held on the `device`, if one is given.
 
         Raises CacheError for a cache that is partial, damaged, or another teacher's.
         """
         self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
         self.null = TextCondition(**self._reader.only("null"))
-        self._order = self._reader.only("order")["rows"]
+        self._order = self._reader.only("order")["rows"][:count]
+        self.sha256 = self._reader.sha256  # of the source's prompts
 
     def __len__(self) -> int:
         return len(self._order)

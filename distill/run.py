@@ -1,8 +1,8 @@
 """One distillation from configuration to student folder; what `distill run` and jobs call.
 
 The run folder: `config.yaml` (resolved), `embeddings/`, `images/` (real ones, for methods that take them),
-`checkpoints/`, `best/` (the averaged student that judged best so far), `metrics.jsonl`, `tensorboard/`, `samples/`,
-and at the end `student/`. The same call continues a run.
+`sources.json` (digests of what was encoded), `checkpoints/`, `best/` (the averaged student that judged best so far),
+`metrics.jsonl`, `tensorboard/`, `samples/`, and at the end `student/`. The same call continues a run.
 """
 
 import json
@@ -22,14 +22,14 @@ from distill import images as real_images
 from distill.alarms import Alarms
 from distill.config import Lora, RealImages, Run, load_config
 from distill.device import fast_bfloat16
-from distill.embed import MANIFEST, EmbeddingCache, Encoded, embed_prompts
+from distill.embed import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError
 from distill.evaluate.compare import SHIPPED_TEACHER
 from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
 from distill.export import SHARD_SIZE, check_place, export_student
 from distill.flow import noise
-from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
+from distill.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.networks import build
 from distill.philox import key_of
 from distill.prompts import read_prompts
@@ -41,10 +41,12 @@ from distill.teacher import decode_in_parts, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
 
+SOURCES = "sources.json"  # digests of the prompts and real images that a run learns from
+SPEED = "speed.json"  # what `distill.speed` measured
 GRID = 16  # images in a sample grid
 _log = logging.getLogger(__name__)
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained
-_OWN = ("checkpoints", "best", "student", "samples", METRICS, EVALUATIONS, ALARMS)  # written, and rewritten, by a run
+_OWN = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS)  # rewritten by a run
 
 
 def teacher_folder(config: Run) -> Path:
@@ -63,7 +65,11 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
     _check_patience(config, spec)
     kept = out / "config.yaml"
     if kept.exists():
-        config.check_same(read_config(out).identity(), kept)
+        before = read_config(out)
+        if has_learnt(out):
+            config.check_same(before.identity(), kept)
+        elif before.identity() != config.identity():
+            (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
     else:
         for name in _OWN:
             if (out / name).exists():
@@ -115,18 +121,40 @@ def _check_patience(config: Run, spec: TeacherSpec) -> None:
 
 
 def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
-    """Encode the run's prompts, unless a whole cache lies there."""
-    if not (out / "embeddings" / MANIFEST).exists():
-        prompts = read_prompts(config.prompts.source, config.prompts.count, config.prompts.seed)
-        yield from embed_prompts(teacher_folder(config), prompts, out / "embeddings", device)
+    """Encode the run's prompts, unless `prompts.source` is a cache.
+
+    Raises CacheError when the run's own cache was made of other prompts than the source holds now.
+    """
+    folder = embeddings_folder(config, out)
+    if folder == Path(config.prompts.source):
+        return
+    given = config.prompts
+    prompts = read_prompts(given.source, given.count, given.seed, given.column)
+    if (folder / MANIFEST).exists():
+        check_prompts(teacher_folder(config), prompts, folder)
+    else:
+        yield from embed_prompts(teacher_folder(config), prompts, folder, device)
+
+
+def embeddings_folder(config: Run, out: Path) -> Path:
+    """Where the cache of prompts is: `prompts.source`, if that is one, else in the run."""
+    source = Path(config.prompts.source)
+    return source if (source / MANIFEST).exists() else out / "embeddings"
 
 
 def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImages]:
-    """Encode the run's real images, if it takes any, unless a whole cache is there."""
+    """Encode the run's real images, if it takes any, unless `real.source` is a cache.
+
+    Raises CacheError when the run's own cache was made of other images than the source holds now.
+    """
     real = config.real
-    if real is not None and not (_images_folder(real, out) / real_images.MANIFEST).exists():
-        examples = read_examples(real.source, real.count, real.seed)
-        yield from encode_examples(teacher_folder(config), examples, _images_folder(real, out), device)
+    if real is None or (folder := _images_folder(real, out)) == Path(real.source):
+        return
+    examples = read_examples(real.source, real.count, real.seed)
+    if (folder / real_images.MANIFEST).exists():
+        check_examples(teacher_folder(config), examples, folder)
+    else:
+        yield from encode_examples(teacher_folder(config), examples, folder, device)
 
 
 def _images_folder(real: RealImages, out: Path) -> Path:
@@ -153,10 +181,11 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         return
     folder = teacher_folder(config)
     spec = read_spec(folder)
-    conditions = EmbeddingCache(out / "embeddings", folder, machine.device)
+    conditions = EmbeddingCache(embeddings_folder(config, out), folder, machine.device, config.prompts.count)
     reals = None
     if config.real is not None:
         reals = ImageCache(_images_folder(config.real, out), folder, config.real.count, machine.device)
+    _hold_to_sources(out, conditions, reals, machine.is_main_process)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
     # looks where a sharded base needs all of them to generate; one writes.
@@ -182,6 +211,27 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     if machine.is_main_process and (last is not None or not holds_student(out, config.images)):
         export(out)
     machine.wait_for_everyone()
+
+
+def _hold_to_sources(out: Path, conditions: EmbeddingCache, reals: ImageCache | None, write: bool) -> None:
+    """Record what the run learns from. Raises CheckpointError when it has learnt from something else."""
+    path = out / SOURCES
+    digests = {"prompts": conditions.sha256, **({"real images": reals.sha256} if reals is not None else {})}
+    if path.exists() and has_learnt(out):
+        kept = json.loads(path.read_text())
+        for name, digest in digests.items():
+            if kept.get(name) != digest:
+                raise CheckpointError(
+                    f"{out} has learnt from other {name} than its cache holds now; restore the source, or give "
+                    "another --out folder"
+                )
+    elif write:
+        checkpoint.write_aside(path, json.dumps(digests, indent=2) + "\n")
+
+
+def has_learnt(out: Path) -> bool:
+    """Whether a run has left a state or a student, which bind it to its configuration."""
+    return (out / "student").exists() or any(checkpoint.states(out / part) for part in ("checkpoints", "best"))
 
 
 def _finished(config: Run, out: Path) -> bool:
@@ -218,7 +268,7 @@ def export(
     weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
     images = int(state.name)
     judged = next((line for line in run.evaluations if line["images"] == images), {})
-    manifest = out / "embeddings" / MANIFEST
+    manifest = embeddings_folder(config, out) / MANIFEST
     # A published record needs no paths of this machine.
     plain, teacher, source = config.as_dict(), Path(config.teacher).name, Path(config.prompts.source).name
     if config.real is not None:
@@ -309,7 +359,7 @@ class _Watch:
         questions = Questions.make(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.
-        few = read_prompts(config.prompts.source, min(GRID, config.prompts.count), config.prompts.seed)
+        few = cached_prompts(embeddings_folder(config, out), min(GRID, config.prompts.count))
         self._texts = list(islice(cycle(few), GRID))
         every = dict.fromkeys([*self._texts, *(questions.texts if self._judged else ())])
         self._conditions = {prompt: text.encode([prompt]) for prompt in every}

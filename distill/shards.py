@@ -8,6 +8,7 @@ real images are kept in differs by its `Layout` alone.
 import hashlib
 import json
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -248,6 +249,17 @@ class ShardWriter:
             ) from error
 
 
+def check_source(folder: Path, layout: Layout, source: Source) -> None:
+    """Raise CacheError unless a whole cache was made of what the source holds now."""
+    index = _read_index(folder / layout.manifest, layout, {"source"})
+    source.skip(sys.maxsize)
+    if index["source"] != {"read": source.read, "sha256": source.sha256}:
+        raise CacheError(
+            f"{folder} was made of other {layout.source} than the source holds now; restore the source, give another "
+            f"--out, or remove {folder} to {layout.verb} again"
+        )
+
+
 class ShardReader:
     """A whole cache, whose rows are read from disk when they are asked for, or held on a device.
 
@@ -290,6 +302,14 @@ class ShardReader:
             shard = bisect_right(self._starts, index) - 1
             parts.append(self._shards[shard].row(index - self._starts[shard]))
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
+
+    @property
+    def sha256(self) -> str:
+        """Of what the cache was made of. Raises CacheError where the manifest does not say it."""
+        try:
+            return str(self._index["source"]["sha256"])
+        except (KeyError, TypeError):
+            raise self._layout.damaged(self._path) from None
 
     def only(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file beside the shards.

@@ -14,8 +14,8 @@ from distill import run
 from distill.config import Cadence, Run, Stop
 from distill.errors import RunError
 from distill.files import write_aside
+from distill.run import SPEED
 
-SPEED = "speed.json"
 WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds
 

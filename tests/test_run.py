@@ -19,10 +19,18 @@ from distill import checkpoint
 from distill.cli import main
 from distill.cli.stopping import asked_to_stop, stopped
 from distill.config import load_config
-from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, RunError, SizeError
+from distill.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    OutputError,
+    RunError,
+    SizeError,
+)
 from distill.files import aside, flush, write_aside
 from distill.pipeline import OneStepPipeline
-from distill.run import export, prepare
+from distill.run import embed, export, prepare
 from distill.runs import read_clock, read_run
 from distill.trainer import accelerator_for
 
@@ -543,3 +551,56 @@ def test_seconds_are_a_budget_and_a_method_takes_the_presets_place(teacher, prom
     assert run.budget == run.images == max(1, int(speed / 8)) * 8
     assert run.state == "finished"
     assert not (tmp_path / ".speed").exists()
+
+
+def test_a_run_takes_a_cache_of_prompts_that_others_share(teacher, prompts, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    assert invoke("embed", str(teacher), str(prompts), "--out", str(cache), "--device", "cpu").exit_code == 0
+    done = invoke(*command(teacher, cache, out, "images=16", "cadence.sample=16"))
+    assert done.exit_code == 0, done.output
+    assert not (out / "embeddings").exists()
+    assert (out / "samples" / "000000000016.png").exists()
+    assert json.loads((out / "student" / "onestep.json").read_text())["prompts"] == {"source": "cache", "count": 5}
+
+    shutil.rmtree(cache)  # another one in its place
+    other = tmp_path / "other.txt"
+    other.write_text("a red circle\n")
+    assert invoke("embed", str(teacher), str(other), "--out", str(cache), "--device", "cpu").exit_code == 0
+    refused = invoke(*command(teacher, cache, out, "images=32"))
+    assert isinstance(refused.exception, CheckpointError)
+    assert "has learnt from other prompts than its cache holds now" in str(refused.exception)
+
+
+def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_path):
+    source, out = tmp_path / "prompts.txt", tmp_path / "run"
+    source.write_text(prompts.read_text())
+    assert invoke(*command(teacher, source, out, "images=16")).exit_code == 0
+    kept = (out / "embeddings" / "embeddings.json").read_bytes()
+    source.write_text(prompts.read_text().replace("blue", "red"))
+    for images in (16, 32):
+        refused = invoke(*command(teacher, source, out, f"images={images}"))
+        assert isinstance(refused.exception, CacheError)
+        assert "embeddings was made of other prompts than the source holds now" in str(refused.exception)
+    assert (out / "embeddings" / "embeddings.json").read_bytes() == kept
+    shutil.rmtree(out / "embeddings")
+    refused = invoke(*command(teacher, source, out, "images=32"))  # what was learnt is bound to the old ones
+    assert "has learnt from other prompts" in str(refused.exception)
+
+
+def test_a_run_that_has_only_encoded_takes_another_configuration(teacher, prompts, tmp_path):
+    out = tmp_path / "run"
+    first, second = (
+        load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *more])
+        for more in ((), ("optimizer.student_rate=3e-5", "method.alpha=0.5"))
+    )
+    prepare(first, out)
+    list(embed(first, out, torch.device("cpu")))
+    (out / "speed.json").write_text('{"images_per_second": 1.0}')
+    prepare(first, out)
+    assert (out / "speed.json").exists()
+    prepare(second, out)
+    assert not (out / "speed.json").exists()
+    assert list(embed(second, out, torch.device("cpu"))) == []
+    checkpoint.save(out / "checkpoints" / checkpoint.state_name(8), {"x": torch.zeros(1)}, {"images": 8})
+    with pytest.raises(CheckpointError, match="optimizer"):
+        prepare(first, out)
