@@ -38,11 +38,13 @@ class RealImages(Settings):
     """Where real images with captions come from, for methods that learn from them too.
 
     `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `count`.
+    `column` names the captions' key in JSON, where it is not `prompt`, `caption` or `text`.
     """
 
     source: str
     count: _Count | None = None
     seed: Seed = 0  # of scenes
+    column: str | None = None
 
 
 class _Networks(Settings):

@@ -150,7 +150,7 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
     real = config.real
     if real is None or (folder := _images_folder(real, out)) == Path(real.source):
         return
-    examples = read_examples(real.source, real.count, real.seed)
+    examples = read_examples(real.source, real.count, real.seed, real.column)
     if (folder / real_images.MANIFEST).exists():
         check_examples(teacher_folder(config), examples, folder)
     else:

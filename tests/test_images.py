@@ -18,7 +18,7 @@ from distill import checkpoint
 from distill.config import load_config
 from distill.embed import text_dtype
 from distill.errors import CacheError, ConfigError, ImageError
-from distill.images import EncodedImages, ImageCache, encode_examples, read_examples
+from distill.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.scenes.vae import to_pixels
 from distill.teacher import encode_images, load_vae
 from distill.text import SD3TextEncoder
@@ -60,6 +60,20 @@ def shards_folder(folder: Path) -> None:
                     member = tarfile.TarInfo(f"deep/{i:03d}.{suffix}")
                     member.size = len(data)
                     shard.addfile(member, io.BytesIO(data))
+
+
+def tar(path: Path, files: list[tuple[str, bytes | str]]) -> Path:
+    """A shard of files in this order; text is a link to another one."""
+    with tarfile.open(path, "w") as shard:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                member.type, member.linkname = tarfile.LNKTYPE, data
+                shard.addfile(member)
+            else:
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    return path
 
 
 def last(teacher: Path, source: Path | str, out: Path, **options: int) -> EncodedImages:
@@ -109,6 +123,96 @@ def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
     third = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([2])).x_0
     away = encode_images(load_vae(teacher), to_pixels(np.asarray(expected[2])[None, ::-1].copy()))
     assert (third - latents[2:]).abs().mean() < 0.2 * (third - away).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("names", "captions", "passed", "unused"),
+    [
+        (["2.0 a.png", "2.0 a.txt", "2.0 b.png", "2.0 b.txt"], ["2.0 a.txt", "2.0 b.txt"], [], []),
+        (["0.png", "0.mask.png", "0.txt"], ["0.txt"], [], ["0.mask.png"]),
+        (["0.thumb.png", "0.png", "0.cls", "0.txt", "LICENSE"], ["0.txt"], [], ["0.thumb.png", "LICENSE"]),
+        (["0.png", "0.txt", "0.seg.png", "0.seg.txt"], ["0.txt", "0.seg.txt"], [], []),
+        (["a/0.png", "b/0.txt", "b/0.png", "a/0.txt"], ["a/0.txt", "b/0.txt"], [], []),
+        (["1.txt", "0.png", "0.txt", "1.png"], ["1.txt", "0.txt"], [], []),
+        (["0.PNG", "0.TXT"], ["0.TXT"], [], []),
+        (["0.png", "0.jpg", "0.txt", "1.png", "1.txt"], ["1.txt"], ["0"], []),
+        (["0.png", "0.txt", "0.png", "1.png", "1.txt"], ["1.txt"], ["0"], []),
+        (["0.png", "0.txt", "0.txt", "1.png", "1.txt"], ["1.txt"], ["0"], []),
+        (["0.avif", "0.txt", "1.png", "1.txt", "2.png"], ["1.txt"], ["0", "2"], []),
+        (["._0.png", "0.png", "._0.txt", "0.txt"], ["0.txt"], [], ["._0.png", "._0.txt"]),
+        (["0.png", "0.txt", "1.png -> 0.png", "1.txt -> 0.txt"], ["0.txt"], [], ["1.png", "1.txt"]),
+    ],
+)
+def test_a_sample_of_a_shard_is_an_image_and_a_caption_of_one_name(names, captions, passed, unused, teacher, tmp_path):
+    """Captions are the names of their files; whatever is not encoded is named."""
+    files = []
+    for name, _, target in (each.partition(" -> ") for each in names):
+        data = png(picture(0)) if name.lower().endswith((".png", ".jpg")) else name.encode()
+        files.append((name, target or data))
+    shard = tar(tmp_path / "part.tar", files)
+    found = last(teacher, shard, tmp_path / "cache")
+    assert (found.images, found.skipped, found.unused) == (len(captions), len(passed), len(unused))
+    rows, skipped = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in (tmp_path / "cache" / "images.jsonl", tmp_path / "cache" / "skipped.jsonl")
+    )
+    assert [row["caption"] for row in rows] == captions
+    assert sorted(line["name"] for line in skipped) == sorted(f"part.tar/{name}" for name in (*passed, *unused))
+
+
+@pytest.mark.parametrize(
+    ("entry", "caption", "fault"),
+    [
+        ({"text": 3}, "", "holds a number as 'text', not text"),
+        ({"caption": [["a"]]}, "", "holds a list as 'caption', not text"),
+        ({"caption": ["a", "b"]}, "a", ""),
+        ({"Text": "a"}, "a", ""),
+        ({"prompt": None, "text": "a"}, "a", ""),
+        ({"text": ""}, "", ""),
+        ({"text": None}, "", "it has no caption"),
+        ({"words": "a"}, "", "has no column prompt or caption or text, only file_name, words"),
+        ({"text": "\ud83d"}, "", "half of a character"),
+    ],
+)
+def test_a_caption_is_text_or_its_fault_is_named(entry, caption, fault, tmp_path):
+    (tmp_path / "0.png").write_bytes(png(picture(0)))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png"} | entry))
+    (example,) = read_examples(str(tmp_path))
+    assert example.caption == caption
+    assert fault in example.fault
+    assert bool(fault) == bool(example.fault)
+    if "words" in entry:
+        (example,) = read_examples(str(tmp_path), column="words")
+        assert example.caption == "a"
+
+
+def test_texts_without_an_image_are_named_and_hidden_files_are_not_read(teacher, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    captioned_folder(source)
+    (source / "._0.png").write_bytes(b"what macOS leaves")
+    (source / "2.5 b.JPG").write_bytes(png(picture(0)))
+    (source / "2.5 b.TXT").write_text("a circle")
+    (source / "3.bmp").write_bytes(b"BM")
+    (source / "3.txt").write_text("a circle")
+    assert last(teacher, source, tmp_path / "cache") == EncodedImages(4, 1, 0)
+    assert '"name": "3.txt"' in (tmp_path / "cache" / "skipped.jsonl").read_text()
+
+
+@pytest.mark.parametrize("write", [captioned_folder, listed_folder, shards_folder])
+def test_images_that_were_changed_in_place_are_known(write, teacher, tmp_path):
+    """Also where another image has the name and the size of the one before."""
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source)
+    last(teacher, source, tmp_path / "cache")
+    check_examples(teacher, read_examples(str(source)), tmp_path / "cache")
+    path = next(path for path in sorted(source.iterdir()) if path.suffix in (".png", ".tar"))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheError, match="made of other images than the source holds now"):
+        check_examples(teacher, read_examples(str(source)), tmp_path / "cache")
 
 
 def test_what_cannot_be_used_is_named_and_passed_over(teacher, tmp_path):

@@ -55,6 +55,10 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1, max=MOST)] = None,
     seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0, max=LAST_SEED)] = 0,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Key of the captions in JSON; the first of prompt, caption and text if not given."),
+    ] = None,
     shard_rows: Annotated[int, typer.Option(help="Images of one file at most; it stays under 1 GiB.", min=1)] = 4096,
     device: Device = "auto",
 ) -> None:
@@ -72,13 +76,15 @@ def encode(
     encoded = None
     where = resolve_device(device)
     with claimed(out), image_bar("images", count) as bar:
-        for encoded in encode_examples(teacher, read_examples(images, count, seed), out, where, shard_rows):
+        for encoded in encode_examples(teacher, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
     assert encoded is not None  # a source without images is an error
     if encoded.truncated:
         typer.echo(f"{encoded.truncated} captions are over the token limit; the model sees their beginnings.")
     if encoded.skipped:
         typer.echo(f"{encoded.skipped} images could not be used; {out / SKIPPED} names them.")
+    if encoded.unused:
+        typer.echo(f"{encoded.unused} files of shards belong to no image; {out / SKIPPED} names them.")
     typer.echo(f"The latents of {encoded.images} images are in {out}; real.source={out} in a run takes them.")
 
 

@@ -6,31 +6,35 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from distill.errors import ScorerError
+from distill.srgb import to_srgb
 
 KINDS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def find_images(folder: Path) -> list[Path]:
     """Image files in a folder and below it, but for grids. Raises ScorerError when there are not two."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS and path.stem != "grid")
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in KINDS and not path.name.startswith("."))
+    found = sorted(path for path in files if path.stem != "grid")
     if len(found) < 2:
         raise ScorerError(f"{folder} holds {len(found)} images; give a folder of at least two PNG, JPEG or WebP files")
     return found
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """An image as RGB (H, W, 3). Raises ScorerError for one that cannot be decoded."""
+    """An image in sRGB (H, W, 3), upright and on white. Raises ScorerError for one that cannot be decoded."""
     with _opened(path) as image:
-        return np.array(image.convert("RGB"))
+        return np.array(to_srgb(image))
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height by the file's header. Raises ScorerError for one that is none."""
+    """Width and height of the upright image, by the file's header. Raises ScorerError for one that is none."""
     with _opened(path) as image:
-        return image.size
+        width, height = image.size
+        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return (height, width) if is_on_its_side else (width, height)
 
 
 def prompt_of(path: Path) -> str:

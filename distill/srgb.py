@@ -1,0 +1,67 @@
+"""Decoded images as 8-bit sRGB, upright and on white, whatever their mode, colour profile and orientation."""
+
+from contextlib import suppress
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+
+_LEVELS = {"L;2": 85, "L;4": 17}  # in 8 bits, of a step of 2 or 4 bits
+_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # of pixels, by a profile's colour space
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An RGB image of what a viewer with colour management shows on a white page.
+
+    EXIF decides the orientation, an ICC profile the colours, and 16-bit grey is scaled to 8 bits. A profile that cannot
+    be read, or is of another colour space than the pixels, is ignored, as browsers do.
+    """
+    profile = image.info.get("icc_profile")
+    _scale_clear_colour(image)
+    colours, alpha = _parts(ImageOps.exif_transpose(image))
+    rgb = _managed(colours, profile) if profile else colours.convert("RGB")
+    if alpha is None:
+        return rgb
+    page = Image.new("RGB", rgb.size, "white")
+    page.paste(rgb, mask=alpha)
+    return page
+
+
+def _scale_clear_colour(image: Image.Image) -> None:
+    """Give a PNG's transparent colour the depth of its pixels, which are decoded to 8 bits; Pillow leaves it."""
+    stored = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
+    clear = image.info.get("transparency")
+    if stored in _LEVELS and isinstance(clear, int):
+        image.info["transparency"] = clear * _LEVELS[stored]
+    elif stored == "RGB;16B" and clear is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours in L, RGB or CMYK, and opacity, if the image is transparent anywhere."""
+    if image.mode.startswith("I"):  # 16-bit grey
+        values = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
+        clear = image.info.get("transparency")
+        return grey, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("LA" if is_grey else "RGBA")
+        alpha = image.getchannel("A")
+        return image.convert("L" if is_grey else "RGB"), alpha
+    return image if image.mode == "CMYK" else image.convert("L" if is_grey else "RGB"), None
+
+
+def _managed(colours: Image.Image, profile: bytes) -> Image.Image:
+    """RGB by the profile that the colours are meant in."""
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = _MODES.get(source.profile.xcolor_space.strip())
+        if colours.mode == "L" and mode == "RGB":
+            colours = colours.convert("RGB")
+        if colours.mode == mode:
+            converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            assert converted is not None  # not in place
+            return converted
+    return colours.convert("RGB")
