@@ -13,7 +13,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4")
     try:
-        value = yaml.safe_load(text) if text else text
+        value = text if text in ("", "-") else yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"--set {override}: the value is not YAML; put quotes round a text") from None
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string

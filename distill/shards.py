@@ -255,8 +255,8 @@ def check_source(folder: Path, layout: Layout, source: Source) -> None:
     source.skip(sys.maxsize)
     if index["source"] != {"read": source.read, "sha256": source.sha256}:
         raise CacheError(
-            f"{folder} was made of other {layout.source} than the source holds now; restore the source, give another "
-            f"--out, or remove {folder} to {layout.verb} again"
+            f"{folder} was made of other {layout.source} than the source holds now; restore the source, or give "
+            f"another --out; a run that has no checkpoint yet goes on once {folder} is removed"
         )
 
 

@@ -25,6 +25,7 @@ def test_overrides_reach_nested_keys():
     assert config.method.alpha == 0.5
     assert config.images == 640
     assert config.networks == Lora(rank=8)
+    assert load_config("scenes", ["prompts.source=-"]).prompts.source == "-"  # YAML reads a list in it
 
 
 @pytest.mark.parametrize(
