@@ -96,8 +96,11 @@ def create_app(
             app.state.batches = Batches(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
+        retrying = asyncio.create_task(state.roster.retry(engine, settings.students))
         sweeping = asyncio.create_task(_sweep(state, max(60, settings.artefact_seconds / 10)))
         yield {"metrics": metrics}  # for the protocol, which refuses what never reaches the app
+        retrying.cancel()
+        await asyncio.wait([retrying])
         if jobs:
             await jobs.students.stop()
             await asyncio.to_thread(jobs.stop)

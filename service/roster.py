@@ -3,9 +3,9 @@
 A JSON file in the data folder, with names of folders of the `students` setting and never paths.
 """
 
-import contextlib
+import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,8 @@ from service.files import aside
 
 log = logging.getLogger(__name__)
 
+FIRST_PAUSE = 5.0  # seconds before what could not be loaded is tried again; doubled each time
+LONGEST_PAUSE = 600.0
 STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"  # by which their folders are known
 
 
@@ -43,11 +45,12 @@ class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Roster:
-    """The file. Its methods block but for `restore`; servers that share a data folder share it."""
+    """The file. Its methods block, except `restore` and `retry`; servers that share a data folder share it."""
 
     def __init__(self, data: Path | None) -> None:
         """In a data folder; None keeps nothing. Raises StartError for a file that is none of ours."""
         self._path = data / "models.json" if data else None
+        self._failed: Sequence[Student | Adapter] = ()
         self.read()
 
     def read(self) -> Loaded:
@@ -83,21 +86,35 @@ class Roster:
         self._change(change)
 
     async def restore(self, engine: Engine, students: Path | None) -> None:
-        """Load all of it; what cannot be is told in the log, and tried again at the next start."""
+        """Load all of it; what cannot be loaded is logged, and left to `retry`."""
         loaded = self.read()
-        for student in loaded.students:
-            with self._told(student.name):
-                await engine.load(find(students, student.folder, STUDENT), student.name)
-        for adapter in loaded.adapters:
-            with self._told(adapter.name):
-                await engine.load_adapter(adapter.model, find(students, adapter.folder, ADAPTER), adapter.name)
+        everything: list[Student | Adapter] = [*loaded.students, *loaded.adapters]
+        self._failed = [each for each in everything if not await self._load(engine, students, each)]
 
-    @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    async def retry(self, engine: Engine, students: Path | None, pause: float = FIRST_PAUSE) -> None:
+        """Load what could not be restored, after ever longer pauses, unless it was loaded or unloaded meanwhile."""
+        while self._failed:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            loaded = await asyncio.to_thread(self.read)
+            wanted = [each for each in self._failed if each in (*loaded.students, *loaded.adapters)]
+            missing = [each for each in wanted if not _is_loaded(engine, each)]
+            self._failed = [each for each in missing if not await self._load(engine, students, each)]
+
+    async def _load(self, engine: Engine, students: Path | None, wanted: Student | Adapter) -> bool:
+        """Load a student or an adapter; returns whether it could be."""
         try:
-            yield
+            match wanted:
+                case Student():
+                    folder = await asyncio.to_thread(find, students, wanted.folder, STUDENT)
+                    await engine.load(folder, wanted.name)
+                case Adapter():
+                    folder = await asyncio.to_thread(find, students, wanted.folder, ADAPTER)
+                    await engine.load_adapter(wanted.model, folder, wanted.name)
         except ServiceError as error:
-            log.error("%s of %s was loaded before and cannot be now: %s", name, self._path, error)
+            log.error("%s of %s was loaded before and cannot be now: %s", wanted.name, self._path, error)
+            return False
+        return True
 
     def _change(self, change: Callable[[Loaded], Loaded]) -> None:
         if self._path is None:
@@ -108,6 +125,11 @@ class Roster:
             if new != now:
                 with aside(self._path) as file:
                     file.write(msgspec.json.format(msgspec.json.encode(new), indent=1))
+
+
+def _is_loaded(engine: Engine, wanted: Student | Adapter) -> bool:
+    model = engine.cards.get(wanted.name if isinstance(wanted, Student) else wanted.model)
+    return model is not None and (isinstance(wanted, Student) or wanted.name in model.adapters)
 
 
 def find(students: Path | None, name: str, file: str) -> Path:

@@ -16,12 +16,11 @@ from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
 from service.jobs.progress import Level, tell
 from service.jobs.tables import Job
+from service.roster import FIRST_PAUSE, LONGEST_PAUSE
 
 log = logging.getLogger(__name__)
 
 PERIOD = 2.0  # seconds after which the student of another server's job is served here too
-FIRST_PAUSE = 5.0  # seconds before a student that could not be loaded is tried again; doubled each time
-LONGEST_PAUSE = 600.0
 
 
 class _Failure(NamedTuple):

@@ -1,13 +1,16 @@
 """What an administrator loaded comes back when the server starts again, and nothing that was unloaded does."""
 
+import asyncio
 import json
 
 import httpx
 import pytest
+from engines import run
 from running import serving
 
 from service.app import create_app
 from service.engine.backend import Simulator
+from service.engine.engine import Engine
 from service.engine.launch import local
 from service.errors import StartError
 from service.roster import Adapter, Loaded, Roster, Student
@@ -42,6 +45,25 @@ def test_models_and_adapters_come_back(students, tmp_path):
     with started() as url:
         loaded = httpx.get(f"{url}/v1/admin/models").json()["data"]
         assert {model["id"]: model["adapters"] for model in loaded} == {"simulator": ["c"], "first": ["b"]}
+
+
+def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
+    roster = Roster(tmp_path)
+    for name in ("late", "unloaded", "one"):
+        roster.add(Student(name, name))
+    roster.add(Adapter("late", "style", "a"))
+
+    async def test(engine: Engine) -> None:
+        await roster.restore(engine, students)
+        assert [*engine.cards] == ["simulator", "one"]
+        trying = asyncio.create_task(roster.retry(engine, students, pause=0.01))
+        roster.remove("unloaded")
+        (students / "one").rename(students / "late")
+        await trying
+        assert [*engine.cards] == ["simulator", "one", "late"]
+        assert [*engine.cards["late"].adapters] == ["a"]
+
+    run(local(Simulator(0, 0)), test)
 
 
 def test_a_folder_that_is_gone_is_told_and_kept_for_the_next_start(students, tmp_path, caplog):
