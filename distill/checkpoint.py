@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,6 +27,7 @@ from distill.runs import images_of
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -94,6 +95,20 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
     if (name := not_finite(tensors)) is not None:
         raise _unreadable(folder, f"{start}{name} is not finite")
     return tensors, load_record(folder)
+
+
+def shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `pack` put under a part, by name. Raises CheckpointError when they cannot be read."""
+    try:
+        return unpack(part, shapes_in(folder / _TENSORS))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by name. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
 
 def load_record(folder: Path) -> dict[str, Any]:
@@ -185,8 +200,8 @@ def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `pack` put under `prefix/`."""
+def unpack(prefix: str, tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """What `pack` put under `prefix/`, or of it."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 

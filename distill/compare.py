@@ -125,6 +125,7 @@ def is_finished(variant: Variant, out: Path) -> bool:
             f"{folder} has seen {found.images} images, more than the {config.images} of this comparison; "
             "give them all as many, or another --out"
         )
+    run.check_teacher(folder, read_spec(run.teacher_folder(config)))
     return (
         run.read_config(folder).identity() == config.identity()
         and found.state == "finished"

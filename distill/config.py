@@ -2,12 +2,13 @@
 
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from distill import methods
 from distill.errors import CheckpointError, ConfigError
@@ -17,6 +18,7 @@ from distill.settings import Settings
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups that come in kinds, and the key that names the kind
 _Positive = Annotated[float, Field(gt=0)]
+_Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for the home folder, or a name of ours
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -28,7 +30,7 @@ class Prompts(Settings):
     `column` names the column of the prompts, where it is not `prompt`, `caption` or `text`.
     """
 
-    source: str = "scenes"
+    source: _Place = "scenes"
     column: str | None = None
     count: _Count = 20_000
     seed: Seed = 0
@@ -41,7 +43,7 @@ class RealImages(Settings):
     `column` names the captions' key in JSON, where it is not `prompt`, `caption` or `text`.
     """
 
-    source: str
+    source: _Place
     count: _Count | None = None
     seed: Seed = 0  # of scenes
     column: str | None = None
@@ -117,8 +119,9 @@ class Stop(Settings):
 class Run(Settings):
     """Everything that a run depends on."""
 
-    teacher: str = "scenes"
-    start: Path | None = None  # run (its newest checkpoint) or student to start from; none is the teacher
+    teacher: _Place = "scenes"
+    # Run (its newest checkpoint) or student to start from; none is the teacher.
+    start: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     prompts: Prompts = Prompts()
     real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
@@ -184,9 +187,12 @@ class Run(Settings):
         return {**plain, "method": self.method.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues it: all but budget, cadence and trackers, flat."""
+        """What a checkpoint must share with the run that continues it: all but budget, cadence and trackers, flat.
+
+        The teacher, which may have been moved, is known by its digest elsewhere.
+        """
         plain = self.as_dict()
-        for free in ("cadence", "images", "micro_batch", "stop", "trackers"):
+        for free in ("cadence", "images", "micro_batch", "stop", "teacher", "trackers"):
             plain.pop(free)
         for free in _Networks.model_fields:
             plain["networks"].pop(free)

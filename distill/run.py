@@ -23,7 +23,7 @@ from distill.alarms import Alarms
 from distill.config import Lora, RealImages, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
-from distill.errors import CheckpointError, ConfigError, OutputError, RunError
+from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
 from distill.evaluate.compare import SHIPPED_TEACHER
 from distill.evaluate.judge import Generate, Images, Questions, judge
 from distill.evaluate.picture import labelled_grid, save_png
@@ -37,6 +37,7 @@ from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, holds_studen
 from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
+from distill.start import check_start
 from distill.teacher import decode_in_parts, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
@@ -55,7 +56,20 @@ def teacher_folder(config: Run) -> Path:
 
 
 def prepare(config: Run, out: Path) -> TeacherSpec:
-    """Check the teacher and write the resolved configuration, before anything is computed.
+    """Write the resolved configuration, before anything is computed. Raises what `check_run` raises."""
+    spec = check_run(config, out)
+    kept = out / "config.yaml"
+    if kept.exists():
+        before = read_config(out)
+        if (before.teacher, before.identity()) != (config.teacher, config.identity()):
+            (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    return spec
+
+
+def check_run(config: Run, out: Path) -> TeacherSpec:
+    """Check teacher, start, sources and the run folder; nothing is written.
 
     Raises TeacherError, SizeError, ConfigError for a patience that nothing can end, CheckpointError when `out` holds a
     run of another configuration, or OutputError when it holds files of no run that a run would replace.
@@ -68,16 +82,44 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
         before = read_config(out)
         if has_learnt(out):
             config.check_same(before.identity(), kept)
-        elif before.identity() != config.identity():
-            (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
+            check_teacher(out, spec)
     else:
         for name in _OWN:
             if (out / name).exists():
                 raise OutputError(f"{out} holds {name}, but no config.yaml of a run; give another --out")
     check_place(out / "student", spec.folder)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    if not has_learnt(out):
+        check_start(config, spec)
+        _check_sources(config)
     return spec
+
+
+def check_teacher(out: Path, spec: TeacherSpec) -> None:
+    """Raise CheckpointError when the run in `out` has learnt from another teacher, wherever that one is."""
+    path = out / SOURCES
+    try:
+        kept = json.loads(path.read_text())["teacher"] if path.exists() else spec.digest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
+    if kept != spec.digest:
+        raise CheckpointError(
+            f"{out} has learnt from another teacher than {spec.folder}; give that one, at its place of now, or another "
+            "--out"
+        )
+
+
+def _check_sources(config: Run) -> None:
+    """Read the first prompt and real image of files, so that a wrong name is found before anything is made."""
+    prompts, real = config.prompts, config.real
+    if _may_be_read_twice(prompts.source):
+        next(iter(read_prompts(prompts.source, prompts.count, prompts.seed, prompts.column)), None)
+    if real is not None and _may_be_read_twice(real.source):
+        next(iter(read_examples(real.source, real.count, real.seed, real.column)), None)
+
+
+def _may_be_read_twice(source: str) -> bool:
+    """Whether a source is a file, or missing: neither a stream nor a folder."""
+    return source not in ("-", "scenes") and (Path(source).is_file() or not Path(source).exists())
 
 
 def read_config(out: Path) -> Run:
@@ -185,7 +227,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     reals = None
     if config.real is not None:
         reals = ImageCache(_images_folder(config.real, out), folder, config.real.count, machine.device)
-    _hold_to_sources(out, conditions, reals, machine.is_main_process)
+    _hold_to_sources(out, spec, conditions, reals, machine.is_main_process)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
     # looks where a sharded base needs all of them to generate; one writes.
@@ -213,10 +255,13 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
     machine.wait_for_everyone()
 
 
-def _hold_to_sources(out: Path, conditions: EmbeddingCache, reals: ImageCache | None, write: bool) -> None:
+def _hold_to_sources(
+    out: Path, spec: TeacherSpec, conditions: EmbeddingCache, reals: ImageCache | None, write: bool
+) -> None:
     """Record what the run learns from. Raises CheckpointError when it has learnt from something else."""
     path = out / SOURCES
     digests = {"prompts": conditions.sha256, **({"real images": reals.sha256} if reals is not None else {})}
+    digests["teacher"] = spec.digest
     if path.exists() and has_learnt(out):
         kept = json.loads(path.read_text())
         for name, digest in digests.items():
@@ -256,27 +301,38 @@ def export(
     dtype: torch.dtype = torch.float16,
     max_shard_size: str = SHARD_SIZE,
     licence: str | None = None,
+    teacher: Path | None = None,
 ) -> Path:
     """Write the student of a run folder, finished or not, to `student`, or to where the run itself leaves it.
 
     `which` is `best`, the averaged student that judged best, or the last where none was judged; `last`; or a number
-    of images seen, of a checkpoint that is still there. Raises RunError when there is none.
+    of images seen, of a checkpoint that is still there. `teacher` is where the run's teacher is now, if it was moved.
+    Raises RunError when there is no such checkpoint, CheckpointError for another teacher.
     """
     run = read_run(out)
     config = read_config(out)
+    folder = teacher or teacher_folder(config)
+    try:
+        spec = read_spec(folder)
+    except TeacherError as error:
+        if folder.expanduser().exists():
+            raise
+        raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
+    check_teacher(out, spec)
     state = _state(out, which)
     weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
     images = int(state.name)
     judged = next((line for line in run.evaluations if line["images"] == images), {})
     manifest = embeddings_folder(config, out) / MANIFEST
     # A published record needs no paths of this machine.
-    plain, teacher, source = config.as_dict(), Path(config.teacher).name, Path(config.prompts.source).name
+    plain, source = config.as_dict(), Path(config.prompts.source).name
+    name = "scenes" if folder == SHIPPED_TEACHER else spec.name
     if config.real is not None:
         plain["real"]["source"] = Path(config.real.source).name
     if config.start is not None:
         plain["start"] = config.start.name
     recipe = {
-        "name": f"{teacher}-one-step",
+        "name": f"{name}-one-step",
         "method": config.method.name,
         "images_seen": images,
         "prompts": {
@@ -285,10 +341,10 @@ def export(
         },
         **({"sizes": config.sizes} if config.sizes else {}),
         "figures": {name: value for name, value in judged.items() if name != "images"},
-        "config": {**plain, "teacher": teacher, "prompts": {**plain["prompts"], "source": source}},
+        "config": {**plain, "teacher": name, "prompts": {**plain["prompts"], "source": source}},
     }
     return export_student(
-        teacher_folder(config),
+        folder,
         weights,
         student or out / "student",
         recipe,

@@ -7,6 +7,7 @@ student's own weights: what is exported runs in stock diffusers, and E lies besi
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -19,6 +20,7 @@ from distill.errors import TeacherError
 from distill.finite import not_finite
 
 FILE = "second_time.safetensors"
+_T = TypeVar("_T")
 _PREFIX = "time_text_embed.second_time."
 # Radians of the fastest feature over s in [0, 1]; losses differentiate in s, and the 1000 of t would be noise there.
 _FREQUENCY = 10.0
@@ -56,7 +58,7 @@ def add_second_time(transformer: SD3Transformer2DModel) -> dict[str, nn.Paramete
     return {_PREFIX + name: parameter for name, parameter in added.named_parameters()}
 
 
-def split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split(weights: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
     """A student's weights without those of the second time, and those by themselves; none for one time."""
     second = {name: tensor for name, tensor in weights.items() if name.startswith(_PREFIX)}
     return {name: tensor for name, tensor in weights.items() if name not in second}, second

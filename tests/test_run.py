@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import invoke, start, until
 from safetensors.torch import load_file, save_file
+from tiny import make_teacher
 
 from distill import checkpoint
 from distill.cli import main
@@ -23,15 +24,18 @@ from distill.errors import (
     CacheError,
     CheckpointError,
     ConfigError,
+    DistillError,
     DivergedError,
     OutputError,
     RunError,
     SizeError,
+    TeacherError,
 )
 from distill.files import aside, flush, write_aside
 from distill.pipeline import OneStepPipeline
-from distill.run import embed, export, prepare
+from distill.run import check_run, embed, export, prepare, read_config
 from distill.runs import read_clock, read_run
+from distill.spec import read_spec
 from distill.trainer import accelerator_for
 
 ARGUMENTS = (
@@ -484,6 +488,78 @@ def test_a_run_continues_and_exports_without_its_damaged_newest_checkpoint(whole
     assert not (tmp_path / "student").exists()
     assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert_same_end(out, undisturbed)
+
+
+@pytest.mark.parametrize("form", ["{}/", "./{}", "{}/../{}", "~/{}", "moved"])
+def test_a_teacher_is_known_by_its_files_wherever_it_is(form, whole, teacher, prompts, tmp_path, monkeypatch):
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    copy = shutil.copytree(teacher, tmp_path / ("elsewhere" if form == "moved" else teacher.name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = copy.name if form == "moved" else form.format(copy.name, copy.name)
+    again = command(teacher, prompts, out, f"networks.kind={kind}", f"teacher={place}", "images=96")
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    done = invoke(*again)
+    assert done.exit_code == 0, done.output
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before  # the run is finished
+    record = json.loads((export(out, tmp_path / "exported") / "onestep.json").read_text())
+    assert record["name"] == f"{copy.name}-one-step"
+    assert record["teacher_digest"] == read_spec(teacher).digest
+
+
+def test_an_export_takes_the_teacher_s_new_place_and_no_other_teacher(whole, teacher, tmp_path):
+    _, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(teacher), str(tmp_path / "gone")))
+    with pytest.raises(TeacherError, match="name its new place with --teacher"):
+        export(out, tmp_path / "student")
+    done = invoke("export", str(out), "--out", str(tmp_path / "student"), "--teacher", str(teacher))
+    assert done.exit_code == 0, done.output
+    other = make_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="has learnt from another teacher"):
+        export(out, tmp_path / "another", teacher=other)
+    with pytest.raises(CheckpointError, match="has learnt from another teacher"):
+        prepare(read_config(out).model_copy(update={"teacher": str(other)}), out)
+    assert not (tmp_path / "another").exists()
+
+
+def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teacher, prompts, tmp_path):
+    kind, begun = whole
+    full = "networks.kind=full"
+    lora = ("networks.kind=lora", "networks.rank=64")
+    fits = {"full": [full], "lora": lora}[kind]
+    starts = [
+        ((f"start={tmp_path / 'nowhere'}", *fits), "has no checkpoint"),
+        ((f"start={begun}", *{"full": lora, "lora": [full]}[kind]), "has other weights"),
+        ((f"start={begun}", *fits, 'method={"name": "flow_map"}'), "has other weights"),
+        ((f"start={begun / 'student'}", *lora), "only full copies start from"),
+        ((f"start={teacher}", *fits, f"prompts.source={tmp_path / 'nothing.txt'}"), "nothing.txt|only full copies"),
+        ((f"teacher={make_teacher(tmp_path / 'wide', sample_size=12)}", f"start={begun}", *fits), None),
+    ]
+    if kind == "lora":
+        starts += [
+            ((f"start={begun}", "networks.kind=lora", "networks.rank=8"), "has other weights"),
+            ((f"start={begun}", *lora, "networks.alpha=8"), "networks.alpha 64"),
+            ((f"start={begun}", *lora, "networks.targets=[to_q]"), "has other weights"),
+        ]
+    for number, (words, message) in enumerate(starts):
+        config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *words])
+        out = tmp_path / f"run-{number}"
+        if message is None:
+            check_run(config, out)
+            continue
+        with pytest.raises(DistillError, match=message):
+            check_run(config, out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("typo", ["teacher=nowhere", "start=nowhere", "prompts.source=nowhere.txt"])
+def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = invoke(*command(teacher, prompts, tmp_path / "run", typo))
+    assert isinstance(wrong.exception, DistillError)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):

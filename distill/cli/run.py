@@ -59,6 +59,8 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
+    if machine.is_main_process:
+        runs.check_run(config, folder)  # before the folder is made
     with claimed(folder) if machine.is_main_process else nullcontext():
         if machine.is_main_process:
             runs.prepare(config, folder)
@@ -113,6 +115,9 @@ def export(
     licence: Annotated[
         str | None, typer.Option("--license", help="Licence of the card; what the teacher's says if not given.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Where the run's teacher is now; its path in the run if not given.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with stock diffusers; differing is an error.")
     ] = False,
@@ -130,7 +135,7 @@ def export(
     from distill.run import export as export_run
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    folder = export_run(run, out, checkpoint, kind, max_shard_size, licence)
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, licence, teacher)
     seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
     typer.echo(f"The student after {seen} images is in {folder}.")
     if check:
