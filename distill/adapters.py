@@ -53,7 +53,7 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
         with safe_open(path, framework="pt") as file:
             settings = _settings((file.metadata() or {}).get(_METADATA) or config or "{}")
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise TeacherError(f"{path} is missing or damaged: {error}; fetch or export it again") from error
     other = next((name for name in _OTHERS if settings.get(name)), None)
     if other is None and str(settings.get("init_lora_weights")).startswith(_CHANGED_BASE):

@@ -19,7 +19,7 @@ def licence_of(folder: Path) -> dict[str, str]:
         return {}
     try:
         header = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return {}
     return {key: str(header[key]) for key in _LICENCE if key in header} if isinstance(header, dict) else {}
 

@@ -90,7 +90,7 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(folder / _TENSORS, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118, it is no mapping
             tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise _unreadable(folder, error) from error
     if (name := not_finite(tensors)) is not None:
         raise _unreadable(folder, f"{start}{name} is not finite")
@@ -115,7 +115,7 @@ def load_record(folder: Path) -> dict[str, Any]:
     """The record of a state alone, whatever its tensors weigh. Raises CheckpointError when it cannot be read."""
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(folder, error) from error
     return record
 
@@ -151,7 +151,7 @@ def latest(folder: Path) -> Path | None:
         try:
             _check(path)
             return path
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             _log.warning("%s cannot be read (%s); the one before it is taken", path, error)
     return None
 

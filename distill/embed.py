@@ -128,7 +128,7 @@ def cached_prompts(folder: Path, count: int) -> list[str]:
     try:
         with (folder / TEXTS).open("rb") as lines:
             return [str(json.loads(line)) for line in islice(lines, count)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{folder / TEXTS} cannot be read ({error}); remove {folder} and embed again") from None
 
 

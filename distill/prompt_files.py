@@ -269,7 +269,7 @@ def _saved_dataset(folder: Path, column: str | None) -> Iterator[str]:
 
     try:
         files = [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PromptError(f"{folder}/state.json is damaged ({error!r}); save the data set again") from None
     for path in files:
         try:

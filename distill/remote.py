@@ -121,7 +121,7 @@ class Server:
             if answer.is_success:
                 return dict(body)
             said = f"{body['error']['message']} ({answer.status_code})"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             said = f"an answer of status {answer.status_code} that is none of this service's; is it the right address?"
         kind = AwayError if answer.status_code in AWAY else RemoteError
         raise kind(f"{self._url} says: {said}")

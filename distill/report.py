@@ -200,7 +200,7 @@ def _comparison(path: Path) -> str:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         flat = {who: dict(_flat(found[who])) for who in ("teacher", "student")}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is not what `distill evaluate --json` prints; write it anew or remove it") from error
     lines = []
     for name in flat["teacher"]:

@@ -359,7 +359,7 @@ def _prompts_of(manifest: Path) -> int | None:
     """How many prompts a cache holds; None where that cannot be read."""
     try:
         return int(json.loads(manifest.read_text())["prompts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

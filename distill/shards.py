@@ -377,7 +377,7 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
     """
     try:
         index = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise layout.damaged(path) from None
     if not isinstance(index, dict):
         raise layout.damaged(path)

@@ -185,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise TeacherError(f"{path} cannot be read as JSON ({error}); fetch or export the folder again") from None
     if not isinstance(value, dict):
         raise TeacherError(f"{path} does not hold a JSON object; fetch or export the folder again")
@@ -340,7 +340,7 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
                 identity.update(file.read(min(_SAMPLED_BYTES, end - begin)))
     except FileNotFoundError:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
-    except (struct.error, ValueError, KeyError, MemoryError) as error:
+    except (struct.error, ValueError, KeyError, MemoryError, RecursionError) as error:
         raise TeacherError(f"{path} is not a whole safetensors file ({error}); fetch or export it again") from None
     return sum(_product(entry["shape"]) for entry in tensors)
 

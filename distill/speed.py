@@ -36,7 +36,7 @@ def _read_speed(path: Path) -> float:
     """Images a second that were measured before. Raises RunError for a file that holds no speed."""
     try:
         speed = float(json.loads(path.read_text())["images_per_second"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         speed = 0
     if not 0 < speed < math.inf:
         raise RunError(f"{path} holds no speed; remove it, and the run is measured again")

@@ -1,5 +1,6 @@
 """Whatever goes wrong in a request, as an OpenAI error object."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ def _longest_number(body: bytes, digits: int) -> str | None:
     def note(pairs: list[tuple[str, object]]) -> None:
         names.extend(excerpt(name) for name, value in pairs if value is too_long)
 
-    json.loads(body, parse_int=lambda text: too_long if len(text) > digits else 0, object_pairs_hook=note)
+    with contextlib.suppress(ValueError, RecursionError):  # of what follows the number
+        json.loads(body, parse_int=lambda text: too_long if len(text) > digits else 0, object_pairs_hook=note)
     return names[0] if names else None
 
 

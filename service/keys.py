@@ -145,7 +145,7 @@ class KeyFile:
             for key in keys:
                 if key.digest == _digest(""):
                     raise ValueError(f"the key of {key.owner!r} is empty")
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError, RecursionError) as error:
             message = f"{self._path} is no file of API keys ({error}); make one with `fgm-service keys create`"
             raise StartError(message) from None
         return keys

@@ -62,7 +62,7 @@ class Server:
             reason = said["error"]["message"]
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise StartError(f"{self._url} does not answer ({error}); is a server there? --url names another") from None
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise StartError(f"{self._url} answers, but not as this server does; --url names another") from None
         hint = "; --key names a key of the scope admin" if answer.status_code in (401, 403) else ""
         raise StartError(f"{self._url} refuses: {reason}{hint}")

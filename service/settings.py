@@ -269,7 +269,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise StartError(f"the settings file {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise StartError(f"{file} is not UTF-8; save it in that encoding") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise StartError(f"{file} is not TOML: {error}") from None
 
 

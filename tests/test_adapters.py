@@ -120,6 +120,13 @@ def test_an_adapter_that_is_merged_in_another_way_is_refused_by_name(setting, ma
         read_adapter(tmp_path, load_transformer(teacher))
 
 
+def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folder, tmp_path):
+    (tmp_path / FILE).write_bytes((adapter_folder / FILE).read_bytes())
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(TeacherError, match="damaged"):
+        read_adapter(tmp_path, load_transformer(teacher))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -113,6 +113,12 @@ def test_an_index_that_is_not_of_its_files_is_refused(change, cache, teacher):
         EmbeddingCache(cache, teacher)
 
 
+def test_an_index_that_is_nested_without_end_is_refused(cache, teacher):
+    (cache / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
+        EmbeddingCache(cache, teacher)
+
+
 def test_the_lengths_that_rows_were_made_with_are_recorded_and_held_to(teacher_t5, tmp_path):
     list(embed_prompts(teacher_t5, PROMPTS, tmp_path / "cache"))
     path = tmp_path / "cache" / MANIFEST

@@ -244,9 +244,10 @@ def test_sources_that_are_none_are_named(teacher, tmp_path):
         next(read_examples(str(tmp_path / "missing")))
     with pytest.raises(ImageError, match="holds no images"):
         next(read_examples(str(tmp_path)))
-    (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}')
-    with pytest.raises(ImageError, match="line 1 is not a JSON object with a `file_name`"):
-        next(read_examples(str(tmp_path)))
+    for line in ('{"file": "a.png"}', "[" * 100_000):
+        (tmp_path / "metadata.jsonl").write_text(line)
+        with pytest.raises(ImageError, match="line 1 is not a JSON object with a `file_name`"):
+            next(read_examples(str(tmp_path)))
     (tmp_path / "metadata.jsonl").unlink()
     shards_folder(tmp_path)
     shard = tmp_path / "part-0.tar"

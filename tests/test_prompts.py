@@ -132,6 +132,8 @@ def test_the_small_world_is_a_source_that_its_seed_decides() -> None:
         ("a.jsonl", b'{"prompt": [3]}\n', "a.jsonl line 1 holds a number as 'prompt', not text"),
         ("a.jsonl", b'{"prompt": {"a": 1}}\n', "a.jsonl line 1 holds an object as 'prompt', not text"),
         ("a.jsonl", b'"fine"\n{\n', "a.jsonl line 2 is not JSON"),
+        ("a.jsonl", b'"fine"\n' + b"[" * 100_000, "a.jsonl line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt":' * 100_000, "a.jsonl line 1 is not JSON"),
         ("a.jsonl", b"3\n", "a.jsonl line 1 holds no text"),
         ("a.jsonl", b'{"words": "a"}\n', "a.jsonl line 1 has no column"),
         ("a.jsonl", b'"fine"\n"\\ud83d"\n', "a.jsonl line 2 holds a half of a character"),

@@ -420,11 +420,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize(("name", "content"), [("state.safetensors", "cut off"), ("state.json", "[" * 100_000)])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, content):
     folder = tmp_path / "000000000001"
     checkpoint.save(folder, {"x": torch.zeros(1000)}, {"images": 1})
-    with (folder / "state.safetensors").open("r+b") as file:
-        file.truncate(100)
+    (folder / name).write_text(content)
+    assert checkpoint.latest(tmp_path) is None
     with pytest.raises(CheckpointError, match="000000000001"):
         checkpoint.load(folder)
 

@@ -122,6 +122,7 @@ DAMAGE = {
     "is missing": lambda folder: shutil.rmtree(folder / "vae"),
     "model_index.json is missing": lambda folder: (folder / "model_index.json").unlink(),
     "cannot be read as JSON": lambda folder: (folder / "vae" / "config.json").write_text("{"),
+    "cannot be read as JSON .maximum recursion": lambda folder: (folder / "model_index.json").write_text("[" * 100_000),
     "config.json is missing": lambda folder: (folder / "transformer" / "config.json").unlink(),
     "it is truncated": _truncate,
     "not a whole safetensors file": _cut_header,

@@ -108,7 +108,7 @@ def _record(record: Mapping[str, Any], path: Path) -> None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         different = [key for key in record if kept[key] != record[key]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as what made the images beside it; give another --out") from error
     if different:
         raise RunError(

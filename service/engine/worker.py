@@ -275,7 +275,7 @@ def _simulate(order: Load, tuning: Tuning) -> Backend:
     if order.folder is not None:
         try:
             name = str(json.loads((Path(order.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StartError(f"{order.folder} is no student folder: {error}") from None
         simulator.card = replace(simulator.card, name=order.name or name, digest=f"simulator of {order.folder}")
     return simulator

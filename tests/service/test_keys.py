@@ -83,6 +83,7 @@ def contents(key, **other):
         contents(Key.of("t", "a", []), digest="not SHA-256"),
         contents(Key.of("t", "", [])),
         contents(Key.of("", "a", SCOPES)),
+        '{"keys": [], "more": ' + "[" * 100_000,
     ],
 )
 def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):

@@ -256,6 +256,8 @@ UNREADABLE = [
     (b'{"prompt": "a", "lora": {"scale": -%s}}' % (b"9" * 5000), {}, "scale", "4300 digits"),
     (b"[%s]" % (b"9" * 5000), {}, None, "4300 digits"),
     (b"[" * 100_000, {}, None, "nested"),
+    (b'{"seed": %s, "prompt": ' % (b"9" * 5000), {}, None, "4300 digits"),
+    (b'{"seed": %s, "prompt": %s' % (b"9" * 5000, b"[" * 100_000), {}, None, "4300 digits"),
     (b'{"prompt": "a",}', {}, None, "character 15"),
 ]
 

@@ -233,11 +233,12 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
         assert told(client, first)[0] == "The job is cancelled."
         assert len(list(client.models.list())) == 1
 
-        job = submit(client, upload(client, '"a red circle"\n{"caption"'), TINY)
-        error = until(client, job, lambda job: job.status == "failed").error
-        assert (error.code, error.param) == ("invalid_training_file", "training_file")
-        assert error.message.startswith("prompts.jsonl line 2 is not JSON")
-        assert "The job runs." not in told(client, job)
+        for text in ('"a red circle"\n{"caption"', '"a red circle"\n' + "[" * 100_000):
+            job = submit(client, upload(client, text), TINY)
+            error = until(client, job, lambda job: job.status == "failed").error
+            assert (error.code, error.param) == ("invalid_training_file", "training_file")
+            assert error.message.startswith("prompts.jsonl line 2 is not JSON")
+            assert "The job runs." not in told(client, job)
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
