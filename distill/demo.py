@@ -31,11 +31,14 @@ def main() -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the run, as `distill run`'s"
     )
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of distilling; 0 takes the preset's images")
-    parser.add_argument("--per-task", default="16", metavar="N", help="prompts of each task in the evaluation")
-    parser.add_argument("--steps", default="28", metavar="N", help="of the teacher in the evaluation")
+    parser.add_argument("--per-task", type=int, default=16, metavar="N", help="prompts of each task in the evaluation")
+    parser.add_argument("--steps", type=int, default=28, metavar="N", help="of the teacher in the evaluation")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--exit", action="store_true", help="end instead of serving on")
     arguments = parser.parse_args()
+    for name, least, most in (("seconds", 0, 10**8), ("per_task", 1, 10**6), ("steps", 1, 10**4), ("port", 1, 65535)):
+        if not least <= getattr(arguments, name) <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: give a number from {least} to {most}")
     out: Path = arguments.out
     address = f"http://127.0.0.1:{arguments.port}"
     signal.signal(signal.SIGTERM, _leave)
@@ -52,7 +55,8 @@ def main() -> int:
     _distill("run", "demo", "--out", str(out), *budget, *(f"--set={setting}" for setting in arguments.set))
     picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and figures.exists()):
-        evaluation = ("--per-task", arguments.per_task, "--steps", arguments.steps, "--picture", str(picture))
+        asked = ("--per-task", str(arguments.per_task), "--steps", str(arguments.steps))
+        evaluation = (*asked, "--picture", str(picture))
         with aside(figures) as made, made.open("w") as file:
             _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
     print(figures.read_text())

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from commands import until
 from PIL import Image
+
+from distill.demo import main
 
 SMALL = (
     "images=24",
@@ -51,3 +54,13 @@ def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path):
     assert f"the server ended with status 2; is http://127.0.0.1:{port} taken?" in again.stderr
     assert again.returncode == 1
     assert made() == before
+
+
+@pytest.mark.parametrize("wrong", ["--port=70000", "--per-task=0", "--steps=-1", "--seconds=-1", "--per-task=many"])
+def test_wrong_numbers_are_refused_before_anything_is_made(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out"), wrong])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"argument {wrong.partition('=')[0]}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
