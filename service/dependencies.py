@@ -85,11 +85,10 @@ async def owner_of(service: State, token: str, scope: Scope, connection: HTTPCon
     Raises Unavailable while keys cannot be read. Without keys, it is the address of whoever calls; raises Forbidden
     for a page from elsewhere.
     """
-    keys = await service.keys()
     if not service.guarded:
         check_open(connection.headers.get("origin"), connection.headers.get("host", ""), service.settings)
         return connection.client.host if connection.client else "local"
-    key = find(keys, token)
+    key = find(await service.keys(), token)
     if key is None:
         message = "a valid API key is needed, as `Authorization: Bearer KEY`, `api-key: KEY` or `x-api-key: KEY`"
         raise Unauthorized(message, code="invalid_api_key")

@@ -11,6 +11,7 @@ from typing import IO
 
 PRIVATE = 0o600  # for its owner alone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the disk raises when there is no room
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)  # of another user, read-only, broken
 NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system raises that cannot flush folders
 
 

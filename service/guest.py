@@ -86,11 +86,13 @@ class Guests:
         async with contextlib.AsyncExitStack() as loaded:
             if student in self._brought or student not in self._engine.cards:
                 if student not in self._engine.cards:
-                    await self._engine.load(find(self._folder, student, STUDENT), student)
+                    folder = await asyncio.to_thread(find, self._folder, student, STUDENT)
+                    await self._engine.load(folder, student)
                 self._brought[student] += 1
                 loaded.push_async_callback(self._dismiss, student)
             if adapter is not None and adapter not in self._engine.card(student).adapters:
-                await self._engine.load_adapter(student, find(self._folder, adapter, ADAPTER), adapter)
+                folder = await asyncio.to_thread(find, self._folder, adapter, ADAPTER)
+                await self._engine.load_adapter(student, folder, adapter)
                 loaded.push_async_callback(self._drop, student, adapter)
             unload = loaded.pop_all().aclose
         return Guest(unload)

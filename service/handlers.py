@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -24,8 +25,10 @@ from service.errors import (
     excerpt,
     to_openai,
 )
-from service.files import DISK_FULL
+from service.files import DISK_FULL, NOT_WRITABLE
 from service.schemas import ADVICE, HARMLESS
+
+log = logging.getLogger(__name__)
 
 _UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
 
@@ -147,8 +150,11 @@ def _methods(request: Request) -> list[str]:
 
 
 async def _disk(request: Request, error: Exception) -> JSONResponse:
-    """A disk that is full gets room some day; any other failure is one of ours."""
+    """A disk that is full, or not writable, will be mended some day; any other failure is one of ours."""
     assert isinstance(error, OSError)
-    if error.errno not in DISK_FULL:
-        raise error
-    return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))
+    if error.errno in DISK_FULL:
+        return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))
+    if error.errno in NOT_WRITABLE:
+        log.error("the disk cannot be used: %s", error)
+        return respond(Unavailable("the server's disk cannot be used; try again later", code="storage_error"))
+    raise error

@@ -40,18 +40,20 @@ class State:
     tracing: "Tracing | None"
     roster: Roster
     sessions: int = 0  # realtime ones that are open
-    guarded: bool = False  # whether keys are asked for: from the first key on, also when the last one is revoked
 
     def __post_init__(self) -> None:
         given = [key.get_secret_value() for key in self.settings.api_keys]
         self._given = tuple(Key.of(key, f"key-{i}", ("generate", "jobs")) for i, key in enumerate(given))
         self._reader = KeyReader(KeyFile(self.settings.keys_file)) if self.settings.keys_file else None
 
+    @property
+    def guarded(self) -> bool:
+        """Whether keys are asked for: where one is given, or a key file is named, whatever that holds."""
+        return bool(self._given) or self._reader is not None
+
     async def keys(self) -> tuple[Key, ...]:
         """The keys that are let in at this moment. Raises Unavailable where they cannot be read."""
-        keys = self._given + (await self._reader.read() if self._reader else ())
-        self.guarded = self.guarded or bool(keys)
-        return keys
+        return self._given + (await self._reader.read() if self._reader else ())
 
     def card(self, name: str | None) -> Card:
         """The model of that name or alias; the first one when none is named. Raises NotFound."""

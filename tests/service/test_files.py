@@ -82,6 +82,15 @@ def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serv
         writer.execute("ROLLBACK")
 
 
+def test_a_data_folder_that_cannot_be_written_any_more_is_said(serve, connect, tmp_path):
+    client = connect(serve(data=tmp_path))
+    (tmp_path / "files").rmdir()
+    (tmp_path / "files").symlink_to("/sys")  # not even root may make a file there
+    with pytest.raises(openai.InternalServerError) as refused:
+        client.files.create(file=("a.txt", b"a red circle"), purpose="batch")
+    assert (refused.value.status_code, refused.value.code) == (503, "storage_error")
+
+
 def test_without_a_data_folder_nothing_is_kept_and_the_answer_says_so(serve, connect):
     client = connect(serve())
     with pytest.raises(openai.NotFoundError, match="data folder") as none:

@@ -129,6 +129,13 @@ def test_a_request_without_a_credential_is_refused(serve, tmp_path, header):
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
+def test_a_key_file_without_keys_lets_nobody_in(serve, tmp_path):
+    url = serve(keys_file=tmp_path / "keys.json")
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    token = KeyFile(tmp_path / "keys.json").create("ann", SCOPES)
+    assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
+
+
 def test_a_key_needs_a_name(tmp_path):
     with pytest.raises(StartError, match="needs a name"):
         KeyFile(tmp_path / "keys.json").create(" ", ["generate"])
