@@ -100,6 +100,8 @@ def serve(
     server.run()
     if not server.started:
         sys.exit(STARTUP_FAILURE)
+    logging.shutdown()
+    os._exit(0)  # Python itself would wait for every thread, also for one that a store or a disk never answers
 
 
 @app.command()

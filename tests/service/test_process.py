@@ -40,6 +40,40 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
         assert "Traceback" not in log
 
 
+HUNG_STORE = """
+import sys, threading
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+from service.cli import main
+
+class Store(MemoryFileSystem):
+    protocol, store = "hung", {}
+
+    def pipe_file(self, path, value, **options):
+        print("the store is asked", file=sys.stderr, flush=True)
+        threading.Event().wait()
+
+fsspec.register_implementation("hung", Store)
+main()
+"""
+
+
+def test_a_store_that_hangs_keeps_no_server_from_ending():
+    environment = os.environ | {"SERVICE_ARTEFACTS": "hung://images", "SERVICE_DRAIN_SECONDS": "1"}
+    command = [sys.executable, "-c", HUNG_STORE, "serve", "--device", "simulator", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        with ThreadPoolExecutor(1) as pool:
+            body = {"prompt": "a", "response_format": "url"}
+            pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=60)
+            assert any("the store is asked" in line for line in process.stderr)
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+
+
 def test_sigterm_ends_process_1_that_still_starts():
     contained = ["unshare", "--pid", "--fork", "--kill-child"]
     if shutil.which("unshare") is None or subprocess.run([*contained, "true"], check=False).returncode:
