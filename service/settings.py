@@ -123,7 +123,10 @@ def _none(given: object) -> object:
 
 def _state_folder() -> Path:
     """Where programs keep what should outlive them and is no setting, as the XDG base directories have it."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fgm-service"
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fgm-service"
+    except RuntimeError:
+        raise StartError("data: this user has no home folder; name a folder with --data, or `none`") from None
 
 
 class Settings(BaseSettings):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import httpx
 import pytest
@@ -86,6 +87,14 @@ def test_a_byte_order_mark_is_skipped_and_another_encoding_is_named(tmp_path):
     file.write_text("max_batch = 2", encoding="utf-16")
     with pytest.raises(StartError, match="not UTF-8"):
         read_settings({}, file)
+
+
+def test_a_user_without_a_home_is_asked_for_a_data_folder(monkeypatch):
+    for name in ("HOME", "XDG_STATE_HOME", "SERVICE_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2_000_000_000)  # as in a container: no account has this number
+    with pytest.raises(StartError, match="data: this user has no home folder"):
+        read_settings({})
 
 
 def test_a_missing_file_is_named(tmp_path):
