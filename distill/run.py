@@ -199,6 +199,23 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
         yield from encode_examples(teacher_folder(config), examples, folder, device)
 
 
+def check_unchanged(config: Run, out: Path) -> None:
+    """Raise CacheError or CheckpointError when prompts or real images changed since a run encoded or learnt them.
+
+    Nothing is encoded: what has no cache is not checked.
+    """
+    folder, real = teacher_folder(config), config.real
+    if not (embeddings_folder(config, out) / MANIFEST).exists():
+        return
+    if real is not None and not (_images_folder(real, out) / real_images.MANIFEST).exists():
+        return
+    list(embed(config, out, torch.device("cpu")))
+    list(encode(config, out, torch.device("cpu")))
+    reals = None if real is None else ImageCache(_images_folder(real, out), folder)
+    conditions = EmbeddingCache(embeddings_folder(config, out), folder)
+    _hold_to_sources(out, read_spec(folder), conditions, reals, write=False)
+
+
 def _images_folder(real: RealImages, out: Path) -> Path:
     """Where the cache of real images is: `real.source`, if that is one, else in the run."""
     source = Path(real.source)
@@ -267,7 +284,7 @@ def _hold_to_sources(
         for name, digest in digests.items():
             if kept.get(name) != digest:
                 raise CheckpointError(
-                    f"{out} has learnt from other {name} than its cache holds now; restore the source, or give "
+                    f"{out} has learnt from other {name} than it is given now; restore what it was given, or give "
                     "another --out folder"
                 )
     elif write:

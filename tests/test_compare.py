@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ def compare(teacher: Path, prompts: Path, out: Path, *arguments: str) -> dict:
 
 
 def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, prompts, tmp_path) -> None:
+    prompts = shutil.copy(prompts, tmp_path / "prompts.txt")
     found = compare(teacher, prompts, tmp_path, "--images", "8")
     assert {name: (run["images"], run["kept"]) for name, run in found["runs"].items()} == {"fgm": (8, 8), "dmd": (8, 8)}
     assert all(run["seconds"] > 0 for run in found["runs"].values())
@@ -102,6 +104,9 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
     assert compare(teacher, prompts, tmp_path, "--images", "8") == found
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/onestep.json")}
+    prompts.write_text("other prompts\nat the same place\n")
+    refused = invoke(teacher, prompts, tmp_path, "fgm", "dmd", "--images", "8")
+    assert "was made of other prompts than the source holds now" in str(refused.exception)
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:

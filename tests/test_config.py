@@ -26,6 +26,7 @@ def test_overrides_reach_nested_keys():
     assert config.images == 640
     assert config.networks == Lora(rank=8)
     assert load_config("scenes", ["prompts.source=-"]).prompts.source == "-"  # YAML reads a list in it
+    assert load_config("scenes", ['prompts.column="2024"']).prompts.column == "2024"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import ConfigError, OutputError, PromptError, RunError, ScorerError
 from distill.evaluate.clip import Clip
-from distill.evaluate.files import find_images
+from distill.evaluate.files import find_images, read_pixels, size_of
 from distill.evaluate.geneval import read_questions, render
 from distill.evaluate.images import fid
 from distill.evaluate.metrics import cmmd
@@ -217,3 +217,16 @@ def test_fid_is_a_distance_of_the_given_network_s_features(tmp_path) -> None:
     options = ("--reference", tmp_path / "real", "--inception", tmp_path / "inception.safetensors", "--json")
     found = json.loads(invoke("score", tmp_path / "made", *options).stdout)["fid"]
     assert found == pytest.approx(float((means[0] - means[1]).square().sum()), rel=1e-4)
+
+
+def test_photos_are_read_upright_and_in_srgb(tmp_path):
+    wide = Image.fromarray(np.full((4, 8, 4), (200, 100, 50, 0), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide.save(tmp_path / "a.png", exif=exif)
+    Image.new("I;16", (4, 8), 65535).save(tmp_path / "b.png")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves")
+    paths = find_images(tmp_path)
+    assert [path.name for path in paths] == ["a.png", "b.png"]
+    assert [size_of(path) for path in paths] == [(4, 8), (4, 8)]
+    assert all((read_pixels(path) == np.full((8, 4, 3), 255)).all() for path in paths)  # white is behind the clear one

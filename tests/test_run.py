@@ -645,7 +645,7 @@ def test_a_run_takes_a_cache_of_prompts_that_others_share(teacher, prompts, tmp_
     assert invoke("embed", str(teacher), str(other), "--out", str(cache), "--device", "cpu").exit_code == 0
     refused = invoke(*command(teacher, cache, out, "images=32"))
     assert isinstance(refused.exception, CheckpointError)
-    assert "has learnt from other prompts than its cache holds now" in str(refused.exception)
+    assert "has learnt from other prompts than it is given now" in str(refused.exception)
 
 
 def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_path):

@@ -41,6 +41,7 @@ def compare(
     from distill.device import resolve_device
     from distill.errors import ConfigError, DistillError, DivergedError, RunError
     from distill.evaluate.judge import Questions
+    from distill.run import check_unchanged
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one, the other follows from it")
@@ -62,7 +63,9 @@ def compare(
             if seconds is not None:
                 encode_with_bars(variant.config, out / variant.name, where)
                 variant = within(seconds, variant, out)
-            if not is_finished(variant, out):
+            if is_finished(variant, out):
+                check_unchanged(variant.config, out / variant.name)
+            else:
                 distil_with_bars(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
             finished.append(variant)
         except DivergedError as error:

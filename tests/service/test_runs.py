@@ -10,15 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from commands import GARBAGE
+from commands import GARBAGE, invoke
 from pydantic import ValidationError
 from sqlalchemy import select
 from typer.main import get_command
 
 from distill.cli import app
 from distill.config import load_config
+from distill.prompts import read_prompts
 from service.jobs.database import Database
-from service.jobs.distillation import DISTILL, KEYS, Distillation, command
+from service.jobs.distillation import DISTILL, KEYS, Distillation, checked, command
 from service.jobs.distiller import REFUSED, _refusal
 from service.jobs.progress import Pace, note_checkpoint, note_lines
 from service.jobs.runs import Child, Line, RunFolder, environment
@@ -27,6 +28,7 @@ from service.jobs.tables import Job, JobCheckpoint, JobEvent
 EVERYTHING = {
     "images": 64,
     "prompts": 8,
+    "column": "words",
     "batch": 4,
     "micro_batch": 2,
     "guidance": 3.5,
@@ -50,6 +52,7 @@ def test_every_knob_is_a_key_of_a_run():
     asked = Distillation(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
     run = load_config("scenes-debug", asked.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.count) == (64, 4, 2, 8)
+    assert run.prompts.column == "words"
     assert (run.method.guidance.teacher, run.optimizer.student_rate, run.optimizer.fake_rate) == (3.5, 1e-5, 2e-5)
     assert (run.ema_half_life, run.precision, run.stop.patience) == (900, "fp32", 2)
     assert (run.optimizer.warmup, run.optimizer.decay) == (0, 32)
@@ -82,6 +85,18 @@ def test_the_command_is_one_of_distill(tmp_path):
     assert (parsed["method"], parsed["seconds"], parsed["out"]) == ("dmd", 9.5, tmp_path / "run")
     run = load_config("scenes", parsed["overrides"])
     assert (run.teacher, run.prompts.source, run.seed) == ('a "teacher"', str(tmp_path / "prompts.txt"), 7)
+
+
+def test_the_column_of_the_prompts_is_that_of_the_job(tmp_path):
+    prompts, run = tmp_path / "prompts.CSV", tmp_path / "run"
+    prompts.write_text("2024,text\na red circle,a blue square\n")
+    asked = Distillation(preset="scenes", column="2024")
+    words = command(asked, "scenes", prompts, 7, run)
+    params = get_command(app).commands["run"].make_context("run", words[4:]).params
+    given = load_config("scenes", params["overrides"]).prompts
+    assert list(read_prompts(given.source, column=given.column)) == ["a red circle"]
+    assert invoke(*checked(asked, prompts)[3:]).exit_code == 0
+    assert invoke(*checked(Distillation(preset="scenes", column="2025"), prompts)[3:]).exit_code == 1
 
 
 def test_jobs_see_their_devices_alone(monkeypatch):
