@@ -11,7 +11,7 @@ from tiny import PROMPTS, WORDS, make_teacher
 
 from distill import shards
 from distill.embed import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
-from distill.errors import CacheError, OutputError, PromptError
+from distill.errors import CacheError, OutputError, PromptError, TeacherError
 from distill.text import SD3TextEncoder
 
 UNFINISHED = "embeddings.unfinished.json"
@@ -158,6 +158,13 @@ def test_a_cache_replaces_no_file_of_another(name, teacher, tmp_path):
         with pytest.raises(OutputError, match=f"{name} is not a part of a cache"):
             list(embed_prompts(teacher, ["a"], tmp_path))
     assert contents(tmp_path) == {name: b'{"prompt": "mine"}\n'}
+
+
+def test_a_teacher_that_is_not_there_leaves_no_folder(tmp_path):
+    for words in (("embed", "a.txt"), ("encode", "scenes")):
+        wrong = invoke(words[0], str(tmp_path / "nowhere"), words[1], "--out", str(tmp_path / "cache"))
+        assert isinstance(wrong.exception, TeacherError)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):

@@ -35,9 +35,11 @@ def embed(
     from distill.device import resolve_device
     from distill.embed import embed_prompts
     from distill.prompts import read_prompts
+    from distill.spec import read_spec
 
     encoded = None
     where = resolve_device(device)
+    read_spec(teacher)  # before the folder is made
     with claimed(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(teacher, texts, out, where, shard_rows, processes):
@@ -72,9 +74,11 @@ def encode(
     from distill.console import image_bar
     from distill.device import resolve_device
     from distill.images import SKIPPED, encode_examples, read_examples
+    from distill.spec import read_spec
 
     encoded = None
     where = resolve_device(device)
+    read_spec(teacher)  # before the folder is made
     with claimed(out), image_bar("images", count) as bar:
         for encoded in encode_examples(teacher, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
