@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from distill.embed import tensors, text_dtype, text_shapes
@@ -253,6 +253,8 @@ def _decode(example: Example, side: int) -> NDArray[np.uint8] | str:
     try:
         with Image.open(BytesIO(example.read()), formats=("JPEG", "PNG", "WEBP")) as opened:
             return np.asarray(ImageOps.fit(to_srgb(opened), (side, side), Image.Resampling.LANCZOS))
+    except UnidentifiedImageError:
+        return "it is not a JPEG, PNG or WebP image, or its beginning is damaged"
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"
 

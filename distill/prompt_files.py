@@ -20,6 +20,7 @@ from distill.errors import PromptError
 
 COLUMNS = ("prompt", "caption", "text")  # columns that may hold the text, the preferred first; case does not matter
 EMBEDDED = "embeddings.json"  # the manifest of a cache that `distill embed` made
+UNFINISHED = "embeddings.unfinished.json"  # that of a cache that is not whole
 _TYPES = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
 
@@ -240,6 +241,8 @@ def _folder(folder: Path, column: str | None) -> Iterator[str]:
             f"{folder} is a cache of encoded prompts; a run takes it as prompts.source, and for anything else give "
             "what it was made of"
         )
+    if (folder / UNFINISHED).is_file():
+        raise PromptError(f"{folder} is a cache that is not whole; run the `distill embed` that began it again")
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
         raise PromptError(f"{folder} holds splits ({splits}); give the folder of one of them")

@@ -12,6 +12,7 @@ from tiny import PROMPTS, WORDS, make_teacher
 from distill import shards
 from distill.embed import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
+from distill.prompts import read_prompts
 from distill.text import SD3TextEncoder
 
 UNFINISHED = "embeddings.unfinished.json"
@@ -268,3 +269,11 @@ def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
     assert result.exit_code == 0
     assert "1 prompts are over the token limit" in result.output
     assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 2
+
+
+def test_a_cache_is_not_read_as_a_folder_of_prompt_files(cache, teacher, tmp_path):
+    with pytest.raises(PromptError, match="cache is a cache of encoded prompts; a run takes it"):
+        list(read_prompts(str(cache)))
+    begin(teacher, tmp_path / "part", TEXTS)
+    with pytest.raises(PromptError, match="part is a cache that is not whole"):
+        list(read_prompts(str(tmp_path / "part")))

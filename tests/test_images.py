@@ -235,7 +235,10 @@ def test_too_many_that_cannot_be_used_are_an_error(teacher, tmp_path):
     for i in range(11):
         (tmp_path / f"{i:02d}.png").write_text("no image")
         (tmp_path / f"{i:02d}.txt").write_text("a circle")
-    with pytest.raises(ImageError, match=r"11 of 11 images cannot be used, the last of them 10\.png: Unidentified"):
+    with pytest.raises(
+        ImageError,
+        match=r"11 of 11 images cannot be used, the last of them 10\.png: it is not a JPEG, PNG or WebP image",
+    ):
         last(teacher, tmp_path, tmp_path / "cache")
 
 
