@@ -56,7 +56,7 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
     """Raise OutputError unless `path` can be written, and is absent or a file that we wrote, which its mark says."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {parent} is no folder that may be changed; name another file")
+        raise OutputError(f"{path} cannot be written: {parent} is not a writable folder; name another file")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file")
     if path.exists():

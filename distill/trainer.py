@@ -36,6 +36,7 @@ from distill import attention, checkpoint, optimizers
 from distill.average import average_into, new_share
 from distill.batches import Conditions, MicroBatch, Reals, ahead, batches, micro
 from distill.config import Run
+from distill.device import resolve_device
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
 from distill.graphs import Graphed
@@ -108,6 +109,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
 
 def check(config: Run, accelerator: Accelerator) -> None:
     """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
+    resolve_device(str(accelerator.device))  # a variable may name one that is not there
     if config.batch % accelerator.num_processes:
         world = accelerator.num_processes
         raise ConfigError(f"batch {config.batch} does not divide over {world} processes; take a multiple of {world}")

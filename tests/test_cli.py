@@ -7,10 +7,11 @@ import torch
 from commands import invoke
 
 from distill.cli import main
+from distill.config import load_config
 from distill.device import resolve_device
 from distill.errors import ConfigError, OutputError
 from distill.export import check_size
-from distill.trainer import accelerator_for
+from distill.trainer import accelerator_for, check
 
 PLAN = ("plan", "sd3-medium")
 RUN = ("run", "scenes-debug")
@@ -143,6 +144,7 @@ def test_a_size_of_files_that_is_none_is_refused(size):
         ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED is set"),
         ("ACCELERATE_USE_MEGATRON_LM", "True", "ACCELERATE_USE_MEGATRON_LM is set"),
         ("ACCELERATE_TORCH_DEVICE", "nope", "accelerate does not start"),
+        ("ACCELERATE_TORCH_DEVICE", "meta", "there is no device 'meta'"),
         ("ACCELERATE_USE_CPU", "perhaps", "accelerate does not start"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many", "accelerate does not start"),
     ],
@@ -150,4 +152,4 @@ def test_a_size_of_files_that_is_none_is_refused(size):
 def test_an_environment_for_an_engine_that_cannot_be_used_is_refused(name, value, words, monkeypatch, tmp_path):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
-        accelerator_for("no", tmp_path, ())
+        check(load_config("scenes-debug"), accelerator_for("no", tmp_path, ()))

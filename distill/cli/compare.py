@@ -45,7 +45,7 @@ def compare(
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one, the other follows from it")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise ConfigError(
             "distill compare is one process; under accelerate, launch each `distill run` with a folder under --out, "
             "named as the variant, and compare them afterwards"
