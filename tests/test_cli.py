@@ -55,7 +55,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("scenes", "show", "--count", "-1"),
         ("scenes", "show", "--seed", "-1"),
         ("teacher", "--learning-rate", "inf"),
-        ("teacher", "--learning-rate", "0"),
+        ("teacher", "--learning-rate", "-1"),
         ("cifar10", "teacher", "data", "--seed", "-1"),
         ("submit", "prompts.txt", "--seconds", "inf"),
     ],

@@ -28,7 +28,7 @@ def teacher(
     task_weights: Annotated[str | None, typer.Option(help=_WEIGHTS)] = None,
     batch: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 64,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak of the learning rate.", min=1e-12, max=1, callback=finite)
+        float, typer.Option(help="Peak of the learning rate.", min=0, max=1, callback=finite)
     ] = 1e-3,
     warmup: Annotated[int, typer.Option(help="First images, over which the rate rises.", min=0)] = 19_200,
     decay: Annotated[int, typer.Option(help=_DECAY, min=0)] = 400_000,
