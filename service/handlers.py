@@ -59,6 +59,8 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         place = first["loc"][-1]
         return _unreadable(request, f"the body is not JSON: {first['ctx']['error']} (character {place})")
+    if first["type"] == "string_unicode" and not first["loc"][1:]:
+        return respond(InvalidRequest("the name of a field is not valid Unicode text", code="invalid_json"))
     if not first["loc"][1:]:
         return respond(InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json"))
     return respond(complaint(first["type"], first["loc"][1:], first["msg"]))

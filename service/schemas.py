@@ -49,7 +49,7 @@ class ImageRequest(BaseModel):
     prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = None
     response_format: Annotated[
         Literal["b64_json", "url"] | None, Field(description="`url` answers with links that expire.")
     ] = None
@@ -119,7 +119,7 @@ def _unsupported(error: ValidationError) -> dict[str, str]:
     """The fields at fault that a request can do without, and why they are."""
     fields: dict[str, str] = {}
     for each in error.errors(include_input=False, include_url=False):
-        name, *within = map(str, each["loc"])
+        name, *within = map(str, each["loc"] or [""])  # none for a name that is no text
         if each["type"] == "extra_forbidden" and not within:
             fields[name] = ADVICE.get(name, "there is no such field")
         elif name in HARMLESS:

@@ -280,8 +280,9 @@ def _check_variables() -> None:
     """Raises StartError for a variable that looks like a setting and is none."""
     names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {*COMMAND_VARIABLES}
     for name, value in os.environ.items():
-        if name.startswith(PREFIX) and name not in names and not _is_service_link(name, value):
-            close = _nearest(name.removeprefix(PREFIX).lower())
+        known = not name.upper().startswith(PREFIX) or name.upper() in names  # settings are taken in either case
+        if not known and not _is_service_link(name, value):
+            close = _nearest(name[len(PREFIX) :].lower())
             advice = f"did you mean {PREFIX}{close.upper()}?" if close else "docs/operations.md lists the settings"
             raise StartError(f"there is no setting for the variable {name}; {advice}")
 

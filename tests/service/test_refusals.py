@@ -19,7 +19,10 @@ FIELDS = [
     *[("prompt", value) for value in (None, "", 3, 1.5, True, [], ["a"], {}, {"text": "a"}, "x" * 32_001)],
     *[("n", value) for value in (0, -1, 11, 10**20, 1.5, "1", True, [], {})],
     *[("size", value) for value in ("", "big", "0x0", "64", "64x", "x64", "64X64", "-64x64", "064x64", " 64x64")],
-    *[("size", value) for value in ("64x64x64", "64x65", "99999x99999", "999999x1", 64, [64, 64], {}, "６４x６４")],
+    *[
+        ("size", value)
+        for value in ("64x64x64", "64x65", "99999x99999", "999999x1", 64, [64, 64], {}, "６４x６４", "6４x6٤")
+    ],
     *[("model", value) for value in (3, [], {}, True)],
     *[("response_format", value) for value in ("", "png", "B64_JSON", 1, [], True)],
     *[("output_format", value) for value in ("", "gif", "PNG", "jpg", 1, [], True)],
@@ -258,6 +261,7 @@ UNREADABLE = [
     (b"[" * 100_000, {}, None, "nested"),
     (b'{"seed": %s, "prompt": ' % (b"9" * 5000), {}, None, "4300 digits"),
     (b'{"seed": %s, "prompt": %s' % (b"9" * 5000, b"[" * 100_000), {}, None, "4300 digits"),
+    (b'{"prompt": "a", "\\ud800": 1}', {}, None, "name of a field"),
     (b'{"prompt": "a",}', {}, None, "character 15"),
 ]
 

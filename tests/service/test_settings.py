@@ -52,6 +52,8 @@ def test_a_wrong_key_is_named(tmp_path, text, named):
         ("SERVICE_KEY_FILE", "SERVICE_KEYS_FILE"),
         ("SERVICE_MODEL", "SERVICE_MODELS"),
         ("SERVICE_APIKEYS", "SERVICE_API_KEYS"),
+        ("service_model", "SERVICE_MODELS"),
+        ("Service_Key_File", "SERVICE_KEYS_FILE"),
         ("SERVICE_METRICS_PORT", "docs/operations.md"),
         ("SERVICE_", "docs/operations.md"),
     ],
