@@ -1,11 +1,16 @@
 """`Jobs`: what the server keeps over a restart, and the threads that look after it."""
 
+import asyncio
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from filelock import FileLock
 
@@ -23,13 +28,19 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Chore = Callable[[int], None]  # of the time in seconds
 SECRET_BYTES = 32  # of what signs links
+WRITERS = 8  # requests that write to the database at once
 STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
 
 
 class Jobs:
-    """The database, files, workflows, and the chores that are done every few seconds. Every method blocks."""
+    """The database, files, workflows, and the chores that are done every few seconds.
+
+    Every method but `write` blocks.
+    """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         """Makes the data folder. Raises StartError when it cannot, or when it may not write there."""
@@ -68,6 +79,7 @@ class Jobs:
             threading.Thread(target=self._repeat, args=(chores,), name=f"jobs-{name}", daemon=True)
             for name, chores in (("pulse", beat), ("keeper", self.chores))
         ]
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs-write")
         self._open = False
 
     @property
@@ -114,9 +126,18 @@ class Jobs:
             thread.start()
         self._open = True
 
+    async def write(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """What `work` returns, called in one of the threads for requests that write to the database.
+
+        However many of them wait for its lock, the threads of requests that read are free.
+        """
+        call = partial(copy_context().run, partial(work, *args, **options))
+        return await asyncio.get_running_loop().run_in_executor(self._writers, call)
+
     def stop(self) -> None:
         """Leave what is unfinished to the next start."""
         self._open = False
+        self._writers.shutdown(wait=False, cancel_futures=True)
         self._ended.set()
         if self._threads[0].is_alive():
             for thread in self._threads:

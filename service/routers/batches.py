@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.dependencies import Bulk, Service, Worker
+from service.dependencies import Bulk, Kept, Service, Worker
 from service.jobs import tables
 from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
 from service.schemas import ErrorResponse
@@ -14,10 +14,12 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"m
 
 
 @router.post("")
-def create(body: BatchRequest, request: Request, service: Service, batches: Bulk, caller: Worker) -> BatchObject:
+async def create(
+    body: BatchRequest, request: Request, service: Service, jobs: Kept, batches: Bulk, caller: Worker
+) -> BatchObject:
     """Have a file's requests made within the day, after everyone else's. Images come as links."""
     base = str(service.settings.public_url or request.base_url)
-    return _wire(batches.create(body, caller.owner, base, int(time.time())))
+    return _wire(await jobs.write(batches.create, body, caller.owner, base, int(time.time())))
 
 
 @router.get("")
@@ -39,9 +41,9 @@ def show(batch_id: str, batches: Bulk, caller: Worker) -> BatchObject:
 
 
 @router.post("/{batch_id}/cancel")
-def cancel(batch_id: str, batches: Bulk, caller: Worker) -> BatchObject:
+async def cancel(batch_id: str, jobs: Kept, batches: Bulk, caller: Worker) -> BatchObject:
     """Begin no further line; what was made by then is in the output file."""
-    return _wire(batches.cancel(caller.owner, batch_id, int(time.time())))
+    return _wire(await jobs.write(batches.cancel, caller.owner, batch_id, int(time.time())))
 
 
 def _wire(batch: tables.Batch) -> BatchObject:

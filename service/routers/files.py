@@ -4,7 +4,6 @@ import time
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -45,7 +44,7 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
             raise of_body(error) from None
         if (given.anchor is None) != (given.seconds is None):
             raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
-        kept = await run_in_threadpool(  # as the other routes of files and jobs, which the database may hold up
+        kept = await jobs.write(
             jobs.files.add,
             given.file.file,
             owner=caller.owner,
@@ -78,9 +77,9 @@ def show(file_id: str, jobs: Kept, caller: Worker) -> FileObject:
 
 
 @router.delete("/{file_id}")
-def remove(file_id: str, jobs: Kept, caller: Worker) -> FileDeleted:
+async def remove(file_id: str, jobs: Kept, caller: Worker) -> FileDeleted:
     """Delete a file, unless something unfinished needs it."""
-    jobs.files.remove(caller.owner, file_id, int(time.time()))
+    await jobs.write(jobs.files.remove, caller.owner, file_id, int(time.time()))
     return FileDeleted(id=file_id)
 
 

@@ -28,9 +28,10 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-def create(body: JobRequest, jobs: Kept, caller: Worker) -> JobObject:
+async def create(body: JobRequest, jobs: Kept, caller: Worker) -> JobObject:
     """Distil a teacher into a one-step student, which is served when the job has succeeded."""
-    made = jobs.tuning.create(
+    made = await jobs.write(
+        jobs.tuning.create,
         caller.owner,
         model=body.model,
         training_file=body.training_file,
@@ -68,21 +69,21 @@ def show(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
 
 
 @router.post("/{job_id}/cancel")
-def cancel(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def cancel(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
     """End a job. One that runs is cancelled when its process has left."""
-    return _wire(jobs.tuning.cancel(caller.owner, job_id))
+    return _wire(await jobs.write(jobs.tuning.cancel, caller.owner, job_id))
 
 
 @router.post("/{job_id}/pause")
-def pause(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def pause(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
     """Hold a job. One that runs is paused when its process has written a checkpoint."""
-    return _wire(jobs.tuning.pause(caller.owner, job_id))
+    return _wire(await jobs.write(jobs.tuning.pause, caller.owner, job_id))
 
 
 @router.post("/{job_id}/resume")
-def resume(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def resume(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
     """Let a paused job go on, from its checkpoint."""
-    return _wire(jobs.tuning.resume(caller.owner, job_id))
+    return _wire(await jobs.write(jobs.tuning.resume, caller.owner, job_id))
 
 
 @router.get("/{job_id}/events")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -66,11 +67,15 @@ def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
 
 
 def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serve, connect, tmp_path):
-    client = connect(serve(data=tmp_path))
+    url = serve(data=tmp_path)
+    client = connect(url).with_options(timeout=20)
     file = client.files.create(file=("lines.jsonl", b"{}\n"), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
-    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as writer:
+    writer = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+    with contextlib.closing(writer), ThreadPoolExecutor(50) as pool:
         writer.execute("BEGIN IMMEDIATE")
+        cancel = f"{url}/v1/batches/{batch.id}/cancel"
+        waiting = [pool.submit(httpx.post, cancel, timeout=120) for _ in range(50)]
         assert client.files.retrieve(file.id) == file
         assert [each.id for each in client.files.list()] == [file.id]
         assert client.files.content(file.id).read() == b"{}\n"
@@ -79,7 +84,9 @@ def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serv
         assert list(client.fine_tuning.jobs.list()) == []
         with pytest.raises(openai.NotFoundError):
             client.fine_tuning.jobs.list_events("ftjob-none")
+        assert not any(each.done() for each in waiting)
         writer.execute("ROLLBACK")
+        assert {each.result().status_code for each in waiting} <= {200, 400}  # 400 once it has ended
 
 
 def test_a_data_folder_that_cannot_be_written_any_more_is_said(serve, connect, tmp_path):
