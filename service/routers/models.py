@@ -27,9 +27,9 @@ async def show(model: str, service: Service, caller: Generator) -> Model:
 
 
 @router.delete("/{model:path}")
-async def remove(model: str, service: Service, jobs: Kept, caller: Worker) -> ModelDeleted:
+def remove(model: str, service: Service, jobs: Kept, caller: Worker) -> ModelDeleted:
     """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
-    if not await jobs.write(jobs.tuning.delete_student, caller.owner, model, int(time.time())):
+    if not jobs.tuning.delete_student(caller.owner, model, int(time.time())):
         service.card(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
