@@ -49,6 +49,11 @@ class Key:
         """The key of a token."""
         return cls(owner, _digest(token), frozenset(scopes))
 
+    @classmethod
+    def of_settings(cls, token: str) -> "Key":
+        """The key of a token in `api_keys`. Its owner is derived from the token, so the order of the list is free."""
+        return cls.of(token, f"key-{_digest(f'owner {token}')[:8]}", ("generate", "jobs"))
+
 
 @dataclass(frozen=True)
 class _Contents:

@@ -42,8 +42,7 @@ class State:
     sessions: int = 0  # realtime ones that are open
 
     def __post_init__(self) -> None:
-        given = [key.get_secret_value() for key in self.settings.api_keys]
-        self._given = tuple(Key.of(key, f"key-{i}", ("generate", "jobs")) for i, key in enumerate(given))
+        self._given = tuple(Key.of_settings(key.get_secret_value()) for key in self.settings.api_keys)
         self._reader = KeyReader(KeyFile(self.settings.keys_file)) if self.settings.keys_file else None
 
     @property

@@ -1,5 +1,6 @@
 """The `fgm-service` command as a process: start, refusal to start, SIGTERM."""
 
+import contextlib
 import http.client
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -22,7 +24,12 @@ SERVE = [sys.executable, "-m", "service.cli", "serve"]
 def test_a_signal_answers_what_was_accepted_then_ends(number):
     environment = os.environ | {"SERVICE_MAX_BATCH": "1"}
     command = [*SERVE, "--device", "simulator", "--port", "0"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    heeding = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    with (
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process,
+        contextlib.ExitStack() as cleanup,
+    ):
+        cleanup.callback(process.kill)
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
         upload = socket.create_connection(("127.0.0.1", httpx.URL(url).port), 60)
         upload.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")

@@ -32,6 +32,7 @@ from service.engine.launch import local
 from service.jobs.jobs import Jobs
 from service.jobs.students import Students, student_folder
 from service.jobs.tables import File, Job
+from service.keys import Key
 from service.settings import Settings
 
 TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
@@ -246,7 +247,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
     url = serve(data=tmp_path, api_keys=KEYS)
     ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
-    made(jobs, 1, "succeeded", owner="key-0", fine_tuned_model="ft:tiny::1")
+    made(jobs, 1, "succeeded", owner=Key.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
     student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
     student.mkdir(parents=True)
     assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
