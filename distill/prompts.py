@@ -142,15 +142,14 @@ def _tokenizers(teacher: Path | str) -> dict[str, tuple[Any, int]]:
     """The tokenizers of a teacher with their limits; its encoders, gigabytes of them, stay on disk."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
+    from distill.text import load_tokenizer
+
     spec = read_spec(teacher)
     kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
     limits = {"tokenizer": spec.clip_length, "tokenizer_2": spec.clip_length}
     if spec.has_t5 and spec.max_sequence_length > 0:
         kinds["tokenizer_3"], limits["tokenizer_3"] = T5TokenizerFast, spec.max_sequence_length
-    return {
-        name: (kind.from_pretrained(spec.folder / name, local_files_only=True), limits[name])
-        for name, kind in kinds.items()
-    }
+    return {name: (load_tokenizer(kind, spec.folder / name), limits[name]) for name, kind in kinds.items()}
 
 
 def _mark(prompt: str) -> bytes:

@@ -38,7 +38,7 @@ from distill.scenes.render import SIZE
 from distill.scenes.vae import to_images, to_pixels
 from distill.spec import TeacherSpec, read_spec
 from distill.start import check_start
-from distill.teacher import decode_in_parts, encode_images, load_vae
+from distill.teacher import check_parts, decode_in_parts, encode_images, load_vae
 from distill.text import SD3TextEncoder
 from distill.trainer import Progress, accelerator_for, check, mesh, train
 
@@ -89,6 +89,7 @@ def check_run(config: Run, out: Path) -> TeacherSpec:
                 raise OutputError(f"{out} holds {name}, but no config.yaml of a run; give another --out")
     check_place(out / "student", spec.folder)
     if not has_learnt(out):
+        check_parts(spec)
         check_start(config, spec)
         _check_sources(config)
     return spec

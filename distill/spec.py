@@ -39,6 +39,11 @@ _CONFIG_FILES = ("config.json", "scheduler_config.json")
 _TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
                     "tokenizer_config.json", "vocab.json")  # fmt: skip
 _SENTENCEPIECE = "spiece.model"  # of T5, read where there is no tokenizer.json
+_WORDS = {  # files of a tokenizer's words where there is no tokenizer.json
+    "tokenizer": ("vocab.json", "merges.txt"),
+    "tokenizer_2": ("vocab.json", "merges.txt"),
+    "tokenizer_3": (_SENTENCEPIECE,),
+}
 _VARIANTS = (None, "fp16", "bf16")  # in files' names, the preferred one first
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantised
 # What a static shift leaves without effect. Any other setting of a scheduler that is not off changes its times.
@@ -137,6 +142,8 @@ def read_spec(folder: Path | str) -> TeacherSpec:
         content = path.read_bytes()
         _check_pointer(content, path)
         identity.update(path.relative_to(folder).as_posix().encode() + content)
+    for name in sorted(present.keys() & set(_WORDS)):
+        _check_words(folder / name)
     parameters = {}
     for name in sorted(present.keys() & MODELS.keys()):
         parameters[name] = sum(_check_weights(path, identity) for path in find_weights(folder / name).files)
@@ -194,7 +201,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_present(folder: Path, index: dict[str, Any], name: str, expected: str | None) -> bool:
     """Whether a component is part of the pipeline; an expected class that differs is an error."""
-    kind = (index.get(name) or [None, None])[-1]
+    entry = index.get(name) or [None, None]
+    if not isinstance(entry, list):
+        raise TeacherError(f"{folder}/model_index.json has {entry!r} as {name}, not a library and a class")
+    kind = entry[-1]
     if kind is None and name in _OPTIONAL:
         return False
     if kind is None or (expected is not None and kind != expected):
@@ -264,6 +274,15 @@ def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) 
     for what, holds in told.items():
         if not holds:
             raise ValueError(what)
+
+
+def _check_words(folder: Path) -> None:
+    """Raise TeacherError for a tokenizer without words, with which every prompt would be the same."""
+    words = _WORDS[folder.name]
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in words):
+        raise TeacherError(
+            f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export the folder again"
+        )
 
 
 def _check_pointer(content: bytes, path: Path) -> None:

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
 from distill.finite import check_finite
+from distill.fit import check_fit
 from distill.flow import shift_time
 from distill.spec import TeacherSpec, find_weights, read_spec
 from distill.text import TextCondition
@@ -21,6 +22,7 @@ from distill.text import TextCondition
 __all__ = [
     "TeacherSpec",
     "Velocity",
+    "check_parts",
     "decode_in_parts",
     "decode_latents",
     "encode_images",
@@ -44,9 +46,10 @@ def load_transformer(
 ) -> SD3Transformer2DModel:
     """The transformer of a checked folder, in evaluation mode and frozen.
 
-    Raises TeacherError for weights that are not finite.
+    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
     """
     path = read_spec(folder).folder / "transformer"
+    check_fit(SD3Transformer2DModel, path)
     model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
@@ -57,12 +60,19 @@ def load_vae(
 ) -> AutoencoderKL:
     """The autoencoder of a checked folder, in evaluation mode and frozen.
 
-    Raises TeacherError for weights that are not finite.
+    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
     """
     path = read_spec(folder).folder / "vae"
+    check_fit(AutoencoderKL, path)
     model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_parts(spec: TeacherSpec) -> None:
+    """Raise TeacherError unless transformer and autoencoder have the weights that their configurations call for."""
+    check_fit(SD3Transformer2DModel, spec.folder / "transformer")
+    check_fit(AutoencoderKL, spec.folder / "vae")
 
 
 def _only_from(path: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from distill import quantize
 from distill.device import fast_bfloat16, to_device
-from distill.errors import PromptError
+from distill.errors import PromptError, TeacherError
 from distill.finite import check_finite
+from distill.fit import check_loaded
 from distill.spec import find_weights, read_spec
 
 
@@ -110,23 +111,19 @@ class SD3TextEncoder:
         """Load from a teacher or student folder; `max_sequence_length` None is the length that the folder pins.
 
         A folder's T5 may be left out, held in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is
-        not a whole SD3 pipeline, or whose weights are not finite.
+        not a whole SD3 pipeline, or whose weights are not finite or not those that its configurations call for.
         """
         spec = read_spec(folder)
-        own: dict[str, Any] = {"local_files_only": True}
 
-        def load(kind: Any, name: str) -> Any:
-            variant = find_weights(spec.folder / name).variant
-            model = kind.from_pretrained(spec.folder / name, dtype=dtype, use_safetensors=True, variant=variant, **own)
-            check_finite(model, spec.folder / name)
-            return model.to(device).eval()
+        def load(name: str) -> Any:
+            return _load(CLIPTextModelWithProjection, spec.folder / name, dtype).to(device).eval()
 
         has_t5 = spec.has_t5 and t5 != "none"
         return cls(
-            [load(CLIPTextModelWithProjection, name) for name in ("text_encoder", "text_encoder_2")],
-            [CLIPTokenizer.from_pretrained(spec.folder / name, **own) for name in ("tokenizer", "tokenizer_2")],
+            [load(name) for name in ("text_encoder", "text_encoder_2")],
+            [load_tokenizer(CLIPTokenizer, spec.folder / name) for name in ("tokenizer", "tokenizer_2")],
             _load_t5(spec.folder / "text_encoder_3", torch.device(device), dtype, t5) if has_t5 else None,
-            T5TokenizerFast.from_pretrained(spec.folder / "tokenizer_3", **own) if has_t5 else None,
+            load_tokenizer(T5TokenizerFast, spec.folder / "tokenizer_3") if has_t5 else None,
             spec.joint_dim,
             spec.max_sequence_length if max_sequence_length is None else max_sequence_length,
         )
@@ -170,14 +167,30 @@ class SD3TextEncoder:
         return int(self.clip_tokenizers[0].model_max_length)
 
 
+def load_tokenizer(kind: Any, folder: Path) -> Any:
+    """A tokenizer of a checked folder. Raises TeacherError for files that are none of it."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises Exception itself
+        raise TeacherError(f"{folder} holds no usable tokenizer ({error!r}); fetch or export it again") from error
+
+
+def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A text encoder of a checked folder, on the CPU. Raises TeacherError for weights that are not those it needs."""
+    own: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(folder).variant}
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = kind.from_pretrained(folder, dtype=dtype, **own, **told)
+    check_loaded(info, folder)
+    check_finite(model, folder)
+    return model
+
+
 def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) -> Any:
     """T5 where it is computed: on the device, its matrices there in 8 bits, or on the CPU in what is fast there."""
     if kind == "cpu":
         device = torch.device("cpu")
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    own = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(folder).variant}
-    t5 = T5EncoderModel.from_pretrained(folder, dtype=dtype, **own)
-    check_finite(t5, folder)
+    t5 = _load(T5EncoderModel, folder, dtype)
     if kind == "int8":
         quantize.hold(t5, device)
     return t5.to(device).eval()

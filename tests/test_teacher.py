@@ -15,6 +15,7 @@ from distill.export import export_student
 from distill.meter import Meter
 from distill.spec import MODELS
 from distill.teacher import (
+    check_parts,
     decode_in_parts,
     decode_latents,
     encode_images,
@@ -282,6 +283,61 @@ def test_a_folder_that_is_not_whole_is_refused(sentence: str, teacher: Path, tmp
     with pytest.raises(TeacherError, match=sentence) as caught:
         read_spec(folder)
     assert str(folder) in str(caught.value)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _without(path: Path, *names: str) -> None:
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in names}, path, {"format": "pt"})
+
+
+UNFIT = {
+    "transformer lack proj_out.weight": lambda folder: _without(folder / "transformer" / WEIGHTS, "proj_out.weight"),
+    "transformer hold transformer_blocks.*no place for": lambda folder: _edit(
+        folder / "transformer/config.json", num_layers=1
+    ),
+    "transformer hold transformer_blocks.1.* calls for": lambda folder: _edit(
+        folder / "transformer/config.json", num_layers=3
+    ),
+    "transformer/config.json is not usable": lambda folder: _edit(folder / "transformer/config.json", qk_norm="x"),
+    "vae lack decoder.conv_in.bias": lambda folder: _without(folder / "vae" / WEIGHTS, "decoder.conv_in.bias"),
+    "vae hold .*conv_shortcut.* no place for": lambda folder: _edit(
+        folder / "vae/config.json", block_out_channels=[8, 8]
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", UNFIT)
+def test_weights_that_a_configuration_does_not_call_for_are_refused(sentence: str, teacher: Path, tmp_path: Path):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    UNFIT[sentence](folder)
+    with pytest.raises(TeacherError, match=sentence):
+        check_parts(read_spec(folder))
+    with pytest.raises(TeacherError, match=sentence):
+        load_transformer(folder) if "transformer" in sentence else load_vae(folder)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_no_weights_of_a_text_encoder_are_made_up(name: str, teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "teacher")
+    path = folder / name / "model.safetensors"
+    _without(path, lost := sorted(load_file(path))[-2])
+    with pytest.raises(TeacherError, match=f"{name} lack {lost}"):
+        SD3TextEncoder.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_a_tokenizer_without_words_is_refused(name: str, teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "teacher")
+    words = folder / name / "tokenizer.json"
+    words.write_text("{}")
+    with pytest.raises(TeacherError, match=f"{name} holds no usable tokenizer"):
+        SD3TextEncoder.load(folder)
+    words.unlink()
+    with pytest.raises(TeacherError, match=f"{name} has neither tokenizer.json nor"):
+        read_spec(folder)
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
