@@ -584,6 +584,8 @@ class Engine:
             self._batcher.lower_cap(batch.key, len(batch.work) // 2)
         if len(batch.work) > 1:
             self._retry(batch)
+        elif failed.fault == "memory":
+            self._give_up(batch.work[0], "the worker has too little memory for this image; try again later")
         else:
             self._give_up(batch.work[0])
 
@@ -604,7 +606,7 @@ class Engine:
             self._batcher.retry(half)
         self._metrics.dropped.inc(self._batcher.drop_cancelled())
 
-    def _give_up(self, work: Work) -> None:
+    def _give_up(self, work: Work, reason: str = "the model failed on this image; try another seed") -> None:
         self._forget(work)
         if not work.reply.done():
-            work.reply.set_exception(GenerationFailed("the model failed on this image; try another seed"))
+            work.reply.set_exception(GenerationFailed(reason))

@@ -284,7 +284,7 @@ def test_a_batch_that_the_shared_memory_does_not_take_whole_is_made_in_smaller_o
 def test_an_image_for_which_the_shared_memory_has_no_room_fails_and_is_not_kept(file_limit):
     async def test(engine: Engine) -> None:
         file_limit(TOP_SLOT + IMAGE_BYTES - 1)
-        with pytest.raises(GenerationFailed):
+        with pytest.raises(GenerationFailed, match="too little memory"):
             await make(engine, 3)
         file_limit(resource.RLIM_INFINITY)
         assert is_whole(await make(engine, 3), 3)
