@@ -18,8 +18,8 @@ def allowed(origin: str, host: str, settings: Settings) -> bool:
 
 
 def pattern(allowed: str) -> str:
-    """The regular expression of an allowed origin: `*` alone is any, and within a host it stands for a part of it."""
-    return ".*" if allowed == "*" else re.escape(allowed).replace(r"\*", "[A-Za-z0-9.-]+")
+    """The regular expression of an allowed origin. `*` is any origin, any port, or any part of a host's name."""
+    return ".*" if allowed == "*" else re.escape(allowed).replace(r":\*", ":[0-9]+").replace(r"\*", "[A-Za-z0-9.-]+")
 
 
 def host_of(header: str) -> str | None:

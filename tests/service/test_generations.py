@@ -292,6 +292,7 @@ def test_a_star_in_the_host_of_an_allowed_origin_stands_for_any_name(serve):
     inside = ["chrome-extension://abcdefghijklmnop", "https://a.b.example.com", "http://localhost:5173"]
     outside = ["https://example.com", "https://evilexample.com", "https://a.example.com.evil.com", "null"]
     outside += ["http://a.example.com", "https://a.example.com:444", "moz-extension://a", "https://evil@.example.com"]
+    outside += ["http://localhost:5173.evil.com"]
     for origin in inside + outside:
         answer = ask(url, {"origin": origin})
         assert (answer.status_code == 200) == (origin in inside), origin
