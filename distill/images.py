@@ -173,7 +173,8 @@ def encode_examples(
                 writer.add(found, {ROWS: rows, SKIPPED: passed}, **figures)
                 passed = []
     if not count:
-        raise ImageError(f"there are no images to encode; {skipped} were passed over")
+        last = f", the last of them {passed[-1]['name']}: {passed[-1]['reason']}" if passed else ""
+        raise ImageError(f"there are no images to encode; {skipped} were passed over{last}")
     writer.finish({}, {SKIPPED: passed}, skipped=skipped, unused=unused)
     yield EncodedImages(count, skipped, truncated, unused)
 

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from distill import checkpoint
 from distill import images as real_images
 from distill.alarms import Alarms
-from distill.config import Lora, RealImages, Run, load_config
+from distill.config import Lora, Prompts, RealImages, Run, load_config
 from distill.device import fast_bfloat16
 from distill.embed import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
@@ -91,7 +91,7 @@ def check_run(config: Run, out: Path) -> TeacherSpec:
     if not has_learnt(out):
         check_parts(spec)
         check_start(config, spec)
-        _check_sources(config)
+        _check_sources(config, spec)
     return spec
 
 
@@ -109,18 +109,47 @@ def check_teacher(out: Path, spec: TeacherSpec) -> None:
         )
 
 
-def _check_sources(config: Run) -> None:
-    """Read the first prompt and real image of files, so that a wrong name is found before anything is made."""
+def _check_sources(config: Run, spec: TeacherSpec) -> None:
+    """Open caches and read the first prompt and real image of others, so that faults are found before anything is made.
+
+    Raises CacheError, PromptError, ImageError, or ConfigError for a column of a cache.
+    """
     prompts, real = config.prompts, config.real
-    if _may_be_read_twice(prompts.source):
+    if _is_cache(prompts, MANIFEST):
+        EmbeddingCache(Path(prompts.source), spec.folder)
+    elif _may_be_read_twice(prompts.source):
         next(iter(read_prompts(prompts.source, prompts.count, prompts.seed, prompts.column)), None)
-    if real is not None and _may_be_read_twice(real.source):
+    if real is not None and _is_cache(real, real_images.MANIFEST):
+        ImageCache(Path(real.source), spec.folder)
+    elif real is not None and _may_be_read_twice(real.source):
         next(iter(read_examples(real.source, real.count, real.seed, real.column)), None)
 
 
+def _is_cache(given: Prompts | RealImages, manifest: str) -> bool:
+    """Whether a source is a cache. Raises ConfigError where a column of it is named."""
+    if not (Path(given.source) / manifest).exists():
+        return False
+    if given.column is not None:
+        raise ConfigError(f"column {given.column!r} is named, but {given.source} is a cache; leave the column out")
+    return True
+
+
 def _may_be_read_twice(source: str) -> bool:
-    """Whether a source is a file, or missing: neither a stream nor a folder."""
-    return source not in ("-", "scenes") and (Path(source).is_file() or not Path(source).exists())
+    """Whether a source is a file or a folder, or missing, and no stream."""
+    path = Path(source)
+    return source not in ("-", "scenes") and (path.is_file() or path.is_dir() or not path.exists())
+
+
+def _is_gone(source: str, folder: Path, out: Path) -> bool:
+    """Whether a run that has learnt cannot compare its source with the cache that was made of it, and says so.
+
+    That is standard input, and what was moved or removed. The cache itself is compared in any case.
+    """
+    if not has_learnt(out) or source == "scenes" or (source != "-" and Path(source).exists()):
+        return False
+    what = "standard input" if source == "-" else source
+    _log.warning("%s is not read again; the run goes on with what was encoded of it in %s", what, folder)
+    return True
 
 
 def read_config(out: Path) -> Run:
@@ -174,7 +203,8 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
     given = config.prompts
     prompts = read_prompts(given.source, given.count, given.seed, given.column)
     if (folder / MANIFEST).exists():
-        check_prompts(teacher_folder(config), prompts, folder)
+        if not _is_gone(given.source, folder, out):
+            check_prompts(teacher_folder(config), prompts, folder)
     else:
         yield from embed_prompts(teacher_folder(config), prompts, folder, device)
 
@@ -195,7 +225,8 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
         return
     examples = read_examples(real.source, real.count, real.seed, real.column)
     if (folder / real_images.MANIFEST).exists():
-        check_examples(teacher_folder(config), examples, folder)
+        if not _is_gone(real.source, folder, out):
+            check_examples(teacher_folder(config), examples, folder)
     else:
         yield from encode_examples(teacher_folder(config), examples, folder, device)
 

@@ -242,6 +242,12 @@ def test_too_many_that_cannot_be_used_are_an_error(teacher, tmp_path):
         last(teacher, tmp_path, tmp_path / "cache")
 
 
+def test_the_error_of_images_none_of_which_can_be_used_says_why(teacher, tmp_path):
+    shard = tar(tmp_path / "0.tar", [("0.left.jpg", b"x"), ("0.right.jpg", b"x"), ("0.txt", b"both")])
+    with pytest.raises(ImageError, match=r"3 were passed over, the last of them 0\.tar/0: it has no image"):
+        last(teacher, shard, tmp_path / "cache")
+
+
 def test_sources_that_are_none_are_named(teacher, tmp_path):
     with pytest.raises(ImageError, match=r"no images at .*missing"):
         next(read_examples(str(tmp_path / "missing")))

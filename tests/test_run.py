@@ -555,9 +555,16 @@ def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teach
         assert not out.exists()
 
 
-@pytest.mark.parametrize("typo", ["teacher=nowhere", "start=nowhere", "prompts.source=nowhere.txt"])
+@pytest.mark.parametrize(
+    "typo", ["teacher=nowhere", "start=nowhere", "prompts.source=nowhere.txt", "prompts.source=empty", "damaged"]
+)
 def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if typo == "damaged":
+        assert invoke("embed", str(teacher), str(prompts), "--out", "damaged").exit_code == 0
+        (tmp_path / "damaged" / "null.safetensors").write_bytes(b"")
+        typo = "prompts.source=damaged"
     wrong = invoke(*command(teacher, prompts, tmp_path / "run", typo))
     assert isinstance(wrong.exception, DistillError)
     assert not (tmp_path / "run").exists()
@@ -638,6 +645,9 @@ def test_a_run_takes_a_cache_of_prompts_that_others_share(teacher, prompts, tmp_
     assert not (out / "embeddings").exists()
     assert (out / "samples" / "000000000016.png").exists()
     assert json.loads((out / "student" / "onestep.json").read_text())["prompts"] == {"source": "cache", "count": 5}
+    refused = invoke(*command(teacher, cache, tmp_path / "new", "prompts.column=text"))
+    assert isinstance(refused.exception, ConfigError)
+    assert "column 'text' is named, but" in str(refused.exception)
 
     shutil.rmtree(cache)  # another one in its place
     other = tmp_path / "other.txt"
@@ -662,6 +672,18 @@ def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_pa
     shutil.rmtree(out / "embeddings")
     refused = invoke(*command(teacher, source, out, "images=32"))  # what was learnt is bound to the old ones
     assert "has learnt from other prompts" in str(refused.exception)
+
+
+def test_a_run_goes_on_when_its_prompts_are_gone_and_says_so(teacher, prompts, tmp_path, caplog):
+    source, out = tmp_path / "prompts.txt", tmp_path / "run"
+    source.write_text(prompts.read_text())
+    assert invoke(*command(teacher, source, out, "images=16")).exit_code == 0
+    source.unlink()
+    assert invoke(*command(teacher, source, out, "images=32")).exit_code == 0
+    assert f"{source} is not read again; the run goes on with what was encoded" in caplog.text
+    shutil.rmtree(out / "embeddings")
+    refused = invoke(*command(teacher, source, out, "images=48"))
+    assert "no prompt file" in str(refused.exception)
 
 
 def test_a_run_that_has_only_encoded_takes_another_configuration(teacher, prompts, tmp_path):
