@@ -25,7 +25,7 @@ FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it, and `distill
 _PREFIX = "transformer."
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
 _CONFIG = "adapter_config.json"  # where peft keeps them
-# Settings of peft that change what an adapter adds, and its name for weights that start from a changed base.
+# Settings of peft that need another merge, and its initialisations that change the base weights.
 _OTHERS = ("use_dora", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config",
            "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "modules_to_save")  # fmt: skip
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
@@ -33,7 +33,7 @@ _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a file adds to a transformer. `factors` are B (out, r), its scale taken in, and A (r, in), by module."""
+    """What a file adds to a transformer. `factors` hold scale * B (out, r) and A (r, in), by module."""
 
     digest: str
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -42,8 +42,8 @@ class Adapter:
 def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adapter:
     """The adapter of a folder, fp32 on the transformer's device. Changes nothing of the transformer.
 
-    The scale is alpha / r, or alpha / sqrt(r) of an rsLoRA adapter. Raises TeacherError for a file that is missing or
-    damaged, that holds anything but pairs for its linear layers, or that peft was told to merge in another way.
+    The scale is alpha / r, or alpha / sqrt(r) for rsLoRA. Raises TeacherError for a file that is missing or damaged,
+    that holds anything but pairs for linear layers, or whose settings need another kind of merge.
     """
     path = Path(folder) / FILE
     try:
@@ -85,7 +85,7 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
 
 
 def _settings(text: str | bytes) -> dict[str, Any]:
-    """What peft was told of an adapter, from JSON. Raises ValueError."""
+    """Parse peft's settings of an adapter from JSON. Raises ValueError."""
     told = json.loads(text)
     if not isinstance(told, dict):
         raise ValueError("its settings are not a JSON object")

@@ -1,4 +1,4 @@
-"""States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, whole or not at all.
+"""States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, written completely or not at all.
 
 A state is a folder, written by `files.aside`: what bears a final name is complete.
 """
@@ -55,8 +55,8 @@ def claimed(folder: Path) -> Iterator[None]:
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write a state to `folder`, in place of what may lie there.
 
-    Raises DivergedError for numbers that are not finite, CheckpointError when the disk refuses, or when other files lie
-    there too; nothing half-written keeps a final name.
+    Raises DivergedError for numbers that are not finite, and CheckpointError if writing fails or `folder` contains
+    other files. No partly written state has a final name.
     """
     if (name := not_finite(tensors)) is not None:
         raise DivergedError(
@@ -82,7 +82,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
 def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of a state; with a `part`, only what `pack` put under it.
 
-    Raises CheckpointError when it cannot be read, is not what was written, or holds numbers that are not finite.
+    Raises CheckpointError if it cannot be read, differs from what was written, or holds numbers that are not finite.
     """
     start = f"{part}/" if part else ""
     try:
@@ -134,7 +134,7 @@ def _check(folder: Path) -> None:
 
 @lru_cache(64)
 def _checksum(path: Path, *changes: int) -> str:
-    """A file's checksum, computed once for as long as its status stays the same: states are gigabytes."""
+    """A file's checksum. It is cached while the file's status is unchanged, because states are gigabytes."""
     return sha256(path)
 
 
@@ -157,7 +157,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def states(folder: Path) -> list[Path]:
-    """The states in a folder, whole or damaged, the oldest first; folders of other names are none."""
+    """The states in a folder, the oldest first, including damaged ones. Folders with other names are ignored."""
     return sorted(
         path
         for path in folder.glob("[0-9]*")
@@ -166,7 +166,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` states. What else lies in one of their folders stays."""
+    """Remove all but the newest `keep` states. Other files in their folders stay."""
     for path in states(folder)[:-keep]:
         for name in (_RECORD, _TENSORS):
             (path / name).unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def state_name(images: int) -> str:
 def trim_lines(path: Path, images: int) -> None:
     """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again.
 
-    What a killed writer, a full disk or a damaged one left of a line is dropped too.
+    Incomplete or damaged lines, left by a kill or a disk failure, are dropped too.
     """
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
@@ -201,7 +201,7 @@ def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(prefix: str, tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """What `pack` put under `prefix/`, or of it."""
+    """What `pack` put under `prefix/`, or values by the same names."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 

@@ -92,21 +92,21 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
 
 
 def check_folder(out: Path) -> None:
-    """Raise OutputError when another file is in the place of what a comparison writes beside its runs."""
+    """Raise OutputError if a comparison's own output would replace a file of another program."""
     for name in ("compare.json", "compare.md"):
         check_replaceable(out / name, "distill compare")
     check_replaceable(out / "compare.png")
 
 
 def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
-    """Let a run read the prompts of the first of the variants that has the same."""
+    """Let a run use the embeddings of the first variant that has the same prompts."""
     alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
     owner = next((name for name in alike if not (out / name).is_file()), variant.name)
     link = out / variant.name / "embeddings"
     encodes = run.embeddings_folder(variant.config, link.parent) == link
     if encodes and owner != variant.name and not os.path.lexists(link):
         link.parent.mkdir(parents=True, exist_ok=True)
-        (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # its run may have failed before it made it
+        (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # the owner's run may have failed before this
         link.symlink_to(Path("..") / owner / "embeddings")
 
 
@@ -161,7 +161,7 @@ def read_cost(folder: Path) -> Cost:
 class Outcome:
     """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images.
 
-    `diverged` and `failed` say of runs without a student why they ended, or could not start.
+    `diverged` and `failed` give the reasons for runs without a student.
     """
 
     commands: dict[str, str]
@@ -230,7 +230,7 @@ def judged(
 ) -> Outcome:
     """Teacher and students on the same questions and seeds; without a scorer only a picture of the first prompts.
 
-    Runs that `diverged` or `failed` have no student, and are passed on by name with the reason.
+    `diverged` and `failed` give the reasons for runs without a student, by name; they are copied to the outcome.
     """
     config = variants[0].config
     teacher = run.teacher_folder(config)

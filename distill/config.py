@@ -16,9 +16,9 @@ from distill.overrides import parse_override
 from distill.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
-_KINDS = {"method": "name", "networks": "kind"}  # groups that come in kinds, and the key that names the kind
+_KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
 _Positive = Annotated[float, Field(gt=0)]
-_Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for the home folder, or a name of ours
+_Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for the home folder, or a built-in name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -27,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 class Prompts(Settings):
     """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; `count` of them at most.
 
-    `column` names the column of the prompts, where it is not `prompt`, `caption` or `text`.
+    `column` names the column of the prompts, if it is not `prompt`, `caption` or `text`.
     """
 
     source: _Place = "scenes"
@@ -189,7 +189,7 @@ class Run(Settings):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it: all but budget, cadence and trackers, flat.
 
-        The teacher, which may have been moved, is known by its digest elsewhere.
+        The teacher may have been moved; it is identified by its digest in `sources.json`.
         """
         plain = self.as_dict()
         for free in ("cadence", "images", "micro_batch", "stop", "teacher", "trackers"):
@@ -238,7 +238,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set each key to its last value. Kinds are chosen first, so that the keys of a kind may also stand before it."""
+    """Set each key to its last value. Kinds are set first, so the keys of a kind may precede it."""
     given: dict[str, tuple[Any, str]] = {}
     for override in overrides:
         key, value = parse_override(override)
@@ -255,10 +255,10 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def _choose(values: dict[str, Any], group: str, kind: Any) -> None:
-    """Drop the settings of another kind than this from a group; what both kinds know of these is kept.
+    """Drop the settings of another kind from a group, except those that both kinds share.
 
-    Those are the guidance of methods, which belongs to the teacher, and how networks compute.
-    Raises ConfigError for a method that does not exist.
+    The shared settings are the guidance of methods, which belongs to the teacher, and how networks compute. Raises
+    ConfigError for a method that does not exist.
     """
     own = values.get(group)
     if not isinstance(own, dict):
@@ -289,7 +289,7 @@ def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
 
 
 def _explain(error: ValidationError) -> str:
-    """One of pydantic's complaints as a sentence: of the members of a union, that which came the furthest."""
+    """One of pydantic's errors as a sentence; of a union's members, the error of the deepest key."""
     first = max(error.errors(), key=lambda each: len(each["loc"]))
     where = _keys_of(first["loc"])
     if first["type"] == "extra_forbidden":
@@ -309,7 +309,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys_of(place: Sequence[int | str]) -> list[str]:
-    """The keys in pydantic's path of an error, which also names the members of unions."""
+    """The keys in the path of a pydantic error. The path also names the members of unions; these are left out."""
     keys: list[str] = []
     for part in place:
         if isinstance(part, int) or part in _keys_beside([*keys, part]):

@@ -119,12 +119,12 @@ def embed_prompts(
 
 
 def check_prompts(teacher: Path | str, prompts: Iterable[str], folder: Path) -> None:
-    """Raise CacheError unless a whole cache was made of these prompts, and for this teacher."""
+    """Raise CacheError unless this is a complete cache of these prompts for this teacher."""
     check_source(folder, _layout(read_spec(teacher)), Distinct(prompts))
 
 
 def cached_prompts(folder: Path, count: int) -> list[str]:
-    """The first different prompts of a cache, at most `count`. Raises CacheError when they cannot be read."""
+    """The first distinct prompts of a cache, at most `count`. Raises CacheError when they cannot be read."""
     try:
         with (folder / TEXTS).open("rb") as lines:
             return [str(json.loads(line)) for line in islice(lines, count)]

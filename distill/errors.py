@@ -49,7 +49,7 @@ class ScorerError(DistillError):
 
 
 class OutputError(DistillError):
-    """A file or folder in the place of an output that was not written by this program, and is left as it is."""
+    """The place of an output holds a file or folder that this program did not write; it is left unchanged."""
 
 
 class RunError(DistillError):

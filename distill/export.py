@@ -28,7 +28,7 @@ _WEIGHTS = r"(diffusion_pytorch_)?model(\.(fp|bf)16)?(-\d+-of-\d+)?\.safetensors
 _SETTINGS = (
     r"(config|scheduler_config|preprocessor_config|tokenizer|tokenizer_config|vocab|added_tokens|special_tokens_map)"
 )
-# Every file that a student folder may hold. One that holds others too is not replaced.
+# Every file that a student folder may hold. A folder with other files is not replaced.
 _WRITTEN = re.compile(
     rf"README\.md|model_index\.json|{re.escape(RECORD)}|(pytorch_lora_weights|second_time)\.safetensors"
     rf"|({_PARTS})/({_WEIGHTS}|{_SETTINGS}\.json|merges\.txt|spiece\.model)"
@@ -45,7 +45,7 @@ def export_student(
     max_shard_size: str = SHARD_SIZE,
     licence: str | None = None,
 ) -> Path:
-    """Write the student of `teacher` to `out`, replacing an older student, and nothing else, by a whole one.
+    """Write the student of `teacher` to `out`, completely or not at all. Only an older student is replaced.
 
     `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
     merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
@@ -53,8 +53,8 @@ def export_student(
     `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
     licence is the one that the teacher's card names unless another is given.
 
-    Raises ConfigError for a size that is none, OutputError when `out` holds anything else than a student,
-    DivergedError for weights that are not finite, CheckpointError when the disk refuses.
+    Raises ConfigError for an invalid size, OutputError if `out` holds anything but a student, DivergedError for weights
+    that are not finite, and CheckpointError if writing fails.
     """
     check_size(max_shard_size)
     spec = read_spec(teacher)
@@ -94,20 +94,20 @@ def export_student(
                 save_second_time(second, made)
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
-            check_place(out, spec.folder)  # again, for what was put there meanwhile
+            check_place(out, spec.folder)  # again, because files may have been added meanwhile
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
 
 
 def check_size(max_shard_size: str) -> None:
-    """Raise ConfigError for what is no size of a file of weights."""
+    """Raise ConfigError for text that is not a size of weight files."""
     if not re.fullmatch(r"\d{1,6}(\.\d+)?[KMGT]B", max_shard_size) or float(max_shard_size[:-2]) < 1:
         raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
 
 
 def check_place(out: Path, teacher: Path) -> None:
-    """Raise OutputError unless a student may be written to `out`: it is absent, empty, or a student of ours.
+    """Raise OutputError unless a student may be written to `out`: it is absent, empty, or an exported student.
 
     A folder that holds a student and other files, or the teacher itself, is left as it is.
     """
@@ -144,7 +144,7 @@ def _version(package: str) -> str:
 
 
 def _copy_frozen(teacher: Path, made: Path) -> None:
-    """Copy what the student shares with its teacher: of the pipeline's other parts the files that are loaded.
+    """Copy what the student shares with its teacher: the files that are loaded, except the transformer's.
 
     A variant becomes the plain file, so that the student is loaded without naming one.
     """
@@ -152,7 +152,7 @@ def _copy_frozen(teacher: Path, made: Path) -> None:
     index = {name: kind for name, kind in read_json(teacher / "model_index.json").items() if name != "_name_or_path"}
     for name, kind in index.items():
         if isinstance(kind, list) and (name not in COMPONENTS or kind[-1] is None):
-            index[name] = [None, None]  # of other programs, and not loaded here
+            index[name] = [None, None]  # a component of another program, which is not loaded
         elif isinstance(kind, list) and name != "transformer":
             (made / name).mkdir()
             weights = find_weights(teacher / name) if name in MODELS else Weights(())

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from distill.errors import OutputError
 
-MARK = "Flow Generator Matching"  # in pictures and pages that we write: one that has it may be replaced
-_MARKED_BYTES = 1 << 20  # of a file that are searched for a mark
-NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system raises that cannot flush folders
+MARK = "Flow Generator Matching"  # in pictures and pages that this program writes; a file with it may be replaced
+_MARKED_BYTES = 1 << 20  # how much of a file is searched for a mark
+NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that cannot flush folders
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Where to write the file or folder `path`: it takes that name when the block ends well, and vanishes otherwise.
 
-    A link is followed. An older file or folder is replaced: whoever lets a user name `path` checks first that it may
+    A link is followed. An older file or folder is replaced: code that takes `path` from a user first checks that it may
     be. A folder cannot be renamed over another, so an older one is put aside first; a kill between the two renames
-    leaves it where `put_back` finds it. Raises what the disk raises, FileExistsError for a folder in a file's place.
+    leaves it where `put_back` finds it. Raises OSError, and FileExistsError if a file is in the folder's place.
     """
     path = path.resolve()
     made, old = _hidden(path, "partial"), _hidden(path, "old")
@@ -53,7 +53,7 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def check_replaceable(path: Path, mark: str = MARK) -> None:
-    """Raise OutputError unless `path` can be written, and is absent or a file that we wrote, which its mark says."""
+    """Raise OutputError unless `path` is writable, and is absent or has the mark of this program's files."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: {parent} is not a writable folder; name another file")
@@ -79,13 +79,13 @@ def put_back(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, which is read in pieces. Raises what the disk raises."""
+    """The checksum of a file, which is read in pieces. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
-    """Make a file or folder durable, a folder where its file system can: CIFS and FUSE may not flush folders."""
+    """Flush a file or folder to disk. File systems that cannot flush folders (CIFS, some of FUSE) are accepted."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -97,7 +97,7 @@ def flush(path: Path) -> None:
 
 
 def _hidden(path: Path, what: str) -> Path:
-    """A name beside `path` that no other program or person gives: what bears it is ours to remove."""
+    """A name beside `path` that only this program uses, so that a file with it may be removed."""
     return path.with_name(f".{path.name}{_suffix(what)}")
 
 

@@ -1,4 +1,4 @@
-"""Whether a component's weights are those that its configuration calls for, by names and shapes alone."""
+"""Check that a component's weights match its configuration, by names and shapes alone."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from distill.spec import find_weights
 
 
 def check_fit(kind: Any, path: Path) -> None:
-    """Raise TeacherError unless the folder of a diffusers model holds its weights, each once and of its shape.
+    """Raise TeacherError unless a diffusers folder holds all weights of its model in their shapes, and no others.
 
-    The loaders of diffusers leave weights that are missing without numbers, and pass over those that are too many.
+    The loaders of diffusers leave missing weights uninitialised and ignore superfluous ones.
     """
     try:
         with torch.device("meta"):
@@ -40,7 +40,7 @@ def check_fit(kind: Any, path: Path) -> None:
 
 
 def check_loaded(told: dict[str, Any], path: Path) -> None:
-    """Raise TeacherError if a loader of transformers had to make up weights, as its loading info says."""
+    """Raise TeacherError if the loading info of transformers reports weights that were missing or of another shape."""
     if made_up := sorted(told["missing_keys"]) + sorted(str(name) for name, *_ in told["mismatched_keys"]):
         raise _differs(path, f"lack {made_up[0]} in the shape that the configuration calls for")
 

@@ -42,8 +42,8 @@ def shift_time(t: Tensor, s: float) -> Tensor:
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal (len(seeds), *shape), fp32 on the CPU: one stream a seed, the same alone and in any batch.
 
-    Seeds are whole numbers from 0 to 2^64 - 1, and each has noise of its own; raises ValueError for any other. Those
-    below 2^32 give the noise of torch's generator, which ignores all higher bits; larger ones give Philox's.
+    Seeds are integers from 0 to 2^64 - 1, each with different noise; raises ValueError for other values. Seeds below
+    2^32 use torch's generator, which ignores all higher bits; larger ones use Philox.
     """
     rows = [_noise(operator.index(seed), tuple(shape)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)

@@ -43,7 +43,7 @@ ROWS, SKIPPED = "images.jsonl", "skipped.jsonl"  # for people: name and caption 
 METADATA = "metadata.jsonl"  # of a folder of images, as Hugging Face's ImageFolder has it
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 BATCH, BATCH_PIXELS = 64, 1 << 21  # encoded together at most; the autoencoder runs in fp32
-EDGE = 4096  # bytes of an image's beginning, and of its end, that tell it from another of its name and size
+EDGE = 4096  # bytes from each end of an image that enter the digest of the source
 NO_CAPTION = "it has no caption"
 NO_IMAGE = "it has no image of its name in jpg, png or webp"
 UNUSED = "it belongs to no image; an image and its caption have one name but for the last ending"
@@ -52,9 +52,9 @@ FEW, SHARE = 10, 0.01  # images passed over without an error: so many, or this s
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its caption, or a `fault` for which it cannot be used.
+    """An image with its caption, or the `fault` that makes it unusable.
 
-    `read` gives its `size` bytes, and `edges` the first and last of them. `unused` are files of the same shard that
+    `read` returns its `size` bytes, and `edges` the first and last of them. `unused` names the files of its shard that
     belong to no image.
     """
 
@@ -71,7 +71,7 @@ class Example:
 class EncodedImages:
     """Progress of `encode_examples`: images encoded, images passed over, and captions cut to the token limit.
 
-    `unused` files of shards belong to no image.
+    `unused` counts the files of shards that belong to no image.
     """
 
     images: int
@@ -83,10 +83,10 @@ class EncodedImages:
 def read_examples(source: str, count: int | None = None, seed: int = 0, column: str | None = None) -> Iterator[Example]:
     """Images of a source with their captions, at most `count`, in an order of their own that does not change.
 
-    `scenes` renders as many as are asked for. A folder holds a metadata.jsonl of `file_name` and `text`, or tar
-    shards, or jpg, png and webp files with a txt file of the same name beside each. A .tar file is one shard in
-    WebDataset's form, in any order: an image and its caption, a txt or json file, have one name but for the last
-    ending. `column` names the caption's key in metadata.jsonl and in json files.
+    `scenes` renders as many as are asked for. A folder holds a metadata.jsonl of `file_name` and `text`, or tar shards,
+    or jpg, png and webp files with a txt file of the same name beside each. A .tar file is one shard in WebDataset's
+    form, in any order: an image and its caption, a txt or json file, have the same name except for the last ending.
+    `column` names the caption's key in metadata.jsonl and in json files.
 
     Raises ImageError for a source that is missing, holds no images, or is not what its name says.
     """
@@ -180,7 +180,7 @@ def encode_examples(
 
 
 def check_examples(teacher: Path | str, examples: Iterable[Example], folder: Path) -> None:
-    """Raise CacheError unless a whole cache was made of these images, and for this teacher."""
+    """Raise CacheError unless this is a complete cache of these images for this teacher."""
     check_source(folder, _layout(read_spec(teacher)), _Counted(examples))
 
 
@@ -240,7 +240,7 @@ class _Counted:
 
     @property
     def sha256(self) -> str:
-        """Of names, captions, sizes and edges read, in their order."""
+        """The digest of the names, captions, sizes and edges read so far, in order."""
         return self._digest.hexdigest()
 
 
@@ -275,7 +275,7 @@ def _examples(path: Path, column: str | None) -> Iterator[Example]:
 
 
 def _is_hidden(path: PurePosixPath | Path) -> bool:
-    """Whether a name is that of a hidden file, such as macOS leaves beside others."""
+    """Whether a file is hidden, like those that macOS puts beside others."""
     return path.name.startswith(".")
 
 
@@ -360,7 +360,7 @@ def _suffix(member: tarfile.TarInfo) -> str:
 
 
 def _is_part(key: str, with_image: Set[str]) -> bool:
-    """Whether a file goes with an image of a shorter name, as `0.mask.png` with `0.jpg`."""
+    """Whether a file belongs to an image with a shorter key, as `0.mask.png` to `0.jpg`."""
     name = PurePosixPath(key)
     shorter = list(accumulate(name.name.split("."), "{}.{}".format))[:-1]
     return any(str(name.with_name(stem)) in with_image for stem in shorter)

@@ -128,7 +128,7 @@ class SharedBase:
             init_lora_weights="gaussian",
         )
         names = [name for name, _ in teacher.named_modules()]
-        known = set(Lora.model_fields["targets"].default)  # a teacher may lack some of these
+        known = set(Lora.model_fields["targets"].default)  # a teacher may lack some of the default targets
         for target in kind.targets:
             if target not in known and not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ConfigError(f"networks.targets: the teacher has no layer {target!r}; take names as to_q or net.2")

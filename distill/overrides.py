@@ -16,7 +16,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         value = text if text in ("", "-") else yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"--set {override}: the value is not YAML; put quotes round a text") from None
-    if isinstance(value, str) and value == text.strip():  # YAML 1.1 takes 1e-4 for a string, as it does "2024"
+    if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
         try:
             return key, float(value)
         except ValueError:

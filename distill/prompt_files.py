@@ -1,6 +1,6 @@
 """Readers of prompt files: text, JSON, JSON lines, CSV, TSV, Parquet and saved data sets, compressed or not.
 
-The name's ending decides the format, in any letter case. An ending that is not known is an error, so that no table is
+The ending of the name decides the format, in any letter case. An unknown ending is an error, so that a table is never
 read as plain text.
 """
 
@@ -18,23 +18,23 @@ from typing import Any, BinaryIO
 
 from distill.errors import PromptError
 
-COLUMNS = ("prompt", "caption", "text")  # columns that may hold the text, the preferred first; case does not matter
+COLUMNS = ("prompt", "caption", "text")  # columns that may hold the text, in order of preference; case does not matter
 EMBEDDED = "embeddings.json"  # the manifest of a cache that `distill embed` made
-UNFINISHED = "embeddings.unfinished.json"  # that of a cache that is not whole
+UNFINISHED = "embeddings.unfinished.json"  # the manifest of an incomplete cache
 _TYPES = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list"}
 
 
 def read_texts(source: str, column: str | None = None) -> Iterator[str]:
-    """Every text of a file, a folder or `-` for standard input, blank ones too, from the named column if there is one.
+    """All texts, including blank ones, of a file, a folder or `-` (standard input); of a table, of the named `column`.
 
-    Raises PromptError for a source that is missing, or not what its name says.
+    Raises PromptError for a source that is missing or does not have the format of its name.
     """
     path = Path(source)
     if source == "-":
         yield from _text(Path("standard input"), sys.stdin.buffer, column)
     elif path.is_dir():
         yield from _folder(path, column)
-    elif path.exists():  # also a pipe, as in `<(zcat prompts.gz)`
+    elif path.exists():  # including a pipe, as in `<(zcat prompts.gz)`
         yield from _file(path, column)
     else:
         raise PromptError(
@@ -62,7 +62,7 @@ def text_of(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str |
             )
         try:
             value.encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair: an emoji that was cut
+        except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, from an emoji that was cut
             raise PromptError(f"{where} holds a half of a character; remove it") from None
         if value.strip():
             return value
@@ -71,7 +71,7 @@ def text_of(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str |
 
 
 def columns_of(where: str, names: Sequence[str], column: str | None = None) -> list[str]:
-    """The columns that may hold the text: the named one, or those of COLUMNS. Raises PromptError for none, or two."""
+    """The columns that may hold the text: the named one, or those of COLUMNS. Raises PromptError for none or two."""
     found: list[str] = []
     for wanted in COLUMNS if column is None else (column,):
         same = [name for name in names if name == wanted]
@@ -105,7 +105,7 @@ def _json_lines(path: Path, file: Iterable[bytes], column: str | None) -> Iterat
 
 
 def _json(path: Path, file: BinaryIO, column: str | None) -> Iterator[str]:
-    """An array, which is read whole; or JSON lines, which some libraries write under this ending."""
+    """Read a JSON array as a whole, or else JSON lines, which some libraries write under this ending."""
     data = file.read()
     if data.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"["):
         value = _parsed(str(path), data)
@@ -210,13 +210,13 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.
 
 
 def _endings(path: Path) -> tuple[str, str]:
-    """The endings of a name that say format and compression, in lower case; none are empty."""
+    """The endings of a name for its format and compression, in lower case; "" for a missing one."""
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     return (path.with_suffix("") if compression else path).suffix.lower(), compression
 
 
 def _file(path: Path, column: str | None) -> Iterator[str]:
-    """The texts of one file; one without an ending is text."""
+    """The texts of one file. A file without an ending is plain text."""
     ending, compression = _endings(path)
     if ending and ending not in FORMATS:
         raise PromptError(
@@ -229,7 +229,7 @@ def _file(path: Path, column: str | None) -> Iterator[str]:
     try:
         with COMPRESSIONS[compression](path) if compression else path.open("rb") as file:
             yield from read(path, file, column)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # of pyarrow too
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow raises these too
         what = (ending.removeprefix(".") or "text") + compression
         raise PromptError(f"{path} cannot be read as {what} ({error}); make or fetch it again") from None
 
@@ -258,7 +258,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[str]:
             f"{folder} holds no prompt files and, without state.json, is no saved data set; give a file that ends in "
             f"{', '.join(FORMATS)}, or a folder of such files"
         )
-    if ".parquet" in files:  # what lies beside tables describes them
+    if ".parquet" in files:  # other files beside tables describe them
         files = {".parquet": files[".parquet"]}
     if len(files) > 1:
         raise PromptError(f"{folder} holds files of several formats ({', '.join(files)}); give one of the files")
@@ -267,7 +267,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[str]:
 
 
 def _saved_dataset(folder: Path, column: str | None) -> Iterator[str]:
-    """A folder that `save_to_disk` left: state.json names Arrow streams, which are mapped and not loaded."""
+    """The texts of a folder written by `save_to_disk`: state.json names Arrow streams, which are memory-mapped."""
     import pyarrow as pa
 
     try:
@@ -284,13 +284,13 @@ def _saved_dataset(folder: Path, column: str | None) -> Iterator[str]:
 
 
 def _decoded(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """Lines as text, without the mark that some editors put before the first."""
+    """Lines as text, without a byte order mark."""
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             text = "\0"
-        if "\0" in text:  # UTF-16 without a mark
+        if "\0" in text:  # UTF-16 without a byte order mark
             raise PromptError(f"{path} line {number} is not UTF-8; convert it first") from None
         yield text
 

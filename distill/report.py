@@ -72,9 +72,9 @@ _JUDGED = {
 
 
 def write_report(run: RunFolder, out: Path) -> None:
-    """Write the page of a run, whole or not at all.
+    """Write the page of a run, completely or not at all.
 
-    Raises RunError when a file of the run is in another form, OutputError when `out` is another file than a report.
+    Raises RunError if a file of the run has another format, and OutputError if `out` is a file but not a report.
     """
     check_replaceable(out)
     write_aside(out, render_report(run))

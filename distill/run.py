@@ -71,8 +71,8 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
 def check_run(config: Run, out: Path) -> TeacherSpec:
     """Check teacher, start, sources and the run folder; nothing is written.
 
-    Raises TeacherError, SizeError, ConfigError for a patience that nothing can end, CheckpointError when `out` holds a
-    run of another configuration, or OutputError when it holds files of no run that a run would replace.
+    Raises TeacherError, SizeError, ConfigError for `stop.patience` without evaluations, CheckpointError if `out` holds
+    a run of another configuration, and OutputError if a run would replace files there that belong to no run.
     """
     spec = read_spec(teacher_folder(config))
     latent_shapes(config, spec)
@@ -96,7 +96,7 @@ def check_run(config: Run, out: Path) -> TeacherSpec:
 
 
 def check_teacher(out: Path, spec: TeacherSpec) -> None:
-    """Raise CheckpointError when the run in `out` has learnt from another teacher, wherever that one is."""
+    """Raise CheckpointError if the run in `out` has learnt from a teacher with another digest."""
     path = out / SOURCES
     try:
         kept = json.loads(path.read_text())["teacher"] if path.exists() else spec.digest
@@ -110,7 +110,7 @@ def check_teacher(out: Path, spec: TeacherSpec) -> None:
 
 
 def _check_sources(config: Run, spec: TeacherSpec) -> None:
-    """Open caches and read the first prompt and real image of others, so that faults are found before anything is made.
+    """Open caches, or read the first prompt and real image of other sources, to find errors before anything is made.
 
     Raises CacheError, PromptError, ImageError, or ConfigError for a column of a cache.
     """
@@ -126,7 +126,7 @@ def _check_sources(config: Run, spec: TeacherSpec) -> None:
 
 
 def _is_cache(given: Prompts | RealImages, manifest: str) -> bool:
-    """Whether a source is a cache. Raises ConfigError where a column of it is named."""
+    """Whether a source is a cache. Raises ConfigError if a column is given for a cache."""
     if not (Path(given.source) / manifest).exists():
         return False
     if given.column is not None:
@@ -135,15 +135,15 @@ def _is_cache(given: Prompts | RealImages, manifest: str) -> bool:
 
 
 def _may_be_read_twice(source: str) -> bool:
-    """Whether a source is a file or a folder, or missing, and no stream."""
+    """Whether a source is a file, a folder or missing, and not a stream."""
     path = Path(source)
     return source not in ("-", "scenes") and (path.is_file() or path.is_dir() or not path.exists())
 
 
 def _is_gone(source: str, folder: Path, out: Path) -> bool:
-    """Whether a run that has learnt cannot compare its source with the cache that was made of it, and says so.
+    """Whether a run that has learnt cannot compare its source with the cache; if so, log a warning.
 
-    That is standard input, and what was moved or removed. The cache itself is compared in any case.
+    This holds for standard input and for a source that was moved or removed. The cache itself is always compared.
     """
     if not has_learnt(out) or source == "scenes" or (source != "-" and Path(source).exists()):
         return False
@@ -170,7 +170,7 @@ def latent_shapes(config: Run, spec: TeacherSpec) -> list[tuple[int, int, int]]:
 
 
 def is_judged(config: Run, spec: TeacherSpec) -> bool:
-    """Whether students are evaluated on the way: on the toy dataset alone, at its own size."""
+    """Whether students are evaluated during the run: only on the toy dataset, at its native size."""
     size = config.sizes[0] if config.sizes else (spec.image_size, spec.image_size)
     return "scenes" in (config.teacher, config.prompts.source) and size == (SIZE, SIZE)
 
@@ -210,7 +210,7 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
 
 
 def embeddings_folder(config: Run, out: Path) -> Path:
-    """Where the cache of prompts is: `prompts.source`, if that is one, else in the run."""
+    """The folder of the prompt cache: `prompts.source` if that is a cache, else one in the run folder."""
     source = Path(config.prompts.source)
     return source if (source / MANIFEST).exists() else out / "embeddings"
 
@@ -232,9 +232,9 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
 
 
 def check_unchanged(config: Run, out: Path) -> None:
-    """Raise CacheError or CheckpointError when prompts or real images changed since a run encoded or learnt them.
+    """Raise CacheError or CheckpointError if prompts or real images have changed since the run encoded or used them.
 
-    Nothing is encoded: what has no cache is not checked.
+    Nothing is encoded; sources without a cache are not checked.
     """
     folder, real = teacher_folder(config), config.real
     if not (embeddings_folder(config, out) / MANIFEST).exists():
@@ -307,7 +307,7 @@ def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
 def _hold_to_sources(
     out: Path, spec: TeacherSpec, conditions: EmbeddingCache, reals: ImageCache | None, write: bool
 ) -> None:
-    """Record what the run learns from. Raises CheckpointError when it has learnt from something else."""
+    """Record the digests of what the run learns from. Raises CheckpointError if it has learnt from something else."""
     path = out / SOURCES
     digests = {"prompts": conditions.sha256, **({"real images": reals.sha256} if reals is not None else {})}
     digests["teacher"] = spec.digest
@@ -324,7 +324,7 @@ def _hold_to_sources(
 
 
 def has_learnt(out: Path) -> bool:
-    """Whether a run has left a state or a student, which bind it to its configuration."""
+    """Whether a run has a checkpoint or a student, so that its configuration may no longer change."""
     return (out / "student").exists() or any(checkpoint.states(out / part) for part in ("checkpoints", "best"))
 
 

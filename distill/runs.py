@@ -51,7 +51,7 @@ class RunFolder:
 
 
 def whole_batches(images: int, batch: int) -> int:
-    """Images that a run sees for a budget of `images`, since a step is never cut."""
+    """Images that a run sees for a budget of `images`: whole batches, because a step is never cut."""
     return -(-images // batch) * batch
 
 
@@ -161,7 +161,7 @@ def _lines(path: Path) -> list[Figures]:
 
 
 def images_of(line: str) -> int | None:
-    """How many images a line of a log is about; None for one that is no line of a log."""
+    """The number of images in a line of a log; None if the line is not valid."""
     images: Any = _figures(line).get("images")
     return images if isinstance(images, int) and 0 <= images < 2**63 else None
 

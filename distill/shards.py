@@ -168,7 +168,7 @@ class ShardWriter:
             checkpoint.flush(self._folder)
 
     def _claim(self) -> None:
-        """Mark the folder as that of a cache. Raises OutputError when a cache would replace files that are no cache's.
+        """Mark the folder as a cache. Raises OutputError if a cache would replace files that do not belong to one.
 
         A call that is killed before its first index leaves files under the mark.
         """
@@ -250,7 +250,7 @@ class ShardWriter:
 
 
 def check_source(folder: Path, layout: Layout, source: Source) -> None:
-    """Raise CacheError unless a whole cache was made of what the source holds now."""
+    """Raise CacheError unless this is a complete cache of what the source holds now."""
     index = _read_index(folder / layout.manifest, layout, {"source"})
     source.skip(sys.maxsize)
     if index["source"] != {"read": source.read, "sha256": source.sha256}:
@@ -305,7 +305,7 @@ class ShardReader:
 
     @property
     def sha256(self) -> str:
-        """Of what the cache was made of. Raises CacheError where the manifest does not say it."""
+        """The digest of the cache's source. Raises CacheError if the manifest does not have it."""
         try:
             return str(self._index["source"]["sha256"])
         except (KeyError, TypeError):

@@ -38,15 +38,15 @@ _OPTIONAL = {"text_encoder_3", "tokenizer_3"}
 _CONFIG_FILES = ("config.json", "scheduler_config.json")
 _TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
                     "tokenizer_config.json", "vocab.json")  # fmt: skip
-_SENTENCEPIECE = "spiece.model"  # of T5, read where there is no tokenizer.json
-_WORDS = {  # files of a tokenizer's words where there is no tokenizer.json
+_SENTENCEPIECE = "spiece.model"  # of T5; read if there is no tokenizer.json
+_WORDS = {  # files of a tokenizer's vocabulary if there is no tokenizer.json
     "tokenizer": ("vocab.json", "merges.txt"),
     "tokenizer_2": ("vocab.json", "merges.txt"),
     "tokenizer_3": (_SENTENCEPIECE,),
 }
-_VARIANTS = (None, "fp16", "bf16")  # in files' names, the preferred one first
+_VARIANTS = (None, "fp16", "bf16")  # in file names, in order of preference
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantised
-# What a static shift leaves without effect. Any other setting of a scheduler that is not off changes its times.
+# Settings without effect under a static shift. Any other setting of a scheduler that is on changes its times.
 _WITHOUT_EFFECT = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "time_shift_type"}
 _TRAIN_TIMESTEPS = 1000
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -221,7 +221,7 @@ def _is_present(folder: Path, index: dict[str, Any], name: str, expected: str | 
 
 
 def _read_scheduler(path: Path) -> dict[str, Any]:
-    """A scheduler's configuration. Raises TeacherError for one that takes other times than those of a static shift."""
+    """A scheduler's configuration. Raises TeacherError if its times are not those of a static shift."""
     scheduler = read_json(path)
     _check_class(path, scheduler, "scheduler")
     steps = scheduler.get("num_train_timesteps", _TRAIN_TIMESTEPS)
@@ -234,7 +234,7 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 
 
 def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
-    """Raise TeacherError unless a component's own configuration names the class that is loaded, and plain weights."""
+    """Raise TeacherError unless a component's configuration names the expected class and unquantised weights."""
     expected = {**MODELS, **_OTHERS}[name]
     named = config.get("_class_name", config.get("architectures"))
     if named is not None and expected not in (named if isinstance(named, list) else [named]):
@@ -244,8 +244,8 @@ def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
 
 
 def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError for numbers that are none of a model, or parts that do not fit together."""
-    clips = [configs["text_encoder"], configs["text_encoder_2"]]  # a configuration leaves out what is the default
+    """Raise ValueError for impossible numbers and for components that do not fit together."""
+    clips = [configs["text_encoder"], configs["text_encoder_2"]]  # a configuration omits default values
     hidden, pooled, positions = (
         [int(clip.get(key, default)) for clip in clips]
         for key, default in (("hidden_size", 512), ("projection_dim", 512), ("max_position_embeddings", 77))
@@ -277,7 +277,7 @@ def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) 
 
 
 def _check_words(folder: Path) -> None:
-    """Raise TeacherError for a tokenizer without words, with which every prompt would be the same."""
+    """Raise TeacherError for a tokenizer without a vocabulary, which would encode all prompts alike."""
     words = _WORDS[folder.name]
     if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in words):
         raise TeacherError(
@@ -292,7 +292,7 @@ def _check_pointer(content: bytes, path: Path) -> None:
 
 
 def setting_files(folder: Path) -> list[Path]:
-    """The files beside weights that are loaded of a component: settings, words, and the index of several files."""
+    """The files of a component that are loaded besides its weights: settings, vocabulary, and the index of shards."""
     names = list(_TOKENIZER_FILES if folder.name.startswith("tokenizer") else _CONFIG_FILES)
     if folder.name.startswith("tokenizer") and not (folder / "tokenizer.json").exists():
         names.append(_SENTENCEPIECE)
@@ -314,9 +314,10 @@ class Weights:
 def find_weights(folder: Path) -> Weights:
     """The safetensors files that are loaded of a component: one, or the shards that its index names.
 
-    A variant, as `model.fp16.safetensors`, is taken where there are no others. Raises TeacherError when there are none.
+    A variant such as `model.fp16.safetensors` is used if there are no plain files. Raises TeacherError if there are
+    none.
     """
-    ours = folder.name in ("transformer", "vae")  # diffusers' own prefer an index, transformers' a single file
+    ours = folder.name in ("transformer", "vae")  # diffusers prefers an index, transformers a single file
     stem = "diffusion_pytorch_model" if ours else "model"
     for variant in _VARIANTS:
         ending = f".{variant}" if variant else ""

@@ -1,4 +1,4 @@
-"""Decoded images as 8-bit sRGB, upright and on white, whatever their mode, colour profile and orientation."""
+"""Decoded images as 8-bit sRGB, upright and on white, for any mode, colour profile and orientation."""
 
 from contextlib import suppress
 from io import BytesIO
@@ -7,15 +7,15 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-_LEVELS = {"L;2": 85, "L;4": 17}  # in 8 bits, of a step of 2 or 4 bits
-_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # of pixels, by a profile's colour space
+_LEVELS = {"L;2": 85, "L;4": 17}  # 8-bit value of one step in 2 or 4 bits
+_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # pixel mode, by a profile's colour space
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """An RGB image of what a viewer with colour management shows on a white page.
+    """Convert to RGB as a colour-managed viewer shows the image on a white page.
 
-    EXIF decides the orientation, an ICC profile the colours, and 16-bit grey is scaled to 8 bits. A profile that cannot
-    be read, or is of another colour space than the pixels, is ignored, as browsers do.
+    EXIF decides the orientation, and an ICC profile the colours. 16-bit grey is scaled to 8 bits. A profile that cannot
+    be read, or is for another colour space than the pixels', is ignored, as in browsers.
     """
     profile = image.info.get("icc_profile")
     _scale_clear_colour(image)
@@ -29,7 +29,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_clear_colour(image: Image.Image) -> None:
-    """Give a PNG's transparent colour the depth of its pixels, which are decoded to 8 bits; Pillow leaves it."""
+    """Scale a PNG's transparent colour to 8 bits, as its pixels are; Pillow does not do so."""
     stored = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
     clear = image.info.get("transparency")
     if stored in _LEVELS and isinstance(clear, int):
@@ -54,7 +54,7 @@ def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _managed(colours: Image.Image, profile: bytes) -> Image.Image:
-    """RGB by the profile that the colours are meant in."""
+    """Convert to RGB by the colour profile, if it is usable."""
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = _MODES.get(source.profile.xcolor_space.strip())
@@ -62,6 +62,6 @@ def _managed(colours: Image.Image, profile: bytes) -> Image.Image:
             colours = colours.convert("RGB")
         if colours.mode == mode:
             converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            assert converted is not None  # not in place
+            assert converted is not None  # it is None only for in-place conversion
             return converted
     return colours.convert("RGB")

@@ -1,4 +1,4 @@
-"""Whether the weights that `start` names fit a run, by their names and shapes alone, before anything is computed."""
+"""Check that the weights of `start` fit a run, by names and shapes alone, before anything is computed."""
 
 from distill import checkpoint
 from distill.config import Lora, Run
@@ -7,11 +7,11 @@ from distill.spec import TeacherSpec, find_weights, read_spec
 from distill.two_times import split
 
 _Shapes = dict[str, tuple[int, ...]]
-_POSITIONS = "pos_embed.pos_embed"  # a table that is computed, and no weight
+_POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
 def check_start(config: Run, spec: TeacherSpec) -> None:
-    """Raise ConfigError if `start` holds no weights, or those of other networks; TeacherError for damaged ones."""
+    """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
     if config.start is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())

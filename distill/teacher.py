@@ -70,13 +70,13 @@ def load_vae(
 
 
 def check_parts(spec: TeacherSpec) -> None:
-    """Raise TeacherError unless transformer and autoencoder have the weights that their configurations call for."""
+    """Raise TeacherError unless the weights of transformer and autoencoder match their configurations."""
     check_fit(SD3Transformer2DModel, spec.folder / "transformer")
     check_fit(AutoencoderKL, spec.folder / "vae")
 
 
 def _only_from(path: Path) -> dict[str, Any]:
-    """What loaders are told: the weights of this folder, in safetensors."""
+    """Arguments of the loaders: the weights of this folder, in safetensors."""
     return {"use_safetensors": True, "local_files_only": True, "variant": find_weights(path).variant}
 
 

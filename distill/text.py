@@ -168,7 +168,7 @@ class SD3TextEncoder:
 
 
 def load_tokenizer(kind: Any, folder: Path) -> Any:
-    """A tokenizer of a checked folder. Raises TeacherError for files that are none of it."""
+    """A tokenizer of a checked folder. Raises TeacherError for invalid files."""
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises Exception itself
@@ -176,7 +176,7 @@ def load_tokenizer(kind: Any, folder: Path) -> Any:
 
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A text encoder of a checked folder, on the CPU. Raises TeacherError for weights that are not those it needs."""
+    """A text encoder of a checked folder, on the CPU. Raises TeacherError for weights that do not match."""
     own: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(folder).variant}
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = kind.from_pretrained(folder, dtype=dtype, **own, **told)

@@ -78,8 +78,8 @@ class Progress:
 def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
     """Accelerate's view of the machine, one process or many; trackers that write files do so under `out/tensorboard`.
 
-    Raises ConfigError for a tracker that accelerate does not know or that is not installed, and for an environment that
-    asks accelerate for an engine that cannot train roles in turns, or that it cannot start in.
+    Raises ConfigError for a tracker that is unknown or not installed, for an environment in which accelerate cannot
+    start, and for one that asks for an engine that cannot train roles in alternation.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM", "SAGEMAKER"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -109,7 +109,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
 
 def check(config: Run, accelerator: Accelerator) -> None:
     """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
-    resolve_device(str(accelerator.device))  # a variable may name one that is not there
+    resolve_device(str(accelerator.device))  # an environment variable may name a missing device
     if config.batch % accelerator.num_processes:
         world = accelerator.num_processes
         raise ConfigError(f"batch {config.batch} does not divide over {world} processes; take a multiple of {world}")

@@ -11,13 +11,13 @@ MAX_CHARACTERS = 2048  # the parser takes quadratic time; a longer header is dis
 
 
 def image_type(accept: str, output_format: OutputFormat | None) -> str | None:
-    """Return the media type of the image that the client prefers over everything else; None where it is not an image.
+    """Return the media type of the image, if the client prefers an image over everything else; otherwise None.
 
-    Of several image types it is the one of `output_format`, else the one liked best, else the one named first.
+    Of several image types it is that of `output_format`, else the preferred one, else the first one named.
     """
     ranges = _ranges(accept)
     named = [f"{kind}/{subtype}" for kind, subtype, _ in ranges]
-    others = max((float(params["q"]) for kind, _, params in ranges if kind != "image"), default=0.0)  # JSON among them
+    others = max((float(params["q"]) for kind, _, params in ranges if kind != "image"), default=0.0)  # including JSON
 
     def rank(image: str) -> tuple[bool, float, float, int]:
         quality, fitness = mimeparse.quality_and_fitness_parsed(image, ranges)

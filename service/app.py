@@ -50,7 +50,7 @@ EXPOSED = [
     "idempotent-replayed",
 ]
 FORM_BYTES = 64 << 10  # what an upload has besides its file
-ARTEFACT_THREADS = 32  # they wait for a disk or a network, and compute nothing
+ARTEFACT_THREADS = 32  # they only wait for a disk or a network
 
 
 def create_app(
@@ -157,7 +157,7 @@ def _tracing(settings: Settings) -> "Tracing | None":
 
 
 async def _sweep(state: State, period: float) -> None:
-    """Delete expired images from time to time; a store that does not answer is tried again the next time."""
+    """Delete expired images periodically. If the store does not answer, the next period tries again."""
     loop = asyncio.get_running_loop()
     while True:
         try:

@@ -101,7 +101,7 @@ def serve(
     if not server.started:
         sys.exit(STARTUP_FAILURE)
     logging.shutdown()
-    os._exit(0)  # Python itself would wait for every thread, also for one that a store or a disk never answers
+    os._exit(0)  # Python would wait for every thread, including one that waits forever for a store or a disk
 
 
 @app.command()

@@ -193,7 +193,7 @@ def _application(settings: Settings, scale: Scale) -> Any:
     device = settings.devices
     if device == "auto":
         device = "cuda:0" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-    # In the engine, at most: interactive and bulk work may each fill the queue.
+    # The maximum in the engine: interactive and bulk work may each fill the queue.
     images = 2 * settings.queue_limit + SLOTS * settings.max_batch * settings.replicas
     deployment = serve.deployment(
         name="server",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-SHORTEST_WAIT = 0.1  # seconds; a client that is told 0 asks again at once, and forever
+SHORTEST_WAIT = 0.1  # seconds; with 0, clients would retry at once without end
 
 LONGEST_ECHO = 100  # characters of a client's text that an error repeats
 
@@ -14,7 +14,7 @@ def excerpt(text: str) -> str:
 
 
 def without_middle(sentence: str) -> str:
-    """Return a sentence that may hold a client's text anywhere; of a long one, the beginning and the end."""
+    """Return a sentence that may contain a client's text; a long one is cut to its beginning and end."""
     return sentence if len(sentence) <= 200 else f"{sentence[:139]}…{sentence[-60:]}"
 
 

@@ -11,8 +11,8 @@ from typing import IO
 
 PRIVATE = 0o600  # for its owner alone
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the disk raises when there is no room
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)  # of another user, read-only, broken
-NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system raises that cannot flush folders
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)  # another user's, read-only or broken
+NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that cannot flush folders
 
 
 @contextlib.contextmanager
@@ -35,13 +35,13 @@ def aside(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder where there is none, and write into it. Raises what the disk raises."""
+    """Make a folder if it is missing, and check that it can be written. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system can: CIFS and FUSE may not flush folders."""
+    """Flush the names in a folder to disk. File systems that cannot do so (CIFS, some of FUSE) are accepted."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

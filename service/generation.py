@@ -20,7 +20,7 @@ from service.schemas import ImageData, ImageRequest, ImagesResponse, OutputForma
 from service.state import State
 
 MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
-RANDOM_SEEDS = 2**32  # random seeds are drawn below: their noise is the fastest to make
+RANDOM_SEEDS = 2**32  # exclusive upper bound of random seeds; noise of small seeds is fastest to make
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Order:
     timeout: float | None  # seconds; None is the server's
     adapter: str | None
     scale: float  # of the adapter
-    warnings: Sequence[str] = ()  # what is not done as requested
+    warnings: Sequence[str] = ()  # deviations from the request
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
@@ -211,7 +211,7 @@ def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -
 
 
 def _size(body: ImageRequest, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Width and height meant; `auto` is the model's own, and another size may give way to the nearest allowed one."""
+    """The width and height to make: `auto` is the model's own; an unsupported size may become the nearest one."""
     if body.size is None or body.size == "auto":
         return allowed[0]
     width, height = map(int, body.size.split("x"))

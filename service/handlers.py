@@ -98,7 +98,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
             return respond(BodyTooLarge(error.detail))
         case 499:
             return respond(ClientGone(error.detail))
-        case _ if error.__cause__ is not None:  # what FastAPI's reading of a JSON body ended with
+        case _ if error.__cause__ is not None:  # FastAPI failed to read a JSON body
             return await _unread(request, error.__cause__)
         case _:
             return _unreadable(request, error.detail, code=None)
@@ -119,7 +119,7 @@ async def _unread(request: Request, cause: BaseException) -> JSONResponse:
 def _unreadable(
     request: Request, message: str, param: str | None = None, code: str | None = "invalid_json"
 ) -> JSONResponse:
-    """Answer a body that cannot be read, and say so if that is because it is compressed."""
+    """Answer a body that cannot be read; if it is compressed, the error says so."""
     coding = request.headers.get("content-encoding", "identity")
     if coding.lower() == "identity":
         return respond(InvalidRequest(message, param, code))
@@ -135,13 +135,13 @@ def _longest_number(body: bytes, digits: int) -> str | None:
     def note(pairs: list[tuple[str, object]]) -> None:
         names.extend(excerpt(name) for name, value in pairs if value is too_long)
 
-    with contextlib.suppress(ValueError, RecursionError):  # of what follows the number
+    with contextlib.suppress(ValueError, RecursionError):  # caused by text after the number
         json.loads(body, parse_int=lambda text: too_long if len(text) > digits else 0, object_pairs_hook=note)
     return names[0] if names else None
 
 
 def _methods(request: Request) -> list[str]:
-    """Return the methods that a path takes, over all routes: each of them knows only its own."""
+    """Return the methods that a path accepts in any route; each route knows only its own."""
     routes = request.app.router.routes
     taken = [
         method
@@ -152,7 +152,7 @@ def _methods(request: Request) -> list[str]:
 
 
 async def _disk(request: Request, error: Exception) -> JSONResponse:
-    """A disk that is full, or not writable, will be mended some day; any other failure is one of ours."""
+    """Answer 503 for a disk that is full or not writable. Other errors are bugs and are raised again."""
     assert isinstance(error, OSError)
     if error.errno in DISK_FULL:
         return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))

@@ -28,11 +28,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Scope = Literal["generate", "jobs", "admin"]
-KEY_CHARACTERS = 16  # of a key at least
-START_SECONDS = 10.0  # that a command waits for a key file
-READ_SECONDS = 1.0  # that requests wait for it
+KEY_CHARACTERS = 16  # minimum length of a key
+START_SECONDS = 10.0  # how long a command waits for a key file
+READ_SECONDS = 1.0  # how long requests wait for it
 MOUNT_AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-_KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # what a bearer token consists of (RFC 6750)
+_KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # the characters of a bearer token (RFC 6750)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Key:
 
     @classmethod
     def of_settings(cls, token: str) -> "Key":
-        """The key of a token in `api_keys`. Its owner is derived from the token, so the order of the list is free."""
+        """The key of a token in `api_keys`. Its owner is derived from the token, not from its place in the list."""
         return cls.of(token, f"key-{_digest(f'owner {token}')[:8]}", ("generate", "jobs"))
 
 
@@ -63,7 +63,7 @@ class _Contents:
 
 
 def check_token(token: str) -> None:
-    """Raises ValueError for text that cannot be an API key: empty, short, or with characters that no header carries."""
+    """Raise ValueError for text that cannot be an API key: empty, too short, or with other characters."""
     if not _KEY.fullmatch(token):
         raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, of A-Z a-z 0-9 - . _ ~ + / =")
 
@@ -108,14 +108,14 @@ class KeyFile:
         return self._keys
 
     def read_at_start(self) -> tuple[Key, ...]:
-        """`read`, for commands. Raises StartError also where the file's mount does not answer within some time."""
+        """`read`, for commands. Also raises StartError if the file's mount does not answer in time."""
         try:
             return _in_thread(self.read).result(START_SECONDS)
         except OSError as error:  # TimeoutError is one
             raise StartError(f"{self._path} cannot be read: its file system does not answer ({error!r})") from None
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
-        """Add a key and return its token, which nothing can show a second time. Raises StartError for a wrong name."""
+        """Add a key and return its token, which cannot be shown again. Raises StartError for a wrong name."""
         if not owner.strip():
             raise StartError("a key needs a name: logs and limits go by it")
         token = f"fgm-{secrets.token_urlsafe(32)}"
@@ -136,7 +136,7 @@ class KeyFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time. Raises StartError where the folder cannot be written."""
+        """Lock the file for one writer. Raises StartError if the folder cannot be written."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self._path}.lock"):
@@ -162,7 +162,7 @@ class KeyFile:
 
 
 class KeyReader:
-    """Reads a key file for requests, in threads of its own: a mount that hangs holds up neither loop nor shutdown."""
+    """Reads a key file for requests in separate threads, so a hanging mount blocks neither event loop nor shutdown."""
 
     def __init__(self, file: KeyFile) -> None:
         self._file = file
@@ -174,7 +174,7 @@ class KeyReader:
     async def read(self) -> tuple[Key, ...]:
         """The file's keys; while its mount does not answer, those that were read last.
 
-        Raises Unavailable where there are none, or where the file is not one of ours: nobody is let in by mistake.
+        Raises Unavailable if no keys were read yet or the file is invalid, so that nobody is let in by mistake.
         """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.wrap_future(_in_thread(self._attempt))
@@ -201,7 +201,7 @@ class KeyReader:
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:
-    """The result of `work`, which runs in a thread that the end of the process does not wait for."""
+    """The result of `work`, which runs in a daemon thread: the process does not wait for it at exit."""
     future: Future[T] = Future()
 
     def run() -> None:

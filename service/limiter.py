@@ -35,7 +35,7 @@ class Limiter:
             self._windows.hit(rate, owner, cost=images)
 
     def _wait(self, rate: RateLimitItem, owner: str, images: int) -> float:
-        """Return the seconds until so many images fit: until enough of the earlier ones have left the window."""
+        """Return the seconds until enough earlier images have left the window for `images` more to fit."""
         newest_first = self._storage.events.get(rate.key_for(owner), [])
         last_to_leave = newest_first[rate.amount - images : rate.amount - images + 1]  # none if it has just left
         return max((image.atime + rate.get_expiry() - time.time() for image in last_to_leave), default=0.0)

@@ -34,9 +34,9 @@ class BodyLimit(NamedTuple):
 
 
 class Front:
-    """Outermost layer of the app but for CORS and the proxies' headers.
+    """Outermost layer of the app, except for CORS and the proxies' headers.
 
-    A path is served with and without a slash at its end, also below a `root_path`, and HEAD is served where GET is.
+    Paths are served with and without a trailing slash, also below a `root_path`. HEAD is served where GET is.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Front:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through; of a WebSocket, only path and host are looked at."""
+        """Process a request. For a WebSocket, only path and host are checked."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -136,10 +136,10 @@ class Front:
 
 
 class Cors(CORSMiddleware):
-    """CORS whose refusals repeat nothing of the request."""
+    """CORS middleware whose refusals do not repeat text of the request."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Answer a preflight; the names of headers that it asks for are returned only if it is granted."""
+        """Answer a preflight. The requested header names are returned only if it is granted."""
         response = super().preflight_response(request_headers)
         if response.status_code != 200 and "access-control-allow-headers" in response.headers:
             del response.headers["access-control-allow-headers"]

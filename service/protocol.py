@@ -12,7 +12,7 @@ from service.handlers import respond
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
-_BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has one
+_BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has a body
 
 
 class Protocol(HttpToolsProtocol):
@@ -21,7 +21,7 @@ class Protocol(HttpToolsProtocol):
     max_head_bytes = 64 << 10  # method, path and headers; trailers too
     head_seconds = 10.0  # from the connection, or a head's first byte, to its last
     stall_seconds = 60.0  # in which a client takes nothing of what is sent to it
-    drain_body_seconds = 1.0  # that the rest of a body gets once the server drains
+    drain_body_seconds = 1.0  # time for the rest of a body once the server drains
 
     _begun = False  # whether a head has begun and not ended
     _head_bytes = 0  # of the head, as far as it is parsed
@@ -75,7 +75,7 @@ class Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole; the body has limits of its own. CONNECT is refused: this is no proxy."""
+        """The head is complete; the body has its own limits. CONNECT is refused, because this is not a proxy."""
         if self.parser.get_method() == b"CONNECT":
             raise ValueError
         if self._declined:
@@ -105,7 +105,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"), "invalid_http")
 
     def shutdown(self) -> None:
-        """Drain: what has arrived is answered; a body that does not end soon is refused."""
+        """Drain: answer complete requests, and refuse one whose body does not end soon."""
         super().shutdown()
         if self.cycle is not None and self.cycle.more_body:
             self.loop.call_later(self.drain_body_seconds, self._give_up)
@@ -123,23 +123,23 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def _declined(self) -> bool:
-        """Whether the head that is parsed offers another protocol, and the offer is ignored (RFC 9110, 7.8)."""
+        """Whether the current head offers an upgrade that is ignored (RFC 9110, 7.8)."""
         return bool(self.parser.should_upgrade()) and not self._should_upgrade()
 
     def _should_upgrade(self) -> bool:
-        """Whether the offer is a WebSocket, which begins with a GET without a body."""
+        """Whether the offered upgrade is a WebSocket; its request is a GET without a body."""
         body = any(name in _BODY and value != b"0" for name, value in self.headers)
         return self.parser.get_method() == b"GET" and not body and super()._should_upgrade()
 
     def _parse(self, data: memoryview) -> memoryview:
-        """Parse up to the end, or to the end of a head that offers another protocol; returns what is left."""
+        """Parse to the end, or to the end of a head that offers an ignored upgrade. Returns the rest."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
                 return data[:0]
-            # This parser has skipped the body. Another one reads the head again, without the offer, and then the body.
+            # This parser has skipped the body. A new one reads the head again, without the offer, and then the body.
             head = self._head_without_offer()
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's

@@ -123,7 +123,7 @@ class Session:
             return _messages.validate_python(from_json(text), context=context)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
-            if first["type"] == "union_tag_invalid":  # its own message repeats the tag
+            if first["type"] == "union_tag_invalid":  # pydantic's message repeats the tag
                 raise InvalidRequest(f"type must be {first['ctx']['expected_tags']}", "type", "invalid_value") from None
             raise complaint(first["type"], first["loc"][1:] or ["type"], first["msg"]) from None
         except ValueError as error:

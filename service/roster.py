@@ -17,7 +17,7 @@ from service.files import aside
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE = 5.0  # seconds before what could not be loaded is tried again; doubled each time
+FIRST_PAUSE = 5.0  # seconds before the first new attempt to load; doubled each time
 LONGEST_PAUSE = 600.0
 STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"  # by which their folders are known
 
@@ -86,13 +86,13 @@ class Roster:
         self._change(change)
 
     async def restore(self, engine: Engine, students: Path | None) -> None:
-        """Load all of it; what cannot be loaded is logged, and left to `retry`."""
+        """Load all of it. Failures are logged and left to `retry`."""
         loaded = self.read()
         everything: list[Student | Adapter] = [*loaded.students, *loaded.adapters]
         self._failed = [each for each in everything if not await self._load(engine, students, each)]
 
     async def retry(self, engine: Engine, students: Path | None, pause: float = FIRST_PAUSE) -> None:
-        """Load what could not be restored, after ever longer pauses, unless it was loaded or unloaded meanwhile."""
+        """Retry what could not be restored, after increasing pauses, unless it was loaded or unloaded meanwhile."""
         while self._failed:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -102,7 +102,7 @@ class Roster:
             self._failed = [each for each in missing if not await self._load(engine, students, each)]
 
     async def _load(self, engine: Engine, students: Path | None, wanted: Student | Adapter) -> bool:
-        """Load a student or an adapter; returns whether it could be."""
+        """Load a student or an adapter; returns whether this succeeded."""
         try:
             match wanted:
                 case Student():

@@ -15,15 +15,15 @@ from pydantic import (
 
 from service.errors import InvalidRequest
 
-# Fields that a request can do without: the images are those that it would get if it left them out.
+# Fields that may be ignored: the images are the same as without them.
 HARMLESS = ("quality", "style", "background", "moderation", "output_compression", "partial_images", "user", "size")
 ADVICE = {
     "extra_body": "put the fields in it at the top level of the request",
     "seed": "leave seed out for a random one",
     "size": "give auto or WIDTHxHEIGHT, or leave size out",
     "style": "the model has no choice of styles",
-}  # by field: what to do where pydantic's message does not say it
-NAMED = 16  # unsupported fields of one request that are named
+}  # by field: what to do, if pydantic's message does not say it
+NAMED = 16  # maximum number of unsupported fields that a warning names
 NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -82,11 +82,11 @@ class ImageRequest(BaseModel):
 
     @property
     def warnings(self) -> list[str] | None:
-        """What is not done as requested; None where that is an error."""
+        """Deviations from the request; None if they are errors."""
         return self._warnings
 
     def reject(self, field: str, message: str) -> None:
-        """Warn that a field is ignored. Raises InvalidRequest instead where that is an error."""
+        """Warn that a field is ignored, or raise InvalidRequest if that is an error."""
         if self._warnings is None:
             raise InvalidRequest(f"{field}: {message}", field, "invalid_value")
         self._warnings.append(f"{field} is ignored: {message}")
@@ -116,10 +116,10 @@ class ImageRequest(BaseModel):
 
 
 def _unsupported(error: ValidationError) -> dict[str, str]:
-    """The fields at fault that a request can do without, and why they are."""
+    """The invalid fields that may be ignored, and the reasons."""
     fields: dict[str, str] = {}
     for each in error.errors(include_input=False, include_url=False):
-        name, *within = map(str, each["loc"] or [""])  # none for a name that is no text
+        name, *within = map(str, each["loc"] or [""])  # empty for a name that is not valid text
         if each["type"] == "extra_forbidden" and not within:
             fields[name] = ADVICE.get(name, "there is no such field")
         elif name in HARMLESS:
@@ -128,7 +128,7 @@ def _unsupported(error: ValidationError) -> dict[str, str]:
 
 
 def _shown(name: str) -> str:
-    """A client's name for a field, fit for a header and a log."""
+    """A field's name from a client, made safe for headers and logs."""
     return ascii(name[:NAME_CHARACTERS])[1:-1]
 
 

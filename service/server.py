@@ -14,7 +14,7 @@ from service.signals import end_at_once, handled
 
 
 class Server(uvicorn.Server):
-    """The first SIGTERM, SIGINT or SIGHUP drains; the second ends the process, whatever it waits for."""
+    """The first SIGTERM, SIGINT or SIGHUP drains the server; the second ends the process at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -27,9 +27,9 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for each signal. Nothing is drained before the server listens, or at a second signal.
+        """Handle a signal. Before the server listens, or at a second signal, the process ends without draining.
 
-        Workers and jobs see that the process is gone, and end too.
+        Workers and jobs notice that the process is gone, and end too.
         """
         if self.should_exit or not hasattr(self, "servers"):
             end_at_once(sig)
@@ -44,7 +44,7 @@ def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[Protocol] = 
         port=settings.port,
         http=protocol,
         lifespan="on",
-        proxy_headers=False,  # the app reads them
+        proxy_headers=False,  # the app reads these headers itself
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.drain_seconds,
         log_config=None,

@@ -38,7 +38,7 @@ from service.logs import LogFormat
 
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
 PREFIX = "SERVICE_"  # of environment variables
-COMMAND_VARIABLES = ("SERVICE_CONFIG", "SERVICE_KEY")  # options of commands that are no settings
+COMMAND_VARIABLES = ("SERVICE_CONFIG", "SERVICE_KEY")  # variables for options of commands, which are not settings
 # What Kubernetes sets for Services named `service` or `service-...`, as NAME=VALUE: SERVICE_PORT=tcp://10.0.0.1:80,
 # SERVICE_PORT_80_TCP_ADDR=10.0.0.1, SERVICE_SERVICE_HOST=10.0.0.1, SERVICE_API_SERVICE_PORT_HTTP=80
 _SERVICE_LINK = re.compile(
@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     profiles: Path | None = None  # folder of measured times; made where it has none of a device and model
     queue_limit: Annotated[int, Field(ge=10)] = 512  # images waiting at most; the largest request must fit
     queue_limit_per_key: Annotated[int, Field(ge=10)] | None = None  # the same for each API key; none is no less
-    unsupported: Literal["refuse", "warn"] = "refuse"  # fields of image requests; warn ignores those that do no harm
+    unsupported: Literal["refuse", "warn"] = "refuse"  # unsupported fields of image requests; warn ignores them
     timeout_seconds: _Seconds = 60.0  # from arrival to answer, where a request does not say; refused if it cannot be
     linger_seconds: Annotated[float, Field(ge=0)] = 0.0  # what a lone image waits for company while nothing runs
     worker_silence_seconds: _Seconds = 30.0  # a worker that says nothing for so long is replaced
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
     encode_threads: _Count = 2
     max_body_bytes: _Count = 1 << 20
     body_seconds: _Count = 30  # time in which a body must arrive
-    api_keys: tuple[_ApiKey, ...] = ()  # besides those of the file; scopes generate and jobs
+    api_keys: tuple[_ApiKey, ...] = ()  # in addition to the file's; scopes generate and jobs
     keys_file: Path | None = None  # made by `fgm-service keys create`
     open_to_all: bool = False  # listen beyond the loopback without keys
     rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
@@ -178,7 +178,7 @@ class Settings(BaseSettings):
     public_url: _Url | None = None  # how clients reach the server, for links; none takes the request's own
     trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
     # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; "*" is all
-    keep_alive_seconds: _Count = 75  # for which a connection stays open between two requests
+    keep_alive_seconds: _Count = 75  # how long a connection stays open between requests
     artefacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
     artefact_seconds: _Count = 3600  # how long such a link lasts
     artefact_secret: _ArtefactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder
@@ -228,7 +228,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given wins over the environment, without what Kubernetes puts there, and that over the file."""
+        """Given values win over the environment, and that over the file. Kubernetes' own variables are removed."""
         assert isinstance(env_settings, EnvSettingsSource)
         variables = env_settings.env_vars.items()
         env_settings.env_vars = {name: value for name, value in variables if not _is_service_link(name, value or "")}
@@ -267,7 +267,7 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark before it
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # accepts a byte order mark
     except OSError as error:
         raise StartError(f"the settings file {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -277,7 +277,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _check_variables() -> None:
-    """Raises StartError for a variable that looks like a setting and is none."""
+    """Raise StartError for an environment variable that looks like a setting but is not one."""
     names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {*COMMAND_VARIABLES}
     for name, value in os.environ.items():
         known = not name.upper().startswith(PREFIX) or name.upper() in names  # settings are taken in either case
@@ -288,7 +288,7 @@ def _check_variables() -> None:
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether a variable is Kubernetes' own, for a Service whose name happens to begin like our variables."""
+    """Whether Kubernetes set this variable, for a Service whose name begins with `service`."""
     return _SERVICE_LINK.fullmatch(f"{name}={value}") is not None
 
 

@@ -31,7 +31,7 @@ class State:
     encoders: ThreadPoolExecutor
     engine: Engine
     artefacts: Artefacts
-    artefact_threads: ThreadPoolExecutor  # a slow store of linked images keeps these busy, and no others
+    artefact_threads: ThreadPoolExecutor  # separate, so that a slow store of linked images occupies no other threads
     replays: Replays
     limiter: Limiter
     checker: Checker | None  # of images before they are shown
@@ -47,11 +47,11 @@ class State:
 
     @property
     def guarded(self) -> bool:
-        """Whether keys are asked for: where one is given, or a key file is named, whatever that holds."""
+        """Whether callers need a key: if one is set, or a key file is named, even an empty one."""
         return bool(self._given) or self._reader is not None
 
     async def keys(self) -> tuple[Key, ...]:
-        """The keys that are let in at this moment. Raises Unavailable where they cannot be read."""
+        """The keys that are valid now. Raises Unavailable if they cannot be read."""
         return self._given + (await self._reader.read() if self._reader else ())
 
     def card(self, name: str | None) -> Card:

@@ -25,7 +25,7 @@ from distill.spec import RECORD
 from distill.tokenizer import build_clip_tokenizer
 
 PROMPTS = "prompts.txt"  # in the teacher's folder: all there is to ask for
-STATE = "state"  # in the teacher's folder: what a training continues from
+STATE = "state"  # in the teacher's folder: the state that training resumes from
 TOKENS = 3  # of a prompt: a word, start and end
 HEAD = 64  # channels of an attention head
 
@@ -45,7 +45,7 @@ class TeacherRecipe(Recipe):
 
 
 def check_teacher_folder(folder: Path) -> None:
-    """Raise OutputError when a training would replace files that no training here has written."""
+    """Raise OutputError if training would replace files that it did not write."""
     check_folder(folder, (STATE,), (PROMPTS,))
 
 

@@ -53,9 +53,9 @@ app.add_typer(_cifar10, name="cifar10")
 
 
 def main() -> None:
-    """Entry point of the console command: errors that a user can mend become one sentence and status 2.
+    """Entry point of the console command: errors that a user can correct end it with one sentence and status 2.
 
-    These are errors of ours, what the system says of a file or of memory, and text that is not Unicode. Status 75 is to
+    These are this package's errors, system errors about files or memory, and invalid Unicode text. Status 75 means:
     try again later.
     """
     try:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _of_memory(error: Exception) -> bool:
-    """Whether memory ran out, as Python, PyTorch on GPUs and PyTorch on CPUs say it."""
+    """Whether this is an out-of-memory error of Python, or of PyTorch on a GPU or CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

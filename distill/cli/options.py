@@ -10,12 +10,12 @@ SOURCE = (
 )
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
-LAST_SEED = 2**63 - 1  # more seeds count up from it
-MOST = 10**10  # of what is counted
+LAST_SEED = 2**63 - 1  # highest first seed; further seeds count up from it
+MOST = 10**10  # upper bound of options that count something
 
 
 def finite(value: float | None) -> float | None:
-    """The value of an option. Raises BadParameter for nan and inf, which ranges let through."""
+    """The value of an option. Raises BadParameter for nan and inf, which range checks accept."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value

@@ -80,7 +80,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
                 if signals := agreed(asked, machine):
                     if machine.is_main_process:
                         progress.save()
-                    machine.wait_for_everyone()  # a launcher kills the others when one has left
+                    machine.wait_for_everyone()  # a launcher kills the other processes when one exits
                     machine.end_training()
                     raise stopped(progress.images, signals)
         machine.end_training()

@@ -33,7 +33,7 @@ def asked_to_stop() -> Iterator[list[int]]:
 
 
 def agreed(asked: list[int], machine: "Accelerator") -> list[int]:
-    """What any process of a run was asked, alike in all of them. Every process calls this after each round."""
+    """The signal that any process of a run received, the same in all of them. All call this after each round."""
     if machine.num_processes == 1:
         return asked
     import torch

@@ -49,13 +49,13 @@ def labelled_grid(
 
 
 def save_png(image: Image.Image, path: Path, words: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write a PNG whole or not at all, with `words` as its texts by name.
+    """Write a PNG completely or not at all, with `words` as its texts by name.
 
-    Raises OutputError when another file than a picture of ours is in its place, and what the disk raises.
+    Raises OutputError if the path holds anything but a picture written by this program, and OSError.
     """
     check_replaceable(path)
     texts = PngImagePlugin.PngInfo()
     for name, text in {"Software": MARK, **words}.items():
-        texts.add_itxt(name, text)  # iTXt, for the older kind of text is Latin alone
+        texts.add_itxt(name, text)  # iTXt, because the older tEXt holds Latin-1 only
     with aside(path) as made:
         image.save(made, format="PNG", pnginfo=texts)

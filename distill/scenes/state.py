@@ -47,9 +47,9 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
 
 
 def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) -> None:
-    """Raise OutputError when files that a training would replace are there and none of its `states` is.
+    """Raise OutputError if training would replace files in a folder that has none of its `states`.
 
-    `written` names files of the training's own beside the pipeline's.
+    `written` names the training's own files besides the pipeline's.
     """
     if any(checkpoint.states(folder / name) for name in states):
         return

@@ -132,12 +132,12 @@ def check_start(folder: Path) -> None:
 
 
 def check_teacher_folder(recipe: TeacherRecipe, folder: Path) -> None:
-    """Raise OutputError when a training would replace files that no training here has written."""
+    """Raise OutputError if training would replace files that it did not write."""
     states = [_state_folder(folder, patch).name for patch in (COARSE, FINE)]
     if recipe.vae_images is not None:
         states.append(VAE_STATE)
     elif recipe.start is not None and _holds_autoencoder(folder, Path(recipe.start)):
-        return  # stopped after it was copied, before the first state
+        return  # training stopped after the copy, before its first state
     check_folder(folder, states, (SCENES,))
 
 

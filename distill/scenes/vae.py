@@ -27,7 +27,7 @@ from distill.scenes.shapes import SHAPES
 from distill.scenes.state import Progress, load_state, save_state
 
 REPORT = 800  # images between two figures
-STATE = "vae-state"  # in the teacher's folder: what its training continues from
+STATE = "vae-state"  # in the teacher's folder: the state that training resumes from
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-_Waiting = tuple[int, asyncio.Future[None]]  # images, and what its request awaits
+_Waiting = tuple[int, asyncio.Future[None]]  # images, and the future that the request awaits
 
 
 class BulkAdmission:
-    """Requests that wait for room, on the event loop. Owners take turns, and each one's oldest request goes first."""
+    """Requests that wait for room, on the event loop. Owners take turns; each owner's oldest request goes first."""
 
     def __init__(self, has_room: Callable[[int, str], bool]) -> None:
         """`has_room` says whether so many more images of an owner may be queued."""
@@ -26,7 +26,7 @@ class BulkAdmission:
         await entered
 
     def admit(self) -> None:
-        """Admit the next request that there is room for, and others after it. Call it when work has left the queue."""
+        """Admit waiting requests while there is room, one by one. To be called when work leaves the queue."""
         if self._entering:
             return
         for owner, line in list(self._lines.items()):

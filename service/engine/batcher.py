@@ -47,7 +47,7 @@ class Work:
     seed: int
     reply: Any  # what the engine answers through; only `cancelled()` is asked here
     owner: str = ""
-    priority: Priority = Priority.INTERACTIVE  # whose room it takes
+    priority: Priority = Priority.INTERACTIVE  # decides which requests count it against the limits
     arrived: float = field(default=0.0)  # seconds, on the caller's clock
     wanted: int = 1  # requests that wait for it
     begun: bool = False  # whether a device was given it
@@ -95,7 +95,7 @@ class Batcher:
         return sum(map(len, self._lines.values())) + sum(len(batch.work) for batch in self._retries)
 
     def missing_room(self, images: int, owner: str, priority: Priority) -> int:
-        """Images that must leave before so many more of an owner may wait. Work of lower priority takes no room."""
+        """How many images must leave the queue before `images` more of an owner fit. Lower priorities do not count."""
         lines = [(name, _count(line, priority)) for (_, name, _), line in self._lines.items()]
         own = sum(count for name, count in lines if name == owner)
         waiting = sum(count for _, count in lines) + sum(_count(batch.work, priority) for batch in self._retries)

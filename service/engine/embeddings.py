@@ -112,9 +112,9 @@ class Embeddings:
         return tokens, truncated
 
     def write(self, prompt: str, row: Any, tokens: int, truncated: bool) -> None:
-        """Leave a prompt's for others. Two workers may do so at once: in strict mode their bits are the same.
+        """Share a prompt's embedding. Two workers may do so at once: in strict mode they write the same bits.
 
-        Where the memory does not take all of it, other workers encode the prompt again.
+        If it cannot be written completely, other workers encode the prompt again.
         """
         place = self._places.get(prompt)
         if place is None or self._holds(place):

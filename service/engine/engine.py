@@ -112,7 +112,7 @@ class Engine:
         self._making: dict[_Pixels, Work] = {}
         self._made: Cache[_Pixels, Image] = Cache(settings.result_cache_bytes)
         self._shelf = Shelf(settings.prompt_cache_bytes)
-        # Not the event loop's own executor, which uploads and slow folders may keep busy.
+        # Not the event loop's default executor, which uploads and slow folders may occupy.
         self._threads = ThreadPoolExecutor(THREADS * len(fleet.launches), thread_name_prefix="engine")
         self._numbers = itertools.count()
         self._lingering: asyncio.TimerHandle | None = None
@@ -521,7 +521,7 @@ class Engine:
             raise
 
     async def _listen(self, seat: Seat) -> str:
-        """Take a worker's replies until it fails: it dies, goes silent, hangs or leaves pixels out. Returns which."""
+        """Take a worker's replies until it dies, goes silent, hangs or delivers incomplete pixels. Returns which."""
         loop = asyncio.get_running_loop()
         while True:
             try:

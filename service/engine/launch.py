@@ -55,7 +55,7 @@ class Worker:
         raise StartError(f"the worker on {self.name} died while it started; its own messages are above")
 
     def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
-        """A copy of what the worker has put into a slot. Raises EOFError or OSError when it is not all there."""
+        """A copy of what the worker has put into a slot. Raises EOFError or OSError if it is incomplete."""
         pixels = np.empty(shape, np.uint8)
         read(self.memory, pixels.data.cast("B"), slot * SLOT_BYTES)
         return pixels

@@ -1,4 +1,4 @@
-"""Complete reads and writes of memory that processes share: the system may move fewer bytes than it is asked to."""
+"""Complete reads and writes of shared memory: one system call may transfer fewer bytes than requested."""
 
 import os
 
@@ -13,7 +13,7 @@ def read(descriptor: int, target: memoryview, offset: int) -> None:
 
 
 def write(descriptor: int, source: memoryview, offset: int) -> None:
-    """Write all bytes of a buffer at an offset. Raises OSError when the memory does not take them."""
+    """Write all bytes of a buffer at an offset. Raises OSError if they cannot be written."""
     while source:
         count = os.pwrite(descriptor, source, offset)
         source, offset = source[count:], offset + count

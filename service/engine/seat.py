@@ -117,7 +117,7 @@ class Seat:
     def pixels(self, number: int) -> Pixels:
         """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread.
 
-        Raises EOFError or OSError when they are not all there.
+        Raises EOFError or OSError if they are incomplete.
         """
         sent = self._batches[number]
         key = sent.batch.key

@@ -154,7 +154,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
             raise MemoryError(f"the pixels are {pixels.nbytes} bytes; a slot holds {SLOT_BYTES}")
         try:
             write(memory.pixels, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
-        except OSError as error:  # smaller batches may have room
+        except OSError as error:  # smaller batches may fit
             raise MemoryError(f"the shared memory does not take {pixels.nbytes} bytes: {error}") from error
 
     def advance(job: _Job) -> None:
@@ -283,7 +283,7 @@ def _simulate(order: Load, tuning: Tuning) -> Backend:
 
 def main() -> None:
     """Entry point of the process."""
-    for number in ENDING:  # sent to the whole group; the server finishes its work first
+    for number in ENDING:  # the terminal sends them to the whole group; the server first finishes its work
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))

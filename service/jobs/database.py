@@ -83,13 +83,13 @@ class Database:
         Those of the same `owner` take turns, so that each may count what there is before it adds to it.
         """
         with self._transaction(self._writing) as session:
-            if owner is not None and not self.is_sqlite:  # where all writers take turns
+            if owner is not None and not self.is_sqlite:  # in SQLite all writers take turns anyway
                 lock = text("SELECT pg_advisory_xact_lock(:space, hashtext(:owner))")
                 session.execute(lock, {"space": OWNERS_LOCK, "owner": owner})
             yield session
 
     def read(self) -> AbstractContextManager[Session]:
-        """A transaction that only reads, and so waits for no writer. Raises Unavailable while it is away."""
+        """A read-only transaction, which waits for no writer. Raises Unavailable while the database does not answer."""
         return self._transaction(self._reading)
 
     def insist(self, work: Callable[[Session], T], stopping: threading.Event, *, read: bool = False) -> T:
@@ -118,6 +118,6 @@ class Database:
         try:
             with sessions.begin() as session:
                 yield session
-        except (OperationalError, TimeoutError) as error:  # the latter: of a pool whose connections all wait
+        except (OperationalError, TimeoutError) as error:  # TimeoutError: all connections of the pool are in use
             log.warning("the database does not answer: %s", error)
             raise Unavailable("the server's database does not answer; try again") from error

@@ -47,7 +47,7 @@ class Failed(Exception):
     """Why a job cannot go on, as its client is told."""
 
     def __init__(self, message: str, code: str, param: str | None = None) -> None:
-        message = without_middle(message)  # a run's own words may repeat the training file
+        message = without_middle(message)  # a run's error may repeat text of the training file
         super().__init__(message)
         self.error = {"code": code, "message": message, "param": param}
 

@@ -21,7 +21,7 @@ from service.jobs.tables import ENDED, Batch, File, Job
 
 ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
 _PIECE = 1 << 20
-_OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # names in the folder; others are left alone
+_OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # names made here; other files are left alone
 
 
 def new_id(prefix: str) -> str:
@@ -78,7 +78,7 @@ class Files:
             with self.writing(file.id) as target:
                 shutil.copyfileobj(source, target, _PIECE)
             with self._database.begin(owner) as session:
-                self._check_quota(session, owner, size)  # again, for uploads side by side
+                self._check_quota(session, owner, size)  # again, because of concurrent uploads
                 session.add(file)
         except (OSError, Forbidden):
             self.path(file.id).unlink(missing_ok=True)

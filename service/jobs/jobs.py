@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 Chore = Callable[[int], None]  # of the time in seconds
-SECRET_BYTES = 32  # of what signs links
+SECRET_BYTES = 32  # of the secret that signs links
 WRITERS = 8  # requests that write to the database at once
 STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
 
@@ -43,7 +43,7 @@ class Jobs:
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        """Makes the data folder. Raises StartError when it cannot, or when it may not write there."""
+        """Makes the data folder. Raises StartError if it cannot be made or written."""
         self.folder = folder.absolute()
         for needed in (self.folder, self.folder / "files"):
             try:
@@ -88,13 +88,13 @@ class Jobs:
         return self._open
 
     def secret(self) -> bytes:
-        """Random bytes that are drawn once: links that they sign outlast the server.
+        """Random bytes that are drawn once and kept, so that signed links outlast the server.
 
-        Raises StartError for a file of other bytes than were drawn, empty ones above all: anyone could sign with them.
+        Raises StartError for an empty or damaged file, because anyone could sign with its contents.
         """
         path = self.folder / "secret"
         try:
-            with FileLock(f"{path}.lock"):  # against a server that starts at the same moment
+            with FileLock(f"{path}.lock"):  # another server may start at the same time
                 if not path.exists():
                     with aside(path, PRIVATE) as file:
                         file.write(secrets.token_bytes(SECRET_BYTES))
@@ -112,7 +112,7 @@ class Jobs:
         return secret
 
     def check(self) -> None:
-        """Bring the database up to date. Raises StartError where `start` could not work with what is there."""
+        """Check the databases and bring them up to date. Raises StartError if they cannot be used."""
         if self.database.is_sqlite:
             check_sqlite(Path(self.database.url.database or ""))
             check_sqlite(self.folder / "workflows.sqlite")
@@ -127,9 +127,9 @@ class Jobs:
         self._open = True
 
     async def write(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """What `work` returns, called in one of the threads for requests that write to the database.
+        """Call `work` in one of the threads for requests that write to the database, and return its result.
 
-        However many of them wait for its lock, the threads of requests that read are free.
+        Writers that wait for the database's lock therefore never block requests that read.
         """
         call = partial(copy_context().run, partial(work, *args, **options))
         return await asyncio.get_running_loop().run_in_executor(self._writers, call)

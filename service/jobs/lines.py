@@ -74,7 +74,7 @@ class Answer:
 def numbered(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Lines from 1, with their ends; the one that is over the limit is cut, and the last. Raises FileNotFoundError."""
     with path.open("rb") as file:
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:  # a mark that some editors put first
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:  # a byte order mark
             file.seek(0)
         for number in itertools.count(1):
             line = file.readline(max_bytes + 1)

@@ -272,7 +272,7 @@ def _parsed(kind: Kind, lines: Iterable[bytes]) -> Iterator[Line]:
     """Lines of a log; one that is none, as a killed writer leaves it, is passed over."""
     for line in lines:
         try:
-            values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is no JSON
+            values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is not JSON
             told = kind != "alarm" or (isinstance(values["name"], str) and isinstance(values["says"], str))
             if told and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
                 yield Line(kind, values["images"], values)

@@ -12,18 +12,18 @@ from sqlalchemy.exc import ArgumentError
 
 from service.errors import StartError
 
-BUSY_SECONDS = 30.0  # that a writer waits for another one
+BUSY_SECONDS = 30.0  # how long a writer waits for another one
 
 
 def file_of(url: URL) -> Path:
-    """The file that a URL names. Raises ArgumentError for a database in memory, which its connections do not share."""
+    """The file that a URL names. Raises ArgumentError for an in-memory database, which connections do not share."""
     if url.database in (None, "", ":memory:") or "uri" in url.query:
         raise ArgumentError(f"{url} names no file")
     return Path(str(url.database))
 
 
 def writers(url: URL) -> Engine:
-    """Connections whose transactions may write. They wait for each other at the beginning, where nothing is lost."""
+    """Connections whose transactions may write. They wait for each other at BEGIN, where a failure loses no work."""
     return _engine(url, _prepare, "BEGIN IMMEDIATE")
 
 
@@ -34,27 +34,27 @@ def readers(url: URL) -> Engine:
 
 @contextmanager
 def prepared(file: Path) -> Iterator[None]:
-    """Switch a file to the write-ahead log; servers that do so at once, and what they do inside, take turns.
+    """Switch a file to the write-ahead log. Servers run this and the block inside it one after another.
 
-    A lock beside the file, because SQLite fails at once, and does not wait, where two connections switch a new file.
+    This needs a lock file, because SQLite fails instead of waiting if two connections switch a new file at once.
     """
     if not file.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {file.parent}")
     with _lock(file):
         with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")  # the file keeps it
+            connection.execute("PRAGMA journal_mode = WAL")  # the setting is stored in the file
         yield
 
 
 def check_sqlite(path: Path) -> None:
-    """Raises StartError for a file that is damaged, no database, or not writable. One that is missing is in order."""
+    """Raise StartError for a file that is damaged, not a database, or not writable. A missing file is accepted."""
     if not path.exists():
         return
     try:
         with _lock(path), closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute(f"PRAGMA user_version = {version}")  # writes, where the file can be written
+            connection.execute(f"PRAGMA user_version = {version}")  # fails if the file cannot be written
             connection.execute("ROLLBACK")
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     except (sqlite3.Error, OSError) as error:
@@ -68,7 +68,7 @@ def check_sqlite(path: Path) -> None:
 
 
 def _lock(file: Path) -> FileLock:
-    """What servers that start at once take turns by."""
+    """The lock that servers which start at the same time take in turn."""
     return FileLock(f"{file}.lock")
 
 
@@ -84,8 +84,8 @@ def _engine(url: URL, prepare: Any, begin: str) -> Engine:
 
 
 def _prepare(connection: Any, record: Any) -> None:
-    connection.isolation_level = None  # the driver begins no transactions of its own: the engine does
-    connection.execute("PRAGMA synchronous = FULL")  # what is committed is on the disk
+    connection.isolation_level = None  # the engine begins transactions, not the driver
+    connection.execute("PRAGMA synchronous = FULL")  # a commit waits until its data is on the disk
     connection.execute("PRAGMA foreign_keys = ON")
 
 

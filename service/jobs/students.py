@@ -75,7 +75,7 @@ class Students:
                 log.exception("the students could not be looked at; it is tried again")
 
     async def _sync(self) -> None:
-        """Unload what is gone or no longer among the newest; load what is new, and what could not be loaded before."""
+        """Unload students that are gone or no longer among the newest; load new ones, and failed ones that are due."""
         async with self._syncing:
             try:
                 wanted = await asyncio.to_thread(self._newest)
@@ -91,7 +91,7 @@ class Students:
                 log.warning("put off: %s", error.message)
 
     async def _load(self, job: str, name: str) -> None:
-        """Load a student unless its next attempt is not due yet; the events of its job say what came of it."""
+        """Load a student if its next attempt is due, and report the outcome in the events of its job."""
         failed = self._failures.get(name)
         if failed is not None and self._clock() < failed.due:
             return

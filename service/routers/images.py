@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 async def _validated(body: Annotated[ImageRequest, SkipValidation], service: Service) -> ImageRequest:
-    """The body, validated here because FastAPI knows nothing of the settings. Raises RequestValidationError."""
+    """Validate the body, which depends on the settings. Raises RequestValidationError."""
     try:
         return ImageRequest.model_validate(body, context={"unsupported": service.settings.unsupported})
     except ValidationError as error:

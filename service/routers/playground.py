@@ -60,7 +60,7 @@ async def part(name: str) -> Response:
 
 
 def _base(request: Request) -> str:
-    """Return where the page's links start, which are relative: a proxy may serve the pages below a prefix."""
+    """Return the prefix of the page's links. They are relative, because a proxy may serve the pages below a prefix."""
     return "../" if request.scope.get("raw_path", b"").endswith(b"/") else "./"
 
 
