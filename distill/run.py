@@ -100,7 +100,7 @@ def check_teacher(out: Path, spec: TeacherSpec) -> None:
     path = out / SOURCES
     try:
         kept = json.loads(path.read_text())["teacher"] if path.exists() else spec.digest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
     if kept != spec.digest:
         raise CheckpointError(

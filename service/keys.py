@@ -169,7 +169,7 @@ class KeyReader:
         self._last: tuple[Key, ...] | None = None  # the keys that were read last
         self._reading: asyncio.Future[tuple[Key, ...] | Exception] | None = None
         self._since = 0.0
-        self._away = False
+        self._told = ""  # the failure that was logged last
 
     async def read(self) -> tuple[Key, ...]:
         """The file's keys; while its mount does not answer, those that were read last.
@@ -184,14 +184,18 @@ class KeyReader:
         await asyncio.wait([reading], timeout=max(0.0, self._since + patience - time.monotonic()))
         found = reading.result() if reading.done() else TimeoutError(f"{self._file} does not answer")
         if isinstance(found, tuple):
-            self._last, self._away = found, False
-        elif isinstance(found, StartError) or self._last is None:
-            log.error("nobody is let in: %s", found)
+            self._last, self._told = found, ""
+            return found
+        last = None if isinstance(found, StartError) else self._last
+        if str(found) != self._told:  # once, and not for each request
+            self._told = str(found)
+            if last is None:
+                log.error("nobody is let in: %s", found)
+            else:
+                log.warning("the keys that were read last stay valid: %s", found)
+        if last is None:
             raise Unavailable("the server cannot read its API keys; try again later")
-        elif not self._away:
-            self._away = True
-            log.warning("the keys that were read last stay valid: %s", found)
-        return self._last
+        return last
 
     def _attempt(self) -> tuple[Key, ...] | Exception:
         try:

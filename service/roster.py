@@ -96,7 +96,11 @@ class Roster:
         while self._failed:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            loaded = await asyncio.to_thread(self.read)
+            try:
+                loaded = await asyncio.to_thread(self.read)
+            except StartError as error:
+                log.error("%s", error)
+                continue
             wanted = [each for each in self._failed if each in (*loaded.students, *loaded.adapters)]
             missing = [each for each in wanted if not _is_loaded(engine, each)]
             self._failed = [each for each in missing if not await self._load(engine, students, each)]
@@ -111,7 +115,7 @@ class Roster:
                 case Adapter():
                     folder = await asyncio.to_thread(find, students, wanted.folder, ADAPTER)
                     await engine.load_adapter(wanted.model, folder, wanted.name)
-        except ServiceError as error:
+        except (ServiceError, OSError) as error:
             log.error("%s of %s was loaded before and cannot be now: %s", wanted.name, self._path, error)
             return False
         return True

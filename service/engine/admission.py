@@ -8,11 +8,14 @@ _Waiting = tuple[int, asyncio.Future[None]]  # images, and the future that the r
 
 
 class BulkAdmission:
-    """Requests that wait for room, on the event loop. Owners take turns; each owner's oldest request goes first."""
+    """Requests that wait for room, on the event loop. Owners take turns; each owner's oldest request goes first.
 
-    def __init__(self, has_room: Callable[[int, str], bool]) -> None:
-        """`has_room` says whether so many more images of an owner may be queued."""
-        self._has_room = has_room
+    A request that waits for the common limit is not overtaken by smaller ones, so it cannot starve.
+    """
+
+    def __init__(self, has_room: Callable[[int, str], bool], has_own_room: Callable[[int, str], bool]) -> None:
+        """`has_room` says whether so many more images of an owner may be queued, `has_own_room` by its own limit."""
+        self._has_room, self._has_own_room = has_room, has_own_room
         self._lines: dict[str, deque[_Waiting]] = {}
         self._entering = False  # a request was admitted and has not queued its images yet
 
@@ -39,6 +42,8 @@ class BulkAdmission:
                 self._entering = True
                 line.popleft()[1].set_result(None)
                 asyncio.get_running_loop().call_soon(self._entered)  # runs after the request, which was woken first
+                return
+            elif self._has_own_room(line[0][0], owner):
                 return
 
     def release(self) -> None:

@@ -96,10 +96,14 @@ class Batcher:
 
     def missing_room(self, images: int, owner: str, priority: Priority) -> int:
         """How many images must leave the queue before `images` more of an owner fit. Lower priorities do not count."""
-        lines = [(name, _count(line, priority)) for (_, name, _), line in self._lines.items()]
-        own = sum(count for name, count in lines if name == owner)
-        waiting = sum(count for _, count in lines) + sum(_count(batch.work, priority) for batch in self._retries)
-        return max(0, waiting + images - self._limit, own + images - self._owner_limit)
+        waiting = sum(_count(work, priority) for work in self._lines.values())
+        waiting += sum(_count(batch.work, priority) for batch in self._retries)
+        return max(waiting + images - self._limit, self.missing_own_room(images, owner, priority))
+
+    def missing_own_room(self, images: int, owner: str, priority: Priority) -> int:
+        """The same for the limit of each owner alone, whatever others have queued."""
+        own = sum(_count(line, priority) for (_, name, _), line in self._lines.items() if name == owner)
+        return max(0, own + images - self._owner_limit)
 
     def ahead_of(self, priority: Priority) -> dict[Key, int]:
         """Images by key that wait with this priority or a better one."""

@@ -106,7 +106,10 @@ class Engine:
         self._pace = Pace()
         limits = settings.queue_limit, settings.queue_limit_per_key or settings.queue_limit
         self._batcher = Batcher(settings.max_batch, *limits, self._pace.rows, settings.linger_seconds)
-        self._bulk = BulkAdmission(lambda images, owner: not self._batcher.missing_room(images, owner, Priority.BATCH))
+        self._bulk = BulkAdmission(
+            lambda images, owner: not self._batcher.missing_room(images, owner, Priority.BATCH),
+            lambda images, owner: not self._batcher.missing_own_room(images, owner, Priority.BATCH),
+        )
         self._seats: list[Seat] = []
         self._supervisors: list[asyncio.Task[None]] = []
         self._making: dict[_Pixels, Work] = {}
