@@ -102,8 +102,9 @@ def export_student(
 
 def check_size(max_shard_size: str) -> None:
     """Raise ConfigError for text that is not a size of weight files."""
-    if not re.fullmatch(r"\d{1,6}(\.\d+)?[KMGT]B", max_shard_size) or float(max_shard_size[:-2]) < 1:
-        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size; write it as 5GB or 500MB")
+    size = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT])B", max_shard_size)
+    if not size or float(size[1]) * 1000 ** "KMGT".index(size[2]) < 1:
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size of at least 1KB; write it as 5GB or 500MB")
 
 
 def check_place(out: Path, teacher: Path) -> None:

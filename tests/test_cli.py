@@ -136,6 +136,7 @@ def test_a_device_that_is_not_there_is_refused(name):
 def test_a_size_of_files_that_is_none_is_refused(size):
     with pytest.raises(ConfigError, match="is no size"):
         check_size(size)
+    check_size("0.5GB")
 
 
 @pytest.mark.parametrize(
