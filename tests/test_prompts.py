@@ -117,7 +117,7 @@ def test_the_small_world_is_a_source_that_its_seed_decides() -> None:
         ("a.txt.zip", b"PK", r"a.txt.zip ends in .zip"),
         ("a.parquet.gz", b"", "a.parquet.gz cannot be read while it is compressed as a whole"),
         ("a.txt.gz", b"fine", r"a.txt.gz cannot be read as txt.gz"),
-        ("a.csv.gz", gzip.compress(b"text\nfine" * 99)[:-9], r"a.csv.gz cannot be read as csv.gz"),
+        ("a.csv.gz", gzip.compress(b"text\nfine" * 99, mtime=0)[:-9], r"a.csv.gz cannot be read as csv.gz"),
         ("a.txt.xz", b"fine", r"a.txt.xz cannot be read as txt.xz"),
         ("a.txt.bz2", bz2.compress(b"fine")[:-1], r"a.txt.bz2 cannot be read as txt.bz2"),
         ("a.txt.zst", b"fine", r"a.txt.zst cannot be read as txt.zst"),

@@ -70,7 +70,7 @@ def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
 
 
 def contents(key, **other):
-    return json.dumps({"keys": [vars(key) | {"scopes": sorted(key.scopes)} | other]})
+    return json.dumps({"keys": [vars(key) | {"scopes": sorted(key.scopes), "created": 0} | other]})
 
 
 @pytest.mark.parametrize(
