@@ -111,7 +111,7 @@ async def _unread(request: Request, cause: BaseException) -> JSONResponse:
     if isinstance(cause, RecursionError):
         return _unreadable(request, "the body is nested too deeply")
     digits = sys.get_int_max_str_digits()
-    param = _longest_number(await request.body(), digits)
+    param = _first_long_number(await request.body(), digits)
     message = f"{param or 'the body'}: a number has more than {digits} digits"
     return _unreadable(request, message, param, "invalid_value")
 
@@ -127,7 +127,7 @@ def _unreadable(
     return respond(InvalidRequest(message, code="unsupported_encoding"))
 
 
-def _longest_number(body: bytes, digits: int) -> str | None:
+def _first_long_number(body: bytes, digits: int) -> str | None:
     """Return the name in a JSON body of the first number with too many digits; None if it is in no object."""
     too_long = object()
     names: list[str] = []

@@ -17,9 +17,9 @@ def allowed(origin: str, host: str, settings: Settings) -> bool:
     return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.cors_origins)
 
 
-def pattern(allowed: str) -> str:
+def pattern(origin: str) -> str:
     """The regular expression of an allowed origin. `*` is any origin, any port, or any part of a host's name."""
-    return ".*" if allowed == "*" else re.escape(allowed).replace(r":\*", ":[0-9]+").replace(r"\*", "[A-Za-z0-9.-]+")
+    return ".*" if origin == "*" else re.escape(origin).replace(r":\*", ":[0-9]+").replace(r"\*", "[A-Za-z0-9.-]+")
 
 
 def host_of(header: str) -> str | None:
