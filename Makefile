@@ -26,7 +26,7 @@ $(STAMP): $(RUNS)
 	touch $@
 
 demo: $(RUNS)  ## show the shipped student, distil one, evaluate it, serve it; EXIT=1 ends instead of serving on
-	$(BIN)/python -m distill.demo --out $(DEMO) $(if $(EXIT),--exit)
+	$(BIN)/python -m distill.cli.demo --out $(DEMO) $(if $(EXIT),--exit)
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

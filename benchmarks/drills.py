@@ -36,10 +36,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from service.bench import free_port, load_engine, load_server, own_server, samples
+from service.commands.bench import free_port, load_engine, load_server, own_server, samples
 from service.engine.backend import Card, Timing
 from service.engine.profile import Profile, write_profile
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 OVERLOAD = 10  # times the capacity

@@ -10,12 +10,12 @@ from statistics import median
 
 import torch
 
-from distill import attention
-from distill.device import fast_bfloat16, resolve_device
-from distill.evaluate.compare import SHIPPED_TEACHER
-from distill.spec import read_spec
-from distill.teacher import load_transformer, velocity
-from distill.text import TextCondition
+from distill.evaluate.side_by_side import SHIPPED_TEACHER
+from distill.models import attention
+from distill.models.device import fast_bfloat16, resolve_device
+from distill.models.sd3_folder import read_spec
+from distill.models.teacher import load_transformer, velocity
+from distill.models.text import TextCondition
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from distill.config import load_config
-from distill.geometry import Geometry, read_geometry
-from distill.plan import GIB, Setting
+from distill.models.geometry import Geometry, read_geometry
+from distill.models.sd3_folder import read_spec
+from distill.plan.estimate import GIB, Setting
 from distill.run import accelerator
-from distill.spec import read_spec
-from distill.tokenizer import build_clip_tokenizer
+from distill.worlds.tokenizer import build_clip_tokenizer
 
 SHARD = "1GB"
 

@@ -19,10 +19,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.bench import Load, free_port, load_engine, load_server, own_server
+from service.commands.bench import Load, free_port, load_engine, load_server, own_server
 from service.settings import Settings
 
-SHIPPED = Path(__file__).parents[1] / "distill" / "scenes" / "weights" / "student"
+SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "student"
 MAX_BATCH = 16  # of LitServe's batches, as of ours
 BATCH_SECONDS = 0.01  # that LitServe waits for company
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from distill import checkpoint
+from distill.training import checkpoint
 
 DEBUG = ("images=320", "cadence.checkpoint=16", "cadence.evaluate=100000", "cadence.sample=100000")
 

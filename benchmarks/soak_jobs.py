@@ -84,7 +84,7 @@ class Server:
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended since
                 words = child.cmdline()
-                if "distill.cli" in words and "run" in words and "service.jobs.leash" not in words:
+                if "distill.cli" in words and "run" in words and "service.jobs.fine_tuning.leash" not in words:
                     return child
         return None
 

@@ -1,7 +1,7 @@
 """Our distillation against the way it is usually written, in the same run: images/s, peak memory, and their ratios.
 
 The baseline holds whole copies of the model for every role, encodes prompts in every step, asks the teacher's guided
-field in two calls, and compiles nothing. Ours is `distill.trainer` as `distill run` drives it. Both train the same
+field in two calls, and compiles nothing. Ours is the trainer as `distill run` drives it. Both train the same
 geometry with random weights, which cost what trained ones cost, with the same method, batch and precision. The sides
 take turns, each measurement in a process of its own, so that peak memory is a side's alone.
 
@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from distill.plan import Setting
+    from distill.plan.estimate import Setting
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the figures
     os.environ.setdefault(_name, "error")
 
-SHIPPED = Path(__file__).parents[1] / "distill" / "scenes" / "weights" / "teacher"
+SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "teacher"
 GUIDANCE = 4.0
 WARM = 4  # steps before the clock starts; a CUDA graph is recorded in the fourth
 
@@ -44,13 +44,13 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     """Train with the product's own loop; prompts were encoded before, so conditions are rows in memory."""
     import torch
 
-    from distill import attention
     from distill.config import Run
-    from distill.geometry import read_geometry
-    from distill.plan import Setting, build
+    from distill.models import attention
+    from distill.models.geometry import read_geometry
+    from distill.models.text import TextCondition
+    from distill.plan.estimate import Setting, build
     from distill.run import accelerator
-    from distill.text import TextCondition
-    from distill.trainer import train
+    from distill.training.trainer import train
 
     class Rows:
         """As many random conditions as there are prompts; a prompt's values change no cost."""
@@ -144,7 +144,7 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from distill.config import Run
-    from distill.geometry import read_geometry
+    from distill.models.geometry import read_geometry
     from distill.run import accelerator
 
     geometry = read_geometry(arguments.teacher)

@@ -10,21 +10,21 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
-from distill import attention, quantize
-from distill.adapters import Adapter as Adapter
-from distill.adapters import Merger, read_adapter
-from distill.device import to_device, to_host
 from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
 from distill.flow import jump, noise, one_step
-from distill.graphs import Graphed
-from distill.runtime import Runtime as Runtime
-from distill.spec import FORMAT, RECORD, read_json, read_spec
-from distill.teacher import decode_latents, load_transformer, load_vae, velocity
-from distill.text import SD3TextEncoder, TextCondition
-from distill.tiny_vae import load_tiny_vae
-from distill.two_times import load_second_time
+from distill.models import attention, quantize
+from distill.models.device import to_device, to_host
+from distill.models.sd3_folder import FORMAT, RECORD, read_json, read_spec
+from distill.models.teacher import decode_latents, load_transformer, load_vae, velocity
+from distill.models.text import SD3TextEncoder, TextCondition
+from distill.models.tiny_vae import load_tiny_vae
+from distill.models.two_times import load_second_time
+from distill.student.adapters import Adapter as Adapter
+from distill.student.adapters import Merger, read_adapter
+from distill.student.graphs import Graphed
+from distill.student.runtime import Runtime as Runtime
 
-SHIPPED_STUDENT = Path(__file__).parent / "scenes" / "weights" / "student"
+SHIPPED_STUDENT = Path(__file__).parent / "worlds" / "scenes" / "weights" / "student"
 FILLING_TOKENS = 1024  # an image of so many leaves a device nothing to gain from a second one beside it
 
 

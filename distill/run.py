@@ -17,33 +17,33 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from distill import checkpoint
-from distill import images as real_images
-from distill.alarms import Alarms
 from distill.config import Lora, Prompts, RealImages, Run, load_config
-from distill.device import fast_bfloat16
-from distill.embed import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
+from distill.data import images as real_images
+from distill.data.conditions import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
+from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
+from distill.data.prompts import read_prompts
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
-from distill.evaluate.compare import SHIPPED_TEACHER
-from distill.evaluate.judge import Generate, Images, Questions, judge
-from distill.evaluate.picture import labelled_grid, save_png
-from distill.export import SHARD_SIZE, check_place, export_student
+from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.flow import noise
-from distill.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
-from distill.networks import build
+from distill.models.device import fast_bfloat16
+from distill.models.sd3_folder import TeacherSpec, read_spec
+from distill.models.teacher import check_parts, decode_in_parts, encode_images, load_vae
+from distill.models.text import SD3TextEncoder
 from distill.philox import key_of
-from distill.prompts import read_prompts
-from distill.runs import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
-from distill.scenes.render import SIZE
-from distill.scenes.vae import to_images, to_pixels
-from distill.spec import TeacherSpec, read_spec
-from distill.start import check_start
-from distill.teacher import check_parts, decode_in_parts, encode_images, load_vae
-from distill.text import SD3TextEncoder
-from distill.trainer import Progress, accelerator_for, check, mesh, train
+from distill.report.alarms import Alarms
+from distill.report.picture import labelled_grid, save_png
+from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
+from distill.student.export import SHARD_SIZE, check_place, export_student
+from distill.training import checkpoint
+from distill.training.networks import build
+from distill.training.start import check_start
+from distill.training.trainer import Progress, accelerator_for, check, mesh, train
+from distill.worlds.scenes.evaluator import Generate, Images, Questions, judge
+from distill.worlds.scenes.render import SIZE
+from distill.worlds.scenes.vae import to_images, to_pixels
 
 SOURCES = "sources.json"  # digests of the prompts and real images that a run learns from
-SPEED = "speed.json"  # what `distill.speed` measured
+SPEED = "speed.json"  # what `distill.training.speed` measured
 GRID = 16  # images in a sample grid
 _log = logging.getLogger(__name__)
 JUDGED = 16  # prompts of each task that a student is judged on while it is trained

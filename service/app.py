@@ -17,26 +17,27 @@ from fastapi import FastAPI
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service import __doc__ as summary
-from service import handlers, routers
-from service.artefacts import Artefacts
+from service import routers
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
+from service.engine.roster import Roster
 from service.errors import StartError, Unavailable
+from service.http import handlers
+from service.http.idempotency import Replays
+from service.http.limiter import Limiter
+from service.http.middleware import BodyLimit, Cors, Front
+from service.http.origins import pattern
+from service.images.artefacts import Artefacts
+from service.images.provenance import signer
+from service.images.safety import checker
 from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
-from service.limiter import Limiter
-from service.metrics import Metrics
-from service.middleware import BodyLimit, Cors, Front
-from service.origins import pattern
-from service.provenance import signer
-from service.replays import Replays
-from service.roster import Roster
-from service.safety import checker
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.state import State
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 EXPOSED = [
@@ -150,7 +151,7 @@ def _tracing(settings: Settings) -> "Tracing | None":
     if settings.otlp_endpoint is None:
         return None
     try:
-        from service.tracing import Tracing
+        from service.observability.tracing import Tracing
     except ImportError:
         raise StartError("otlp_endpoint: the OpenTelemetry SDK is not installed; pip install '.[tracing]'") from None
     return Tracing.to(settings.otlp_endpoint)

@@ -1,6 +1,6 @@
 """The `fgm-service` command. Imports no torch before it serves."""
 
-from service.signals import end_on_signals
+from service.commands.signals import end_on_signals
 
 end_on_signals()  # before the other imports: a container may be stopped while they run
 
@@ -66,8 +66,8 @@ def serve(
     from uvicorn.config import STARTUP_FAILURE
 
     from service.engine.launch import processes
-    from service.logs import configure
-    from service.server import Server, uvicorn_config
+    from service.http.server import Server, uvicorn_config
+    from service.observability.logs import configure
     from service.settings import read_settings
 
     given: dict[str, Any] = {
@@ -156,7 +156,7 @@ def bench(
     """
     import contextlib
 
-    from service.bench import free_port, load_engine, load_server, own_server, samples
+    from service.commands.bench import free_port, load_engine, load_server, own_server, samples
     from service.settings import read_settings
 
     with contextlib.ExitStack() as stack:
@@ -211,14 +211,14 @@ def ray(
     """
     import importlib.util
 
-    from service.logs import configure
+    from service.observability.logs import configure
     from service.settings import read_settings
 
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
     settings = read_settings({}, config)
     _check_keys(settings)
-    from service import cluster
+    from service.ray import cluster
 
     configure(settings.log_format, settings.log_level)
     most = max(min_replicas, max_replicas or 0)
@@ -228,8 +228,8 @@ def ray(
 
 def _check_keys(settings: "Settings") -> None:
     """Raises StartError for a server that anyone may reach and use."""
-    from service.keys import KeyFile
-    from service.origins import is_loopback
+    from service.http.keys import KeyFile
+    from service.http.origins import is_loopback
 
     stored = KeyFile(settings.keys_file).read_at_start() if settings.keys_file else ()
     if settings.api_keys or stored:

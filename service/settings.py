@@ -33,8 +33,8 @@ from pydantic_settings import (
 
 from service.engine.messages import T5, Attention, Precision, Quantize
 from service.errors import StartError
-from service.keys import KEY_CHARACTERS, check_token
-from service.logs import LogFormat
+from service.http.keys import KEY_CHARACTERS, check_token
+from service.observability.logs import LogFormat
 
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
 PREFIX = "SERVICE_"  # of environment variables

@@ -4,22 +4,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.artefacts import Artefacts
 from service.engine.backend import Card
 from service.engine.engine import Engine
+from service.engine.roster import Roster
 from service.errors import no_model
+from service.http.idempotency import Replays
+from service.http.keys import Key, KeyFile, KeyReader
+from service.http.limiter import Limiter
+from service.images.artefacts import Artefacts
+from service.images.provenance import Signer
+from service.images.safety import Checker
 from service.jobs.jobs import Jobs
-from service.keys import Key, KeyFile, KeyReader
-from service.limiter import Limiter
-from service.metrics import Metrics
-from service.provenance import Signer
-from service.replays import Replays
-from service.roster import Roster
-from service.safety import Checker
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.observability.tracing import Tracing
 
 
 @dataclass

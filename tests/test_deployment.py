@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]

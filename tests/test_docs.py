@@ -11,8 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from distill import cli as distill_cli
-from distill.compare import read_variants
 from distill.config import load_config
+from distill.experiments import read_variants
 from service import cli as service_cli
 from service.schemas import ImageRequest
 

@@ -32,13 +32,13 @@ def test_distillation_never_imports_the_service() -> None:
 
 
 def test_the_service_imports_only_the_pipeline_and_in_one_file() -> None:
-    assert importers("service", "distill") == importers("service", "distill.pipeline") == {"service/registry.py"}
+    assert importers("service", "distill") == importers("service", "distill.pipeline") == {"service/engine/registry.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
     assert all(name.startswith("distill.pipeline.") for name in names)
 
 
 def test_peft_and_accelerate_have_their_places() -> None:
-    assert importers("distill", "peft") == {"distill/networks.py"}
+    assert importers("distill", "peft") == {"distill/training/networks.py"}
     glue = {"diffusers", "transformers", "accelerate", "peft"}
     assert all("distill/flow.py" not in importers("distill", library) for library in glue)
 

@@ -30,12 +30,12 @@ def embed(
     A repeated prompt is encoded once. The same command continues one that was stopped or killed: files that are
     whole are kept, if the source still begins with the prompts that they hold.
     """
-    from distill.checkpoint import claimed
-    from distill.console import image_bar
-    from distill.device import resolve_device
-    from distill.embed import embed_prompts
-    from distill.prompts import read_prompts
-    from distill.spec import read_spec
+    from distill.cli.console import image_bar
+    from distill.data.conditions import embed_prompts
+    from distill.data.prompts import read_prompts
+    from distill.models.device import resolve_device
+    from distill.models.sd3_folder import read_spec
+    from distill.training.checkpoint import claimed
 
     encoded = None
     where = resolve_device(device)
@@ -70,11 +70,11 @@ def encode(
     skipped.jsonl; more than 10 that are more than 1 in 100 end the command. The same command continues one that was
     stopped or killed: files that are whole are kept, if the source still begins with the images that they hold.
     """
-    from distill.checkpoint import claimed
-    from distill.console import image_bar
-    from distill.device import resolve_device
-    from distill.images import SKIPPED, encode_examples, read_examples
-    from distill.spec import read_spec
+    from distill.cli.console import image_bar
+    from distill.data.images import SKIPPED, encode_examples, read_examples
+    from distill.models.device import resolve_device
+    from distill.models.sd3_folder import read_spec
+    from distill.training.checkpoint import claimed
 
     encoded = None
     where = resolve_device(device)
@@ -98,8 +98,8 @@ def stats(
     column: Column = None,
 ) -> None:
     """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
-    from distill.console import out, table
-    from distill.prompts import prompt_stats
+    from distill.cli.console import out, table
+    from distill.data.prompts import prompt_stats
 
     found = prompt_stats(source, teacher, column)
     rows = []

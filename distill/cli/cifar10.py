@@ -30,9 +30,9 @@ def teacher(
 
     The same command continues a training that was stopped, a larger budget continues a finished one.
     """
-    from distill.checkpoint import claimed
-    from distill.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
-    from distill.device import resolve_device
+    from distill.models.device import resolve_device
+    from distill.training.checkpoint import claimed
+    from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
 
     recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
     check_teacher_folder(out)
@@ -48,8 +48,8 @@ def images(
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
 ) -> None:
     """Write its images as PNG with their captions: for `distill score --reference`, and as `real.source` of a run."""
-    from distill.cifar10.data import write_images
-    from distill.console import image_bar
+    from distill.cli.console import image_bar
+    from distill.worlds.cifar10.data import write_images
 
     with image_bar("images", 10_000 if test else 50_000) as bar:
         for written in write_images(data, out, conditional, test):

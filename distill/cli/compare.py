@@ -35,13 +35,21 @@ def compare(
 
     import torch
 
-    from distill.compare import check_folder, is_finished, is_scored, judged, read_variants, share_embeddings, within
-    from distill.console import image_bar, table
-    from distill.console import out as console
-    from distill.device import resolve_device
+    from distill.cli.console import image_bar, table
+    from distill.cli.console import out as console
     from distill.errors import ConfigError, DistillError, DivergedError, RunError
-    from distill.evaluate.judge import Questions
+    from distill.experiments import (
+        check_folder,
+        is_finished,
+        is_scored,
+        judged,
+        read_variants,
+        share_embeddings,
+        within,
+    )
+    from distill.models.device import resolve_device
     from distill.run import check_unchanged
+    from distill.worlds.scenes.evaluator import Questions
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one, the other follows from it")

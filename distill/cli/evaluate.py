@@ -37,13 +37,13 @@ def evaluate(
     if not all(part.strip().isdecimal() and int(part) for part in counts):
         raise typer.BadParameter(f"{teacher_steps!r} is not numbers of steps with commas between, as in 1,4,28")
 
-    from distill.console import image_bar, out, table
-    from distill.device import resolve_device
-    from distill.evaluate.compare import SHIPPED_TEACHER, Comparison, overview, side_by_side
-    from distill.evaluate.judge import FEATURES, Questions
-    from distill.evaluate.picture import save_png
+    from distill.cli.console import image_bar, out, table
+    from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison, overview, side_by_side
     from distill.files import check_replaceable
+    from distill.models.device import resolve_device
     from distill.pipeline import SHIPPED_STUDENT
+    from distill.report.picture import save_png
+    from distill.worlds.scenes.evaluator import FEATURES, Questions
 
     check_replaceable(picture)
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
@@ -91,11 +91,11 @@ def geneval(
     """
     from functools import partial
 
-    from distill.console import image_bar
-    from distill.device import resolve_device
+    from distill.cli.console import image_bar
     from distill.errors import ConfigError
     from distill.evaluate.geneval import read_questions, render
     from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
+    from distill.models.device import resolve_device
     from distill.pipeline import OneStepPipeline
 
     if (student is None) == (teacher is None):
@@ -132,9 +132,9 @@ def score(
     if inception is not None and reference is None:
         raise ConfigError("FID is a distance to real images; give their folder with --reference")
 
-    from distill.console import out, table
-    from distill.device import resolve_device
+    from distill.cli.console import out, table
     from distill.evaluate.images import score_images
+    from distill.models.device import resolve_device
 
     figures = score_images(folder, clip, reference, inception, resolve_device(device))
     if as_json:

@@ -36,14 +36,14 @@ def generate(
     from functools import partial
     from itertools import cycle, islice
 
-    from distill.console import image_bar
-    from distill.device import resolve_device
+    from distill.cli.console import image_bar
+    from distill.data.prompts import read_prompts
     from distill.errors import ConfigError, PromptError
-    from distill.evaluate.judge import Generate
+    from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
-    from distill.generate import generate_images
+    from distill.models.device import resolve_device
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
-    from distill.prompts import read_prompts
+    from distill.worlds.scenes.evaluator import Generate
 
     if student is not None and teacher is not None:
         raise ConfigError("--student and --teacher are both given; one model makes the images")

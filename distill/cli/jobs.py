@@ -9,7 +9,7 @@ import typer
 from distill.cli.options import Seconds
 
 if TYPE_CHECKING:
-    from distill.remote import Server as Remote
+    from distill.cli.remote import Server as Remote
 
 Server = Annotated[str, typer.Option("--server", envvar="DISTILL_SERVER", help="Address of the server.")]
 ServerKey = Annotated[
@@ -35,9 +35,9 @@ def submit(
     api_key: ServerKey = None,
 ) -> None:
     """Let a server distil one of its teachers, and serve the student."""
+    from distill.cli.remote import Server as Remote
     from distill.errors import ConfigError
     from distill.overrides import parse_override
-    from distill.remote import Server as Remote
 
     given: dict[str, Any] = {"preset": preset, "method": method, "images": images, "seconds": seconds}
     for override in overrides or []:
@@ -63,8 +63,8 @@ def jobs(
     """List a server's distillation jobs: id, status, images seen of the budget, when made, teacher, student."""
     import time
 
-    from distill.remote import Server as Remote
-    from distill.report import si
+    from distill.cli.remote import Server as Remote
+    from distill.report.html import si
 
     with Remote(server, api_key) as remote:
         found = remote.jobs(limit)
@@ -82,7 +82,7 @@ def logs(
     api_key: ServerKey = None,
 ) -> None:
     """Print what a job has told: progress, figures, alarms."""
-    from distill.remote import Server as Remote
+    from distill.cli.remote import Server as Remote
 
     with Remote(server, api_key) as remote:
         if follow:
@@ -98,7 +98,7 @@ def cancel(
     api_key: ServerKey = None,
 ) -> None:
     """End a job; what it has learnt is not kept."""
-    from distill.remote import Server as Remote
+    from distill.cli.remote import Server as Remote
 
     with Remote(server, api_key) as remote:
         status = remote.cancel(job)["status"]
@@ -107,7 +107,7 @@ def cancel(
 
 def _follow(remote: "Remote", name: str) -> None:
     """A job's events and a bar, to its end; a job that fails ends the command with status 1."""
-    from distill.console import image_bar
+    from distill.cli.console import image_bar
 
     with image_bar("distilling", None) as bar:
         for job, events in remote.follow(name):
@@ -125,7 +125,7 @@ def _told(event: dict[str, Any]) -> str:
     """An event as a line: when, what, and the figures that people follow."""
     import time
 
-    from distill.console import SHOWN
+    from distill.cli.console import SHOWN
 
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["created_at"]))
     data = event["data"] or {}

@@ -44,9 +44,9 @@ def plan(
 
     Only configuration files are read: the real networks take the real turns on tensors without data.
     """
-    from distill.console import out, table
-    from distill.geometry import read_geometry
-    from distill.plan import GIB, changes_that_fit, setting
+    from distill.cli.console import out, table
+    from distill.models.geometry import read_geometry
+    from distill.plan.estimate import GIB, changes_that_fit, setting
 
     geometry = read_geometry(teacher)
     made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size, method, optimizer)

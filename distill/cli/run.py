@@ -50,12 +50,12 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
 
     `seconds` of training are a budget in place of the configuration's images.
     """
-    from distill import console
     from distill import run as runs
-    from distill.checkpoint import claimed
-    from distill.console import SHOWN, image_bar
-    from distill.runs import whole_batches
-    from distill.speed import images_within
+    from distill.cli import console
+    from distill.cli.console import SHOWN, image_bar
+    from distill.report.run_folder import whole_batches
+    from distill.training.checkpoint import claimed
+    from distill.training.speed import images_within
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
@@ -90,7 +90,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
 def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> None:
     """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
     from distill import run as runs
-    from distill.console import image_bar
+    from distill.cli.console import image_bar
 
     endless = config.prompts.source == "scenes"  # a file may hold fewer
     with image_bar("prompts", config.prompts.count if endless else None) as bar:
@@ -130,9 +130,9 @@ def export(
     """
     import torch
 
-    from distill.device import resolve_device
-    from distill.parity import TOLERANCE, check_parity
+    from distill.models.device import resolve_device
     from distill.run import export as export_run
+    from distill.student.parity import TOLERANCE, check_parity
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     folder = export_run(run, out, checkpoint, kind, max_shard_size, licence, teacher)

@@ -16,8 +16,8 @@ def report(
 
     The file needs nothing beside it. Runs that are going on or were stopped are shown as far as they are.
     """
-    from distill.report import write_report
-    from distill.runs import read_run
+    from distill.report.html import write_report
+    from distill.report.run_folder import read_run
 
     page = out or run / "report.html"
     write_report(read_run(run), page)
@@ -32,9 +32,9 @@ def runs(
 
     from rich.markup import escape
 
-    from distill.console import out, table
-    from distill.report import si
-    from distill.runs import read_runs
+    from distill.cli.console import out, table
+    from distill.report.html import si
+    from distill.report.run_folder import read_runs
 
     found = read_runs(folder)
     if not found:

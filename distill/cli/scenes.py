@@ -48,7 +48,7 @@ def teacher(
     First the autoencoder, then the transformer with its text encoders. The same command continues a run that was
     stopped, larger budgets continue a finished one; Ctrl-C stops it at the end of a step and keeps what was learnt.
     """
-    from distill.scenes.captions import parse_task_weights
+    from distill.worlds.scenes.captions import parse_task_weights
 
     weights = parse_task_weights(task_weights)
     if start is not None and coarse_images:
@@ -57,10 +57,10 @@ def teacher(
     if coarse >= images:
         raise ConfigError(f"--images {images}: the first {coarse} are on large patches; give more, or --coarse-images")
 
-    from distill.checkpoint import claimed
-    from distill.console import image_bar
-    from distill.device import resolve_device
-    from distill.scenes.train import (
+    from distill.cli.console import image_bar
+    from distill.models.device import resolve_device
+    from distill.training.checkpoint import claimed
+    from distill.worlds.scenes.train import (
         TeacherRecipe,
         check_start,
         check_states,
@@ -69,7 +69,7 @@ def teacher(
         encode_scenes,
         train_teacher,
     )
-    from distill.scenes.vae import VaeRecipe, train_vae
+    from distill.worlds.scenes.vae import VaeRecipe, train_vae
 
     where = resolve_device(device)
     recipe = TeacherRecipe(
@@ -115,9 +115,9 @@ def show(
     """Write a grid of scenes with their prompts under them."""
     import numpy as np
 
-    from distill.evaluate.picture import labelled_grid, save_png
-    from distill.scenes.captions import TASKS, evaluation_prompts, sample_prompt, wording
-    from distill.scenes.render import place, render
+    from distill.report.picture import labelled_grid, save_png
+    from distill.worlds.scenes.captions import TASKS, evaluation_prompts, sample_prompt, wording
+    from distill.worlds.scenes.render import place, render
 
     rng = np.random.default_rng(seed)
     if held_out:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from distill.scenes.state import Progress
+    from distill.training.state import Progress
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def agreed(asked: list[int], machine: "Accelerator") -> list[int]:
 
 def stopped(images: int, asked: list[int]) -> typer.Exit:
     """Say so, and with which status the command ends."""
-    from distill.console import out
+    from distill.cli.console import out
 
     out.print(f"Stopped after {images} images, which are saved; the same command continues.", highlight=False)
     return typer.Exit(128 + asked[0])
@@ -53,7 +53,7 @@ def stopped(images: int, asked: list[int]) -> typer.Exit:
 
 def train_with_bar(name: str, images: int, training: "Iterable[Progress]") -> None:
     """Train a teacher to its end, with a bar. Ends the command when asked to stop."""
-    from distill.console import image_bar
+    from distill.cli.console import image_bar
 
     with image_bar(name, images) as bar, asked_to_stop() as asked:
         for progress in training:

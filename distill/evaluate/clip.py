@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from distill.errors import ScorerError
-from distill.evaluate.files import read_pixels
+from distill.evaluate.image_files import read_pixels
 from distill.evaluate.metrics import Features
 
 BATCH = 64

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from distill.errors import ScorerError
 from distill.evaluate.clip import Clip
-from distill.evaluate.files import find_images, prompt_of, read_pixels, size_of
+from distill.evaluate.image_files import find_images, prompt_of, read_pixels, size_of
 from distill.evaluate.metrics import Interval, cmmd, interval
 
 

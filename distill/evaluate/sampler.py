@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.evaluate.judge import Generate, Images
 from distill.flow import noise
-from distill.pipeline import OneStepPipeline
-from distill.scenes.vae import to_images, to_pixels
-from distill.teacher import (
+from distill.models.teacher import (
     decode_in_parts,
     encode_images,
     guided,
@@ -22,7 +19,10 @@ from distill.teacher import (
     sample,
     velocity,
 )
-from distill.text import SD3TextEncoder
+from distill.models.text import SD3TextEncoder
+from distill.pipeline import OneStepPipeline
+from distill.worlds.scenes.evaluator import Generate, Images
+from distill.worlds.scenes.vae import to_images, to_pixels
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distill.flow import interpolate, x_0_from_velocity
-from distill.methods import Batch, Loss, Turn, Velocities
-from distill.policies import Guidance, Times, dot, flow_matching, guided_pair, made, noised
+from distill.methods.base import Batch, Loss, Turn, Velocities
+from distill.methods.policies import Guidance, Times, dot, flow_matching, guided_pair, made, noised
 from distill.settings import Settings
 
 

@@ -27,8 +27,8 @@ import torch
 from pydantic import Field, model_validator
 
 from distill.flow import interpolate
-from distill.methods import Batch, Loss, Turn, Velocities
-from distill.policies import WEIGHTS, Guidance, Times, dot, flow_matching, guided_pair, made, noised, regression
+from distill.methods.base import Batch, Loss, Turn, Velocities
+from distill.methods.policies import WEIGHTS, Guidance, Times, dot, flow_matching, guided_pair, made, noised, regression
 from distill.settings import Settings
 
 _Share = Annotated[float, Field(ge=0.85, le=1)]  # RealUID's range; below it the student's images lose their say

@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.flow import between, derivative, jump, x_0_from_velocity
-from distill.methods import Batch, Loss, Turn, Velocities, Velocity
-from distill.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.methods.base import Batch, Loss, Turn, Velocities, Velocity
+from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
 from distill.settings import Settings
 
 _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight

@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 
 from distill.flow import interpolate, x_0_from_velocity
-from distill.methods import Batch, Loss, Turn, Velocities
-from distill.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.methods.base import Batch, Loss, Turn, Velocities
+from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.models.teacher import sample
 from distill.settings import Settings
-from distill.teacher import sample
 
 
 class Config(Settings):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.keys import KeyFile
+from service.http.keys import KeyFile
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 

@@ -22,7 +22,7 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
-    from service.remote import Server
+    from service.commands.remote import Server
 
     with Server(url, key) as server:
         found = server.models()
@@ -47,7 +47,7 @@ def load(
 
     fgm-service models load sd3-medium --name new
     """
-    from service.remote import Server
+    from service.commands.remote import Server
 
     with Server(url, key) as server:
         print(f"{server.load(folder, name).id} is served.")
@@ -58,7 +58,7 @@ def unload(
     name: Annotated[str, typer.Argument(help="The student, by its name.")], url: Url = LOCAL, key: AdminKey = None
 ) -> None:
     """Serve a student no more; ends when what was accepted for it is answered. Its files stay."""
-    from service.remote import Server
+    from service.commands.remote import Server
 
     with Server(url, key) as server:
         server.unload(name)
@@ -79,7 +79,7 @@ def load_adapter(
 
     curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
     """
-    from service.remote import Server
+    from service.commands.remote import Server
 
     with Server(url, key) as server:
         loaded = server.load_adapter(model, folder, name or folder)
@@ -94,7 +94,7 @@ def unload_adapter(
     key: AdminKey = None,
 ) -> None:
     """Take an adapter from a student; ends when what was accepted for it is answered. Its file stays."""
-    from service.remote import Server
+    from service.commands.remote import Server
 
     with Server(url, key) as server:
         server.unload_adapter(model, name)

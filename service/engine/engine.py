@@ -51,11 +51,11 @@ from service.errors import (
     no_model,
     quoted,
 )
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from service.commands.signals import ENDING
 from service.engine.backend import Backend, DeviceLost, Simulator, Text, Timing
 from service.engine.embeddings import Embeddings
 from service.engine.memory import write
@@ -47,7 +48,6 @@ from service.engine.messages import (
 )
 from service.engine.profile import measure, read_profile, recall
 from service.errors import StartError
-from service.signals import ENDING
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ def clock_of(tuning: Tuning) -> Clock:
 def _student(order: Load, device: str, tuning: Tuning) -> Backend:
     if order.folder is not None and not Path(order.folder).is_dir():  # said before seconds of imports
         raise StartError(f"model {order.folder}: there is no such folder; give the folder of a student")
-    from service.registry import load_backend
+    from service.engine.registry import load_backend
 
     return load_backend(order.folder, order.name, device, tuning)
 

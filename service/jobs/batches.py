@@ -28,7 +28,7 @@ from service.errors import (
     quoted,
     to_openai,
 )
-from service.generation import Images, make, respond
+from service.images.generation import Images, make, respond
 from service.jobs.files import new_id, page
 from service.jobs.jobs import Jobs
 from service.jobs.lines import (

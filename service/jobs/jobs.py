@@ -17,11 +17,11 @@ from filelock import FileLock
 from service.errors import ServiceError, StartError
 from service.files import PRIVATE, aside, make_writable
 from service.jobs.database import Database
-from service.jobs.distiller import Distiller
 from service.jobs.files import Files
+from service.jobs.fine_tuning.distiller import Distiller
+from service.jobs.fine_tuning.students import Students
+from service.jobs.fine_tuning.tuning import Tuning
 from service.jobs.sqlite import check_sqlite
-from service.jobs.students import Students
-from service.jobs.tuning import Tuning
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings

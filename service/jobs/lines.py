@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from service.engine.batcher import Priority
 from service.errors import InvalidRequest, ServiceError
-from service.generation import RANDOM_SEEDS, Order
-from service.handlers import complaint
+from service.http.handlers import complaint
+from service.images.generation import RANDOM_SEEDS, Order
 from service.jobs.schemas import BatchLine
 from service.schemas import Usage
 from service.state import State

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.datastructures import UploadFile
 
-from service.jobs.distillation import Distillation
+from service.jobs.fine_tuning.distillation import Distillation
 from service.schemas import ImageRequest
 
 Endpoint = Literal["/v1/images/generations"]

@@ -8,9 +8,9 @@ import asyncio
 
 from fastapi import APIRouter
 
-from service.dependencies import Admin, Running, Service
 from service.engine.backend import Card
-from service.roster import ADAPTER, STUDENT, Adapter, Student, find, folders_of
+from service.engine.roster import ADAPTER, STUDENT, Adapter, Student, find, folders_of
+from service.http.dependencies import Admin, Running, Service
 from service.routers.models import described
 from service.schemas import (
     AdapterDeleted,

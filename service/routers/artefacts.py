@@ -6,8 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from service.dependencies import Service
 from service.errors import NotFound
+from service.http.dependencies import Service
 from service.schemas import ErrorResponse
 
 router = APIRouter(prefix="/v1/artefacts", tags=["images"])

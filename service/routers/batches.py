@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.dependencies import Bulk, Kept, Service, Worker
+from service.http.dependencies import Bulk, Kept, Service, Worker
 from service.jobs import tables
 from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
 from service.schemas import ErrorResponse

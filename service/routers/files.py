@@ -8,9 +8,9 @@ from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from service.dependencies import Kept, Worker
 from service.errors import InvalidRequest, NotFound
-from service.handlers import of_body
+from service.http.dependencies import Kept, Worker
+from service.http.handlers import of_body
 from service.jobs import tables
 from service.jobs.schemas import FileDeleted, FileObject, Page, Purpose, Upload
 from service.schemas import ErrorResponse

@@ -5,10 +5,10 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 
-from service.dependencies import Kept, Worker
 from service.errors import InvalidRequest
+from service.http.dependencies import Kept, Worker
 from service.jobs import tables
-from service.jobs.distillation import Distillation
+from service.jobs.fine_tuning.distillation import Distillation
 from service.jobs.schemas import (
     JobCheckpointObject,
     JobError,

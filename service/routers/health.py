@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.dependencies import Service
 from service.errors import Unavailable
+from service.http.dependencies import Service
 
 router = APIRouter(tags=["operations"])
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import SkipValidation, ValidationError
 
-from service.accept import IMAGES, image_type
-from service.dependencies import Brought, Generator, Running, Service
 from service.errors import ClientGone, InvalidRequest
-from service.generation import Images, Order, make, respond
-from service.handlers import of_body
+from service.http.accept import IMAGES, image_type
+from service.http.dependencies import Brought, Generator, Running, Service
+from service.http.handlers import of_body
+from service.images.generation import Images, Order, make, respond
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
 
 router = APIRouter(prefix="/v1/images", tags=["images"])

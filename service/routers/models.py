@@ -4,9 +4,9 @@ import time
 
 from fastapi import APIRouter
 
-from service.dependencies import Generator, Kept, Service, Worker
 from service.engine.backend import Card
 from service.errors import Forbidden
+from service.http.dependencies import Generator, Kept, Service, Worker
 from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})

@@ -5,9 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, WebSocket
 from fastapi.security.utils import get_authorization_scheme_param
 
-from service.dependencies import Service
-from service.origins import allowed
-from service.realtime import Session
+from service.http.dependencies import Service
+from service.http.origins import allowed
+from service.images.realtime import Session
 
 router = APIRouter(prefix="/v1/realtime")
 

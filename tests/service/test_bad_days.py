@@ -16,13 +16,13 @@ import fsspec
 import httpx
 import openai
 import pytest
+from bulk import ENDPOINT, ended, line, read, submit
 from engines import Gate
+from fine_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
+from fine_tuning import submit as submit_job
 from fsspec.implementations.memory import MemoryFileSystem
 from running import serving
 from sqlalchemy import create_engine, select, text
-from test_batches import ENDPOINT, ended, line, read, submit
-from test_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
-from test_tuning import submit as submit_job
 
 from benchmarks import postgres
 from service.app import ARTEFACT_THREADS, create_app

@@ -9,7 +9,7 @@ import pytest
 
 from service.engine.launch import serving_devices
 from service.errors import StartError
-from service.logs import JsonFormatter
+from service.observability.logs import JsonFormatter
 from service.settings import read_settings
 
 

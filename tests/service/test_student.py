@@ -18,17 +18,17 @@ from PIL import Image
 from running import metric, serving, until
 from safetensors.torch import load_file, save_file
 
-from distill.export import export_student
+from distill.models.teacher import load_transformer
 from distill.pipeline import OneStepPipeline, Runtime
-from distill.teacher import load_transformer
+from distill.student.export import export_student
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.embeddings import Embeddings, Shelf
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, SharedMemory, local, processes, tuning_of
 from service.engine.messages import Tuning
+from service.engine.registry import load_backend
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
-from service.registry import load_backend
 from service.settings import Settings
 
 

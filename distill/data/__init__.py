@@ -1,0 +1,1 @@
+"""What a training step is fed with: prompts, images, text conditions and noise."""

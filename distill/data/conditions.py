@@ -1,0 +1,258 @@
+"""Prompts encoded once: `embed_prompts` writes a folder of shards, `EmbeddingCache` reads it while training.
+
+The text encoders, most of a large teacher's memory, are gone by then.
+"""
+
+import json
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from itertools import count as count_from
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill.data.prompt_files import EMBEDDED
+from distill.data.prompts import Distinct
+from distill.data.shards import (
+    SHARD_ROWS,
+    Layout,
+    ShardReader,
+    ShardWriter,
+    check_rows,
+    check_source,
+    rows_of_shard,
+    shard_name,
+    write_rows,
+)
+from distill.errors import CacheError, PromptError
+from distill.models.device import fast_bfloat16
+from distill.models.sd3_folder import TeacherSpec, read_spec
+from distill.models.text import SD3TextEncoder, TextCondition
+
+MANIFEST = EMBEDDED
+TEXTS = "prompts.jsonl"  # the prompt of each row, in order
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Progress of `embed_prompts`: prompts encoded, how many of them were cut to the token limit, and repetitions.
+
+    A repeated prompt is encoded once, and `repeated` counts its further occurrences.
+    """
+
+    prompts: int
+    truncated: int
+    repeated: int = 0
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Prompts of a file that is to be written, and how far the source had been read when they were read."""
+
+    prompts: list[str]
+    path: Path
+    read: dict[str, Any]
+    repeated: int
+
+
+def embed_prompts(
+    teacher: Path | str,
+    prompts: Iterable[str],
+    out: Path,
+    device: torch.device | str = "cpu",
+    shard_rows: int = SHARD_ROWS,
+    processes: int = 1,
+) -> Iterator[Encoded]:
+    """Encode each different prompt, in order, into `out`, and the empty prompt and the order of all beside them.
+
+    Computed and kept in bf16 where the device is fast in it, else in fp32. A shard has at most `shard_rows` rows and
+    SHARD_BYTES bytes. Several `processes` hold encoders of their own, on a GPU each where there are as many, and
+    encode a shard each; files and their order are those of one. In a folder that a killed call left, whole shards are
+    kept: the prompts they were made of are read again and passed over, and must be the same.
+
+    Raises PromptError without prompts, CacheError when `out` holds a whole cache already, was begun with other
+    prompts or another teacher, the disk refuses, or a process is killed.
+    """
+    spec = read_spec(teacher)
+    dtype = text_dtype(device)
+    source = Distinct(prompts)
+    writer = ShardWriter(out, _layout(spec), dtype, source, {"prompts", "truncated", "repeated"})
+    count, truncated = writer.count("prompts"), writer.count("truncated")
+    yield Encoded(count, truncated, source.repeated)
+
+    row = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in text_shapes(spec).items()}
+    shard_rows = rows_of_shard(shard_rows, row)
+    first = writer.shards
+
+    def shards() -> Iterator[_Shard]:
+        different = iter(source)
+        for number in count_from(first):
+            if not (rows := list(islice(different, shard_rows))):
+                return
+            yield _Shard(rows, writer.partial(shard_name(number)), writer.read_so_far(), source.repeated)
+
+    null = _Shard([""], writer.partial("null"), {}, 0)
+    for shard, cut in _encoded(chain(shards(), [null]), teacher, _devices(device, processes), dtype):
+        if shard is null:
+            continue
+        count, truncated = count + len(shard.prompts), truncated + cut
+        figures = {"prompts": count, "truncated": truncated, "repeated": shard.repeated}
+        writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **figures)
+        yield Encoded(count, truncated, shard.repeated)
+    if not count:
+        raise PromptError("there are no prompts to encode; give a source that holds some")
+    order = {"rows": torch.tensor(source.order)}
+    writer.finish({"null": null.path, "order": order}, {}, repeated=source.repeated)
+    yield Encoded(count, truncated, source.repeated)
+
+
+def check_prompts(teacher: Path | str, prompts: Iterable[str], folder: Path) -> None:
+    """Raise CacheError unless this is a complete cache of these prompts for this teacher."""
+    check_source(folder, _layout(read_spec(teacher)), Distinct(prompts))
+
+
+def cached_prompts(folder: Path, count: int) -> list[str]:
+    """The first distinct prompts of a cache, at most `count`. Raises CacheError when they cannot be read."""
+    try:
+        with (folder / TEXTS).open("rb") as lines:
+            return [str(json.loads(line)) for line in islice(lines, count)]
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{folder / TEXTS} cannot be read ({error}); remove {folder} and embed again") from None
+
+
+def _devices(device: torch.device | str, processes: int) -> list[torch.device]:
+    """A device for each process: the one that is named, or all GPUs in turn where it is just `cuda`."""
+    if processes > 1 and str(device) == "cuda":
+        return [torch.device("cuda", i % torch.cuda.device_count()) for i in range(processes)]
+    return [torch.device(device)] * processes
+
+
+def _encoded(
+    shards: Iterable[_Shard], teacher: Path | str, devices: Sequence[torch.device], dtype: torch.dtype
+) -> Iterator[tuple[_Shard, int]]:
+    """Each shard, in order, once its file is written, and how many of its prompts were cut; a process a device."""
+    if len(devices) == 1:
+        encoder = SD3TextEncoder.load(teacher, devices[0], dtype)
+        for shard in shards:
+            yield shard, _write(encoder, shard.prompts, shard.path)
+        return
+    context = get_context("spawn")
+    free = context.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    running: deque[tuple[_Shard, Future[int]]] = deque()
+    with ProcessPoolExecutor(len(devices), context, _begin, (teacher, free, dtype, len(devices))) as pool:
+        try:
+            for shard in shards:
+                running.append((shard, pool.submit(_work, shard.prompts, shard.path)))
+                if len(running) > 2 * len(devices):  # so that none waits for a slow one
+                    done, cut = running.popleft()
+                    yield done, cut.result()
+            while running:
+                done, cut = running.popleft()
+                yield done, cut.result()
+        except BrokenProcessPool as error:
+            raise CacheError(
+                "a process that encodes prompts was killed, perhaps for memory; run the same command, with fewer "
+                "--processes, whole shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write(encoder: SD3TextEncoder, prompts: Sequence[str], path: Path) -> int:
+    """Encode prompts into a file, and return how many were cut."""
+    parts = [encoder.encode(prompts[start : start + BATCH]).to("cpu") for start in range(0, len(prompts), BATCH)]
+    try:
+        write_rows(tensors(TextCondition.cat(parts)), path)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(
+            f"could not write {path}: {error}; make room and run the same command, whole shards are kept"
+        ) from error
+    return sum(encoder.truncated(prompts))
+
+
+_own: SD3TextEncoder  # of a process that encodes
+
+
+def _begin(teacher: Path | str, free: Any, dtype: torch.dtype, processes: int) -> None:
+    """What such a process does first."""
+    global _own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that began it ends the others
+    Thread(target=_follow, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _own = SD3TextEncoder.load(teacher, free.get(), dtype)
+
+
+def _follow() -> None:
+    """End with the process that began this one, also when that is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(prompts: Sequence[str], path: Path) -> int:
+    return _write(_own, prompts, path)
+
+
+def _layout(spec: TeacherSpec) -> Layout:
+    """What a cache of prompts holds."""
+    return Layout("embedding", "embed", "prompts", MANIFEST, text_shapes(spec), spec)
+
+
+def text_shapes(spec: TeacherSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of one encoded prompt, by tensor."""
+    return {"embeds": spec.text_shape, "pooled": (spec.pooled_dim,)}
+
+
+def text_dtype(device: torch.device | str) -> torch.dtype:
+    """What prompts are encoded and kept in: bf16 where the device is fast in it, else fp32."""
+    return torch.bfloat16 if fast_bfloat16(torch.device(device)) else torch.float32
+
+
+def tensors(cond: TextCondition) -> dict[str, Tensor]:
+    """Conditions by tensor, on the CPU."""
+    return {"embeds": cond.embeds.cpu(), "pooled": cond.pooled.cpu()}
+
+
+class EmbeddingCache:
+    """A whole cache of one teacher's text conditions, held on a device if it is small, else read from disk by row.
+
+    A prompt that its source repeats has an index for each time, so that training sees it as often.
+    """
+
+    def __init__(
+        self, folder: Path, teacher: Path | str, device: torch.device | None = None, count: int | None = None
+    ) -> None:
+        """Open and check; `count` are its first prompts alone. Small caches are held on the `device`, if one is given.
+
+        Raises CacheError for a cache that is partial, damaged, or another teacher's.
+        """
+        self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
+        self.null = TextCondition(**self._reader.only("null"))
+        self._order = self._reader.only("order")["rows"][:count]
+        self.sha256 = self._reader.sha256  # of the source's prompts
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def rows(self, indices: Tensor) -> TextCondition:
+        """The conditions of the prompts of some indices (B,), in that order.
+
+        Raises IndexError for one that is not there, CacheError for one in a damaged shard.
+        """
+        check_rows(indices, len(self))
+        return TextCondition(**self._reader.rows(self._order[indices]))

@@ -1,0 +1,158 @@
+"""One teacher folder and its students, judged alike: what `distill evaluate` and `distill compare` run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from distill.errors import SizeError
+from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
+from distill.models.sd3_folder import read_spec
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
+from distill.report.picture import labelled_grid
+from distill.worlds.scenes.captions import TASKS
+from distill.worlds.scenes.evaluator import FEATURES, Images, Judgement, Questions, judge
+from distill.worlds.scenes.render import SIZE
+
+SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
+
+PICTURED = 4  # prompts of each task in the picture
+DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "diversity", "saturation")
+COST = ("calls", "seconds_per_image")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A judgement, and the images that it was made from."""
+
+    judgement: Judgement
+    images: Images
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers of one teacher in one or more settings, the first of which is the measure, and of students by name."""
+
+    questions: Questions
+    teachers: dict[Setting, Answers]
+    students: dict[str, Answers]
+
+    @property
+    def teacher(self) -> Judgement:
+        """The teacher that students are measured by."""
+        return next(iter(self.teachers.values())).judgement
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values: `teacher`, one entry for each student under its name, `teachers` in their further settings."""
+        others = list(self.teachers.items())[1:]
+        return {
+            "features": FEATURES,
+            "teacher": self.teacher.as_dict(),
+            **{name: answers.judgement.as_dict() for name, answers in self.students.items()},
+            "teachers": [{**asdict(setting), **answers.judgement.as_dict()} for setting, answers in others],
+        }
+
+    def models(self) -> dict[str, Judgement]:
+        """Everyone judged, by the name in tables."""
+        teachers = {f"teacher, {setting.name}": answers.judgement for setting, answers in self.teachers.items()}
+        return teachers | {name: answers.judgement for name, answers in self.students.items()}
+
+    def picture(self) -> Image:
+        """The first prompts of each task: the teacher over the students, wordings under the tiles."""
+        per_task = len(self.questions.texts) // len(TASKS)
+        chosen = [k * per_task + i for k in range(len(TASKS)) for i in range(min(PICTURED, per_task))]
+        calls = self.teacher.calls
+        rows = [(f"teacher, {calls} calls", next(iter(self.teachers.values())).images[chosen])]
+        rows += [(f"{name}, 1 call", answers.images[chosen]) for name, answers in self.students.items()]
+        texts = [self.questions.texts[i] for i in chosen]
+        return labelled_grid(rows, texts, columns=2 * PICTURED)
+
+
+class Comparison:
+    """A teacher in several settings, and students by name; students are in memory one at a time.
+
+    `settings` are pairs of steps and guidance, None for the scale that the teacher's folder names; a repeated one is
+    judged once.
+    """
+
+    def __init__(
+        self,
+        teacher: Path,
+        students: Mapping[str, Path],
+        settings: Sequence[tuple[int, float | None]],
+        device: torch.device,
+        student_steps: int = 1,
+    ) -> None:
+        spec = read_spec(teacher)
+        if spec.image_size != SIZE:
+            raise SizeError(
+                f"{teacher} makes {spec.image_size} pixels a side; the scorer of the small world takes {SIZE}: judge "
+                "a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
+            )
+        for folder in students.values():
+            student = read_student(folder)
+            student.check_steps(student_steps)
+            if student.sizes[0] != (SIZE, SIZE):
+                raise SizeError(
+                    f"{folder} makes {student.sizes[0][0]} pixels a side; the scorer of the toy dataset takes {SIZE}: "
+                    "evaluate a student of that size, or render images with `distill geneval` for another scorer"
+                )
+        scaled = (Setting(steps, spec.guidance if scale is None else scale) for steps, scale in settings)
+        self.settings = list(dict.fromkeys(scaled))
+        self._teacher = TeacherSampler(teacher, device)
+        self._students = students
+        self._device = device
+        self._student_steps = student_steps
+
+    def count(self, questions: Questions) -> int:
+        """Images that all make together."""
+        return (len(self.settings) + len(self._students)) * questions.count
+
+    def run(self, questions: Questions, seed: int, report: Callable[[int], None]) -> Result:
+        """Judge the teacher, then the students; `report` hears of every batch."""
+        encode = self._teacher.encode
+        teachers = {}
+        for setting in self.settings:
+            generate = partial(self._teacher.generate, setting)
+            teachers[setting] = Answers(*judge(questions, generate, setting.calls, encode, seed, report))
+        students = {}
+        for name, folder in self._students.items():
+            student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
+            students[name] = Answers(*judge(questions, student, self._student_steps, encode, seed, report))
+        return Result(questions, teachers, students)
+
+
+def cell(judgement: Judgement, name: str) -> str:
+    """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
+    value = _value(judgement, name)
+    if name not in judgement.intervals:
+        return f"{value:.4g}"
+    low, high = judgement.intervals[name]
+    return f"{value:.4g} ± {(high - low) / 2:.2g}"
+
+
+def figure_names(judgement: Judgement) -> list[str]:
+    """Everything that `cell` can be asked for, in the order of tables."""
+    return ["overall", *judgement.tasks, *DISTANCES, *COST]
+
+
+def side_by_side(teacher: Judgement, student: Judgement) -> list[tuple[str, str, str, str]]:
+    """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
+    lines = []
+    for name in figure_names(teacher):
+        a, b = _value(teacher, name), _value(student, name)
+        lines.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
+    return lines
+
+
+def overview(models: Mapping[str, Judgement]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table with one model a line, without the tasks."""
+    names = ["overall", *DISTANCES, *COST]
+    return ["", *names], [[model, *(cell(judgement, name) for name in names)] for model, judgement in models.items()]
+
+
+def _value(judgement: Judgement, name: str) -> float:
+    return judgement.tasks[name] if name in judgement.tasks else float(getattr(judgement, name))

@@ -1,0 +1,136 @@
+"""What a Stable Diffusion 3 model is made of, from its folder's configuration files or by a published model's name."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from distill.errors import TeacherError
+from distill.models.sd3_folder import RECORD, check_size, read_json
+
+_STOCK_TOKENS = (77, 256)  # CLIP's and T5's
+_SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+_NAMED: dict[str, dict[str, Any]] = {
+    "sd3-medium": _SD3
+    | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    "sd3.5-medium": _SD3
+    | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+    | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "sd3.5-large": _SD3
+    | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+    | {"qk_norm": "rms_norm"},
+}
+NAMES = tuple(_NAMED)
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "projection_dim": 768}
+_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+_T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128} | {
+    "feed_forward_proj": "gated-gelu"
+}
+_TEXT: dict[str, dict[str, Any]] = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Configurations of a teacher's parts, as its folder has them; `tokens` of a prompt, all encoders together."""
+
+    name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, dict[str, Any]]
+    tokens: int
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of a latent pixel in image pixels."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Native height and width in image pixels."""
+        return int(self.transformer["sample_size"]) * self.pixels_per_latent
+
+    @property
+    def parameters(self) -> int:
+        """Of the transformer."""
+        with torch.device("meta"):
+            return _count(SD3Transformer2DModel.from_config(self.transformer))
+
+    @property
+    def text_parameters(self) -> int:
+        """Of all text encoders."""
+        with torch.device("meta"):
+            return sum(
+                _count(
+                    T5EncoderModel(T5Config(**config))
+                    if name == "text_encoder_3"
+                    else CLIPTextModelWithProjection(CLIPTextConfig(**config))
+                )
+                for name, config in self.text.items()
+            )
+
+    def check_size(self, size: int) -> None:
+        """Raise SizeError unless images of `size` x `size` pixels can be made."""
+        unit = self.pixels_per_latent * int(self.transformer["patch_size"])
+        check_size(size, size, unit, int(self.transformer["pos_embed_max_size"]), self.name)
+
+
+def read_geometry(teacher: str) -> Geometry:
+    """Of a named model or of a folder, where `transformer/config.json` is enough: SD3's stand for what is missing.
+
+    Raises TeacherError for a name that there is not, or a folder of something else.
+    """
+    if teacher in _NAMED:
+        return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, sum(_STOCK_TOKENS))
+    folder = Path(teacher)
+    if not folder.is_dir():
+        close = difflib.get_close_matches(teacher, NAMES, len(NAMES), 0.5) or NAMES
+        raise TeacherError(f"{teacher!r} is neither a folder nor a known model; the nearest are {', '.join(close)}")
+    path = folder / "transformer" / "config.json"
+    transformer = read_json(path)
+    if transformer.get("_class_name") != SD3Transformer2DModel.__name__:
+        raise TeacherError(
+            f"{path} is of a {transformer.get('_class_name')}, not of a {SD3Transformer2DModel.__name__}; "
+            "give the folder of a Stable Diffusion 3"
+        )
+    missing = [key for key in _SD3 if key not in transformer and key != "out_channels"]
+    if missing:
+        raise TeacherError(f"{path} lacks {missing[0]}; save the pipeline again")
+
+    def read(name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        path = folder / name
+        return read_json(path) if path.exists() else otherwise
+
+    # A folder with any text encoder says by what it lacks that it has no T5.
+    text = {name: read_json(folder / name / "config.json") for name in _TEXT if (folder / name).is_dir()} or _TEXT
+    clip, t5 = _STOCK_TOKENS
+    clip = read("tokenizer/tokenizer_config.json", {}).get("model_max_length", clip)
+    t5 = read(RECORD, {}).get("max_sequence_length", t5)
+    return Geometry(folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip + t5)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,149 @@
+"""The frozen teacher: loading its parts, its velocity with and without guidance, and sampling from it.
+
+A velocity is a function of `x_t` (B, C, h, w), `t` (B,) in [0, 1] with 1 = noise, and a condition. Latents are the
+scaled ones that the transformer sees.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from torch import Tensor
+
+from distill.flow import shift_time
+from distill.models.finite import check_finite
+from distill.models.fit import check_fit
+from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
+from distill.models.text import TextCondition
+
+__all__ = [
+    "TeacherSpec",
+    "Velocity",
+    "check_parts",
+    "decode_in_parts",
+    "decode_latents",
+    "encode_images",
+    "euler_times",
+    "guided",
+    "load_transformer",
+    "load_vae",
+    "read_spec",
+    "sample",
+    "velocity",
+]
+
+Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
+
+DECODED_PIXELS = 1 << 21  # at once; what a decoder holds of an image is some hundred times its pixels
+_LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
+
+
+def load_transformer(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> SD3Transformer2DModel:
+    """The transformer of a checked folder, in evaluation mode and frozen.
+
+    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
+    """
+    path = read_spec(folder).folder / "transformer"
+    check_fit(SD3Transformer2DModel, path)
+    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
+    check_finite(model, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_vae(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKL:
+    """The autoencoder of a checked folder, in evaluation mode and frozen.
+
+    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
+    """
+    path = read_spec(folder).folder / "vae"
+    check_fit(AutoencoderKL, path)
+    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
+    check_finite(model, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_parts(spec: TeacherSpec) -> None:
+    """Raise TeacherError unless the weights of transformer and autoencoder match their configurations."""
+    check_fit(SD3Transformer2DModel, spec.folder / "transformer")
+    check_fit(AutoencoderKL, spec.folder / "vae")
+
+
+def _only_from(path: Path) -> dict[str, Any]:
+    """Arguments of the loaders: the weights of this folder, in safetensors."""
+    return {"use_safetensors": True, "local_files_only": True, "variant": find_weights(path).variant}
+
+
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): the posterior's mean, scaled."""
+    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents: Tensor = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
+
+
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pixels (B, 3, H, W), nominally in [-1, 1]."""
+    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
+    return pixels
+
+
+def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_PIXELS) -> Tensor:
+    """The same in parts of at most so many pixels, or of one image: many large images hold no more than a few."""
+    side = 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = latents.shape[-2] * latents.shape[-1] * side**2
+    return torch.cat([decode_latents(vae, part) for part in torch.split(latents, max(1, at_once // pixels))])
+
+
+def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+    """The transformer's velocity (B, C, h, w) in fp32, computed in its own dtype; t stays fp32."""
+    dtype = transformer.dtype
+    out: Tensor = transformer(
+        hidden_states=x_t.to(dtype),
+        encoder_hidden_states=cond.embeds.to(dtype),
+        pooled_projections=cond.pooled.to(dtype),
+        timestep=1000 * t.float(),
+        return_dict=False,
+    )[0]
+    return out.float()
+
+
+def guided(unguided: Velocity, null: TextCondition, scale: float) -> Velocity:
+    """Classifier-free guidance, u = u_null + scale (u_c - u_null), both halves in one call.
+
+    `null` is the encoded empty prompt, one row. At a scale of 1 the null half is not computed.
+    """
+    if scale == 1:
+        return unguided
+
+    def u(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+        both = TextCondition.cat([null.expand(len(cond)), cond])
+        u_null, u_c = unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return u_null + scale * (u_c - u_null)
+
+    return u
+
+
+def euler_times(steps: int, shift: float) -> Tensor:
+    """Times (steps + 1,) of `FlowMatchEulerDiscreteScheduler` with a static shift, from 1 down to 0.
+
+    The scheduler shifts twice: the end points of its even spacing, and then every point.
+    """
+    last = shift_time(torch.tensor(_LAST_TIME, dtype=torch.float64), shift)
+    times = shift_time(torch.linspace(1, float(last), steps, dtype=torch.float64), shift)
+    return torch.cat([times, times.new_zeros(1)]).float()
+
+
+@torch.no_grad()
+def sample(u: Velocity, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
+    """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, as the stock pipeline takes its steps."""
+    x = noise.float()
+    for t, t_next in pairwise(euler_times(steps, shift).tolist()):
+        x = x + (t_next - t) * u(x, x.new_full((len(x),), t), cond)
+    return x

@@ -1,0 +1,1 @@
+"""What a run costs: memory, FLOP and time, before it starts."""

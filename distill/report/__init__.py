@@ -1,0 +1,1 @@
+"""What a run reports: its folder, its alarms and its HTML page."""

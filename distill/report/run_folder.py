@@ -1,0 +1,199 @@
+"""Run folders as they lie on disk, read without torch: what `distill runs` lists and `distill report` shows.
+
+The configuration is taken as it stands, not validated, so that runs of older versions stay readable.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+from distill.errors import RunError
+from distill.models.sd3_folder import RECORD
+from distill.report.alarms import Alarm, Figures
+
+State = Literal["running", "finished", "stopped", "never started"]
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+ALARMS = "alarms.jsonl"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run. `images` is how many it has seen, `best` the figures of the kept student, `changed` seconds of Unix."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: State
+    images: int
+    metrics: list[Figures]
+    evaluations: list[Figures]
+    best: Figures
+    alarms: list[Alarm]
+    changed: float
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, also for `.`."""
+        return self.folder.resolve().name
+
+    @property
+    def budget(self) -> int:
+        """Images that the run is to see: its `images` in whole batches."""
+        images, batch = self.config["images"], self.config.get("batch")
+        return whole_batches(images, batch) if isinstance(batch, int) and batch > 0 else int(images)
+
+
+def whole_batches(images: int, batch: int) -> int:
+    """Images that a run sees for a budget of `images`: whole batches, because a step is never cut."""
+    return -(-images // batch) * batch
+
+
+def read_run(folder: Path) -> RunFolder:
+    """The run in a folder. Raises RunError when there is none."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(
+            f"{folder} is not a run: it has no config.yaml; give a folder that `distill run` made"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read as YAML; `distill run` with the same --out writes it anew") from error
+    if not (isinstance(config, dict) and "teacher" in config and isinstance(config.get("images"), int)):
+        raise RunError(f"{folder} is not a run: its config.yaml names no teacher and images; give another folder")
+
+    logs = [folder / METRICS, folder / EVALUATIONS]
+    metrics, evaluations = map(_lines, logs)
+    records = sorted((folder / "best").glob("[0-9]*/state.json"))
+    best = _figures(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
+    checkpoints = _checkpoints(folder)
+    # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
+    images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
+    if _claimed(folder):
+        state: State = "running"
+    elif not images:
+        state = "never started"
+    else:
+        over = images >= config["images"] or ended_early(config, evaluations, best)
+        state = "finished" if over and holds_student(folder, config["images"]) else "stopped"
+    written = [path, *logs, *checkpoints, folder / "student"]
+    changed = max(path.stat().st_mtime for path in written if path.exists())
+    return RunFolder(folder, config, state, images, metrics, evaluations, best, _alarms(folder / ALARMS), changed)
+
+
+def holds_student(folder: Path, budget: int) -> bool:
+    """Whether `student` is that of the run's end: made for this budget, and after the newest checkpoint.
+
+    A run that was killed before its export has none, or an older one: of a smaller budget, or exported on the way.
+    """
+    record = folder / "student" / RECORD
+    try:
+        made_for = json.loads(record.read_text(encoding="utf-8"))["config"]["images"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    newest = max((path.stat().st_mtime for path in _checkpoints(folder)), default=0)
+    return bool(made_for >= budget and record.stat().st_mtime >= newest)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+
+
+def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:
+    """Whether as many evaluations as `stop.patience` found no better student than the best, so that a run is over."""
+    stop = config.get("stop")
+    patience = stop.get("patience") if isinstance(stop, dict) else None
+    return isinstance(patience, int) and sum(line["images"] > best.get("images", 0) for line in evaluations) >= patience
+
+
+def read_runs(folder: Path) -> list[RunFolder]:
+    """The runs right under a folder, by name; other folders are passed over. Raises RunError when it is no folder."""
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}; give the one that your runs are in")
+    runs = []
+    for child in sorted(folder.iterdir()):
+        with suppress(RunError):
+            runs.append(read_run(child))
+    return runs
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall time: all `seconds` that the run was up, and images/s up to each logged number of images."""
+
+    seconds: float
+    speeds: dict[int, float]
+
+
+def read_clock(folder: Path) -> Clock:
+    """What the event files of TensorBoard know of time; each time that the run was started wrote one of its own."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    seconds, speeds = 0.0, {}
+    for path in sorted((folder / "tensorboard").rglob("events.out.tfevents.*")):
+        times: dict[int, float] = {}
+        for raw in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(raw)
+            times.setdefault(int(event.step), event.wall_time)
+        if times:
+            seconds += max(times.values()) - min(times.values())
+        steps = sorted(step for step in times if step)  # the first event bears the start, as step 0
+        for before, after in zip(steps, steps[1:], strict=False):
+            if times[after] > times[before]:
+                speeds[after] = (after - before) / (times[after] - times[before])
+    return Clock(seconds, speeds)
+
+
+def _lines(path: Path) -> list[Figures]:
+    """A log's lines; one that is no figures, as a killed writer leaves it, is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [_figures(line) for line in lines if images_of(line) is not None]
+
+
+def images_of(line: str) -> int | None:
+    """The number of images in a line of a log; None if the line is not valid."""
+    images: Any = _figures(line).get("images")
+    return images if isinstance(images, int) and 0 <= images < 2**63 else None
+
+
+def _alarms(path: Path) -> list[Alarm]:
+    """The alarms that a run raised; a line in another form is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        if images_of(line) is not None:
+            with suppress(TypeError):
+                found.append(Alarm(**json.loads(line)))
+    return found
+
+
+def _figures(text: str) -> Figures:
+    """The finite numbers of a JSON object; none for anything else."""
+    try:
+        values = json.loads(text)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+    except (ValueError, AttributeError, OverflowError, RecursionError):
+        return {}
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether a live process holds the claim of `checkpoint.claimed`."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # somebody else's folder: it cannot be known
+        return False

@@ -1,0 +1,1 @@
+"""The student folder: written by the exporter, read by the pipeline."""

@@ -1,0 +1,203 @@
+"""The student folder: what stock diffusers runs in one step, and `onestep.json`, all that serving must know."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill.config import Lora
+from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
+from distill.files import aside
+from distill.models.finite import not_finite
+from distill.models.sd3_folder import (
+    COMPONENTS,
+    FORMAT,
+    MODELS,
+    RECORD,
+    Weights,
+    find_weights,
+    read_json,
+    read_spec,
+    setting_files,
+)
+from distill.models.teacher import load_transformer
+from distill.models.two_times import save_second_time, split
+from distill.student.card import card, licence_of
+
+SHARD_SIZE = "5GB"
+_PARTS = r"transformer|vae|scheduler|text_encoder(_[23])?|tokenizer(_[23])?|image_encoder|feature_extractor"
+_WEIGHTS = r"(diffusion_pytorch_)?model(\.(fp|bf)16)?(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_SETTINGS = (
+    r"(config|scheduler_config|preprocessor_config|tokenizer|tokenizer_config|vocab|added_tokens|special_tokens_map)"
+)
+# Every file that a student folder may hold. A folder with other files is not replaced.
+_WRITTEN = re.compile(
+    rf"README\.md|model_index\.json|{re.escape(RECORD)}|(pytorch_lora_weights|second_time)\.safetensors"
+    rf"|({_PARTS})/({_WEIGHTS}|{_SETTINGS}\.json|merges\.txt|spiece\.model)"
+)
+
+
+def export_student(
+    teacher: Path | str,
+    weights: Mapping[str, Tensor],
+    out: Path,
+    recipe: Mapping[str, Any],
+    lora: Lora | None = None,
+    dtype: torch.dtype = torch.float16,
+    max_shard_size: str = SHARD_SIZE,
+    licence: str | None = None,
+) -> Path:
+    """Write the student of `teacher` to `out`, completely or not at all. Only an older student is replaced.
+
+    `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
+    merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
+    file of their own, which one step does not need. A transformer of more than `max_shard_size` becomes several files.
+    `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
+    licence is the one that the teacher's card names unless another is given.
+
+    Raises ConfigError for an invalid size, OutputError if `out` holds anything but a student, DivergedError for weights
+    that are not finite, and CheckpointError if writing fails.
+    """
+    check_size(max_shard_size)
+    spec = read_spec(teacher)
+    check_place(out, spec.folder)
+    if (name := not_finite(weights)) is not None:
+        raise DivergedError(f"the student's {name} is not finite; export an earlier checkpoint with --checkpoint")
+    weights, second = split(weights)
+    named = licence_of(spec.folder) if licence is None else {"license": licence}
+    record = {
+        "format": FORMAT,
+        "start_time": 1.0,
+        "image_size": spec.image_size,
+        "sizes": [[spec.image_size, spec.image_size]],
+        "latent_shape": list(spec.latent_shape),
+        "vae_scale_factor": spec.vae_scale_factor,
+        "scaling_factor": spec.scaling_factor,
+        "shift_factor": spec.shift_factor,
+        "clip_length": spec.clip_length,
+        "max_sequence_length": spec.max_sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "any_step": bool(second),
+        "teacher": spec.name,
+        "teacher_digest": spec.digest,
+        **recipe,
+        "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
+    }
+    try:
+        with aside(out) as made:
+            _copy_frozen(spec.folder, made)
+            transformer = _transformer(spec.folder, weights, lora, made).to(dtype)
+            if (name := not_finite(transformer.state_dict())) is not None:
+                raise DivergedError(f"the student's {name} is too large for {dtype}; export it with --dtype bf16")
+            transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
+            # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
+            shutil.copyfile(spec.folder / "transformer" / "config.json", made / "transformer" / "config.json")
+            if second:
+                save_second_time(second, made)
+            (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
+            check_place(out, spec.folder)  # again, because files may have been added meanwhile
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
+    return out
+
+
+def check_size(max_shard_size: str) -> None:
+    """Raise ConfigError for text that is not a size of weight files."""
+    size = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT])B", max_shard_size)
+    if not size or float(size[1]) * 1000 ** "KMGT".index(size[2]) < 1:
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size of at least 1KB; write it as 5GB or 500MB")
+
+
+def check_place(out: Path, teacher: Path) -> None:
+    """Raise OutputError unless a student may be written to `out`: it is absent, empty, or an exported student.
+
+    A folder that holds a student and other files, or the teacher itself, is left as it is.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder for the student")
+    if out.resolve() == teacher.resolve():
+        raise OutputError(f"{out} is the folder of the teacher; name another folder for the student")
+    held = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not held:
+        return
+    try:
+        ours = {"start_time", "made_with"} <= read_json(out / RECORD).keys()
+    except TeacherError:
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{out} holds other files ({held[0].relative_to(out)}) and no student that was exported; name a new folder"
+        )
+    for path in held:
+        if not _WRITTEN.fullmatch(path.relative_to(out).as_posix()):
+            raise OutputError(
+                f"{out} holds {path.relative_to(out)} beside a student; move that file away, or name another folder"
+            )
+
+
+def _version(package: str) -> str:
+    """Of an installed package; this one may also run from its checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _copy_frozen(teacher: Path, made: Path) -> None:
+    """Copy what the student shares with its teacher: the files that are loaded, except the transformer's.
+
+    A variant becomes the plain file, so that the student is loaded without naming one.
+    """
+    made.mkdir()
+    index = {name: kind for name, kind in read_json(teacher / "model_index.json").items() if name != "_name_or_path"}
+    for name, kind in index.items():
+        if isinstance(kind, list) and (name not in COMPONENTS or kind[-1] is None):
+            index[name] = [None, None]  # a component of another program, which is not loaded
+        elif isinstance(kind, list) and name != "transformer":
+            (made / name).mkdir()
+            weights = find_weights(teacher / name) if name in MODELS else Weights(())
+            ending = f".{weights.variant}"
+            for path in (*setting_files(teacher / name), *weights.files):
+                renamed = weights.index in (None, path)
+                shutil.copyfile(path, made / name / (path.name.replace(ending, "") if renamed else path.name))
+    (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:
+    """The student's transformer in fp32, adapter merged; writes the adapter beside it."""
+    transformer = load_transformer(folder)
+    if lora is None:
+        state = {**transformer.state_dict(), **{name: tensor.float() for name, tensor in weights.items()}}
+        transformer.load_state_dict(state)  # buffers are the teacher's
+        return transformer
+    adapter = _scaled(weights, lora)
+    StableDiffusion3Pipeline.save_lora_weights(made, transformer_lora_layers=adapter)
+    state = StableDiffusion3Pipeline.lora_state_dict(made, local_files_only=True)
+    transformer.load_lora_adapter(state, prefix="transformer")
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return transformer
+
+
+def _scaled(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The adapter with alpha / rank taken into B, so that its scale is 1.
+
+    diffusers keeps alpha in the file's metadata, ComfyUI looks for `.alpha` tensors and reads no metadata; without
+    either both take alpha for the rank, and so does everything else that reads the file.
+    """
+    scale = lora.alpha / lora.rank
+    return {
+        name: (tensor.detach().cpu().float() * (scale if ".lora_B." in name else 1)).contiguous()
+        for name, tensor in weights.items()
+    }

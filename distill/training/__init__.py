@@ -1,0 +1,1 @@
+"""The training loop and what it needs: networks, optimizers, checkpoints and metrics."""

@@ -1,0 +1,224 @@
+"""States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, written completely or not at all.
+
+A state is a folder, written by `files.aside`: what bears a final name is complete.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distill.errors import CheckpointError, ClaimedError, DivergedError, OutputError
+from distill.files import aside, put_back, sha256
+from distill.files import flush as flush
+from distill.files import write_aside as write_aside
+from distill.models.finite import not_finite
+from distill.report.run_folder import images_of
+
+_TENSORS, _RECORD = "state.safetensors", "state.json"
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
+
+    What a killed process left between two renames is put right first.
+    Raises ClaimedError when another live process has claimed it, OutputError when it cannot be written.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ClaimedError(f"another run is writing to {folder}; wait for it, or give another --out") from error
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+    try:
+        put_back(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a state to `folder`, in place of what may lie there.
+
+    Raises DivergedError for numbers that are not finite, and CheckpointError if writing fails or `folder` contains
+    other files. No partly written state has a final name.
+    """
+    if (name := not_finite(tensors)) is not None:
+        raise DivergedError(
+            f"{name} is not finite after {record['images']} images, so no checkpoint is written; lower the learning "
+            "rates, or train with precision fp32; the checkpoint before it is sound"
+        )
+    for path in folder.glob("*"):
+        if path.name not in (_TENSORS, _RECORD):
+            raise CheckpointError(f"{path} is in the place of a checkpoint and not a part of one; move it away")
+    try:
+        with aside(folder) as made:
+            made.mkdir()
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
+            checked = {**record, "sha256": sha256(made / _TENSORS)}
+            (made / _RECORD).write_text(json.dumps(checked, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not save {folder}: {error}; make room and run the same command, "
+            "it continues from the checkpoint before"
+        ) from error
+
+
+def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a state; with a `part`, only what `pack` put under it.
+
+    Raises CheckpointError if it cannot be read, differs from what was written, or holds numbers that are not finite.
+    """
+    start = f"{part}/" if part else ""
+    try:
+        _check(folder)
+        with safe_open(folder / _TENSORS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118, it is no mapping
+            tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise _unreadable(folder, error) from error
+    if (name := not_finite(tensors)) is not None:
+        raise _unreadable(folder, f"{start}{name} is not finite")
+    return tensors, load_record(folder)
+
+
+def shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `pack` put under a part, by name. Raises CheckpointError when they cannot be read."""
+    try:
+        return unpack(part, shapes_in(folder / _TENSORS))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by name. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no mapping
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record of a state alone, whatever its tensors weigh. Raises CheckpointError when it cannot be read."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(folder, error) from error
+    return record
+
+
+def _check(folder: Path) -> None:
+    """Raise OSError, SafetensorError or ValueError unless the tensors are those that were written with the record."""
+    record = json.loads((folder / _RECORD).read_text())
+    if not isinstance(record, dict):
+        raise ValueError(f"{_RECORD} does not hold a JSON object")
+    with safe_open(folder / _TENSORS, framework="pt"):  # checks the header against the file's length
+        status = (folder / _TENSORS).stat()
+    written = record.get("sha256")  # states of earlier versions have none
+    if written not in (None, _checksum(folder / _TENSORS, status.st_mtime_ns, status.st_size, status.st_ino)):
+        raise ValueError(f"the checksum of {_TENSORS} is not that in {_RECORD}")
+
+
+@lru_cache(64)
+def _checksum(path: Path, *changes: int) -> str:
+    """A file's checksum. It is cached while the file's status is unchanged, because states are gigabytes."""
+    return sha256(path)
+
+
+def _unreadable(folder: Path, error: object) -> CheckpointError:
+    return CheckpointError(f"{folder} cannot be read ({error}); remove it to go on from the one before")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest state that can be read in a folder of states named by images seen; None when there is none.
+
+    Damaged ones are passed over with a warning; a run that goes on from the one before writes them anew.
+    """
+    for path in reversed(states(folder)):
+        try:
+            _check(path)
+            return path
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            _log.warning("%s cannot be read (%s); the one before it is taken", path, error)
+    return None
+
+
+def states(folder: Path) -> list[Path]:
+    """The states in a folder, the oldest first, including damaged ones. Folders with other names are ignored."""
+    return sorted(
+        path
+        for path in folder.glob("[0-9]*")
+        if path.name.isdecimal() and path.name == state_name(int(path.name)) and path.is_dir()
+    )
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` states. Other files in their folders stay."""
+    for path in states(folder)[:-keep]:
+        for name in (_RECORD, _TENSORS):
+            (path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            path.rmdir()
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a cadence of `every` images fell due between two numbers of images seen."""
+    return after // every > before // every
+
+
+def state_name(images: int) -> str:
+    """The folder's name of a state; names sort by images."""
+    return f"{images:012d}"
+
+
+def trim_lines(path: Path, images: int) -> None:
+    """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again.
+
+    Incomplete or damaged lines, left by a kill or a disk failure, are dropped too.
+    """
+    if path.exists():
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+        ends = zip(lines, map(images_of, lines), strict=True)
+        write_aside(path, "".join(line for line, end in ends if end is not None and end <= images))
+
+
+def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `prefix/`."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def unpack(prefix: str, tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """What `pack` put under `prefix/`, or values by the same names."""
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, by the index of the parameter and the entry's name."""
+    state = Optimizer.state_dict(optimizer)["state"]  # bitsandbytes' own nests it for another use
+    return {
+        f"{index}/{name}": torch.as_tensor(value) for index, entries in state.items() for name, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took; whole numbers, as bitsandbytes counts its steps in, are numbers again."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        whole = value.ndim == 0 and value.dtype == torch.int64
+        state.setdefault(int(index), {})[name] = int(value) if whole else value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

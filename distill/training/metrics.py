@@ -1,0 +1,145 @@
+"""The figures of a run: means since the last line, to metrics.jsonl and to accelerate's trackers."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill.config import Run
+from distill.methods.base import Loss
+from distill.report.run_folder import METRICS
+from distill.training import checkpoint
+
+BUCKETS = 5  # of t, for the gap between teacher and fake
+SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
+_LOG10 = "log10_"  # of a figure whose mean is shown as its logarithm
+
+
+class Figures:
+    """Sums and counts of one round's figures, as tensors on their device: nothing waits for their values.
+
+    The losses swing round zero and say little. What tells whether a run is well: `gap` (|u - v|^2, and its log10 by t),
+    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count the values that are finite; `skipped` counts the others."""
+        finite = values.isfinite()
+        sum_and_count = torch.stack([torch.where(finite, values, 0).sum().float(), finite.sum().float()])
+        self._sums[name] = self._sums[name] + sum_and_count if name in self._sums else sum_and_count
+
+    def add_loss(self, role: str, loss: Loss) -> None:
+        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
+        self.add(f"loss/{role}", loss.value.detach())
+        if role == "student":
+            self._add_latents(loss.x_0)
+        for name, values in loss.figures.items():
+            if name == "t":
+                continue
+            self.add(name, values.float())
+            bucket = (loss.figures["t"] * BUCKETS).long().clamp(max=BUCKETS - 1)
+            for number in range(BUCKETS):
+                inside = torch.where(bucket == number, values.float(), torch.nan)
+                self.add(f"{_LOG10}{name}/t{number / BUCKETS:.1f}", inside)
+
+    def _add_latents(self, x_0: Tensor) -> None:
+        self.add("latent/std", x_0.std())
+        self.add("latent/saturated", (x_0.abs() > SATURATED).float())
+        flat = x_0.flatten(1)[:32].float()
+        if len(flat) > 1:
+            self.add("latent/diversity", torch.nn.functional.pdist(flat) / flat.shape[1] ** 0.5)
+
+    def names(self) -> list[str]:
+        return list(self._sums)
+
+    def sums(self) -> Tensor:
+        """Sum and count of each name, (names, 2)."""
+        return torch.stack(list(self._sums.values()))
+
+
+class Log:
+    """Rounds are added as they end, and written as a line at the cadence.
+
+    `seconds/` are sums: what the roles' turns took, or whole rounds where these are CUDA graphs, and how long they
+    waited for data. `memory/peak` is of the main process, in bytes.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
+        self._path = out / METRICS
+        self._accelerator = accelerator
+        self._rounds: dict[tuple[str, ...], Tensor] = {}
+        self._numbers: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._inner = 0.0
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.trim_lines(self._path, images)
+        accelerator.init_trackers("distill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would write a second file of events for it
+                tracker.store_init_configuration(config.identity())
+
+    def add_round(self, names: Sequence[str], sums: Tensor) -> None:
+        """Figures of a round by name, with sum and count of each (names, 2)."""
+        key = tuple(names)
+        self._rounds[key] = self._rounds[key] + sums if key in self._rounds else sums
+
+    def add_number(self, name: str, value: float) -> None:
+        """A figure that is known as it is."""
+        self._numbers[name] = value
+
+    @contextmanager
+    def seconds(self, name: str) -> Iterator[None]:
+        """Count what is done here as time of `name`, less what is counted inside of it."""
+        outer, self._inner = self._inner, 0.0
+        began = time.perf_counter()
+        yield
+        took = time.perf_counter() - began
+        self._seconds[name] = self._seconds.get(name, 0) + took - self._inner
+        self._inner = outer + took
+
+    def write(self, images: int) -> dict[str, float]:
+        figures = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
+        figures["memory/peak"] = _peak_memory(self._accelerator.device)
+        for names, sums in self._rounds.items():
+            for name, (total, count) in zip(names, sums.tolist(), strict=True):
+                if count:
+                    mean = total / count
+                    figures[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean
+        figures = dict(sorted(figures.items()))
+        self._rounds.clear()
+        self._numbers.clear()
+        self._seconds.clear()
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"images": images, **figures}) + "\n")
+        self._accelerator.log(figures, step=images)
+        return figures
+
+
+def sample_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Evenly spaced numbers of each tensor, 8191 at most, scaled so that their norm is about that of all."""
+    parts = []
+    for tensor in tensors:
+        part = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float()
+        parts.append(part * (tensor.numel() / part.numel()) ** 0.5)
+    return torch.cat(parts)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes at the process's heaviest moment so far: on its GPU, or all that it held where there is none."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,0 +1,70 @@
+"""Check that the weights of `start` fit a run, by names and shapes alone, before anything is computed."""
+
+from distill.config import Lora, Run
+from distill.errors import ConfigError
+from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
+from distill.models.two_times import split
+from distill.training import checkpoint
+
+_Shapes = dict[str, tuple[int, ...]]
+_POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
+
+
+def check_start(config: Run, spec: TeacherSpec) -> None:
+    """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
+    if config.start is None:
+        return
+    two_times = any(turn.two_times for turn in config.method.turns())
+    student = (config.start / "model_index.json").exists()
+    given, second = split(_of_student(config) if student else _of_run(config))
+    if given != _expected(config, spec) or bool(second) is not two_times:
+        raise ConfigError(
+            f"start: {config.start} has other weights for the student; networks and teacher must be alike"
+        )
+
+
+def _of_student(config: Run) -> _Shapes:
+    """The shapes of a student folder's transformer."""
+    assert config.start is not None
+    if isinstance(config.networks, Lora):
+        raise ConfigError(
+            f"start: {config.start} is the folder of a student, which only full copies start from; give the run that "
+            "made it, or set networks.kind to full"
+        )
+    return _shapes_of(read_spec(config.start))
+
+
+def _of_run(config: Run) -> _Shapes:
+    """The shapes of the student in a run's newest checkpoint."""
+    assert config.start is not None
+    newest = checkpoint.latest(config.start / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"start: {config.start} has no checkpoint; give the folder of a run, or that of a student")
+    if isinstance(config.networks, Lora):
+        alpha = checkpoint.load_record(newest).get("config", {}).get("networks.alpha", config.networks.alpha)
+        if alpha != config.networks.alpha:
+            raise ConfigError(f"start: {config.start} was trained with networks.alpha {alpha}; set it to that")
+    return checkpoint.shapes(newest, "student")
+
+
+def _expected(config: Run, spec: TeacherSpec) -> _Shapes:
+    """The shapes of the student's weights in this run, without those of a second time."""
+    base = _shapes_of(spec)
+    if not isinstance(config.networks, Lora):
+        return base
+    rank, targets = config.networks.rank, config.networks.targets
+    shapes: _Shapes = {}
+    for name, shape in base.items():
+        module = name.removesuffix(".weight")
+        if module != name and any(f".{module}".endswith(f".{target}") for target in targets):
+            shapes[f"{module}.lora_A.weight"] = rank, shape[1]
+            shapes[f"{module}.lora_B.weight"] = shape[0], rank
+    return shapes
+
+
+def _shapes_of(spec: TeacherSpec) -> _Shapes:
+    shapes: _Shapes = {}
+    for path in find_weights(spec.folder / "transformer").files:
+        shapes |= checkpoint.shapes_in(path)
+    shapes.pop(_POSITIONS, None)
+    return shapes

@@ -1,0 +1,90 @@
+"""What the trainings of teachers share: progress, and the states that they resume from."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distill.errors import CheckpointError, OutputError
+from distill.models.sd3_folder import COMPONENTS, RECORD
+from distill.training import checkpoint
+
+FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget and cadences of a recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Images seen before and after a step, out of how many, and figures to show.
+
+    `save()` writes a state of this moment, whatever the cadence.
+    """
+
+    before: int
+    images: int
+    total: int
+    figures: dict[str, float]
+    save: Callable[[], None]
+
+    def crosses(self, every: int) -> bool:
+        """Whether a cadence of `every` images fell due in this step."""
+        return checkpoint.crosses(self.before, self.images, every)
+
+
+def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:
+    """Write everything that a training needs to continue after `images` images; only the newest state is kept.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    tensors = checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
+    for name, module in modules.items():
+        tensors |= checkpoint.pack(name, module.state_dict())
+    checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": asdict(recipe)})
+    checkpoint.prune(folder, 1)
+
+
+def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) -> None:
+    """Raise OutputError if training would replace files in a folder that has none of its `states`.
+
+    `written` names the training's own files besides the pipeline's.
+    """
+    if any(checkpoint.states(folder / name) for name in states):
+        return
+    for name in (*COMPONENTS, "model_index.json", RECORD, *written):
+        if (folder / name).exists():
+            raise OutputError(f"{folder} holds {name}, but no state of this training; give another --out")
+
+
+def check_state(folder: Path, recipe: Any) -> None:
+    """Raise CheckpointError when the newest state, if any, was made by a recipe that differs in more than FREE."""
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        _check_recipe(newest, checkpoint.load_record(newest)["recipe"], recipe)
+
+
+def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: Any) -> None:
+    for key, value in json.loads(json.dumps(asdict(recipe))).items():
+        if key not in FREE and made_with.get(key) != value:
+            raise CheckpointError(
+                f"{newest} was trained with {key} = {made_with.get(key)}, not {value}; "
+                "give the same value or another --out folder"
+            )
+
+
+def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
+    """Restore what `save_state` wrote and return the images seen; 0 when there is nothing to restore.
+
+    Raises CheckpointError when the state was made by a recipe that differs in more than budgets and cadences.
+    """
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        return 0
+    tensors, record = checkpoint.load(newest)
+    _check_recipe(newest, record["recipe"], recipe)
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint.unpack(name, tensors))
+    checkpoint.restore_optimizer(optimizer, checkpoint.unpack("optimizer", tensors))
+    return int(record["images"])

@@ -1,0 +1,74 @@
+"""CIFAR-10's binary version: records of a label and 3072 bytes, the red, green and blue planes of 32 x 32 pixels."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from distill.data.images import METADATA
+from distill.errors import ImageError, OutputError
+from distill.files import write_aside
+from distill.report.picture import save_png
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ANY = "image"  # the caption of every image for an unconditional model
+SIDE = 32
+
+_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+_TEST = ("test_batch.bin",)
+_RECORD = 1 + 3 * SIDE**2
+
+
+def read_images(folder: Path, test: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images (N, 32, 32, 3) and labels (N,), of training or of the test batch.
+
+    Raises ImageError for a file that is missing, cut off, or of something else.
+    """
+    records = np.concatenate([_records(folder / name) for name in (_TEST if test else _TRAIN)])
+    planes = records[:, 1:].reshape(-1, 3, SIDE, SIDE)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]
+
+
+def captions(labels: NDArray[np.uint8], conditional: bool) -> list[str]:
+    """Each image's class, or the one caption of all."""
+    return [CLASSES[label] if conditional else ANY for label in labels]
+
+
+def write_images(folder: Path, out: Path, conditional: bool, test: bool = False) -> Iterator[int]:
+    """Write each image as PNG and their captions as metadata.jsonl, and yield how many are written.
+
+    A folder that `distill encode` and `distill score --reference` take. Raises OutputError when `out` holds other
+    images, ImageError when the disk refuses.
+    """
+    images, labels = read_images(folder, test)
+    names = [f"{i:05d}.png" for i in range(len(images))]
+    lines = [{"file_name": name, "text": text} for name, text in zip(names, captions(labels, conditional), strict=True)]
+    listed = "".join(json.dumps(line) + "\n" for line in lines)
+    try:
+        if (out / METADATA).exists() and (out / METADATA).read_text(encoding="utf-8", errors="replace") != listed:
+            raise OutputError(f"{out / METADATA} lists other images; give another --out")
+        for i, (name, image) in enumerate(zip(names, images, strict=True), 1):
+            save_png(Image.fromarray(image), out / name)
+            yield i
+        write_aside(out / METADATA, listed)
+    except OSError as error:
+        raise ImageError(f"could not write images to {out}: {error}; make room and run the same command") from error
+
+
+def _records(path: Path) -> NDArray[np.uint8]:
+    try:
+        found = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise ImageError(
+            f"{path} cannot be read ({error.strerror}); give the folder of CIFAR-10's binary version, "
+            "cifar-10-batches-bin"
+        ) from None
+    if not len(found) or len(found) % _RECORD:
+        raise ImageError(f"{path} is {len(found)} bytes, not records of {_RECORD}; it is cut off, so fetch it again")
+    records = found.reshape(-1, _RECORD)
+    if records[:, 0].max() >= len(CLASSES):
+        raise ImageError(f"{path} holds a label of {records[:, 0].max()}; CIFAR-10's are 0 to {len(CLASSES) - 1}")
+    return records

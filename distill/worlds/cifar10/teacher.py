@@ -1,0 +1,102 @@
+"""`distill cifar10 teacher`: a pixel-space teacher of CIFAR-10 in Stable Diffusion 3's own format, from nothing.
+
+An MM-DiT of the size of the U-Nets that are usual for these images. Text is one word an image: its class, or the same
+word for all.
+"""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from distill.files import write_aside
+from distill.models.sd3_folder import RECORD
+from distill.philox import Draw, key_of
+from distill.training.state import Progress, check_folder
+from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
+from distill.worlds.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
+from distill.worlds.identity import identity_autoencoder
+from distill.worlds.scenes.vae import to_pixels
+from distill.worlds.tokenizer import build_clip_tokenizer
+
+PROMPTS = "prompts.txt"  # in the teacher's folder: all there is to ask for
+STATE = "state"  # in the teacher's folder: the state that training resumes from
+TOKENS = 3  # of a prompt: a word, start and end
+HEAD = 64  # channels of an attention head
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe(Recipe):
+    """How it is trained, by default as suits 51 200 000 images, mirrored ones among them."""
+
+    conditional: bool
+    layers: int
+    heads: int
+    learning_rate: float = 2e-4
+    warmup: int = 38_400
+    decay: int = 20_480_000
+    ema_half_life: float = 887_000
+    checkpoint_every: int = 128_000
+
+
+def check_teacher_folder(folder: Path) -> None:
+    """Raise OutputError if training would replace files that it did not write."""
+    check_folder(folder, (STATE,), (PROMPTS,))
+
+
+def train_teacher(
+    data: Path, recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = False
+) -> Iterator[Progress]:
+    """Train on the images in `data` until the budget is seen, continuing from the folder's state.
+
+    At the end `folder` holds the whole pipeline, with EMA weights, and its prompts beside it. Raises ImageError for
+    data that is not CIFAR-10's.
+    """
+    images, labels = read_images(data)
+    pixels = to_pixels(images)
+    shift, scale = float(pixels.mean()), float(1 / pixels.std())
+    vae = identity_autoencoder(SIDE, shift, scale)
+
+    torch.manual_seed(key_of(recipe.seed, "weights"))
+    tokenizer = build_clip_tokenizer([ANY, *CLASSES], TOKENS)
+    model = _denoiser(recipe, tokenizer).to(device)
+    average = deepcopy(model)
+    latents = ((pixels - shift) * scale).to(device)  # (N, 3, 32, 32)
+    ids = tokenize(tokenizer, captions(labels, recipe.conditional)).to(device)
+    null = tokenize(tokenizer, [""])[0].to(device)
+
+    def sample(draw: Draw) -> tuple[Tensor, Tensor]:
+        rows = draw.integers(len(latents))
+        x_0 = latents.index_select(0, rows)
+        mirrored = (draw.uniform() < 0.5).view(-1, 1, 1, 1)
+        return torch.where(mirrored, x_0.flip(3), x_0), ids.index_select(0, rows)
+
+    yield from fit(model, average, sample, null, recipe, folder / STATE, device, compiled)
+    save_pipeline(average, vae, tokenizer, folder)
+    write_aside(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
+    record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": asdict(recipe)}
+    write_aside(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _denoiser(recipe: TeacherRecipe, tokenizer: CLIPTokenizer) -> Denoiser:
+    return Denoiser(
+        tokenizer,
+        width=64,
+        layers=2,
+        transformer={
+            "sample_size": SIDE,
+            "patch_size": 2,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "attention_head_dim": HEAD,
+            "caption_projection_dim": recipe.heads * HEAD,
+            "pos_embed_max_size": SIDE // 2,
+        },
+    )

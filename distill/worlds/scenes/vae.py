@@ -1,0 +1,168 @@
+"""The autoencoder of the toy dataset: 64x64 RGB to 16x16 latents of 4 channels and back, trained from nothing.
+
+The autoencoder bounds the quality of everything after it, so it is trained first, on scenes of many objects, and
+evaluated by how many of its round trips still score as right.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.models.device import autocast
+from distill.philox import key_of
+from distill.training.ema import average_into, new_share
+from distill.training.state import Progress, load_state, save_state
+from distill.worlds.scenes.captions import Prompt, Thing, sample_prompt
+from distill.worlds.scenes.render import SIZE, place, render
+from distill.worlds.scenes.score import score
+from distill.worlds.scenes.shapes import SHAPES
+
+REPORT = 800  # images between two figures
+STATE = "vae-state"  # in the teacher's folder: the state that training resumes from
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """How the autoencoder is trained; `images` is the budget that the learning rate decays over."""
+
+    images: int
+    seed: int
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 320  # images
+    kl_weight: float = 1e-6
+    ema_half_life: float = 2_200  # images
+    evaluated: int = 1024  # fresh scenes that its round trip is evaluated on and that set the latents' scale
+    checkpoint_every: int = 8_000  # images
+
+
+def make_vae() -> AutoencoderKL:
+    """An untrained autoencoder: f4, 4 channels, no attention, in AutoencoderKL's own format."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    # A posterior that starts wide drowns the code in noise, and the decoder settles on the ground colour.
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[4:] = 0
+        vae.encoder.conv_out.bias[4:] = -6
+    return vae
+
+
+def to_pixels(images: NDArray[np.uint8], device: torch.device | None = None) -> Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1], on a device if one is given."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_images(pixels: Tensor) -> NDArray[np.uint8]:
+    """float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
+    scaled = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Scenes of one to four different objects, mostly four: more to learn from an image than the prompts' own mix."""
+    scenes = []
+    for n in rng.choice([1, 2, 3, 4], count, p=[0.15, 0.15, 0.2, 0.5]):
+        names = rng.choice(len(SHAPES), n)
+        scenes.append(place(Prompt("two_object", tuple(Thing(SHAPES[i]) for i in names)), rng))
+    return render(scenes)
+
+
+def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[Progress]:
+    """Train until the budget is seen, continuing from the folder's state if any; the average ends in its `vae`."""
+    torch.manual_seed(key_of(recipe.seed, "autoencoder weights"))
+    vae = make_vae().to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    average = deepcopy(vae)
+    modules = {"vae": vae, "ema": average}
+    images = load_state(folder / STATE, modules, optimizer, recipe)
+
+    while images < recipe.images:
+        # 1. data: every step from its own seed, so that a resumed run draws the same scenes
+        rng = np.random.default_rng((recipe.seed, images))
+        torch.manual_seed(key_of(recipe.seed, f"autoencoder {images}"))
+        pixels = to_pixels(crowded_scenes(recipe.batch, rng), device)
+
+        # 2. round trip
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+
+        # 3. loss: absolute error keeps edges sharp, the squared one colours exact
+        error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
+        loss = error + recipe.kl_weight * posterior.kl().mean()
+
+        # 4. step: a short rise of the rate, then half a cosine
+        warm = min(1.0, (images + recipe.batch) / recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * images / recipe.images))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        before, images = images, images + recipe.batch
+        average_into(average.parameters(), vae.parameters(), new_share(recipe.ema_half_life, images, recipe.batch))
+
+        # 5. report and save
+        save = partial(save_state, folder / STATE, modules, optimizer, images, recipe)
+        progress = Progress(before, images, recipe.images, {}, save)
+        finished = images >= recipe.images
+        if finished or progress.crosses(REPORT):
+            progress.figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+        if finished or progress.crosses(recipe.checkpoint_every):
+            progress.figures["round_trip"] = round_trip(average, recipe.evaluated, seed=0, device=device)
+            save()
+        yield progress
+
+    set_latent_scale(average, recipe.evaluated, recipe.seed, device)
+    # In the precision of the teacher's folder, so that the scenes are encoded by the weights that are published.
+    deepcopy(average).half().save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def set_latent_scale(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> None:
+    """Set `shift_factor` and `scaling_factor` so that latents have mean 0 and standard deviation 1, as SD3's."""
+    rng = np.random.default_rng((seed, 10**9))
+    scenes = [place(sample_prompt(rng), rng) for _ in range(count)]
+    latents = encode_mean(vae, render(scenes), device)
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+
+
+@torch.no_grad()
+def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
+    """Posterior means (N, 4, 16, 16), unscaled, in fp32 on the device."""
+    means = []
+    with autocast(device):
+        for start in range(0, len(images), batch):
+            posterior = vae.encode(to_pixels(images[start : start + batch], device)).latent_dist
+            means.append(posterior.mean.float())
+    return torch.cat(means)
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> float:
+    """Overall score of `count` fresh training scenes after encoding and decoding, in [0, 1]: a teacher's ceiling."""
+    rng = np.random.default_rng((seed, count))
+    prompts = [sample_prompt(rng) for _ in range(count)]
+    latents = encode_mean(vae, render([place(prompt, rng) for prompt in prompts]), device)
+    decoded = torch.cat([vae.decode(part).sample.cpu() for part in torch.split(latents, 128)])
+    return score(prompts, to_images(decoded))["overall"]

@@ -1,0 +1,1 @@
+"""HTTP around the routers: connections, middleware, keys, limits, idempotency and error responses."""

@@ -1,0 +1,146 @@
+"""What every request passes: an id, limits on its body, a line in the log, a count. Plain ASGI, so nothing buffers."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from service.errors import InvalidRequest, ServiceError
+from service.http.handlers import respond
+from service.http.origins import host_of
+from service.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.observability.tracing import Tracing
+
+log = logging.getLogger(__name__)
+POLLED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: a line for each would bury the others
+
+
+class BodyLimit(NamedTuple):
+    """How large a body may be, and how long it may take."""
+
+    max_bytes: int
+    seconds: float
+
+
+class Front:
+    """Outermost layer of the app, except for CORS and the proxies' headers.
+
+    Paths are served with and without a trailing slash, also below a `root_path`. HEAD is served where GET is.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        body: BodyLimit,
+        uploads: Mapping[str, BodyLimit] | None = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
+        """`body` limits every request's body but those of the paths in `uploads`, which have limits of their own."""
+        self._app = app
+        self._metrics = metrics
+        self._body = body
+        self._uploads = uploads or {}
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Process a request. For a WebSocket, only path and host are checked."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        root = scope.get("root_path", "").rstrip("/")
+        path = scope["path"].removeprefix(root).rstrip("/") or "/"
+        scope = {**scope, "path": root + path}
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        one_host = not hosts or (len(hosts) == 1 and host_of(hosts[0]) is not None)
+        if scope["type"] == "websocket":
+            await (self._app if one_host else WebSocketClose())(scope, receive, send)
+            return
+        method = scope["method"]
+        if method == "HEAD":
+            scope["method"] = "GET"  # the server sends the headers alone
+        request_id = f"req_{secrets.token_hex(12)}"
+        began = time.monotonic()
+        status: int | None = None
+        limit = self._uploads.get(path, self._body)
+        too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
+        declared = headers.get("content-length", "")
+        received = 0
+        whole = False  # whether the body has arrived
+        polled = path in POLLED
+        trace = self._tracing.request(method, headers) if self._tracing and not polled else None
+
+        async def limited() -> Message:
+            nonlocal received, whole
+            if declared.isdecimal() and int(declared) > limit.max_bytes:
+                raise too_large  # before a byte of it is read
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(began + limit.seconds - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {limit.seconds} s") from None
+            if message["type"] == "http.disconnect":
+                raise HTTPException(499, "the client left before its request had arrived")
+            received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if received > limit.max_bytes:
+                raise too_large
+            return message
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if one_host:
+                await self._app(scope, limited, labelled)
+            else:
+                error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
+                await respond(error)(scope, receive, labelled)
+        except Exception:
+            log.exception("%s failed", request_id, extra={"request_id": request_id})
+            if status is not None:
+                raise  # too late for another answer: the server closes the connection
+            broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
+            await respond(broken)(scope, receive, labelled)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            seconds = time.monotonic() - began
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            told = {
+                name: scope["state"][name] for name in ("owner", "user", "prompt") if scope.get("state", {}).get(name)
+            }
+            told |= {"request_id": request_id, "seconds": round(seconds, 4)}
+            if trace:
+                trace.answered(route, status, request_id)
+            level = logging.DEBUG if route in POLLED else logging.INFO
+            log.log(level, "%s %s %s", method, route, status, extra=told)
+
+
+class Cors(CORSMiddleware):
+    """CORS middleware whose refusals do not repeat text of the request."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight. The requested header names are returned only if it is granted."""
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200 and "access-control-allow-headers" in response.headers:
+            del response.headers["access-control-allow-headers"]
+        return response

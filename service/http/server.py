@@ -1,0 +1,55 @@
+"""uvicorn's server, which drains at the first signal and ends at once at the second."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.commands.signals import end_at_once, handled
+from service.http.protocol import Protocol
+from service.settings import Settings
+
+
+class Server(uvicorn.Server):
+    """The first SIGTERM, SIGINT or SIGHUP drains the server; the second ends the process at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while the server runs. A drained server then ends by itself, with status 0."""
+        before = {number: signal.signal(number, self.handle_exit) for number in handled()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal. Before the server listens, or at a second signal, the process ends without draining.
+
+        Workers and jobs notice that the process is gone, and end too.
+        """
+        if self.should_exit or not hasattr(self, "servers"):
+            end_at_once(sig)
+        self.should_exit = True
+
+
+def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[Protocol] = Protocol) -> uvicorn.Config:
+    """Return how uvicorn serves the app."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        lifespan="on",
+        proxy_headers=False,  # the app reads these headers itself
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        log_config=None,
+        access_log=False,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # images are compressed already
+        server_header=False,
+    )

@@ -1,0 +1,1 @@
+"""From an image request to encoded images."""

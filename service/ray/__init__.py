@@ -1,0 +1,1 @@
+"""Replicas over many GPUs and hosts, on Ray Serve."""

@@ -1,0 +1,242 @@
+"""The same server over many GPUs and machines: Ray Serve starts replicas, routes requests to them, and scales.
+
+A replica is the whole server: the app, its engine, its worker processes. A request stays in the replica that it was
+routed to; between Ray's processes go settings, figures, and the bytes of HTTP messages.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import SecretStr
+from ray import serve
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.app import create_app
+from service.commands.signals import handled
+from service.engine.engine import Engine
+from service.engine.guest import Guest, Guests
+from service.engine.launch import processes
+from service.engine.seat import SLOTS
+from service.errors import StartError
+from service.http.dependencies import Caller, Generator, bring
+from service.observability.logs import configure
+from service.settings import SHIPPED_TEACHER, Settings
+
+log = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu", "cuda:0", "simulator")  # Ray gives each replica a GPU of its own, which it sees as the first
+NAME = "fgm-service"  # of the application in Ray Serve
+OTHERS = 100  # requests beside those for images that a replica takes at once: health, models, linked images
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas, of what, and when there are more or fewer."""
+
+    least: int = 1
+    most: int = 1
+    cpus: float = 1.0  # cores that Ray counts for each
+    patience: float = 2.0  # seconds in which the replicas should make what waits
+    up_after: float = 30.0  # seconds for which more must be needed before more are started
+    down_after: float = 600.0  # the same for fewer
+    guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
+
+
+class Named:
+    """Outermost layer of a replica: its answers say which one it is."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let everything through."""
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-replica"] = self._name
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+class Replica:
+    """What Ray Serve calls of a replica, in a process of its own; it ends the app's lifespan when the replica goes."""
+
+    def __init__(self, options: dict[str, Any], guests: int) -> None:
+        """`options` are all settings by name. Raises StartError when the workers cannot start."""
+        settings = Settings(**options)
+        configure(settings.log_format, settings.log_level)
+        fleet = processes(settings)
+        fleet.start()  # before the app does, so that Ray reports what is wrong
+        self._app = create_app(settings, fleet)
+        self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
+        self._engine: Engine = self._app.state.service.engine
+        self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.students), guests)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Figures for `ByQueueSeconds`; Ray asks every few seconds and averages them."""
+        return {"busy": self._engine.busy, "queue_seconds": self._engine.queue_seconds}
+
+
+def _bringing(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[None]]:
+    """Takes the place of `bring`: loads what a request names in the header that Ray routes by, and keeps it meanwhile.
+
+    The body may name something else; that is served if it is loaded.
+    """
+
+    async def load(text: str) -> Guest:  # Ray hangs its cache on the function
+        return await guests.load(text)
+
+    loaded: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=at_most)
+
+    async def brought(caller: Generator) -> AsyncIterator[None]:
+        text = serve.get_multiplexed_model_id()
+        wanted = text and await guests.wish(text)
+        with (await loaded(text)).kept() if wanted else contextlib.nullcontext():
+            yield
+
+    return brought
+
+
+def run(settings: Settings, scale: Scale, address: str) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was accepted. Raises StartError.
+
+    `address` is a Ray cluster's, `auto` the one that this machine belongs to, and `local` starts Ray on this machine
+    for as long as the server runs.
+    """
+    if settings.devices not in DEVICES:
+        raise StartError(f"devices: a replica has one, {', '.join(DEVICES)}, and not {settings.devices}")
+    if settings.job_devices.startswith("cuda"):
+        raise StartError(
+            f"job_devices: a replica's GPU serves; run jobs on {settings.job_devices} by a server beside it"
+        )
+    local = address == "local"
+    if not local and settings.artefacts is None:
+        raise StartError("artefacts: replicas on several machines need one store of linked images; name a folder")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with contextlib.ExitStack() as stack:
+        try:
+            if local:
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
+                ray.init(address, include_dashboard=False)
+            else:
+                ray.init(address)
+        except Exception as error:  # Ray raises plain ones; its own processes get half a minute to start
+            raise StartError(f"Ray does not start, or is not found at {address}: {error}") from error
+        stack.callback(ray.shutdown)
+        folder = settings.artefacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artefacts-"))
+        application = _application(_shared(settings, folder), scale)
+        stopped = threading.Event()
+        for number in handled():
+            signal.signal(number, lambda *_: stopped.set())
+        _start_proxies(settings)
+        try:
+            _deploy(application)
+            log.info("waiting for replicas")
+            while not _serving() and not stopped.wait(0.2):
+                pass
+            if not stopped.is_set():
+                log.info("serving on http://%s:%d", settings.host, settings.port)
+            stopped.wait()
+        finally:
+            serve.delete(NAME, _blocking=False)
+            while NAME in serve.status().applications:  # replicas answer what they took
+                time.sleep(0.1)
+            if local:
+                serve.shutdown()
+
+
+def _start_proxies(settings: Settings) -> None:
+    """Have a proxy of Ray's listen on each machine. Ray waits a minute for them, which is too short for a busy one."""
+    options = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": settings.keep_alive_seconds}
+    try:
+        serve.start(http_options=options, proxy_location="EveryNode")
+    except TimeoutError:
+        log.warning("Ray's proxies are not there after a minute; they are waited for")
+        serve.start(http_options=options, proxy_location="EveryNode")  # finds what is starting
+
+
+def _deploy(application: Any) -> None:
+    """Have Ray start replicas, without waiting: there may be no GPU for the last one yet."""
+    target = serve.RunTarget(application, NAME, "/")
+    with contextlib.suppress(TimeoutError):  # of the proxies, which `_serving` looks at
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _serving() -> bool:
+    """Whether requests are answered. Raises StartError when they cannot be."""
+    status = serve.status()
+    application = status.applications[NAME]
+    if application.status == "DEPLOY_FAILED":
+        raise StartError(_reason(application.message))
+    return application.status == "RUNNING" and all(proxy == "HEALTHY" for proxy in status.proxies.values())
+
+
+def _application(settings: Settings, scale: Scale) -> Any:
+    """The deployment, bound to its settings."""
+    device = settings.devices
+    if device == "auto":
+        device = "cuda:0" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    # The maximum in the engine: interactive and bulk work may each fill the queue.
+    images = 2 * settings.queue_limit + SLOTS * settings.max_batch * settings.replicas
+    deployment = serve.deployment(
+        name="server",
+        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": int(device == "cuda:0")},
+        # The engine's own bound is met first: its refusals say how long to wait.
+        max_ongoing_requests=images + OTHERS,
+        max_queued_requests=settings.queue_limit,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        autoscaling_config={
+            "min_replicas": scale.least,
+            "max_replicas": scale.most,
+            "upscale_delay_s": scale.up_after,
+            "downscale_delay_s": scale.down_after,
+            "policy": {
+                "policy_function": "service.ray.autoscaling.ByQueueSeconds",
+                "policy_kwargs": {"patience": scale.patience},
+            },
+        },
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=1,
+    )
+    options = dict(settings.model_copy(update={"devices": device}))
+    return deployment(serve.ingress()(Replica)).bind(options, scale.guests)
+
+
+def _shared(settings: Settings, artefacts: str) -> Settings:
+    """Settings that mean the same in every replica: one store of links, one secret, absolute paths, no own database."""
+    paths: dict[str, Any] = {name: value.absolute() for name, value in settings if isinstance(value, Path)}
+    if settings.database is None:
+        paths["data"] = None
+        log.info("without a PostgreSQL database for all replicas there are no files, batches and jobs")
+    given = settings.artefact_secret or SecretStr(secrets.token_hex(32))
+    paths["teachers"] = {
+        name: teacher if teacher == SHIPPED_TEACHER else str(Path(teacher).absolute())
+        for name, teacher in settings.teachers.items()
+    }
+    paths["models"] = tuple(folder.absolute() for folder in settings.models)
+    paths["artefacts"] = artefacts if "://" in artefacts else str(Path(artefacts).absolute())
+    return settings.model_copy(update=paths | {"artefact_secret": given})
+
+
+def _reason(report: str) -> str:
+    """The replica's own sentence, where Ray's report holds one."""
+    lines = [line for line in report.splitlines() if line.startswith("service.errors.StartError: ")]
+    return lines[-1].partition(": ")[2] if lines else f"Ray could not start the replicas: {report}"

@@ -1,0 +1,75 @@
+"""Reflow against Gaussians, whose teacher pairs are an affine map; and a whole run of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gaussians import affine_student, gaussian_field
+from tiny import distilled
+
+from distill.methods.base import Batch, Velocities
+from distill.methods.policies import TeacherGuidance
+from distill.methods.reflow import Config
+from distill.models.text import TextCondition
+from distill.philox import Draw
+from distill.pipeline import OneStepPipeline
+from distill.training import checkpoint
+
+M, S = 0.7, 0.5
+CONFIG = Config(teacher_steps=400, teacher_shift=1.0, guidance=TeacherGuidance(teacher=1))
+
+
+def loss(config: Config, student, teacher=gaussian_field(M, S), count: int = 512):
+    draw = Draw(0, "x", range(count))
+    z = draw.normal((1,))
+    return config.student_loss(Velocities(student, teacher, teacher, None), Batch(z, None, draw)), z
+
+
+def test_one_step_regresses_onto_the_affine_map_of_the_teacher_s_ode():
+    """Pairs are x_0 = m + s z, so a student that makes a + b z is off by (m - a) + (s - b) z."""
+    a, b = (torch.tensor(value, requires_grad=True) for value in (-0.4, 1.3))
+    off, z = loss(CONFIG, affine_student(a, b))
+    expected = ((M - a) + (S - b) * z).square().mean()
+    assert off.value.item() == pytest.approx(expected.item(), rel=0.01)
+    for got, exact in zip(*(torch.autograd.grad(value, (a, b)) for value in (off.value, expected)), strict=True):
+        assert got.item() == pytest.approx(exact.item(), rel=0.01)
+    at, z = loss(CONFIG, affine_student(M, S))
+    assert at.value.item() < 1e-4
+    torch.testing.assert_close(at.x_0, M + S * z)
+
+
+def test_reflow_is_at_its_optimum_where_every_pair_is_a_straight_line():
+    """x_t = (1 - t) (m + s z) + t z has one z for each x_t, so the field that finds it has no error at any t."""
+
+    def straight(x_t, t, cond=None):
+        t = t.view(-1, 1)
+        z = (x_t - (1 - t) * M) / ((1 - t) * S + t)
+        return z - (M + S * z)
+
+    config = CONFIG.model_copy(update={"stage": "reflow"})
+    found, _ = loss(config, straight)
+    assert found.value.item() < 1e-4
+    assert found.figures["t"].std() > 0.2
+    assert loss(config, gaussian_field(M, S))[0].value.item() > 0.01  # the teacher's own paths bend
+
+
+def test_an_image_keeps_its_guidance_scale_along_its_whole_path():
+    """A teacher of constant velocity c, 0 without a prompt, moves noise by scale c, however many steps it takes."""
+    count = 64
+    cond = TextCondition(torch.ones(count, 1, 1), torch.ones(count, 1))
+    null = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    draw = Draw(0, "x", range(count))
+    nets = Velocities(lambda x, t, cond: torch.zeros_like(x), lambda x, t, cond: cond.pooled, lambda *_: None, null)
+    config = Config(teacher_steps=7, guidance=TeacherGuidance(teacher=(2.0, 8.0)))
+    moved = config.student_loss(nets, Batch(torch.zeros(count, 1), cond, draw)).figures["regression"].sqrt()
+    torch.testing.assert_close(moved, 2 + 6 * Draw(0, "x", range(count)).uniform())
+
+
+def test_whole_runs_of_both_stages_move_the_student_alone(teacher: Path, tmp_path: Path):
+    straighter = distilled(teacher, tmp_path / "reflow", "method={name: reflow, stage: reflow, teacher_steps: 2}")
+    tensors, record = checkpoint.load(straighter / "checkpoints" / checkpoint.state_name(16))
+    assert record["images"] == 16
+    assert not any(name.startswith("fake") for name in tensors)
+    method = "method={name: reflow, teacher_steps: 2, guidance: {teacher: 1}}"
+    out = distilled(straighter / "student", tmp_path / "distillation", method)
+    assert OneStepPipeline.load(out / "student")(["a red circle"], [0]).shape == (1, 16, 16, 3)

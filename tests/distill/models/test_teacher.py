@@ -1,0 +1,345 @@
+"""Sampling, velocities and latents are the stock pipeline's; folders that are not whole are told apart."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from tiny import PROMPTS, make_teacher, stock_pipeline
+
+from distill.errors import TeacherError
+from distill.models.sd3_folder import MODELS
+from distill.models.teacher import (
+    check_parts,
+    decode_in_parts,
+    decode_latents,
+    encode_images,
+    euler_times,
+    guided,
+    load_transformer,
+    load_vae,
+    read_spec,
+    sample,
+    velocity,
+)
+from distill.models.text import SD3TextEncoder
+from distill.plan.meter import Meter
+from distill.student.export import export_student
+
+
+def test_the_spec_has_the_folders_numbers(teacher: Path, teacher_t5: Path) -> None:
+    spec = read_spec(teacher)
+    assert (spec.latent_shape, spec.image_size, spec.text_shape) == ((4, 8, 8), 16, (8, 48))
+    assert (spec.max_sequence_length, spec.has_t5, spec.shift) == (0, False, 3.0)
+    assert (spec.scaling_factor, spec.shift_factor, spec.guidance) == (1.5, 0.06, 7.0)
+    assert spec.parameters == sum(p.numel() for p in load_transformer(teacher).state_dict().values())
+    assert read_spec(teacher_t5).text_shape == (14, 48)
+
+
+def test_a_folder_without_a_record_takes_the_stock_length(tmp_path: Path) -> None:
+    assert read_spec(make_teacher(tmp_path, max_sequence_length=None)).max_sequence_length == 256
+
+
+def test_the_digest_follows_the_weights_and_not_the_place(teacher: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    assert read_spec(copy).digest == read_spec(teacher).digest
+    assert read_spec(make_teacher(tmp_path / "other", seed=1)).digest != read_spec(teacher).digest
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (1, 3.0), (4, 1.0), (28, 3.0)])
+def test_times_are_the_schedulers(steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    assert torch.allclose(euler_times(steps, shift), scheduler.sigmas, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (3, 1.0), (5, 4.0)])
+@pytest.mark.parametrize("name", ["teacher", "teacher_t5"])
+def test_sampling_is_the_stock_pipelines(name: str, steps: int, scale: float, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    spec = read_spec(folder)
+    z = torch.randn(len(PROMPTS), *spec.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    encoder = SD3TextEncoder.load(folder)
+    transformer = load_transformer(folder)
+    u = guided(lambda x_t, t, cond: velocity(transformer, x_t, t, cond), encoder.encode([""]), scale)
+    ours = sample(u, z, encoder.encode(PROMPTS), steps, spec.shift)
+
+    stock = stock_pipeline(folder)
+    theirs = stock(
+        PROMPTS, latents=z, num_inference_steps=steps, guidance_scale=scale, output_type="latent",
+        max_sequence_length=spec.max_sequence_length,
+    ).images  # fmt: skip
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_velocity_is_fp32_from_any_weights(teacher: Path) -> None:
+    encoder = SD3TextEncoder.load(teacher)
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.25, 1.0])
+    exact = velocity(load_transformer(teacher), x_t, t, encoder.encode(PROMPTS[:2]))
+    coarse = velocity(load_transformer(teacher, torch.bfloat16), x_t, t, encoder.encode(PROMPTS[:2]))
+    assert exact.dtype == coarse.dtype == torch.float32
+    assert torch.allclose(exact, coarse, atol=0.05)
+
+
+def test_latents_are_scaled_as_stock_does(teacher: Path) -> None:
+    vae, stock = load_vae(teacher), stock_pipeline(teacher)
+    latents = torch.randn(2, 4, 8, 8)
+    stock_pixels = stock.vae.decode(latents / 1.5 + 0.06, return_dict=False)[0]
+    assert torch.equal(decode_latents(vae, latents), stock_pixels)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean = vae.encode(pixels).latent_dist.mean
+    assert torch.allclose(encode_images(vae, pixels), (mean - 0.06) * 1.5)
+
+
+def test_decoding_in_parts_gives_the_same_images_and_holds_less(teacher: Path) -> None:
+    vae, latents = load_vae(teacher), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Meter() as whole:
+        expected = decode_latents(vae, latents)
+    with torch.no_grad(), Meter() as parts:
+        found = decode_in_parts(vae, latents, at_once=2 * 16 * 16)
+    torch.testing.assert_close(found, expected)
+    assert parts.peak < whole.peak / 2
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _cut_header(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "is missing": lambda folder: shutil.rmtree(folder / "vae"),
+    "model_index.json is missing": lambda folder: (folder / "model_index.json").unlink(),
+    "cannot be read as JSON": lambda folder: (folder / "vae" / "config.json").write_text("{"),
+    "cannot be read as JSON .maximum recursion": lambda folder: (folder / "model_index.json").write_text("[" * 100_000),
+    "config.json is missing": lambda folder: (folder / "transformer" / "config.json").unlink(),
+    "it is truncated": _truncate,
+    "not a whole safetensors file": _cut_header,
+    "only safetensors weights are loaded": lambda folder: (folder / "text_encoder" / "model.safetensors").unlink(),
+    "holds a FluxPipeline": lambda folder: _edit(folder / "model_index.json", _class_name="FluxPipeline"),
+    "has UNet2DModel as transformer": lambda folder: _edit(
+        folder / "model_index.json", transformer=["diffusers", "UNet2DModel"]
+    ),
+    "only a static shift": lambda folder: _edit(
+        folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True
+    ),
+    "lacks 'patch_size'": lambda folder: (folder / "transformer" / "config.json").write_text(
+        '{"in_channels": 4, "sample_size": 8}'
+    ),
+    "is not usable": lambda folder: _edit(folder / "vae" / "config.json", shift_factor=None),
+}
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+SETTINGS = [
+    (SCHEDULER, {"num_train_timesteps": 500}, "sets num_train_timesteps to 500; only 1000"),
+    (SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler"}, "is of a DPMSolverMultistepScheduler"),
+    (SCHEDULER, {"use_karras_sigmas": True}, "sets use_karras_sigmas"),
+    (SCHEDULER, {"shift_terminal": 0.1}, "sets shift_terminal"),
+    (SCHEDULER, {"stochastic_sampling": True}, "sets stochastic_sampling"),
+    (SCHEDULER, {"prediction_type": "v_prediction"}, "sets prediction_type"),
+    (SCHEDULER, {"shift": 0}, "the scheduler's shift is not a positive number"),
+    (SCHEDULER, {"shift": float("nan")}, "the scheduler's shift is not a positive number"),
+    ("vae/config.json", {"_class_name": "AutoencoderKLWan"}, "is of a AutoencoderKLWan"),
+    ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is not a positive number"),
+    ("vae/config.json", {"latent_channels": 16}, "latent_channels are not the transformer's in_channels"),
+    ("vae/config.json", {"out_channels": 1}, "not RGB"),
+    ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "is of a FluxTransformer2DModel"),
+    ("transformer/config.json", {"out_channels": 8}, "out_channels are not its in_channels"),
+    ("transformer/config.json", {"pooled_projection_dim": 41}, "sum of the CLIPs' projection_dim"),
+    ("transformer/config.json", {"sample_size": 26}, "sample_size is over pos_embed_max_size"),
+    ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
+    ("text_encoder/config.json", {"architectures": ["CLIPTextModel"]}, "CLIPTextModelWithProjection is what can be"),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "model_max_length is over the CLIPs' positions"),
+    ("onestep.json", {"max_sequence_length": -1}, "max_sequence_length is negative"),
+    ("onestep.json", {"guidance": float("inf")}, "guidance is not a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), SETTINGS)
+def test_a_setting_that_is_not_followed_is_refused(name, change, sentence, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "other")
+    _edit(folder / name, **change)
+    with pytest.raises(TeacherError, match=sentence):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype: torch.dtype, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "other")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "proj_out.weight": tensors["proj_out.weight"].to(dtype)}, path)
+    with pytest.raises(TeacherError, match=r"holds quantised weights .*; give the plain model"):
+        read_spec(folder)
+
+
+def test_only_files_that_are_loaded_count_and_are_copied(teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "crowded")
+    for name in (*MODELS, "scheduler", "tokenizer", "."):
+        if not (folder / name).is_dir():
+            continue
+        for stray in (
+            "README.txt",
+            "notes.json",
+            "._config.json",
+            "._model.safetensors",
+            ".DS_Store",
+            "generation_config.json",
+        ):
+            (folder / name / stray).write_bytes(b"\0mac")
+        (folder / name / "._diffusion_pytorch_model.safetensors").write_bytes(b"\0mac")
+        (folder / name / "older.safetensors").write_bytes(b"\0mac")
+        (folder / name / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    for name in ("text_encoder", "text_encoder_2"):  # transformers takes the whole file before an index
+        (folder / name / "model.safetensors.index.json").write_text('{"weight_map": {"a": "nowhere.safetensors"}}')
+    _edit(folder / "model_index.json", safety_checker=["elsewhere", "Checker"], image_encoder=["transformers", "X"])
+    assert read_spec(folder).digest == read_spec(teacher).digest
+    weights = dict(load_transformer(folder).named_parameters())
+    out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    plain = {path.relative_to(teacher) for path in teacher.rglob("*") if path.is_file()}
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == plain | {Path("README.md")}
+    stock_pipeline(out)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder_2", "tokenizer"])
+def test_every_file_that_is_loaded_counts(name: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "changed")
+    (path,) = (path for path in (folder / name).iterdir() if path.name in ("config.json", "tokenizer.json"))
+    path.write_text(path.read_text() + " ")
+    assert read_spec(folder).digest != read_spec(teacher).digest
+
+
+def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "variant")
+    for name in MODELS:
+        for path in (folder / name).glob("*model.safetensors"):
+            path.rename(path.with_name(path.name.replace("model.", "model.fp16.")))
+    encoder = folder / "text_encoder_3"
+    (encoder / "model.fp16.safetensors").rename(encoder / "model.fp16-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(encoder / "model.fp16-00001-of-00001.safetensors"),
+                                                         "model.fp16-00001-of-00001.safetensors")}  # fmt: skip
+    (encoder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    encoded = SD3TextEncoder.load(folder).encode(PROMPTS)
+    expected = SD3TextEncoder.load(teacher_t5).encode(PROMPTS)
+    assert encoded.embeds.equal(expected.embeds)
+    weights = load_transformer(folder).state_dict()
+    assert all(weights[name].equal(tensor) for name, tensor in load_transformer(teacher_t5).state_dict().items())
+    for _ in range(2):  # the second replaces the first
+        out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    assert not list(out.rglob("*fp16.*"))
+    assert SD3TextEncoder.load(out).encode(PROMPTS).embeds.equal(expected.embeds)
+    assert load_vae(out).config.scaling_factor == load_vae(folder).config.scaling_factor
+    stock_pipeline(out)
+
+
+def test_a_t5_that_was_not_fetched_is_named_with_what_to_do(teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "without")
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+        with pytest.raises(TeacherError, match=r"fetch it, or set .* to \[null, null\] in model_index.json"):
+            read_spec(folder)
+    _edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert not read_spec(folder).has_t5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_index.json", "vae/config.json", "tokenizer/tokenizer.json", "text_encoder/model.safetensors"],
+)
+def test_a_pointer_of_git_lfs_is_named(name: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "cloned")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(TeacherError, match=f"{name} is a pointer of Git LFS .*`git lfs pull`"):
+        read_spec(folder)
+
+
+def test_a_revision_of_the_hub_s_cache_has_the_model_s_name(teacher: Path, tmp_path: Path) -> None:
+    revision = "b1148b4028b9ec56ebd36444c193d56aeff7ab56"
+    snapshot = tmp_path / "models--stabilityai--stable-diffusion-3-medium-diffusers" / "snapshots" / revision
+    shutil.copytree(teacher, snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert read_spec(snapshot).name == read_spec(tmp_path / "link").name == "stable-diffusion-3-medium-diffusers"
+    assert read_spec(shutil.copytree(teacher, tmp_path / revision)).name == "sd3-b1148b40"
+    assert read_spec(shutil.copytree(teacher, tmp_path / "mine")).name == "mine"
+
+
+@pytest.mark.parametrize("sentence", DAMAGE)
+def test_a_folder_that_is_not_whole_is_refused(sentence: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "damaged")
+    DAMAGE[sentence](folder)
+    with pytest.raises(TeacherError, match=sentence) as caught:
+        read_spec(folder)
+    assert str(folder) in str(caught.value)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _without(path: Path, *names: str) -> None:
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in names}, path, {"format": "pt"})
+
+
+UNFIT = {
+    "transformer lack proj_out.weight": lambda folder: _without(folder / "transformer" / WEIGHTS, "proj_out.weight"),
+    "transformer hold transformer_blocks.*no place for": lambda folder: _edit(
+        folder / "transformer/config.json", num_layers=1
+    ),
+    "transformer hold transformer_blocks.1.* calls for": lambda folder: _edit(
+        folder / "transformer/config.json", num_layers=3
+    ),
+    "transformer/config.json is not usable": lambda folder: _edit(folder / "transformer/config.json", qk_norm="x"),
+    "vae lack decoder.conv_in.bias": lambda folder: _without(folder / "vae" / WEIGHTS, "decoder.conv_in.bias"),
+    "vae hold .*conv_shortcut.* no place for": lambda folder: _edit(
+        folder / "vae/config.json", block_out_channels=[8, 8]
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", UNFIT)
+def test_weights_that_a_configuration_does_not_call_for_are_refused(sentence: str, teacher: Path, tmp_path: Path):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    UNFIT[sentence](folder)
+    with pytest.raises(TeacherError, match=sentence):
+        check_parts(read_spec(folder))
+    with pytest.raises(TeacherError, match=sentence):
+        load_transformer(folder) if "transformer" in sentence else load_vae(folder)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_no_weights_of_a_text_encoder_are_made_up(name: str, teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "teacher")
+    path = folder / name / "model.safetensors"
+    _without(path, lost := sorted(load_file(path))[-2])
+    with pytest.raises(TeacherError, match=f"{name} lack {lost}"):
+        SD3TextEncoder.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_a_tokenizer_without_words_is_refused(name: str, teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "teacher")
+    words = folder / name / "tokenizer.json"
+    words.write_text("{}")
+    with pytest.raises(TeacherError, match=f"{name} holds no usable tokenizer"):
+        SD3TextEncoder.load(folder)
+    words.unlink()
+    with pytest.raises(TeacherError, match=f"{name} has neither tokenizer.json nor"):
+        read_spec(folder)
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="is not a folder"):
+        read_spec(tmp_path / "nothing")

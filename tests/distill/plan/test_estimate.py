@@ -1,0 +1,294 @@
+"""A plan made from configurations alone says what a real training step of the real networks leaves and takes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.config import Full, Lora
+from distill.errors import ConfigError, SizeError, TeacherError
+from distill.flow import one_step
+from distill.methods.base import Batch, Velocities, dmd, flow_map, reflow
+from distill.methods.fgm import Config
+from distill.methods.policies import Guidance
+from distill.models.geometry import NAMES, read_geometry
+from distill.models.teacher import load_transformer
+from distill.models.text import TextCondition
+from distill.philox import Draw
+from distill.plan import estimate as plans
+from distill.plan.estimate import Plan, Setting, changes_that_fit
+from distill.plan.meter import Meter
+from distill.training.networks import ROLES, SharedBase, build
+
+# torch's forward mode scripts some of its own derivatives when it is first used
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+CPU = torch.device("cpu")
+DTYPES = {"lora": torch.float32, "full": torch.bfloat16}
+KINDS = [Lora(rank=4), Lora(rank=4, checkpointing=True), Full(), Full(checkpointing=True)]
+METHOD = Config(guidance=Guidance(fake="alike"))
+PATH = reflow.Config(teacher_steps=1)  # the cheapest to plan
+BATCH, SIZE = 3, 16
+
+
+def label(kind) -> str:
+    return kind.kind + ("-checkpointing" if kind.checkpointing else "")
+
+
+class Remembered(Setting):
+    """A setting that is planned once for all tests."""
+
+    def plan(self) -> Plan:
+        key = (self.kind, self.dtype, self.batch, self.method, self.optimizer)
+        if key not in _plans:
+            _plans[key] = super().plan()
+        return _plans[key]
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def setting(teacher: Path, kind, batch: int = BATCH, method=METHOD, optimizer="adam") -> Setting:
+    geometry = read_geometry(str(teacher))
+    return Remembered(geometry, kind, DTYPES[kind.kind], batch, SIZE, method, optimizer)
+
+
+def inputs(made: Setting) -> tuple[torch.Tensor, TextCondition]:
+    generator = torch.Generator().manual_seed(0)
+    z, cond = plans._inputs(made.geometry, made.batch, made.size)
+    z, embeds, pooled = (torch.randn(x.shape, generator=generator) for x in (z, cond.embeds, cond.pooled))
+    return z, TextCondition(embeds, pooled)
+
+
+def models_of(networks) -> list[torch.nn.Module]:
+    return [networks._model] if isinstance(networks, SharedBase) else list(networks._models.values())
+
+
+def held(models) -> list[torch.Tensor]:
+    return [x for model in models for x in [*model.parameters(), *model.buffers()]]
+
+
+def nbytes(tensors) -> int:
+    """Of all storages, each once."""
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=label)
+def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
+    made = setting(teacher, kind)
+    plan, dtype = made.plan(), made.dtype
+    networks, models = plans.build(made.geometry, kind, dtype, device="cpu")
+    weights = {role: networks.trainable(role) for role in ROLES}
+    optimizers = {role: torch.optim.Adam(weights[role].values(), betas=(0.0, 0.999)) for role in ROLES}
+    turned = []
+    for turn in made.method.turns():
+        turned.append(plans.take_turn(networks, turn.role, plans.asks(turn), *inputs(made), dtype))
+        optimizers[turn.role].step()
+        assert plan.gradients == nbytes(x.grad for x in weights[turn.role].values())
+        optimizers[turn.role].zero_grad()
+        beside = plan.moments[f"{turn.role}'s turn"] - sum(plan.resident.values())
+        assert beside == pytest.approx(turned[-1].peak, rel=0.01)
+
+    flop = sum(turn.steps * real.flop for turn, real in zip(made.method.turns(), turned, strict=True))
+    assert plan.flop_per_image == flop / BATCH
+    heaviest = max(turned, key=lambda real: real.peak)
+    assert plan.activations == pytest.approx(heaviest.kept, rel=0.01)
+    moments = [x for adam in optimizers.values() for state in adam.state.values() for x in state.values() if x.ndim]
+    assert plan.resident["optimizer states"] == nbytes(moments)
+    assert plan.resident["averaged student"] == nbytes(weights["student"].values())
+    assert plan.trainable == sum(x.numel() for x in weights["student"].values())
+    assert nbytes(held(models)) == sum(plan.resident[f"{part} weights"] for part in ("base", "student", "fake"))
+
+
+@pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
+def test_the_networks_of_a_plan_are_those_of_a_run(teacher, kind):
+    made = setting(teacher, kind)
+    real = build(teacher, kind, made.dtype, CPU)
+    _, models = plans.build(made.geometry, kind, made.dtype)
+    assert nbytes(held(models_of(real))) == nbytes(held(models))
+    assert made.plan().parameters == sum(x.numel() for x in load_transformer(teacher).parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=label)
+def test_what_is_kept_is_what_autograd_saves(teacher, kind):
+    """In fp32, where the networks that a run builds and those of a plan compute alike; autograd is asked itself."""
+    made = setting(teacher, kind)
+    z, cond = inputs(made)
+    networks = build(teacher, kind, torch.float32, CPU)
+    own = {x.untyped_storage()._cdata for x in [*held(models_of(networks)), z, cond.embeds, cond.pooled]}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = one_step(networks.velocity("student"), z, cond)
+    assert out.requires_grad
+    expected = nbytes(x for x in saved if x.untyped_storage()._cdata not in own)
+
+    with Meter() as meter:
+        again = one_step(networks.velocity("student"), z, cond)
+        kept = meter.live - again.nbytes  # the images themselves are the caller's
+    assert again.requires_grad
+    assert kept == pytest.approx(expected, rel=0.02)
+
+
+def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
+    made = setting(teacher, Lora(rank=4))
+    config = made.geometry.transformer
+    networks, _ = plans.build(made.geometry, made.kind, made.dtype, device="cpu")
+    z, cond = inputs(made)
+    with Meter() as meter, torch.no_grad():
+        networks.velocity("teacher")(z, torch.ones(BATCH), cond)
+
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    image, text = (config["sample_size"] // config["patch_size"]) ** 2, made.geometry.tokens
+    patch = config["patch_size"] ** 2 * config["in_channels"]
+    macs = image * 2 * patch * width + text * config["joint_attention_dim"] * width  # patches in and out, words in
+    macs += (256 + width + config["pooled_projection_dim"] + width) * width + 2 * width**2  # time, pooled, norm_out
+    for last in (False, True):
+        macs += (image + text) * 3 * width**2  # queries, keys, values
+        macs += 2 * (image + text) ** 2 * width  # attention
+        outputs = image if last else image + text
+        macs += outputs * (1 + 8) * width**2  # projection out, and two feed-forward layers of four widths
+        macs += (6 + (2 if last else 6)) * width**2  # modulation
+    assert meter.flop == 2 * BATCH * macs
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PATH, flow_map.Config(), dmd.Config(gan=dmd.Gan())],
+    ids=lambda method: method.name,
+)
+def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
+    turns = method.turns()
+    roles, critic = tuple(sorted({turn.role for turn in turns})), any(turn.critic for turn in turns)
+    two_times = any(turn.two_times for turn in turns)
+    made = setting(teacher, Full(), method=method)
+    plan, networks = made.plan(), build(teacher, Full(), made.dtype, CPU, roles, two_times, critic)
+    own = {role: nbytes(networks.trainable(role).values()) for role in roles}
+    assert [plan.resident[f"{role} weights"] for role in roles] == list(own.values())
+    assert plan.resident["fake weights"] == own.get("fake", 0)
+    assert plan.resident["optimizer states"] == 2 * sum(own.values())
+    assert plan.gradients == max(own.values())
+
+
+def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teacher):
+    one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.Config(teacher_steps=3)))
+    assert three.plan().activations == pytest.approx(one.plan().activations, rel=0.02)
+    networks, _ = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
+    z, cond = inputs(three)
+    nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
+    (turn,) = three.method.turns()
+    with Meter() as meter:
+        turn.loss(nets, Batch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
+    assert three.plan().flop_per_image == meter.flop / BATCH
+
+
+def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
+    (turn,) = flow_map.Config().turns()
+    # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
+    found = [(each.role, each.learns, each.derived) for each in plans.asks(turn)]
+    student = [("student", False, False), ("student", False, True), ("student", True, False)]
+    assert [each for each in found if each[0] == "student"] == student
+    assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
+
+
+def test_eight_bits_are_a_byte_for_each_moment_and_a_scale_for_each_block(teacher):
+    sizes = [x.numel() for x in load_transformer(teacher).parameters()]
+    moment = sum(size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes)
+    plan = setting(teacher, Full(), method=PATH, optimizer="adam-8bit").plan()  # where the student alone learns
+    assert plan.resident["optimizer states"] == 2 * moment
+    assert 2 * moment < setting(teacher, Full(), method=PATH).plan().resident["optimizer states"]
+
+
+@pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
+def test_a_run_that_compiles_its_blocks_is_planned_as_one_that_does_not(teacher, kind):
+    compiled = kind.model_copy(update={"compile": True})
+    assert setting(teacher, compiled, method=PATH).plan() == setting(teacher, kind, method=PATH).plan()
+
+
+@pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
+def test_checkpointing_lowers_activations_and_costs_arithmetic(teacher, kind):
+    plain, checkpointed = (
+        setting(teacher, kind.model_copy(update={"checkpointing": on})).plan() for on in (False, True)
+    )
+    assert checkpointed.activations < plain.activations
+    assert checkpointed.peak <= plain.peak
+    assert plain.flop_per_image < checkpointed.flop_per_image < 1.5 * plain.flop_per_image
+
+
+def test_lora_keeps_one_base_and_full_three(teacher):
+    lora, full = (setting(teacher, kind).plan() for kind in (Lora(rank=4), Full()))
+    tables = nbytes(load_transformer(teacher).buffers())  # of positions, which no role learns
+    assert lora.resident["base weights"] == 4 * lora.parameters + tables
+    assert lora.resident["student weights"] == 4 * lora.trainable < full.resident["student weights"]
+    assert full.resident["student weights"] == full.resident["fake weights"] == 4 * full.parameters
+    assert full.resident["base weights"] >= 2 * full.parameters  # the teacher's alone
+
+
+def test_activations_grow_with_the_batch_in_a_straight_line(teacher):
+    one, two, three = (setting(teacher, Full(), batch=batch).plan().activations for batch in (1, 2, 3))
+    assert three - two == pytest.approx(two - one, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("sd3-medium", 2.0, 2.1), ("sd3.5-medium", 2.2, 2.5),
+                                                   ("sd3.5-large", 8.0, 8.2)])  # fmt: skip
+def test_named_models_have_the_published_size(name, low, high):
+    assert low <= read_geometry(name).parameters / 1e9 <= high
+
+
+def test_a_change_that_is_said_to_fit_does(teacher):
+    made = setting(teacher, Full())
+    plan, least = made.plan(), replace(made, batch=1).plan().peak
+    assert plan.peak == max(plan.moments.values())
+    available = (least + plan.peak + 1) // 2
+    changes = changes_that_fit(made, plan, available)
+    changed = {
+        "--checkpointing": replace(made, kind=Full(checkpointing=True)),
+        "--optimizer adam-8bit": replace(made, optimizer="adam-8bit"),
+        "--mode lora --rank 64": replace(made, kind=Lora()),
+    }
+    enough = {change for change, other in changed.items() if other.plan().peak <= available}
+    assert {change for change in changes if not change.startswith("--batch")} == enough
+    (batch,) = [int(change.split()[1]) for change in changes if change.startswith("--batch")]
+    assert 1 <= batch < BATCH
+    assert replace(made, batch=batch).plan().peak <= available
+    assert changes_that_fit(made, plan, 1) == []
+
+
+def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
+    with pytest.raises(TeacherError, match=r"nearest are sd3\.5-large"):
+        read_geometry("sd3.5-lage")
+    with pytest.raises(TeacherError, match="is missing"):
+        read_geometry(str(tmp_path))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(TeacherError, match="FluxTransformer2DModel"):
+        read_geometry(str(tmp_path))
+    with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
+        plans.setting(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
+    with pytest.raises(SizeError, match="multiple of 4 up to 48"):
+        Setting(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
+
+
+def test_a_transformer_s_configuration_is_enough(teacher, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    config = json.loads((teacher / "transformer" / "config.json").read_text())
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    geometry = read_geometry(str(tmp_path))
+    assert geometry.tokens == 77 + 256
+    assert geometry.vae == read_geometry(NAMES[0]).vae
+
+
+def test_the_command_prints_parts_verdict_and_json(teacher):
+    command = ["plan", str(teacher), "--size", "16", "--batch", "1", "--dtype", "fp32", "--method", "reflow"]
+    shown = CliRunner().invoke(app, [*command, "--mode", "full", "--device-memory", "8"])
+    assert shown.exit_code == 0, shown.output
+    assert "activations" in shown.output
+    assert "fits" in shown.output
+    least = ["--checkpointing", "--optimizer", "adam-8bit", "--device-memory", "0.5", "--json"]
+    result = json.loads(CliRunner().invoke(app, [*command, *least]).output)
+    assert result["fits"] is False  # what is set aside for the device's own is more than that
+    assert result["changes"] == []
+    assert result["peak_bytes"] == max(result["moments_bytes"].values())
+    assert result["images_per_second"] > 0

@@ -1,0 +1,76 @@
+"""Each alarm is raised by the log that deserves it, once, and by no healthy one."""
+
+import pytest
+
+from distill.report.alarms import WINDOW, Alarms, alarms
+
+# The start of a healthy run: a blurred student gains contrast, so error, spread and gap triple and settle.
+STD = [0.39, 0.45, 0.65, 0.90, 1.01, 1.11, 1.13, 1.14, 1.15, 1.18, 1.18, 1.17]
+DIVERSITY = [0.41, 0.52, 0.81, 1.18, 1.34, 1.53, 1.56, 1.56, 1.58, 1.60, 1.64, 1.62]
+ERROR = [0.44, 0.35, 0.38, 0.56, 0.66, 0.75, 0.76, 0.75, 0.74, 0.77, 0.76, 0.73]
+
+
+def healthy() -> list[dict[str, float]]:
+    return [
+        {
+            "images": 640.0 * (i + 1),
+            "flow_matching": ERROR[i],
+            "latent/std": STD[i],
+            "latent/diversity": DIVERSITY[i],
+            "latent/saturated": 0.04,
+            "update_ratio/student": 0.002,
+            "update_ratio/fake": 0.004,
+            "skipped/student": 0.0,
+            "skipped/fake": 0.0,
+        }
+        for i in range(len(STD))
+    ]
+
+
+def worsened(**last: float) -> list[dict[str, float]]:
+    """A healthy log, and then lines with other figures."""
+    log = healthy()
+    return [*log, *({**log[-1], "images": 640.0 * (len(log) + i + 1), **last} for i in range(2 * WINDOW))]
+
+
+def test_a_healthy_run_raises_none() -> None:
+    assert alarms(healthy()) == []
+    assert alarms(worsened()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "figures", "words"),
+    [
+        ("collapse", {"latent/diversity": 0.3}, "fake_steps"),
+        ("oversaturation", {"latent/saturated": 0.3}, "guidance"),
+        ("stalled-fake", {"flow_matching": 2.5}, "fake_rate"),
+        ("too-fast", {"update_ratio/fake": 0.3}, "lower optimizer.fake_rate"),
+        ("not-finite", {"skipped/student": 0.1}, "student's steps"),
+    ],
+)
+def test_each_rule_is_raised_once_and_says_what_to_try(name: str, figures: dict[str, float], words: str) -> None:
+    log = worsened(**figures)
+    (alarm,) = alarms(log)
+    assert alarm.name == name
+    assert words in alarm.says
+    assert 640 * len(STD) < alarm.images <= 640 * (len(STD) + WINDOW)
+    assert alarms(log[: alarm.images // 640 - 1]) == []
+
+
+def test_one_odd_line_and_a_short_log_raise_none() -> None:
+    log = healthy()
+    log[8]["latent/diversity"] = 0.5
+    log[10]["latent/saturated"] = 0.15
+    assert alarms(log) == []
+    assert alarms(worsened(**{"latent/saturated": 0.9})[-WINDOW + 1 :]) == []
+
+
+def test_a_method_without_a_fake_has_no_fake_to_stall() -> None:
+    log = [{"images": float(i), "latent/std": 1.0, "loss/student": 2.0**i} for i in range(9)]
+    assert alarms(log) == []
+
+
+def test_line_by_line_is_the_whole_log() -> None:
+    log, seen = worsened(**{"latent/diversity": 0.1, "latent/saturated": 0.5}), Alarms()
+    assert [alarm for line in log for alarm in seen.see(line)] == alarms(log)
+    assert {alarm.name for alarm in alarms(log)} == {"collapse", "oversaturation"}

@@ -1,0 +1,705 @@
+"""The real command on a tiny teacher: a whole run, a killed one, another configuration, a full disk, two processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from commands import invoke, start, until
+from safetensors.torch import load_file, save_file
+from tiny import make_teacher
+
+from distill.cli import main
+from distill.cli.stopping import asked_to_stop, stopped
+from distill.config import load_config
+from distill.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    DistillError,
+    DivergedError,
+    OutputError,
+    RunError,
+    SizeError,
+    TeacherError,
+)
+from distill.files import aside, flush, write_aside
+from distill.models.sd3_folder import read_spec
+from distill.pipeline import OneStepPipeline
+from distill.report.run_folder import read_clock, read_run
+from distill.run import check_run, embed, export, prepare, read_config
+from distill.training import checkpoint
+from distill.training.trainer import accelerator_for
+
+ARGUMENTS = (
+    "batch=8",
+    "images=96",
+    "cadence.checkpoint=16",
+    "cadence.log=16",
+    "cadence.sample=96",
+    "precision=fp32",  # for sums that two processes, or an interrupted run, form in another order
+    "optimizer.warmup=0",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\ncircle and square\nred\nleft of a circle\n")
+    return path
+
+
+def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[str]:
+    values = [f"teacher={teacher}", f"prompts.source={prompts}", *ARGUMENTS, *overrides]
+    return ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    assert newest.name == "000000000096"
+    return load_file(newest / "state.safetensors")
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    """The log's lines, but for what the clock says, and the machine."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("seconds/", "memory/"))} for line in lines
+    ]
+
+
+def assert_same_end(out: Path, undisturbed: Path) -> None:
+    expected, found = final(undisturbed), final(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert figures(out) == figures(undisturbed)
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def whole(request, teacher, prompts, tmp_path_factory) -> tuple[str, Path]:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / request.param
+    done = invoke(*command(teacher, prompts, out, f"networks.kind={request.param}"))
+    assert done.exit_code == 0, done.output
+    return request.param, out
+
+
+def test_a_run_leaves_everything_it_promises(whole):
+    kind, out = whole
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [16, 32, 48, 64, 80, 96]
+    for name in (
+        "gap",
+        "loss/fake",
+        "gradient_norm/student",
+        "gradient_norm/fake",
+        "latent/std",
+        "latent/diversity",
+        "seconds/data",
+        "seconds/fake",
+        "seconds/student",
+        "memory/peak",
+    ):
+        assert all(name in line for line in lines)
+    assert any(name.startswith("log10_gap/t") for name in lines[0])
+    assert all(0 < line[f"update_ratio/{role}"] < 0.05 for line in lines for role in ("student", "fake"))
+    assert read_run(out).alarms == []
+    assert (out / "samples" / "000000000096.png").exists()
+    assert list((out / "tensorboard").rglob("events*"))
+    assert read_clock(out).seconds > 0
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    records = [checkpoint.load(path)[1] for path in sorted((out / "checkpoints").iterdir())]
+    assert 0 < records[0]["seconds"] < records[1]["seconds"]
+    pipeline = OneStepPipeline.load(out / "student")
+    assert pipeline.spec.images_seen == 96
+    assert pipeline(["a red circle"], [0]).shape == (1, 16, 16, 3)
+    assert (out / "student" / "pytorch_lora_weights.safetensors").exists() is (kind == "lora")
+
+
+def test_a_run_that_lost_its_end_makes_it_again_with_the_same_bits(whole, teacher, prompts, tmp_path):
+    """A kill leaves a checkpoint, and lines of the log after it."""
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "cut")
+    for lost in (checkpoint.latest(out / "checkpoints"), out / "student"):
+        shutil.rmtree(lost)
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert (out / "student" / "onestep.json").exists()
+    assert_same_end(out, undisturbed)
+
+
+@pytest.mark.parametrize("whole", ["full"], indirect=True)
+def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path):
+    kind, undisturbed = whole
+    out = tmp_path / "killed"
+    arguments = command(teacher, prompts, out, f"networks.kind={kind}")
+    process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(process, lambda: checkpoint.latest(out / "checkpoints") is not None)
+    process.kill()
+    process.wait()
+    assert invoke(*arguments).exit_code == 0
+    assert_same_end(out, undisturbed)
+
+
+def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(whole, teacher, prompts):
+    kind, out = whole
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
+    refused = invoke(*command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.clip=2"))
+    assert isinstance(refused.exception, CheckpointError)
+    assert "optimizer.clip = 1.0, not 2" in str(refused.exception)
+    assert "clip: 1.0" in (out / "config.yaml").read_text()
+
+
+def test_a_run_of_another_version_is_named_and_left_alone(teacher, prompts, tmp_path):
+    kept = tmp_path / "config.yaml"
+    kept.write_text("teacher: scenes\nema: 0.9\n")
+    refused = invoke(*command(teacher, prompts, tmp_path, "networks.kind=full"))
+    assert isinstance(refused.exception, CheckpointError)
+    assert "config.yaml is no configuration of this version (unknown key 'ema'" in str(refused.exception)
+    assert "give another --out" in str(refused.exception)
+    assert kept.read_text() == "teacher: scenes\nema: 0.9\n"
+
+
+@pytest.mark.parametrize("older", ["budget", "time"])
+def test_a_run_that_was_killed_before_its_export_does_not_keep_an_older_student(whole, teacher, prompts, older):
+    """Of a smaller budget, or exported on the way."""
+    kind, out = whole
+    record = out / "student" / "onestep.json"
+    after = record.read_text()
+    before = json.loads(after)
+    before["config"]["images"] -= 8 if older == "budget" else 0
+    record.write_text(json.dumps({**before, "images_seen": 8}))
+    if older == "time":
+        os.utime(record, (0, 0))
+    assert read_run(out).state == "stopped"
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert record.read_text() == after
+    assert read_run(out).state == "finished"
+
+
+def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
+    kind, out = whole
+    arguments = ["export", str(out), "--checkpoint", "80", "--dtype", "fp32", "--license", "mit", "--check"]
+    result = invoke(*arguments, "--out", str(tmp_path / "student"))
+    assert "after 80 images" in result.output
+    assert "Stock diffusers makes the same latents" in result.output
+    record = json.loads((tmp_path / "student" / "onestep.json").read_text())
+    assert (record["dtype"], record["images_seen"]) == ("float32", 80)
+    assert record["prompts"] == {"source": "prompts.txt", "count": 5}
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "5 different prompts of `prompts.txt`" in card
+    assert f"kind: {kind}" in card
+    for path in (out / "student", tmp_path / "student"):
+        assert all("/prompts.txt" not in (path / name).read_text() for name in ("onestep.json", "README.md"))
+    weights = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    average, _ = checkpoint.load(out / "checkpoints" / checkpoint.state_name(80), "average")
+    if kind == "full":
+        assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+
+
+def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole, tmp_path):
+    done = invoke("evaluate", "--student", str(whole[1] / "student"), "--picture", str(tmp_path / "picture.png"))
+    assert isinstance(done.exception, SizeError)
+    assert "makes 16 pixels a side" in str(done.exception)
+
+
+def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
+    _, out = whole
+    with pytest.raises(RunError, match="no checkpoint 12; give best, last or the images of one: 80, 96"):
+        export(out, tmp_path / "student", "12")
+    with pytest.raises(RunError, match="is not a run"):
+        export(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_to_stop_learns_it_and_says_so_in_the_status(number):
+    before = signal.getsignal(number)
+    with asked_to_stop() as asked:
+        signal.raise_signal(number)
+        assert signal.getsignal(number) is before  # the second ends at once
+    assert asked == [number]
+    assert stopped(8, asked).exit_code == 128 + number
+
+
+def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
+    out = tmp_path / "interrupted"
+    endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
+    arguments, metrics = command(teacher, prompts, out, *endless), out / "metrics.jsonl"
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    until(process, metrics.exists)
+    refused = invoke(*arguments)
+    assert isinstance(refused.exception, CheckpointError)
+    assert f"another run is writing to {out}" in str(refused.exception)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    images = int(saved.name)
+    assert f"Stopped after {images} images" in said
+    assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
+    assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
+
+
+def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(teacher, prompts, tmp_path):
+    out = tmp_path / "two"
+    endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    first, second = (
+        start(
+            *command(teacher, prompts, out, *endless),
+            env=os.environ
+            | {"ACCELERATE_USE_CPU": "true"}
+            | {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    )
+    until(first, (out / "metrics.jsonl").exists)
+    second.send_signal(signal.SIGTERM)
+    said, silence = first.communicate()[0], second.communicate()[0]
+    assert {first.returncode, second.returncode} == {128 + signal.SIGTERM}
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    assert f"Stopped after {int(saved.name)} images" in said
+    assert silence == ""
+
+
+@pytest.mark.parametrize("whole", ["full"], indirect=True)  # adapters: test_distributed.py
+def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
+    kind, alone = whole
+    out = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "distill.cli", *command(teacher, prompts, out, f"networks.kind={kind}")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "checkpoints" / "000000000096" / "state.json").read_text())
+    assert record["processes"] == 2
+    expected, found = final(alone), final(out)
+    for name, tensor in expected.items():
+        if name.startswith("average/"):
+            torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+    moved = max(
+        (tensor - expected[name.replace("student/", "average/")]).abs().max()
+        for name, tensor in found.items()
+        if name.startswith("student/")
+    )
+    assert moved > 1e-5  # it did learn
+
+
+def test_a_budget_is_shown_in_whole_batches(teacher, prompts, tmp_path):
+    done = invoke(*command(teacher, prompts, tmp_path, "images=13", "cadence.sample=100000"))
+    assert "distilling 16/16" in done.output
+    assert read_run(tmp_path).budget == 16
+
+
+def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):
+    foreign = load_config("scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "stop.patience=1"])
+    with pytest.raises(ConfigError, match=r"stop\.patience counts evaluations"):
+        prepare(foreign, tmp_path / "foreign")
+    assert not (tmp_path / "foreign").exists()
+    prepare(load_config("scenes-debug", ["stop.patience=1"]), tmp_path / "short")
+    assert "stop.patience 1 cannot end this run" in caplog.text
+    caplog.clear()
+    prepare(load_config("scenes-debug", ["stop.patience=1", "cadence.evaluate=32"]), tmp_path / "enough")
+    assert not caplog.text
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
+    import resource
+
+    tensors = {"x": torch.zeros(1000)}
+    checkpoint.save(tmp_path / "000000000001", tensors, {"images": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(CheckpointError, match="make room"):
+            checkpoint.save(tmp_path / "000000000002", {"x": torch.zeros(1 << 20)}, {"images": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.latest(tmp_path) == tmp_path / "000000000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000001"]
+    assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
+
+
+def test_a_full_disk_under_any_command_is_one_sentence(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "distill.cli", "runs", str(tmp_path)]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: [Errno 28] No space left on device; make room and give the same command again, it continues\n"
+    )
+
+
+def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
+    """Where `save` replaces a state of the same name; the next claim gives it its name again."""
+    folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
+    checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
+    folder.rename(folder.with_name(f".{folder.name}.distill-old"))
+    with checkpoint.claimed(tmp_path):
+        assert checkpoint.latest(folder.parent) == folder
+    checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert checkpoint.load(folder)[0]["x"][0] == 1
+
+
+def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path):
+    others = [tmp_path / name for name in (".notes.old", "notes", ".notes.partial", "sub/.x.old", "sub/x")]
+    others += [tmp_path / "checkpoints" / name for name in ("0001-mine/a.txt", "2024/a.txt", f"{1:012d}/a.txt")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    with checkpoint.claimed(tmp_path):
+        write_aside(tmp_path / "notes", "notes")
+        for images in (2, 3, 4):
+            checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(images), {}, {"images": images})
+        checkpoint.prune(tmp_path / "checkpoints", 1)
+    assert [path.read_text() for path in others] == [path.name for path in others]
+    with pytest.raises(CheckpointError, match=r"a\.txt is in the place of a checkpoint"):
+        checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(1), {}, {"images": 1})
+    assert len(checkpoint.states(tmp_path / "checkpoints")) == 2
+
+
+def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_place(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_aside(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    with pytest.raises(FileExistsError), aside(tmp_path / "target") as made:
+        made.mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+@pytest.mark.parametrize(
+    "name", ["student/notes.txt", "student/onestep.json", "metrics.jsonl", "checkpoints/1/a", "best/a", "alarms.jsonl"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_begins_where_it_replaces_nothing(name, begun, teacher, tmp_path):
+    config = load_config("scenes-debug", [f"teacher={teacher}"])
+    if begun:
+        prepare(config, tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if begun and not name.startswith("student"):
+        prepare(config, tmp_path)  # a run's own
+    else:
+        with pytest.raises(OutputError, match=name.partition("/")[0]):
+            prepare(config, tmp_path)
+        assert (tmp_path / "config.yaml").exists() is begun
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error():
+    flush(Path("/proc"))
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    write_aside(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_aside(tmp_path / "a.txt", "new \udcff")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("state.safetensors", "cut off"), ("state.json", "[" * 100_000)])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, content):
+    folder = tmp_path / "000000000001"
+    checkpoint.save(folder, {"x": torch.zeros(1000)}, {"images": 1})
+    (folder / name).write_text(content)
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="000000000001"):
+        checkpoint.load(folder)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.full((9,), images)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    with (newest / "state.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert str(newest) in caplog.text
+    checkpoint.save(newest, {"x": torch.full((9,), 2)}, {"images": 2})
+    assert checkpoint.latest(tmp_path) == newest
+    assert checkpoint.load(newest)[0]["x"][0] == 2
+
+
+@pytest.mark.parametrize("at", [0.3, 0.9])
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x01"])
+def test_a_checkpoint_with_other_bytes_than_were_written_is_passed_over(at, damage, tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.ones(999)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    file = newest / "state.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(int(at * file.stat().st_size))
+        opened.write(damage)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert f"{newest} cannot be read (the checksum of state.safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checksum.*remove it to go on from the one before"):
+        checkpoint.load(newest)
+    record = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps([record]))
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+
+
+def test_a_number_that_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
+    folder = tmp_path / checkpoint.state_name(2)
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(DivergedError, match="average/x is not finite after 2 images"):
+            checkpoint.save(folder, {"average/x": torch.tensor([0.0, bad])}, {"images": 2})
+        assert not folder.exists()
+    checkpoint.save(folder, {"average/x": torch.zeros(2)}, {"images": 2})
+    save_file({"average/x": torch.tensor([0.0, float("nan")])}, folder / "state.safetensors")
+    (folder / "state.json").write_text('{"images": 2}')  # as an earlier version wrote it, without a checksum
+    for part in ("", "average"):
+        with pytest.raises(CheckpointError, match="average/x is not finite"):
+            checkpoint.load(folder, part)
+
+
+def test_a_run_continues_and_exports_without_its_damaged_newest_checkpoint(whole, teacher, prompts, tmp_path):
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "damaged")
+    shutil.rmtree(out / "student")
+    with (out / "checkpoints" / checkpoint.state_name(96) / "state.safetensors").open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\xff" * 64)
+    assert OneStepPipeline.load(export(out)).spec.images_seen == 80
+    with pytest.raises(CheckpointError, match="checksum"):
+        export(out, tmp_path / "student", "96")
+    assert not (tmp_path / "student").exists()
+    assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
+    assert_same_end(out, undisturbed)
+
+
+@pytest.mark.parametrize("form", ["{}/", "./{}", "{}/../{}", "~/{}", "moved"])
+def test_a_teacher_is_known_by_its_files_wherever_it_is(form, whole, teacher, prompts, tmp_path, monkeypatch):
+    kind, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    copy = shutil.copytree(teacher, tmp_path / ("elsewhere" if form == "moved" else teacher.name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = copy.name if form == "moved" else form.format(copy.name, copy.name)
+    again = command(teacher, prompts, out, f"networks.kind={kind}", f"teacher={place}", "images=96")
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    done = invoke(*again)
+    assert done.exit_code == 0, done.output
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before  # the run is finished
+    record = json.loads((export(out, tmp_path / "exported") / "onestep.json").read_text())
+    assert record["name"] == f"{copy.name}-one-step"
+    assert record["teacher_digest"] == read_spec(teacher).digest
+
+
+def test_an_export_takes_the_teacher_s_new_place_and_no_other_teacher(whole, teacher, tmp_path):
+    _, undisturbed = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(teacher), str(tmp_path / "gone")))
+    with pytest.raises(TeacherError, match="name its new place with --teacher"):
+        export(out, tmp_path / "student")
+    done = invoke("export", str(out), "--out", str(tmp_path / "student"), "--teacher", str(teacher))
+    assert done.exit_code == 0, done.output
+    other = make_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="has learnt from another teacher"):
+        export(out, tmp_path / "another", teacher=other)
+    with pytest.raises(CheckpointError, match="has learnt from another teacher"):
+        prepare(read_config(out).model_copy(update={"teacher": str(other)}), out)
+    assert not (tmp_path / "another").exists()
+
+
+def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teacher, prompts, tmp_path):
+    kind, begun = whole
+    full = "networks.kind=full"
+    lora = ("networks.kind=lora", "networks.rank=64")
+    fits = {"full": [full], "lora": lora}[kind]
+    starts = [
+        ((f"start={tmp_path / 'nowhere'}", *fits), "has no checkpoint"),
+        ((f"start={begun}", *{"full": lora, "lora": [full]}[kind]), "has other weights"),
+        ((f"start={begun}", *fits, 'method={"name": "flow_map"}'), "has other weights"),
+        ((f"start={begun / 'student'}", *lora), "only full copies start from"),
+        ((f"start={teacher}", *fits, f"prompts.source={tmp_path / 'nothing.txt'}"), "nothing.txt|only full copies"),
+        ((f"teacher={make_teacher(tmp_path / 'wide', sample_size=12)}", f"start={begun}", *fits), None),
+    ]
+    if kind == "lora":
+        starts += [
+            ((f"start={begun}", "networks.kind=lora", "networks.rank=8"), "has other weights"),
+            ((f"start={begun}", *lora, "networks.alpha=8"), "networks.alpha 64"),
+            ((f"start={begun}", *lora, "networks.targets=[to_q]"), "has other weights"),
+        ]
+    for number, (words, message) in enumerate(starts):
+        config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *words])
+        out = tmp_path / f"run-{number}"
+        if message is None:
+            check_run(config, out)
+            continue
+        with pytest.raises(DistillError, match=message):
+            check_run(config, out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "typo", ["teacher=nowhere", "start=nowhere", "prompts.source=nowhere.txt", "prompts.source=empty", "damaged"]
+)
+def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if typo == "damaged":
+        assert invoke("embed", str(teacher), str(prompts), "--out", "damaged").exit_code == 0
+        (tmp_path / "damaged" / "null.safetensors").write_bytes(b"")
+        typo = "prompts.source=damaged"
+    wrong = invoke(*command(teacher, prompts, tmp_path / "run", typo))
+    assert isinstance(wrong.exception, DistillError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):
+    out = tmp_path / "driven"
+    done = invoke(*command(teacher, prompts, out, "optimizer.student_rate=0.3", "trackers=[]", "images=64"))
+    assert done.exit_code == 0, done.output
+    raised = read_run(out).alarms
+    assert "too-fast" in {alarm.name for alarm in raised}
+    assert len({alarm.name for alarm in raised}) == len(raised)
+    assert all(done.stderr.count(alarm.says) == 1 for alarm in raised)
+    assert "distilling 64/64" in done.stderr
+    assert not (out / "tensorboard").exists()
+
+
+def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(tmp_path):
+    out = tmp_path / "early"
+    values = ("images=4000", "batch=4", "prompts.count=8", "stop.patience=1", "ema_half_life=0", "optimizer.warmup=0",
+              "optimizer.student_rate=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
+    arguments = ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    run = read_run(out)
+    assert run.state == "finished"
+    assert run.images == run.evaluations[-1]["images"] < 4000
+    assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
+    assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
+    before = (out / "student" / "onestep.json").stat().st_mtime_ns
+    assert invoke(*arguments).exit_code == 0
+    assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
+    assert read_run(out).images == run.images
+
+
+@pytest.mark.parametrize(("name", "words"), [("wandb", "pip install wandb"), ("wandbb", "there is no 'wandbb'")])
+def test_a_tracker_that_is_not_there_is_named(name, words, tmp_path):
+    if name == "wandb" and find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ConfigError, match=words):
+        accelerator_for("no", tmp_path, [name])
+
+
+def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
+    wild = ("optimizer.student_rate=1e30", "optimizer.fake_rate=1e30")
+    done = invoke(*command(teacher, prompts, tmp_path / "wild", *wild))
+    assert isinstance(done.exception, DivergedError)
+    assert "lower optimizer." in str(done.exception)
+
+
+def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
+    teacher, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["distill", *command(teacher, prompts, tmp_path)])
+    with checkpoint.claimed(tmp_path), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == os.EX_TEMPFAIL
+    assert "another run is writing" in capsys.readouterr().err
+
+
+def test_seconds_are_a_budget_and_a_method_takes_the_presets_place(teacher, prompts, tmp_path):
+    overrides = ("images=8", "cadence.log=8", "cadence.checkpoint=100000")
+    done = invoke(*command(teacher, prompts, tmp_path, *overrides), "--method", "dmd", "--seconds", "1")
+    assert done.exit_code == 0, done.output
+    speed = json.loads((tmp_path / "speed.json").read_text())["images_per_second"]
+    run = read_run(tmp_path)
+    assert run.config["method"]["name"] == "dmd"
+    assert run.budget == run.images == max(1, int(speed / 8)) * 8
+    assert run.state == "finished"
+    assert not (tmp_path / ".speed").exists()
+
+
+def test_a_run_takes_a_cache_of_prompts_that_others_share(teacher, prompts, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    assert invoke("embed", str(teacher), str(prompts), "--out", str(cache), "--device", "cpu").exit_code == 0
+    done = invoke(*command(teacher, cache, out, "images=16", "cadence.sample=16"))
+    assert done.exit_code == 0, done.output
+    assert not (out / "embeddings").exists()
+    assert (out / "samples" / "000000000016.png").exists()
+    assert json.loads((out / "student" / "onestep.json").read_text())["prompts"] == {"source": "cache", "count": 5}
+    refused = invoke(*command(teacher, cache, tmp_path / "new", "prompts.column=text"))
+    assert isinstance(refused.exception, ConfigError)
+    assert "column 'text' is named, but" in str(refused.exception)
+
+    shutil.rmtree(cache)  # another one in its place
+    other = tmp_path / "other.txt"
+    other.write_text("a red circle\n")
+    assert invoke("embed", str(teacher), str(other), "--out", str(cache), "--device", "cpu").exit_code == 0
+    refused = invoke(*command(teacher, cache, out, "images=32"))
+    assert isinstance(refused.exception, CheckpointError)
+    assert "has learnt from other prompts than it is given now" in str(refused.exception)
+
+
+def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_path):
+    source, out = tmp_path / "prompts.txt", tmp_path / "run"
+    source.write_text(prompts.read_text())
+    assert invoke(*command(teacher, source, out, "images=16")).exit_code == 0
+    kept = (out / "embeddings" / "embeddings.json").read_bytes()
+    source.write_text(prompts.read_text().replace("blue", "red"))
+    for images in (16, 32):
+        refused = invoke(*command(teacher, source, out, f"images={images}"))
+        assert isinstance(refused.exception, CacheError)
+        assert "embeddings was made of other prompts than the source holds now" in str(refused.exception)
+    assert (out / "embeddings" / "embeddings.json").read_bytes() == kept
+    shutil.rmtree(out / "embeddings")
+    refused = invoke(*command(teacher, source, out, "images=32"))  # what was learnt is bound to the old ones
+    assert "has learnt from other prompts" in str(refused.exception)
+
+
+def test_a_run_goes_on_when_its_prompts_are_gone_and_says_so(teacher, prompts, tmp_path, caplog):
+    source, out = tmp_path / "prompts.txt", tmp_path / "run"
+    source.write_text(prompts.read_text())
+    assert invoke(*command(teacher, source, out, "images=16")).exit_code == 0
+    source.unlink()
+    assert invoke(*command(teacher, source, out, "images=32")).exit_code == 0
+    assert f"{source} is not read again; the run goes on with what was encoded" in caplog.text
+    shutil.rmtree(out / "embeddings")
+    refused = invoke(*command(teacher, source, out, "images=48"))
+    assert "no prompt file" in str(refused.exception)
+
+
+def test_a_run_that_has_only_encoded_takes_another_configuration(teacher, prompts, tmp_path):
+    out = tmp_path / "run"
+    first, second = (
+        load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *more])
+        for more in ((), ("optimizer.student_rate=3e-5", "method.alpha=0.5"))
+    )
+    prepare(first, out)
+    list(embed(first, out, torch.device("cpu")))
+    (out / "speed.json").write_text('{"images_per_second": 1.0}')
+    prepare(first, out)
+    assert (out / "speed.json").exists()
+    prepare(second, out)
+    assert not (out / "speed.json").exists()
+    assert list(embed(second, out, torch.device("cpu"))) == []
+    checkpoint.save(out / "checkpoints" / checkpoint.state_name(8), {"x": torch.zeros(1)}, {"images": 8})
+    with pytest.raises(CheckpointError, match="optimizer"):
+        prepare(first, out)

@@ -1,0 +1,107 @@
+"""Two adapters on one base learn exactly as three separate copies would, however the base computes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from parity import CPU, SHAPE, Prompts, asked, assert_same, expected, gradients, shared
+from torch._dynamo.utils import counters
+
+from distill.config import Full, Lora
+from distill.errors import ConfigError
+from distill.methods.base import Velocities
+from distill.models.teacher import load_transformer
+from distill.training.networks import ROLES, FullCopies, build
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("kind", [{}, {"checkpointing": True}, {"attention": "math"}], ids=str)
+def test_one_base_has_the_gradients_of_three_copies(teacher, kind, role):
+    one = shared(teacher, **kind)
+    with one.using(role):
+        assert_same(gradients(asked(one, role), one.trainable(role), role), expected(teacher, role))
+    other = "student" if role == "fake" else "fake"
+    assert all(tensor.grad is None for tensor in one.trainable(other).values())
+    assert all(tensor.requires_grad for role in ROLES for tensor in one.trainable(role).values())
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Compiled forms as torch traces them, without the minutes that code generation takes."""
+    torch.compiler.reset()
+    torch.compiler.set_default_backend("eager")
+    yield
+    torch.compiler.set_default_backend(None)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it, unless it is an error
+def test_compiled_blocks_have_the_same_gradients_and_compile_once(teacher, traced):
+    """In the student's turn, which asks all three roles under checkpointing."""
+
+    def turn(networks):
+        with networks.using("student"):
+            found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
+        for tensor in networks.trainable("student").values():
+            tensor.grad = None
+        return found
+
+    networks = shared(teacher, compile=True, checkpointing=True)
+    assert_same(turn(networks), turn(shared(teacher)))
+    forms = counters["stats"]["unique_graphs"]
+    assert forms > 0
+    turn(networks)
+    assert counters["stats"]["unique_graphs"] == forms  # roles alternate without compiling again
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_full_copies_pass_gradient_on_and_keep_none(teacher, checkpointing):
+    networks = build(teacher, Full(checkpointing=checkpointing), torch.float32, CPU)
+    assert isinstance(networks, FullCopies)
+    found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
+    assert all(tensor.grad is None for tensor in networks.trainable("fake").values())
+    assert all(tensor.requires_grad for tensor in networks.trainable("fake").values())
+
+    copies = [load_transformer(teacher) for _ in range(2)]
+    again = build(teacher, Full(), torch.float32, CPU)
+    plain = [
+        lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
+        for model in copies
+    ]
+    nets = Velocities(again.velocity("student"), *plain, Prompts().null)
+    assert_same(found, gradients(nets, again.trainable("student"), "student"))
+
+
+def test_weights_that_are_held_keep_no_activations(teacher):
+    networks = build(teacher, Full(), torch.float32, CPU)
+    x, t, cond = torch.randn(2, *SHAPE, requires_grad=True), torch.full((2,), 0.5), Prompts().rows([0, 1])
+
+    def kept(velocity):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            velocity(x, t, cond)
+        return sum(sizes)
+
+    assert kept(networks.field("fake")) == kept(networks.field("teacher")) < kept(networks.velocity("fake"))
+
+
+def test_full_copies_are_not_sharded(teacher):
+    with pytest.raises(ConfigError, match=r"networks\.kind full"):
+        build(teacher, Full(), torch.float32, CPU, mesh=object())
+
+
+def test_targets_that_the_teacher_has_not_are_named(teacher):
+    with pytest.raises(ConfigError, match=r"networks\.targets: the teacher has no layer 'to_kk'"):
+        build(teacher, Lora(targets=("to_q", "to_kk")), torch.float32, CPU)
+
+
+def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher):
+    cond = Prompts().rows(range(3))
+    networks = build(teacher, Lora(rank=4, alpha=4), torch.bfloat16, CPU)
+    x, t = torch.randn(3, *SHAPE), torch.tensor([0.2, 0.5, 1.0])
+    expected = networks.velocity("teacher")(x, t, cond)
+    for role in ROLES:
+        torch.testing.assert_close(networks.velocity(role)(x, t, cond), expected)
+        assert {tensor.dtype for tensor in networks.trainable(role).values()} == {torch.float32}
+        assert all(tensor.requires_grad for tensor in networks.trainable(role).values())
+    assert networks.trainable("fake").keys() == networks.trainable("student").keys()

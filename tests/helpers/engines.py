@@ -1,0 +1,71 @@
+"""An engine without HTTP, over workers that simulate."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from service.engine.backend import Simulator
+from service.engine.engine import Engine
+from service.engine.launch import Fleet
+from service.observability.metrics import Metrics
+from service.settings import Settings
+
+
+def run(fleet: Fleet, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
+    """Run a test over an engine that is drained at the end; what it has counted."""
+    metrics = Metrics()
+
+    async def whole() -> None:
+        engine = Engine(fleet, Settings(**settings), metrics)
+        await engine.start()
+        try:
+            await asyncio.wait_for(test(engine), 60)
+        finally:
+            await engine.drain()
+
+    asyncio.run(whole())
+    return metrics
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(f"fgm_{name}", labels) or 0.0
+
+
+async def make(engine: Engine, seed: int, prompt: str = "a", model: str = "simulator", **options):
+    (image,) = await engine.generate(model, prompt, [seed], 64, 64, **options)
+    return image
+
+
+def is_of(image, seed: int) -> bool:
+    return np.array_equal(image.pixels[0, 0], np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8))
+
+
+def is_whole(image, seed: int) -> bool:
+    """Whether every pixel is that of the seed."""
+    return is_of(image, seed) and bool((image.pixels == image.pixels[0, 0]).all())
+
+
+class Gate(Simulator):
+    """Lets nothing but the warm-up through until it is opened, and keeps what it was asked for."""
+
+    def __init__(self, **options):
+        super().__init__(0, 0, **options)
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.prompts, self.seeds = [], []
+        self.slow = 0.0  # seconds of a batch, the warm-up's too
+
+    def holds(self, prompts, seeds) -> bool:
+        """Whether this batch waits."""
+        return not prompts[0].startswith("warm-up")
+
+    def denoise(self, conditions, seeds, width, height):
+        if self.holds(conditions, seeds):
+            self.prompts += conditions
+            self.seeds += seeds
+            self.entered.set()
+            assert self.open.wait(60)
+        time.sleep(self.slow)
+        return super().denoise(conditions, seeds, width, height)

@@ -1,0 +1,128 @@
+"""Gradients of one base with adapters, as one process or two find them.
+
+As a script it is one of two processes: `torchrun --nproc-per-node 2 parity.py TEACHER OUT` leaves in OUT what
+each form finds on its half of the images, averaged, and two runs of the trainer.
+"""
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+
+from distill.config import Lora, Run, load_config
+from distill.errors import ConfigError
+from distill.methods.base import Batch, Velocities
+from distill.methods.fgm import Config
+from distill.methods.policies import Guidance
+from distill.models.text import TextCondition
+from distill.philox import Draw
+from distill.training import trainer
+from distill.training.networks import ROLES, SharedBase, build
+
+CPU = torch.device("cpu")
+SHAPE = (4, 8, 8)
+METHOD = Config(guidance=Guidance(teacher=3.0, fake="alike"))
+IMAGES = 4
+
+
+class Prompts:
+    """Conditions of the tiny teacher's shape."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        made = (torch.randn(8, *shape, generator=generator) for shape in ((8, 48), (40,)))
+        self._all = TextCondition(*made)
+        self.null = self._all[0]
+
+    def __len__(self) -> int:
+        return 7
+
+    def rows(self, indices):
+        return self._all[torch.tensor(list(indices)) + 1]
+
+
+def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
+    """A base with adapters that matter, and differ: they would start as zero maps."""
+    torch.manual_seed(0)
+    networks = build(teacher, Lora(rank=4, alpha=8, **kind), torch.float32, CPU, ROLES, mesh=mesh)
+    for role in ROLES:
+        for tensor in networks.trainable(role).values():
+            tensor.data += 0.05 * torch.randn(tensor.shape)
+    return networks
+
+
+def asked(networks, role: str) -> Velocities:
+    """As the trainer asks in a turn of `role`."""
+    fields = {
+        name: networks.velocity(name) if name == role else networks.field(name)
+        for name in ("student", "teacher", "fake")
+    }
+    return Velocities(**fields, null=Prompts().null)
+
+
+def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> dict[str, torch.Tensor]:
+    """Of the FGM loss of a turn of `role` over some images; what is left in place afterwards."""
+    turn = {turn.role: turn for turn in METHOD.turns()}[role]
+    draw = Draw(0, role, images)
+    turn.loss(nets, Batch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
+    return {name: tensor.grad for name, tensor in trainable.items()}
+
+
+def run(**more) -> Run:
+    """Four rounds of the trainer, a checkpoint after each second one."""
+    sets = {"batch": IMAGES, "images": 4 * IMAGES, "cadence.checkpoint": 2 * IMAGES, "optimizer.warmup": 0, **more}
+    return load_config("scenes-debug", [f"{key}={value}" for key, value in sets.items()])
+
+
+def main(teacher: Path, out: Path) -> None:
+    """One of two processes."""
+    accelerator = Accelerator(cpu=True)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mesh = init_device_mesh("cpu", (world,))
+    half = range(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    for form, sharded in (("whole", None), ("sharded", mesh)):
+        for checkpointing in (False, True):
+            networks = shared(teacher, sharded, checkpointing=checkpointing)
+            for role in ROLES:
+                with networks.using(role):
+                    found = gradients(asked(networks, role), networks.trainable(role), role, half)
+                trainer._average_gradients(list(networks.trainable(role).values()), accelerator)
+                if rank == 0:
+                    save_file(found, out / f"{form}-{checkpointing}-{role}.safetensors")
+                for tensor in networks.trainable(role).values():
+                    tensor.grad = None
+    held = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in networks._model.parameters())
+    (out / f"held-{rank}").write_text(str(held))
+    try:
+        trainer.check(run(batch=3), accelerator)
+    except ConfigError as error:
+        (out / "refused").write_text(str(error))
+
+    for form, sharded, rounds in (("whole", None, 2), ("sharded", mesh, 4)):
+        networks = shared(teacher, sharded)
+        steps = trainer.train(run(), out / form, networks, Prompts(), [SHAPE], accelerator)
+        for progress in islice(steps, rounds):
+            progress.generate(Prompts().null, torch.zeros(1, *SHAPE))
+    accelerator.end_training()
+
+
+def expected(teacher, role):
+    """Of three models with storage of their own, each asked for one role only."""
+    a, b, c = (shared(teacher) for _ in range(3))
+    nets = Velocities(c.velocity("student"), a.velocity("teacher"), b.velocity("fake"), Prompts().null)
+    return gradients(nets, {"fake": b, "student": c}[role].trainable(role), role)
+
+
+def assert_same(found, gradients):
+    assert found.keys() == gradients.keys()
+    assert len(found) > 20
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,53 @@
+"""A real server on a free port of the loopback, in a thread of its own, and what its metrics say."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import httpx
+import uvicorn
+
+from service.http.protocol import Protocol
+from service.http.server import uvicorn_config
+
+
+@contextlib.contextmanager
+def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
+    """The app behind uvicorn; yields its base URL, and drains it at the end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn_config(app, app.state.service.settings, protocol))
+    started = threading.Event()
+    startup = server.startup
+
+    async def announced(sockets=None):
+        await startup(sockets)
+        started.set()
+
+    server.startup = announced
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert started.wait(60)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """A metric's value, summed over the labels that are not given."""
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    total = 0.0
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        sample, _, value = line.rpartition(" ")
+        if sample.split("{")[0] == f"fgm_{name}" and all(label in sample for label in wanted):
+            total += float(value)
+    return total
+
+
+def until(condition) -> None:
+    """Poll a server until something has come true in it; fails after many tries."""
+    pause = threading.Event()
+    assert any(condition() or pause.wait(0.02) for _ in range(3000))

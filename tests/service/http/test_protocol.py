@@ -1,0 +1,256 @@
+"""What a client does outside of bodies: heads too large or too slow, no HTTP at all, answers that it does not take."""
+
+import contextlib
+import json
+import socket
+
+import httpx
+import pytest
+from running import metric, serving, until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.launch import local
+from service.http.protocol import Protocol
+from service.settings import Settings
+
+LINE = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
+LIMIT = Protocol.max_head_bytes
+
+
+class Hasty(Protocol):
+    """Waits for nobody; long enough for a client on a busy machine."""
+
+    head_seconds = 1.0
+    stall_seconds = 0.5
+
+
+@pytest.fixture(scope="module")
+def patient():
+    with serving(create_app(Settings(data=None), local(Simulator(0, 0)))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=2)
+    with serving(create_app(settings, local(Simulator(0, 0))), Hasty) as url:
+        yield url
+
+
+def dial(url: str) -> socket.socket:
+    address = httpx.URL(url)
+    return socket.create_connection((address.host, address.port), timeout=30)
+
+
+def rest(line: socket.socket) -> bytes:
+    """All that comes until the server hangs up."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := line.recv(1 << 16):
+            said += piece
+    return said
+
+
+def refused(said: bytes, status: int) -> dict:
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id: req_" in head
+    assert b"connection: close" in head
+    return json.loads(body)["error"]
+
+
+def hung_up(url: str, reason: str) -> float:
+    return metric(url, "hung_up_connections_total", reason=reason)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        LINE + b"x: " + b"a" * LIMIT + b"\r\n\r\n",
+        LINE + b"x: y\r\n" * LIMIT + b"\r\n",
+        LINE + b"x: " + b"a" * 4 * LIMIT,  # which never ends
+        b"GET /healthz?" + b"a" * LIMIT + b" HTTP/1.1\r\n\r\n",
+        b"POST /v1/models HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * LIMIT + b"\r\n",
+    ],
+    ids=["one", "many", "endless", "path", "trailers"],
+)
+def test_a_head_over_the_limit_is_refused(patient, head):
+    with dial(patient) as line:
+        with contextlib.suppress(ConnectionError):
+            line.sendall(head)
+        said = rest(line)
+    if said:  # what the server has not read may take its answer with it
+        assert b" 431 " in said
+    assert httpx.get(f"{patient}/healthz", headers={"x": "a" * (LIMIT - 1000)}).status_code == 200
+
+
+def test_a_refused_head_has_an_error_object(patient):
+    with dial(patient) as line:
+        before = hung_up(patient, "head_too_large")
+        line.sendall(LINE + b"x: " + b"a" * (LIMIT + 1) + b"\r\n\r\n")
+        assert "65536 bytes" in refused(rest(line), 431)["message"]
+        assert hung_up(patient, "head_too_large") == before + 1
+
+
+@pytest.mark.parametrize("text", [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"])
+def test_what_is_no_http_is_told_so(patient, text):
+    with dial(patient) as line:
+        before = hung_up(patient, "invalid_http")
+        line.sendall(text)
+        assert refused(rest(line), 400)["code"] == "invalid_http"
+        assert hung_up(patient, "invalid_http") == before + 1
+
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+OFFERS = {
+    "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAAAA\r\n",
+    "tls": b"connection: upgrade\r\nupgrade: TLS/1.3, HTTP/2.0\r\n",
+    "websocket": b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n",  # of a POST
+    "none": b"",
+}
+BODY = json.dumps({"prompt": "a", "seed": 7}).encode()
+FRAMED = {
+    "length": b"content-length: %d\r\n\r\n" % len(BODY) + BODY,
+    "chunked": b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY + b"\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("framed", FRAMED)
+@pytest.mark.parametrize("offer", OFFERS)
+def test_an_offer_of_another_protocol_is_ignored(patient, offer, framed):
+    request = HEAD + OFFERS[offer] + FRAMED[framed]
+    with dial(patient) as line:
+        line.sendall(request + request + LINE + b"connection: close\r\n\r\n")
+        answers = rest(line)
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == 3
+    assert answers.count(b'"seed":7') == 2
+
+
+def test_a_body_that_comes_after_its_head_and_an_offer_is_read(patient):
+    head, body = (HEAD + b"expect: 100-continue\r\n" + OFFERS["h2c"] + FRAMED["length"]).split(b"\r\n\r\n")
+    with dial(patient) as line:
+        line.sendall(head.replace(b"Upgrade,", b"Upgrade, close,") + b"\r\n\r\n")
+        assert line.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.sendall(body)
+        assert rest(line).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_tunnel_is_refused(patient):
+    with dial(patient) as line:
+        line.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost:80\r\n\r\n")
+        assert refused(rest(line), 400)["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [b"[::1", b"[zz]", b"::1]", b"a b", b"a/b", b"a@b", b"a:b", b"a:999999", b"\xff", b"localhost\r\nhost: localhost"],
+)
+@pytest.mark.parametrize("path", [b"/healthz", b"/v1/models", b"/v1/nothing"])
+def test_a_broken_host_is_refused(patient, host, path):
+    with dial(patient) as line:
+        line.sendall(b"GET %s HTTP/1.1\r\nconnection: close\r\nhost: %s\r\n\r\n" % (path, host))
+        head, _, body = rest(line).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_host"
+
+
+SHAKE = b"connection: Upgrade\r\nupgrade: websocket\r\n"
+SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PEA=="
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"host: [::1",
+        b"host: [zz]:1",
+        b"host: localhost\r\nhost: localhost",
+        b"host: localhost\r\norigin: http://[::1",
+        b"host: localhost\r\norigin: http://[zz]",
+        b"host: localhost\r\norigin: \xff",
+        b"host: localhost\r\norigin: ",
+    ],
+)
+def test_a_websocket_of_a_broken_host_or_origin_is_refused(patient, headers):
+    with dial(patient) as line:
+        line.sendall(b"GET /v1/realtime/images HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (headers, SHAKE))
+        assert rest(line).startswith(b"HTTP/1.1 403 ")
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "http://[zz]:1", "http://a:b", "\xff", "", "null"])
+def test_a_broken_origin_is_a_foreign_one(patient, origin):
+    refused = httpx.get(f"{patient}/v1/models", headers={"origin": origin.encode("latin-1")})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(patient):
+    settings = Settings(data=None, keep_alive_seconds=1)
+    assert Settings(data=None).keep_alive_seconds > 60  # proxies keep theirs for so long
+    with serving(create_app(settings, local(Simulator(0, 0)))) as url, dial(url) as line, dial(patient) as longer:
+        head = LINE.replace(b"GET", b"HEAD") + b"\r\n"  # whose answer comes as one piece
+        for each in (line, longer):
+            each.sendall(head)
+            assert each.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert rest(line) == b""
+        longer.sendall(head)
+        assert longer.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/files", "multipart/form-data; boundary=x"), ("/v1/images/generations", "application/json")]
+)
+def test_a_client_that_leaves_during_its_upload_is_no_failure(hasty, caplog, path, kind):
+    before = metric(hasty, "requests_total", status="499")
+    with caplog.at_level("INFO"):
+        with dial(hasty) as line:
+            line.sendall(
+                f"POST {path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
+                f"content-type: {kind}\r\ncontent-length: 1000\r\n\r\n".encode()
+            )
+            assert line.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            line.sendall(b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\na')
+        until(lambda: metric(hasty, "requests_total", status="499") == before + 1)
+        until(lambda: f"POST {path} 499" in caplog.text)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_a_head_that_does_not_end_is_not_waited_for(hasty):
+    with dial(hasty) as line:
+        line.sendall(LINE)
+        assert "within 1 s" in refused(rest(line), 408)["message"]
+    assert hung_up(hasty, "head_too_slow") == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"\r\n"])
+def test_a_connection_that_asks_nothing_is_closed(hasty, said):
+    with dial(hasty) as line:
+        line.sendall(said)
+        assert rest(line) == b""
+
+
+def test_bytes_behind_an_answer_are_not_waited_for(hasty):
+    with dial(hasty) as line:
+        line.sendall(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
+        assert line.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        line.sendall(b"a")
+        assert rest(line) == b""
+
+
+def test_a_websocket_lasts(hasty):
+    with connect(hasty.replace("http", "ws") + "/v1/realtime/images") as session:
+        with pytest.raises(ConnectionClosed) as closed:
+            session.recv(30)
+        assert closed.value.rcvd.code == 1000  # after two seconds, by the session itself
+
+
+def test_an_answer_that_nobody_takes_is_given_up(hasty):
+    size = 24 << 20
+    file = {"file": ("large.jsonl", bytes(size)), "purpose": (None, "batch")}
+    uploaded = httpx.post(f"{hasty}/v1/files", files=file, timeout=60).json()
+    with dial(hasty) as line:
+        line.sendall(f"GET /v1/files/{uploaded['id']}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        until(lambda: metric(hasty, "requests_total", route="/v1/files/{file_id}/content") == 1)
+        assert len(rest(line)) < size
+    assert hung_up(hasty, "answer_not_taken") == 1

@@ -1,0 +1,387 @@
+"""Distillation jobs by the real client, from a file of prompts to an image of the student; and on bad days."""
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import browser
+import numpy as np
+import openai
+import psutil
+import pytest
+from engines import run
+from fine_tuning import ENDLESS, SERVE, TINY, made, server, submit, told, until, upload
+from PIL import Image
+from receiver import SECRET, receiving
+from running import serving
+
+from distill.pipeline import OneStepPipeline
+from service.app import create_app
+from service.engine.backend import Simulator
+from service.engine.engine import Engine
+from service.engine.launch import local
+from service.http.keys import Key
+from service.jobs.fine_tuning.students import Students, student_folder
+from service.jobs.jobs import Jobs
+from service.jobs.tables import File, Job
+from service.settings import Settings
+
+KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
+
+
+@contextlib.contextmanager
+def killed_server(data: Path, teachers: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """A server in a process of its own, which ends by SIGKILL; its id and URL."""
+    given = {"SERVICE_TEACHERS": json.dumps(teachers), "SERVICE_JOB_SILENCE_SECONDS": "1", "SERVICE_JOB_NICE": "0"}
+    command = [*SERVE, "--data", str(data)]
+    with subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield process.pid, url
+        finally:
+            process.kill()
+
+
+def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
+    answer = client.images.generate(model=model, prompt="a red circle", extra_body={"seed": 7})
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+
+
+def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_killed(teacher, tmp_path, connect, subtests):
+    data, teachers = tmp_path / "data", {"tiny": str(teacher)}
+    with killed_server(data, teachers) as (process, url):
+        client = connect(url)
+        why = {"why": "test", '"a".b\\[0]': "é"}
+        job = submit(client, upload(client), TINY, suffix="mine", seed=3, metadata=why)
+        assert (job.status, job.result_files) == ("validating_files", [])
+        assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, why)
+        assert job.method.distillation["preset"] == "scenes-debug"
+        until(client, job, lambda job: job.images_seen)
+        (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
+        run.kill()
+        until(client, job, lambda job: any("status 137" in message for message in told(client, job)))
+        seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
+        until(client, job, lambda job: job.images_seen > seen)
+
+    with receiving(200) as receiver:
+        webhooks = [{"url": receiver.url, "secret": SECRET}]
+        with server(data, teachers, webhooks=webhooks) as url:
+            client = connect(url)
+            job = until(client, job, lambda job: job.status == "succeeded")
+            assert job.fine_tuned_model == f"ft:tiny:mine:{job.id.removeprefix('ftjob-')}"
+            assert (job.images_seen, job.images_total, job.error) == (480, 480, None)
+            assert job.finished_at >= job.created_at
+            model = client.models.retrieve(job.fine_tuned_model)
+            student = OneStepPipeline.load(data / "distillations" / job.id / "run" / "student")
+            image = pixels(client, model.id)
+            assert np.array_equal(image, student(["a red circle"], [7]).numpy()[0])
+
+            events = client.fine_tuning.jobs.list_events(job.id, limit=25)  # in pages
+            steps = [event.data["step"] for event in events if event.type == "metrics"]
+            assert steps == list(range(480, 0, -8))  # each line once, the newest first
+            checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+            assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
+            assert checkpoints[0].metrics.gap > 0
+            assert client.fine_tuning.jobs.list(metadata=why).data[0].id == job.id
+            for pair in ({"why": "other"}, {'a"b': "c"}):
+                assert client.fine_tuning.jobs.list(metadata=pair).data == []
+            for pairs in ({"\0": ""}, {"why": "\0"}, {str(number): "" for number in range(17)}):
+                with pytest.raises(openai.BadRequestError, match="16 pairs") as refused:
+                    client.fine_tuning.jobs.list(metadata=pairs)
+                assert refused.value.param == "metadata"
+
+            (results,) = (client.files.retrieve(name) for name in job.result_files)
+            assert (results.purpose, results.filename) == ("fine-tune-results", f"{job.id}_results.csv")
+            rows = list(csv.DictReader(io.StringIO(client.files.content(results.id).text)))
+            assert [int(row["step"]) for row in rows if row["gap"]] == list(range(8, 481, 8))
+            assert float(rows[-1]["gap"]) == checkpoints[0].metrics.gap
+
+            receiver.wait(1)
+            headers, body = receiver.told[0]
+            event = client.webhooks.unwrap(body, headers, secret=SECRET)
+            assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
+    with server(data, teachers) as url:
+        client = connect(url)
+        assert np.array_equal(pixels(client, model.id), image)
+        with subtests.test("its pages"):
+            _pages_show(job, model.id, url)
+        assert client.models.delete(model.id).deleted
+        for ask in (client.models.retrieve, client.models.delete):
+            with pytest.raises(openai.NotFoundError):
+                ask(model.id)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        assert (job.status, job.fine_tuned_model) == ("succeeded", None)
+
+
+def _pages_show(job, model: str, url: str) -> None:
+    """The Jobs page tells of the job, its curves and its grid; the playground draws by its student."""
+    if not browser.available:
+        pytest.skip(browser.NEEDED)
+    with browser.browsing() as page:
+        page.driver.get(f"{url}/jobs")
+        page.until(lambda: page.find("#one .succeeded"))
+        assert job.id in page.text("#name")
+        page.until(lambda: page.find("#grid img") and page.find("#grid img")[0].get_property("naturalWidth"))
+        assert len(page.find("#curves svg")) >= 3
+        assert "480" in page.text("#checkpoints")
+        page.find("#actions a")[0].click()
+        page.until(lambda: page.find("#model option") and page.find("#model")[0].get_property("value") == model)
+        page.find("#prompt")[0].send_keys("a red circle")
+        page.until(lambda: page.find("#images img"))
+        assert page.errors() == []
+
+
+@browser.needed
+def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
+    with server(tmp_path, {"tiny": str(teacher)}) as url, browser.browsing() as page:
+        page.driver.get(f"{url}/jobs")
+        page.until(lambda: page.find("#none")[0].is_displayed())
+        page.find("#form summary")[0].click()
+        page.find("#model")[0].clear()
+        filled = {
+            "model": "tiny",
+            "prompts": "a red circle\na blue square",
+            "budget": "1000000",
+            "preset": "scenes-debug",
+        }
+        for field, text in filled.items():
+            page.find(f"#{field}")[0].send_keys(text)
+        page.find("#form button.main")[0].click()
+        page.until(lambda: page.find("#one .running"))
+        assert page.find("#bar")[0].is_displayed()
+        (cancel,) = (button for button in page.find("#actions button") if button.text == "Cancel")
+        cancel.click()
+        page.until(lambda: page.find("#one .cancelled"))
+        page.until(lambda: "The job is cancelled." in page.text("#events"))
+        assert not page.find("#actions button")
+        assert [head.text for head in page.find("#jobs .pill")] == ["cancelled"]
+
+
+def _distils(process: psutil.Process) -> bool:
+    words = process.cmdline()
+    return "distill.cli" in words and "service.jobs.fine_tuning.leash" not in words
+
+
+def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
+    with server(tmp_path, {"tiny": str(teacher)}, jobs_per_key=3) as url:
+        client = connect(url)
+        jobs = client.fine_tuning.jobs
+        file = upload(client)
+        first = submit(client, file, ENDLESS)
+        until(client, first, lambda job: job.status == "running")
+        second, third = (submit(client, file, ENDLESS) for _ in range(2))
+        with pytest.raises(openai.RateLimitError, match="3 jobs") as refused:
+            submit(client, file, ENDLESS)
+        assert refused.value.code == "job_quota_exceeded"
+        assert [job.id for job in jobs.list(limit=1)] == [third.id, second.id, first.id]
+        assert jobs.pause(second.id).status == "paused"
+        assert jobs.resume(second.id).status == "queued"
+        assert [jobs.cancel(each.id).status for each in (second, third)] == ["cancelled"] * 2
+        with pytest.raises(openai.BadRequestError, match="cancelled already"):
+            jobs.resume(third.id)
+
+        until(client, first, lambda job: job.images_seen and job.estimated_finish)
+        jobs.pause(first.id)
+        paused = until(client, first, lambda job: job.status == "paused")
+        assert paused.estimated_finish is None
+        assert [each.step_number for each in jobs.checkpoints.list(first.id)] == [paused.images_seen]
+        assert jobs.resume(first.id).status == "queued"
+        until(client, first, lambda job: job.images_seen > paused.images_seen)
+        jobs.cancel(first.id)
+        until(client, first, lambda job: job.status == "cancelled")
+        assert told(client, first)[0] == "The job is cancelled."
+        assert len(list(client.models.list())) == 1
+
+        for text in ('"a red circle"\n{"caption"', '"a red circle"\n' + "[" * 100_000):
+            job = submit(client, upload(client, text), TINY)
+            error = until(client, job, lambda job: job.status == "failed").error
+            assert (error.code, error.param) == ("invalid_training_file", "training_file")
+            assert error.message.startswith("prompts.jsonl line 2 is not JSON")
+            assert "The job runs." not in told(client, job)
+    assert not (tmp_path / "distillations" / first.id).exists()
+
+
+def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
+    url = serve(data=tmp_path, api_keys=KEYS)
+    ann, bob = (connect(url, key) for key in KEYS)
+    jobs = Jobs(tmp_path, Settings())
+    made(jobs, 1, "succeeded", owner=Key.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
+    student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
+    student.mkdir(parents=True)
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
+    for client, model in ((bob, "ft:tiny::1"), (ann, "simulator")):
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            client.models.delete(model)
+        assert refused.value.code == "not_your_model"
+    with pytest.raises(openai.NotFoundError):
+        ann.models.delete("ft:tiny::2")
+    assert ann.models.delete("ft:tiny::1").deleted
+    assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model is None
+    now = int(time.time())
+    for moment, left in ((now, True), (now + 61, False)):
+        jobs.tuning._distiller.remove_deleted(moment)
+        assert student.exists() == left
+    jobs.database.close()
+
+
+@pytest.fixture
+def jobs(tmp_path) -> Iterator[Jobs]:
+    """Jobs whose workflows are called by hand, and of which `made` has put some there."""
+    jobs = Jobs(tmp_path, Settings(job_students=2))
+    jobs.database.migrate()
+    yield jobs
+    jobs.database.close()
+
+
+def test_the_students_made_last_are_served_whenever_their_jobs_were(jobs):
+    made(jobs, 1, "succeeded", fine_tuned_model="paused for long", finished_at=90)
+    made(jobs, 2, "succeeded", fine_tuned_model="first", finished_at=20)
+    made(jobs, 3, "succeeded", fine_tuned_model="second", finished_at=30)
+    assert jobs.students._newest().keys() == {"paused for long", "second"}
+    made(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
+    assert jobs.students._newest().keys() == {"paused for long", "about to end"}
+
+
+def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_say_so(jobs):
+    record = "onestep.json"
+    for number in (1, 2):
+        name = made(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
+        student_folder(jobs.folder, name).mkdir()
+    (student_folder(jobs.folder, name) / record).write_text(json.dumps({"name": "any"}))
+    now = 0.0
+    students = Students(jobs.database, jobs.folder, 2, lambda: now)
+
+    def events() -> list[tuple[str, str]]:
+        return [(event.level, event.message) for event in jobs.tuning.events("ann", "ftjob-1", None, 10)[0]]
+
+    async def test(engine: Engine) -> None:
+        nonlocal now
+        await students.start(engine)
+        assert [*engine.cards] == ["simulator", "student 2"]  # one that fails keeps no other from its place
+        ((level, message),) = events()
+        assert level == "warn"
+        assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
+        assert str(jobs.folder) not in message
+        folder = student_folder(jobs.folder, "ftjob-1")
+        pauses = []
+        for _ in range(9):  # each pause is twice the one before, up to the longest
+            pauses.append(students._failures["student 1"].pause)
+            now += pauses[-1]
+            await students._sync()
+        assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+        assert len(events()) == 1  # the same reason again is told once
+        (folder / record).write_text(json.dumps({"name": "any"}))
+        await students._sync()
+        assert "student 1" not in engine.cards  # its next attempt is not due yet
+        now += 600
+        await students._sync()
+        assert "student 1" in engine.cards
+        assert events()[0] == ("info", "The student is loaded and served now.")
+        await students.stop()
+
+    run(local(Simulator()), test)
+
+
+def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
+    for number, status in enumerate(("cancelled", "failed")):
+        name = made(jobs, number, "running", fine_tuned_model="made before the server died")
+        with jobs.database.begin() as session:
+            jobs.tuning._distiller.end(session, session.get_one(Job, name), status, "It ends.")
+        assert jobs.tuning.get("ann", name).fine_tuned_model is None
+    assert jobs.students._newest() == {}
+
+
+def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_at_its_next_start(jobs):
+    names = [made(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
+    for name in names:
+        jobs.tuning._distiller._run(f"{name}.0")
+    left = [path.relative_to(jobs.folder / "distillations") for path in jobs.folder.glob("distillations/**/*/")]
+    assert {str(path) for path in left} >= {f"{names[0]}/run", f"{names[2]}/run/checkpoints"}
+    assert not {f"{names[0]}/run/checkpoints", names[1]} & {str(path) for path in left}
+
+
+def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
+    name = made(jobs, 1, "validating_files")
+    facts = {"owner": "ann", "purpose": "fine-tune", "bytes": 1, "created_at": 1}
+    with jobs.database.begin() as session:
+        session.add(File(id="file-1", filename="prompts.txt\0", **facts))  # no path can hold it
+    jobs.tuning._distiller._validate(f"{name}.files")
+    job = jobs.tuning.get("ann", name)
+    assert (job.status, job.error["code"]) == ("failed", "server_error")
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory) -> Iterator[str]:
+    """A server with two keys, a bound to budgets, and a teacher that is gone: the one of this process from here on."""
+    folder = tmp_path_factory.mktemp("refusing")
+    teachers = {"tiny": str(folder), "gone": "/nowhere"}
+    settings = Settings(data=folder, teachers=teachers, api_keys=KEYS, max_job_images=1000)
+    with serving(create_app(settings, local(Simulator()))) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"model": "gone"}, openai.NotFoundError, "model"),
+        ({"distillation": {"preset": "scenes", "rnak": 8}}, openai.BadRequestError, "distillation.rnak"),
+        ({"distillation": {"preset": "../../x"}}, openai.BadRequestError, "distillation.preset"),
+        ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),
+        ({"distillation": {"images": 8, "seconds": 8.0}}, openai.BadRequestError, "distillation"),
+        ({"distillation": {"preset": "scenes"}}, openai.BadRequestError, "distillation"),
+        ({"distillation": {"preset": "scenes", "images": 1001}}, openai.BadRequestError, "distillation.images"),
+        ({"distillation": {"preset": "scenes", "seconds": 8.0}}, openai.BadRequestError, "distillation.seconds"),
+        ({"distillation": {"preset": "scenes", "images": 8, "batch": 9}}, openai.BadRequestError, "distillation.batch"),
+        ({"hyperparameters": {"n_epochs": 3}}, openai.BadRequestError, "hyperparameters.n_epochs"),
+        (
+            {"distillation": {"preset": "scenes", "batch": 8}, "hyperparameters": {"batch_size": 4}},
+            openai.BadRequestError,
+            "batch_size",
+        ),
+        (
+            {
+                "hyperparameters": {"batch_size": 4},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8}}},
+            },
+            openai.BadRequestError,
+            "hyperparameters",
+        ),
+        ({"steps": 3}, openai.BadRequestError, "steps"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect, fields, error, param):
+    client = connect(refusing, KEYS[0])
+    given = {"model": "tiny", "distillation": {"preset": "scenes", "images": 1000}, "training_file": None} | fields
+    given["training_file"] = given["training_file"] or upload(client)
+    with pytest.raises(error) as refused:
+        client.post("/fine_tuning/jobs", body=given, cast_to=object)
+    assert refused.value.param == param
+
+
+def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
+    client = connect(refusing, KEYS[0])
+    knobs = {"preset": "scenes", "images": 1000}
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        submit(client, upload(client, purpose="batch"), knobs)
+    for name in ("prompts.png", "prompts.jsonl.gz", "prompts"):
+        with pytest.raises(openai.BadRequestError, match=r"\.jsonl"):
+            submit(client, upload(client, name=name), knobs)
+    with pytest.raises(openai.NotFoundError):
+        submit(connect(refusing, KEYS[1]), upload(client), knobs)
+
+
+@pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
+def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call):
+    for name in ("ftjob-none", "x\0y", "ö"):
+        with pytest.raises(openai.NotFoundError):
+            getattr(connect(refusing, KEYS[1]).fine_tuning.jobs, call)(name)

@@ -1,0 +1,150 @@
+"""Models loaded and unloaded by their administrator, over HTTP."""
+
+import base64
+import io
+import json
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from service import cli
+from service.errors import StartError
+from service.http.keys import KeyFile
+
+
+@pytest.fixture
+def students(tmp_path):
+    for name in ("one", "two", "none"):
+        (tmp_path / "students" / name).mkdir(parents=True)
+    for name in ("one", "two"):
+        (tmp_path / "students" / name / "onestep.json").write_text(json.dumps({"name": f"student-{name}"}))
+    (tmp_path / "onestep.json").write_text(json.dumps({"name": "outside"}))
+    return tmp_path / "students"
+
+
+def test_a_student_comes_serves_and_goes(serve, connect, students):
+    url = serve(students=students)
+    models = f"{url}/v1/admin/models"
+    listed = httpx.get(models).json()
+    assert [model["id"] for model in listed["data"]] == ["simulator"]
+    assert listed["data"][0]["sizes"] == ["64x64", "128x64"]
+    assert listed["folders"] == ["one", "two"]
+    assert httpx.post(models, json={"folder": "one"}).json()["id"] == "student-one"
+    assert httpx.post(models, json={"folder": "two", "name": "ft:a:b:1"}).json()["id"] == "ft:a:b:1"
+    client = connect(url)
+    assert [model.id for model in client.models.list()] == ["simulator", "student-one", "ft:a:b:1"]
+    assert client.images.generate(prompt="a", model="ft:a:b:1", extra_body={"seed": 1}).data[0].seed == 1
+    assert httpx.delete(f"{models}/ft:a:b:1").json() == {"id": "ft:a:b:1", "object": "model", "deleted": True}
+    assert [model.id for model in client.models.list()] == ["simulator", "student-one"]
+
+
+def test_an_adapter_comes_is_asked_for_and_goes(serve, connect, students):
+    (students / "none" / "pytorch_lora_weights.safetensors").touch()
+    url = serve(students=students)
+    assert httpx.get(f"{url}/v1/admin/models").json()["adapter_folders"] == ["none"]
+    adapter = {"model": "simulator", "folder": "none", "name": "style"}
+    assert httpx.post(f"{url}/v1/admin/adapters", json=adapter).json()["adapters"] == ["style"]
+    client = connect(url)
+    styled = client.images.generate(prompt="a", extra_body={"seed": 1, "lora": {"name": "style", "scale": 0.5}})
+    plain = client.images.generate(prompt="a", extra_body={"seed": 501})
+    assert styled.data[0].seed == 1
+    assert pixel(styled) == pixel(plain)  # as a simulator has it
+    gone = httpx.delete(f"{url}/v1/admin/adapters/style", params={"model": "simulator"})
+    assert gone.json() == {"id": "style", "object": "adapter", "deleted": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", extra_body={"lora": {"name": "style"}})
+    assert (caught.value.param, caught.value.code) == ("lora.name", "adapter_not_found")
+
+
+def pixel(answer):
+    return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"folder": "none"}, "folder"),
+        ({"folder": ".."}, "folder"),
+        ({"folder": "../students/one"}, "folder"),
+        ({"folder": "/etc"}, "folder"),
+        ({"folder": "one", "name": "simulator"}, "name"),
+        ({"folder": "one", "name": "a/../b"}, "name"),
+        ({"folder": "one", "device": "cpu"}, "device"),
+        ({}, "folder"),
+    ],
+)
+def test_what_is_no_student_of_ours_is_refused(serve, students, body, param):
+    url = serve(students=students)
+    answer = httpx.post(f"{url}/v1/admin/models", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert len(httpx.get(f"{url}/v1/models").json()["data"]) == 1
+
+
+def test_only_keys_of_the_scope_may(serve, students, tmp_path):
+    keys = KeyFile(tmp_path / "keys.json")
+    url = serve(students=students, keys_file=tmp_path / "keys.json")
+    for scope, status in (("generate", 403), ("jobs", 403), ("admin", 200)):
+        headers = {"authorization": f"Bearer {keys.create(scope, [scope])}"}
+        assert httpx.get(f"{url}/v1/admin/models", headers=headers).status_code == status
+        assert httpx.post(f"{url}/v1/admin/models", json={"folder": "one"}, headers=headers).status_code == status
+    assert httpx.get(f"{url}/v1/admin/models").status_code == 401
+
+
+def shell(url, *words, key=None):
+    given = ["--key", key] if key else []
+    done = CliRunner().invoke(cli.app, ["models", *words, "--url", url, *given])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_models_come_and_go_from_the_shell(serve, connect, students):
+    (students / "none" / "pytorch_lora_weights.safetensors").touch()
+    url = serve(students=students, aliases={"gpt-image-1": "simulator"})
+    assert shell(url, "load", "one") == "student-one is served.\n"
+    assert shell(url, "load", "two", "--name", "new") == "new is served.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "new has style.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new") == "new has style, none.\n"
+    assert [line.split() for line in shell(url, "list").splitlines()] == [
+        ["student", "sizes", "adapters", "aliases"],
+        ["simulator", "64x64,128x64", "-", "gpt-image-1"],
+        ["student-one", "64x64,128x64", "-", "-"],
+        ["new", "64x64,128x64", "style,none", "-"],
+        ["students", "to", "load:", "one,", "two"],
+        ["adapters", "to", "load:", "none"],
+    ]
+    known = {model.id: (model.sizes, model.adapters) for model in connect(url).models.list()}
+    assert known["gpt-image-1"] == (["64x64", "128x64"], [])
+    assert known["new"][1] == ["style", "none"]
+    assert shell(url, "unload-adapter", "style", "--model", "new") == "new has style no more.\n"
+    assert shell(url, "unload", "student-one") == "student-one is served no more.\n"
+    assert [model.id for model in connect(url).models.list()] == ["simulator", "new", "gpt-image-1"]
+
+
+def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
+    url = serve(students=students)
+    for said, *words in (
+        (r"no folder 'other' with onestep.json; there are \['one', 'two'\]", "load", "other"),
+        ("no model 'other'", "unload", "other"),
+        ("the only model", "unload", "simulator"),
+        ("no folder 'one' with pytorch_lora", "load-adapter", "one", "--model", "simulator"),
+        ("no adapter 'other'", "unload-adapter", "other", "--model", "simulator"),
+    ):
+        with pytest.raises(StartError, match=said):
+            shell(url, *words)
+
+
+def test_the_shell_names_the_key_and_the_server_that_it_lacks(serve, students, tmp_path):
+    keys = KeyFile(tmp_path / "keys.json")
+    url = serve(students=students, keys_file=tmp_path / "keys.json")
+    assert shell(url, "list", key=keys.create("root", ["admin"])).startswith("student")
+    for key in (None, keys.create("ann", ["generate"])):
+        with pytest.raises(StartError, match="--key names a key of the scope admin"):
+            shell(url, "list", key=key)
+    for wrong in ("http://127.0.0.1:9", "http://", "nowhere"):
+        with pytest.raises(StartError, match=r"--url names another|no address"):
+            shell(wrong, "list")
