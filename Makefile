@@ -25,7 +25,7 @@ $(STAMP): $(RUNS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: $(RUNS)  ## show the shipped student, distil one, evaluate it, serve it; EXIT=1 ends instead of serving on
+demo: $(RUNS)  ## show the shipped student, distill one, evaluate it, serve it; EXIT=1 ends instead of serving on
 	$(BIN)/python -m distill.cli.demo --out $(DEMO) $(if $(EXIT),--exit)
 
 test: lint

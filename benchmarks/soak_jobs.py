@@ -4,7 +4,7 @@ python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--jobs
                                [--postgres [--outages 2] [--outage 60] | --database URL] [--out runs/soak-jobs]
 
 The servers are `fgm-service` processes over the simulator that share one data folder and, if named, one database; with
-PostgreSQL there can be several, and `--postgres` brings one of its own, from Debian's packages. Jobs distil the shipped
+PostgreSQL there can be several, and `--postgres` starts one of its own, from Debian's packages. Jobs distill a shipped
 teacher in small. Troubles are spread over the work: each waits for a random share of it, and a random moment more.
 
 A kill is SIGKILL, so nothing can be tidied up: of a server, which is started again at once, or of the process of a job

@@ -28,11 +28,11 @@ from distill.evaluate.side_by_side import Comparison, cell, figure_names
 from distill.files import check_replaceable, write_aside
 from distill.models.sd3_folder import read_spec
 from distill.pipeline import OneStepPipeline, read_student
-from distill.report.picture import labelled_grid, save_png
+from distill.report.picture import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
 from distill.training.speed import images_within
-from distill.worlds.scenes.evaluator import FEATURES, Judgement, Questions
+from distill.worlds.scenes.evaluator import FEATURES, Judgment, Questions
 from distill.worlds.scenes.render import SIZE
 
 SHOWN = 8  # prompts of the picture where there is no scorer
@@ -114,7 +114,7 @@ def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -
 def is_finished(variant: Variant, out: Path) -> bool:
     """Whether its run lies there whole: of this configuration, to this budget, with its student.
 
-    Raises ConfigError when the run has gone beyond the budget, which would favour it.
+    Raises ConfigError when the run has gone beyond the budget, which would favor it.
     """
     folder, config = out / variant.name, variant.config
     try:
@@ -167,15 +167,15 @@ class Outcome:
 
     commands: dict[str, str]
     costs: dict[str, Cost]
-    teacher: Judgement | None
-    students: dict[str, Judgement]
+    teacher: Judgment | None
+    students: dict[str, Judgment]
     picture: Image
     diverged: Mapping[str, str]
     failed: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `teacher`, `runs`, and `diverged` and `failed` where there are any."""
-        figures = {name: judgement.as_dict() for name, judgement in self.students.items()}
+        figures = {name: judgment.as_dict() for name, judgment in self.students.items()}
         runs = {
             name: {"command": self.commands[name], **asdict(cost), **figures.get(name, {})}
             for name, cost in self.costs.items()
@@ -240,7 +240,7 @@ def judged(
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
-        figures = {name: answers.judgement for name, answers in result.students.items()}
+        figures = {name: answers.judgment for name, answers in result.students.items()}
         return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged, failed)
 
     first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.count))
@@ -253,4 +253,4 @@ def judged(
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
-    return Outcome(commands, costs, None, {}, labelled_grid(rows, texts), diverged, failed)
+    return Outcome(commands, costs, None, {}, labeled_grid(rows, texts), diverged, failed)

@@ -65,7 +65,7 @@ def read_student(folder: Path | str) -> OneStepSpec:
     spec = read_spec(folder)
     record = read_json(spec.folder / RECORD) if (spec.folder / RECORD).exists() else {}
     if "start_time" not in record:
-        raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distil it with `distill run` first")
+        raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distill it with `distill run` first")
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
     try:

@@ -31,7 +31,7 @@ from distill.models.teacher import check_parts, decode_in_parts, encode_images, 
 from distill.models.text import SD3TextEncoder
 from distill.philox import key_of
 from distill.report.alarms import Alarms
-from distill.report.picture import labelled_grid, save_png
+from distill.report.picture import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
 from distill.student.export import SHARD_SIZE, check_place, export_student
 from distill.training import checkpoint
@@ -266,8 +266,8 @@ def accelerator(config: Run, out: Path) -> Accelerator:
     return machine
 
 
-def distil(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
-    """Train to the budget with grids, judgements and checkpoints on the way; the student ends in `out/student`."""
+def distill(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
+    """Train to the budget with grids, judgments and checkpoints on the way; the student ends in `out/student`."""
     if _all_told(machine.is_main_process and _finished(config, out)):
         return
     folder = teacher_folder(config)
@@ -349,7 +349,7 @@ def export(
     which: str = "best",
     dtype: torch.dtype = torch.float16,
     max_shard_size: str = SHARD_SIZE,
-    licence: str | None = None,
+    license: str | None = None,
     teacher: Path | None = None,
 ) -> Path:
     """Write the student of a run folder, finished or not, to `student`, or to where the run itself leaves it.
@@ -400,7 +400,7 @@ def export(
         config.networks if isinstance(config.networks, Lora) else None,
         dtype,
         max_shard_size,
-        licence,
+        license,
     )
 
 
@@ -428,9 +428,9 @@ def _state(out: Path, which: str) -> Path:
 
 
 class _Watch:
-    """Looks at the averaged student at the run's cadences: grids for people, and judgements to keep the best by.
+    """Looks at the averaged student at the run's cadences: grids for people, and judgments to keep the best by.
 
-    Judgements need a world that can be scored: the small one. Elsewhere the last average is the student. One that
+    Judgments need a world that can be scored: the small one. Elsewhere the last average is the student. One that
     does not `write` only takes part in generating.
     """
 
@@ -484,7 +484,7 @@ class _Watch:
             images = generate(self._texts, list(range(len(self._texts))))
             if self._write:
                 path = self._out / "samples" / f"{progress.images:012d}.png"
-                save_png(labelled_grid([("student", images)], self._texts), path)
+                save_png(labeled_grid([("student", images)], self._texts), path)
         if self._judged and (progress.crosses(self._config.cadence.evaluate) or finished):
             self._judge(progress, generate)
 

@@ -27,7 +27,7 @@ from service.http.idempotency import Replays
 from service.http.limiter import Limiter
 from service.http.middleware import BodyLimit, Cors, Front
 from service.http.origins import pattern
-from service.images.artefacts import Artefacts
+from service.images.artifacts import Artifacts
 from service.images.provenance import signer
 from service.images.safety import checker
 from service.jobs.batches import Batches
@@ -51,7 +51,7 @@ EXPOSED = [
     "idempotent-replayed",
 ]
 FORM_BYTES = 64 << 10  # what an upload has besides its file
-ARTEFACT_THREADS = 32  # they only wait for a disk or a network
+ARTIFACT_THREADS = 32  # they only wait for a disk or a network
 
 
 def create_app(
@@ -67,9 +67,9 @@ def create_app(
     metrics = Metrics()
     engine = Engine(fleet or processes(settings), settings, metrics, tracing)
     jobs = Jobs(settings.data, settings) if settings.data else None
-    links = settings.artefacts or (str(jobs.folder / "artefacts") if jobs else None)
-    folder = None if links else tempfile.TemporaryDirectory(prefix="fgm-artefacts-")
-    given = settings.artefact_secret
+    links = settings.artifacts or (str(jobs.folder / "artifacts") if jobs else None)
+    folder = None if links else tempfile.TemporaryDirectory(prefix="fgm-artifacts-")
+    given = settings.artifact_secret
     drawn = jobs.secret() if jobs else secrets.token_bytes(32)
     secret = given.get_secret_value().encode() if given else drawn
     state = State(
@@ -77,8 +77,8 @@ def create_app(
         metrics,
         ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode"),
         engine,
-        Artefacts(folder.name if folder else links or "", secret, settings.artefact_seconds),
-        ThreadPoolExecutor(ARTEFACT_THREADS, thread_name_prefix="artefacts"),
+        Artifacts(folder.name if folder else links or "", secret, settings.artifact_seconds),
+        ThreadPoolExecutor(ARTIFACT_THREADS, thread_name_prefix="artifacts"),
         Replays(settings.replay_seconds, settings.replay_bytes),
         Limiter(settings.rate_limit, metrics),
         check,
@@ -98,7 +98,7 @@ def create_app(
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
         retrying = asyncio.create_task(state.roster.retry(engine, settings.students))
-        sweeping = asyncio.create_task(_sweep(state, max(60, settings.artefact_seconds / 10)))
+        sweeping = asyncio.create_task(_sweep(state, max(60, settings.artifact_seconds / 10)))
         yield {"metrics": metrics}  # for the protocol, which refuses what never reaches the app
         retrying.cancel()
         await asyncio.wait([retrying])
@@ -112,7 +112,7 @@ def create_app(
         sweeping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await sweeping
-        state.artefact_threads.shutdown(wait=False, cancel_futures=True)
+        state.artifact_threads.shutdown(wait=False, cancel_futures=True)
         if folder:
             folder.cleanup()
 
@@ -162,7 +162,7 @@ async def _sweep(state: State, period: float) -> None:
     loop = asyncio.get_running_loop()
     while True:
         try:
-            await loop.run_in_executor(state.artefact_threads, state.artefacts.sweep, time.time())
+            await loop.run_in_executor(state.artifact_threads, state.artifacts.sweep, time.time())
         except Unavailable:
             log.warning("expired images are left for the next time")
         await asyncio.sleep(period)

@@ -38,7 +38,7 @@ class LoraChoice(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """`POST /v1/images/generations`. Fields that a one-step student cannot honour take their neutral value only.
+    """`POST /v1/images/generations`. Fields that a one-step student cannot honor take their neutral value only.
 
     Validated with the context `{"unsupported": "warn"}`, it leaves out fields that are unknown, and values of HARMLESS
     fields that are not supported; its warnings name them.

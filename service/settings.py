@@ -91,14 +91,14 @@ def _api_key(key: SecretStr) -> SecretStr:
     return key
 
 
-def _artefact_secret(secret: SecretStr) -> SecretStr:
+def _artifact_secret(secret: SecretStr) -> SecretStr:
     if len(secret) < KEY_CHARACTERS:
         raise ValueError(f"a secret has at least {KEY_CHARACTERS} characters")
     return secret
 
 
 _ApiKey = Annotated[SecretStr, AfterValidator(_api_key)]
-_ArtefactSecret = Annotated[SecretStr, AfterValidator(_artefact_secret)]
+_ArtifactSecret = Annotated[SecretStr, AfterValidator(_artifact_secret)]
 
 
 def _webhook_secret(secret: SecretStr) -> SecretStr:
@@ -179,9 +179,9 @@ class Settings(BaseSettings):
     trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
     # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; "*" is all
     keep_alive_seconds: _Count = 75  # how long a connection stays open between requests
-    artefacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
-    artefact_seconds: _Count = 3600  # how long such a link lasts
-    artefact_secret: _ArtefactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder
+    artifacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
+    artifact_seconds: _Count = 3600  # how long such a link lasts
+    artifact_secret: _ArtifactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder
     safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of one's own
     provenance: Literal["none", "origin", "prompt"] = "origin"  # said in images: software, model and seed; the prompt
     c2pa_certificates: Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed
@@ -201,7 +201,7 @@ class Settings(BaseSettings):
     job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
     realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
     realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
-    teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distil; that one ships
+    teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distill; that one ships
     job_devices: Annotated[
         str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), AfterValidator(_each_gpu_once)
     ] = "cpu"  # of jobs, a process each

@@ -11,7 +11,7 @@ from service.errors import no_model
 from service.http.idempotency import Replays
 from service.http.keys import Key, KeyFile, KeyReader
 from service.http.limiter import Limiter
-from service.images.artefacts import Artefacts
+from service.images.artifacts import Artifacts
 from service.images.provenance import Signer
 from service.images.safety import Checker
 from service.jobs.jobs import Jobs
@@ -30,8 +30,8 @@ class State:
     metrics: Metrics
     encoders: ThreadPoolExecutor
     engine: Engine
-    artefacts: Artefacts
-    artefact_threads: ThreadPoolExecutor  # separate, so that a slow store of linked images occupies no other threads
+    artifacts: Artifacts
+    artifact_threads: ThreadPoolExecutor  # separate, so that a slow store of linked images occupies no other threads
     replays: Replays
     limiter: Limiter
     checker: Checker | None  # of images before they are shown

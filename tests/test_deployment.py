@@ -109,7 +109,7 @@ def test_a_container_of_ours_is_confined_and_has_time_to_drain(service):
 
 
 def test_every_setting_that_people_are_told_of_reaches_the_containers():
-    full = {"SERVICE_DATABASE", "SERVICE_ARTEFACTS", "SERVICE_ARTEFACT_SECRET"}  # as deploy.md says
+    full = {"SERVICE_DATABASE", "SERVICE_ARTIFACTS", "SERVICE_ARTIFACT_SECRET"}  # as deploy.md says
     defaults = (DOCKER / "loopback.env").read_text()
     assert "SERVICE_OPEN_TO_ALL=true" in defaults.splitlines()
     assert "service.env" in (ROOT / ".gitignore").read_text().splitlines()

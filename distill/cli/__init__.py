@@ -15,7 +15,7 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
-    help="Distil a Stable Diffusion 3 type teacher into a one-step student.",
+    help="Distill a Stable Diffusion 3 type teacher into a one-step student.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

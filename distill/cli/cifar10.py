@@ -38,7 +38,7 @@ def teacher(
     check_teacher_folder(out)
     with claimed(out):
         train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
-    typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distils it.")
+    typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distills it.")
 
 
 def images(

@@ -1,4 +1,4 @@
-"""`distill compare`: several ways to distil one teacher."""
+"""`distill compare`: several ways to distill one teacher."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def compare(
     steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
     seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.", min=0, max=LAST_SEED)] = 0,
 ) -> None:
-    """Distil one teacher in several ways with equal images or seconds, and judge the students alike.
+    """Distill one teacher in several ways with equal images or seconds, and judge the students alike.
 
     Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues, also with
     more variants; what is finished is not done again. A run that diverges or cannot start is reported, and the others

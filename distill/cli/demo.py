@@ -24,7 +24,7 @@ SECONDS = 270  # of distilling
 
 
 def main() -> int:
-    """Show the shipped student, distil one for a short time, evaluate it, serve it until Ctrl-C unless --exit."""
+    """Show the shipped student, distill one for a short time, evaluate it, serve it until Ctrl-C unless --exit."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(

@@ -65,7 +65,7 @@ def evaluate(
         typer.echo(json.dumps(values, indent=2))
         return
     for name, result in results.items():
-        rows = side_by_side(result.teacher, result.students["student"].judgement)
+        rows = side_by_side(result.teacher, result.students["student"].judgment)
         out.print(table(f"{name} prompts", ("", "teacher", "student", "student / teacher"), rows))
         if counts:
             out.print(table(f"{name} prompts", *overview(result.models())))

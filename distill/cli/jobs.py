@@ -34,7 +34,7 @@ def submit(
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """Let a server distil one of its teachers, and serve the student."""
+    """Let a server distill one of its teachers, and serve the student."""
     from distill.cli.remote import Server as Remote
     from distill.errors import ConfigError
     from distill.overrides import parse_override

@@ -35,7 +35,7 @@ def plan(
             callback=finite,
         ),
     ] = None,
-    utilisation: Annotated[
+    utilization: Annotated[
         float, typer.Option(help="Share of the peak that is reached.", min=1e-6, max=1, callback=finite)
     ] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
@@ -54,7 +54,7 @@ def plan(
     available = int((device_memory - reserve) * GIB)
     fits = result.peak <= available
     changes = [] if fits else changes_that_fit(made, result, available)
-    speed = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilisation / result.flop_per_image
+    speed = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilization / result.flop_per_image
     if as_json:
         values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
         typer.echo(json.dumps(values, indent=2))

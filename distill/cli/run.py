@@ -25,7 +25,7 @@ def run(
     seconds: Seconds = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.", file_okay=False)] = None,
 ) -> None:
-    """Distil a teacher into a one-step student.
+    """Distill a teacher into a one-step student.
 
     The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
     a step and keeps what was learnt (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
@@ -72,7 +72,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
             if machine.is_main_process:
                 runs.prepare(config, folder)
         with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, asked_to_stop() as asked:
-            for progress in runs.distil(config, folder, machine):
+            for progress in runs.distill(config, folder, machine):
                 figures = {name: progress.figures[name] for name in SHOWN if name in progress.figures}
                 bar.update(progress.images, figures)
                 for note in progress.notes:
@@ -112,8 +112,8 @@ def export(
     ] = "best",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
     max_shard_size: Annotated[str, typer.Option(help="Size of one file of weights at most: 5GB, 500MB.")] = "5GB",
-    licence: Annotated[
-        str | None, typer.Option("--license", help="Licence of the card; what the teacher's says if not given.")
+    license: Annotated[
+        str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
     ] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Where the run's teacher is now; its path in the run if not given.")
@@ -135,7 +135,7 @@ def export(
     from distill.student.parity import TOLERANCE, check_parity
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    folder = export_run(run, out, checkpoint, kind, max_shard_size, licence, teacher)
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, license, teacher)
     seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
     typer.echo(f"The student after {seen} images is in {folder}.")
     if check:

@@ -115,7 +115,7 @@ def show(
     """Write a grid of scenes with their prompts under them."""
     import numpy as np
 
-    from distill.report.picture import labelled_grid, save_png
+    from distill.report.picture import labeled_grid, save_png
     from distill.worlds.scenes.captions import TASKS, evaluation_prompts, sample_prompt, wording
     from distill.worlds.scenes.render import place, render
 
@@ -125,5 +125,5 @@ def show(
     else:
         prompts = [sample_prompt(rng) for _ in range(count)]
     images = render([place(prompt, rng) for prompt in prompts])
-    save_png(labelled_grid([("scene", images)], [wording(prompt, rng) for prompt in prompts]), out)
+    save_png(labeled_grid([("scene", images)], [wording(prompt, rng) for prompt in prompts]), out)
     typer.echo(f"The grid is {out}.")

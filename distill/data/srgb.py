@@ -1,4 +1,4 @@
-"""Decoded images as 8-bit sRGB, upright and on white, for any mode, colour profile and orientation."""
+"""Decoded images as 8-bit sRGB, upright and on white, for any mode, color profile and orientation."""
 
 from contextlib import suppress
 from io import BytesIO
@@ -8,19 +8,19 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 _LEVELS = {"L;2": 85, "L;4": 17}  # 8-bit value of one step in 2 or 4 bits
-_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # pixel mode, by a profile's colour space
+_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # pixel mode, by a profile's color space
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as a colour-managed viewer shows the image on a white page.
+    """Convert to RGB as a color-managed viewer shows the image on a white page.
 
-    EXIF decides the orientation, and an ICC profile the colours. 16-bit grey is scaled to 8 bits. A profile that cannot
-    be read, or is for another colour space than the pixels', is ignored, as in browsers.
+    EXIF decides the orientation, and an ICC profile the colors. 16-bit gray is scaled to 8 bits. A profile that cannot
+    be read, or is for another color space than the pixels', is ignored, as in browsers.
     """
     profile = image.info.get("icc_profile")
-    _scale_clear_colour(image)
-    colours, alpha = _parts(ImageOps.exif_transpose(image))
-    rgb = _managed(colours, profile) if profile else colours.convert("RGB")
+    _scale_clear_color(image)
+    colors, alpha = _parts(ImageOps.exif_transpose(image))
+    rgb = _managed(colors, profile) if profile else colors.convert("RGB")
     if alpha is None:
         return rgb
     page = Image.new("RGB", rgb.size, "white")
@@ -28,8 +28,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return page
 
 
-def _scale_clear_colour(image: Image.Image) -> None:
-    """Scale a PNG's transparent colour to 8 bits, as its pixels are; Pillow does not do so."""
+def _scale_clear_color(image: Image.Image) -> None:
+    """Scale a PNG's transparent color to 8 bits, as its pixels are; Pillow does not do so."""
     stored = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
     clear = image.info.get("transparency")
     if stored in _LEVELS and isinstance(clear, int):
@@ -39,29 +39,29 @@ def _scale_clear_colour(image: Image.Image) -> None:
 
 
 def _parts(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in L, RGB or CMYK, and opacity, if the image is transparent anywhere."""
-    if image.mode.startswith("I"):  # 16-bit grey
+    """Colors in L, RGB or CMYK, and opacity, if the image is transparent anywhere."""
+    if image.mode.startswith("I"):  # 16-bit gray
         values = np.asarray(image).astype(np.int64)
-        grey = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
+        gray = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
         clear = image.info.get("transparency")
-        return grey, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
-    is_grey = image.mode in ("1", "L", "LA", "La")
+        return gray, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    is_gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        image = image.convert("LA" if is_grey else "RGBA")
+        image = image.convert("LA" if is_gray else "RGBA")
         alpha = image.getchannel("A")
-        return image.convert("L" if is_grey else "RGB"), alpha
-    return image if image.mode == "CMYK" else image.convert("L" if is_grey else "RGB"), None
+        return image.convert("L" if is_gray else "RGB"), alpha
+    return image if image.mode == "CMYK" else image.convert("L" if is_gray else "RGB"), None
 
 
-def _managed(colours: Image.Image, profile: bytes) -> Image.Image:
-    """Convert to RGB by the colour profile, if it is usable."""
+def _managed(colors: Image.Image, profile: bytes) -> Image.Image:
+    """Convert to RGB by the color profile, if it is usable."""
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = _MODES.get(source.profile.xcolor_space.strip())
-        if colours.mode == "L" and mode == "RGB":
-            colours = colours.convert("RGB")
-        if colours.mode == mode:
-            converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if colors.mode == "L" and mode == "RGB":
+            colors = colors.convert("RGB")
+        if colors.mode == mode:
+            converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             assert converted is not None  # it is None only for in-place conversion
             return converted
-    return colours.convert("RGB")
+    return colors.convert("RGB")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill.errors import DistillError
 from distill.files import check_replaceable
-from distill.report.picture import labelled_grid, save_png
+from distill.report.picture import labeled_grid, save_png
 from distill.worlds.scenes.evaluator import Generate
 
 GRID = 64  # images in a grid at most; they are held in memory for it
@@ -44,7 +44,7 @@ def generate_images(
     if grid is not None:
         tiles = np.concatenate(shown)
         try:
-            save_png(labelled_grid([("", tiles)], prompts[:GRID]), grid)
+            save_png(labeled_grid([("", tiles)], prompts[:GRID]), grid)
         except OSError as error:
             raise DistillError(f"could not write {grid}: {error}; make room or give another --grid") from error
 

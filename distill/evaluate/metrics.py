@@ -66,7 +66,7 @@ def cmmd(made: Features, real: Features) -> float:
 def precision_recall(made: Features, real: Features, k: int = 3) -> tuple[float, float]:
     """Share of made images within the real ones' reach, and of real within the made ones'.
 
-    An image's reach is the distance to its k-th nearest neighbour in its own set (Kynkaanniemi et al., arXiv
+    An image's reach is the distance to its k-th nearest neighbor in its own set (Kynkaanniemi et al., arXiv
     1904.06991).
     """
     between = cdist(made, real)
@@ -140,6 +140,6 @@ def _mmd(aa: Features, bb: Features, ab: Features, a: Features, b: Features) -> 
 
 
 def _reach(points: Features, k: int) -> NDArray[np.float64]:
-    """Distance (N,) of each to its k-th nearest neighbour in the set, the farthest if it has fewer."""
+    """Distance (N,) of each to its k-th nearest neighbor in the set, the farthest if it has fewer."""
     distances = np.sort(squareform(pdist(points)), axis=1)  # the first of each row is the point itself
     return np.asarray(distances[:, min(k, len(points) - 1)])

@@ -12,9 +12,9 @@ from distill.errors import SizeError
 from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
 from distill.models.sd3_folder import read_spec
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
-from distill.report.picture import labelled_grid
+from distill.report.picture import labeled_grid
 from distill.worlds.scenes.captions import TASKS
-from distill.worlds.scenes.evaluator import FEATURES, Images, Judgement, Questions, judge
+from distill.worlds.scenes.evaluator import FEATURES, Images, Judgment, Questions, judge
 from distill.worlds.scenes.render import SIZE
 
 SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
@@ -26,9 +26,9 @@ COST = ("calls", "seconds_per_image")
 
 @dataclass(frozen=True)
 class Answers:
-    """A judgement, and the images that it was made from."""
+    """A judgment, and the images that it was made from."""
 
-    judgement: Judgement
+    judgment: Judgment
     images: Images
 
 
@@ -41,9 +41,9 @@ class Result:
     students: dict[str, Answers]
 
     @property
-    def teacher(self) -> Judgement:
+    def teacher(self) -> Judgment:
         """The teacher that students are measured by."""
-        return next(iter(self.teachers.values())).judgement
+        return next(iter(self.teachers.values())).judgment
 
     def as_dict(self) -> dict[str, object]:
         """Plain values: `teacher`, one entry for each student under its name, `teachers` in their further settings."""
@@ -51,14 +51,14 @@ class Result:
         return {
             "features": FEATURES,
             "teacher": self.teacher.as_dict(),
-            **{name: answers.judgement.as_dict() for name, answers in self.students.items()},
-            "teachers": [{**asdict(setting), **answers.judgement.as_dict()} for setting, answers in others],
+            **{name: answers.judgment.as_dict() for name, answers in self.students.items()},
+            "teachers": [{**asdict(setting), **answers.judgment.as_dict()} for setting, answers in others],
         }
 
-    def models(self) -> dict[str, Judgement]:
+    def models(self) -> dict[str, Judgment]:
         """Everyone judged, by the name in tables."""
-        teachers = {f"teacher, {setting.name}": answers.judgement for setting, answers in self.teachers.items()}
-        return teachers | {name: answers.judgement for name, answers in self.students.items()}
+        teachers = {f"teacher, {setting.name}": answers.judgment for setting, answers in self.teachers.items()}
+        return teachers | {name: answers.judgment for name, answers in self.students.items()}
 
     def picture(self) -> Image:
         """The first prompts of each task: the teacher over the students, wordings under the tiles."""
@@ -68,7 +68,7 @@ class Result:
         rows = [(f"teacher, {calls} calls", next(iter(self.teachers.values())).images[chosen])]
         rows += [(f"{name}, 1 call", answers.images[chosen]) for name, answers in self.students.items()]
         texts = [self.questions.texts[i] for i in chosen]
-        return labelled_grid(rows, texts, columns=2 * PICTURED)
+        return labeled_grid(rows, texts, columns=2 * PICTURED)
 
 
 class Comparison:
@@ -125,21 +125,21 @@ class Comparison:
         return Result(questions, teachers, students)
 
 
-def cell(judgement: Judgement, name: str) -> str:
+def cell(judgment: Judgment, name: str) -> str:
     """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
-    value = _value(judgement, name)
-    if name not in judgement.intervals:
+    value = _value(judgment, name)
+    if name not in judgment.intervals:
         return f"{value:.4g}"
-    low, high = judgement.intervals[name]
+    low, high = judgment.intervals[name]
     return f"{value:.4g} ± {(high - low) / 2:.2g}"
 
 
-def figure_names(judgement: Judgement) -> list[str]:
+def figure_names(judgment: Judgment) -> list[str]:
     """Everything that `cell` can be asked for, in the order of tables."""
-    return ["overall", *judgement.tasks, *DISTANCES, *COST]
+    return ["overall", *judgment.tasks, *DISTANCES, *COST]
 
 
-def side_by_side(teacher: Judgement, student: Judgement) -> list[tuple[str, str, str, str]]:
+def side_by_side(teacher: Judgment, student: Judgment) -> list[tuple[str, str, str, str]]:
     """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
     lines = []
     for name in figure_names(teacher):
@@ -148,11 +148,11 @@ def side_by_side(teacher: Judgement, student: Judgement) -> list[tuple[str, str,
     return lines
 
 
-def overview(models: Mapping[str, Judgement]) -> tuple[list[str], list[list[str]]]:
+def overview(models: Mapping[str, Judgment]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table with one model a line, without the tasks."""
     names = ["overall", *DISTANCES, *COST]
-    return ["", *names], [[model, *(cell(judgement, name) for name in names)] for model, judgement in models.items()]
+    return ["", *names], [[model, *(cell(judgment, name) for name in names)] for model, judgment in models.items()]
 
 
-def _value(judgement: Judgement, name: str) -> float:
-    return judgement.tasks[name] if name in judgement.tasks else float(getattr(judgement, name))
+def _value(judgment: Judgment, name: str) -> float:
+    return judgment.tasks[name] if name in judgment.tasks else float(getattr(judgment, name))

@@ -36,10 +36,10 @@ class Gan(Settings):
 
 
 class Config(Settings):
-    """DMD2's choices; `normalise` divides each image's direction by its mean |x_0 - f_u|."""
+    """DMD2's choices; `normalize` divides each image's direction by its mean |x_0 - f_u|."""
 
     name: Literal["dmd"] = "dmd"
-    normalise: bool = True
+    normalize: bool = True
     times: Times = Times(law="uniform")
     guidance: Guidance = Guidance()
     fake_steps: Annotated[int, Field(ge=1)] = 5
@@ -78,7 +78,7 @@ class Config(Settings):
             u, v = guided_pair(self.guidance, nets, x_t, t, batch)
             f_u, f_v = x_0_from_velocity(x_t, u, t), x_0_from_velocity(x_t, v, t)
             error = (x_0 - f_u).abs().flatten(1).mean(1)  # per image, never over the batch
-            weight = 1 / error.clamp(min=1e-3) if self.normalise else torch.ones_like(t)
+            weight = 1 / error.clamp(min=1e-3) if self.normalize else torch.ones_like(t)
         loss = weight * dot(f_v - f_u, x_0)
         figures = {"t": t, "gap": dot(u - v, u - v)}
         if self.gan is not None:

@@ -14,7 +14,7 @@ from distill.training.checkpoint import shapes_in
 def check_fit(kind: Any, path: Path) -> None:
     """Raise TeacherError unless a diffusers folder holds all weights of its model in their shapes, and no others.
 
-    The loaders of diffusers leave missing weights uninitialised and ignore superfluous ones.
+    The loaders of diffusers leave missing weights uninitialized and ignore superfluous ones.
     """
     try:
         with torch.device("meta"):

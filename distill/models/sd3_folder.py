@@ -45,7 +45,7 @@ _WORDS = {  # files of a tokenizer's vocabulary if there is no tokenizer.json
     "tokenizer_3": (_SENTENCEPIECE,),
 }
 _VARIANTS = (None, "fp16", "bf16")  # in file names, in order of preference
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantised
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantized
 # Settings without effect under a static shift. Any other setting of a scheduler that is on changes its times.
 _WITHOUT_EFFECT = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "time_shift_type"}
 _TRAIN_TIMESTEPS = 1000
@@ -234,13 +234,13 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 
 
 def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
-    """Raise TeacherError unless a component's configuration names the expected class and unquantised weights."""
+    """Raise TeacherError unless a component's configuration names the expected class and unquantized weights."""
     expected = {**MODELS, **_OTHERS}[name]
     named = config.get("_class_name", config.get("architectures"))
     if named is not None and expected not in (named if isinstance(named, list) else [named]):
         raise TeacherError(f"{path} is of a {named}, but {expected} is what can be used as {name}")
     if config.get("quantization_config"):
-        raise TeacherError(f"{path} is of quantised weights, which cannot be distilled; give the plain model")
+        raise TeacherError(f"{path} is of quantized weights, which cannot be distilled; give the plain model")
 
 
 def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -349,7 +349,7 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
             ends = [entry["data_offsets"][1] for entry in tensors]
             if packed := {entry["dtype"] for entry in tensors} - _DTYPES:
                 raise TeacherError(
-                    f"{path} holds quantised weights ({packed.pop()}), which cannot be distilled; give the plain model"
+                    f"{path} holds quantized weights ({packed.pop()}), which cannot be distilled; give the plain model"
                 )
             if size != 8 + length + max(ends, default=0):
                 raise TeacherError(f"{path} is {size} bytes long, not the {8 + length + max(ends, default=0)} of its "

@@ -31,7 +31,7 @@ from distill.training.networks import ROLES, FullCopies, SharedBase
 
 GIB = 2**30
 
-_QUANTISED, _BLOCK = 4096, 256  # numbers: of the smallest tensor that bitsandbytes quantises, of a block with one scale
+_QUANTIZED, _BLOCK = 4096, 256  # numbers: of the smallest tensor that bitsandbytes quantizes, of a block with one scale
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def build(
         model = SD3Transformer2DModel.from_config(geometry.transformer).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
-                # Autocast on CUDA normalises in fp32; tensors without data are cast by the CPU's rules, which do not.
+                # Autocast on CUDA normalizes in fp32; tensors without data are cast by the CPU's rules, which do not.
                 module.register_forward_pre_hook(_to_fp32)
         networks: FullCopies | SharedBase
         if isinstance(kind, Lora):
@@ -339,7 +339,7 @@ def _moments(tensor: Tensor) -> int:
 
 def _moments_8bit(tensor: Tensor) -> int:
     """The same in bitsandbytes' form: a byte for each number and a scale for each block; small tensors stay in fp32."""
-    if tensor.numel() < _QUANTISED:
+    if tensor.numel() < _QUANTIZED:
         return 2 * 4 * tensor.numel()
     return 2 * (tensor.numel() + 4 * -(-tensor.numel() // _BLOCK))
 

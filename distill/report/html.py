@@ -59,7 +59,7 @@ _SECTIONS = {
         "latent/saturated": Panel("Saturated", "share beyond ±3"),
     },
     "Cost": {
-        "images_per_second": Panel("Speed", "images/s", "Grids, judgements and checkpoints included."),
+        "images_per_second": Panel("Speed", "images/s", "Grids, judgments and checkpoints included."),
         "seconds": Panel("Time", "s"),
         "memory": Panel("Memory", "B", "Of the GPU, or of the process where there is none."),
     },
@@ -196,7 +196,7 @@ def _against_teacher(run: RunFolder) -> Iterator[str]:
 
 
 def _comparison(path: Path) -> str:
-    """The two judgements that `distill evaluate --json` printed."""
+    """The two judgments that `distill evaluate --json` printed."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         flat = {who: dict(_flat(found[who])) for who in ("teacher", "student")}
@@ -212,7 +212,7 @@ def _comparison(path: Path) -> str:
 
 
 def _label(name: str) -> str:
-    """A dotted key of a judgement in words."""
+    """A dotted key of a judgment in words."""
     part, _, last = name.rpartition(".")
     return ("95 % interval of " if part == "intervals" else "") + last.replace("_", " ")
 
@@ -312,13 +312,13 @@ def _chart(panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] 
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 5}" text-anchor="middle">images seen</text>')
 
     labels, legend, spoken = _labels(list(curves)), [], []
-    for (name, curve), colour in zip(curves.items(), _colours(list(curves)), strict=True):
+    for (name, curve), color in zip(curves.items(), _colors(list(curves)), strict=True):
         line = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in curve)
         dots = curve if len(curve) <= DOTTED else curve[-1:]
         circles = "".join(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.2"/>' for x, y in dots)
-        parts.append(f'<g style="--c:{colour}"><path d="M{line}"/>{circles}</g>')
+        parts.append(f'<g style="--c:{color}"><path d="M{line}"/>{circles}</g>')
         who = "" if len(curves) == 1 else f"{escape(labels[name])} "
-        legend.append(f'<li style="--c:{colour}"><i></i>{who}<b>{si(curve[-1][1])}</b></li>')
+        legend.append(f'<li style="--c:{color}"><i></i>{who}<b>{si(curve[-1][1])}</b></li>')
         spoken.append(f"{who}from {si(curve[0][1])} to {si(curve[-1][1])}")
 
     # A strip over each logged point shows its figures when pointed at, without a script.
@@ -350,8 +350,8 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return {name: name.replace("_", " ") for name in names}
 
 
-def _colours(names: Sequence[str]) -> list[str]:
-    """A ramp for buckets of time, which are ordered; else one colour each, the same role always in the same."""
+def _colors(names: Sequence[str]) -> list[str]:
+    """A ramp for buckets of time, which are ordered; else one color each, the same role always in the same."""
     if len(names) > 1 and all(_bucket(name) is not None for name in names):
         shares = [100 * i / (len(names) - 1) for i in range(len(names))]
         return [f"color-mix(in oklab, var(--late) {share:.0f}%, var(--early))" for share in shares]
@@ -388,7 +388,7 @@ def _names(rows: list[Figures]) -> list[str]:
 
 
 def _thin(rows: list[Figures]) -> list[Figures]:
-    """At most POINTS rows: means of neighbours, at the last one's images."""
+    """At most POINTS rows: means of neighbors, at the last one's images."""
     every = -(-len(rows) // POINTS)
     thinned = []
     for part in (rows[i : i + every] for i in range(0, len(rows), every)):

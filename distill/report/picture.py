@@ -17,7 +17,7 @@ LINE = 13
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
-def labelled_grid(
+def labeled_grid(
     rows: Sequence[tuple[str, NDArray[np.uint8]]], captions: Sequence[str], columns: int = 8
 ) -> Image.Image:
     """Each row's images (N, H, W, 3) over one another, the row's name at the left, the prompt under each column.

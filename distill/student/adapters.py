@@ -25,7 +25,7 @@ FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it, and `distill
 _PREFIX = "transformer."
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
 _CONFIG = "adapter_config.json"  # where peft keeps them
-# Settings of peft that need another merge, and its initialisations that change the base weights.
+# Settings of peft that need another merge, and its initializations that change the base weights.
 _OTHERS = ("use_dora", "alpha_pattern", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config",
            "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "modules_to_save")  # fmt: skip
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")

@@ -8,11 +8,11 @@ import yaml
 
 from distill.models.sd3_folder import RECORD, TeacherSpec
 
-_LICENCE = ("license", "license_name", "license_link")  # the hub's own fields
+_LICENSE = ("license", "license_name", "license_link")  # the hub's own fields
 
 
-def licence_of(folder: Path) -> dict[str, str]:
-    """The licence that a model folder's card names, in the hub's fields; nothing without a card or a licence."""
+def license_of(folder: Path) -> dict[str, str]:
+    """The license that a model folder's card names, in the hub's fields; nothing without a card or a license."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if not text.startswith("---\n"):
@@ -21,12 +21,12 @@ def licence_of(folder: Path) -> dict[str, str]:
         header = yaml.safe_load(text[4:].partition("\n---")[0])
     except (yaml.YAMLError, RecursionError):
         return {}
-    return {key: str(header[key]) for key in _LICENCE if key in header} if isinstance(header, dict) else {}
+    return {key: str(header[key]) for key in _LICENSE if key in header} if isinstance(header, dict) else {}
 
 
-def card(record: Mapping[str, Any], spec: TeacherSpec, licence: Mapping[str, str], adapter: bool) -> str:
+def card(record: Mapping[str, Any], spec: TeacherSpec, license: Mapping[str, str], adapter: bool) -> str:
     """The card as text: a YAML header for the hub, then Markdown. `adapter` says whether the folder holds one too."""
-    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **licence}
+    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **license}
     width, height = record["sizes"][0]
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
@@ -35,7 +35,7 @@ def card(record: Mapping[str, Any], spec: TeacherSpec, licence: Mapping[str, str
 A one-step student of `{record["teacher"]}`, distilled with {record["method"]} over {record["images_seen"]:,} images.
 It makes {width}x{height} pixels in one call of the network, without guidance.
 
-{"".join((*_use(record, spec, adapter), *_made_of(record), *_figures(record), *_licence(record, licence)))}"""
+{"".join((*_use(record, spec, adapter), *_made_of(record), *_figures(record), *_license(record, license)))}"""
 
 
 def _use(record: Mapping[str, Any], spec: TeacherSpec, adapter: bool) -> Iterator[str]:
@@ -95,10 +95,10 @@ def _figures(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name.replace('_', ' ')} | {value:.4g} |\n"
 
 
-def _licence(record: Mapping[str, Any], licence: Mapping[str, str]) -> Iterator[str]:
-    yield "\n## Licence\n\nA student is made of its teacher's weights: the teacher's licence holds for it too. "
-    if licence:
-        link = f", {licence['license_link']}" if "license_link" in licence else ""
-        yield f"This one is under {licence.get('license_name', licence.get('license', ''))}{link}.\n"
+def _license(record: Mapping[str, Any], license: Mapping[str, str]) -> Iterator[str]:
+    yield "\n## License\n\nA student is made of its teacher's weights: the teacher's license holds for it too. "
+    if license:
+        link = f", {license['license_link']}" if "license_link" in license else ""
+        yield f"This one is under {license.get('license_name', license.get('license', ''))}{link}.\n"
     else:
         yield f"See that of `{record['teacher']}`.\n"

@@ -30,7 +30,7 @@ from distill.models.sd3_folder import (
 )
 from distill.models.teacher import load_transformer
 from distill.models.two_times import save_second_time, split
-from distill.student.card import card, licence_of
+from distill.student.card import card, license_of
 
 SHARD_SIZE = "5GB"
 _PARTS = r"transformer|vae|scheduler|text_encoder(_[23])?|tokenizer(_[23])?|image_encoder|feature_extractor"
@@ -53,7 +53,7 @@ def export_student(
     lora: Lora | None = None,
     dtype: torch.dtype = torch.float16,
     max_shard_size: str = SHARD_SIZE,
-    licence: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write the student of `teacher` to `out`, completely or not at all. Only an older student is replaced.
 
@@ -61,7 +61,7 @@ def export_student(
     merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
     file of their own, which one step does not need. A transformer of more than `max_shard_size` becomes several files.
     `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
-    licence is the one that the teacher's card names unless another is given.
+    license is the one that the teacher's card names unless another is given.
 
     Raises ConfigError for an invalid size, OutputError if `out` holds anything but a student, DivergedError for weights
     that are not finite, and CheckpointError if writing fails.
@@ -72,7 +72,7 @@ def export_student(
     if (name := not_finite(weights)) is not None:
         raise DivergedError(f"the student's {name} is not finite; export an earlier checkpoint with --checkpoint")
     weights, second = split(weights)
-    named = licence_of(spec.folder) if licence is None else {"license": licence}
+    named = license_of(spec.folder) if license is None else {"license": license}
     record = {
         "format": FORMAT,
         "start_time": 1.0,

@@ -57,7 +57,7 @@ def _measure(config: Run, folder: Path) -> float:
             if (folder / cache).exists():
                 (scratch / cache).symlink_to(Path("..") / cache)
     machine.wait_for_everyone()
-    rounds = run.distil(endless, scratch, machine)
+    rounds = run.distill(endless, scratch, machine)
     times = []
     for count in (WARM, TIMED):
         for _ in islice(rounds, count):

@@ -9,7 +9,7 @@ _ANCHOR = 256.0  # far beyond any pixel; a number of every floating point format
 def identity_autoencoder(side: int, shift: float, scale: float) -> AutoencoderKL:
     """Latents are the pixels (3, side, side), which lie in [-1, 1], less `shift`, times `scale`.
 
-    AutoencoderKL ends in a group norm and a SiLU. Each colour enters its group as x and -x beside the constants A and
+    AutoencoderKL ends in a group norm and a SiLU. Each color enters its group as x and -x beside the constants A and
     -A: the mean is 0, and the variance A^2 / 2 whatever the image (to x^2 / A^2, a hundred-thousandth), so that the
     norm's gain undoes it; and SiLU(x) - SiLU(-x) = x. Everything between adds nothing.
     """
@@ -34,10 +34,10 @@ def identity_autoencoder(side: int, shift: float, scale: float) -> AutoencoderKL
             parameter.zero_()
         for half in (vae.encoder, vae.decoder):
             half.conv_norm_out.weight.fill_(_ANCHOR / 2**0.5)
-            for colour in range(3):
-                plus, minus, high, low = range(4 * colour, 4 * colour + 4)
-                half.conv_in.weight[plus, colour, 1, 1] = half.conv_out.weight[colour, plus, 1, 1] = 1
-                half.conv_in.weight[minus, colour, 1, 1] = half.conv_out.weight[colour, minus, 1, 1] = -1
+            for color in range(3):
+                plus, minus, high, low = range(4 * color, 4 * color + 4)
+                half.conv_in.weight[plus, color, 1, 1] = half.conv_out.weight[color, plus, 1, 1] = 1
+                half.conv_in.weight[minus, color, 1, 1] = half.conv_out.weight[color, minus, 1, 1] = -1
                 half.conv_in.bias[high], half.conv_in.bias[low] = _ANCHOR, -_ANCHOR
         vae.encoder.conv_out.bias[3:] = -30  # the posterior's log variance
     return vae.eval()

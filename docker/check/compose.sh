@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 secrets=$(mktemp)
 whole=(podman-compose --env-file "$secrets" --profile full --file docker-compose.yml --file docker/check/stand-ins.yml)
 trap '"${whole[@]}" down --volumes > /dev/null 2>&1; rm -f "$secrets"' EXIT
-for name in POSTGRES_PASSWORD OBJECTS_SECRET ARTEFACT_SECRET GRAFANA_PASSWORD; do
+for name in POSTGRES_PASSWORD OBJECTS_SECRET ARTIFACT_SECRET GRAFANA_PASSWORD; do
     echo "$name=$(openssl rand -hex 24)"
 done > "$secrets"
 mkdir -p students # that compose mounts

@@ -105,7 +105,7 @@ class DeviceLost(Exception):
 
 
 class Simulator:
-    """A backend that takes the time of a model and paints one colour per seed.
+    """A backend that takes the time of a model and paints one color per seed.
 
     The times are a constant for each call and one for each image, or those that were measured of the model of `card`.
     """
@@ -147,7 +147,7 @@ class Simulator:
         self.card = replace(self.card, adapters={n: d for n, d in self.card.adapters.items() if n != name})
 
     def adapt(self, name: str | None, scale: float) -> None:
-        """Adds the scale to the seed, and so to the colour."""
+        """Adds the scale to the seed, and so to the color."""
         self._shift = int(1000 * scale) if name else 0
 
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
@@ -161,8 +161,8 @@ class Simulator:
         """Flat images."""
         seeds, width, height = latents
         self._pass("vae", len(seeds), width, height)
-        colours = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
-        return np.stack([np.broadcast_to(colour, (height, width, 3)) for colour in colours])
+        colors = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
+        return np.stack([np.broadcast_to(color, (height, width, 3)) for color in colors])
 
     def memory_bytes(self) -> int:
         """It has no device."""

@@ -101,7 +101,7 @@ class Front:
                 raise too_large
             return message
 
-        async def labelled(message: Message) -> None:
+        async def labeled(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -110,16 +110,16 @@ class Front:
 
         try:
             if one_host:
-                await self._app(scope, limited, labelled)
+                await self._app(scope, limited, labeled)
             else:
                 error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
-                await respond(error)(scope, receive, labelled)
+                await respond(error)(scope, receive, labeled)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
                 raise  # too late for another answer: the server closes the connection
             broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
-            await respond(broken)(scope, receive, labelled)
+            await respond(broken)(scope, receive, labeled)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began

@@ -12,7 +12,7 @@ PNG_LEVEL = 1  # a fifth of the default level's time for a few percent more byte
 
 
 def encode(pixels: NDArray[np.uint8], output_format: str, compression: int, origin: Origin | None = None) -> bytes:
-    """Bytes of one image (H, W, 3), labelled with its origin if one is given.
+    """Bytes of one image (H, W, 3), labeled with its origin if one is given.
 
     `compression` is OpenAI's 0 to 100, the quality of JPEG and WebP.
     """

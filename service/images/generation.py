@@ -25,7 +25,7 @@ RANDOM_SEEDS = 2**32  # exclusive upper bound of random seeds; noise of small se
 
 @dataclass(frozen=True)
 class Order:
-    """A request that the model can honour, with every choice made."""
+    """A request that the model can honor, with every choice made."""
 
     card: Card  # of the model
     prompt: str
@@ -43,7 +43,7 @@ class Order:
 
     @classmethod
     def of(cls, body: ImageRequest, card: Card) -> "Order":
-        """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honour.
+        """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honor.
 
         Where the request says that such a field may be ignored, the order carries a warning instead.
         """
@@ -168,13 +168,13 @@ async def respond(service: State, images: Images, base: str | None, lifetime: in
     """The answer: images within it, or, with the `base` of the server's URLs, links that last `lifetime` seconds."""
     order = images.order
     if base is not None:
-        loop, threads = asyncio.get_running_loop(), service.artefact_threads
+        loop, threads = asyncio.get_running_loop(), service.artifact_threads
         save = [
-            loop.run_in_executor(threads, service.artefacts.save, data, order.output_format, time.time(), lifetime)
+            loop.run_in_executor(threads, service.artifacts.save, data, order.output_format, time.time(), lifetime)
             for data in images.encoded
         ]
         names = await asyncio.gather(*save)
-        urls = [f"{base.rstrip('/')}/v1/artefacts/{name}?signature={service.artefacts.sign(name)}" for name in names]
+        urls = [f"{base.rstrip('/')}/v1/artifacts/{name}?signature={service.artifacts.sign(name)}" for name in names]
         data = [ImageData(url=url, seed=seed) for url, seed in zip(urls, order.seeds, strict=True)]
     else:
         texts = [base64.b64encode(data).decode() for data in images.encoded]

@@ -21,7 +21,7 @@ class Checker(Protocol):
     def __call__(self, pixels: NDArray[np.uint8], moderation: str) -> str | None:
         """What is wrong with an image (H, W, 3), in a few words for the client; None if nothing is.
 
-        `moderation` is the request's: `auto`, or `low` for the more lenient judgement.
+        `moderation` is the request's: `auto`, or `low` for the more lenient judgment.
         """
 
 

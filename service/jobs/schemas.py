@@ -182,7 +182,7 @@ class Supervised(BaseModel):
 
 
 class JobMethod(BaseModel):
-    """How a job distils: another place for its hyperparameters or its `distillation` object."""
+    """How a job distills: another place for its hyperparameters or its `distillation` object."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -192,7 +192,7 @@ class JobMethod(BaseModel):
 
 
 class JobRequest(BaseModel):
-    """`POST /v1/fine_tuning/jobs`: distil a teacher on prompts, and serve the student."""
+    """`POST /v1/fine_tuning/jobs`: distill a teacher on prompts, and serve the student."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -127,8 +127,8 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
             f"job_devices: a replica's GPU serves; run jobs on {settings.job_devices} by a server beside it"
         )
     local = address == "local"
-    if not local and settings.artefacts is None:
-        raise StartError("artefacts: replicas on several machines need one store of linked images; name a folder")
+    if not local and settings.artifacts is None:
+        raise StartError("artifacts: replicas on several machines need one store of linked images; name a folder")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         try:
@@ -140,7 +140,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         except Exception as error:  # Ray raises plain ones; its own processes get half a minute to start
             raise StartError(f"Ray does not start, or is not found at {address}: {error}") from error
         stack.callback(ray.shutdown)
-        folder = settings.artefacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artefacts-"))
+        folder = settings.artifacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artifacts-"))
         application = _application(_shared(settings, folder), scale)
         stopped = threading.Event()
         for number in handled():
@@ -220,20 +220,20 @@ def _application(settings: Settings, scale: Scale) -> Any:
     return deployment(serve.ingress()(Replica)).bind(options, scale.guests)
 
 
-def _shared(settings: Settings, artefacts: str) -> Settings:
+def _shared(settings: Settings, artifacts: str) -> Settings:
     """Settings that mean the same in every replica: one store of links, one secret, absolute paths, no own database."""
     paths: dict[str, Any] = {name: value.absolute() for name, value in settings if isinstance(value, Path)}
     if settings.database is None:
         paths["data"] = None
         log.info("without a PostgreSQL database for all replicas there are no files, batches and jobs")
-    given = settings.artefact_secret or SecretStr(secrets.token_hex(32))
+    given = settings.artifact_secret or SecretStr(secrets.token_hex(32))
     paths["teachers"] = {
         name: teacher if teacher == SHIPPED_TEACHER else str(Path(teacher).absolute())
         for name, teacher in settings.teachers.items()
     }
     paths["models"] = tuple(folder.absolute() for folder in settings.models)
-    paths["artefacts"] = artefacts if "://" in artefacts else str(Path(artefacts).absolute())
-    return settings.model_copy(update=paths | {"artefact_secret": given})
+    paths["artifacts"] = artifacts if "://" in artifacts else str(Path(artifacts).absolute())
+    return settings.model_copy(update=paths | {"artifact_secret": given})
 
 
 def _reason(report: str) -> str:

@@ -29,7 +29,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 @router.post("")
 async def create(body: JobRequest, jobs: Kept, caller: Worker) -> JobObject:
-    """Distil a teacher into a one-step student, which is served when the job has succeeded."""
+    """Distill a teacher into a one-step student, which is served when the job has succeeded."""
     made = await jobs.write(
         jobs.tuning.create,
         caller.owner,

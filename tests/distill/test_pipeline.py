@@ -69,7 +69,7 @@ def test_a_teacher_is_told_from_a_student_with_and_without_a_record(
     copy = shutil.copytree(teacher, tmp_path / "teacher")
     if not record:
         (copy / "onestep.json").unlink()
-    with pytest.raises(TeacherError, match="is a teacher, not a one-step student; distil it"):
+    with pytest.raises(TeacherError, match="is a teacher, not a one-step student; distill it"):
         read_student(copy)
 
 

@@ -155,5 +155,5 @@ def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scene
     out = folder / "run"
     run.prepare(config, out)
     list(run.embed(config, out, torch.device("cpu")))
-    list(run.distil(config, out, run.accelerator(config, out)))
+    list(run.distill(config, out, run.accelerator(config, out)))
     return out

@@ -83,7 +83,7 @@ def test_links_can_be_looked_at_before_they_are_fetched(api):
 
 @pytest.mark.parametrize("path", ["/", "", "/jobs", "/jobs/", "/healthz/", "/nothing/"])
 def test_paths_are_served_below_a_prefix(path, tmp_path):
-    app = create_app(Settings(data=None, artefacts=str(tmp_path)), local(Simulator(0, 0)))
+    app = create_app(Settings(data=None, artifacts=str(tmp_path)), local(Simulator(0, 0)))
     transport = httpx.ASGITransport(app, root_path="/images")
 
     async def ask() -> httpx.Response:

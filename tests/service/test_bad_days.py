@@ -25,7 +25,7 @@ from running import serving
 from sqlalchemy import create_engine, select, text
 
 from benchmarks import postgres
-from service.app import ARTEFACT_THREADS, create_app
+from service.app import ARTIFACT_THREADS, create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.errors import StartError, Unavailable
@@ -215,7 +215,7 @@ def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
             super().pipe_file(path, value, **options)
 
     fsspec.register_implementation("away", Store, clobber=True)
-    url = serve(Simulator(0, 0), data=tmp_path, artefacts="away://images")
+    url = serve(Simulator(0, 0), data=tmp_path, artifacts="away://images")
     client = connect(url)
     away.set()
     with pytest.raises(openai.InternalServerError, match="store of linked images does not answer") as refused:
@@ -245,12 +245,12 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
             super().pipe_file(path, value, **options)
 
     fsspec.register_implementation("slow", Store, clobber=True)
-    client = connect(serve(Simulator(0, 0), data=tmp_path, artefacts="slow://images"))
+    client = connect(serve(Simulator(0, 0), data=tmp_path, artifacts="slow://images"))
     with ThreadPoolExecutor(links) as callers:
         try:
             ask = client.images.generate
             waiting = [callers.submit(ask, prompt="a circle", response_format="url") for _ in range(links)]
-            for _ in range(ARTEFACT_THREADS):
+            for _ in range(ARTIFACT_THREADS):
                 assert entered.acquire(timeout=60)
             impatient = client.with_options(timeout=30)
             assert impatient.images.generate(prompt="a red circle").data[0].b64_json
@@ -262,8 +262,8 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
 
 
 def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
-    with pytest.raises(StartError, match=r"artefacts: nowhere://images .*nowhere"):
-        create_app(Settings(data=tmp_path, artefacts="nowhere://images"), local(Simulator()))
+    with pytest.raises(StartError, match=r"artifacts: nowhere://images .*nowhere"):
+        create_app(Settings(data=tmp_path, artifacts="nowhere://images"), local(Simulator()))
 
 
 def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):

@@ -66,7 +66,7 @@ main()
 
 
 def test_a_store_that_hangs_keeps_no_server_from_ending():
-    environment = os.environ | {"SERVICE_ARTEFACTS": "hung://images", "SERVICE_DRAIN_SECONDS": "1"}
+    environment = os.environ | {"SERVICE_ARTIFACTS": "hung://images", "SERVICE_DRAIN_SECONDS": "1"}
     command = [sys.executable, "-c", HUNG_STORE, "serve", "--device", "simulator", "--port", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))

@@ -152,14 +152,14 @@ def test_what_no_page_can_have_for_its_origin_is_refused(origin):
 
 @pytest.mark.parametrize("secret", ["", "short"])
 def test_an_empty_or_short_secret_of_links_is_refused(monkeypatch, secret):
-    monkeypatch.setenv("SERVICE_ARTEFACT_SECRET", secret)
-    with pytest.raises(StartError, match=r"SERVICE_ARTEFACT_SECRET.*at least 16 characters"):
+    monkeypatch.setenv("SERVICE_ARTIFACT_SECRET", secret)
+    with pytest.raises(StartError, match=r"SERVICE_ARTIFACT_SECRET.*at least 16 characters"):
         read_settings({})
 
 
 def test_printed_settings_hide_secrets():
     settings = read_settings(
-        {"api_keys": ("hunter2hunter2hunter2",), "artefact_secret": "hunter2hunter2hunter2", "max_batch": 5}
+        {"api_keys": ("hunter2hunter2hunter2",), "artifact_secret": "hunter2hunter2hunter2", "max_batch": 5}
     )
     lines = settings.lines()
     assert "max_batch = 5" in lines

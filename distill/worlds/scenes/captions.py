@@ -1,8 +1,8 @@
 """What the world may be asked for: prompts after GenEval's six tasks, their wordings, and the held-out split.
 
-A *combination* is what a prompt asks for, apart from its wording: the relation and the (shape, colour) of each
+A *combination* is what a prompt asks for, apart from its wording: the relation and the (shape, color) of each
 object. One combination in eight, chosen by a hash, is held out: training sees neither it nor a prompt that says
-the same and adds colours. Every shape, colour and relation is seen in training, in other company.
+the same and adds colors. Every shape, color and relation is seen in training, in other company.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 
 from distill.errors import ConfigError
-from distill.worlds.scenes.shapes import COLOURS, SHAPES
+from distill.worlds.scenes.shapes import COLORS, SHAPES
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's names
 RELATIONS = ("left", "right", "above", "below")
@@ -33,10 +33,10 @@ _JOINING_WORDS = ("and", "with", "next to")
 
 @dataclass(frozen=True)
 class Thing:
-    """An object that a prompt names; `colour` None when the prompt leaves it open."""
+    """An object that a prompt names; `color` None when the prompt leaves it open."""
 
     shape: str
-    colour: str | None = None
+    color: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Prompt:
     count: int = 1
     relation: str | None = None
 
-    def combination(self, colours: bool = True) -> str:
+    def combination(self, colors: bool = True) -> str:
         """The identity that the held-out split goes by."""
-        names = [f"{t.colour if colours else None} {t.shape}" for t in self.things]
+        names = [f"{t.color if colors else None} {t.shape}" for t in self.things]
         relation = self.relation or ("and" if len(names) == 2 else "coloured" if self.task == "colors" else "alone")
         if relation in _MIRRORED:  # "a right of b" is "b left of a"
             relation, names = _MIRRORED[relation], names[::-1]
@@ -64,10 +64,10 @@ class Prompt:
 
     @property
     def held_out(self) -> bool:
-        """Whether training must not see it: its combination, or that without the colours, is held out."""
+        """Whether training must not see it: its combination, or that without the colors, is held out."""
         keys = {self.combination()}
-        if self.task != "colors":  # else every colour of a shape would leave training with "a heart"
-            keys.add(self.combination(colours=False))
+        if self.task != "colors":  # else every color of a shape would leave training with "a heart"
+            keys.add(self.combination(colors=False))
         return any(_chosen(key) for key in keys)
 
 
@@ -76,9 +76,9 @@ def _chosen(combination: str) -> bool:
 
 
 def everything(task: str) -> Iterator[Prompt]:
-    """Every combination of a task, as GenEval words it: colours only where the task is about colours."""
+    """Every combination of a task, as GenEval words it: colors only where the task is about colors."""
     things = [Thing(shape) for shape in SHAPES]
-    coloured = [Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS)]
+    colored = [Thing(shape, color) for shape, color in product(SHAPES, COLORS)]
     match task:
         case "single_object":
             yield from (Prompt(task, (thing,)) for thing in things)
@@ -87,13 +87,13 @@ def everything(task: str) -> Iterator[Prompt]:
         case "counting":
             yield from (Prompt(task, (thing,), count) for thing, count in product(things, NUMBERS))
         case "colors":
-            yield from (Prompt(task, (thing,)) for thing in coloured)
+            yield from (Prompt(task, (thing,)) for thing in colored)
         case "position":
             for pair, relation in product(permutations(things, 2), RELATIONS):
                 yield Prompt(task, pair, relation=relation)
         case "color_attr":
-            for a, b in combinations(coloured, 2):
-                if a.shape != b.shape and a.colour != b.colour:
+            for a, b in combinations(colored, 2):
+                if a.shape != b.shape and a.color != b.color:
                     yield Prompt(task, (a, b))
         case _:
             raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")
@@ -135,7 +135,7 @@ def parse_task_weights(text: str | None) -> dict[str, float]:
 
 
 def sample_prompt(rng: np.random.Generator, task_weights: Mapping[str, float] | None = None) -> Prompt:
-    """A prompt for training; counting and position name the colours half of the time.
+    """A prompt for training; counting and position name the colors half of the time.
 
     `task_weights` are the tasks' shares. Without them all tasks are drawn alike, but those with more held-out
     combinations are a little rarer.
@@ -152,9 +152,9 @@ def sample_prompt(rng: np.random.Generator, task_weights: Mapping[str, float] | 
 def _sample_any(rng: np.random.Generator, task: str | None) -> Prompt:
     task = task or TASKS[rng.integers(len(TASKS))]
     names = rng.choice(len(SHAPES), 2, replace=False)
-    tints = rng.choice(len(COLOURS), 2, replace=False)
-    coloured = task in ("colors", "color_attr") or (task in ("counting", "position") and rng.random() < 0.5)
-    a, b = (Thing(SHAPES[s], COLOURS[c] if coloured else None) for s, c in zip(names, tints, strict=True))
+    tints = rng.choice(len(COLORS), 2, replace=False)
+    colored = task in ("colors", "color_attr") or (task in ("counting", "position") and rng.random() < 0.5)
+    a, b = (Thing(SHAPES[s], COLORS[c] if colored else None) for s, c in zip(names, tints, strict=True))
     match task:
         case "single_object" | "colors":
             return Prompt(task, (a,))
@@ -184,7 +184,7 @@ def wording(prompt: Prompt, rng: np.random.Generator) -> str:
 
 def _name(thing: Thing, plural: bool = False) -> str:
     ending = ("es" if thing.shape.endswith("s") else "s") if plural else ""
-    return f"{thing.colour} {thing.shape}{ending}" if thing.colour else thing.shape + ending
+    return f"{thing.color} {thing.shape}{ending}" if thing.color else thing.shape + ending
 
 
 def _with_article(thing: Thing) -> str:
@@ -202,4 +202,4 @@ def vocabulary() -> list[str]:
     """Every word that a wording can hold."""
     plain = " ".join([*_OPENINGS, *_JOINING_WORDS, *sum(_RELATION_WORDS.values(), ()), "a an"])
     plurals = [_name(Thing(shape), plural=True) for shape in SHAPES]
-    return sorted({*plain.split(), *NUMBERS.values(), *SHAPES, *plurals, *COLOURS})
+    return sorted({*plain.split(), *NUMBERS.values(), *SHAPES, *plurals, *COLORS})

@@ -41,11 +41,11 @@ DIVERSITY_SEEDS = 8
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """One model's figures. Scores in [0, 1]; `calls` counts evaluations of the network per image.
 
     `intervals` are those of 95 % of `overall`, each task, `kernel` and `diversity`. The other distances have none:
-    an image that resampling draws twice is its own nearest neighbour, and lowers the rank of a covariance.
+    an image that resampling draws twice is its own nearest neighbor, and lowers the rank of a covariance.
     """
 
     overall: float
@@ -113,7 +113,7 @@ def judge(
     encode: Encode,
     seed: int,
     report: Report = lambda n: None,
-) -> tuple[Judgement, Images]:
+) -> tuple[Judgment, Images]:
     """The figures of one model, and its images of `questions.texts` in order."""
     started = time.perf_counter()
     images = _in_batches(generate, questions.texts, range(len(questions.texts)), report)
@@ -129,7 +129,7 @@ def judge(
     groups = features(again, encode).reshape(len(questions.repeated), DIVERSITY_SEEDS, -1)
     precision, recall = precision_recall(made, real)
     density, coverage = density_coverage(made, real)
-    judgement = Judgement(
+    judgment = Judgment(
         overall=float(np.mean(list(tasks.values()))),
         tasks=tasks,
         frechet=frechet(made, real),
@@ -149,7 +149,7 @@ def judge(
             "diversity": interval([spreads(groups)], seed),
         },
     )
-    return judgement, images
+    return judgment, images
 
 
 def _in_batches(generate: Generate, texts: Sequence[str], seeds: Sequence[int], report: Report) -> Images:

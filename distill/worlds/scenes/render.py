@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.worlds.scenes.captions import Prompt
-from distill.worlds.scenes.shapes import COLOURS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage
+from distill.worlds.scenes.shapes import COLORS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage
 
 SIZE = 64  # pixels
 MARGIN = 2  # pixels kept free round each object, so that two objects never touch
@@ -16,10 +16,10 @@ SMALLEST, LARGEST = 8.0, 11.0  # radii, pixels
 
 @dataclass(frozen=True)
 class Object:
-    """One object in an image: centre and radius in pixels, x right and y down from the upper left corner."""
+    """One object in an image: center and radius in pixels, x right and y down from the upper left corner."""
 
     shape: str
-    colour: str
+    color: str
     x: float
     y: float
     radius: float
@@ -38,8 +38,8 @@ def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
     else:
         things = list(prompt.things)
     n = len(things)
-    # Copies of one thing share their colour; two different things differ in it.
-    tints = rng.permutation(len(COLOURS))
+    # Copies of one thing share their color; two different things differ in it.
+    tints = rng.permutation(len(COLORS))
     radii = np.round(rng.uniform(SMALLEST, LARGEST, n) / STEP) * STEP
 
     if n == 1:
@@ -56,8 +56,8 @@ def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
         reach = radii[i] + MARGIN
         x = left + _on_grid(rng.uniform(reach, width - reach))
         y = top + _on_grid(rng.uniform(reach, height - reach))
-        tint = COLOURS[tints[0 if prompt.count > 1 else i]]
-        objects.append(Object(thing.shape, thing.colour or tint, x, y, float(radii[i])))
+        tint = COLORS[tints[0 if prompt.count > 1 else i]]
+        objects.append(Object(thing.shape, thing.color or tint, x, y, float(radii[i])))
     return tuple(objects)
 
 
@@ -98,7 +98,7 @@ def render(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
         x = np.array([round(o.x / STEP) for o in found])
         y = np.array([round(o.y / STEP) for o in found])
         alpha = bank[shape, radius, y % per_pixel, x % per_pixel]  # (n, WINDOW, WINDOW)
-        tint = RGB[[COLOURS.index(o.colour) for o in found]] - GROUND_RGB  # (n, 3)
+        tint = RGB[[COLORS.index(o.color) for o in found]] - GROUND_RGB  # (n, 3)
         ys = (y // per_pixel)[:, None, None] + window[:, None]
         xs = (x // per_pixel)[:, None, None] + window
         canvas[rows[:, None, None], ys, xs] += alpha[..., None] * tint[:, None, None]

@@ -1,6 +1,6 @@
 """Pixels in, objects out, and GenEval's verdict on them. Exact on rendered scenes; strict on anything else.
 
-An object is a connected region that differs from the ground. Its colour is the palette's nearest to its core, its
+An object is a connected region that differs from the ground. Its color is the palette's nearest to its core, its
 shape the one whose anti-aliased template, fitted to the region's bounds, overlaps it best.
 """
 
@@ -12,17 +12,17 @@ from scipy import ndimage
 
 from distill.worlds.scenes.captions import TASKS, Prompt, Thing
 from distill.worlds.scenes.render import SIZE, Object, Scene
-from distill.worlds.scenes.shapes import COLOURS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage, extents
+from distill.worlds.scenes.shapes import COLORS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage, extents
 
 CONTRAST = 40.0  # RGB distance from the ground at which a pixel belongs to an object
 SMALLEST_AREA = 40  # pixels; specks below are neither objects nor errors
-COLOUR_TOLERANCE = 70.0  # RGB distance from the palette beyond which a colour is nobody's
+COLOR_TOLERANCE = 70.0  # RGB distance from the palette beyond which a color is nobody's
 OVERLAP = 0.75  # soft intersection over union below which a shape is nobody's
 POSITION_THRESHOLD = 0.1  # GenEval's: share of the objects' sizes that an offset must exceed
 
 
 def detect(images: NDArray[np.uint8]) -> list[Scene]:
-    """The objects in each image of (N, 64, 64, 3). A region without a clear shape and colour is no object."""
+    """The objects in each image of (N, 64, 64, 3). A region without a clear shape and color is no object."""
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
         raise ValueError(f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}")
     return [_detect_one(image.astype(np.float32)) for image in images]
@@ -47,10 +47,10 @@ def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None
     contrast = np.linalg.norm(offset, axis=-1)
     core = offset[contrast >= np.quantile(contrast[contrast > 0], 0.5)]
     distances = np.linalg.norm(RGB - GROUND_RGB - np.median(core, axis=0), axis=-1)
-    colour = int(distances.argmin())
-    if distances[colour] > COLOUR_TOLERANCE:
+    color = int(distances.argmin())
+    if distances[color] > COLOR_TOLERANCE:
         return None
-    tint = RGB[colour] - GROUND_RGB
+    tint = RGB[color] - GROUND_RGB
     alpha = np.clip(offset @ tint / (tint @ tint), 0, 1)  # (h, w): how much of the object each pixel holds
     if max(alpha.shape) > WINDOW:
         return None
@@ -62,14 +62,14 @@ def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None
         return None
     e = extents()  # (shape, 4)
     radius = np.maximum((x1 - x0) / (e[:, 1] - e[:, 0]), (y1 - y0) / (e[:, 3] - e[:, 2]))
-    x = (x0 + x1) / 2 - radius * (e[:, 0] + e[:, 1]) / 2  # centres, from the upper left of the box
+    x = (x0 + x1) / 2 - radius * (e[:, 0] + e[:, 1]) / 2  # centers, from the upper left of the box
     y = (y0 + y1) / 2 - radius * (e[:, 2] + e[:, 3]) / 2
 
     overlaps = np.array([_overlap(alpha, s, x[s], y[s], radius[s]) for s in range(len(SHAPES))])
     best = int(overlaps.argmax())
     if overlaps[best] < OVERLAP:
         return None
-    return Object(SHAPES[best], COLOURS[colour], float(left + x[best]), float(top + y[best]), float(radius[best]))
+    return Object(SHAPES[best], COLORS[color], float(left + x[best]), float(top + y[best]), float(radius[best]))
 
 
 def _bounds(profile: NDArray[np.float32]) -> tuple[float, float]:
@@ -81,7 +81,7 @@ def _bounds(profile: NDArray[np.float32]) -> tuple[float, float]:
 
 
 def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius: float) -> float:
-    """Best soft intersection over union of `alpha` with a template near the fitted centre and radius."""
+    """Best soft intersection over union of `alpha` with a template near the fitted center and radius."""
     if not RADII[0] - 1 <= radius <= RADII[-1] + 1:
         return 0.0
     height, width = alpha.shape
@@ -103,7 +103,7 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
 
 
 def verdict(prompt: Prompt, scene: Scene) -> bool:
-    """GenEval's: every named thing is there, as often, coloured and placed as asked; counting is exact."""
+    """GenEval's: every named thing is there, as often, colored and placed as asked; counting is exact."""
     matches = [[o for o in scene if _matches(o, thing)] for thing in prompt.things]
     if prompt.task == "counting":
         return len(matches[0]) == prompt.count
@@ -115,11 +115,11 @@ def verdict(prompt: Prompt, scene: Scene) -> bool:
 
 
 def _matches(found: Object, thing: Thing) -> bool:
-    return found.shape == thing.shape and thing.colour in (None, found.colour)
+    return found.shape == thing.shape and thing.color in (None, found.color)
 
 
 def _relations(a: Object, b: Object) -> set[str]:
-    """Where `a` stands seen from `b`, by GenEval's rule on the centres' offset, shortened by the sizes."""
+    """Where `a` stands seen from `b`, by GenEval's rule on the centers' offset, shortened by the sizes."""
     offset = np.array([a.x - b.x, a.y - b.y])
     slack = POSITION_THRESHOLD * 2 * (a.radius + b.radius)
     shortened = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)

@@ -1,4 +1,4 @@
-"""The alphabet of the world: eight shapes as signed distances, ten colours, one ground.
+"""The alphabet of the world: eight shapes as signed distances, ten colors, one ground.
 
 A shape lives in its own frame, x right and y down, inside the square [-1, 1]^2. `coverage` holds each shape
 anti-aliased at quarter-pixel sizes and offsets; the renderer pastes from it and the scorer matches against it.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 GROUND = (128, 128, 128)
-# GenEval's ten colours, spread so that no two are nearer than 90 of 255 in RGB.
+# GenEval's ten colors, spread so that no two are nearer than 90 of 255 in RGB.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
     "orange": (255, 140, 0),
@@ -26,11 +26,11 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (10, 10, 10),
     "white": (250, 250, 250),
 }
-COLOURS = tuple(PALETTE)
+COLORS = tuple(PALETTE)
 RGB: Floats = np.array(list(PALETTE.values()), np.float32)  # (10, 3)
 GROUND_RGB: Floats = np.array(GROUND, np.float32)  # (3,)
 
-STEP = 0.25  # pixels: the grid of sizes and centres
+STEP = 0.25  # pixels: the grid of sizes and centers
 RADII: Floats = np.arange(6, 13, STEP, dtype=np.float32)  # half the side of the frame, pixels
 WINDOW = 28  # pixels: side of the patch that holds the largest shape at any offset
 
@@ -87,7 +87,7 @@ SHAPES = tuple(_DISTANCE)
 def coverage() -> Floats:
     """Share of each pixel that a shape covers, (shape, radius, y offset, x offset, WINDOW, WINDOW) in [0, 1].
 
-    The shape's centre lies `offset * STEP` pixels right of and below the centre of the window.
+    The shape's center lies `offset * STEP` pixels right of and below the center of the window.
     """
     offsets = np.arange(round(1 / STEP), dtype=np.float32) * STEP
     pixels = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2

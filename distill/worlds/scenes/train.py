@@ -4,7 +4,7 @@ First the autoencoder (`vae.py`), then the transformer together with two small C
 latents that are encoded once.
 
 A transformer that is trained from nothing learns coarse to fine: on large patches, where an image is 16 tokens and
-cheap, it learns which words mean which colours and places; then the same blocks continue with small patches, 64 tokens,
+cheap, it learns which words mean which colors and places; then the same blocks continue with small patches, 64 tokens,
 and learn exact shapes. One that starts from another teacher has learnt this already.
 """
 

@@ -61,7 +61,7 @@ def make_vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    # A posterior that starts wide drowns the code in noise, and the decoder settles on the ground colour.
+    # A posterior that starts wide drowns the code in noise, and the decoder settles on the ground color.
     with torch.no_grad():
         vae.encoder.conv_out.weight[4:] = 0
         vae.encoder.conv_out.bias[4:] = -6
@@ -107,7 +107,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
 
-        # 3. loss: absolute error keeps edges sharp, the squared one colours exact
+        # 3. loss: absolute error keeps edges sharp, the squared one colors exact
         error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
         loss = error + recipe.kl_weight * posterior.kl().mean()
 

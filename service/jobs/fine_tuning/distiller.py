@@ -148,7 +148,7 @@ class Distiller:
         job = self._insist(lambda session: _enter(session, name, int(start)))
         if job is not None:
             with self._failing(job):
-                self._distil(job, self.folder(job))
+                self._distill(job, self.folder(job))
             self._webhooks.begin_due(int(time.time()))
         self._let_go(name)
 
@@ -174,7 +174,7 @@ class Distiller:
         elif job is not None and job.status == "cancelled":
             self.folder(job).remove()
 
-    def _distil(self, job: Job, folder: RunFolder) -> None:
+    def _distill(self, job: Job, folder: RunFolder) -> None:
         """Run the command until the job has ended or is paused. Raises Failed."""
         words = self._prepare(job, folder)
         crashes, furthest = 0, -1

@@ -48,7 +48,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (*PLAN, "--device-memory", "inf"),
         (*PLAN, "--reserve", "nan"),
         (*PLAN, "--tflops", "0"),
-        (*PLAN, "--utilisation", "0"),
+        (*PLAN, "--utilization", "0"),
         (*PLAN, "--size", "-64"),
         (*PLAN, "--rank", str(10**30)),
         (*PLAN, "--batch", str(10**30)),

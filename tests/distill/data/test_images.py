@@ -114,7 +114,7 @@ def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("")
     last(teacher, tmp_path, tmp_path / "cache")
-    expected = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "white", "blue")]
+    expected = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "white", "blue")]
     expected[2].paste("green", (0, SIDE // 2, SIDE, SIDE))
     rows = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([0, 1]))
     pixels = to_pixels(np.stack([np.asarray(image) for image in expected]))

@@ -1,4 +1,4 @@
-"""Images of every mode and colour profile become the sRGB that a viewer shows."""
+"""Images of every mode and color profile become the sRGB that a viewer shows."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from PIL import Image
 
 from distill.data.srgb import to_srgb
 
-COLOUR = (200, 100, 50)
+COLOR = (200, 100, 50)
 ADOBE_IN_SRGB = (227, 100, 42)  # what these numbers of Adobe RGB are
 
 
@@ -40,7 +40,7 @@ def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
 
 
 def cmyk() -> bytes:
-    """Inks that only darken, whatever their colour: a quarter each."""
+    """Inks that only darken, whatever their color: a quarter each."""
     ramp = bytes(range(256))
     grid = b"".join(bytes((255 * (4 - bin(corner).count("1")) // 4, 128, 128)) for corner in range(16))
     lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + grid + ramp * 3
@@ -57,7 +57,7 @@ ADOBE = profile(
         **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(2.2)),
     },
 )
-LINEAR_GREY = profile(b"GRAY", b"XYZ ", {b"kTRC": gamma(1)})
+LINEAR_GRAY = profile(b"GRAY", b"XYZ ", {b"kTRC": gamma(1)})
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:
@@ -77,34 +77,34 @@ def png(depth: int, kind: int, row: bytes, clear: bytes = b"") -> Image.Image:
     return Image.open(io.BytesIO(file))
 
 
-def plain(mode: str, colour: object) -> Image.Image:
-    return Image.new(mode, (2, 2), colour)
+def plain(mode: str, color: object) -> Image.Image:
+    return Image.new(mode, (2, 2), color)
 
 
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (saved(plain("RGB", COLOUR), icc_profile=ADOBE), ADOBE_IN_SRGB),
-        (saved(plain("RGB", COLOUR), "JPEG", quality=100, icc_profile=ADOBE), ADOBE_IN_SRGB),
-        (saved(plain("RGB", COLOUR), "WEBP", lossless=True, icc_profile=ADOBE), ADOBE_IN_SRGB),
-        (saved(plain("RGB", COLOUR).convert("P", palette=Image.Palette.ADAPTIVE), icc_profile=ADOBE), ADOBE_IN_SRGB),
-        (saved(plain("RGBA", (*COLOUR, 255)), icc_profile=ADOBE), ADOBE_IN_SRGB),
-        (saved(plain("RGBA", (*COLOUR, 0)), icc_profile=ADOBE), (255, 255, 255)),
-        (saved(plain("L", 128), icc_profile=LINEAR_GREY), (188, 188, 188)),
-        (saved(plain("LA", (128, 255)), icc_profile=LINEAR_GREY), (188, 188, 188)),
+        (saved(plain("RGB", COLOR), icc_profile=ADOBE), ADOBE_IN_SRGB),
+        (saved(plain("RGB", COLOR), "JPEG", quality=100, icc_profile=ADOBE), ADOBE_IN_SRGB),
+        (saved(plain("RGB", COLOR), "WEBP", lossless=True, icc_profile=ADOBE), ADOBE_IN_SRGB),
+        (saved(plain("RGB", COLOR).convert("P", palette=Image.Palette.ADAPTIVE), icc_profile=ADOBE), ADOBE_IN_SRGB),
+        (saved(plain("RGBA", (*COLOR, 255)), icc_profile=ADOBE), ADOBE_IN_SRGB),
+        (saved(plain("RGBA", (*COLOR, 0)), icc_profile=ADOBE), (255, 255, 255)),
+        (saved(plain("L", 128), icc_profile=LINEAR_GRAY), (188, 188, 188)),
+        (saved(plain("LA", (128, 255)), icc_profile=LINEAR_GRAY), (188, 188, 188)),
         (saved(plain("L", 128), "JPEG", icc_profile=ADOBE), (129, 129, 129)),
         (saved(plain("CMYK", (0, 255, 0, 0)), "JPEG", icc_profile=cmyk()), (185, 185, 185)),
         (saved(plain("CMYK", (0, 255, 0, 0)), "JPEG"), (255, 0, 255)),
-        (saved(plain("RGB", COLOUR), icc_profile=LINEAR_GREY), COLOUR),  # of another colour space
-        (saved(plain("RGB", COLOUR), icc_profile=ADOBE[:200]), COLOUR),
-        (saved(plain("RGB", COLOUR), icc_profile=b"damaged"), COLOUR),
+        (saved(plain("RGB", COLOR), icc_profile=LINEAR_GRAY), COLOR),  # of another color space
+        (saved(plain("RGB", COLOR), icc_profile=ADOBE[:200]), COLOR),
+        (saved(plain("RGB", COLOR), icc_profile=b"damaged"), COLOR),
         (saved(plain("1", 1)), (255, 255, 255)),
-        (saved(plain("RGB", COLOUR), transparency=COLOUR), (255, 255, 255)),
-        (saved(plain("RGB", COLOUR).convert("P", palette=Image.Palette.ADAPTIVE), transparency=0), (255, 255, 255)),
+        (saved(plain("RGB", COLOR), transparency=COLOR), (255, 255, 255)),
+        (saved(plain("RGB", COLOR).convert("P", palette=Image.Palette.ADAPTIVE), transparency=0), (255, 255, 255)),
         (png(16, 0, struct.pack(">2H", 257 * 77, 0)), (77, 77, 77)),
         (png(16, 0, struct.pack(">2H", 300, 301), struct.pack(">H", 300)), (255, 255, 255)),
         (png(16, 0, struct.pack(">2H", 300, 301), struct.pack(">H", 301)), (1, 1, 1)),
-        (png(16, 2, struct.pack(">6H", *(257 * value for value in COLOUR), 0, 0, 0)), COLOUR),
+        (png(16, 2, struct.pack(">6H", *(257 * value for value in COLOR), 0, 0, 0)), COLOR),
         (
             png(16, 2, struct.pack(">6H", 51400, 25700, 12850, 0, 0, 0), struct.pack(">3H", 51400, 25700, 12850)),
             (255,) * 3,
@@ -123,7 +123,7 @@ def test_a_pixel_is_what_a_viewer_shows_on_white(image: Image.Image, expected: t
 
 
 def test_an_image_on_its_side_is_turned_and_keeps_its_profile() -> None:
-    wide = Image.new("RGB", (4, 2), COLOUR)
+    wide = Image.new("RGB", (4, 2), COLOR)
     exif = Image.Exif()
     exif[0x0112] = 6
     found = to_srgb(saved(wide, "JPEG", quality=100, exif=exif, icc_profile=ADOBE))
@@ -131,6 +131,6 @@ def test_an_image_on_its_side_is_turned_and_keeps_its_profile() -> None:
     np.testing.assert_allclose(found.getpixel((0, 0)), ADOBE_IN_SRGB, atol=2)
 
 
-def test_sixteen_bits_of_grey_keep_their_steps() -> None:
+def test_sixteen_bits_of_gray_keep_their_steps() -> None:
     steps = np.linspace(0, 65535, 256).astype(np.uint16)[None]
     assert np.asarray(to_srgb(saved(Image.fromarray(steps))))[0, :, 0].tolist() == list(range(256))

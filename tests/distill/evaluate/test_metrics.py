@@ -72,15 +72,15 @@ def test_kernel_interval_holds_the_true_distance_about_as_often_as_it_says() -> 
 
 
 def reached(point: np.ndarray, points: np.ndarray, k: int) -> list[bool]:
-    """For each of `points`, whether `point` lies within the distance to its k-th nearest neighbour."""
+    """For each of `points`, whether `point` lies within the distance to its k-th nearest neighbor."""
     found = []
-    for i, centre in enumerate(points):
-        others = sorted(np.linalg.norm(centre - other) for j, other in enumerate(points) if j != i)
-        found.append(bool(np.linalg.norm(centre - point) <= others[k - 1]))
+    for i, center in enumerate(points):
+        others = sorted(np.linalg.norm(center - other) for j, other in enumerate(points) if j != i)
+        found.append(bool(np.linalg.norm(center - point) <= others[k - 1]))
     return found
 
 
-def test_neighbourhood_figures_are_their_definitions() -> None:
+def test_neighborhood_figures_are_their_definitions() -> None:
     made, real = gaussian(23, mean=0.8, std=0.7, seed=1), gaussian(19, seed=2)
     precision = np.mean([any(reached(x, real, 3)) for x in made])
     recall = np.mean([any(reached(y, made, 3)) for y in real])

@@ -24,7 +24,7 @@ def test_the_direction_descends_the_kl_divergence():
     z, eps = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
     t = 0.02 + 0.68 * torch.rand(count, generator=generator, dtype=torch.float64)
 
-    config = Config(normalise=False, times=Times(law="uniform"), guidance=Guidance(teacher=1))
+    config = Config(normalize=False, times=Times(law="uniform"), guidance=Guidance(teacher=1))
     nets = Velocities(affine_student(mean, std), gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
     loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
     found = torch.autograd.grad(loss, (mean, std))
@@ -52,7 +52,7 @@ def test_the_divisor_is_each_image_s_own():
 
 def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_it():
     """Two round Gaussians in the plane: the best logit is linear in x_t, and known."""
-    centre, t = torch.tensor([1.0, -0.5]), 0.4
+    center, t = torch.tensor([1.0, -0.5]), 0.4
     made, other, eps = torch.randn(3, 4096, 2, generator=torch.Generator().manual_seed(0))
     draw = FixedDraw(torch.full((4096,), t), eps)
     config = Config(times=Times(law="uniform"), guidance=Guidance(teacher=1), gan=Gan(fake=1, student=0.5))
@@ -65,7 +65,7 @@ def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_i
         None,
         lambda x_t, t, cond: head(x_t).squeeze(1),
     )
-    batch = Batch(made, None, draw, Real(centre + other, None))
+    batch = Batch(made, None, draw, Real(center + other, None))
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50)
 
     def closure() -> Tensor:
@@ -76,16 +76,16 @@ def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_i
 
     optimizer.step(closure)
     variance = (1 - t) ** 2 + t**2
-    torch.testing.assert_close(head.weight[0], (1 - t) * centre / variance, atol=0.06, rtol=0.05)
+    torch.testing.assert_close(head.weight[0], (1 - t) * center / variance, atol=0.06, rtol=0.05)
     torch.testing.assert_close(
-        head.bias[0], -((1 - t) ** 2) * centre.square().sum() / (2 * variance), atol=0.06, rtol=0
+        head.bias[0], -((1 - t) ** 2) * center.square().sum() / (2 * variance), atol=0.06, rtol=0
     )
 
     (found,) = torch.autograd.grad(config.student_loss(nets, batch).value, mean)
     x_t = (1 - t) * (mean + made) + t * eps
     (expected,) = torch.autograd.grad(0.5 * softplus(-head(x_t)).mean(), mean)
     torch.testing.assert_close(found, expected)
-    assert torch.nn.functional.cosine_similarity(-found, centre, dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(-found, center, dim=0) > 0.99
 
 
 def test_a_file_in_the_folder_is_all_that_a_method_needs():

@@ -264,15 +264,15 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
 
 def test_a_mixture_of_gaussians_is_distilled_end_to_end():
     """Four modes in the plane: the exact teacher's field, a student and a fake of two small layers, seconds."""
-    centres = torch.tensor([[1.5, 0.0], [-1.5, 0.0], [0.0, 1.5], [0.0, -1.5]])
+    centers = torch.tensor([[1.5, 0.0], [-1.5, 0.0], [0.0, 1.5], [0.0, -1.5]])
     std = 0.25
 
     def teacher(x_t, t, cond):
         t = t.view(-1, 1, 1)
         variance = (1 - t) ** 2 * std**2 + t**2
-        offset = x_t.unsqueeze(1) - (1 - t) * centres
+        offset = x_t.unsqueeze(1) - (1 - t) * centers
         share = torch.softmax(-(offset.square().sum(-1, keepdim=True) / (2 * variance)), dim=1)
-        fields = (t - (1 - t) * std**2) / variance * offset - centres
+        fields = (t - (1 - t) * std**2) / variance * offset - centers
         return (share * fields).sum(1)
 
     torch.manual_seed(SEED)
@@ -301,7 +301,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
                 optimizers[turn.role].step()
     z = torch.randn(2000, 2)
     made = (z - student(z)).detach()
-    distance, nearest = torch.cdist(made, centres).min(1)
+    distance, nearest = torch.cdist(made, centers).min(1)
     shares = torch.bincount(nearest, minlength=4) / len(made)
     assert shares.min() > 0.1  # no mode is lost
     # The data are at 1, pure noise is at 2.7; a continuous map of one Gaussian must bridge the modes somewhere.

@@ -160,7 +160,7 @@ SETTINGS = [
     ("transformer/config.json", {"out_channels": 8}, "out_channels are not its in_channels"),
     ("transformer/config.json", {"pooled_projection_dim": 41}, "sum of the CLIPs' projection_dim"),
     ("transformer/config.json", {"sample_size": 26}, "sample_size is over pos_embed_max_size"),
-    ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
+    ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized weights"),
     ("text_encoder/config.json", {"architectures": ["CLIPTextModel"]}, "CLIPTextModelWithProjection is what can be"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "model_max_length is over the CLIPs' positions"),
     ("onestep.json", {"max_sequence_length": -1}, "max_sequence_length is negative"),
@@ -177,12 +177,12 @@ def test_a_setting_that_is_not_followed_is_refused(name, change, sentence, teach
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_quantised_weights_are_refused(dtype: torch.dtype, teacher: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(dtype: torch.dtype, teacher: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(teacher, tmp_path / "other")
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "proj_out.weight": tensors["proj_out.weight"].to(dtype)}, path)
-    with pytest.raises(TeacherError, match=r"holds quantised weights .*; give the plain model"):
+    with pytest.raises(TeacherError, match=r"holds quantized weights .*; give the plain model"):
         read_spec(folder)
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from distill.cli import app, console
 from distill.errors import OutputError, RunError
 from distill.report.html import GRIDS, POINTS, duration, render_report, si, write_report
-from distill.report.picture import labelled_grid, save_png
+from distill.report.picture import labeled_grid, save_png
 from distill.report.run_folder import read_clock, read_run, read_runs
 
 SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.5", "gradient_norm/fake", "gradient_norm/student", "latent/std")
@@ -97,7 +97,7 @@ def add_results(folder: Path) -> None:
 
 def add_grid(folder: Path, images: int) -> None:
     tile = np.full((1, 4, 4, 3), 128, np.uint8)
-    save_png(labelled_grid([("student", tile)], ["a circle"]), folder / "samples" / f"{images:012d}.png")
+    save_png(labeled_grid([("student", tile)], ["a circle"]), folder / "samples" / f"{images:012d}.png")
 
 
 def page_of(folder: Path) -> Page:
@@ -200,7 +200,7 @@ def test_teacher_against_student_is_shown_once_it_is_judged(tmp_path: Path) -> N
     assert all(figure in text for figure in ("0.9", "0.6", "0.45", "0.3", "colors"))
 
 
-def test_a_judgement_in_another_form_is_named(tmp_path: Path) -> None:
+def test_a_judgment_in_another_form_is_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 6400)
     (folder / "evaluation.json").write_text("")
     with pytest.raises(RunError, match=r"evaluation\.json"):

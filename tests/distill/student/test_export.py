@@ -27,7 +27,7 @@ from distill.models.teacher import load_transformer
 from distill.models.text import SD3TextEncoder
 from distill.pipeline import OneStepPipeline
 from distill.student import parity
-from distill.student.card import licence_of
+from distill.student.card import license_of
 from distill.student.export import export_student
 from distill.student.parity import check_parity
 from distill.training.networks import ROLES, Lora, SharedBase, build
@@ -144,7 +144,7 @@ def test_a_folder_that_stock_diffusers_runs_otherwise_fails_the_check(student, m
         check_parity(student)
 
 
-def test_the_card_bears_a_licence(teacher, tmp_path):
+def test_the_card_bears_a_license(teacher, tmp_path):
     weights = dict(load_transformer(teacher).named_parameters())
 
     def header(**options):
@@ -152,13 +152,13 @@ def test_the_card_bears_a_licence(teacher, tmp_path):
         return yaml.safe_load(text.split("---")[1])
 
     assert "license" not in header()
-    assert header(licence="apache-2.0")["license"] == "apache-2.0"
+    assert header(license="apache-2.0")["license"] == "apache-2.0"
     shared = shutil.copytree(teacher, tmp_path / "shared")
     named = {"license": "other", "license_name": "community", "license_link": "LICENSE.md"}
     (shared / "README.md").write_text(f"---\n{yaml.safe_dump(named)}---\n# Teacher\n")
-    assert licence_of(shared) == named
+    assert license_of(shared) == named
     out = export_student(shared, weights, tmp_path / "of-shared", RECIPE)
-    assert licence_of(out) == named
+    assert license_of(out) == named
 
 
 def test_a_size_of_shards_that_is_none_is_refused(teacher, tmp_path):

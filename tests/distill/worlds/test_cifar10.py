@@ -50,8 +50,8 @@ def test_images_are_the_records_of_the_files(data: Path) -> None:
     assert images.shape == (15, 32, 32, 3)
     record = (data / "data_batch_2.bin").read_bytes()[3073:6146]  # the fifth of all
     assert labels[4] == record[0]
-    for row, column, colour in ((0, 0, 0), (31, 2, 1), (7, 30, 2)):
-        assert images[4, row, column, colour] == record[1 + 1024 * colour + 32 * row + column]
+    for row, column, color in ((0, 0, 0), (31, 2, 1), (7, 30, 2)):
+        assert images[4, row, column, color] == record[1 + 1024 * color + 32 * row + column]
     assert len(read_images(data, test=True)[0]) == 3
 
 

@@ -18,7 +18,7 @@ from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.errors import Overloaded, StartError, to_openai
 from service.http.limiter import Limiter
-from service.images.artefacts import Artefacts
+from service.images.artifacts import Artifacts
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -54,7 +54,7 @@ def test_a_link_with_another_signature_or_name_is_not_found(api):
     for wrong in (
         url[:-1],
         url[:-4] + "0000",
-        url.replace("artefacts/1", "artefacts/2"),
+        url.replace("artifacts/1", "artifacts/2"),
         url.split("?")[0] + "?signature=é",
     ):
         answer = httpx.get(wrong)
@@ -72,8 +72,8 @@ def test_a_damaged_secret_signs_no_links(tmp_path, content):
     assert len((tmp_path / "secret").read_bytes()) == 32
 
 
-def test_artefacts_expire_and_are_swept(tmp_path):
-    store = Artefacts(str(tmp_path), b"secret", 100)
+def test_artifacts_expire_and_are_swept(tmp_path):
+    store = Artifacts(str(tmp_path), b"secret", 100)
     (tmp_path / "other.txt").write_text("not ours")
     old, new = (store.save(b"data", "png", now) for now in (1000.0, 1050.0))
     assert store.read(old, store.sign(old), 1099.0) == (b"data", "png")
@@ -83,12 +83,12 @@ def test_artefacts_expire_and_are_swept(tmp_path):
     assert store.read(outside, store.sign(outside), 1000.0) is None
     assert store.sweep(1120.0) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [new, "other.txt"]
-    same = Artefacts(f"file://{tmp_path}", b"secret", 100)  # another replica with the secret
+    same = Artifacts(f"file://{tmp_path}", b"secret", 100)  # another replica with the secret
     assert same.read(new, store.sign(new), 1120.0) == (b"data", "png")
 
 
 def test_a_sweep_finds_nothing_where_an_object_store_shows_no_folder():
-    store = Artefacts("memory://links", b"secret", 100)
+    store = Artifacts("memory://links", b"secret", 100)
     files = fsspec.filesystem("memory")
     files.rm("links", recursive=True)
     assert store.sweep(0) == 0

@@ -81,7 +81,7 @@ def replica(answer: httpx.Response) -> str:
     return answer.headers["x-replica"]
 
 
-def colour(answer: httpx.Response) -> tuple[int, ...]:
+def color(answer: httpx.Response) -> tuple[int, ...]:
     """Of a simulator's image."""
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     return image.getpixel((0, 0))
@@ -126,7 +126,7 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
             headers = {HEADER.replace("_", "-"): wish}  # the form that nginx lets through
             lora = {"name": adapter, "scale": 0.5}
             adapted = generate(url, 7, headers=headers, model=model, lora=lora)
-            assert colour(adapted) == colour(generate(url, 507))
+            assert color(adapted) == color(generate(url, 507))
         nowhere = {"prompt": "a", "lora": {"name": "oil"}}
         assert httpx.post(ROUTE.format(url), json=nowhere).json()["error"]["code"] == "adapter_not_found"
         assert httpx.post(ROUTE.format(url), json={"prompt": "a", "model": "fourth"}).status_code == 404

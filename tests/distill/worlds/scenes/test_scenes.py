@@ -20,7 +20,7 @@ from distill.worlds.scenes.captions import (
 )
 from distill.worlds.scenes.render import SIZE, Object, place, render
 from distill.worlds.scenes.score import detect, score, verdict
-from distill.worlds.scenes.shapes import COLOURS, GROUND, PALETTE, SHAPES
+from distill.worlds.scenes.shapes import COLORS, GROUND, PALETTE, SHAPES
 
 
 def scenes(count: int, seed: int):
@@ -36,7 +36,7 @@ def test_the_scorer_reads_fresh_scenes_as_they_were_drawn():
     assert np.mean(right) >= 0.99
     for drawn, found in zip(placed, detect(images[:200]), strict=False):
         drawn, found = sorted(drawn, key=lambda o: (o.x, o.y)), sorted(found, key=lambda o: (o.x, o.y))
-        assert [(o.shape, o.colour) for o in drawn] == [(o.shape, o.colour) for o in found]
+        assert [(o.shape, o.color) for o in drawn] == [(o.shape, o.color) for o in found]
         for a, b in zip(drawn, found, strict=True):
             assert abs(a.x - b.x) < 1
             assert abs(a.y - b.y) < 1
@@ -45,9 +45,9 @@ def test_the_scorer_reads_fresh_scenes_as_they_were_drawn():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("radius", [8.0, 11.0])
-def test_every_shape_in_every_colour_is_told_from_all_others(shape, radius):
-    drawn = [(Object(shape, colour, 30.25, 33.5, radius),) for colour in COLOURS]
-    assert [[(o.shape, o.colour) for o in found] for found in detect(render(drawn))] == [[(shape, c)] for c in COLOURS]
+def test_every_shape_in_every_color_is_told_from_all_others(shape, radius):
+    drawn = [(Object(shape, color, 30.25, 33.5, radius),) for color in COLORS]
+    assert [[(o.shape, o.color) for o in found] for found in detect(render(drawn))] == [[(shape, c)] for c in COLORS]
 
 
 def test_images_that_answer_nothing_score_nothing():
@@ -92,9 +92,9 @@ def test_training_never_sees_what_is_held_out():
     seen = [sample_prompt(rng) for _ in range(4000)]
     held_out = {prompt.combination() for task in TASKS for prompt in everything(task) if prompt.held_out}
     assert not held_out & {prompt.combination() for prompt in seen}
-    assert not held_out & {prompt.combination(colours=False) for prompt in seen if prompt.task != "colors"}
+    assert not held_out & {prompt.combination(colors=False) for prompt in seen if prompt.task != "colors"}
     assert {t.shape for p in seen for t in p.things} == set(SHAPES)
-    assert {t.colour for p in seen for t in p.things} == {None, *COLOURS}
+    assert {t.color for p in seen for t in p.things} == {None, *COLORS}
     mirrored = Prompt("position", (Thing("ring"), Thing("star")), relation="right")
     assert mirrored.combination() == Prompt("position", (Thing("star"), Thing("ring")), relation="left").combination()
 

@@ -257,7 +257,7 @@ def test_the_end_is_foreseen_at_the_speed_of_this_start():
     assert before + 20 <= finish <= time.time() + 20
 
 
-def test_lines_are_told_once_and_a_judgement_joins_the_checkpoint_that_was_written_before_it(tmp_path):
+def test_lines_are_told_once_and_a_judgment_joins_the_checkpoint_that_was_written_before_it(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     database.migrate()
     texts = {"owner": "ann", "status": "running", "model": "tiny", "training_file": "file-1"}

@@ -67,7 +67,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
         assert (job.fine_tuned_model, job.seed, job.metadata) == (None, 3, why)
         assert job.method.distillation["preset"] == "scenes-debug"
         until(client, job, lambda job: job.images_seen)
-        (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distils(child)]
+        (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distills(child)]
         run.kill()
         until(client, job, lambda job: any("status 137" in message for message in told(client, job)))
         seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
@@ -167,7 +167,7 @@ def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
         assert [head.text for head in page.find("#jobs .pill")] == ["cancelled"]
 
 
-def _distils(process: psutil.Process) -> bool:
+def _distills(process: psutil.Process) -> bool:
     words = process.cmdline()
     return "distill.cli" in words and "service.jobs.fine_tuning.leash" not in words
 

@@ -1,4 +1,4 @@
-"""`/v1/artefacts`: images behind the links of `response_format: url`. The signature stands for a key."""
+"""`/v1/artifacts`: images behind the links of `response_format: url`. The signature stands for a key."""
 
 import asyncio
 import time
@@ -10,14 +10,14 @@ from service.errors import NotFound
 from service.http.dependencies import Service
 from service.schemas import ErrorResponse
 
-router = APIRouter(prefix="/v1/artefacts", tags=["images"])
+router = APIRouter(prefix="/v1/artifacts", tags=["images"])
 
 
 @router.get("/{name}", response_class=Response, responses={"4XX": {"model": ErrorResponse}})
 async def show(name: str, service: Service, signature: Annotated[str, Query()]) -> Response:
     """One image, while its link lasts."""
-    loop, threads = asyncio.get_running_loop(), service.artefact_threads
-    found = await loop.run_in_executor(threads, service.artefacts.read, name, signature, time.time())
+    loop, threads = asyncio.get_running_loop(), service.artifact_threads
+    found = await loop.run_in_executor(threads, service.artifacts.read, name, signature, time.time())
     if found is None:
         raise NotFound("this link has expired, or never was one of this server")
     data, output_format = found

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"(\d{10})-[0-9a-f]{32}\.(png|jpeg|webp)", re.ASCII)
 
 
-class Artefacts:
+class Artifacts:
     """Files of encoded images. Every method blocks on the store: call them off the event loop.
 
     All raise Unavailable while the store does not answer.
@@ -38,7 +38,7 @@ class Artefacts:
             self._files.makedirs(self._root, exist_ok=True)
         except Exception as error:  # every store has exceptions of its own
             raise StartError(
-                f"artefacts: {url} cannot be used ({error}); name a folder or a URL of fsspec's"
+                f"artifacts: {url} cannot be used ({error}); name a folder or a URL of fsspec's"
             ) from error
 
     def save(self, data: bytes, output_format: str, now: float, lifetime: int | None = None) -> str:
