@@ -12,7 +12,8 @@ from distill.cli import app
 from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import one_step
-from distill.methods.base import Batch, Velocities, dmd, flow_map, reflow
+from distill.methods import dmd, flow_map, reflow
+from distill.methods.base import Batch, Velocities
 from distill.methods.fgm import Config
 from distill.methods.policies import Guidance
 from distill.models.geometry import NAMES, read_geometry
