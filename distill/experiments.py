@@ -23,6 +23,7 @@ from distill import methods, run
 from distill.config import Run, load_config
 from distill.data.conditions import cached_prompts
 from distill.errors import ConfigError, RunError
+from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult
 from distill.evaluate.sampler import Setting, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, cell, figure_names
 from distill.files import check_replaceable, write_aside
@@ -32,7 +33,6 @@ from distill.report.picture import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
 from distill.training.speed import images_within
-from distill.worlds.scenes.evaluator import FEATURES, Judgment, Questions
 from distill.worlds.scenes.render import SIZE
 
 SHOWN = 8  # prompts of the picture where there is no scorer
@@ -167,8 +167,8 @@ class Outcome:
 
     commands: dict[str, str]
     costs: dict[str, Cost]
-    teacher: Judgment | None
-    students: dict[str, Judgment]
+    teacher: EvalResult | None
+    students: dict[str, EvalResult]
     picture: Image
     diverged: Mapping[str, str]
     failed: Mapping[str, str]
@@ -221,7 +221,7 @@ def is_scored(config: Run) -> bool:
 def judged(
     variants: Sequence[Variant],
     out: Path,
-    questions: Questions,
+    questions: EvalPrompts,
     steps: int,
     seed: int,
     device: torch.device,
@@ -240,7 +240,7 @@ def judged(
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
-        figures = {name: answers.judgment for name, answers in result.students.items()}
+        figures = {name: answers.result for name, answers in result.students.items()}
         return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged, failed)
 
     first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.count))
@@ -249,8 +249,8 @@ def judged(
     sampler = TeacherSampler(teacher, device)
     setting = Setting(steps, sampler.spec.guidance)
     alone = [sampler.generate(setting, [text], [own]) for text, own in zip(texts, seeds, strict=True)]
-    rows = [(f"teacher, {setting.calls} calls", np.concatenate(alone))]
+    rows = [(f"teacher, {setting.nfe} NFE", np.concatenate(alone))]
     del sampler  # one model in memory at a time
     for name, folder in students.items():
-        rows.append((f"{name}, 1 call", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
+        rows.append((f"{name}, 1 NFE", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
     return Outcome(commands, costs, None, {}, labeled_grid(rows, texts), diverged, failed)

@@ -23,12 +23,14 @@ from distill.data.conditions import MANIFEST, EmbeddingCache, Encoded, cached_pr
 from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.data.prompts import read_prompts
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
+from distill.evaluate.base import Generate, Images, evaluate
 from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.flow import noise
 from distill.models.device import fast_bfloat16
 from distill.models.sd3_folder import TeacherSpec, read_spec
 from distill.models.teacher import check_parts, decode_in_parts, encode_images, load_vae
 from distill.models.text import SD3TextEncoder
+from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
 from distill.report.alarms import Alarms
 from distill.report.picture import labeled_grid, save_png
@@ -38,9 +40,8 @@ from distill.training import checkpoint
 from distill.training.networks import build
 from distill.training.start import check_start
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
-from distill.worlds.scenes.evaluator import Generate, Images, Questions, judge
+from distill.worlds.scenes.evaluator import SceneEvaluator
 from distill.worlds.scenes.render import SIZE
-from distill.worlds.scenes.vae import to_images, to_pixels
 
 SOURCES = "sources.json"  # digests of the prompts and real images that a run learns from
 SPEED = "speed.json"  # what `distill.training.speed` measured
@@ -461,7 +462,7 @@ class _Watch:
         self._vae = load_vae(folder, device=device)
         text = SD3TextEncoder.load(folder, device, dtype)
         self._judged = is_judged(config, spec)
-        questions = Questions.make(JUDGED, config.seed, held_out=False)
+        questions = SceneEvaluator().prompts(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.
         few = cached_prompts(embeddings_folder(config, out), min(GRID, config.prompts.count))
@@ -497,7 +498,7 @@ class _Watch:
 
     def _judge(self, progress: Progress, generate: Generate) -> None:
         encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
-        result, _ = judge(self._questions, generate, 1, encode, self._config.seed)
+        result, _ = evaluate(self._questions, generate, 1, encode, self._config.seed)
         names = ("overall", "frechet", "recall", "diversity")
         figures: dict[str, float] = {name: getattr(result, name) for name in names}
         progress.figures.update(figures)

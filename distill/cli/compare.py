@@ -49,7 +49,7 @@ def compare(
     )
     from distill.models.device import resolve_device
     from distill.run import check_unchanged
-    from distill.worlds.scenes.evaluator import Questions
+    from distill.worlds.scenes.evaluator import SceneEvaluator
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one, the other follows from it")
@@ -85,7 +85,7 @@ def compare(
     if not finished:
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
-    questions = Questions.make(per_task, seed)
+    questions = SceneEvaluator().prompts(per_task, seed)
     total = (1 + len(finished)) * questions.count if is_scored(finished[0].config) else None
     with image_bar("images", total) as bar:
         outcome = judged(finished, out, questions, steps, seed, where, bar.advance, diverged, failed)

@@ -38,12 +38,13 @@ def evaluate(
         raise typer.BadParameter(f"{teacher_steps!r} is not numbers of steps with commas between, as in 1,4,28")
 
     from distill.cli.console import image_bar, out, table
+    from distill.evaluate.base import FEATURES
     from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison, overview, side_by_side
     from distill.files import check_replaceable
     from distill.models.device import resolve_device
     from distill.pipeline import SHIPPED_STUDENT
     from distill.report.picture import save_png
-    from distill.worlds.scenes.evaluator import FEATURES, Questions
+    from distill.worlds.scenes.evaluator import SceneEvaluator
 
     check_replaceable(picture)
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
@@ -51,7 +52,7 @@ def evaluate(
     students, where = {"student": folder}, resolve_device(device)
     comparison = Comparison(teacher or SHIPPED_TEACHER, students, settings, where, student_steps)
     asked = {
-        name: Questions.make(per_task, seed, name == "held-out")
+        name: SceneEvaluator().prompts(per_task, seed, name == "held-out")
         for name in (("held-out", "seen") if split == "both" else (split,))
     }
     with image_bar("images", sum(map(comparison.count, asked.values()))) as bar:
@@ -65,7 +66,7 @@ def evaluate(
         typer.echo(json.dumps(values, indent=2))
         return
     for name, result in results.items():
-        rows = side_by_side(result.teacher, result.students["student"].judgment)
+        rows = side_by_side(result.teacher, result.students["student"].result)
         out.print(table(f"{name} prompts", ("", "teacher", "student", "student / teacher"), rows))
         if counts:
             out.print(table(f"{name} prompts", *overview(result.models())))

@@ -39,11 +39,11 @@ def generate(
     from distill.cli.console import image_bar
     from distill.data.prompts import read_prompts
     from distill.errors import ConfigError, PromptError
+    from distill.evaluate.base import Generate
     from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
-    from distill.worlds.scenes.evaluator import Generate
 
     if student is not None and teacher is not None:
         raise ConfigError("--student and --teacher are both given; one model makes the images")

@@ -34,9 +34,9 @@ from distill.methods.base import Real
 from distill.models.sd3_folder import TeacherSpec, read_spec
 from distill.models.teacher import encode_images, load_vae
 from distill.models.text import SD3TextEncoder, TextCondition
+from distill.models.vae import to_pixels
 from distill.worlds.scenes.captions import sample_prompt, wording
 from distill.worlds.scenes.render import Scene, place, render
-from distill.worlds.scenes.vae import to_pixels
 
 MANIFEST = "images.json"
 ROWS, SKIPPED = "images.jsonl", "skipped.jsonl"  # for people: name and caption of each row; what was passed over

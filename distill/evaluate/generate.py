@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from distill.errors import DistillError
+from distill.evaluate.base import Generate
 from distill.files import check_replaceable
 from distill.report.picture import labeled_grid, save_png
-from distill.worlds.scenes.evaluator import Generate
 
 GRID = 64  # images in a grid at most; they are held in memory for it
 

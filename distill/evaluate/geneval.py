@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from distill.errors import OutputError, PromptError, RunError
+from distill.evaluate.base import Generate
 from distill.evaluate.generate import save_image
 from distill.files import write_aside
-from distill.worlds.scenes.evaluator import Generate
 
 RECORD = "images.json"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distill.evaluate.base import Generate, Images
 from distill.flow import noise
 from distill.models.teacher import (
     decode_in_parts,
@@ -20,9 +21,8 @@ from distill.models.teacher import (
     velocity,
 )
 from distill.models.text import SD3TextEncoder
+from distill.models.vae import to_images, to_pixels
 from distill.pipeline import OneStepPipeline
-from distill.worlds.scenes.evaluator import Generate, Images
-from distill.worlds.scenes.vae import to_images, to_pixels
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Setting:
     guidance: float
 
     @property
-    def calls(self) -> int:
+    def nfe(self) -> int:
         """Evaluations of the network per image; guidance takes two a step."""
         return self.steps * (1 if self.guidance == 1 else 2)
 

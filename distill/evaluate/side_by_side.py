@@ -9,26 +9,25 @@ import torch
 from PIL.Image import Image
 
 from distill.errors import SizeError
+from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult, Images, evaluate
 from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
 from distill.models.sd3_folder import read_spec
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
 from distill.report.picture import labeled_grid
-from distill.worlds.scenes.captions import TASKS
-from distill.worlds.scenes.evaluator import FEATURES, Images, Judgment, Questions, judge
 from distill.worlds.scenes.render import SIZE
 
 SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
 
 PICTURED = 4  # prompts of each task in the picture
 DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "diversity", "saturation")
-COST = ("calls", "seconds_per_image")
+COST = ("nfe", "seconds_per_image")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A judgment, and the images that it was made from."""
+    """A result, and the images that it was made from."""
 
-    judgment: Judgment
+    result: EvalResult
     images: Images
 
 
@@ -36,14 +35,14 @@ class Answers:
 class Result:
     """Answers of one teacher in one or more settings, the first of which is the measure, and of students by name."""
 
-    questions: Questions
+    prompts: EvalPrompts
     teachers: dict[Setting, Answers]
     students: dict[str, Answers]
 
     @property
-    def teacher(self) -> Judgment:
+    def teacher(self) -> EvalResult:
         """The teacher that students are measured by."""
-        return next(iter(self.teachers.values())).judgment
+        return next(iter(self.teachers.values())).result
 
     def as_dict(self) -> dict[str, object]:
         """Plain values: `teacher`, one entry for each student under its name, `teachers` in their further settings."""
@@ -51,23 +50,25 @@ class Result:
         return {
             "features": FEATURES,
             "teacher": self.teacher.as_dict(),
-            **{name: answers.judgment.as_dict() for name, answers in self.students.items()},
-            "teachers": [{**asdict(setting), **answers.judgment.as_dict()} for setting, answers in others],
+            **{name: answers.result.as_dict() for name, answers in self.students.items()},
+            "teachers": [{**asdict(setting), **answers.result.as_dict()} for setting, answers in others],
         }
 
-    def models(self) -> dict[str, Judgment]:
-        """Everyone judged, by the name in tables."""
-        teachers = {f"teacher, {setting.name}": answers.judgment for setting, answers in self.teachers.items()}
-        return teachers | {name: answers.judgment for name, answers in self.students.items()}
+    def models(self) -> dict[str, EvalResult]:
+        """The results of all models, by their names in tables."""
+        teachers = {f"teacher, {setting.name}": answers.result for setting, answers in self.teachers.items()}
+        return teachers | {name: answers.result for name, answers in self.students.items()}
 
     def picture(self) -> Image:
         """The first prompts of each task: the teacher over the students, wordings under the tiles."""
-        per_task = len(self.questions.texts) // len(TASKS)
-        chosen = [k * per_task + i for k in range(len(TASKS)) for i in range(min(PICTURED, per_task))]
-        calls = self.teacher.calls
-        rows = [(f"teacher, {calls} calls", next(iter(self.teachers.values())).images[chosen])]
-        rows += [(f"{name}, 1 call", answers.images[chosen]) for name, answers in self.students.items()]
-        texts = [self.questions.texts[i] for i in chosen]
+        tasks = self.prompts.tasks
+        chosen = [i for i, task in enumerate(tasks) if i - tasks.index(task) < PICTURED]
+        nfe = self.teacher.nfe
+        rows = [(f"teacher, {nfe} NFE", next(iter(self.teachers.values())).images[chosen])]
+        rows += [
+            (f"{name}, {answers.result.nfe} NFE", answers.images[chosen]) for name, answers in self.students.items()
+        ]
+        texts = [self.prompts.texts[i] for i in chosen]
         return labeled_grid(rows, texts, columns=2 * PICTURED)
 
 
@@ -107,39 +108,39 @@ class Comparison:
         self._device = device
         self._student_steps = student_steps
 
-    def count(self, questions: Questions) -> int:
+    def count(self, prompts: EvalPrompts) -> int:
         """Images that all make together."""
-        return (len(self.settings) + len(self._students)) * questions.count
+        return (len(self.settings) + len(self._students)) * prompts.count
 
-    def run(self, questions: Questions, seed: int, report: Callable[[int], None]) -> Result:
+    def run(self, prompts: EvalPrompts, seed: int, report: Callable[[int], None]) -> Result:
         """Judge the teacher, then the students; `report` hears of every batch."""
         encode = self._teacher.encode
         teachers = {}
         for setting in self.settings:
             generate = partial(self._teacher.generate, setting)
-            teachers[setting] = Answers(*judge(questions, generate, setting.calls, encode, seed, report))
+            teachers[setting] = Answers(*evaluate(prompts, generate, setting.nfe, encode, seed, report))
         students = {}
         for name, folder in self._students.items():
             student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
-            students[name] = Answers(*judge(questions, student, self._student_steps, encode, seed, report))
-        return Result(questions, teachers, students)
+            students[name] = Answers(*evaluate(prompts, student, self._student_steps, encode, seed, report))
+        return Result(prompts, teachers, students)
 
 
-def cell(judgment: Judgment, name: str) -> str:
+def cell(result: EvalResult, name: str) -> str:
     """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
-    value = _value(judgment, name)
-    if name not in judgment.intervals:
+    value = _value(result, name)
+    if name not in result.intervals:
         return f"{value:.4g}"
-    low, high = judgment.intervals[name]
+    low, high = result.intervals[name]
     return f"{value:.4g} ± {(high - low) / 2:.2g}"
 
 
-def figure_names(judgment: Judgment) -> list[str]:
+def figure_names(result: EvalResult) -> list[str]:
     """Everything that `cell` can be asked for, in the order of tables."""
-    return ["overall", *judgment.tasks, *DISTANCES, *COST]
+    return ["overall", *result.tasks, *DISTANCES, *COST]
 
 
-def side_by_side(teacher: Judgment, student: Judgment) -> list[tuple[str, str, str, str]]:
+def side_by_side(teacher: EvalResult, student: EvalResult) -> list[tuple[str, str, str, str]]:
     """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
     lines = []
     for name in figure_names(teacher):
@@ -148,11 +149,11 @@ def side_by_side(teacher: Judgment, student: Judgment) -> list[tuple[str, str, s
     return lines
 
 
-def overview(models: Mapping[str, Judgment]) -> tuple[list[str], list[list[str]]]:
+def overview(models: Mapping[str, EvalResult]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table with one model a line, without the tasks."""
     names = ["overall", *DISTANCES, *COST]
-    return ["", *names], [[model, *(cell(judgment, name) for name in names)] for model, judgment in models.items()]
+    return ["", *names], [[model, *(cell(result, name) for name in names)] for model, result in models.items()]
 
 
-def _value(judgment: Judgment, name: str) -> float:
-    return judgment.tasks[name] if name in judgment.tasks else float(getattr(judgment, name))
+def _value(result: EvalResult, name: str) -> float:
+    return result.tasks[name] if name in result.tasks else float(getattr(result, name))

@@ -17,7 +17,7 @@ from distill.errors import ConfigError, DivergedError, RunError
 from distill.experiments import Cost, Variant, is_finished, judged, read_variants, within
 from distill.pipeline import SHIPPED_STUDENT
 from distill.training import checkpoint
-from distill.worlds.scenes.evaluator import Questions
+from distill.worlds.scenes.evaluator import SceneEvaluator
 
 
 def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_students_of_the_small_world_are_judged_in_one_table(tmp_path) -> None:
         )
         (folder / "student").symlink_to(SHIPPED_STUDENT)
     counts: list[int] = []
-    outcome = judged(variants, tmp_path, Questions.make(1, 0), 1, 0, torch.device("cpu"), counts.append)
-    assert sum(counts) == 3 * Questions.make(1, 0).count
+    outcome = judged(variants, tmp_path, SceneEvaluator().prompts(1, 0), 1, 0, torch.device("cpu"), counts.append)
+    assert sum(counts) == 3 * SceneEvaluator().prompts(1, 0).count
     first, second = outcome.students.values()
     assert first.frechet == second.frechet  # the same student on the same questions
     header, lines = outcome.table()

@@ -16,12 +16,12 @@ from transformers import CLIPTokenizer
 
 from distill.files import write_aside
 from distill.models.sd3_folder import RECORD
+from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
 from distill.training.state import Progress, check_folder
 from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
 from distill.worlds.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
 from distill.worlds.identity import identity_autoencoder
-from distill.worlds.scenes.vae import to_pixels
 from distill.worlds.tokenizer import build_clip_tokenizer
 
 PROMPTS = "prompts.txt"  # in the teacher's folder: all there is to ask for

@@ -34,6 +34,7 @@ from distill.models.device import autocast, fast_bfloat16
 from distill.models.finite import check_finite
 from distill.models.sd3_folder import RECORD, read_spec
 from distill.models.teacher import decode_in_parts, guided, sample
+from distill.models.vae import to_images
 from distill.philox import Draw, key_of
 from distill.training.state import Progress, check_folder, check_state
 from distill.worlds.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
@@ -42,7 +43,7 @@ from distill.worlds.scenes.data import WORDINGS, make_chunks
 from distill.worlds.scenes.render import SIZE
 from distill.worlds.scenes.score import score
 from distill.worlds.scenes.vae import STATE as VAE_STATE
-from distill.worlds.scenes.vae import encode_mean, to_images
+from distill.worlds.scenes.vae import encode_mean
 from distill.worlds.tokenizer import build_clip_tokenizer
 
 TOKENS = 16  # CLIP tokens of a prompt, start and end included

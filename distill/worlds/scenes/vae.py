@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.models.device import autocast
+from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
 from distill.training.ema import average_into, new_share
 from distill.training.state import Progress, load_state, save_state
@@ -66,17 +67,6 @@ def make_vae() -> AutoencoderKL:
         vae.encoder.conv_out.weight[4:] = 0
         vae.encoder.conv_out.bias[4:] = -6
     return vae
-
-
-def to_pixels(images: NDArray[np.uint8], device: torch.device | None = None) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1], on a device if one is given."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
-def to_images(pixels: Tensor) -> NDArray[np.uint8]:
-    """float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
-    scaled = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.asarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:

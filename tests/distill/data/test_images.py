@@ -20,8 +20,8 @@ from distill.data.images import EncodedImages, ImageCache, check_examples, encod
 from distill.errors import CacheError, ConfigError, ImageError
 from distill.models.teacher import encode_images, load_vae
 from distill.models.text import SD3TextEncoder
+from distill.models.vae import to_pixels
 from distill.training import checkpoint
-from distill.worlds.scenes.vae import to_pixels
 
 CAPTIONS = ["a red circle", "a blue square", "red and blue"]
 SIDE = 16  # of the tiny teacher's images

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.errors import SizeError
+from distill.evaluate.base import FEATURES
 from distill.evaluate.metrics import (
     density_coverage,
     diversity,
@@ -26,7 +27,7 @@ from distill.evaluate.sampler import Setting
 from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison
 from distill.pipeline import SHIPPED_STUDENT
 from distill.worlds.scenes.captions import TASKS
-from distill.worlds.scenes.evaluator import FEATURES, Questions
+from distill.worlds.scenes.evaluator import SceneEvaluator
 
 
 def gaussian(count: int, width: int = 4, mean: float = 0, std: float = 1, seed: int = 0) -> np.ndarray:
@@ -137,11 +138,11 @@ def test_json_holds_every_figure_and_teachers_in_further_settings(tmp_path: Path
     found = json.loads(evaluate(tmp_path / "picture.png", "--json", "--teacher-steps", "1,2"))
     assert found["features"] == FEATURES
     assert found["split"] == "held-out"
-    assert list(found["teacher"])[:6] == ["overall", "tasks", "frechet", "diversity", "calls", "seconds_per_image"]
+    assert list(found["teacher"])[:6] == ["overall", "tasks", "frechet", "diversity", "nfe", "seconds_per_image"]
     assert found["student"].keys() == found["teacher"].keys() >= {"kernel", "recall", "coverage", "saturation"}
     assert found["student"]["intervals"].keys() == {"overall", *TASKS, "kernel", "diversity"}
     # The measure itself, one step, is not repeated.
-    assert [(each["steps"], each["guidance"], each["calls"]) for each in found["teachers"]] == [(2, 1, 2)]
+    assert [(each["steps"], each["guidance"], each["nfe"]) for each in found["teachers"]] == [(2, 1, 2)]
 
 
 def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_guidance_is_the_folders_where_none_is_asked_and_costs_two_calls_a_step(
     comparison = Comparison(SHIPPED_TEACHER, {}, [(4, None), (4, 1.0)], torch.device("cpu"))
     guided, free = (Setting(4, json.loads((SHIPPED_TEACHER / "onestep.json").read_text())["guidance"]), Setting(4, 1))
     assert comparison.settings == [guided, free]
-    assert (guided.calls, free.calls) == (8, 4)
+    assert (guided.nfe, free.nfe) == (8, 4)
 
 
 def test_a_teacher_of_another_size_is_named_before_it_is_loaded(tmp_path: Path) -> None:
@@ -165,5 +166,5 @@ def test_a_teacher_of_another_size_is_named_before_it_is_loaded(tmp_path: Path) 
 
 
 def test_splits_share_no_combination() -> None:
-    seen, held_out = (Questions.make(20, 0, split) for split in (False, True))
+    seen, held_out = (SceneEvaluator().prompts(20, 0, split) for split in (False, True))
     assert not {p.combination() for p in seen.prompts} & {p.combination() for p in held_out.prompts}

@@ -15,10 +15,10 @@ from distill.data.images import ImageCache, encode_examples, read_examples
 from distill.errors import ImageError, OutputError
 from distill.models.sd3_folder import read_spec
 from distill.models.teacher import decode_latents, encode_images
+from distill.models.vae import to_pixels
 from distill.worlds.cifar10.data import CLASSES, read_images, write_images
 from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
 from distill.worlds.identity import identity_autoencoder
-from distill.worlds.scenes.vae import to_pixels
 
 CPU = torch.device("cpu")
 FILES = [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]
