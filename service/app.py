@@ -22,11 +22,11 @@ from service.engine.engine import Engine
 from service.engine.launch import Fleet, processes
 from service.engine.roster import Roster
 from service.errors import StartError, Unavailable
-from service.http import handlers
-from service.http.idempotency import Replays
-from service.http.limiter import Limiter
-from service.http.middleware import BodyLimit, Cors, Front
+from service.http import error_handlers
+from service.http.idempotency import IdempotencyStore
+from service.http.middleware import BodyLimit, CorsMiddleware, RequestMiddleware
 from service.http.origins import pattern
+from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import Artifacts
 from service.images.provenance import signer
 from service.images.safety import checker
@@ -79,8 +79,8 @@ def create_app(
         engine,
         Artifacts(folder.name if folder else links or "", secret, settings.artifact_seconds),
         ThreadPoolExecutor(ARTIFACT_THREADS, thread_name_prefix="artifacts"),
-        Replays(settings.replay_seconds, settings.replay_bytes),
-        Limiter(settings.rate_limit, metrics),
+        IdempotencyStore(settings.replay_seconds, settings.replay_bytes),
+        RateLimiter(settings.rate_limit, metrics),
         check,
         sign,
         jobs,
@@ -123,17 +123,17 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        redirect_slashes=False,  # Front serves both forms of a path
+        redirect_slashes=False,  # RequestMiddleware serves both forms of a path
     )
     app.state.service = state
     for module in pkgutil.iter_modules(routers.__path__):
         app.include_router(importlib.import_module(f"service.routers.{module.name}").router)
     upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
     body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
-    app.add_middleware(Front, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
+    app.add_middleware(RequestMiddleware, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
     if settings.cors_origins:
         app.add_middleware(
-            Cors,
+            CorsMiddleware,
             allow_origins=settings.cors_origins,
             allow_origin_regex="|".join(map(pattern, settings.cors_origins)),
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
@@ -142,7 +142,7 @@ def create_app(
         )
     trusted = "*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)
-    handlers.install(app)
+    error_handlers.install(app)
     return app
 
 

@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-SHORTEST_WAIT = 0.1  # seconds; with 0, clients would retry at once without end
+MIN_RETRY_SECONDS = 0.1  # seconds; with 0, clients would retry at once without end
 
-LONGEST_ECHO = 100  # characters of a client's text that an error repeats
+MAX_EXCERPT_CHARACTERS = 100  # characters of a client's text that an error repeats
 
 
 def excerpt(text: str) -> str:
     """Return the beginning of a client's text, for an error to repeat."""
-    return text if len(text) <= LONGEST_ECHO else f"{text[: LONGEST_ECHO - 1]}…"
+    return text if len(text) <= MAX_EXCERPT_CHARACTERS else f"{text[: MAX_EXCERPT_CHARACTERS - 1]}…"
 
 
 def without_middle(sentence: str) -> str:
@@ -79,7 +79,7 @@ class Overloaded(ServiceError):
     """
 
     def __init__(self, message: str, retry_after: float, code: str, position: int | None = None) -> None:
-        self.retry_after = max(retry_after, SHORTEST_WAIT)
+        self.retry_after = max(retry_after, MIN_RETRY_SECONDS)
         wait = f"{self.retry_after:.1f}" if self.retry_after < 10 else f"{math.ceil(self.retry_after)}"
         super().__init__(f"{message}; try again in {wait} s", code=code)
         self.position = position
@@ -105,9 +105,9 @@ class StartError(Exception):
     """What keeps a command from its work: a model, a setting, a server that is not there. No client is told of it."""
 
 
-AWAY_SECONDS = 5  # nobody knows how long something is away; so often the server itself looks for it
+UNAVAILABLE_RETRY_SECONDS = 5  # nobody knows how long something is away; so often the server itself looks for it
 
-TABLE: dict[type[ServiceError], tuple[int, str]] = {
+HTTP_STATUS: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Blocked: (400, "image_generation_user_error"),
     Unauthorized: (401, "authentication_error"),
@@ -133,7 +133,7 @@ def no_model(name: str) -> NotFound:
 
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error."""
-    status, kind = TABLE[type(error)]
+    status, kind = HTTP_STATUS[type(error)]
     body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     match error:
         case Overloaded():
@@ -142,7 +142,7 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
             if error.position is not None:
                 headers["x-queue-position"] = str(error.position)
         case Unavailable():
-            headers = {"retry-after": str(AWAY_SECONDS)}
+            headers = {"retry-after": str(UNAVAILABLE_RETRY_SECONDS)}
         case Unauthorized():
             headers = {"www-authenticate": "Bearer"}
         case BodyTooLarge() | TooSlow():

@@ -8,9 +8,9 @@ from service.engine.backend import Card
 from service.engine.engine import Engine
 from service.engine.roster import Roster
 from service.errors import no_model
-from service.http.idempotency import Replays
-from service.http.keys import Key, KeyFile, KeyReader
-from service.http.limiter import Limiter
+from service.http.idempotency import IdempotencyStore
+from service.http.keys import ApiKey, KeyFile, KeyReader
+from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import Artifacts
 from service.images.provenance import Signer
 from service.images.safety import Checker
@@ -32,8 +32,8 @@ class State:
     engine: Engine
     artifacts: Artifacts
     artifact_threads: ThreadPoolExecutor  # separate, so that a slow store of linked images occupies no other threads
-    replays: Replays
-    limiter: Limiter
+    replays: IdempotencyStore
+    limiter: RateLimiter
     checker: Checker | None  # of images before they are shown
     signer: Signer | None  # of encoded images
     jobs: Jobs | None
@@ -42,7 +42,7 @@ class State:
     sessions: int = 0  # realtime ones that are open
 
     def __post_init__(self) -> None:
-        self._given = tuple(Key.of_settings(key.get_secret_value()) for key in self.settings.api_keys)
+        self._given = tuple(ApiKey.of_settings(key.get_secret_value()) for key in self.settings.api_keys)
         self._reader = KeyReader(KeyFile(self.settings.keys_file)) if self.settings.keys_file else None
 
     @property
@@ -50,7 +50,7 @@ class State:
         """Whether callers need a key: if one is set, or a key file is named, even an empty one."""
         return bool(self._given) or self._reader is not None
 
-    async def keys(self) -> tuple[Key, ...]:
+    async def keys(self) -> tuple[ApiKey, ...]:
         """The keys that are valid now. Raises Unavailable if they cannot be read."""
         return self._given + (await self._reader.read() if self._reader else ())
 

@@ -29,7 +29,7 @@ async def _running(service: Service) -> Engine:
     return service.engine
 
 
-Running = Annotated[Engine, Depends(_running)]
+EngineDep = Annotated[Engine, Depends(_running)]
 
 
 async def _kept(service: Service) -> Jobs:
@@ -40,15 +40,15 @@ async def _kept(service: Service) -> Jobs:
     return service.jobs
 
 
-Kept = Annotated[Jobs, Depends(_kept)]
+JobsDep = Annotated[Jobs, Depends(_kept)]
 
 
-async def _bulk(request: Request, jobs: Kept) -> Batches:
+async def _bulk(request: Request, jobs: JobsDep) -> Batches:
     batches: Batches = request.app.state.batches
     return batches
 
 
-Bulk = Annotated[Batches, Depends(_bulk)]
+BatchesDep = Annotated[Batches, Depends(_bulk)]
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ async def owner_of(service: State, token: str, scope: Scope, connection: HTTPCon
     return key.owner
 
 
-Generator = Annotated[Caller, Depends(Needs("generate"))]
-Worker = Annotated[Caller, Depends(Needs("jobs"))]
-Admin = Annotated[Caller, Depends(Needs("admin"))]
+ImagesCaller = Annotated[Caller, Depends(Needs("generate"))]
+JobsCaller = Annotated[Caller, Depends(Needs("jobs"))]
+AdminCaller = Annotated[Caller, Depends(Needs("admin"))]
 
 
-async def bring(caller: Generator) -> None:
+async def bring(caller: ImagesCaller) -> None:
     """Load what a request names in its headers, for as long as it lasts: nothing, but under Ray (service.cluster)."""
 
 

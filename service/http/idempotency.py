@@ -19,7 +19,7 @@ class _Entry:
     response: Response | None = None  # none while it is made, and when making it failed
 
 
-class Replays:
+class IdempotencyStore:
     """Successful answers by caller and key, bounded in time and bytes; the oldest goes first. Of one event loop."""
 
     def __init__(self, lifetime: float, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:

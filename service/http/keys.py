@@ -36,7 +36,7 @@ _KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # the characters
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     """A key as it is kept. `owner` is the name that limits, logs and fair shares know its holder by."""
 
     owner: Annotated[str, msgspec.Meta(pattern=r"\S")]
@@ -45,12 +45,12 @@ class Key:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, token: str, owner: str, scopes: Iterable[Scope]) -> "Key":
+    def of(cls, token: str, owner: str, scopes: Iterable[Scope]) -> "ApiKey":
         """The key of a token."""
         return cls(owner, _digest(token), frozenset(scopes))
 
     @classmethod
-    def of_settings(cls, token: str) -> "Key":
+    def of_settings(cls, token: str) -> "ApiKey":
         """The key of a token in `api_keys`. Its owner is derived from the token, not from its place in the list."""
         return cls.of(token, f"key-{_digest(f'owner {token}')[:8]}", ("generate", "jobs"))
 
@@ -59,7 +59,7 @@ class Key:
 class _Contents:
     """The contents of a key file."""
 
-    keys: tuple[Key, ...]
+    keys: tuple[ApiKey, ...]
 
 
 def check_token(token: str) -> None:
@@ -68,7 +68,7 @@ def check_token(token: str) -> None:
         raise ValueError(f"a key has at least {KEY_CHARACTERS} characters, of A-Z a-z 0-9 - . _ ~ + / =")
 
 
-def find(keys: Sequence[Key], token: str) -> Key | None:
+def find(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
     """The key of a token, None for text that cannot be a key. All keys are compared, each in constant time."""
     if not _KEY.fullmatch(token):
         return None
@@ -83,12 +83,12 @@ class KeyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._read_at: tuple[int, int] | None = None  # inode and time of the version that was read
-        self._keys: tuple[Key, ...] = ()
+        self._keys: tuple[ApiKey, ...] = ()
 
     def __str__(self) -> str:
         return str(self._path)
 
-    def read(self) -> tuple[Key, ...]:
+    def read(self) -> tuple[ApiKey, ...]:
         """All keys, read again when the file has changed. Raises StartError for a file that is not one of ours.
 
         Raises OSError while the file's mount does not answer.
@@ -107,7 +107,7 @@ class KeyFile:
             raise StartError(f"{self._path} cannot be read: {error.strerror}") from None
         return self._keys
 
-    def read_at_start(self) -> tuple[Key, ...]:
+    def read_at_start(self) -> tuple[ApiKey, ...]:
         """`read`, for commands. Also raises StartError if the file's mount does not answer in time."""
         try:
             return _in_thread(self.read).result(START_SECONDS)
@@ -123,7 +123,7 @@ class KeyFile:
             keys = self.read_at_start()
             if any(key.owner == owner for key in keys):
                 raise StartError(f"{self._path} has a key named {owner!r} already; revoke it or take another name")
-            self._write((*keys, Key.of(token, owner, scopes)))
+            self._write((*keys, ApiKey.of(token, owner, scopes)))
         return token
 
     def revoke(self, owner: str) -> None:
@@ -144,7 +144,7 @@ class KeyFile:
         except OSError as error:
             raise StartError(f"{self._path} cannot be written: {error.strerror}") from None
 
-    def _parse(self) -> tuple[Key, ...]:
+    def _parse(self) -> tuple[ApiKey, ...]:
         try:
             keys = msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=_Contents).keys
             for key in keys:
@@ -155,7 +155,7 @@ class KeyFile:
             raise StartError(message) from None
         return keys
 
-    def _write(self, keys: Iterable[Key]) -> None:
+    def _write(self, keys: Iterable[ApiKey]) -> None:
         records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]
         with aside(self._path, PRIVATE) as file:
             file.write(json.dumps({"keys": records}, indent=1).encode())
@@ -166,12 +166,12 @@ class KeyReader:
 
     def __init__(self, file: KeyFile) -> None:
         self._file = file
-        self._last: tuple[Key, ...] | None = None  # the keys that were read last
-        self._reading: asyncio.Future[tuple[Key, ...] | Exception] | None = None
+        self._last: tuple[ApiKey, ...] | None = None  # the keys that were read last
+        self._reading: asyncio.Future[tuple[ApiKey, ...] | Exception] | None = None
         self._since = 0.0
         self._told = ""  # the failure that was logged last
 
-    async def read(self) -> tuple[Key, ...]:
+    async def read(self) -> tuple[ApiKey, ...]:
         """The file's keys; while its mount does not answer, those that were read last.
 
         Raises Unavailable if no keys were read yet or the file is invalid, so that nobody is let in by mistake.
@@ -197,7 +197,7 @@ class KeyReader:
             raise Unavailable("the server cannot read its API keys; try again later")
         return last
 
-    def _attempt(self) -> tuple[Key, ...] | Exception:
+    def _attempt(self) -> tuple[ApiKey, ...] | Exception:
         try:
             return self._file.read()
         except (StartError, OSError) as error:

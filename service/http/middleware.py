@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from service.errors import InvalidRequest, ServiceError
-from service.http.handlers import respond
+from service.http.error_handlers import error_response
 from service.http.origins import host_of
 from service.observability.metrics import Metrics
 
@@ -33,7 +33,7 @@ class BodyLimit(NamedTuple):
     seconds: float
 
 
-class Front:
+class RequestMiddleware:
     """Outermost layer of the app, except for CORS and the proxies' headers.
 
     Paths are served with and without a trailing slash, also below a `root_path`. HEAD is served where GET is.
@@ -113,13 +113,13 @@ class Front:
                 await self._app(scope, limited, labeled)
             else:
                 error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
-                await respond(error)(scope, receive, labeled)
+                await error_response(error)(scope, receive, labeled)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
                 raise  # too late for another answer: the server closes the connection
             broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
-            await respond(broken)(scope, receive, labeled)
+            await error_response(broken)(scope, receive, labeled)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
@@ -135,7 +135,7 @@ class Front:
             log.log(level, "%s %s %s", method, route, status, extra=told)
 
 
-class Cors(CORSMiddleware):
+class CorsMiddleware(CORSMiddleware):
     """CORS middleware whose refusals do not repeat text of the request."""
 
     def preflight_response(self, request_headers: Headers) -> Response:

@@ -8,7 +8,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow, Unavailable
-from service.http.handlers import respond
+from service.http.error_handlers import error_response
 from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: ServiceError, reason: str) -> None:
         """Say so, and hang up."""
-        response = respond(error)
+        response = error_response(error)
         response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
         response.headers["connection"] = "close"
         lines = [b"%s: %s\r\n" % header for header in response.raw_headers]

@@ -29,7 +29,7 @@ from service.errors import (
     to_openai,
 )
 from service.http.dependencies import owner_of
-from service.http.handlers import complaint
+from service.http.error_handlers import field_error
 from service.images.generation import Images, Order, make
 from service.schemas import ImageData, ImagesResponse, RealtimeRequest, SessionStart
 from service.state import State
@@ -125,7 +125,7 @@ class Session:
             first = error.errors(include_input=False)[0]
             if first["type"] == "union_tag_invalid":  # pydantic's message repeats the tag
                 raise InvalidRequest(f"type must be {first['ctx']['expected_tags']}", "type", "invalid_value") from None
-            raise complaint(first["type"], first["loc"][1:] or ["type"], first["msg"]) from None
+            raise field_error(first["type"], first["loc"][1:] or ["type"], first["msg"]) from None
         except ValueError as error:
             raise InvalidRequest(f"the message is not JSON: {error}", code="invalid_json") from None
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from service.engine.batcher import Priority
 from service.errors import InvalidRequest, ServiceError
-from service.http.handlers import complaint
+from service.http.error_handlers import field_error
 from service.images.generation import RANDOM_SEEDS, Order
 from service.jobs.schemas import BatchLine
 from service.schemas import Usage
@@ -109,7 +109,7 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> Request | 
             return Complaint("invalid_json_line", f"the line is not JSON: {first['ctx']['error']}", number, None)
         if not first["loc"]:
             return Complaint("invalid_request", f"the line: {first['msg']}", number, None)
-        wrong = complaint(first["type"], first["loc"], first["msg"])
+        wrong = field_error(first["type"], first["loc"], first["msg"])
         code = {"method": "invalid_method", "url": "invalid_url"}.get(wrong.param or "", "invalid_request")
         return Complaint(code, wrong.message, number, wrong.param)
     except ServiceError as error:

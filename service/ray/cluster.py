@@ -30,7 +30,7 @@ from service.engine.guest import Guest, Guests
 from service.engine.launch import processes
 from service.engine.seat import SLOTS
 from service.errors import StartError
-from service.http.dependencies import Caller, Generator, bring
+from service.http.dependencies import Caller, ImagesCaller, bring
 from service.observability.logs import configure
 from service.settings import SHIPPED_TEACHER, Settings
 
@@ -105,7 +105,7 @@ def _bringing(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[
 
     loaded: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=at_most)
 
-    async def brought(caller: Generator) -> AsyncIterator[None]:
+    async def brought(caller: ImagesCaller) -> AsyncIterator[None]:
         text = serve.get_multiplexed_model_id()
         wanted = text and await guests.wish(text)
         with (await loaded(text)).kept() if wanted else contextlib.nullcontext():

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from service.engine.backend import Card
 from service.engine.roster import ADAPTER, STUDENT, Adapter, Student, find, folders_of
-from service.http.dependencies import Admin, Running, Service
+from service.http.dependencies import AdminCaller, EngineDep, Service
 from service.routers.models import described
 from service.schemas import (
     AdapterDeleted,
@@ -31,7 +31,7 @@ router = APIRouter(
 
 
 @router.get("/models")
-async def index(service: Service, engine: Running, caller: Admin) -> LoadedModels:
+async def index(service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
     """All models, the default one first, and the folders that may be loaded."""
     students = await asyncio.to_thread(folders_of, service.settings.students, STUDENT)
     adapters = await asyncio.to_thread(folders_of, service.settings.students, ADAPTER)
@@ -40,7 +40,7 @@ async def index(service: Service, engine: Running, caller: Admin) -> LoadedModel
 
 
 @router.post("/models")
-async def load(body: StudentToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
+async def load(body: StudentToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
     folder = await asyncio.to_thread(find, service.settings.students, body.folder, STUDENT)
     card = await engine.load(folder, body.name)
@@ -49,7 +49,7 @@ async def load(body: StudentToLoad, service: Service, engine: Running, caller: A
 
 
 @router.delete("/models/{model:path}")
-async def unload(model: str, service: Service, engine: Running, caller: Admin) -> ModelDeleted:
+async def unload(model: str, service: Service, engine: EngineDep, caller: AdminCaller) -> ModelDeleted:
     """Serve a model no more; the answer comes when what was accepted is answered."""
     await engine.unload(model)
     await asyncio.to_thread(service.roster.remove, model)
@@ -57,7 +57,7 @@ async def unload(model: str, service: Service, engine: Running, caller: Admin) -
 
 
 @router.post("/adapters")
-async def load_adapter(body: AdapterToLoad, service: Service, engine: Running, caller: Admin) -> LoadedModel:
+async def load_adapter(body: AdapterToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
     """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
     folder = await asyncio.to_thread(find, service.settings.students, body.folder, ADAPTER)
     card = await engine.load_adapter(service.card(body.model).name, folder, body.name)
@@ -66,7 +66,9 @@ async def load_adapter(body: AdapterToLoad, service: Service, engine: Running, c
 
 
 @router.delete("/adapters/{name}")
-async def unload_adapter(name: str, model: str, service: Service, engine: Running, caller: Admin) -> AdapterDeleted:
+async def unload_adapter(
+    name: str, model: str, service: Service, engine: EngineDep, caller: AdminCaller
+) -> AdapterDeleted:
     """Take an adapter from a model; the answer comes when what was accepted is answered."""
     card = service.card(model)
     await engine.unload_adapter(card.name, name)

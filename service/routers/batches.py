@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.http.dependencies import Bulk, Kept, Service, Worker
+from service.http.dependencies import BatchesDep, JobsCaller, JobsDep, Service
 from service.jobs import tables
 from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
 from service.schemas import ErrorResponse
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"m
 
 @router.post("")
 async def create(
-    body: BatchRequest, request: Request, service: Service, jobs: Kept, batches: Bulk, caller: Worker
+    body: BatchRequest, request: Request, service: Service, jobs: JobsDep, batches: BatchesDep, caller: JobsCaller
 ) -> BatchObject:
     """Have a file's requests made within the day, after everyone else's. Images come as links."""
     base = str(service.settings.public_url or request.base_url)
@@ -24,8 +24,8 @@ async def create(
 
 @router.get("")
 def index(
-    batches: Bulk,
-    caller: Worker,
+    batches: BatchesDep,
+    caller: JobsCaller,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[BatchObject]:
@@ -35,13 +35,13 @@ def index(
 
 
 @router.get("/{batch_id}")
-def show(batch_id: str, batches: Bulk, caller: Worker) -> BatchObject:
+def show(batch_id: str, batches: BatchesDep, caller: JobsCaller) -> BatchObject:
     """One batch, with its counts as they stand."""
     return _wire(batches.get(caller.owner, batch_id))
 
 
 @router.post("/{batch_id}/cancel")
-async def cancel(batch_id: str, jobs: Kept, batches: Bulk, caller: Worker) -> BatchObject:
+async def cancel(batch_id: str, jobs: JobsDep, batches: BatchesDep, caller: JobsCaller) -> BatchObject:
     """Begin no further line; what was made by then is in the output file."""
     return _wire(await jobs.write(batches.cancel, caller.owner, batch_id, int(time.time())))
 

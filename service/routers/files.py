@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from service.errors import InvalidRequest, NotFound
-from service.http.dependencies import Kept, Worker
-from service.http.handlers import of_body
+from service.http.dependencies import JobsCaller, JobsDep
+from service.http.error_handlers import body_error
 from service.jobs import tables
 from service.jobs.schemas import FileDeleted, FileObject, Page, Purpose, Upload
 from service.schemas import ErrorResponse
@@ -31,7 +31,7 @@ FORM = {
 
 
 @router.post("", openapi_extra=FORM)
-async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
+async def upload(request: Request, jobs: JobsDep, caller: JobsCaller) -> FileObject:
     """Keep a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
     # The form is read here, and not by a parameter, so that nobody without a key has the server read a large one.
     async with request.form(max_files=1, max_fields=3) as form:
@@ -41,7 +41,7 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
         try:
             given = Upload.model_validate(dict(form))
         except ValidationError as error:
-            raise of_body(error) from None
+            raise body_error(error) from None
         if (given.anchor is None) != (given.seconds is None):
             raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
         kept = await jobs.write(
@@ -58,8 +58,8 @@ async def upload(request: Request, jobs: Kept, caller: Worker) -> FileObject:
 
 @router.get("")
 def index(
-    jobs: Kept,
-    caller: Worker,
+    jobs: JobsDep,
+    caller: JobsCaller,
     purpose: Purpose | None = None,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
@@ -71,13 +71,13 @@ def index(
 
 
 @router.get("/{file_id}")
-def show(file_id: str, jobs: Kept, caller: Worker) -> FileObject:
+def show(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileObject:
     """One file."""
     return _wire(jobs.files.get(caller.owner, file_id, int(time.time())))
 
 
 @router.delete("/{file_id}")
-async def remove(file_id: str, jobs: Kept, caller: Worker) -> FileDeleted:
+async def remove(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileDeleted:
     """Delete a file, unless something unfinished needs it."""
     await jobs.write(jobs.files.remove, caller.owner, file_id, int(time.time()))
     return FileDeleted(id=file_id)
@@ -88,7 +88,7 @@ async def remove(file_id: str, jobs: Kept, caller: Worker) -> FileDeleted:
     response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-def content(file_id: str, jobs: Kept, caller: Worker) -> FileResponse:
+def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     """The bytes of a file."""
     file = jobs.files.get(caller.owner, file_id, int(time.time()))
     path = jobs.files.path(file.id)

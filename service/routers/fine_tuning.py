@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 
 from service.errors import InvalidRequest
-from service.http.dependencies import Kept, Worker
+from service.http.dependencies import JobsCaller, JobsDep
 from service.jobs import tables
 from service.jobs.fine_tuning.distillation import Distillation
 from service.jobs.schemas import (
@@ -28,7 +28,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create(body: JobRequest, jobs: Kept, caller: Worker) -> JobObject:
+async def create(body: JobRequest, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Distill a teacher into a one-step student, which is served when the job has succeeded."""
     made = await jobs.write(
         jobs.tuning.create,
@@ -51,8 +51,8 @@ def _metadata(request: Request) -> dict[str, str]:
 
 @router.get("")
 def index(
-    jobs: Kept,
-    caller: Worker,
+    jobs: JobsDep,
+    caller: JobsCaller,
     metadata: Annotated[dict[str, str], Depends(_metadata)],
     after: str | None = None,
     limit: Limit = 20,
@@ -63,32 +63,32 @@ def index(
 
 
 @router.get("/{job_id}")
-def show(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+def show(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """One job."""
     return _wire(jobs.tuning.get(caller.owner, job_id))
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def cancel(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """End a job. One that runs is cancelled when its process has left."""
     return _wire(await jobs.write(jobs.tuning.cancel, caller.owner, job_id))
 
 
 @router.post("/{job_id}/pause")
-async def pause(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def pause(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Hold a job. One that runs is paused when its process has written a checkpoint."""
     return _wire(await jobs.write(jobs.tuning.pause, caller.owner, job_id))
 
 
 @router.post("/{job_id}/resume")
-async def resume(job_id: str, jobs: Kept, caller: Worker) -> JobObject:
+async def resume(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Let a paused job go on, from its checkpoint."""
     return _wire(await jobs.write(jobs.tuning.resume, caller.owner, job_id))
 
 
 @router.get("/{job_id}/events")
 def events(
-    job_id: str, jobs: Kept, caller: Worker, after: str | None = None, limit: Limit = 20
+    job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 20
 ) -> Page[JobEventObject]:
     """What a job has told, the newest first."""
     found, more = jobs.tuning.events(caller.owner, job_id, after, limit)
@@ -97,7 +97,7 @@ def events(
 
 @router.get("/{job_id}/checkpoints")
 def checkpoints(
-    job_id: str, jobs: Kept, caller: Worker, after: str | None = None, limit: Limit = 10
+    job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 10
 ) -> Page[JobCheckpointObject]:
     """The checkpoints of a job, the newest first."""
     found, more = jobs.tuning.checkpoints(caller.owner, job_id, after, limit)
@@ -105,7 +105,7 @@ def checkpoints(
 
 
 @router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
-def sample(job_id: str, jobs: Kept, caller: Worker) -> FileResponse:
+def sample(job_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     """The newest grid of images that the student has drawn, on the same prompts and seeds each time (extension)."""
     return FileResponse(jobs.tuning.sample(caller.owner, job_id), media_type="image/png")
 

@@ -12,8 +12,8 @@ from pydantic import SkipValidation, ValidationError
 
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
-from service.http.dependencies import Brought, Generator, Running, Service
-from service.http.handlers import of_body
+from service.http.dependencies import Brought, EngineDep, ImagesCaller, Service
+from service.http.error_handlers import body_error
 from service.images.generation import Images, Order, make, respond
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
 
@@ -32,7 +32,7 @@ async def _validated(body: Annotated[ImageRequest, SkipValidation], service: Ser
     try:
         return ImageRequest.model_validate(body, context={"unsupported": service.settings.unsupported})
     except ValidationError as error:
-        raise of_body(error) from None
+        raise body_error(error) from None
 
 
 Validated = Annotated[ImageRequest, Depends(_validated)]
@@ -56,8 +56,8 @@ Validated = Annotated[ImageRequest, Depends(_validated)]
 async def generate(
     request: Request,
     service: Service,
-    engine: Running,
-    caller: Generator,
+    engine: EngineDep,
+    caller: ImagesCaller,
     brought: Brought,
     body: Validated,
     accept: Annotated[list[str], Header(default_factory=list)],

@@ -6,14 +6,14 @@ from fastapi import APIRouter
 
 from service.engine.backend import Card
 from service.errors import Forbidden
-from service.http.dependencies import Generator, Kept, Service, Worker
+from service.http.dependencies import ImagesCaller, JobsCaller, JobsDep, Service
 from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})
 
 
 @router.get("")
-async def index(service: Service, caller: Generator) -> ModelList:
+async def index(service: Service, caller: ImagesCaller) -> ModelList:
     """All models, the default one first, then the aliases."""
     cards = service.engine.cards
     names = [*cards, *(alias for alias, name in service.settings.aliases.items() if name in cards)]
@@ -21,13 +21,13 @@ async def index(service: Service, caller: Generator) -> ModelList:
 
 
 @router.get("/{model:path}")
-async def show(model: str, service: Service, caller: Generator) -> Model:
+async def show(model: str, service: Service, caller: ImagesCaller) -> Model:
     """One model."""
     return described(model, service.card(model))
 
 
 @router.delete("/{model:path}")
-def remove(model: str, service: Service, jobs: Kept, caller: Worker) -> ModelDeleted:
+def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
     """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
     if not jobs.tuning.delete_student(caller.owner, model, int(time.time())):
         service.card(model)

@@ -11,7 +11,7 @@ from service import errors
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
-from service.errors import TABLE, ServiceError
+from service.errors import HTTP_STATUS, ServiceError
 from service.settings import Settings
 
 
@@ -23,7 +23,7 @@ def api():
 
 def test_every_error_of_ours_has_its_place_in_the_table():
     known = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)}
-    assert set(TABLE) == known
+    assert set(HTTP_STATUS) == known
 
 
 def test_headers_are_read_beside_the_answer(api, connect):

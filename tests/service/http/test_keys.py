@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from service import cli
 from service.errors import StartError
 from service.http import keys
-from service.http.keys import Key, KeyFile, find
+from service.http.keys import ApiKey, KeyFile, find
 
 SCOPES = ("generate", "jobs", "admin")
 
@@ -28,8 +28,8 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
     assert find(stored, token).scopes == {"generate", "admin"}
     assert find(stored, other).owner == "bob"
     assert find(stored, token + "x") is None
-    assert find([Key.of(text, "weak", SCOPES) for text in ("", "short", "\n")], "") is None
-    assert find([Key.of("short", "weak", SCOPES)], "short") is None
+    assert find([ApiKey.of(text, "weak", SCOPES) for text in ("", "short", "\n")], "") is None
+    assert find([ApiKey.of("short", "weak", SCOPES)], "short") is None
     text = (tmp_path / "keys.json").read_text()
     (tmp_path / "keys.json").write_text(text, encoding="utf-8-sig")  # by an editor that puts a mark first
     assert KeyFile(tmp_path / "keys.json").read() == stored
@@ -80,10 +80,10 @@ def contents(key, **other):
         "",
         "[]",
         '{"keys": [{"owner": "a"}]}',
-        contents(Key.of("t", "a", []), scopes=["everything"]),
-        contents(Key.of("t", "a", []), digest="not SHA-256"),
-        contents(Key.of("t", "", [])),
-        contents(Key.of("", "a", SCOPES)),
+        contents(ApiKey.of("t", "a", []), scopes=["everything"]),
+        contents(ApiKey.of("t", "a", []), digest="not SHA-256"),
+        contents(ApiKey.of("t", "", [])),
+        contents(ApiKey.of("", "a", SCOPES)),
         '{"keys": [], "more": ' + "[" * 100_000,
     ],
 )

@@ -17,7 +17,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.errors import Overloaded, StartError, to_openai
-from service.http.limiter import Limiter
+from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import Artifacts
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -256,7 +256,7 @@ def test_callers_are_told_apart_behind_a_proxy_that_is_trusted(serve):
 def test_a_refusal_by_rate_says_when_so_many_images_fit(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    limiter = Limiter("10/10 seconds; 15/minute", Metrics())
+    limiter = RateLimiter("10/10 seconds; 15/minute", Metrics())
 
     def wait(images: int) -> float:
         with pytest.raises(Overloaded) as refused:

@@ -10,7 +10,7 @@ from service.errors import InvalidRequest, Overloaded
 from service.observability.metrics import Metrics
 
 
-class Limiter:
+class RateLimiter:
     """Moving windows by caller, in the server's memory."""
 
     def __init__(self, rates: str | None, metrics: Metrics) -> None:

@@ -41,7 +41,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _disk)
 
 
-def respond(error: ServiceError) -> JSONResponse:
+def error_response(error: ServiceError) -> JSONResponse:
     """The response that tells of an error."""
     status, body, headers = to_openai(error)
     return JSONResponse(body, status, headers)
@@ -49,7 +49,7 @@ def respond(error: ServiceError) -> JSONResponse:
 
 async def _ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    return respond(error)
+    return error_response(error)
 
 
 async def _validation(request: Request, error: Exception) -> JSONResponse:
@@ -60,19 +60,21 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
         place = first["loc"][-1]
         return _unreadable(request, f"the body is not JSON: {first['ctx']['error']} (character {place})")
     if first["type"] == "string_unicode" and not first["loc"][1:]:
-        return respond(InvalidRequest("the name of a field is not valid Unicode text", code="invalid_json"))
+        return error_response(InvalidRequest("the name of a field is not valid Unicode text", code="invalid_json"))
     if not first["loc"][1:]:
-        return respond(InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json"))
-    return respond(complaint(first["type"], first["loc"][1:], first["msg"]))
+        return error_response(
+            InvalidRequest("the body must be a JSON object, sent as application/json", code="invalid_json")
+        )
+    return error_response(field_error(first["type"], first["loc"][1:], first["msg"]))
 
 
-def of_body(error: ValidationError) -> RequestValidationError:
+def body_error(error: ValidationError) -> RequestValidationError:
     """FastAPI's error for a body that was validated by a handler."""
     complaints = error.errors(include_input=False)
     return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in complaints])
 
 
-def complaint(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
+def field_error(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
     """Pydantic's complaint about a field."""
     param = excerpt(".".join(map(str, field)))
     name = str(field[-1])
@@ -86,18 +88,18 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     match error.status_code:
         case 404:
-            return respond(NotFound(f"there is no {excerpt(request.url.path)}"))
+            return error_response(NotFound(f"there is no {excerpt(request.url.path)}"))
         case 405:
             allowed = ", ".join(_methods(request))
-            response = respond(MethodNotAllowed(f"{excerpt(request.url.path)} takes {allowed} only"))
+            response = error_response(MethodNotAllowed(f"{excerpt(request.url.path)} takes {allowed} only"))
             response.headers["allow"] = allowed
             return response
         case 408:
-            return respond(TooSlow(error.detail))
+            return error_response(TooSlow(error.detail))
         case 413:
-            return respond(BodyTooLarge(error.detail))
+            return error_response(BodyTooLarge(error.detail))
         case 499:
-            return respond(ClientGone(error.detail))
+            return error_response(ClientGone(error.detail))
         case _ if error.__cause__ is not None:  # FastAPI failed to read a JSON body
             return await _unread(request, error.__cause__)
         case _:
@@ -122,9 +124,9 @@ def _unreadable(
     """Answer a body that cannot be read; if it is compressed, the error says so."""
     coding = request.headers.get("content-encoding", "identity")
     if coding.lower() == "identity":
-        return respond(InvalidRequest(message, param, code))
+        return error_response(InvalidRequest(message, param, code))
     message = f"the server reads no body with Content-Encoding: {excerpt(coding)}; send it without"
-    return respond(InvalidRequest(message, code="unsupported_encoding"))
+    return error_response(InvalidRequest(message, code="unsupported_encoding"))
 
 
 def _first_long_number(body: bytes, digits: int) -> str | None:
@@ -155,8 +157,8 @@ async def _disk(request: Request, error: Exception) -> JSONResponse:
     """Answer 503 for a disk that is full or not writable. Other errors are bugs and are raised again."""
     assert isinstance(error, OSError)
     if error.errno in DISK_FULL:
-        return respond(Unavailable("the server's disk is full; try again later", code="disk_full"))
+        return error_response(Unavailable("the server's disk is full; try again later", code="disk_full"))
     if error.errno in NOT_WRITABLE:
         log.error("the disk cannot be used: %s", error)
-        return respond(Unavailable("the server's disk cannot be used; try again later", code="storage_error"))
+        return error_response(Unavailable("the server's disk cannot be used; try again later", code="storage_error"))
     raise error
