@@ -22,6 +22,7 @@ import numpy as np
 
 from service.engine.engine import Engine
 from service.engine.launch import processes
+from service.engine.request import GenerationRequest
 from service.errors import StartError
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -108,16 +109,19 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
         width, height = card.sizes[0]
         latencies: list[float] = []
 
+        def request(prompt: str, seed: int) -> GenerationRequest:
+            return GenerationRequest(model=card.name, prompt=prompt, seeds=[seed], width=width, height=height)
+
         async def client(number: int) -> None:
             i = 0
             while i == 0 or time.perf_counter() < began + seconds:
                 asked = time.perf_counter()
-                await engine.generate(card.name, f"a red circle left of a blue star, {number}", [i], width, height)
+                await engine.generate(request(f"a red circle left of a blue star, {number}", i))
                 latencies.append(time.perf_counter() - asked)
                 i += 1
 
         try:
-            await engine.generate(card.name, "a red circle", [0], width, height)
+            await engine.generate(request("a red circle", 0))
             began = time.perf_counter()
             await asyncio.gather(*(client(number) for number in range(clients)))
             return Load(clients, time.perf_counter() - began, latencies, 0)

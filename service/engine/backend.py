@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.embeddings import UNSHARED, Embeddings
-from service.errors import StartError
+from service.errors import InvalidRequest, StartError
 
 Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
@@ -29,12 +29,19 @@ class Card:
     token_limit: int
     rows: int  # images computed together: a batch costs whole blocks of so many
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name: the same digest, the same images
+    max_steps: int = 1  # network evaluations per image that a request may choose; 1 for a one-step student
     computed: str = ""  # what images depend on besides the files: precision, blocks, kernels, replaced parts
 
     @property
     def identity(self) -> str:
         """All of the model that an image's bits depend on."""
         return f"{self.digest} {self.computed}"
+
+    def check_steps(self, steps: int) -> None:
+        """Raise InvalidRequest unless the model makes images in so many steps."""
+        if not 1 <= steps <= self.max_steps:
+            allowed = "one step; leave steps out" if self.max_steps == 1 else f"1 to {self.max_steps} steps"
+            raise InvalidRequest(f"{self.name} makes images in {allowed}, not {steps}", "steps", "invalid_value")
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,12 @@ class Timing:
 
     @property
     def total(self) -> float:
-        """Seconds from the prompts to the pixels."""
+        """Seconds from the prompts to the pixels, in one step."""
         return sum(self.seconds.values())
+
+    def total_of(self, steps: int) -> float:
+        """The same in several steps."""
+        return self.total + (steps - 1) * self.seconds["model"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Backend(Protocol):
     def adapt(self, name: str | None, scale: float) -> None:
         """Denoise with this adapter from now on, or with none. Called by the thread that denoises."""
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
         """Latents, one for each condition and seed; raises FloatingPointError when one of them is not finite."""
 
     def decode(self, latents: Any) -> Pixels:
@@ -150,12 +161,13 @@ class Simulator:
         """Adds the scale to the seed, and so to the color."""
         self._shift = int(1000 * scale) if name else 0
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
-        """Takes its time; raises for a prompt that holds the text that it was told to fail on."""
-        self._pass("model", len(seeds), width, height)
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
+        """Takes its time in every step; raises for a prompt that holds the text that it was told to fail on."""
+        for _ in range(steps):
+            self._pass("model", len(seeds), width, height)
         if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
             raise RuntimeError("simulated failure")
-        return [seed + self._shift for seed in seeds], width, height
+        return [seed + self._shift + 10**6 * (steps - 1) for seed in seeds], width, height
 
     def decode(self, latents: Any) -> Pixels:
         """Flat images."""

@@ -1,6 +1,6 @@
 """Which waiting work goes to a device next. Pure policy: no torch, no asyncio, no clock of its own.
 
-A batch holds one model, one size and one adapter at one scale, since one call of the network takes one of each.
+All images of a batch have one model, size, number of steps, and adapter at one scale, as the network requires.
 Interactive work goes before bulk work, owners (API keys) take turns, and an owner's oldest work leads; the rest of the
 batch is filled from what waits for the same, one image of each owner in turn.
 
@@ -24,10 +24,11 @@ class Key(NamedTuple):
     height: int
     adapter: str | None = None
     scale: float = 0.0  # of the adapter
+    steps: int = 1  # network evaluations per image
 
     @property
     def size(self) -> "Key":
-        """Without the adapter, which changes neither time nor memory."""
+        """The model and size alone, which determine a batch's memory."""
         return Key(self.model, self.width, self.height)
 
 

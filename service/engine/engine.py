@@ -39,6 +39,7 @@ from service.engine.messages import (
 )
 from service.engine.pace import Pace
 from service.engine.profile import batch_cap
+from service.engine.request import GenerationRequest
 from service.engine.seat import AHEAD, Seat, connect, opposite
 from service.errors import (
     GenerationFailed,
@@ -86,8 +87,8 @@ class Asked:
         return any(work.begun for work in self.work)
 
 
-# All that determines them: the model's identity, prompt, seed, size, the adapter's digest, its scale.
-_Pixels = tuple[str, str, int, int, int, str | None, float]
+# All that determines them: the model's identity, prompt, seed, size, the adapter's digest, its scale, the steps.
+_Pixels = tuple[str, str, int, int, int, str | None, float, int]
 
 
 class Engine:
@@ -183,39 +184,30 @@ class Engine:
             self._supervisors.append(asyncio.create_task(self._supervise(launch, seat)))
 
     async def generate(
-        self,
-        model: str,
-        prompt: str,
-        seeds: Sequence[int],
-        width: int,
-        height: int,
-        *,
-        owner: str = "",
-        priority: Priority = Priority.INTERACTIVE,
-        timeout: float | None = None,
-        asked: Asked | None = None,
-        adapter: str | None = None,
-        scale: float = 1.0,
-        patient: bool = False,
+        self, request: GenerationRequest, asked: Asked | None = None, *, patient: bool = False
     ) -> list[Image]:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
-        `owner` is whose turn and whose bound it counts for; `timeout` in seconds, None is the server's; `asked` is
-        told of the work. Raises Overloaded without queueing anything when the queue is full or the images could not be
-        there in time, TimedOut when they were not, GenerationFailed for what the model failed on, NotFound for a model
-        or adapter that is not loaded, Unavailable while the server starts or drains. `patient` waits until the queue
-        has room for bulk work and never raises Overloaded.
+        `asked` is told of the work. Raises Overloaded without queueing anything when the queue is full or the images
+        could not be there in time, TimedOut when they were not, GenerationFailed for what the model failed on, NotFound
+        for a model or adapter that is not loaded, InvalidRequest for a number of steps that the model does not support,
+        Unavailable while the server starts or drains. `patient` waits until the queue has room for bulk work and never
+        raises Overloaded.
         """
+        prompt, seeds, priority, owner = request.prompt, request.seeds, request.priority, request.owner
         if patient:
             await self._bulk.enter(len(set(seeds)), owner)
         self.check_open()
-        card = self.card(model)
+        card = self.card(request.model)
+        card.check_steps(request.steps)
+        adapter = request.adapter
         if adapter is not None and adapter not in card.adapters:
             raise NotFound(
-                f"{model} has no adapter {adapter!r}; it has {[*card.adapters]}", "lora", "adapter_not_found"
+                f"{card.name} has no adapter {adapter!r}; it has {[*card.adapters]}", "lora", "adapter_not_found"
             )
-        timeout = self._settings.timeout_seconds if timeout is None else timeout
-        key = Key(model, width, height, adapter, scale if adapter else 0.0)
+        timeout = self._settings.timeout_seconds if request.timeout is None else request.timeout
+        scale = request.scale if adapter else 0.0
+        key = Key(card.name, request.width, request.height, adapter, scale, request.steps)
         replies: dict[int, asyncio.Future[Image]] = {}
         wanted: list[Work] = []
         new: list[int] = []
@@ -421,7 +413,7 @@ class Engine:
     def _same(self, key: Key, prompt: str, seed: int) -> _Pixels:
         card = self._cards[key.model]
         adapter = None if key.adapter is None else card.adapters[key.adapter]
-        return card.identity, prompt, seed, key.width, key.height, adapter, key.scale
+        return card.identity, prompt, seed, key.width, key.height, adapter, key.scale, key.steps
 
     def _release(self, wanted: Sequence[Work]) -> None:
         """A request is over: what it alone still waited for is dropped."""

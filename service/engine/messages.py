@@ -86,6 +86,7 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     slot: int
     adapter: str | None = None
     scale: float = 0.0
+    steps: int = 1  # network evaluations per image
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

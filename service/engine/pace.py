@@ -14,27 +14,38 @@ class Pace:
 
     def __init__(self) -> None:
         self.rows: dict[str, int] = {}  # images in each model's block, also where a batch holds fewer
-        self._seconds: dict[Key, float] = {}  # for one image of a whole block
+        self._timings: dict[Key, Timing] = {}  # of the largest batch, by model and size
+        self._seconds: dict[Key, float] = {}  # for one image of a whole block, by model, size and steps
 
     def add(self, card: Card, timings: Mapping[Key, Sequence[Timing]]) -> None:
         """Take a model in, with what was timed of each of its sizes, batches growing."""
         self.rows[card.name] = card.rows
-        self._seconds |= {size: known[-1].total / known[-1].batch for size, known in timings.items()}
+        self._timings |= {size: known[-1] for size, known in timings.items()}
 
     def forget(self, model: str) -> None:
         """Let go of a model."""
         del self.rows[model]
+        self._timings = {size: timing for size, timing in self._timings.items() if size.model != model}
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
 
     def learn(self, key: Key, images: int, seconds: float) -> None:
         """A batch of so many images took so long."""
-        mean = self._seconds[key.size]
-        self._seconds[key.size] = mean + NEWEST * (seconds / self._padded(key, images) - mean)
+        mean = self._per_image(key)
+        self._seconds[_variant(key)] = mean + NEWEST * (seconds / self._padded(key, images) - mean)
 
     def seconds(self, images: Mapping[Key, int]) -> float:
         """What so many images of each key take, in whole blocks."""
-        return sum(self._padded(key, count) * self._seconds[key.size] for key, count in images.items())
+        return sum(self._padded(key, count) * self._per_image(key) for key, count in images.items())
+
+    def _per_image(self, key: Key) -> float:
+        timing = self._timings[key.size]
+        return self._seconds.get(_variant(key), timing.total_of(key.steps) / timing.batch)
 
     def _padded(self, key: Key, images: int) -> int:
         rows = self.rows[key.model]
         return math.ceil(images / rows) * rows
+
+
+def _variant(key: Key) -> Key:
+    """The key without its adapter, which changes no times."""
+    return key.size._replace(steps=key.steps)

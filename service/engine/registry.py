@@ -16,6 +16,8 @@ from service.engine.embeddings import UNSHARED, Embeddings
 from service.engine.messages import Tuning
 from service.errors import StartError
 
+MAX_STEPS = 50  # of any-step students, so that one request cannot occupy a device without bound
+
 
 class StudentBackend:
     """A `OneStepPipeline` behind the backend's protocol.
@@ -46,6 +48,7 @@ class StudentBackend:
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
             rows=self._pipeline.ladder[0],
+            max_steps=MAX_STEPS if spec.any_step else 1,
             computed=self._pipeline.computed,
         )
         where = (
@@ -94,10 +97,10 @@ class StudentBackend:
         with self._stage("model"):
             self._pipeline.adapt(None if name is None else self._adapters[name], scale)
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int) -> Any:
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
         """Latents (B, C, h, w) on the device."""
         with self._stage("model"):
-            latents = self._pipeline.latents(conditions, seeds, width, height)
+            latents = self._pipeline.latents(conditions, seeds, width, height, steps)
             if not latents.isfinite().all():
                 raise FloatingPointError("the network gave latents that are not finite")
             return latents

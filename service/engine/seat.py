@@ -71,14 +71,14 @@ class Seat:
         for work in batch.work:
             work.begun = True
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
-        model, width, height, adapter, scale = batch.key
+        model, width, height, adapter, scale, steps = batch.key
         loaded = self._models[model]
         kind = loaded.card.digest, loaded.setup, loaded.text_bytes  # workers of one kind encode to the same bits
         held = [self._shelf.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
         self._batches[number] = _Sent(batch, slot, now, held)
         self._ahead.add(number)
         places = [each.place if each else None for each in held]
-        run = Run(number, model, prompts, places, seeds, width, height, slot, adapter, scale)
+        run = Run(number, model, prompts, places, seeds, width, height, slot, adapter, scale, steps)
         self._writer.write(messages.frame(run))
 
     def add(self, order: Load | LoadAdapter) -> asyncio.Future[Loaded]:

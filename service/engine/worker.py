@@ -143,7 +143,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
 
     def model(job: _Job) -> None:
         job.backend.adapt(job.run.adapter, job.run.scale)
-        job.value = job.backend.denoise(job.value, job.run.seeds, job.run.width, job.run.height)
+        job.value = job.backend.denoise(job.value, job.run.seeds, job.run.width, job.run.height, job.run.steps)
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))

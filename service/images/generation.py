@@ -13,6 +13,7 @@ from typing import Literal
 from service.engine.backend import Card
 from service.engine.batcher import Priority
 from service.engine.engine import Asked, Engine, Image
+from service.engine.request import GenerationRequest
 from service.errors import Blocked, InvalidRequest, quoted
 from service.images.encode import encode
 from service.images.provenance import Origin
@@ -114,20 +115,19 @@ async def make(
     trace = service.tracing.current if service.tracing else None
     if trace:
         trace.tell({"gen_ai.request.model": order.model, "fgm.size": order.size, "fgm.images": len(order.seeds)})
-    images = await engine.generate(
-        order.model,
-        order.prompt,
-        order.seeds,
-        order.width,
-        order.height,
-        owner=owner,
-        priority=order.priority,
-        timeout=order.timeout,
-        asked=asked,
+    request = GenerationRequest(
+        model=order.model,
+        prompt=order.prompt,
+        seeds=order.seeds,
+        width=order.width,
+        height=order.height,
         adapter=order.adapter,
         scale=order.scale,
-        patient=patient,
+        priority=order.priority,
+        owner=owner,
+        timeout=order.timeout,
     )
+    images = await engine.generate(request, asked, patient=patient)
     after: dict[str, float] = {}  # stages after the device
     if service.checker:
         with _stage("safety", after, service):

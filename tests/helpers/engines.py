@@ -10,6 +10,7 @@ import numpy as np
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import Fleet
+from service.engine.request import GenerationRequest
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
@@ -34,9 +35,14 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(f"fgm_{name}", labels) or 0.0
 
 
-async def make(engine: Engine, seed: int, prompt: str = "a", model: str = "simulator", **options):
-    (image,) = await engine.generate(model, prompt, [seed], 64, 64, **options)
+async def make(engine: Engine, seed: int, prompt: str = "a", **options):
+    (image,) = await make_all(engine, [seed], prompt, **options)
     return image
+
+
+async def make_all(engine: Engine, seeds, prompt: str = "a", patient: bool = False, **options):
+    options = {"model": "simulator", "width": 64, "height": 64, **options}
+    return await engine.generate(GenerationRequest(prompt=prompt, seeds=seeds, **options), patient=patient)
 
 
 def is_of(image, seed: int) -> bool:
@@ -61,11 +67,11 @@ class Gate(Simulator):
         """Whether this batch waits."""
         return not prompts[0].startswith("warm-up")
 
-    def denoise(self, conditions, seeds, width, height):
+    def denoise(self, conditions, seeds, width, height, steps=1):
         if self.holds(conditions, seeds):
             self.prompts += conditions
             self.seeds += seeds
             self.entered.set()
             assert self.open.wait(60)
         time.sleep(self.slow)
-        return super().denoise(conditions, seeds, width, height)
+        return super().denoise(conditions, seeds, width, height, steps)

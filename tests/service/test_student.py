@@ -13,16 +13,17 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from engines import run
+from engines import make, make_all, run
 from PIL import Image
 from running import metric, serving, until
 from safetensors.torch import load_file, save_file
 
 from distill.models.teacher import load_transformer
+from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline, Runtime
 from distill.student.export import export_student
 from service.app import create_app
-from service.engine.backend import Simulator
+from service.engine.backend import Card, Simulator
 from service.engine.embeddings import Embeddings, Shelf
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, SharedMemory, local, processes, tuning_of
@@ -31,12 +32,13 @@ from service.engine.registry import load_backend
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.settings import Settings
 
+RECIPE = {"name": "tiny-student", "method": "fgm", "images_seen": 0}
+
 
 @pytest.fixture(scope="module")
 def student(teacher, tmp_path_factory):
     weights = load_transformer(teacher).state_dict()
-    recipe = {"name": "tiny-student", "method": "fgm", "images_seen": 0}
-    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "tiny", recipe)
+    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "tiny", RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,12 @@ def url(settings, fleet):
 
 def pixels(answer) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
+
+
+def named(card: Card) -> dict:
+    """The model and its native size, as fields of a request."""
+    width, height = card.sizes[0]
+    return {"model": card.name, "width": width, "height": height}
 
 
 def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
@@ -158,6 +166,30 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
         backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
 
 
+def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, tmp_path):
+    torch.manual_seed(5)
+    transformer = load_transformer(teacher)
+    add_second_time(transformer)
+    for parameter in transformer.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    weights = dict(transformer.named_parameters())
+    folder = export_student(teacher, weights, tmp_path / "student", RECIPE)
+    pipeline = OneStepPipeline.load(folder)
+    expected = [pipeline(["a"], [seed], steps=steps)[0].numpy() for seed, steps in ((1, 1), (1, 4), (2, 4), (1, 2))]
+    assert not np.array_equal(expected[0], expected[1])
+
+    async def test(engine: Engine) -> None:
+        options = named(backend.card)
+        requests = [make_all(engine, [1, 2] if steps == 4 else [1], steps=steps, **options) for steps in (1, 4, 2)]
+        images = [image for made in await asyncio.gather(*requests) for image in made]
+        for image, pixels in zip(images, expected, strict=True):
+            assert np.array_equal(image.pixels, pixels)
+
+    backend = load_backend(str(folder), None, "cpu", Tuning())
+    assert backend.card.max_steps > 4
+    run(local(backend), test)
+
+
 def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, tmp_path):
     torch.manual_seed(5)
     name = "transformer.transformer_blocks.0.attn.to_q"
@@ -173,10 +205,8 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
 
     async def test(engine: Engine) -> None:
         async def one(seed, **options):
-            (image,) = await engine.generate("tiny-student", "a red circle", [seed], *size, **options)
-            return image.pixels
+            return (await make(engine, seed, "a red circle", **named(backend.card), **options)).pixels
 
-        size = backend.card.sizes[0]
         with pytest.raises(InvalidRequest, match="missing"):
             await engine.load_adapter("tiny-student", tmp_path / "nowhere", "style")
         await engine.load_adapter("tiny-student", tmp_path, "style")
@@ -227,7 +257,7 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
     )
 
     async def test(engine: Engine) -> None:
-        asked = [engine.generate("tiny-student", "a", [seed], *backend.card.sizes[0]) for seed in range(100, 106)]
+        asked = [make(engine, seed, **named(backend.card)) for seed in range(100, 106)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [isinstance(answer, GenerationFailed) for answer in answers] == [False, False, False, True, False, False]
 
@@ -246,7 +276,7 @@ def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(stud
         with pytest.raises(InvalidRequest, match="model_index"):
             await engine.load(student.parent)
         card = await engine.load(student)
-        (image,) = await engine.generate(card.name, "a red circle", [3], *card.sizes[0])
+        image = await make(engine, 3, "a red circle", **named(card))
         assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
 
     run(local(Simulator(0, 0), device="cpu"), test)

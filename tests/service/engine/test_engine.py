@@ -7,18 +7,19 @@ import resource
 import signal
 import tempfile
 import threading
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from engines import Gate, is_of, is_whole, make, run, value
+from engines import Gate, is_of, is_whole, make, make_all, run, value
 
 from service.engine.backend import Simulator
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
 from service.engine.launch import Fleet, local, processes
 from service.engine.worker import SLOT_BYTES
-from service.errors import GenerationFailed, Overloaded, TimedOut, Unavailable
+from service.errors import GenerationFailed, InvalidRequest, Overloaded, TimedOut, Unavailable
 from service.settings import Settings
 
 
@@ -76,11 +77,11 @@ def test_only_the_work_at_fault_fails_and_too_little_memory_lowers_the_cap():
     class Small(Simulator):
         calls: ClassVar[list[int]] = []
 
-        def denoise(self, conditions, seeds, width, height):
+        def denoise(self, conditions, seeds, width, height, steps=1):
             self.calls.append(len(seeds))
             if len(seeds) > 4:
                 raise MemoryError
-            return super().denoise(conditions, seeds, width, height)
+            return super().denoise(conditions, seeds, width, height, steps)
 
     async def test(engine: Engine) -> None:
         prompts = ["poison" if seed == 11 else "good" for seed in range(32)]
@@ -116,6 +117,32 @@ def test_equal_requests_share_one_image_while_it_is_made_and_after():
     assert gate.seeds == [5, 5]
     assert value(metrics, "cache_hits_total", cache="in_flight") == 2
     assert value(metrics, "cache_hits_total", cache="result") == 1
+
+
+def test_images_in_other_steps_are_other_images_and_one_step_models_refuse_them():
+    card = replace(Simulator().card, name="any-step", max_steps=4)
+    gate = Gate(card=card)
+
+    async def test(engine: Engine) -> None:
+        requests = [asyncio.create_task(make(engine, 5, model="any-step", steps=steps)) for steps in (1, 2, 4, 2)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        images = await asyncio.gather(*requests)
+        assert [is_of(image, 5 + 10**6 * extra) for image, extra in zip(images, (0, 1, 3, 1), strict=True)] == [
+            True
+        ] * 4
+        for model, steps, message in (
+            ("simulator", 2, "one step"),
+            ("any-step", 5, "1 to 4"),
+            ("any-step", 0, "1 to 4"),
+        ):
+            with pytest.raises(InvalidRequest, match=message) as caught:
+                await make(engine, 5, model=model, steps=steps)
+            assert caught.value.param == "steps"
+
+    metrics = run(local(gate, Simulator(0, 0)), test)
+    assert gate.seeds == [5, 5, 5]
+    assert value(metrics, "cache_hits_total", cache="in_flight") == 1
 
 
 def test_what_waits_is_told_in_seconds_and_who_computes_as_a_share():
@@ -160,7 +187,7 @@ def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
         running = asyncio.create_task(make(engine, 0))
         await asyncio.sleep(0)  # it is on the device, and one of the others behind it
         with pytest.raises(TimedOut) as caught:
-            await engine.generate("simulator", "late", range(1, 6), 64, 64, timeout=0.05)
+            await make_all(engine, range(1, 6), "late", timeout=0.05)
         assert caught.value.code == "deadline_exceeded"
         gate.open.set()
         assert is_of(await running, 0)
@@ -188,7 +215,7 @@ def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
     async def test(engine: Engine) -> None:
         def line(seed: int, owner: str):
             options = {"owner": owner, "priority": Priority.BATCH, "timeout": 1000.0, "patient": True}
-            return asyncio.create_task(engine.generate("simulator", "bulk", range(seed, seed + 4), 64, 64, **options))
+            return asyncio.create_task(make_all(engine, range(seed, seed + 4), "bulk", **options))
 
         bulk = [line(100 * owner + 4 * i, f"bulk{owner}") for i in range(10) for owner in range(4)]
         left = [line(1000 + 4 * i, "bulk0") for i in range(5)]
@@ -255,9 +282,9 @@ def test_batches_keep_to_what_was_measured_fast_enough():
     class Counting(Simulator):
         sizes: ClassVar[list[int]] = []
 
-        def denoise(self, conditions, seeds, width, height):
+        def denoise(self, conditions, seeds, width, height, steps=1):
             self.sizes.append(len(seeds))
-            return super().denoise(conditions, seeds, width, height)
+            return super().denoise(conditions, seeds, width, height, steps)
 
     async def test(engine: Engine) -> None:
         Counting.sizes.clear()
@@ -275,7 +302,7 @@ TOP_SLOT = 3 * SLOT_BYTES  # where the first batch goes
 def test_a_batch_that_the_shared_memory_does_not_take_whole_is_made_in_smaller_ones(file_limit, room):
     async def test(engine: Engine) -> None:
         file_limit(TOP_SLOT + room)
-        images = await engine.generate("simulator", "a", range(4), 64, 64)
+        images = await make_all(engine, range(4))
         assert all(is_whole(image, seed) for seed, image in enumerate(images))
 
     run(local(Simulator(0, 0)), test)

@@ -214,10 +214,10 @@ def test_draining_waits_for_no_worker_that_is_loading(folder):
 
 def test_draining_waits_for_no_worker_that_is_starting_again():
     class Lost(Simulator):
-        def denoise(self, conditions, seeds, width, height):
+        def denoise(self, conditions, seeds, width, height, steps=1):
             if not conditions[0].startswith("warm-up"):
                 raise DeviceLost
-            return super().denoise(conditions, seeds, width, height)
+            return super().denoise(conditions, seeds, width, height, steps)
 
     starting, release = threading.Event(), threading.Event()
     backends = iter([Lost(0, 0)])

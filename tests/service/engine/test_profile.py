@@ -19,11 +19,11 @@ class Blocks(Simulator):
         super().__init__(0, 0, card=card)
         self.batches = []
 
-    def denoise(self, conditions, seeds, width, height):
+    def denoise(self, conditions, seeds, width, height, steps=1):
         self.batches.append((width, len(seeds)))
         if len(seeds) > 4:
             raise MemoryError
-        return super().denoise(conditions, seeds, width, height)
+        return super().denoise(conditions, seeds, width, height, steps)
 
 
 @pytest.mark.parametrize(("most", "ladder"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
@@ -39,7 +39,7 @@ def test_every_size_is_timed_in_whole_blocks_as_far_as_memory_goes():
 
 def test_too_little_memory_for_one_block_keeps_the_worker_from_starting():
     class Full(Blocks):
-        def denoise(self, conditions, seeds, width, height):
+        def denoise(self, conditions, seeds, width, height, steps=1):
             raise MemoryError("of this device")
 
     with pytest.raises(StartError, match="blocks fails at 64x64: of this device"):
