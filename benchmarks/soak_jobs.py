@@ -38,6 +38,7 @@ ENDPOINT = "/v1/images/generations"
 IMAGE = {"prompt": "a red circle"}
 STEP = 16  # of a job, in images
 DISTILLATION = {"preset": "scenes-debug", "batch": STEP, "warmup": 0, "log_every": STEP, "checkpoint_every": 2 * STEP}
+SUPERVISOR = "service.jobs.fine_tuning.process_supervisor"
 LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
 
 
@@ -84,7 +85,7 @@ class Server:
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended since
                 words = child.cmdline()
-                if "distill.cli" in words and "run" in words and "service.jobs.fine_tuning.leash" not in words:
+                if "distill.cli" in words and "run" in words and SUPERVISOR not in words:
                     return child
         return None
 

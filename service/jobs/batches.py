@@ -43,7 +43,7 @@ from service.jobs.lines import (
     unanswered,
 )
 from service.jobs.schemas import BatchRequest
-from service.jobs.tables import ENDED, Batch, File, Line
+from service.jobs.tables import ENDED, AnswerRow, BatchRow, FileRow
 from service.state import State
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,13 @@ class Batches:
         self._webhooks = jobs.webhooks
         self._loop = loop
         jobs.workflows.define("batch", self._work, SIDE_BY_SIDE)
-        jobs.chores.append(self._begin_lost)
+        jobs.periodic_tasks.append(self._begin_lost)
 
     # What requests ask for
 
-    def create(self, body: BatchRequest, owner: str, base: str, now: int) -> Batch:
+    def create(self, body: BatchRequest, owner: str, base: str, now: int) -> BatchRow:
         """Take a batch in. Raises NotFound or InvalidRequest for its file, Overloaded when there are too many."""
-        batch = Batch(
+        batch = BatchRow(
             id=new_id("batch_"),
             owner=owner,
             status="validating",
@@ -99,39 +99,41 @@ class Batches:
                 message = f"file {file.id} has purpose {file.purpose!r}; upload it with purpose 'batch'"
                 raise InvalidRequest(message, "input_file_id", "invalid_file_purpose")
             limit = self._settings.unfinished_batches_per_key
-            unfinished = select(func.count()).where(Batch.owner == owner, Batch.status.not_in(ENDED))
+            unfinished = select(func.count()).where(BatchRow.owner == owner, BatchRow.status.not_in(ENDED))
             if (session.scalar(unfinished) or 0) >= limit:
                 raise Overloaded(f"{limit} of your batches are unfinished; wait for one or cancel it", 60, "too_many")
             session.add(batch)
         self._workflows.begin("batch", batch.id)
         return batch
 
-    def get(self, owner: str, batch_id: str) -> Batch:
+    def get(self, owner: str, batch_id: str) -> BatchRow:
         """A batch. Raises NotFound for one that is not there, or is another's."""
         with self._database.read() as session:
             return self._own(session, owner, batch_id)
 
-    def index(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[Batch], bool]:
+    def index(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[BatchRow], bool]:
         """Batches, the newest first, and whether there are more."""
         with self._database.read() as session:
             start = None if after is None else self._own(session, owner, after, "after")
-            rows = page(select(Batch).where(Batch.owner == owner), Batch, start, "desc", limit)
+            rows = page(select(BatchRow).where(BatchRow.owner == owner), BatchRow, start, "desc", limit)
             found = session.scalars(rows).all()
         return found[:limit], len(found) > limit
 
-    def cancel(self, owner: str, batch_id: str, now: int) -> Batch:
+    def cancel(self, owner: str, batch_id: str, now: int) -> BatchRow:
         """Begin no further line. Raises NotFound, and InvalidRequest for a batch that has ended or is about to."""
         with self._database.begin() as session:
             batch = self._own(session, owner, batch_id)
-            stopped = update(Batch).where(Batch.id == batch.id, Batch.status.in_(("validating", "in_progress")))
+            stopped = update(BatchRow).where(
+                BatchRow.id == batch.id, BatchRow.status.in_(("validating", "in_progress"))
+            )
             session.execute(stopped.values(status="cancelling", cancelling_at=now))
             session.refresh(batch)
             if batch.status not in ("cancelling", "cancelled"):
                 raise InvalidRequest(f"the batch is {batch.status}; it cannot be cancelled", code="batch_not_running")
         return batch
 
-    def _own(self, session: Session, owner: str, batch_id: str, param: str | None = None) -> Batch:
-        batch = session.get(Batch, batch_id) if batch_id.isascii() and batch_id.isprintable() else None
+    def _own(self, session: Session, owner: str, batch_id: str, param: str | None = None) -> BatchRow:
+        batch = session.get(BatchRow, batch_id) if batch_id.isascii() and batch_id.isprintable() else None
         if batch is None or batch.owner != owner:
             raise NotFound(
                 f"there is no batch {quoted(batch_id)}; GET /v1/batches lists yours", param, "batch_not_found"
@@ -141,15 +143,15 @@ class Batches:
     def _begin_lost(self, now: int) -> None:
         """A chore: a batch that has no workflow gets one; its server died before it could, or its backup is older."""
         with self._database.read() as session:
-            lost = select(Batch.id).where(Batch.status.not_in(ENDED))
-            ids = list(session.scalars(lost.where(Batch.created_at < now - LOST_SECONDS)))
+            lost = select(BatchRow.id).where(BatchRow.status.not_in(ENDED))
+            ids = list(session.scalars(lost.where(BatchRow.created_at < now - LOST_SECONDS)))
         for batch_id in ids:
             self._workflows.begin("batch", batch_id)
 
     # The workflow and its steps
 
     def _work(self, batch_id: str) -> None:
-        step = self._workflows.patient_step
+        step = self._workflows.retrying_step
         try:
             if step("check", lambda: self._check(batch_id)):
                 outcome = step("answer", lambda: self._answer(batch_id))
@@ -172,13 +174,13 @@ class Batches:
             self._fail(batch_id, complaints)
             return False
         with self._database.begin() as session:
-            row = session.get_one(Batch, batch_id, with_for_update=True)
+            row = session.get_one(BatchRow, batch_id, with_for_update=True)
             row.total, row.model = total, models.pop() if len(models) == 1 else None
             if row.status == "validating":
                 row.status, row.in_progress_at = "in_progress", int(time.time())
         return True
 
-    def _review(self, batch: Batch) -> tuple[list[Complaint], int, set[str]]:
+    def _review(self, batch: BatchRow) -> tuple[list[Complaint], int, set[str]]:
         """What is wrong with a file, the first of it; how many lines it has, and the models that they ask for."""
         complaints: list[Complaint] = []
         models: set[str] = set()
@@ -211,7 +213,7 @@ class Batches:
         if batch.status in ENDED:
             return "answered"
         with self._database.read() as session:
-            answered = set(session.scalars(select(Line.number).where(Line.batch_id == batch_id)))
+            answered = set(session.scalars(select(AnswerRow.number).where(AnswerRow.batch_id == batch_id)))
         lines = self._requests(batch, answered)
         making: set[concurrent.futures.Future[Answer]] = set()
         made: list[Answer] = []
@@ -242,7 +244,7 @@ class Batches:
             for future in making:
                 future.cancel()
 
-    async def _make(self, batch: Batch, request: Request) -> Answer:
+    async def _make(self, batch: BatchRow, request: Request) -> Answer:
         """One line's answer, however long its turn takes; errors are answers too."""
         attempts = 0
         images: Images | None = None  # made, but not stored yet
@@ -273,16 +275,16 @@ class Batches:
     def _keep(self, batch_id: str, answers: Sequence[Answer]) -> Outcome | None:
         """Keep answers; returns why no further line should begin, if so."""
         with self._database.begin() as session:
-            batch = session.get_one(Batch, batch_id, with_for_update=True)
+            batch = session.get_one(BatchRow, batch_id, with_for_update=True)
             if batch.status in ENDED:
                 return "answered"  # by another server, which took this one for dead
             numbers = [answer.number for answer in answers]
-            known = select(Line.number).where(Line.batch_id == batch_id, Line.number.in_(numbers))
+            known = select(AnswerRow.number).where(AnswerRow.batch_id == batch_id, AnswerRow.number.in_(numbers))
             before = set(session.scalars(known)) if numbers else set()
             new = [answer for answer in answers if answer.number not in before]
             if new:
                 rows = [{"batch_id": batch_id, "number": a.number, "failed": a.failed, "answer": a.text} for a in new]
-                session.execute(insert(Line), rows)
+                session.execute(insert(AnswerRow), rows)
             batch.completed += sum(not answer.failed for answer in new)
             batch.failed += sum(answer.failed for answer in new)
             batch.input_tokens += sum(answer.input_tokens for answer in new)
@@ -296,7 +298,7 @@ class Batches:
     def _finalize(self, batch_id: str, outcome: Outcome) -> Outcome:
         """Nothing can be cancelled any more; what was is told apart here."""
         with self._database.begin() as session:
-            batch = session.get_one(Batch, batch_id, with_for_update=True)
+            batch = session.get_one(BatchRow, batch_id, with_for_update=True)
             if batch.status == "cancelling":
                 return "cancelled"
             if batch.status == "in_progress":
@@ -318,7 +320,7 @@ class Batches:
             self._end(batch, answers, "failed", complaints)
 
     def _end(
-        self, batch: Batch, lines: Iterable[tuple[str, bool]], status: str, complaints: Sequence[Complaint] = ()
+        self, batch: BatchRow, lines: Iterable[tuple[str, bool]], status: str, complaints: Sequence[Complaint] = ()
     ) -> None:
         """Write lines, each told whether it is an error, and end a batch in the transaction that makes them known."""
         written, failed = new_id("file-"), new_id("file-")  # new ones each time: nobody overwrites what is known
@@ -344,13 +346,13 @@ class Batches:
         """Give a batch its files, its last status and the event that tells of it; False when another server has."""
         now = int(time.time())
         with self._database.begin() as session:
-            batch = session.get_one(Batch, batch_id, with_for_update=True)
+            batch = session.get_one(BatchRow, batch_id, with_for_update=True)
             if batch.status in ENDED:
                 return False
             for file_id, name in ((written, "output"), (failed, "error")):
                 if counts[file_id]:
                     session.add(
-                        File(
+                        FileRow(
                             id=file_id,
                             owner=batch.owner,
                             purpose="batch_output",
@@ -364,7 +366,7 @@ class Batches:
             batch.error_file_id = failed if counts[failed] else None
             batch.failed = counts[failed]  # with the lines that nobody began
             batch.errors = [vars(complaint) for complaint in complaints] or None
-            session.execute(delete(Line).where(Line.batch_id == batch_id))
+            session.execute(delete(AnswerRow).where(AnswerRow.batch_id == batch_id))
             batch.status = status
             setattr(batch, f"{status}_at", now)
             self._webhooks.announce(session, batch.owner, f"batch.{status}", batch_id, now)
@@ -372,11 +374,11 @@ class Batches:
 
     # Lines
 
-    def _read(self, batch_id: str) -> Batch:
+    def _read(self, batch_id: str) -> BatchRow:
         with self._database.read() as session:
-            return session.get_one(Batch, batch_id)
+            return session.get_one(BatchRow, batch_id)
 
-    def _requests(self, batch: Batch, answered: set[int]) -> Iterator[Request | Answer]:
+    def _requests(self, batch: BatchRow, answered: set[int]) -> Iterator[Request | Answer]:
         """The lines without an answer, in order. One that can no longer be made is answered by that."""
         for number, line in self._lines(batch):
             if number in answered:
@@ -390,7 +392,7 @@ class Batches:
             else:
                 yield found
 
-    def _lines(self, batch: Batch) -> Iterator[tuple[int, bytes]]:
+    def _lines(self, batch: BatchRow) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, and their numbers. Raises InputGone, or Stopping when the server shuts down."""
         try:
             for number, line in numbered(self._files.path(batch.input_file_id), self._settings.max_body_bytes):
@@ -400,7 +402,7 @@ class Batches:
         except FileNotFoundError:
             raise InputGone from None
 
-    def _told(self, batch: Batch, outcome: Outcome) -> Iterator[tuple[str, bool]]:
+    def _told(self, batch: BatchRow, outcome: Outcome) -> Iterator[tuple[str, bool]]:
         """What is said of each line of the input, and whether it is an error."""
         answers = self._answers(batch.id)
         upcoming = next(answers, None)
@@ -411,11 +413,16 @@ class Batches:
             else:
                 yield unanswered(batch.id, number, line, outcome), True
 
-    def _answers(self, batch_id: str) -> Iterator[Line]:
+    def _answers(self, batch_id: str) -> Iterator[AnswerRow]:
         """All answers by number, some at a time."""
         last = 0
         while True:
-            rows = select(Line).where(Line.batch_id == batch_id, Line.number > last).order_by(Line.number).limit(PAGE)
+            rows = (
+                select(AnswerRow)
+                .where(AnswerRow.batch_id == batch_id, AnswerRow.number > last)
+                .order_by(AnswerRow.number)
+                .limit(PAGE)
+            )
             with self._database.read() as session:
                 found = session.scalars(rows).all()
             if not found:
@@ -424,7 +431,7 @@ class Batches:
             last = found[-1].number
 
 
-def _refusal(batch: Batch, request: Request, error: ServiceError) -> Answer:
+def _refusal(batch: BatchRow, request: Request, error: ServiceError) -> Answer:
     """The answer to a line that came to an error."""
     status, body, _ = to_openai(error)
     return Answer.of(batch.id, request.number, request.custom_id, status, body)

@@ -64,9 +64,9 @@ class Database:
         try:
             with sqlite.prepared(self._file) if self.is_sqlite else nullcontext(), self._engine.begin() as connection:
                 if not self.is_sqlite:
-                    from service.jobs.postgres import wait_for_ever
+                    from service.jobs.postgres import remove_deadline
 
-                    wait_for_ever(connection)
+                    remove_deadline(connection)
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
@@ -92,7 +92,7 @@ class Database:
         """A read-only transaction, which waits for no writer. Raises Unavailable while the database does not answer."""
         return self._transaction(self._reading)
 
-    def insist(self, work: Callable[[Session], T], stopping: threading.Event, *, read: bool = False) -> T:
+    def retry_transaction(self, work: Callable[[Session], T], stopping: threading.Event, *, read: bool = False) -> T:
         """What `work` returns in a transaction, tried again while the database is away. Raises Stopping.
 
         For workflows, which have time. `work` may run again after a commit whose answer was lost, so it must be

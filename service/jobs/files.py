@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound, quoted
 from service.files import aside
 from service.jobs.database import Database
-from service.jobs.tables import ENDED, Batch, File, Job
+from service.jobs.tables import ENDED, BatchRow, FileRow, JobRow
 
 ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
 _PIECE = 1 << 20
@@ -55,7 +55,9 @@ class Files:
         """Where the bytes of a file are."""
         return self._folder / file_id
 
-    def add(self, source: BinaryIO, *, owner: str, purpose: str, filename: str, now: int, lifetime: int | None) -> File:
+    def add(
+        self, source: BinaryIO, *, owner: str, purpose: str, filename: str, now: int, lifetime: int | None
+    ) -> FileRow:
         """Keep an upload. Raises BodyTooLarge, Forbidden beyond the quota, InvalidRequest for an empty file."""
         size = source.seek(0, os.SEEK_END)
         source.seek(0)
@@ -65,7 +67,7 @@ class Files:
             raise BodyTooLarge(f"the file is over the limit of {self._max_bytes} bytes", "file", "file_too_large")
         with self._database.read() as session:
             self._check_quota(session, owner, size)
-        file = File(
+        file = FileRow(
             id=new_id("file-"),
             owner=owner,
             purpose=purpose,
@@ -89,28 +91,28 @@ class Files:
         """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
         return aside(self.path(file_id))
 
-    def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> File:
+    def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
         """A file. Raises NotFound for one that is not there, has expired, or is another's."""
         with self._database.read() as session:
             return self.own(session, owner, file_id, now, param)
 
     def index(
         self, owner: str, purpose: str | None, after: str | None, order: Literal["asc", "desc"], limit: int, now: int
-    ) -> tuple[Sequence[File], bool]:
+    ) -> tuple[Sequence[FileRow], bool]:
         """Files in the order of their making, and whether there are more."""
-        rows = select(File).where(File.owner == owner, _lasting(now))
+        rows = select(FileRow).where(FileRow.owner == owner, _lasting(now))
         if purpose is not None:
-            rows = rows.where(File.purpose == purpose)
+            rows = rows.where(FileRow.purpose == purpose)
         with self._database.read() as session:
             start = None if after is None else self.own(session, owner, after, now, "after")
-            found = session.scalars(page(rows, File, start, order, limit)).all()
+            found = session.scalars(page(rows, FileRow, start, order, limit)).all()
         return found[:limit], len(found) > limit
 
     def remove(self, owner: str, file_id: str, now: int) -> None:
         """Delete a file. Raises NotFound, and InvalidRequest while something unfinished needs it."""
         with self._database.begin() as session:
             file = self.own(session, owner, file_id, now)
-            if session.scalar(select(func.count()).where(File.id == file_id, _needed())):
+            if session.scalar(select(func.count()).where(FileRow.id == file_id, _needed())):
                 raise InvalidRequest(
                     "an unfinished batch or job needs this file; cancel that first", code="file_in_use"
                 )
@@ -120,7 +122,7 @@ class Files:
     def sweep(self, now: int) -> None:
         """Delete files that have expired, and the remains of uploads that never ended."""
         with self._database.begin() as session:
-            expired = delete(File).where(File.expires_at <= now, ~_needed()).returning(File.id)
+            expired = delete(FileRow).where(FileRow.expires_at <= now, ~_needed()).returning(FileRow.id)
             gone = list(session.scalars(expired))
         for file_id in gone:
             self.path(file_id).unlink(missing_ok=True)
@@ -134,19 +136,19 @@ class Files:
         with contextlib.suppress(FileNotFoundError):  # swept by another server
             if path.stat().st_mtime < now - ORPHAN_SECONDS:
                 with self._database.read() as session:
-                    kept = session.get(File, path.name) is not None
+                    kept = session.get(FileRow, path.name) is not None
                 if not kept:
                     path.unlink()
 
-    def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> File:
+    def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
         """`get`, within a transaction that relies on the file."""
-        file = session.get(File, file_id) if file_id.isascii() and file_id.isprintable() else None
+        file = session.get(FileRow, file_id) if file_id.isascii() and file_id.isprintable() else None
         if file is None or file.owner != owner or (file.expires_at is not None and file.expires_at <= now):
             raise NotFound(f"there is no file {quoted(file_id)}; GET /v1/files lists yours", param, "file_not_found")
         return file
 
     def _check_quota(self, session: Session, owner: str, size: int) -> None:
-        kept = session.scalar(select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner)) or 0
+        kept = session.scalar(select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)) or 0
         if kept + size > self._quota_bytes:
             raise Forbidden(
                 f"your files would be {kept + size} bytes, over your quota of {self._quota_bytes}; delete some",
@@ -156,14 +158,14 @@ class Files:
 
 
 def _lasting(now: int) -> Any:
-    return or_(File.expires_at.is_(None), File.expires_at > now)
+    return or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
 
 
 def _needed() -> Any:
     """Whether an unfinished batch or job reads the file."""
-    batch = select(Batch.id).where(Batch.input_file_id == File.id, Batch.status.not_in(ENDED))
-    job = select(Job.id).where(
-        or_(Job.training_file == File.id, Job.validation_file == File.id), Job.status.not_in(ENDED)
+    batch = select(BatchRow.id).where(BatchRow.input_file_id == FileRow.id, BatchRow.status.not_in(ENDED))
+    job = select(JobRow.id).where(
+        or_(JobRow.training_file == FileRow.id, JobRow.validation_file == FileRow.id), JobRow.status.not_in(ENDED)
     )
     return or_(batch.exists(), job.exists())
 

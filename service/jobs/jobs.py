@@ -18,9 +18,9 @@ from service.errors import ServiceError, StartError
 from service.files import PRIVATE, aside, make_writable
 from service.jobs.database import Database
 from service.jobs.files import Files
-from service.jobs.fine_tuning.distiller import Distiller
+from service.jobs.fine_tuning.jobs import FineTuningJobs
 from service.jobs.fine_tuning.students import Students
-from service.jobs.fine_tuning.tuning import Tuning
+from service.jobs.fine_tuning.workflow import FineTuningWorkflow
 from service.jobs.sqlite import check_sqlite
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import LOOKS, Workflows
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Chore = Callable[[int], None]  # of the time in seconds
+PeriodicTask = Callable[[int], None]  # of the time in seconds
 SECRET_BYTES = 32  # of the secret that signs links
 WRITERS = 8  # requests that write to the database at once
 STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
@@ -60,24 +60,24 @@ class Jobs:
         self.files = Files(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
         self.webhooks = Webhooks(self.database, self.workflows, settings.webhooks)
         self.students = Students(self.database, self.folder, settings.job_students)
-        distiller = Distiller(
+        workflow = FineTuningWorkflow(
             self.database, self.workflows, self.files, self.webhooks, self.students, self.folder, settings
         )
-        self.tuning = Tuning(self.database, self.files, distiller, settings)
-        self.chores: list[Chore] = [
+        self.fine_tuning = FineTuningJobs(self.database, self.files, workflow, settings)
+        self.periodic_tasks: list[PeriodicTask] = [
             lambda now: self.workflows.adopt(),
             self.files.sweep,
             self.webhooks.begin_due,
-            distiller.begin_waiting,
-            distiller.remove_deleted,
+            workflow.begin_waiting,
+            workflow.remove_deleted,
         ]  # each must be harmless to repeat, and to do in several servers at once
         self._period = settings.job_silence_seconds / LOOKS
         self._ended = threading.Event()
         # The pulse has a thread of its own: a chore may wait for long, and nobody is to think the server dead.
         beat = [lambda now: self.workflows.beat()]
         self._threads = [
-            threading.Thread(target=self._repeat, args=(chores,), name=f"jobs-{name}", daemon=True)
-            for name, chores in (("pulse", beat), ("keeper", self.chores))
+            threading.Thread(target=self._repeat, args=(periodic_tasks,), name=f"jobs-{name}", daemon=True)
+            for name, periodic_tasks in (("pulse", beat), ("keeper", self.periodic_tasks))
         ]
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs-write")
         self._open = False
@@ -145,11 +145,11 @@ class Jobs:
             self.workflows.stop()
         self.database.close()
 
-    def _repeat(self, chores: Sequence[Chore]) -> None:
+    def _repeat(self, periodic_tasks: Sequence[PeriodicTask]) -> None:
         while True:
-            for chore in chores:
+            for task in periodic_tasks:
                 try:
-                    chore(int(time.time()))
+                    task(int(time.time()))
                 except ServiceError as error:
                     log.warning("put off: %s", error.message)
                 except Exception:

@@ -22,7 +22,7 @@ PARAMETERS = {
 }
 
 
-class Impatient(psycopg.Connection[Any]):
+class DeadlineConnection(psycopg.Connection[Any]):
     """A connection on which nothing waits for an answer longer than `answer_seconds`; None is as long as it takes."""
 
     answer_seconds: float | None = ANSWER_SECONDS
@@ -45,11 +45,13 @@ def watched(url: URL) -> URL:
 def engine(url: URL) -> Engine:
     """Over a URL that is watched, with a deadline for every statement."""
     made = create_engine(url, pool_pre_ping=True, pool_timeout=POOL_SECONDS)
-    event.listen(made, "do_connect", lambda dialect, record, args, options: Impatient.connect(*args, **options))
+    event.listen(
+        made, "do_connect", lambda dialect, record, args, options: DeadlineConnection.connect(*args, **options)
+    )
     return made
 
 
-def wait_for_ever(connection: Connection) -> None:
+def remove_deadline(connection: Connection) -> None:
     """Take a connection from the pool for good, for statements that may take as long as they need."""
     connection.detach()
     driver: Any = connection.connection.dbapi_connection

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.datastructures import UploadFile
 
-from service.jobs.fine_tuning.distillation import Distillation
+from service.jobs.fine_tuning.options import DistillationOptions
 from service.schemas import ImageRequest
 
 Endpoint = Literal["/v1/images/generations"]
@@ -188,7 +188,7 @@ class JobMethod(BaseModel):
 
     type: Literal["supervised", "distillation"]
     supervised: Supervised | None = None
-    distillation: Distillation | None = None
+    distillation: DistillationOptions | None = None
 
 
 class JobRequest(BaseModel):
@@ -207,7 +207,9 @@ class JobRequest(BaseModel):
     hyperparameters: Hyperparameters | None = None
     method: JobMethod | None = None
     integrations: None = None
-    distillation: Annotated[Distillation | None, Field(description="Extension. The preset and its changes.")] = None
+    distillation: Annotated[DistillationOptions | None, Field(description="Extension. The preset and its changes.")] = (
+        None
+    )
 
 
 class JobError(BaseModel):

@@ -26,7 +26,7 @@ class Table(DeclarativeBase):
     }
 
 
-class File(Table):
+class FileRow(Table):
     """A file whose bytes are in the files folder under its id."""
 
     __tablename__ = "files"
@@ -41,7 +41,7 @@ class File(Table):
     expires_at: Mapped[int | None]
 
 
-class Batch(Table):
+class BatchRow(Table):
     """A bulk batch. Its counts change in the transactions that keep its lines' answers."""
 
     __tablename__ = "batches"
@@ -76,7 +76,7 @@ class Batch(Table):
     output_tokens: Mapped[int] = mapped_column(default=0)
 
 
-class Line(Table):
+class AnswerRow(Table):
     """The answer to one line of a batch; its key is what makes it exactly one. Gone when the files are written."""
 
     __tablename__ = "batch_lines"
@@ -87,7 +87,7 @@ class Line(Table):
     answer: Mapped[str]  # the line of the output or error file
 
 
-class Job(Table):
+class JobRow(Table):
     """A distillation job, as `fine_tuning.job` on the wire."""
 
     __tablename__ = "jobs"
@@ -96,7 +96,7 @@ class Job(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
     status: Mapped[str]
-    wish: Mapped[str | None]  # pause or cancel, until the job has done it
+    requested_action: Mapped[str | None]  # pause or cancel, until the job has done it
     starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first; each is a workflow of its own
     model: Mapped[str]
     training_file: Mapped[str]
@@ -128,7 +128,7 @@ class Job(Table):
         return f"ft:{self.model}:{self.suffix or ''}:{self.stem}"
 
 
-class JobEvent(Table):
+class JobEventRow(Table):
     """Something that a job tells, in the order of `number`."""
 
     __tablename__ = "job_events"
@@ -144,7 +144,7 @@ class JobEvent(Table):
     data: Mapped[dict[str, Any] | None]
 
 
-class JobCheckpoint(Table):
+class JobCheckpointRow(Table):
     """A checkpoint of a job and its figures."""
 
     __tablename__ = "job_checkpoints"
@@ -158,7 +158,7 @@ class JobCheckpoint(Table):
     metrics: Mapped[dict[str, Any]]
 
 
-class Delivery(Table):
+class DeliveryRow(Table):
     """An event that an endpoint is told of. Written in the transaction that ends a batch or a job."""
 
     __tablename__ = "webhook_deliveries"
@@ -176,7 +176,7 @@ class Delivery(Table):
     last_error: Mapped[str | None]
 
 
-class Executor(Table):
+class ExecutorRow(Table):
     """A running server process. It counts up while it lives; one that no longer does has its workflows taken over."""
 
     __tablename__ = "executors"

@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 
 from service.jobs.database import Database
 from service.jobs.files import new_id
-from service.jobs.tables import Delivery
+from service.jobs.tables import DeliveryRow
 from service.jobs.workflows import Workflows
 from service.settings import Endpoint
 
@@ -46,7 +46,7 @@ class Webhooks:
         """Note, in the transaction that makes it true, that all endpoints are to be told of an event."""
         for url in self._endpoints:
             session.add(
-                Delivery(
+                DeliveryRow(
                     id=new_id("evt_"),
                     url=url,
                     owner=owner,
@@ -61,7 +61,11 @@ class Webhooks:
     def begin_due(self, now: int) -> None:
         """Begin the attempts that are due. Harmless to repeat: each has a key of its own."""
         with self._database.read() as session:
-            rows = select(Delivery.id, Delivery.attempts).where(Delivery.next_at <= now).order_by(Delivery.next_at)
+            rows = (
+                select(DeliveryRow.id, DeliveryRow.attempts)
+                .where(DeliveryRow.next_at <= now)
+                .order_by(DeliveryRow.next_at)
+            )
             due = session.execute(rows.limit(AT_ONCE)).all()
         for event, attempts in due:
             self._workflows.begin("webhook", f"{event}.{attempts}")
@@ -70,13 +74,13 @@ class Webhooks:
         """One attempt at one delivery."""
         event, _, attempts = key.partition(".")
         database, stopping = self._database, self._workflows.stopping
-        delivery = database.insist(lambda session: session.get(Delivery, event), stopping, read=True)
+        delivery = database.retry_transaction(lambda session: session.get(DeliveryRow, event), stopping, read=True)
         if delivery is None or delivery.attempts != int(attempts) or delivery.next_at is None:
             return
         failure = self._send(delivery)
-        database.insist(lambda session: self._note(session, delivery, failure), stopping)
+        database.retry_transaction(lambda session: self._note(session, delivery, failure), stopping)
 
-    def _send(self, delivery: Delivery) -> str | None:
+    def _send(self, delivery: DeliveryRow) -> str | None:
         """Tell an endpoint; None when it has taken the event, else why it has not."""
         endpoint = self._endpoints.get(delivery.url)
         if endpoint is None:
@@ -96,8 +100,8 @@ class Webhooks:
             return f"{type(error).__name__}: {error}"
         return None if answer.is_success else str(answer.status_code)
 
-    def _note(self, session: Session, delivery: Delivery, failure: str | None) -> None:
-        row = session.get(Delivery, delivery.id)
+    def _note(self, session: Session, delivery: DeliveryRow, failure: str | None) -> None:
+        row = session.get(DeliveryRow, delivery.id)
         if row is None or row.attempts != delivery.attempts:
             return  # noted by an attempt that was taken for dead
         now = int(time.time())

@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from service.errors import StartError, Unavailable
 from service.jobs.database import LONGEST_PAUSE, Database, Stopping
-from service.jobs.tables import Executor
+from service.jobs.tables import ExecutorRow
 
 T = TypeVar("T")
 
@@ -116,11 +116,11 @@ class Workflows:
         except OperationalError as error:  # of DBOS: those of `work` are Unavailable. On a full disk, for one
             raise Interrupted from error
 
-    def patient_step(self, name: str, work: Callable[[], T]) -> T:
+    def retrying_step(self, name: str, work: Callable[[], T]) -> T:
         """A step that is tried again while the database, the disk or a store is away."""
-        return self.step(name, lambda: self._patiently(name, work))
+        return self.step(name, lambda: self._retry(name, work))
 
-    def _patiently(self, name: str, work: Callable[[], T]) -> T:
+    def _retry(self, name: str, work: Callable[[], T]) -> T:
         pause = 0.2
         while True:
             try:
@@ -133,10 +133,12 @@ class Workflows:
     def beat(self) -> None:
         """Say that this process lives, and count out those that have gone silent. To be called every few seconds."""
         with self._database.begin() as session:
-            counted = update(Executor).where(Executor.id == self._executor).values(beats=Executor.beats + 1)
-            if session.execute(counted.returning(Executor.id)).first() is None:
-                session.add(Executor(id=self._executor, beats=0))
-            others = list(session.execute(select(Executor.id, Executor.beats).where(Executor.id != self._executor)))
+            counted = update(ExecutorRow).where(ExecutorRow.id == self._executor).values(beats=ExecutorRow.beats + 1)
+            if session.execute(counted.returning(ExecutorRow.id)).first() is None:
+                session.add(ExecutorRow(id=self._executor, beats=0))
+            others = list(
+                session.execute(select(ExecutorRow.id, ExecutorRow.beats).where(ExecutorRow.id != self._executor))
+            )
         before, self._others = self._others, {}
         for other, beats in others:
             last, looks = before.get(other, (None, 0))
@@ -145,7 +147,7 @@ class Workflows:
             if looks >= LOOKS:
                 log.warning("%s has gone silent; its workflows are begun again", other)
                 with self._database.begin() as session:
-                    session.execute(delete(Executor).where(Executor.id == other, Executor.beats == beats))
+                    session.execute(delete(ExecutorRow).where(ExecutorRow.id == other, ExecutorRow.beats == beats))
 
     def adopt(self) -> None:
         """Begin again every workflow that was interrupted here, or whose process is no longer counted.
@@ -159,7 +161,7 @@ class Workflows:
             del self._interrupted[key]
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
         with self._database.read() as session:  # after the list: a server is counted before it takes anything
-            alive = {self._executor, *session.scalars(select(Executor.id))}
+            alive = {self._executor, *session.scalars(select(ExecutorRow.id))}
         if dead := {each.executor_id for each in pending if each.executor_id} - alive:
             # Takes a workflow from a dead executor only, so that two servers that do this at once begin it once.
             DBOS._recover_pending_workflows(sorted(dead))
@@ -175,7 +177,7 @@ class Workflows:
         DBOS.destroy(destroy_registry=True)
         _ONE.release()
         with contextlib.suppress(Unavailable), self._database.begin() as session:  # else it is silent soon enough
-            session.execute(delete(Executor).where(Executor.id == self._executor))
+            session.execute(delete(ExecutorRow).where(ExecutorRow.id == self._executor))
 
     def wait(self, seconds: float) -> None:
         """Inside a workflow: let time pass. Raises Stopping when the server shuts down meanwhile."""

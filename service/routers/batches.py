@@ -46,8 +46,8 @@ async def cancel(batch_id: str, jobs: JobsDep, batches: BatchesDep, caller: Jobs
     return _wire(await jobs.write(batches.cancel, caller.owner, batch_id, int(time.time())))
 
 
-def _wire(batch: tables.Batch) -> BatchObject:
-    known = {name: getattr(batch, name) for name in BatchObject.model_fields if hasattr(tables.Batch, name)}
+def _wire(batch: tables.BatchRow) -> BatchObject:
+    known = {name: getattr(batch, name) for name in BatchObject.model_fields if hasattr(tables.BatchRow, name)}
     return BatchObject.model_validate(
         known
         | {

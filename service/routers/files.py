@@ -102,5 +102,5 @@ def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     )
 
 
-def _wire(file: tables.File) -> FileObject:
+def _wire(file: tables.FileRow) -> FileObject:
     return FileObject.model_validate(file, from_attributes=True)

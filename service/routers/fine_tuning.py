@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 from service.errors import InvalidRequest
 from service.http.dependencies import JobsCaller, JobsDep
 from service.jobs import tables
-from service.jobs.fine_tuning.distillation import Distillation
+from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.schemas import (
     JobCheckpointObject,
     JobError,
@@ -31,7 +31,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 async def create(body: JobRequest, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Distill a teacher into a one-step student, which is served when the job has succeeded."""
     made = await jobs.write(
-        jobs.tuning.create,
+        jobs.fine_tuning.create,
         caller.owner,
         model=body.model,
         training_file=body.training_file,
@@ -58,32 +58,32 @@ def index(
     limit: Limit = 20,
 ) -> Page[JobObject]:
     """Your jobs, the newest first; with `metadata[key]=value` those that have it."""
-    found, more = jobs.tuning.index(caller.owner, after, limit, metadata)
+    found, more = jobs.fine_tuning.index(caller.owner, after, limit, metadata)
     return Page[JobObject].of([_wire(job) for job in found], more)
 
 
 @router.get("/{job_id}")
 def show(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """One job."""
-    return _wire(jobs.tuning.get(caller.owner, job_id))
+    return _wire(jobs.fine_tuning.get(caller.owner, job_id))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """End a job. One that runs is cancelled when its process has left."""
-    return _wire(await jobs.write(jobs.tuning.cancel, caller.owner, job_id))
+    return _wire(await jobs.write(jobs.fine_tuning.cancel, caller.owner, job_id))
 
 
 @router.post("/{job_id}/pause")
 async def pause(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Hold a job. One that runs is paused when its process has written a checkpoint."""
-    return _wire(await jobs.write(jobs.tuning.pause, caller.owner, job_id))
+    return _wire(await jobs.write(jobs.fine_tuning.pause, caller.owner, job_id))
 
 
 @router.post("/{job_id}/resume")
 async def resume(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """Let a paused job go on, from its checkpoint."""
-    return _wire(await jobs.write(jobs.tuning.resume, caller.owner, job_id))
+    return _wire(await jobs.write(jobs.fine_tuning.resume, caller.owner, job_id))
 
 
 @router.get("/{job_id}/events")
@@ -91,7 +91,7 @@ def events(
     job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 20
 ) -> Page[JobEventObject]:
     """What a job has told, the newest first."""
-    found, more = jobs.tuning.events(caller.owner, job_id, after, limit)
+    found, more = jobs.fine_tuning.events(caller.owner, job_id, after, limit)
     return Page[JobEventObject].of([JobEventObject.model_validate(each, from_attributes=True) for each in found], more)
 
 
@@ -100,22 +100,22 @@ def checkpoints(
     job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 10
 ) -> Page[JobCheckpointObject]:
     """The checkpoints of a job, the newest first."""
-    found, more = jobs.tuning.checkpoints(caller.owner, job_id, after, limit)
+    found, more = jobs.fine_tuning.checkpoints(caller.owner, job_id, after, limit)
     return Page[JobCheckpointObject].of([_checkpoint(each) for each in found], more)
 
 
 @router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
 def sample(job_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     """The newest grid of images that the student has drawn, on the same prompts and seeds each time (extension)."""
-    return FileResponse(jobs.tuning.sample(caller.owner, job_id), media_type="image/png")
+    return FileResponse(jobs.fine_tuning.sample(caller.owner, job_id), media_type="image/png")
 
 
-def _asked(body: JobRequest) -> Distillation:
+def _asked(body: JobRequest) -> DistillationOptions:
     """The knobs, from whichever place they were put in. Raises InvalidRequest when that is two."""
     within = body.method.distillation if body.method else None
     if body.distillation and within:
         raise InvalidRequest("distillation and method.distillation are both given; give one", "distillation")
-    asked = body.distillation or within or Distillation()
+    asked = body.distillation or within or DistillationOptions()
     supervised = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
     if body.hyperparameters and supervised:
         message = "hyperparameters and method.supervised.hyperparameters are both given; give one"
@@ -128,7 +128,7 @@ def _asked(body: JobRequest) -> Distillation:
     return asked.model_copy(update={"batch": given.batch_size})
 
 
-def _wire(job: tables.Job) -> JobObject:
+def _wire(job: tables.JobRow) -> JobObject:
     return JobObject(
         id=job.id,
         created_at=job.created_at,
@@ -150,7 +150,7 @@ def _wire(job: tables.Job) -> JobObject:
     )
 
 
-def _checkpoint(row: tables.JobCheckpoint) -> JobCheckpointObject:
+def _checkpoint(row: tables.JobCheckpointRow) -> JobCheckpointObject:
     return JobCheckpointObject(
         id=row.id,
         created_at=row.created_at,

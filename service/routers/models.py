@@ -29,7 +29,7 @@ async def show(model: str, service: Service, caller: ImagesCaller) -> Model:
 @router.delete("/{model:path}")
 def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
     """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
-    if not jobs.tuning.delete_student(caller.owner, model, int(time.time())):
+    if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
         service.card(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",

@@ -13,7 +13,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.jobs.jobs import Jobs
-from service.jobs.tables import Job
+from service.jobs.tables import JobRow
 from service.settings import Settings
 
 TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
@@ -70,7 +70,7 @@ def made(jobs: Jobs, number: int, status: str, **more) -> str:
         "starts": 0,
         "images_seen": 8,
     }
-    job = Job(**facts | {"id": f"ftjob-{number}", "status": status} | more)
+    job = JobRow(**facts | {"id": f"ftjob-{number}", "status": status} | more)
     (jobs.folder / "distillations" / job.id / "run" / "checkpoints").mkdir(parents=True)
     with jobs.database.begin() as session:
         session.add(job)

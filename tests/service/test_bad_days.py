@@ -32,8 +32,8 @@ from service.errors import StartError, Unavailable
 from service.jobs.database import Database
 from service.jobs.files import new_id
 from service.jobs.jobs import Jobs
-from service.jobs.postgres import Impatient
-from service.jobs.tables import Batch, Executor, File, Job
+from service.jobs.postgres import DeadlineConnection
+from service.jobs.tables import BatchRow, ExecutorRow, FileRow, JobRow
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings
 
@@ -127,13 +127,13 @@ def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, t
     jobs.database.migrate()
     name = made(jobs, 1, "running")
     with jobs.database.begin() as session:
-        session.get_one(Job, name, with_for_update=True)
-        assert jobs.tuning.get("ann", name).id == name
-        assert jobs.tuning.index("ann", name, 1) == ([], False)
-        for part in (jobs.tuning.events, jobs.tuning.checkpoints):
+        session.get_one(JobRow, name, with_for_update=True)
+        assert jobs.fine_tuning.get("ann", name).id == name
+        assert jobs.fine_tuning.index("ann", name, 1) == ([], False)
+        for part in (jobs.fine_tuning.events, jobs.fine_tuning.checkpoints):
             assert part("ann", name, None, 1) == ([], False)
         with pytest.raises(Unavailable):
-            jobs.tuning.pause("ann", name)
+            jobs.fine_tuning.pause("ann", name)
     jobs.database.close()
 
 
@@ -145,7 +145,7 @@ def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_lo
 
     def counted() -> int:
         with tables.begin() as session:
-            return len(session.scalars(select(Executor)).all())
+            return len(session.scalars(select(ExecutorRow)).all())
 
     before = counted()
     other.beat()
@@ -164,7 +164,7 @@ def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_lo
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_database_that_falls_silent_is_given_up_and_found_again(database, monkeypatch, begun):
-    monkeypatch.setattr(Impatient, "answer_seconds", 2.0)
+    monkeypatch.setattr(DeadlineConnection, "answer_seconds", 2.0)
     tables = Database(f"{database.url}?connect_timeout=2")
 
     def transaction(silent: contextlib.AbstractContextManager[None]) -> None:
@@ -188,7 +188,7 @@ def test_tables_are_made_once_by_servers_that_start_at_once(empty):
         for done in [pool.submit(database.migrate) for database in databases]:
             done.result()
     with databases[0].begin() as session:
-        assert session.scalars(select(File)).all() == []
+        assert session.scalars(select(FileRow)).all() == []
     for database in databases:
         database.close()
 
@@ -337,7 +337,7 @@ def test_files_that_are_expired_or_gone_are_named(connect, tmp_path, teacher):
         database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
         with database.begin() as session:  # an hour passes
             for name in (expired, stale):
-                session.get_one(File, name).expires_at = 1
+                session.get_one(FileRow, name).expires_at = 1
         database.close()
         for name in (gone, unread):
             (tmp_path / "files" / name).unlink()
@@ -386,7 +386,7 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
             locks = "pg_locks JOIN pg_database ON pg_database.oid = database WHERE datname = current_database()"
             return session.scalar(text(f"SELECT count(*) FROM {locks} AND locktype = 'advisory' AND NOT granted"))
 
-    def other(row: File | Batch | Job, ask: Callable[[], object]) -> openai.APIStatusError:
+    def other(row: FileRow | BatchRow | JobRow, ask: Callable[[], object]) -> openai.APIStatusError:
         """What a request is told that came while another one, of another server, was about to add the row."""
         with tables.begin("another"), tables.begin("127.0.0.1") as session:
             answer = pool.submit(ask)
@@ -399,12 +399,12 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
         client = connect(url)
         lines, prompts = upload(client, json.dumps(line("a")), purpose="batch"), upload(client)
         common = {"owner": "127.0.0.1", "created_at": int(time.time())}
-        batch = Batch(id="batch_1", status="in_progress", endpoint=ENDPOINT, input_file_id=lines, links="", **common)
+        batch = BatchRow(id="batch_1", status="in_progress", endpoint=ENDPOINT, input_file_id=lines, links="", **common)
         batch.completion_window, batch.expires_at = "24h", common["created_at"] + 1000
-        job = Job(id="ftjob-1", status="queued", model="tiny", training_file=prompts, seed=1, **common)
+        job = JobRow(id="ftjob-1", status="queued", model="tiny", training_file=prompts, seed=1, **common)
         job.hyperparameters, job.distillation, job.result_files = {"batch_size": "auto"}, {}, []
         job.details = {'"a".b\\[0]': "é"}
-        file = File(id="file-1", purpose="batch", filename="big", bytes=900, **common)
+        file = FileRow(id="file-1", purpose="batch", filename="big", bytes=900, **common)
         with ThreadPoolExecutor(1) as pool:
             order = {"input_file_id": lines, "endpoint": ENDPOINT, "completion_window": "24h"}
             assert other(batch, lambda: client.batches.create(**order)).code == "too_many"

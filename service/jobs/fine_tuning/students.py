@@ -15,8 +15,8 @@ from service.engine.engine import Engine
 from service.engine.roster import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
-from service.jobs.fine_tuning.progress import Level, tell
-from service.jobs.tables import Job
+from service.jobs.fine_tuning.events import Level, record_event
+from service.jobs.tables import JobRow
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ class Students:
 
     def _tell(self, job: str, message: str, level: Level) -> None:
         with self._database.begin() as session:
-            tell(session, session.get_one(Job, job, with_for_update=True), message, level)
+            record_event(session, session.get_one(JobRow, job, with_for_update=True), message, level)
 
     def _newest(self) -> dict[str, str]:
         """Jobs whose students to serve, by the student's name: those made last; a job ends a moment after that."""
         with self._database.read() as session:
             made = (
-                select(Job.id, Job.fine_tuned_model)
-                .where(Job.fine_tuned_model.is_not(None), Job.deleted_at.is_(None))
-                .order_by(Job.finished_at.desc().nulls_first(), Job.created_at.desc(), Job.id)
+                select(JobRow.id, JobRow.fine_tuned_model)
+                .where(JobRow.fine_tuned_model.is_not(None), JobRow.deleted_at.is_(None))
+                .order_by(JobRow.finished_at.desc().nulls_first(), JobRow.created_at.desc(), JobRow.id)
                 .limit(self._at_most)
             )
             rows = session.execute(made).all()

@@ -18,7 +18,7 @@ from distill.cli import app
 from distill.data.prompt_files import FORMATS
 from distill.data.prompts import Distinct, Spread, prompt_stats, read_prompts
 from distill.errors import PromptError
-from service.jobs.fine_tuning.runs import READABLE
+from service.jobs.fine_tuning.run_folder import READABLE
 
 PROMPTS = ["a red circle", "a blue, “odd” square", "zwölf Kreise"]
 

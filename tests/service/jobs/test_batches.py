@@ -15,7 +15,7 @@ from running import until
 
 from service.engine.backend import Simulator
 from service.jobs.database import Database
-from service.jobs.tables import Batch, Line
+from service.jobs.tables import AnswerRow, BatchRow
 
 KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 
@@ -216,11 +216,13 @@ def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_pat
     whole = ended(client, submit(client, [line("one", seed=1), line("two", seed=2)]).id, "completed")
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     with database.begin() as session:  # as from a backup that is newer than the one of the workflows
-        kept = {column.name: getattr(session.get_one(Batch, whole.id), column.name) for column in Batch.__table__.c}
+        kept = {
+            column.name: getattr(session.get_one(BatchRow, whole.id), column.name) for column in BatchRow.__table__.c
+        }
         again = {"id": "batch_again", "status": "in_progress", "created_at": 0, "completed": 1, "output_file_id": None}
-        session.add(Batch(**kept | again))
+        session.add(BatchRow(**kept | again))
         session.flush()
-        session.add(Line(batch_id="batch_again", number=1, failed=False, answer=json.dumps({"custom_id": "one"})))
+        session.add(AnswerRow(batch_id="batch_again", number=1, failed=False, answer=json.dumps({"custom_id": "one"})))
     database.close()
     batch = ended(client, "batch_again", "completed", "failed")
     assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 0)
@@ -232,5 +234,5 @@ def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_pat
 def a_day_passes(data: Path, batch) -> None:
     database = Database(f"sqlite:///{data / 'jobs.sqlite'}")
     with database.begin() as session:
-        session.get_one(Batch, batch.id).expires_at = 0
+        session.get_one(BatchRow, batch.id).expires_at = 0
     database.close()

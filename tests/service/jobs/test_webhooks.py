@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from service.errors import StartError
 from service.jobs.jobs import Jobs
-from service.jobs.tables import Delivery
+from service.jobs.tables import DeliveryRow
 from service.jobs.webhooks import GONE, PAUSES
 from service.settings import Settings, read_settings
 
@@ -33,9 +33,9 @@ def announce(jobs: Jobs, now: int) -> None:
     jobs.webhooks.begin_due(now)
 
 
-def deliveries(jobs: Jobs) -> list[Delivery]:
+def deliveries(jobs: Jobs) -> list[DeliveryRow]:
     with jobs.database.begin() as session:
-        return list(session.scalars(select(Delivery)))
+        return list(session.scalars(select(DeliveryRow)))
 
 
 def until(condition) -> None:
@@ -83,7 +83,7 @@ def test_what_nobody_takes_is_given_up(tmp_path, attempts):
         with jobs.database.begin() as session:
             jobs.webhooks.announce(session, "me", "batch.failed", "batch_1", 1_000)
             session.flush()
-            session.scalars(select(Delivery)).one().attempts = attempts
+            session.scalars(select(DeliveryRow)).one().attempts = attempts
         jobs.webhooks.begin_due(1_000)
         until(lambda: deliveries(jobs)[0].next_at is None)
         assert deliveries(jobs)[0].delivered_at is None

@@ -20,7 +20,7 @@ from service.errors import StartError, Unavailable
 from service.jobs import sqlite
 from service.jobs.database import Database
 from service.jobs.jobs import Jobs
-from service.jobs.tables import Executor, Table
+from service.jobs.tables import ExecutorRow, Table
 from service.settings import Settings
 
 KILLED = """
@@ -88,7 +88,7 @@ def test_servers_that_start_at_once_take_turns_to_migrate(database):
         for done in [pool.submit(migrate, each) for each in databases]:
             done.result()
     with databases[0].read() as session:
-        assert session.scalars(select(Executor)).all() == []
+        assert session.scalars(select(ExecutorRow)).all() == []
 
 
 def test_a_new_file_is_prepared_by_one_server_at_a_time(database, tmp_path):
@@ -116,29 +116,29 @@ def test_reading_waits_for_no_writer_however_many_wait_for_each_other(database, 
 
         def write(number: int) -> None:
             with one.begin() as session:
-                session.add(Executor(id=f"server-{number}", beats=0))
+                session.add(ExecutorRow(id=f"server-{number}", beats=0))
 
         writing = [pool.submit(write, number) for number in range(20)]
         stopping = threading.Event()
         for _ in range(3):
             with one.read() as session:
-                assert session.scalars(select(Executor)).all() == []
-            assert one.insist(lambda session: session.get(Executor, "half"), stopping, read=True) is None
+                assert session.scalars(select(ExecutorRow)).all() == []
+            assert one.retry_transaction(lambda session: session.get(ExecutorRow, "half"), stopping, read=True) is None
         assert not any(each.done() for each in writing)
         writer.execute("ROLLBACK")
         for each in writing:
             each.result()
     with one.read() as session:
-        assert len(session.scalars(select(Executor)).all()) == 20
+        assert len(session.scalars(select(ExecutorRow)).all()) == 20
 
 
 def test_a_transaction_that_reads_cannot_write(database):
     one = database()
     one.migrate()
     with pytest.raises(Unavailable), one.read() as session:
-        session.add(Executor(id="one", beats=0))
+        session.add(ExecutorRow(id="one", beats=0))
     with one.read() as session:
-        assert session.scalars(select(Executor)).all() == []
+        assert session.scalars(select(ExecutorRow)).all() == []
 
 
 @pytest.mark.parametrize(

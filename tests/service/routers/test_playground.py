@@ -15,10 +15,10 @@ from selenium.webdriver.common.keys import Keys
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import local
-from service.jobs.fine_tuning.progress import note_lines, tell
-from service.jobs.fine_tuning.runs import Line
+from service.jobs.fine_tuning.events import record_event, record_log_lines
+from service.jobs.fine_tuning.run_folder import LogLine
 from service.jobs.jobs import Jobs
-from service.jobs.tables import Job
+from service.jobs.tables import JobRow
 from service.settings import Settings
 
 pytestmark = browser.needed
@@ -174,8 +174,8 @@ def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
         assert page.errors() == []
 
 
-def figures(images: int, gap: float) -> Line:
-    return Line("metrics", images, {"images": images, "gap": gap})
+def figures(images: int, gap: float) -> LogLine:
+    return LogLine("metrics", images, {"images": images, "gap": gap})
 
 
 def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_not_offered(page, tmp_path):
@@ -187,10 +187,10 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
     texts = {"owner": "127.0.0.1", "status": "succeeded", "model": "tiny", "training_file": "file-1"}
     facts = {"seed": 1, "hyperparameters": {"batch_size": 8}, "distillation": {}, "result_files": [], "created_at": 1}
     with jobs.database.begin() as session:
-        job = Job(id="ftjob-1", **texts, **facts, starts=0, images_seen=0)
+        job = JobRow(id="ftjob-1", **texts, **facts, starts=0, images_seen=0)
         session.add(job)
-        tell(session, job, "It begins.")
-        note_lines(session, job, [figures(8 * i, 1 / i) for i in range(1, 202)])
+        record_event(session, job, "It begins.")
+        record_log_lines(session, job, [figures(8 * i, 1 / i) for i in range(1, 202)])
     with serving(create_app(Settings(data=tmp_path), local(Simulator(0, 0)))) as url:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#curves polyline"))
@@ -199,9 +199,9 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
         assert page.text("#events").endswith("It begins.")
         assert not page.find("#actions a")
         with jobs.database.begin() as session:
-            job = session.get_one(Job, "ftjob-1")
-            note_lines(session, job, [figures(1616, 0.25)])
-            tell(session, job, "It ends.")
+            job = session.get_one(JobRow, "ftjob-1")
+            record_log_lines(session, job, [figures(1616, 0.25)])
+            record_event(session, job, "It ends.")
         page.until(lambda: len(page.find("#events li")) == 2)
         assert page.text("#curves").endswith("now 0.250")
         assert page.text("#events").split("\n")[0].endswith("It ends.")

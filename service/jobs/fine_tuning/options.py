@@ -38,7 +38,7 @@ KEYS = {
 }  # of what is given as it is: our name, and the key in a run's configuration
 
 
-class Distillation(BaseModel):
+class DistillationOptions(BaseModel):
     """The `distillation` object of a job: a preset, and what is changed in it. None leaves what the preset says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -109,7 +109,7 @@ def find_teacher(teachers: Mapping[str, str], model: str) -> str:
     return teacher
 
 
-def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
+def run_command(asked: DistillationOptions, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
     """The `distill run` by this Python. The same command continues it."""
     assert asked.preset is not None
     words = [*DISTILL, "run", asked.preset, "--out", str(folder)]
@@ -121,7 +121,7 @@ def command(asked: Distillation, teacher: str, prompts: Path, seed: int, folder:
     return words + [part for each in (*sets, *asked.overrides()) for part in ("--set", each)]
 
 
-def checked(asked: Distillation, prompts: Path) -> list[str]:
+def prompts_command(asked: DistillationOptions, prompts: Path) -> list[str]:
     """The command that reads a file of prompts to its end, by this Python; it says what is wrong as a run does."""
     column = [] if asked.column is None else [f"--column={asked.column}"]
     return [*DISTILL, "prompts", "stats", str(prompts), *column]

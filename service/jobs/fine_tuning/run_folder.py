@@ -24,13 +24,13 @@ import yaml
 Kind = Literal["metrics", "evaluation", "alarm"]
 LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.jsonl", "alarm": "alarms.jsonl"}
 READABLE = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet")  # endings of files of prompts
-LAST_WORDS = 4096  # bytes of the console's end that an error is looked for in
+TAIL_BYTES = 4096  # bytes of the console's end that an error is looked for in
 BLOCK = 1 << 16  # bytes of a log that are read at a time from its end
 GRACE_SECONDS = 300  # that a run gets to write its checkpoint
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """A line of one of a run's logs, after so many images. A run that goes on writes lines of the same `key` again."""
 
     kind: Kind
@@ -43,7 +43,7 @@ class Line:
         return f"{self.kind}-{self.values.get('name', self.images)}"
 
 
-class Log:
+class LogReader:
     """A file of lines that somebody else appends to, or replaces by a shorter one, which then grows again."""
 
     def __init__(self, path: Path) -> None:
@@ -84,14 +84,14 @@ class Log:
             return io.BytesIO()
 
 
-class RunFolder:
+class JobFolder:
     """One run: `path` is the folder of `distill run`, and `console` beside it what its process printed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.student = path / "student"
         self.console = path.with_name("console.log")
-        self._logs = {kind: Log(path / name) for kind, name in LOGS.items()}
+        self._logs = {kind: LogReader(path / name) for kind, name in LOGS.items()}
         self._told: set[str] = set()
         self._seen: set[int] = set()
 
@@ -121,7 +121,7 @@ class RunFolder:
         except (FileNotFoundError, ValueError, TypeError, KeyError, ZeroDivisionError, yaml.YAMLError):
             return None
 
-    def new_lines(self) -> Iterator[Line]:
+    def new_lines(self) -> Iterator[LogLine]:
         """The lines of the logs that were not asked for before, each log in its order, as they are read."""
         for kind, log in self._logs.items():
             for line in _parsed(kind, log.new()):
@@ -144,7 +144,7 @@ class RunFolder:
         """Its metrics and evaluations as CSV: a row for each number of images that there are figures of, in order."""
         rows: dict[int, dict[str, Any]] = {}
         for kind in ("metrics", "evaluation"):
-            for line in _parsed(kind, Log(self.path / LOGS[kind]).new()):
+            for line in _parsed(kind, LogReader(self.path / LOGS[kind]).new()):
                 rows.setdefault(line.images, {"step": line.images}).update(line.values)
         columns = dict.fromkeys(name for row in rows.values() for name in row if name != "images")
         table = io.StringIO()
@@ -171,20 +171,20 @@ class RunFolder:
         """Whether the student lies there whole."""
         return (self.student / "onestep.json").exists()
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The last line that its process printed."""
         return next(self._said(), "")
 
     def reason(self) -> str:
         """The error that ended its process, one sentence after `error: `; libraries may print lines after it."""
         errors = (line.removeprefix("error: ") for line in self._said() if line.startswith("error: "))
-        return next(errors, self.last_words())
+        return next(errors, self.log_tail())
 
     def _said(self) -> Iterator[str]:
         """The last lines that its process printed, the newest first."""
         try:
             with self.console.open("rb") as file:
-                file.seek(max(0, self.console.stat().st_size - LAST_WORDS))
+                file.seek(max(0, self.console.stat().st_size - TAIL_BYTES))
                 lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
         except FileNotFoundError:
             return
@@ -199,11 +199,17 @@ class RunFolder:
 
         Several `processes` of the same command share the run, as under `accelerate launch`.
         """
-        leash = [sys.executable, "-m", "service.jobs.fine_tuning.leash", str(GRACE_SECONDS), str(processes)]
+        supervisor = [
+            sys.executable,
+            "-m",
+            "service.jobs.fine_tuning.process_supervisor",
+            str(GRACE_SECONDS),
+            str(processes),
+        ]
         with self.console.open("ab") as console:
             child = Child(
                 subprocess.Popen(
-                    ["nice", "-n", str(nice), *leash, *command],
+                    ["nice", "-n", str(nice), *supervisor, *command],
                     stdin=subprocess.PIPE,
                     stdout=console,
                     stderr=console,
@@ -227,30 +233,30 @@ class RunFolder:
 
 
 class Child:
-    """A run's process under its leash."""
+    """A run's process under its supervisor."""
 
-    def __init__(self, leash: subprocess.Popen[bytes]) -> None:
-        self._leash = leash
+    def __init__(self, supervisor: subprocess.Popen[bytes]) -> None:
+        self._supervisor = supervisor
 
     @property
     def pid(self) -> int:
-        """Of the leash, and of the group of all that it started."""
-        return self._leash.pid
+        """Of the supervisor, and of the group of all that it started."""
+        return self._supervisor.pid
 
     def status(self) -> int | None:
         """None while it runs; then its exit status, 128 + N where signal N ended it."""
-        status = self._leash.poll()
+        status = self._supervisor.poll()
         if status is None or status >= 0:
             return status
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # a leash that was killed leaves its command behind
+            os.killpg(self.pid, signal.SIGKILL)  # a supervisor that was killed leaves its command behind
         return 128 - status
 
     def stop(self) -> int:
         """Let go, and wait until it has written its checkpoint and left; its status."""
-        assert self._leash.stdin is not None
-        self._leash.stdin.close()
-        self._leash.wait()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
+        self._supervisor.wait()
         status = self.status()
         assert status is not None
         return status
@@ -268,14 +274,14 @@ def environment(devices: Sequence[str]) -> dict[str, str]:
     return {**inherited, **own_choice, "HF_HUB_OFFLINE": "1"}
 
 
-def _parsed(kind: Kind, lines: Iterable[bytes]) -> Iterator[Line]:
+def _parsed(kind: Kind, lines: Iterable[bytes]) -> Iterator[LogLine]:
     """Lines of a log; one that is none, as a killed writer leaves it, is passed over."""
     for line in lines:
         try:
             values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is not JSON
             told = kind != "alarm" or (isinstance(values["name"], str) and isinstance(values["says"], str))
             if told and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
-                yield Line(kind, values["images"], values)
+                yield LogLine(kind, values["images"], values)
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
 

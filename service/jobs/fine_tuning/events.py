@@ -7,13 +7,13 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.jobs.fine_tuning.runs import Line
-from service.jobs.tables import Job, JobCheckpoint, JobEvent
+from service.jobs.fine_tuning.run_folder import LogLine
+from service.jobs.tables import JobCheckpointRow, JobEventRow, JobRow
 
 Level = Literal["info", "warn", "error"]
 
 
-class Pace:
+class EtaEstimator:
     """When a run will have seen its images, at the speed since this process began to watch it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,22 +30,22 @@ class Pace:
         return int(time.time() + seconds * (total - seen) / images) if images > 0 else None
 
 
-def tell(session: Session, job: Job, message: str, level: Level = "info") -> None:
+def record_event(session: Session, job: JobRow, message: str, level: Level = "info") -> None:
     """Add an event to a job. The caller holds the job's row, so that no two events get one number."""
     number = _last_number(session, job) + 1
     session.add(_event(job, number, str(number), message, level))
     session.flush()
 
 
-def note_lines(session: Session, job: Job, lines: Sequence[Line]) -> None:
+def record_log_lines(session: Session, job: JobRow, lines: Sequence[LogLine]) -> None:
     """Tell of lines of a run's logs, each once; the figures of an evaluation join the checkpoint of their time.
 
     The caller holds the job's row, so give it some at a time.
     """
-    named: dict[str, Line] = {}
+    named: dict[str, LogLine] = {}
     for line in lines:
         named.setdefault(_event_name(job, line.key), line)
-    known = set(session.scalars(select(JobEvent.id).where(JobEvent.id.in_(named))))
+    known = set(session.scalars(select(JobEventRow.id).where(JobEventRow.id.in_(named))))
     fresh = [line for name, line in named.items() if name not in known]
     for number, line in enumerate(fresh, _last_number(session, job) + 1):
         job.images_seen = max(job.images_seen, line.images)
@@ -55,7 +55,7 @@ def note_lines(session: Session, job: Job, lines: Sequence[Line]) -> None:
     session.flush()
 
 
-def _line_event(job: Job, number: int, line: Line) -> JobEvent:
+def _line_event(job: JobRow, number: int, line: LogLine) -> JobEventRow:
     if line.kind == "alarm":
         return _event(job, number, line.key, f"Alarm, {line.values['name']}: {line.values['says']}", "warn")
     figures = {"step": line.images, "total_steps": job.images_total, **line.values}
@@ -63,26 +63,26 @@ def _line_event(job: Job, number: int, line: Line) -> JobEvent:
     return _event(job, number, line.key, f"{message}: {line.images} of {job.images_total}", data=figures)
 
 
-def _join(session: Session, job: Job, judged: Line) -> None:
+def _join(session: Session, job: JobRow, judged: LogLine) -> None:
     """Add an evaluation to its checkpoint, if it is listed: a student is judged after its checkpoint is written."""
-    kept = session.get(JobCheckpoint, _checkpoint_name(job, judged.images))
+    kept = session.get(JobCheckpointRow, _checkpoint_name(job, judged.images))
     if kept is not None:
         kept.metrics = {**kept.metrics, **{name: value for name, value in judged.values.items() if name != "images"}}
 
 
-def _last_number(session: Session, job: Job) -> int:
-    return session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id)) or 0
+def _last_number(session: Session, job: JobRow) -> int:
+    return session.scalar(select(func.max(JobEventRow.number)).where(JobEventRow.job_id == job.id)) or 0
 
 
-def _event_name(job: Job, key: str) -> str:
+def _event_name(job: JobRow, key: str) -> str:
     return f"ftevent-{job.stem}-{key}"
 
 
 def _event(
-    job: Job, number: int, key: str, message: str, level: Level = "info", data: dict[str, Any] | None = None
-) -> JobEvent:
+    job: JobRow, number: int, key: str, message: str, level: Level = "info", data: dict[str, Any] | None = None
+) -> JobEventRow:
     """An event that is known again by its `key`, of figures if it has `data`."""
-    return JobEvent(
+    return JobEventRow(
         id=_event_name(job, key),
         job_id=job.id,
         number=number,
@@ -94,12 +94,12 @@ def _event(
     )
 
 
-def note_checkpoint(session: Session, job: Job, images: int, figures: dict[str, Any]) -> None:
+def record_checkpoint(session: Session, job: JobRow, images: int, figures: dict[str, Any]) -> None:
     """List a checkpoint with what is known of the student then; one that is listed stays as it is."""
     name = _checkpoint_name(job, images)
-    if session.get(JobCheckpoint, name) is None:
+    if session.get(JobCheckpointRow, name) is None:
         job.images_seen = max(job.images_seen, images)
-        checkpoint = JobCheckpoint(
+        checkpoint = JobCheckpointRow(
             id=name,
             job_id=job.id,
             step_number=images,
@@ -110,5 +110,5 @@ def note_checkpoint(session: Session, job: Job, images: int, figures: dict[str, 
         session.add(checkpoint)
 
 
-def _checkpoint_name(job: Job, images: int) -> str:
+def _checkpoint_name(job: JobRow, images: int) -> str:
     return f"ftckpt-{job.stem}-{images}"

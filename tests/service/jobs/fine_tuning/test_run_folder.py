@@ -19,11 +19,11 @@ from distill.cli import app
 from distill.config import load_config
 from distill.data.prompts import read_prompts
 from service.jobs.database import Database
-from service.jobs.fine_tuning.distillation import DISTILL, KEYS, Distillation, checked, command
-from service.jobs.fine_tuning.distiller import REFUSED, _refusal
-from service.jobs.fine_tuning.progress import Pace, note_checkpoint, note_lines
-from service.jobs.fine_tuning.runs import Child, Line, RunFolder, environment
-from service.jobs.tables import Job, JobCheckpoint, JobEvent
+from service.jobs.fine_tuning.events import EtaEstimator, record_checkpoint, record_log_lines
+from service.jobs.fine_tuning.options import DISTILL, KEYS, DistillationOptions, prompts_command, run_command
+from service.jobs.fine_tuning.run_folder import Child, JobFolder, LogLine, environment
+from service.jobs.fine_tuning.workflow import REFUSED, _refusal
+from service.jobs.tables import JobCheckpointRow, JobEventRow, JobRow
 
 EVERYTHING = {
     "images": 64,
@@ -49,7 +49,7 @@ EVERYTHING = {
 
 def test_every_knob_is_a_key_of_a_run():
     assert EVERYTHING.keys() == KEYS.keys()
-    asked = Distillation(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
+    asked = DistillationOptions(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
     run = load_config("scenes-debug", asked.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.count) == (64, 4, 2, 8)
     assert run.prompts.column == "words"
@@ -64,8 +64,8 @@ def test_every_knob_is_a_key_of_a_run():
         "evaluate": 32,
     }
     assert (run.networks.kind, run.networks.rank, run.networks.checkpointing) == ("lora", 4, True)
-    assert load_config("sd3-medium-lora", Distillation(rank=8).overrides()).networks.rank == 8
-    assert load_config("sd3-medium-lora", Distillation(networks="full").overrides()).networks.kind == "full"
+    assert load_config("sd3-medium-lora", DistillationOptions(rank=8).overrides()).networks.rank == 8
+    assert load_config("sd3-medium-lora", DistillationOptions(networks="full").overrides()).networks.kind == "full"
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_every_knob_is_a_key_of_a_run():
 )
 def test_what_is_no_knob_is_refused(given):
     with pytest.raises(ValidationError):
-        Distillation(**given)
+        DistillationOptions(**given)
 
 
 def test_the_command_is_one_of_distill(tmp_path):
-    asked = Distillation(preset="scenes", method="dmd", seconds=9.5, images=None)
-    words = command(asked, 'a "teacher"', tmp_path / "prompts.txt", 7, tmp_path / "run")
+    asked = DistillationOptions(preset="scenes", method="dmd", seconds=9.5, images=None)
+    words = run_command(asked, 'a "teacher"', tmp_path / "prompts.txt", 7, tmp_path / "run")
     assert (*words[:3], words[3]) == (*DISTILL, "run")
     parsed = get_command(app).commands["run"].make_context("run", words[4:]).params
     assert parsed["config"] == "scenes"
@@ -90,13 +90,13 @@ def test_the_command_is_one_of_distill(tmp_path):
 def test_the_column_of_the_prompts_is_that_of_the_job(tmp_path):
     prompts, run = tmp_path / "prompts.CSV", tmp_path / "run"
     prompts.write_text("2024,text\na red circle,a blue square\n")
-    asked = Distillation(preset="scenes", column="2024")
-    words = command(asked, "scenes", prompts, 7, run)
+    asked = DistillationOptions(preset="scenes", column="2024")
+    words = run_command(asked, "scenes", prompts, 7, run)
     params = get_command(app).commands["run"].make_context("run", words[4:]).params
     given = load_config("scenes", params["overrides"]).prompts
     assert list(read_prompts(given.source, column=given.column)) == ["a red circle"]
-    assert invoke(*checked(asked, prompts)[3:]).exit_code == 0
-    assert invoke(*checked(Distillation(preset="scenes", column="2025"), prompts)[3:]).exit_code == 1
+    assert invoke(*prompts_command(asked, prompts)[3:]).exit_code == 0
+    assert invoke(*prompts_command(DistillationOptions(preset="scenes", column="2025"), prompts)[3:]).exit_code == 1
 
 
 def test_jobs_see_their_devices_alone(monkeypatch):
@@ -118,10 +118,10 @@ signal.pause()
 
 
 def until(child: Child, reached: Callable[[], bool]) -> None:
-    """Wait for a process under its leash to get there."""
+    """Wait for a process under its supervisor to get there."""
     while not reached():
         with suppress(subprocess.TimeoutExpired):
-            child._leash.wait(0.02)
+            child._supervisor.wait(0.02)
 
 
 def alive(group: int) -> bool:
@@ -131,25 +131,25 @@ def alive(group: int) -> bool:
 
 
 def test_a_process_that_is_let_go_is_asked_to_stop(tmp_path):
-    folder = RunFolder(tmp_path / "run")
+    folder = JobFolder(tmp_path / "run")
     with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0) as child:
-        until(child, lambda: "began" in folder.last_words())
+        until(child, lambda: "began" in folder.log_tail())
         assert child.status() is None
         assert child.stop() == 0
-    assert folder.last_words() == "stopped"
+    assert folder.log_tail() == "stopped"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_leash_that_is_killed_takes_its_command_with_it(tmp_path, processes):
-    folder = RunFolder(tmp_path / "run")
+def test_a_supervisor_that_is_killed_takes_its_command_with_it(tmp_path, processes):
+    folder = JobFolder(tmp_path / "run")
     with folder.process([sys.executable, "-c", PATIENT], environment(["cpu"]), 0, processes) as child:
-        until(child, lambda: "began" in folder.last_words())
-        child._leash.kill()
-        child._leash.wait()
+        until(child, lambda: "began" in folder.log_tail())
+        child._supervisor.kill()
+        child._supervisor.wait()
         assert alive(child.pid)
         assert child.status() == 128 + signal.SIGKILL
         until(child, lambda: not alive(child.pid))
-    assert folder.last_words() == "began"
+    assert folder.log_tail() == "began"
 
 
 FELLOWS = """
@@ -162,36 +162,38 @@ signal.pause()
 
 
 def test_of_several_processes_the_one_that_ends_badly_ends_all_and_says_why(tmp_path):
-    folder = RunFolder(tmp_path / "run")
+    folder = JobFolder(tmp_path / "run")
     with folder.process([sys.executable, "-c", FELLOWS], environment(["cpu"]), 0, 2) as child:
-        child._leash.wait()
+        child._supervisor.wait()
         assert child.status() == REFUSED
         assert not alive(child.pid)
-    assert (folder.reason(), folder.last_words()) == ("what it is", "and more")
+    assert (folder.reason(), folder.log_tail()) == ("what it is", "and more")
 
 
 def test_one_that_lost_its_fellows_does_not_speak_for_them(tmp_path):
     script = "import os, signal; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else exit(1)"
-    with RunFolder(tmp_path / "run").process([sys.executable, "-c", script], environment(["cpu"]), 0, 2) as child:
-        child._leash.wait()
+    with JobFolder(tmp_path / "run").process([sys.executable, "-c", script], environment(["cpu"]), 0, 2) as child:
+        child._supervisor.wait()
         assert child.status() == 128 + signal.SIGKILL
 
 
 def test_two_processes_make_one_run(teacher, tmp_path):
-    folder = RunFolder(tmp_path / "job" / "run")
+    folder = JobFolder(tmp_path / "job" / "run")
     folder.path.mkdir(parents=True)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
-    words = command(Distillation(preset="scenes-debug", images=4, batch=4), str(teacher), prompts, 1, folder.path)
+    words = run_command(
+        DistillationOptions(preset="scenes-debug", images=4, batch=4), str(teacher), prompts, 1, folder.path
+    )
     with folder.process(words, environment(["cpu", "cpu"]), 0, 2) as child:
-        child._leash.wait()
-        assert child.status() == 0, folder.last_words()
+        child._supervisor.wait()
+        assert child.status() == 0, folder.log_tail()
     assert folder.finished()
     assert json.loads((folder.path / "checkpoints" / f"{4:012d}" / "state.json").read_text())["processes"] == 2
 
 
 def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"imag')
     (tmp_path / "alarms.jsonl").write_text('{"name": "collapse", "images": 16, "says": "less guidance"}\n')
@@ -206,7 +208,7 @@ def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path)
 
 
 def test_garbage_in_a_log_is_passed_over(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     whole = {"metrics": {"gap": 1}, "evaluations": {"overall": 0.5}, "alarms": {"name": "collapse", "says": "less"}}
     for name, values in whole.items():
         line = json.dumps({"images": 8, **values}).encode() + b"\n"
@@ -231,7 +233,7 @@ def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
     log = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"images": images, "gap": "x" * 60_000}) + "\n" for images in (8, 16, 24)]
     log.write_text("".join(lines[:2]))
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     assert [line.images for line in folder.new_lines()] == [8, 16]
     with log.open("r+") as file:
         file.write("?" * (len(lines[0]) - 1))  # whoever read it again would find no line here
@@ -247,7 +249,7 @@ def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
 
 def test_the_end_is_foreseen_at_the_speed_of_this_start():
     now = 100.0
-    pace = Pace(lambda: now)
+    pace = EtaEstimator(lambda: now)
     assert pace.finish(0, 64) is None
     assert pace.finish(16, 64) is None
     now = 110.0
@@ -262,21 +264,21 @@ def test_lines_are_told_once_and_a_judgment_joins_the_checkpoint_that_was_writte
     database.migrate()
     texts = {"owner": "ann", "status": "running", "model": "tiny", "training_file": "file-1"}
     facts = {"seed": 1, "hyperparameters": {}, "distillation": {}, "result_files": [], "created_at": 1}
-    early = [Line("metrics", images, {"images": images, "gap": 2.0}) for images in (8, 16)]
-    late = [Line("evaluation", images, {"images": images, "overall": images / 32}) for images in (16, 24)]
-    alarm = Line("alarm", 16, {"images": 16, "name": "collapse", "says": "less guidance"})
+    early = [LogLine("metrics", images, {"images": images, "gap": 2.0}) for images in (8, 16)]
+    late = [LogLine("evaluation", images, {"images": images, "overall": images / 32}) for images in (16, 24)]
+    alarm = LogLine("alarm", 16, {"images": 16, "name": "collapse", "says": "less guidance"})
     with database.begin() as session:
-        job = Job(id="ftjob-1", **texts, **facts, images_seen=0, images_total=32)
+        job = JobRow(id="ftjob-1", **texts, **facts, images_seen=0, images_total=32)
         session.add(job)
         session.flush()
-        note_lines(session, job, early)
-        note_checkpoint(session, job, 16, {"gap": 1.0})
-        note_lines(session, job, [*early, *late, *early, alarm])
+        record_log_lines(session, job, early)
+        record_checkpoint(session, job, 16, {"gap": 1.0})
+        record_log_lines(session, job, [*early, *late, *early, alarm])
         assert job.images_seen == 24
     with database.begin() as session:
-        (kept,) = session.scalars(select(JobCheckpoint))
+        (kept,) = session.scalars(select(JobCheckpointRow))
         assert kept.metrics == {"step": 16, "gap": 1.0, "overall": 0.5}
-        told = list(session.scalars(select(JobEvent).order_by(JobEvent.number)))
+        told = list(session.scalars(select(JobEventRow).order_by(JobEventRow.number)))
     assert [(event.number, event.message) for event in told] == [
         (1, "Images seen: 8 of 32"),
         (2, "Images seen: 16 of 32"),
@@ -294,7 +296,7 @@ def test_results_are_a_row_for_each_number_of_images(tmp_path):
         '{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"images": 8, "gap": 3}\n'
     )
     (tmp_path / "evaluations.jsonl").write_text('{"images": 16, "overall": 0.5}\n')
-    assert RunFolder(tmp_path).results().splitlines() == ["step,gap,overall", "8,3,", "16,2,0.5"]
+    assert JobFolder(tmp_path).results().splitlines() == ["step,gap,overall", "8,3,", "16,2,0.5"]
 
 
 @pytest.mark.parametrize(

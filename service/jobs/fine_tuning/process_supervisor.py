@@ -1,6 +1,7 @@
-"""Runs a command that must not outlive the server: `python -m service.jobs.leash SECONDS PROCESSES COMMAND...`.
+"""Runs a command that must not outlive the server.
 
-The command runs in so many processes, which find each other by their environment, as accelerate and torch read it.
+`python -m service.jobs.fine_tuning.process_supervisor SECONDS PROCESSES COMMAND...` runs the command in PROCESSES
+processes, which find each other by the environment variables that accelerate and torch read.
 What the first prints is shown; of the others only what one printed that ended them all. When one has ended badly the
 others may wait for it for ever, so they are killed a little later.
 

@@ -12,25 +12,25 @@ from sqlalchemy.orm import Session
 from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.files import Files, new_id, page
-from service.jobs.fine_tuning.distillation import Distillation, find_teacher
-from service.jobs.fine_tuning.distiller import Distiller
-from service.jobs.fine_tuning.progress import tell
-from service.jobs.fine_tuning.runs import READABLE
-from service.jobs.tables import ENDED, File, Job, JobCheckpoint, JobEvent
+from service.jobs.fine_tuning.events import record_event
+from service.jobs.fine_tuning.options import DistillationOptions, find_teacher
+from service.jobs.fine_tuning.run_folder import READABLE
+from service.jobs.fine_tuning.workflow import FineTuningWorkflow
+from service.jobs.tables import ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.settings import SHIPPED_TEACHER, Settings
 
 MAX_PAIRS = 16  # of metadata
 
-Part = TypeVar("Part", JobEvent, JobCheckpoint)
+Part = TypeVar("Part", JobEventRow, JobCheckpointRow)
 
 
-class Tuning:
+class FineTuningJobs:
     """The jobs of all owners; each sees only its own. Every method blocks: call them off the event loop."""
 
-    def __init__(self, database: Database, files: Files, distiller: Distiller, settings: Settings) -> None:
+    def __init__(self, database: Database, files: Files, workflow: FineTuningWorkflow, settings: Settings) -> None:
         self._database = database
         self._files = files
-        self._distiller = distiller
+        self._workflow = workflow
         self._settings = settings
 
     def create(
@@ -38,11 +38,11 @@ class Tuning:
         owner: str,
         model: str,
         training_file: str,
-        asked: Distillation,
+        asked: DistillationOptions,
         suffix: str | None,
         seed: int | None,
         metadata: dict[str, str] | None,
-    ) -> Job:
+    ) -> JobRow:
         """A new job, whose prompts are read before it waits for its turn.
 
         Raises InvalidRequest, NotFound or Overloaded, which name the field at fault.
@@ -57,7 +57,7 @@ class Tuning:
         _check_budget(asked, self._settings)
         _check_file(self._files.get(owner, training_file, int(time.time()), "training_file"))
         asked = asked.model_copy(update={"preset": asked.preset or SHIPPED_TEACHER})
-        job = Job(
+        job = JobRow(
             id=new_id("ftjob-"),
             owner=owner,
             status="validating_files",
@@ -75,7 +75,7 @@ class Tuning:
             images_total=asked.images,
         )
         with self._database.begin(owner) as session:
-            unfinished = select(func.count()).where(Job.owner == owner, Job.status.not_in(ENDED))
+            unfinished = select(func.count()).where(JobRow.owner == owner, JobRow.status.not_in(ENDED))
             if (session.scalar(unfinished) or 0) >= self._settings.jobs_per_key:
                 raise Overloaded(
                     f"you have {self._settings.jobs_per_key} jobs that have not ended, which is the limit; "
@@ -85,20 +85,20 @@ class Tuning:
                 )
             session.add(job)
             session.flush()
-            tell(session, job, f"The file {training_file} is read.")
-        self._distiller.begin(job)
+            record_event(session, job, f"The file {training_file} is read.")
+        self._workflow.begin(job)
         return job
 
-    def get(self, owner: str, name: str) -> Job:
+    def get(self, owner: str, name: str) -> JobRow:
         """A job of this owner. Raises NotFound."""
         with self._database.read() as session:
             return _owned(session, owner, name)
 
     def index(
         self, owner: str, after: str | None, limit: int, metadata: dict[str, str] | None = None
-    ) -> tuple[Sequence[Job], bool]:
+    ) -> tuple[Sequence[JobRow], bool]:
         """Jobs of this owner with these metadata, the newest first, and whether there are more."""
-        rows = select(Job).where(Job.owner == owner)
+        rows = select(JobRow).where(JobRow.owner == owner)
         asked = metadata or {}
         if len(asked) > MAX_PAIRS or "\0" in "".join([*asked, *asked.values()]):
             message = f"metadata: a job has {MAX_PAIRS} pairs at most, none with the character U+0000"
@@ -106,68 +106,70 @@ class Tuning:
         for key, value in asked.items():
             # Not by a path to the key: that has a grammar of its own, in which some keys cannot be said.
             unfold = func.json_each if self._database.is_sqlite else func.json_each_text
-            pair = unfold(Job.details).table_valued("key", "value")
+            pair = unfold(JobRow.details).table_valued("key", "value")
             rows = rows.where(exists().where(pair.c.key == key, pair.c.value == value))
         with self._database.read() as session:
             start = None if after is None else _owned(session, owner, after, "after")
-            found = session.scalars(page(rows, Job, start, "desc", limit)).all()
+            found = session.scalars(page(rows, JobRow, start, "desc", limit)).all()
         return found[:limit], len(found) > limit
 
-    def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEvent], bool]:
+    def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEventRow], bool]:
         """What a job has told, the newest first, and whether there is more."""
         with self._database.read() as session:
             _owned(session, owner, name)
-            start = None if after is None else _part(session, JobEvent, after, name).number
-            return _newest(session, JobEvent, name, JobEvent.number, start, limit)
+            start = None if after is None else _part(session, JobEventRow, after, name).number
+            return _newest(session, JobEventRow, name, JobEventRow.number, start, limit)
 
-    def checkpoints(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobCheckpoint], bool]:
+    def checkpoints(
+        self, owner: str, name: str, after: str | None, limit: int
+    ) -> tuple[Sequence[JobCheckpointRow], bool]:
         """The checkpoints that a job has written, the newest first, and whether there are more."""
         with self._database.read() as session:
             _owned(session, owner, name)
-            start = None if after is None else _part(session, JobCheckpoint, after, name).step_number
-            return _newest(session, JobCheckpoint, name, JobCheckpoint.step_number, start, limit)
+            start = None if after is None else _part(session, JobCheckpointRow, after, name).step_number
+            return _newest(session, JobCheckpointRow, name, JobCheckpointRow.step_number, start, limit)
 
     def sample(self, owner: str, name: str) -> Path:
         """The newest grid of a job's images, a PNG. Raises NotFound."""
-        found = self._distiller.folder(self.get(owner, name)).newest_sample()
+        found = self._workflow.folder(self.get(owner, name)).newest_sample()
         if found is None:
             raise NotFound(f"the job {name!r} has drawn nothing yet", "job_id", "no_sample")
         return found
 
-    def cancel(self, owner: str, name: str) -> Job:
+    def cancel(self, owner: str, name: str) -> JobRow:
         """End a job for good: at once, or, where it runs, when its process has left."""
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
             if job.status == "running":
-                job.wish = "cancel"
+                job.requested_action = "cancel"
             else:
-                self._distiller.end(session, job, "cancelled", "The job is cancelled.")
+                self._workflow.end(session, job, "cancelled", "The job is cancelled.")
         if job.status == "cancelled":
-            self._distiller.folder(job).remove()
+            self._workflow.folder(job).remove()
         return job
 
-    def pause(self, owner: str, name: str) -> Job:
+    def pause(self, owner: str, name: str) -> JobRow:
         """Keep a job from running, or let it write a checkpoint and leave."""
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
             if job.status == "running":
-                job.wish = job.wish or "pause"
+                job.requested_action = job.requested_action or "pause"
             elif job.status != "paused":
                 job.status = "paused"
-                tell(session, job, "The job is paused.")
+                record_event(session, job, "The job is paused.")
         return job
 
-    def resume(self, owner: str, name: str) -> Job:
+    def resume(self, owner: str, name: str) -> JobRow:
         """Let a paused job go on."""
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
-            if job.wish == "pause":
-                job.wish = None
+            if job.requested_action == "pause":
+                job.requested_action = None
             if job.status == "paused":
                 job.status = "queued"
                 job.starts += 1
-                tell(session, job, "The job waits for its turn again.")
-        self._distiller.begin(job)
+                record_event(session, job, "The job waits for its turn again.")
+        self._workflow.begin(job)
         return job
 
     def delete_student(self, owner: str, name: str, now: int) -> bool:
@@ -176,18 +178,20 @@ class Tuning:
         Raises Forbidden for another owner's.
         """
         with self._database.begin() as session:
-            made = select(Job).where(Job.fine_tuned_model == name, Job.status == "succeeded", Job.deleted_at.is_(None))
+            made = select(JobRow).where(
+                JobRow.fine_tuned_model == name, JobRow.status == "succeeded", JobRow.deleted_at.is_(None)
+            )
             job = session.scalar(made.with_for_update())
             if job is None:
                 return False
             if job.owner != owner:
                 raise Forbidden("this student is of another API key's job", "model", "not_your_model")
             job.deleted_at = now
-            tell(session, job, "The student is deleted.")
+            record_event(session, job, "The student is deleted.")
         return True
 
 
-def _check_budget(asked: Distillation, settings: Settings) -> None:
+def _check_budget(asked: DistillationOptions, settings: Settings) -> None:
     """Raise InvalidRequest for a budget beyond the server's bounds, or of a kind that has none while the other has."""
     budgets = (
         ("images", asked.images, settings.max_job_images),
@@ -208,7 +212,7 @@ def _check_budget(asked: Distillation, settings: Settings) -> None:
         raise InvalidRequest(message, "distillation.batch", "job_budget_exceeded")
 
 
-def _check_file(file: File) -> None:
+def _check_file(file: FileRow) -> None:
     """Raise InvalidRequest for a file that cannot be a job's prompts."""
     if file.purpose != "fine-tune":
         message = f"{file.id} was uploaded for {file.purpose!r}; upload it with purpose 'fine-tune'"
@@ -218,15 +222,15 @@ def _check_file(file: File) -> None:
         raise InvalidRequest(message, "training_file", "invalid_file_type")
 
 
-def _owned(session: Session, owner: str, name: str, param: str = "job_id", lock: bool = False) -> Job:
+def _owned(session: Session, owner: str, name: str, param: str = "job_id", lock: bool = False) -> JobRow:
     """A job of this owner, its row locked if it is to be changed. Raises NotFound."""
-    job = session.get(Job, name, with_for_update=lock) if name.isascii() and name.isprintable() else None
+    job = session.get(JobRow, name, with_for_update=lock) if name.isascii() and name.isprintable() else None
     if job is None or job.owner != owner:
         raise NotFound(f"there is no job {quoted(name)}", param, "job_not_found")
     return job
 
 
-def _unfinished(session: Session, owner: str, name: str) -> Job:
+def _unfinished(session: Session, owner: str, name: str) -> JobRow:
     """A job of this owner to be changed, its row locked. Raises NotFound, or InvalidRequest for one that has ended."""
     job = _owned(session, owner, name, lock=True)
     if job.status in ENDED:

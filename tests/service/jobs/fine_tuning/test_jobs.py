@@ -32,7 +32,7 @@ from service.engine.launch import local
 from service.http.keys import Key
 from service.jobs.fine_tuning.students import Students, student_folder
 from service.jobs.jobs import Jobs
-from service.jobs.tables import File, Job
+from service.jobs.tables import FileRow, JobRow
 from service.settings import Settings
 
 KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
@@ -169,7 +169,7 @@ def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
 
 def _distills(process: psutil.Process) -> bool:
     words = process.cmdline()
-    return "distill.cli" in words and "service.jobs.fine_tuning.leash" not in words
+    return "distill.cli" in words and "service.jobs.fine_tuning.process_supervisor" not in words
 
 
 def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
@@ -229,7 +229,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
     assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model is None
     now = int(time.time())
     for moment, left in ((now, True), (now + 61, False)):
-        jobs.tuning._distiller.remove_deleted(moment)
+        jobs.fine_tuning._workflow.remove_deleted(moment)
         assert student.exists() == left
     jobs.database.close()
 
@@ -262,7 +262,7 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
     students = Students(jobs.database, jobs.folder, 2, lambda: now)
 
     def events() -> list[tuple[str, str]]:
-        return [(event.level, event.message) for event in jobs.tuning.events("ann", "ftjob-1", None, 10)[0]]
+        return [(event.level, event.message) for event in jobs.fine_tuning.events("ann", "ftjob-1", None, 10)[0]]
 
     async def test(engine: Engine) -> None:
         nonlocal now
@@ -296,15 +296,15 @@ def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
     for number, status in enumerate(("cancelled", "failed")):
         name = made(jobs, number, "running", fine_tuned_model="made before the server died")
         with jobs.database.begin() as session:
-            jobs.tuning._distiller.end(session, session.get_one(Job, name), status, "It ends.")
-        assert jobs.tuning.get("ann", name).fine_tuned_model is None
+            jobs.fine_tuning._workflow.end(session, session.get_one(JobRow, name), status, "It ends.")
+        assert jobs.fine_tuning.get("ann", name).fine_tuned_model is None
     assert jobs.students._newest() == {}
 
 
 def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_at_its_next_start(jobs):
     names = [made(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
     for name in names:
-        jobs.tuning._distiller._run(f"{name}.0")
+        jobs.fine_tuning._workflow._run(f"{name}.0")
     left = [path.relative_to(jobs.folder / "distillations") for path in jobs.folder.glob("distillations/**/*/")]
     assert {str(path) for path in left} >= {f"{names[0]}/run", f"{names[2]}/run/checkpoints"}
     assert not {f"{names[0]}/run/checkpoints", names[1]} & {str(path) for path in left}
@@ -314,9 +314,9 @@ def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
     name = made(jobs, 1, "validating_files")
     facts = {"owner": "ann", "purpose": "fine-tune", "bytes": 1, "created_at": 1}
     with jobs.database.begin() as session:
-        session.add(File(id="file-1", filename="prompts.txt\0", **facts))  # no path can hold it
-    jobs.tuning._distiller._validate(f"{name}.files")
-    job = jobs.tuning.get("ann", name)
+        session.add(FileRow(id="file-1", filename="prompts.txt\0", **facts))  # no path can hold it
+    jobs.fine_tuning._workflow._validate(f"{name}.files")
+    job = jobs.fine_tuning.get("ann", name)
     assert (job.status, job.error["code"]) == ("failed", "server_error")
 
 

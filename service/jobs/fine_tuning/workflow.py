@@ -1,9 +1,9 @@
 """The workflows of a distillation job: its prompts are read, then a `distill run` in a process of its own goes on
 until it has ended.
 
-The row in `jobs` is the truth, and what is to become of the job is written there as its `wish`. The command continues
-where it was, whatever stopped it. So a workflow that is begun again, by this server or another, has only to look at
-the row and run the same command.
+The row in `jobs` is the only state, and its `requested_action` says whether to pause or cancel. The same command
+resumes a run, whatever stopped it. So a workflow that starts again, on this server or another, only reads the row and
+runs the same command.
 """
 
 import logging
@@ -22,11 +22,11 @@ from service.errors import NotFound, without_middle
 from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.files import Files
-from service.jobs.fine_tuning.distillation import Distillation, checked, command, find_teacher
-from service.jobs.fine_tuning.progress import Level, Pace, note_checkpoint, note_lines, tell
-from service.jobs.fine_tuning.runs import RunFolder, environment
+from service.jobs.fine_tuning.events import EtaEstimator, Level, record_checkpoint, record_event, record_log_lines
+from service.jobs.fine_tuning.options import DistillationOptions, find_teacher, prompts_command, run_command
+from service.jobs.fine_tuning.run_folder import JobFolder, environment
 from service.jobs.fine_tuning.students import Students, run_folder
-from service.jobs.tables import ENDED, File, Job
+from service.jobs.tables import ENDED, FileRow, JobRow
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 from service.settings import Settings
@@ -43,7 +43,7 @@ LINES = 100  # of a run's logs that are told in one transaction
 CRASHES = 3  # in a row, without an image more, that end a job
 
 
-class Failed(Exception):
+class JobFailed(Exception):
     """Why a job cannot go on, as its client is told."""
 
     def __init__(self, message: str, code: str, param: str | None = None) -> None:
@@ -52,7 +52,7 @@ class Failed(Exception):
         self.error = {"code": code, "message": message, "param": param}
 
 
-class Distiller:
+class FineTuningWorkflow:
     """Carries jobs out, one at a time in this process. Every method blocks: call them off the event loop."""
 
     def __init__(
@@ -77,14 +77,14 @@ class Distiller:
         workflows.define("validation", self._validate, SIDE_BY_SIDE)
         workflows.define("distillation", self._run, side_by_side=1, runs=settings.job_devices != "none")
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: JobRow) -> None:
         """Read the prompts of a new job; carry out one that is queued, when its turn comes. Harmless to repeat."""
         if job.status == "validating_files":
             self._workflows.begin("validation", f"{job.id}.files")
         else:
             self._workflows.begin("distillation", f"{job.id}.{job.starts}")
 
-    def end(self, session: Session, job: Job, status: str, message: str, level: Level = "info") -> None:
+    def end(self, session: Session, job: JobRow, status: str, message: str, level: Level = "info") -> None:
         """End a job for good, in the caller's transaction. One that has ended already stays as it is.
 
         A student that was made before the job was cancelled or failed is served no more.
@@ -94,17 +94,17 @@ class Distiller:
         now = int(time.time())
         if status != "succeeded":
             job.fine_tuned_model = None
-        job.status, job.wish, job.finished_at, job.estimated_finish = status, None, now, None
-        tell(session, job, message, level)
+        job.status, job.requested_action, job.finished_at, job.estimated_finish = status, None, now, None
+        record_event(session, job, message, level)
         self._webhooks.announce(session, job.owner, f"fine_tuning.job.{status}", job.id, now)
 
-    def folder(self, job: Job) -> RunFolder:
+    def folder(self, job: JobRow) -> JobFolder:
         """Where a job runs."""
-        return RunFolder(run_folder(self._data, job.id))
+        return JobFolder(run_folder(self._data, job.id))
 
     def begin_waiting(self, now: int) -> None:
         """Begin what has no workflow: its server died before it could, or its backup is older than the job's."""
-        unfinished = select(Job).where(Job.status.in_(("validating_files", "queued", "running")))
+        unfinished = select(JobRow).where(JobRow.status.in_(("validating_files", "queued", "running")))
         with self._database.read() as session:
             jobs = list(session.scalars(unfinished))
         for job in jobs:
@@ -113,7 +113,9 @@ class Distiller:
     def remove_deleted(self, now: int) -> None:
         """Remove the files of students that were deleted a while ago."""
         with self._database.read() as session:
-            gone = select(Job).where(Job.fine_tuned_model.is_not(None), Job.deleted_at <= now - DELETED_SECONDS)
+            gone = select(JobRow).where(
+                JobRow.fine_tuned_model.is_not(None), JobRow.deleted_at <= now - DELETED_SECONDS
+            )
             jobs = list(session.scalars(gone))
         for job in jobs:
             shutil.rmtree(self.folder(job).student, ignore_errors=True)
@@ -123,19 +125,19 @@ class Distiller:
     def _validate(self, key: str) -> None:
         """The workflow of a new job: its prompts are kept and read once, before the job waits for its turn."""
         name = key.partition(".")[0]
-        job = self._find(Job, name)
+        job = self._find(JobRow, name)
         if job is not None and job.status == "validating_files":
             with self._failing(job):
                 self._read_prompts(job, self.folder(job))
-            now = self._insist(lambda session: _validated(session, job))
+            now = self._transact(lambda session: _validated(session, job))
             if now.status == "queued":
                 self.begin(now)
             self._webhooks.begin_due(int(time.time()))
         self._let_go(name)
 
-    def _read_prompts(self, job: Job, folder: RunFolder) -> None:
-        """Raises Failed where `distill run` would find the prompts at fault."""
-        words = checked(Distillation.model_validate(job.distillation), self._prompts(job, folder))
+    def _read_prompts(self, job: JobRow, folder: JobFolder) -> None:
+        """Raises JobFailed where `distill run` would find the prompts at fault."""
+        words = prompts_command(DistillationOptions.model_validate(job.distillation), self._prompts(job, folder))
         with folder.process(words, environment(["cpu"]), self._settings.job_nice) as child:
             while child.status() is None:
                 self._workflows.wait(POLL_SECONDS)
@@ -145,7 +147,7 @@ class Distiller:
     def _run(self, key: str) -> None:
         """The workflow: one start of one job, to its end or to the next pause."""
         name, _, start = key.partition(".")
-        job = self._insist(lambda session: _enter(session, name, int(start)))
+        job = self._transact(lambda session: _enter(session, name, int(start)))
         if job is not None:
             with self._failing(job):
                 self._distill(job, self.folder(job))
@@ -153,43 +155,43 @@ class Distiller:
         self._let_go(name)
 
     @contextmanager
-    def _failing(self, job: Job) -> Iterator[None]:
+    def _failing(self, job: JobRow) -> Iterator[None]:
         """What goes wrong inside ends the job as failed."""
         try:
             yield
-        except Failed as failed:
+        except JobFailed as failed:
             self._fail(job, failed)
         except OSError as error:
             self._fail(job, _storage(error))
         except Exception:
             log.exception("%s failed", job.id)
             message = f"something went wrong here; the server's log has it under {job.id}"
-            self._fail(job, Failed(message, "server_error"))
+            self._fail(job, JobFailed(message, "server_error"))
 
     def _let_go(self, name: str) -> None:
         """Remove what a job that has ended needs no more, also where a server died before it had."""
-        job = self._find(Job, name)
+        job = self._find(JobRow, name)
         if job is not None and job.status == "succeeded":
             self.folder(job).tidy()
         elif job is not None and job.status == "cancelled":
             self.folder(job).remove()
 
-    def _distill(self, job: Job, folder: RunFolder) -> None:
-        """Run the command until the job has ended or is paused. Raises Failed."""
+    def _distill(self, job: JobRow, folder: JobFolder) -> None:
+        """Run the command until the job has ended or is paused. Raises JobFailed."""
         words = self._prepare(job, folder)
         crashes, furthest = 0, -1
         while True:
             status, asked = self._attempt(job, folder, words)
-            wish = self._insist(lambda session: _row(session, job).wish)
-            if wish == "cancel":
-                self._insist(
+            requested_action = self._transact(lambda session: _row(session, job).requested_action)
+            if requested_action == "cancel":
+                self._transact(
                     lambda session: self.end(session, _row(session, job), "cancelled", "The job is cancelled.")
                 )
                 return
             if status == 0 and folder.finished():
                 self._succeed(job, folder)
                 return
-            if wish == "pause" and self._insist(lambda session: _pause(session, _row(session, job))):
+            if requested_action == "pause" and self._transact(lambda session: _pause(session, _row(session, job))):
                 return
             if status == REFUSED:
                 raise _refusal(folder.reason())
@@ -199,38 +201,38 @@ class Distiller:
                 furthest = seen
                 if crashes == CRASHES:
                     last = f"the run broke off {crashes} times after {seen} images"
-                    raise Failed(f"{last}: {folder.last_words()}", "run_broke_off")
+                    raise JobFailed(f"{last}: {folder.log_tail()}", "run_broke_off")
                 self._warn(job, f"The run broke off with status {status}; it goes on from {seen} images.")
             # A folder that is claimed is let go when the process of a dead server has written its checkpoint.
             self._workflows.wait(POLL_SECONDS)
 
-    def _prepare(self, job: Job, folder: RunFolder) -> list[str]:
-        """The command. Raises Failed."""
+    def _prepare(self, job: JobRow, folder: JobFolder) -> list[str]:
+        """The command. Raises JobFailed."""
         prompts = self._prompts(job, folder)
         try:
             teacher = find_teacher(self._settings.teachers, job.model)
         except NotFound as error:
-            raise Failed(error.message, error.code or "model_not_found", error.param) from None
-        asked = Distillation.model_validate(job.distillation)
-        return command(asked, teacher, prompts, job.seed, folder.path)
+            raise JobFailed(error.message, error.code or "model_not_found", error.param) from None
+        asked = DistillationOptions.model_validate(job.distillation)
+        return run_command(asked, teacher, prompts, job.seed, folder.path)
 
-    def _prompts(self, job: Job, folder: RunFolder) -> Path:
-        """The prompts in the job's folder, where nobody deletes them. Raises Failed."""
+    def _prompts(self, job: JobRow, folder: JobFolder) -> Path:
+        """The prompts in the job's folder, where nobody deletes them. Raises JobFailed."""
         kept = folder.prompts()
         if kept is not None:
             return kept
-        file = self._find(File, job.training_file)
+        file = self._find(FileRow, job.training_file)
         try:
             if file is None:
                 raise FileNotFoundError
             return folder.keep_prompts(self._files.path(file.id), Path(file.filename).suffix)
         except FileNotFoundError:
             message = f"the file {job.training_file} was deleted before the job began"
-            raise Failed(message, "file_not_found", "training_file") from None
+            raise JobFailed(message, "file_not_found", "training_file") from None
 
-    def _attempt(self, job: Job, folder: RunFolder, words: Sequence[str]) -> tuple[int, bool]:
+    def _attempt(self, job: JobRow, folder: JobFolder, words: Sequence[str]) -> tuple[int, bool]:
         """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
-        pace, asked = Pace(), False
+        pace, asked = EtaEstimator(), False
         devices = self._devices
         with folder.process(words, environment(devices), self._settings.job_nice, len(devices)) as child:
             while child.status() is None and not (asked := self._relay(job, folder, pace)):
@@ -239,7 +241,7 @@ class Distiller:
         self._relay(job, folder, pace)
         return status, asked
 
-    def _relay(self, job: Job, folder: RunFolder, pace: Pace) -> bool:
+    def _relay(self, job: JobRow, folder: JobFolder, pace: EtaEstimator) -> bool:
         """Write down what the run has told since; whether the job is to stop.
 
         A server that takes over reads the logs from their beginning, so lines are written some at a time: meanwhile
@@ -250,10 +252,10 @@ class Distiller:
         def tell_lines(session: Session) -> None:
             row = _row(session, job)
             row.images_total = budget or row.images_total
-            note_lines(session, row, piece)
+            record_log_lines(session, row, piece)
 
         while piece := list(islice(lines, LINES)):
-            self._insist(tell_lines)
+            self._transact(tell_lines)
         # After the lines: an evaluation that comes now joins its checkpoint when its own line is told.
         figures = {images: folder.figures(images) for images in checkpoints}
 
@@ -261,13 +263,13 @@ class Distiller:
             row = _row(session, job)
             row.images_total = budget or row.images_total
             for images in checkpoints:
-                note_checkpoint(session, row, images, figures[images])
+                record_checkpoint(session, row, images, figures[images])
             row.estimated_finish = pace.finish(row.images_seen, row.images_total)
-            return row.wish is not None
+            return row.requested_action is not None
 
-        return self._insist(tell_checkpoints)
+        return self._transact(tell_checkpoints)
 
-    def _succeed(self, job: Job, folder: RunFolder) -> None:
+    def _succeed(self, job: JobRow, folder: JobFolder) -> None:
         """Serve the student and write the results, then say so."""
         results = f"file-{job.stem}"
 
@@ -283,7 +285,7 @@ class Distiller:
             if row.status not in ENDED:
                 row.result_files = [results]
                 session.add(
-                    File(
+                    FileRow(
                         id=results,
                         owner=row.owner,
                         purpose="fine-tune-results",
@@ -294,15 +296,15 @@ class Distiller:
                 )
             self.end(session, row, "succeeded", f"The student is {job.student}.")
 
-        self._insist(made)
+        self._transact(made)
         self._students.serve()
-        size = self._workflows.patient_step("results", write)
-        self._insist(ended)
+        size = self._workflows.retrying_step("results", write)
+        self._transact(ended)
 
-    def _warn(self, job: Job, message: str) -> None:
-        self._insist(lambda session: tell(session, _row(session, job), message, "warn"))
+    def _warn(self, job: JobRow, message: str) -> None:
+        self._transact(lambda session: record_event(session, _row(session, job), message, "warn"))
 
-    def _fail(self, job: Job, failed: Failed) -> None:
+    def _fail(self, job: JobRow, failed: JobFailed) -> None:
         def ended(session: Session) -> None:
             row = _row(session, job)
             if row.status in ENDED:
@@ -310,59 +312,61 @@ class Distiller:
             row.error = failed.error
             self.end(session, row, "failed", f"The job failed: {failed}", "error")
 
-        self._insist(ended)
+        self._transact(ended)
 
     def _find(self, kind: type[T], key: str) -> T | None:
-        return self._database.insist(lambda session: session.get(kind, key), self._workflows.stopping, read=True)
+        return self._database.retry_transaction(
+            lambda session: session.get(kind, key), self._workflows.stopping, read=True
+        )
 
-    def _insist(self, work: Callable[[Session], T]) -> T:
-        return self._database.insist(work, self._workflows.stopping)
+    def _transact(self, work: Callable[[Session], T]) -> T:
+        return self._database.retry_transaction(work, self._workflows.stopping)
 
 
-def _enter(session: Session, name: str, start: int) -> Job | None:
+def _enter(session: Session, name: str, start: int) -> JobRow | None:
     """The job as it is to be carried out now; None when it is not, or not by this start."""
-    job = session.get(Job, name, with_for_update=True)
+    job = session.get(JobRow, name, with_for_update=True)
     if job is None or job.starts != start or job.status not in ("queued", "running"):
         return None
     if job.status == "queued":
         job.status = "running"
-        tell(session, job, "The job runs." if start == 0 else "The job goes on.")
+        record_event(session, job, "The job runs." if start == 0 else "The job goes on.")
     return job
 
 
-def _validated(session: Session, job: Job) -> Job:
+def _validated(session: Session, job: JobRow) -> JobRow:
     """The job, in the queue unless it has ended or was paused meanwhile."""
     row = _row(session, job)
     if row.status == "validating_files":
         row.status = "queued"
-        tell(session, row, "The job waits for its turn.")
+        record_event(session, row, "The job waits for its turn.")
     return row
 
 
-def _row(session: Session, job: Job) -> Job:
+def _row(session: Session, job: JobRow) -> JobRow:
     """A job's row, locked until the transaction ends."""
-    return session.get_one(Job, job.id, with_for_update=True)
+    return session.get_one(JobRow, job.id, with_for_update=True)
 
 
-def _pause(session: Session, job: Job) -> bool:
+def _pause(session: Session, job: JobRow) -> bool:
     """Whether the job is still to be paused, and is."""
-    if job.wish != "pause":
+    if job.requested_action != "pause":
         return False
-    job.status, job.wish, job.estimated_finish = "paused", None, None
-    tell(session, job, f"The job is paused after {job.images_seen} images.")
+    job.status, job.requested_action, job.estimated_finish = "paused", None, None
+    record_event(session, job, f"The job is paused after {job.images_seen} images.")
     return True
 
 
-def _storage(error: OSError) -> Failed:
+def _storage(error: OSError) -> JobFailed:
     """What the job's folder could not take."""
     code = "disk_full" if error.errno in DISK_FULL else "storage_error"
-    return Failed(f"the server cannot write the job's files: {error.strerror}", code)
+    return JobFailed(f"the server cannot write the job's files: {error.strerror}", code)
 
 
-def _refusal(words: str) -> Failed:
+def _refusal(words: str) -> JobFailed:
     """What a run that ended for a reason said of it."""
     if "No space left" in words:
-        return Failed(words, "disk_full")
+        return JobFailed(words, "disk_full")
     if words.startswith("prompts."):
-        return Failed(words, "invalid_training_file", "training_file")
-    return Failed(words, "distillation_failed", "distillation")
+        return JobFailed(words, "invalid_training_file", "training_file")
+    return JobFailed(words, "distillation_failed", "distillation")
