@@ -1,7 +1,13 @@
-"""`OneStepPipeline`: a student folder, prompts and seeds in, images out. The one class that serving builds on."""
+"""`OneStepPipeline`: images from a student folder, prompts and seeds.
+
+from distill.pipeline import OneStepPipeline, RuntimeOptions
+
+pipeline = OneStepPipeline.load("runs/mine/student", "cuda", RuntimeOptions(precision="bf16"))
+images = pipeline(["a red circle", "a blue star"], seeds=[1, 2])  # uint8 (2, H, W, 3), RGB, on the CPU
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -19,49 +25,51 @@ from distill.models.teacher import decode_latents, load_transformer, load_vae, v
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.tiny_vae import load_tiny_vae
 from distill.models.two_times import load_second_time
+from distill.options import RuntimeOptions as RuntimeOptions
+from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
 from distill.student.adapters import Merger, read_adapter
 from distill.student.graphs import Graphed
-from distill.student.runtime import Runtime as Runtime
 
 SHIPPED_STUDENT = Path(__file__).parent / "worlds" / "scenes" / "weights" / "student"
-FILLING_TOKENS = 1024  # an image of so many leaves a device nothing to gain from a second one beside it
+FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
+DEFAULT_BUCKET = 4  # images in a batch of smaller ones
 
 
 @dataclass(frozen=True)
 class OneStepSpec:
-    """What `onestep.json` says of a student. Sizes are (width, height) in pixels."""
+    """Describe a student, from its folder's `onestep.json`."""
 
     name: str
     digest: str
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels, the native one first
     latent_channels: int
     vae_scale_factor: int
     patch_size: int
-    token_limit: int  # CLIP tokens of a prompt, start and end included
-    max_sequence_length: int
+    token_limit: int  # CLIP tokens of a prompt, with start and end token; longer prompts are truncated
+    max_sequence_length: int  # T5 tokens
     teacher: str
     method: str
     images_seen: int
-    created: int  # Unix seconds of the record
-    any_step: bool = False  # more steps than one make better images
+    created: int  # Unix time in seconds, of the record
+    any_step: bool = False  # whether it also generates in several steps, with better images
     has_t5: bool = False
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that the transformer sees of a native image."""
+        """Return the transformer's tokens for an image of the native size."""
         width, height = self.sizes[0]
         return width * height // (self.vae_scale_factor * self.patch_size) ** 2
 
     def check_steps(self, steps: int) -> None:
-        """Raise ConfigError unless the student makes images in so many."""
+        """Raise ConfigError unless the student supports this number of steps: 1, or any for an any-step student."""
         if steps < 1 or (steps > 1 and not self.any_step):
-            made = "any number of steps from 1" if self.any_step else "one step; set steps to 1"
-            raise ConfigError(f"{self.name} makes images in {made}, not {steps}")
+            supported = "any number of steps from 1" if self.any_step else "one step; set steps to 1"
+            raise ConfigError(f"{self.name} makes images in {supported}, not {steps}")
 
 
 def read_student(folder: Path | str) -> OneStepSpec:
-    """Check a student folder and read its record; raises TeacherError when it is missing, cut off, or no student."""
+    """Check a student folder and read its record. Raises TeacherError if it is missing, incomplete or no student."""
     spec = read_spec(folder)
     record = read_json(spec.folder / RECORD) if (spec.folder / RECORD).exists() else {}
     if "start_time" not in record:
@@ -92,11 +100,14 @@ def read_student(folder: Path | str) -> OneStepSpec:
 
 
 class OneStepPipeline:
-    """A student on a device. Every stage is a method of its own, so that a server can overlap them.
+    """Generate images with a student on one device.
 
-    Stages compute blocks of as many images as a rung of `ladder` says, and fill the last one up. Matrix products round
-    differently in blocks of different size, so with one rung a prompt and a seed give the same image, to the bit, alone
-    and in any batch; with several, images may differ in their last bits and a lone one costs less.
+    Call the pipeline for whole images, or its stages one by one: `encode`, `latents`, `decode`. A server runs the
+    stages of different batches at the same time; each stage may be called by one thread at a time.
+
+    Every stage splits its inputs into batches of a size in `batch_buckets`; the last batch is padded. Matrix products
+    round differently at different batch sizes. With one bucket, an image is therefore bit-identical alone and in any
+    batch. With several buckets, a single image costs less, and images may differ in their last bits.
     """
 
     def __init__(
@@ -105,83 +116,84 @@ class OneStepPipeline:
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderTiny,
-        runtime: Runtime,
+        options: RuntimeOptions,
         tiny_vae: str | None = None,
     ) -> None:
-        """`runtime` names its ladder; `tiny_vae` is the digest of a VAE that is not the student's own."""
+        """Wrap loaded networks; `load` does so for a folder. `tiny_vae` is the digest of another VAE than its own."""
         self.spec = spec
-        self.ladder = tuple(sorted(runtime.ladder))
-        self.computed = runtime.label(transformer.device, tiny_vae)  # what images depend on besides the files
+        self.batch_buckets = options.batch_buckets
+        self.fingerprint = runtime.fingerprint(options, transformer.device, tiny_vae)
         self._text = text
         self._transformer = transformer
         self._vae = vae
-        # Convolutions on a CPU gain nothing from company, and larger blocks leave its caches.
-        self._decode_ladder = (1,) if vae.device.type == "cpu" else self.ladder
+        # Convolutions on a CPU are no faster in batches, and larger batches do not fit its caches.
+        self._decode_buckets = (1,) if vae.device.type == "cpu" else self.batch_buckets
         self._merger = Merger(transformer)
-        self._runtime = runtime
+        self._quantize = options.quantize
         self._network: Callable[..., Tensor] = self._velocity
         self._decoder: Callable[..., Tensor] = self._pixels
-        if runtime.cuda_graphs:
+        if options.cuda_graphs:
             self._network, self._decoder = Graphed(self._velocity), Graphed(self._pixels)
 
     @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu", runtime: Runtime = Runtime()) -> Self:
-        """Load a student folder and have it computed as `runtime` says.
+    def load(
+        cls, folder: Path | str, device: torch.device | str = "cpu", options: RuntimeOptions = RuntimeOptions()
+    ) -> Self:
+        """Load a student folder onto a device: `cpu`, `cuda` or `cuda:1`.
 
-        Raises TeacherError for a folder that is not a whole student, ConfigError naming the choice of `runtime` that
-        cannot be had.
+        Raises TeacherError if the folder is no complete student, ConfigError naming the option that the device, the
+        student or the installation does not support.
         """
         spec = read_student(folder)
         device = torch.device(device)
-        runtime.check(device, spec.has_t5)
-        dtype = runtime.dtype(device)
-        text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length, runtime.t5)
+        runtime.check(options, device, spec.has_t5)
+        dtype = runtime.compute_dtype(options, device)
+        text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length, options.t5)
         transformer = load_transformer(folder, dtype, device)
         if spec.any_step:
             load_second_time(transformer, Path(folder))
-        attention.use(runtime.attention, transformer)
-        quantize.use(runtime.quantize, transformer)
+        attention.use(options.attention, transformer)
+        quantize.use(options.quantize, transformer)
         tiny = None
-        if runtime.tiny_vae is None:
+        if options.tiny_vae is None:
             vae = load_vae(folder, dtype, device)
         else:
-            vae, tiny = load_tiny_vae(runtime.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
-        if runtime.channels_last:
+            vae, tiny = load_tiny_vae(options.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+        if options.channels_last:
             vae.to(memory_format=torch.channels_last)
-        if not runtime.ladder:
-            runtime = replace(runtime, ladder=(4,) if spec.image_tokens < FILLING_TOKENS else (1,))
-        if runtime.compile:
-            shapes = len(runtime.ladder) * len(spec.sizes)
+        if not options.batch_buckets:
+            bucket = DEFAULT_BUCKET if spec.image_tokens < FULL_LOAD_TOKENS else 1
+            options = options.model_copy(update={"batch_buckets": (bucket,)})
+        if options.compile:
+            shapes = len(options.batch_buckets) * len(spec.sizes)
             transformer.compile(dynamic=False, recompile_limit=shapes)
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
-        return cls(spec, text, transformer, vae, runtime, tiny)
+        return cls(spec, text, transformer, vae, options, tiny)
 
     def read_adapter(self, folder: Path | str) -> Adapter:
-        """A LoRA adapter for this student. Safe beside a batch.
+        """Read a LoRA adapter's folder for this student. Safe while a batch runs.
 
-        Raises TeacherError for one of another transformer, ConfigError where the weights are quantized.
+        Raises TeacherError if the adapter does not fit the transformer, ConfigError if the weights are quantized.
         """
-        if self._runtime.quantize != "none":
-            raise ConfigError(
-                f"quantize {self._runtime.quantize}: adapters are merged into whole weights; set it to none"
-            )
+        if self._quantize != "none":
+            raise ConfigError(f"quantize {self._quantize}: adapters need unquantized weights; set it to none")
         return read_adapter(folder, self._transformer)
 
     def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:
-        """Make the latents that follow with an adapter, or with none."""
+        """Merge an adapter into the transformer for all following calls of `latents`; None removes it."""
         self._merger.merge(adapter, scale)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
-        """For each prompt, whether the model sees only its beginning."""
+        """Return for each prompt whether it is longer than `spec.token_limit`, so that its end is ignored."""
         return self._text.truncated(prompts)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """CLIP tokens of each prompt as the model sees it, start and end included."""
+        """Return the CLIP tokens of each prompt after truncation, with start and end token."""
         return self._text.count_tokens(prompts)
 
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions of prompts, one row each."""
-        parts = [self._text.encode([prompts[i] for i in block]) for block in _blocks(len(prompts), self.ladder)]
+        """Encode prompts on the device; the result has one row per prompt and can be indexed and reused."""
+        parts = [self._text.encode([prompts[i] for i in batch]) for batch in _batches(len(prompts), self.batch_buckets)]
         return TextCondition.cat(parts)[: len(prompts)]
 
     @torch.no_grad()
@@ -193,10 +205,14 @@ class OneStepPipeline:
         height: int | None = None,
         steps: int = 1,
     ) -> Tensor:
-        """`steps` calls of the network for each image, over even times: latents (B, C, h, w).
+        """Generate latents (B, C, H / f, W / f) on the device, where f is `spec.vae_scale_factor`.
 
-        Raises SizeError for a size not made for, ConfigError for more steps than the student was made for, ValueError
-        when there is not a seed for each condition.
+        `cond` and `seeds` have one entry per image; a seed is an integer of up to 64 bits. `width` and `height` are
+        pixels, one of `spec.sizes`; None is the native size. `steps` is the number of network evaluations, at evenly
+        spaced times.
+
+        Raises SizeError for an unsupported size, ConfigError for an unsupported number of steps, ValueError if there
+        is not one seed per condition.
         """
         if len(cond) != len(seeds):
             raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
@@ -209,44 +225,45 @@ class OneStepPipeline:
         def v(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
             return self._network(x_t, t, cond.embeds, cond.pooled)
 
-        if steps == 1:
-            return torch.cat([one_step(v, z[block], cond[block]) for block in _blocks(len(z), self.ladder)])[: len(z)]
         times = torch.linspace(1, 0, steps + 1, device=z.device)
         parts = []
-        for block in _blocks(len(z), self.ladder):
-            x = z[block]
-            for t, s in pairwise(times):
-                x = jump(v, x, t.expand(len(x)), s.expand(len(x)), cond[block])
+        for batch in _batches(len(z), self.batch_buckets):
+            x = z[batch]
+            if steps == 1:
+                x = one_step(v, x, cond[batch])
+            else:
+                for t, s in pairwise(times):
+                    x = jump(v, x, t.expand(len(x)), s.expand(len(x)), cond[batch])
             parts.append(x)
         return torch.cat(parts)[: len(z)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, uint8 (B, H, W, 3) on the CPU; rounded on the device, a quarter of the bytes to move.
+        """Decode latents (B, C, h, w) to RGB images, uint8 (B, H, W, 3) on the CPU.
 
-        Raises DivergedError when one of them is not finite.
+        Raises DivergedError if an image is not finite.
         """
         parts, finite = [], []
-        for block in _blocks(len(latents), self._decode_ladder):
-            pixels = self._decoder(latents[block]).float()
+        for batch in _batches(len(latents), self._decode_buckets):
+            pixels = self._decoder(latents[batch]).float()
             finite.append(pixels.isfinite().all())
+            # Rounded on the device: a quarter of the bytes to copy.
             parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
         if not torch.stack(finite).all():
-            where = f"{self.spec.name} in {self._vae.dtype}"
             raise DivergedError(
-                f"{where} gave an image that is not finite: its VAE overflows, or weights are damaged; "
-                "take precision fp32"
+                f"{self.spec.name} in {self._vae.dtype} gave an image that is not finite: its VAE overflows, or "
+                "weights are damaged; set precision to fp32"
             )
         return to_host(torch.cat(parts)[: len(latents)])
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """The size meant, the native one for None. Raises SizeError for one that the student was not trained for."""
+        """Replace None by the native width and height. Raises SizeError unless the student supports the size."""
         native = self.spec.sizes[0]
-        asked = (native[0] if width is None else width, native[1] if height is None else height)
-        if asked not in self.spec.sizes:
-            known = ", ".join(f"{w}x{h}" for w, h in self.spec.sizes)
-            raise SizeError(f"{self.spec.name} makes images of {known}, not {asked[0]}x{asked[1]}")
-        return asked
+        size = (native[0] if width is None else width, native[1] if height is None else height)
+        if size not in self.spec.sizes:
+            supported = ", ".join(f"{w}x{h}" for w, h in self.spec.sizes)
+            raise SizeError(f"{self.spec.name} makes images of {supported}, not {size[0]}x{size[1]}")
+        return size
 
     def __call__(
         self,
@@ -256,7 +273,10 @@ class OneStepPipeline:
         height: int | None = None,
         steps: int = 1,
     ) -> Tensor:
-        """Images, uint8 (B, H, W, 3), of prompts and seeds; more `steps` than one for a student of any step."""
+        """Generate one RGB image per prompt and seed, uint8 (B, H, W, 3) on the CPU.
+
+        Parameters and exceptions are those of `latents` and `decode`.
+        """
         return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
 
     def _velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
@@ -266,10 +286,10 @@ class OneStepPipeline:
         return decode_latents(self._vae, latents)
 
 
-def _blocks(count: int, ladder: Sequence[int]) -> Iterator[Tensor]:
-    """Indices of the rows to compute together, as many as a rung; the last block repeats the last row until full."""
+def _batches(count: int, buckets: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the row indices of each batch. Its size is a bucket; the last batch repeats the last row as padding."""
     start = 0
     while start < count:
-        size = next((rung for rung in ladder if rung >= count - start), ladder[-1])
+        size = next((bucket for bucket in buckets if bucket >= count - start), buckets[-1])
         yield torch.arange(start, start + size).clamp(max=count - 1)
         start += size

@@ -31,7 +31,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from service.engine.messages import T5, Attention, Precision, Quantize
+from distill.options import RuntimeOptions
 from service.errors import StartError
 from service.http.keys import KEY_CHARACTERS, check_token
 from service.observability.logs import LogFormat
@@ -51,7 +51,6 @@ _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
-Determinism = Literal["strict", "fast"]
 
 
 def _url(text: str) -> str:
@@ -132,7 +131,7 @@ def _state_folder() -> Path:
 class Settings(BaseSettings):
     """Everything that the server depends on. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
     stored: ClassVar[Mapping[str, Any]] = {}  # what the TOML file holds
 
     host: str = "127.0.0.1"
@@ -143,17 +142,7 @@ class Settings(BaseSettings):
     devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is all GPUs but those of jobs, or the CPU
     replicas: _Count = 1  # workers on each device
     threads: _Count | None = None  # CPU threads of each stage of a worker; none shares the cores out
-    determinism: Determinism = (
-        "strict"  # fast: a lone image costs less, and differs in its last bits from one in company
-    )
-    precision: Precision = "auto"  # of weights and activations; auto is bf16 on GPUs, fp32 on CPUs
-    attention: Attention = "sdpa"  # what computes it; sdpa leaves the choice to torch
-    quantize: Quantize = "none"  # 8 bits in the network's large matrices, by torchao; takes no adapters
-    t5: T5 = "full"  # in 8 bits by torchao, on the CPU, or left out
-    tiny_vae: Path | None = None  # folder of an AutoencoderTiny that decodes in the place of every student's VAE
-    channels_last: bool = False  # memory format of the VAE's convolutions
-    compile: bool = False  # the network and the decoder by torch; the start takes minutes longer
-    cuda_graphs: bool = False  # the network and the decoder recorded for each size and block, and replayed
+    runtime: RuntimeOptions = RuntimeOptions()
     simulate: Path | None = None  # profile whose model and times the simulator plays
     max_batch: _Count = 16  # images in one call of the network
     p95_seconds: _Seconds | None = None  # batches are kept so small that a request met by a full device is this fast
@@ -260,7 +249,7 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
         return kind(**given)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the input may be a key
-        raise StartError(_complaint(str(first["loc"][0]), first["type"], first["msg"])) from None
+        raise StartError(_complaint(first["loc"], first["type"], first["msg"])) from None
     except SettingsError as error:
         raise StartError(f'{error}; lists are JSON, for example SERVICE_MODELS=\'["one", "two"]\'') from None
 
@@ -276,14 +265,35 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise StartError(f"{file} is not TOML: {error}") from None
 
 
+def keys(kind: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    """Keys of all settings, those of groups as `group.name`."""
+    found: list[str] = []
+    for name, field in (kind or Settings).model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            found += keys(group, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def variables() -> list[str]:
+    """Environment variables of all settings."""
+    return [_variable(key) for key in keys()]
+
+
+def _variable(key: str, prefix: str = PREFIX) -> str:
+    return prefix + key.replace(".", "__").upper()
+
+
 def _check_variables() -> None:
     """Raise StartError for an environment variable that looks like a setting but is not one."""
-    names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {*COMMAND_VARIABLES}
+    known = {*variables(), *COMMAND_VARIABLES}
     for name, value in os.environ.items():
-        known = not name.upper().startswith(PREFIX) or name.upper() in names  # settings are taken in either case
-        if not known and not _is_service_link(name, value):
-            close = _nearest(name[len(PREFIX) :].lower())
-            advice = f"did you mean {PREFIX}{close.upper()}?" if close else "docs/operations.md lists the settings"
+        upper = name.upper()  # variables of settings are read in either case
+        if upper.startswith(PREFIX) and upper not in known and not _is_service_link(name, value):
+            close = difflib.get_close_matches(upper.removeprefix(PREFIX), (_variable(key, "") for key in keys()), 1)
+            advice = f"did you mean {PREFIX}{close[0]}?" if close else "docs/operations.md lists the settings"
             raise StartError(f"there is no setting for the variable {name}; {advice}")
 
 
@@ -292,12 +302,14 @@ def _is_service_link(name: str, value: str) -> bool:
     return _SERVICE_LINK.fullmatch(f"{name}={value}") is not None
 
 
-def _nearest(name: str) -> str | None:
-    return next(iter(difflib.get_close_matches(name, Settings.model_fields, 1)), None)
-
-
-def _complaint(name: str, kind: str, message: str) -> str:
-    if kind != "extra_forbidden":
-        return f"{name} (SERVICE_{name.upper()}): {message.removeprefix('Value error, ')}"
-    close = _nearest(name)
-    return f"there is no setting {name!r}" + (f"; did you mean {close!r}?" if close else "")
+def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    """One sentence for an error of pydantic, which names the key and the variable, or the nearest key."""
+    known = keys()
+    path = ".".join(str(part) for part in location)
+    key = next((key for key in known if f"{path}.".startswith(f"{key}.")), None)
+    if key is not None:
+        return f"{key} ({_variable(key)}): {message.removeprefix('Value error, ')}"
+    if kind != "extra_forbidden":  # a value in the place of a group
+        return f"{path}: {message}"
+    close = difflib.get_close_matches(path, known, 1)
+    return f"there is no setting {path!r}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -31,10 +31,11 @@ def test_distillation_never_imports_the_service() -> None:
     assert importers("distill", "service") == set()
 
 
-def test_the_service_imports_only_the_pipeline_and_in_one_file() -> None:
-    assert importers("service", "distill") == importers("service", "distill.pipeline") == {"service/engine/registry.py"}
+def test_the_service_imports_the_pipeline_in_one_file_and_its_options_in_another() -> None:
+    assert importers("service", "distill.pipeline") == {"service/engine/registry.py"}
+    assert importers("service", "distill.options") == {"service/settings.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
-    assert all(name.startswith("distill.pipeline.") for name in names)
+    assert all(name.startswith(("distill.pipeline.", "distill.options.")) for name in names)
 
 
 def test_peft_and_accelerate_have_their_places() -> None:
@@ -47,15 +48,18 @@ def test_batching_policy_needs_neither_torch_nor_asyncio() -> None:
     assert "service/engine/batcher.py" not in importers("service", "torch") | importers("service", "asyncio")
 
 
-def test_the_server_imports_neither_torch_nor_the_distilling_half() -> None:
-    code = "import sys, service.app, service.cli; sys.exit(bool({'torch', 'diffusers', 'distill'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+def test_the_server_imports_no_torch_and_only_the_options_of_the_distilling_half() -> None:
+    code = "import sys, service.app, service.cli; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = set(ended.stdout.split())
+    assert not {"torch", "diffusers"} & loaded
+    assert {name for name in loaded if name.partition(".")[0] == "distill"} == {"distill", "distill.options"}
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "import distill, service.app",
+        "import distill.options, service.app",
         "from distill.cli import app; app(['--help'], standalone_mode=False)",
         "from distill.cli import app; app(['run', '--help'], standalone_mode=False)",
         "from service.cli import app; app(['serve', '--help'], standalone_mode=False)",

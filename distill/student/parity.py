@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from distill.errors import ParityError
 from distill.flow import noise
-from distill.pipeline import OneStepPipeline, Runtime
+from distill.pipeline import OneStepPipeline, RuntimeOptions
 
 PROMPTS = ("a red circle left of a blue square", "a photograph of a lighthouse at night, seen from the sea", "")
 TOLERANCE = 1e-3  # of latents whose standard deviation is about 1, computed in fp32 on both sides
@@ -18,7 +18,7 @@ def check_parity(student: Path, device: torch.device | str = "cpu") -> float:
 
     Both compute in fp32, whatever the folder's files are in. Raises ParityError beyond TOLERANCE.
     """
-    ours = OneStepPipeline.load(student, device, Runtime(precision="fp32"))
+    ours = OneStepPipeline.load(student, device, RuntimeOptions(precision="fp32"))
     spec, seeds = ours.spec, range(len(PROMPTS))
     expected = ours.latents(ours.encode(PROMPTS), seeds).cpu()
     del ours  # one model in memory at a time

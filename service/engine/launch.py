@@ -19,8 +19,8 @@ import numpy as np
 from service.engine import worker
 from service.engine.backend import Backend, Pixels
 from service.engine.memory import read
-from service.engine.messages import Channel, Load, Ready, Refused, Start, Tuning
-from service.engine.profile import ladder_of
+from service.engine.messages import Channel, Load, Profiling, Ready, Refused, Start
+from service.engine.profile import growing_sizes
 from service.engine.worker import SLOT_BYTES, Loader, Memory, loader
 from service.errors import StartError
 from service.settings import Settings
@@ -173,12 +173,13 @@ def processes(settings: Settings) -> Fleet:
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
     # the same number of threads.
     threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
-    tuning = tuning_of(settings)
+    runtime = settings.runtime.model_dump(mode="json")
+    simulated = str(settings.simulate) if settings.simulate else None
     embeddings = SharedMemory()
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[Load]) -> Worker:
-            told = Start(device, models, tuning)
+            told = Start(device, models, runtime, profiling(settings), simulated)
             return start_process(device, told, threads, settings.worker_silence_seconds, embeddings)
 
         return start
@@ -187,23 +188,14 @@ def processes(settings: Settings) -> Fleet:
     return Fleet([launch(name) for name in names], models or [Load(None)])
 
 
-def tuning_of(settings: Settings) -> Tuning:
-    """What the settings tell every worker."""
-    batches = ladder_of(settings.max_batch)
-    profiled = settings.profiles is not None or settings.p95_seconds is not None
-    return Tuning(
-        ladder=tuple(batches) if settings.determinism == "fast" else (),
-        precision=settings.precision,
-        attention=settings.attention,
-        quantize=settings.quantize,
-        t5=settings.t5,
-        tiny_vae=str(settings.tiny_vae.absolute()) if settings.tiny_vae else None,
-        channels_last=settings.channels_last,
-        compile=settings.compile,
-        cuda_graphs=settings.cuda_graphs,
-        batches=batches if profiled else (),
-        profiles=str(settings.profiles.absolute()) if settings.profiles else None,
-        simulate=str(settings.simulate.absolute()) if settings.simulate else None,
+def profiling(settings: Settings) -> Profiling:
+    """Which batch sizes workers run before they take work. The first run of a compiled or recorded size is slow."""
+    runtime = settings.runtime
+    timed = settings.profiles is not None or settings.p95_seconds is not None
+    return Profiling(
+        timed_batches=growing_sizes(settings.max_batch) if timed else (),
+        warm_up_batches=runtime.batch_buckets if runtime.compile or runtime.cuda_graphs else (),
+        folder=str(settings.profiles) if settings.profiles else None,
     )
 
 
@@ -245,7 +237,7 @@ def _gpus() -> int:
 def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fleet:
     """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
     given = {backend.card.name: backend for backend in backends}
-    others = loader(device, Tuning())
+    others = loader(Start(device, ()))
     embeddings = SharedMemory()
 
     def load(order: Load) -> Backend:

@@ -4,7 +4,7 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,10 +13,6 @@ from service.engine.embeddings import Place
 
 _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Attention = Literal["sdpa", "math", "flash", "xformers"]
-Quantize = Literal["none", "int8", "fp8"]
-T5 = Literal["full", "int8", "cpu", "none"]
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -48,21 +44,12 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
-class Tuning(msgspec.Struct, frozen=True):
-    """How a worker computes, and what it times before it takes work."""
+class Profiling(msgspec.Struct, frozen=True):
+    """Which batch sizes a worker runs of each model before it takes work."""
 
-    ladder: tuple[int, ...] = ()  # images computed together; none leaves it to the model, one number for all batches
-    precision: Precision = "auto"
-    attention: Attention = "sdpa"
-    quantize: Quantize = "none"
-    t5: T5 = "full"
-    tiny_vae: str | None = None  # folder
-    channels_last: bool = False
-    compile: bool = False
-    cuda_graphs: bool = False
-    batches: Sequence[int] = ()  # that are timed; none is one block alone
-    profiles: str | None = None  # folder of what was measured before
-    simulate: str | None = None  # profile that a simulator plays
+    timed_batches: Sequence[int] = ()  # none is one padded batch alone
+    warm_up_batches: Sequence[int] = ()  # run even where a profile holds their times
+    folder: str | None = None  # of the profiles
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -70,7 +57,9 @@ class Start(msgspec.Struct, frozen=True):
 
     device: str
     models: Sequence[Load]
-    tuning: Tuning
+    runtime: Mapping[str, Any] = {}  # `RuntimeOptions` as JSON
+    profiling: Profiling = Profiling()
+    simulated_profile: str | None = None
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):

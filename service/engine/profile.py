@@ -25,7 +25,7 @@ class Profile(msgspec.Struct, frozen=True):
     timings: Sequence[Timing]
 
 
-def ladder_of(max_batch: int) -> list[int]:
+def growing_sizes(max_batch: int) -> list[int]:
     """Powers of two up to a number, and the number."""
     return [*(2**i for i in range((max_batch - 1).bit_length())), max_batch]
 

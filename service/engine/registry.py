@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, Runtime
+from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, RuntimeOptions
 from service.engine.backend import Card, DeviceLost, Pixels, Text
 from service.engine.embeddings import UNSHARED, Embeddings
-from service.engine.messages import Tuning
 from service.errors import StartError
 
 MAX_STEPS = 50  # of any-step students, so that one request cannot occupy a device without bound
@@ -26,8 +25,8 @@ class StudentBackend:
     memory that it lets go of is no longer read.
     """
 
-    def __init__(self, folder: Path, name: str | None, device: torch.device, tuning: Tuning) -> None:
-        self._pipeline = OneStepPipeline.load(folder, device, _runtime(tuning))
+    def __init__(self, folder: Path, name: str | None, device: torch.device, options: RuntimeOptions) -> None:
+        self._pipeline = OneStepPipeline.load(folder, device, options)
         self._device = device
         blank = self._pipeline.encode([""])
         self.text_bytes = blank.embeds.nbytes + blank.pooled.nbytes
@@ -47,14 +46,14 @@ class StudentBackend:
             sizes=spec.sizes,
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
-            rows=self._pipeline.ladder[0],
+            rows=self._pipeline.batch_buckets[0],
             max_steps=MAX_STEPS if spec.any_step else 1,
-            computed=self._pipeline.computed,
+            computed=self._pipeline.fingerprint,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
         )
-        self.setup = f"{where}-{self._pipeline.computed}-torch-{torch.__version__}"
+        self.setup = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
         """Conditions on the device. All go through the host's memory, where `shared` has them."""
@@ -142,29 +141,16 @@ class StudentBackend:
             raise DeviceLost(str(error)) from error
 
 
-def _runtime(tuning: Tuning) -> Runtime:
-    """How a pipeline computes, of what a worker was told."""
-    return Runtime(
-        precision=tuning.precision,
-        ladder=tuning.ladder,
-        attention=tuning.attention,
-        quantize=tuning.quantize,
-        t5=tuning.t5,
-        tiny_vae=Path(tuning.tiny_vae) if tuning.tiny_vae else None,
-        channels_last=tuning.channels_last,
-        compile=tuning.compile,
-        cuda_graphs=tuning.cuda_graphs,
-    )
-
-
-def load_backend(folder: str | None, name: str | None, device: str, tuning: Tuning) -> StudentBackend:
+def load_backend(folder: str | None, name: str | None, device: str, runtime: Mapping[str, Any] = {}) -> StudentBackend:
     """A backend for a student folder, the shipped one if None, under its own name or another. Slow.
+
+    `runtime` is `RuntimeOptions` as JSON.
 
     Raises StartError for a folder that cannot be loaded.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), tuning)
+        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), RuntimeOptions(**runtime))
     except Exception as error:  # a foreign folder, no such device, too little memory: none is the server's end
         raise StartError(f"model {folder or SHIPPED_STUDENT} on {device}: {error}") from error

@@ -38,11 +38,11 @@ from service.engine.messages import (
     Loaded,
     Made,
     NotLoaded,
+    Profiling,
     Ready,
     Refused,
     Run,
     Start,
-    Tuning,
     Unload,
     UnloadAdapter,
 )
@@ -237,40 +237,40 @@ def _tell(say: Callable[[Any], None], what: Any) -> None:
         log.info("the server is gone")
 
 
-def loader(device: str, tuning: Tuning) -> Loader:
+def loader(start: Start) -> Loader:
     """What loads models on a device; torch is imported with the first."""
 
     def load(order: Load) -> Backend:
-        return _simulate(order, tuning) if device == "simulator" else _student(order, device, tuning)
+        return _simulate(order, start.simulated_profile) if start.device == "simulator" else _student(order, start)
 
     return load
 
 
-def clock_of(tuning: Tuning) -> Clock:
+def clock_of(profiling: Profiling) -> Clock:
     """What times a model: a folder that may know it, or the model itself."""
-    made_at_first_run = tuning.ladder if tuning.compile or tuning.cuda_graphs else ()  # and no request should wait
+    timed, warm_up = profiling.timed_batches, profiling.warm_up_batches
 
     def clock(backend: Backend) -> Sequence[Timing]:
-        if tuning.profiles:
-            return recall(backend, tuning.batches, Path(tuning.profiles), made_at_first_run)
-        return measure(backend, (*tuning.batches, *made_at_first_run), repeats=1)
+        if profiling.folder:
+            return recall(backend, timed, Path(profiling.folder), warm_up)
+        return measure(backend, (*timed, *warm_up), repeats=1)
 
     return clock
 
 
-def _student(order: Load, device: str, tuning: Tuning) -> Backend:
+def _student(order: Load, start: Start) -> Backend:
     if order.folder is not None and not Path(order.folder).is_dir():  # said before seconds of imports
         raise StartError(f"model {order.folder}: there is no such folder; give the folder of a student")
     from service.engine.registry import load_backend
 
-    return load_backend(order.folder, order.name, device, tuning)
+    return load_backend(order.folder, order.name, start.device, start.runtime)
 
 
-def _simulate(order: Load, tuning: Tuning) -> Backend:
+def _simulate(order: Load, profile_path: str | None) -> Backend:
     """A simulator that stands for the student of a folder, or for the model of a profile and its times."""
     simulator = Simulator()
-    if tuning.simulate:
-        profile = read_profile(Path(tuning.simulate))
+    if profile_path:
+        profile = read_profile(Path(profile_path))
         simulator = Simulator(card=profile.card, timings=profile.timings)
     if order.folder is not None:
         try:
@@ -289,7 +289,7 @@ def main() -> None:
     channel = Channel(socket.socket(fileno=int(descriptor)))
     told = msgspec.json.decode(start, type=Start)
     memory = Memory(int(pixels), int(embeddings))
-    serve(channel, memory, told.models, loader(told.device, told.tuning), clock_of(told.tuning))
+    serve(channel, memory, told.models, loader(told), clock_of(told.profiling))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
 
 

@@ -1,4 +1,4 @@
-"""`OneStepPipeline` tells what it will not do: cut prompts, other sizes, records that are not whole."""
+"""`OneStepPipeline`: shapes, seeds, truncated prompts, and records that it refuses."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from tiny import CLIP_LENGTH, PROMPTS
 
 from distill.errors import TeacherError
 from distill.models.teacher import load_transformer
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, Runtime, read_student
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, RuntimeOptions, read_student
 from distill.student.export import export_student
 
 
@@ -22,7 +22,7 @@ def student(teacher_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_images_are_bytes_and_as_many_as_asked(count: int, student: Path) -> None:
+def test_images_are_uint8_one_for_each_prompt_and_seed(count: int, student: Path) -> None:
     images = OneStepPipeline.load(student)(PROMPTS[:1] * count, range(count))
     assert (images.shape, images.dtype) == ((count, 16, 16, 3), torch.uint8)
     assert len({image.numpy().tobytes() for image in images}) == count
@@ -33,10 +33,10 @@ def test_seeds_that_differ_in_their_high_bits_alone_give_other_images(student: P
     assert not torch.equal(images[0], images[1])
 
 
-def test_a_ladder_keeps_its_tolerance_in_any_company() -> None:
+def test_several_batch_buckets_keep_their_tolerance_in_any_batch() -> None:
     prompts, seeds = ["a red circle left of a blue star", "a green triangle"] * 8, range(16)
     strict = OneStepPipeline.load(SHIPPED_STUDENT)
-    fast = OneStepPipeline.load(SHIPPED_STUDENT, runtime=Runtime(ladder=(1, 2, 8)))
+    fast = OneStepPipeline.load(SHIPPED_STUDENT, options=RuntimeOptions(batch_buckets=(1, 2, 8)))
     cond = strict.encode(prompts)
     latents = strict.latents(cond, seeds)
     images = strict.decode(latents).int()
@@ -50,7 +50,7 @@ def test_a_ladder_keeps_its_tolerance_in_any_company() -> None:
         assert (off > 0).float().mean() < 1e-3
 
 
-def test_a_cut_prompt_is_told(student: Path) -> None:
+def test_a_truncated_prompt_is_reported(student: Path) -> None:
     pipeline = OneStepPipeline.load(student)
     assert pipeline.spec.token_limit == CLIP_LENGTH
     assert pipeline.truncated(["a", "a " * CLIP_LENGTH]) == [False, True]

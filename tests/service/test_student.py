@@ -8,7 +8,6 @@ import shutil
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,14 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from distill.models.teacher import load_transformer
 from distill.models.two_times import add_second_time
-from distill.pipeline import OneStepPipeline, Runtime
+from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student
 from service.app import create_app
 from service.engine.backend import Card, Simulator
 from service.engine.embeddings import Embeddings, Shelf
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, SharedMemory, local, processes, tuning_of
-from service.engine.messages import Tuning
+from service.engine.launch import Fleet, SharedMemory, local, processes
 from service.engine.registry import load_backend
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.settings import Settings
@@ -120,7 +118,7 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
 
 
 def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
-    one, other = (load_backend(str(student), None, "cpu", Tuning(precision="bf16")) for _ in range(2))
+    one, other = (load_backend(str(student), None, "cpu", {"precision": "bf16"}) for _ in range(2))
     memory, shelf = SharedMemory(), Shelf(1 << 20)
 
     def shared(*prompts: str) -> Embeddings:
@@ -138,28 +136,23 @@ def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
 
 
 def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
-    told = tuning_of(Settings(precision="bf16", attention="math", channels_last=True, determinism="fast", max_batch=2))
-    card, setup = (backend := load_backend(str(student), None, "cpu", told)).card, backend.setup
-    assert card.computed == "bf16-blocks-1-2-attention-math-channels_last"
+    options = {"precision": "bf16", "attention": "math", "channels_last": True, "batch_buckets": [2, 1]}
+    runtime = Settings(runtime=options).runtime.model_dump(mode="json")
+    card, setup = (backend := load_backend(str(student), None, "cpu", runtime)).card, backend.setup
+    assert card.computed == "bf16-buckets-1-2-attention-math-channels_last"
     assert card.computed in setup
-    assert card.identity != load_backend(str(student), None, "cpu", Tuning()).card.identity
+    assert card.identity != load_backend(str(student), None, "cpu").card.identity
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
-        load_backend(str(student), None, "cpu", tuning_of(Settings(cuda_graphs=True)))
+        load_backend(str(student), None, "cpu", {"cuda_graphs": True})
 
 
 def test_a_device_that_is_none_is_named(student):
     with pytest.raises(StartError, match="on tpu9: "):
-        load_backend(str(student), None, "tpu9", Tuning())
-
-
-@pytest.mark.parametrize("choice", ["precision", "attention", "quantize", "t5"])
-def test_the_settings_offer_what_the_pipeline_has(choice):
-    offered = {kind: get_args(get_type_hints(kind)[choice]) for kind in (Settings, Tuning, Runtime)}
-    assert offered[Settings] == offered[Tuning] == offered[Runtime]
+        load_backend(str(student), None, "tpu9")
 
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
-    backend = load_backend(str(student), None, "cpu", Tuning())
+    backend = load_backend(str(student), None, "cpu")
     conditions = backend.encode(["a", "b"]).conditions
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
@@ -185,7 +178,7 @@ def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, 
         for image, pixels in zip(images, expected, strict=True):
             assert np.array_equal(image.pixels, pixels)
 
-    backend = load_backend(str(folder), None, "cpu", Tuning())
+    backend = load_backend(str(folder), None, "cpu")
     assert backend.card.max_steps > 4
     run(local(backend), test)
 
@@ -221,7 +214,7 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
             await one(1, **style)
         assert np.array_equal(await one(1), plain[0])
 
-    backend = load_backend(str(student), None, "cpu", Tuning())
+    backend = load_backend(str(student), None, "cpu")
     run(local(backend), test, result_cache_bytes=0)
 
 
@@ -231,17 +224,17 @@ def test_weights_that_are_not_finite_are_not_loaded(student, tmp_path):
     weights["proj_out.bias"][0] = torch.nan
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(StartError, match=r"proj_out\.bias is not finite"):
-        load_backend(str(tmp_path / "student"), None, "cpu", Tuning())
+        load_backend(str(tmp_path / "student"), None, "cpu")
     shape = weights["proj_out.weight"].shape
     factors = {"transformer.proj_out.lora_A.weight": torch.zeros(2, shape[1])}
     factors["transformer.proj_out.lora_B.weight"] = torch.full((shape[0], 2), torch.inf)
     save_file(factors, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(StartError, match=r"lora_B\.weight is not finite"):
-        load_backend(str(student), None, "cpu", Tuning()).add_adapter("style", str(tmp_path))
+        load_backend(str(student), None, "cpu").add_adapter("style", str(tmp_path))
 
 
 def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
-    backend = load_backend(str(student), None, "cpu", Tuning())
+    backend = load_backend(str(student), None, "cpu")
     decode = backend._pipeline._vae.decode
 
     def overflowing(latents, **options):
@@ -265,7 +258,7 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
 
 
 def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
-    backend = load_backend(str(student), "other", "cpu", Tuning())
+    backend = load_backend(str(student), "other", "cpu")
     assert backend.card.name == "other"
     weights = weakref.ref(backend._pipeline)
     backend.encode(["a"])

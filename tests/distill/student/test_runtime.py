@@ -1,8 +1,8 @@
-"""Every way of computing a student: near the plain one where it should be, and refused by name where it cannot be."""
+"""Every runtime option: images near those of the defaults, and an error that names an unsupported option."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from tiny import PROMPTS, stock_pipeline
 
 from distill.errors import ConfigError
 from distill.models.teacher import load_transformer
-from distill.pipeline import OneStepPipeline, Runtime
+from distill.pipeline import OneStepPipeline, RuntimeOptions
 from distill.student.export import export_student
+from distill.student.runtime import fingerprint
 
 CPU = torch.device("cpu")
 SEEDS = range(4)
@@ -49,25 +50,25 @@ def tiny_vae(folder: Path, channels: int = 4, stages: int = 2) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "levels"),
+    ("options", "levels"),
     [
-        (Runtime(precision="bf16"), 8),
-        (Runtime(precision="fp16"), 1),
-        (Runtime(attention="math"), 1),
-        (Runtime(channels_last=True), 1),
-        (Runtime(t5="cpu"), 2),
+        (RuntimeOptions(precision="bf16"), 8),
+        (RuntimeOptions(precision="fp16"), 1),
+        (RuntimeOptions(attention="math"), 1),
+        (RuntimeOptions(channels_last=True), 1),
+        (RuntimeOptions(t5="cpu"), 2),
     ],
-    ids=lambda value: value.label(CPU) if isinstance(value, Runtime) else None,
+    ids=lambda value: fingerprint(value, CPU) if isinstance(value, RuntimeOptions) else None,
 )
 def test_images_stay_within_so_many_of_255_levels(
-    runtime: Runtime, levels: int, student: Path, plain: torch.Tensor
+    options: RuntimeOptions, levels: int, student: Path, plain: torch.Tensor
 ) -> None:
-    images = OneStepPipeline.load(student, runtime=runtime)(PROMPTS, SEEDS).int()
+    images = OneStepPipeline.load(student, options=options)(PROMPTS, SEEDS).int()
     assert (images - plain).abs().max() <= levels
 
 
 def test_a_dropped_t5_gives_what_stock_gives_without_it(student: Path) -> None:
-    pipeline = OneStepPipeline.load(student, runtime=Runtime(t5="none"))
+    pipeline = OneStepPipeline.load(student, options=RuntimeOptions(t5="none"))
     stock = stock_pipeline(student)
     stock.text_encoder_3 = None
     length = pipeline.spec.max_sequence_length
@@ -82,13 +83,13 @@ def test_a_dropped_t5_gives_what_stock_gives_without_it(student: Path) -> None:
 
 def test_a_tiny_vae_decodes_the_students_latents(student: Path, tmp_path: Path) -> None:
     folder = tiny_vae(tmp_path / "tiny")
-    pipeline = OneStepPipeline.load(student, runtime=Runtime(tiny_vae=folder))
+    pipeline = OneStepPipeline.load(student, options=RuntimeOptions(tiny_vae=folder))
     latents = pipeline.latents(pipeline.encode(PROMPTS), SEEDS)
     with torch.no_grad():
         pixels = AutoencoderTiny.from_pretrained(folder).decode(latents).sample
     expected = (127.5 * (pixels + 1)).round().clamp(0, 255).permute(0, 2, 3, 1)
     assert (pipeline.decode(latents).float() - expected).abs().max() <= 1
-    assert pipeline.computed != OneStepPipeline.load(student).computed
+    assert pipeline.fingerprint != OneStepPipeline.load(student).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -102,55 +103,59 @@ def test_a_tiny_vae_decodes_the_students_latents(student: Path, tmp_path: Path) 
 )
 def test_a_folder_that_is_no_tiny_vae_of_the_student_is_refused(make, sentence, student, tmp_path) -> None:
     with pytest.raises(ConfigError, match=rf"tiny_vae .*{sentence}"):
-        OneStepPipeline.load(student, runtime=Runtime(tiny_vae=make(tmp_path, student)))
+        OneStepPipeline.load(student, options=RuntimeOptions(tiny_vae=make(tmp_path, student)))
 
 
 @pytest.mark.parametrize(
-    ("runtime", "sentence"),
+    ("options", "sentence"),
     [
-        (Runtime(cuda_graphs=True), "cuda_graphs needs a CUDA device, not cpu"),
-        (Runtime(attention="xformers"), "attention xformers needs"),
-        (Runtime(quantize="fp8"), "quantize fp8 needs"),
+        (RuntimeOptions(cuda_graphs=True), "cuda_graphs needs a CUDA device, not cpu"),
+        (RuntimeOptions(attention="xformers"), "attention xformers needs"),
+        (RuntimeOptions(quantize="fp8"), "quantize fp8 needs"),
     ],
 )
-def test_what_a_cpu_cannot_do_is_named(runtime: Runtime, sentence: str, student: Path) -> None:
+def test_what_a_cpu_cannot_do_is_named(options: RuntimeOptions, sentence: str, student: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        OneStepPipeline.load(student, runtime=runtime)
+        OneStepPipeline.load(student, options=options)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
-@pytest.mark.parametrize("runtime", [Runtime(quantize="int8"), Runtime(t5="int8")], ids=["quantize", "t5"])
-def test_a_package_that_is_missing_is_named(runtime: Runtime, student: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(quantize|t5) int8 needs the package torchao"):
-        OneStepPipeline.load(student, runtime=runtime)
+@pytest.mark.parametrize("name", ["quantize", "t5"])
+def test_a_package_that_is_missing_is_named(name: str, student: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{name} int8 needs the package torchao"):
+        OneStepPipeline.load(student, options=RuntimeOptions.model_validate({name: "int8"}))
 
 
 def test_a_choice_of_t5_for_a_student_without_one_is_refused(teacher: Path, tmp_path: Path) -> None:
     student = exported(teacher, tmp_path / "student")
     with pytest.raises(ConfigError, match="t5 none: the student has no T5"):
-        OneStepPipeline.load(student, runtime=Runtime(t5="none"))
+        OneStepPipeline.load(student, options=RuntimeOptions(t5="none"))
 
 
-def test_every_choice_tells_images_apart() -> None:
-    base = Runtime(ladder=(4,))
+def test_every_option_changes_the_fingerprint() -> None:
+    base = RuntimeOptions(batch_buckets=(4,))
+
+    def changed(**options: Any) -> RuntimeOptions:
+        return RuntimeOptions(**dict(base) | options)
+
     others = [
-        replace(base, precision="bf16"),
-        replace(base, ladder=(1,)),
-        replace(base, attention="math"),
-        replace(base, quantize="int8"),
-        replace(base, t5="none"),
-        replace(base, channels_last=True),
-        replace(base, compile=True),
-        replace(base, cuda_graphs=True),
+        changed(precision="bf16"),
+        changed(batch_buckets=(1,)),
+        changed(attention="math"),
+        changed(quantize="int8"),
+        changed(t5="none"),
+        changed(channels_last=True),
+        changed(compile=True),
+        changed(cuda_graphs=True),
     ]
-    labels = {runtime.label(CPU) for runtime in others} | {base.label(CPU, "0123"), base.label(CPU, "4567")}
-    assert len(labels) == len(others) + 2
-    assert base.label(CPU) == "fp32-blocks-4"
+    found = {fingerprint(each, CPU) for each in others} | {fingerprint(base, CPU, vae) for vae in ("0123", "4567")}
+    assert len(found) == len(others) + 2
+    assert fingerprint(base, CPU) == "fp32-buckets-4"
 
 
 def test_eight_bits_stay_near_and_an_image_does_not_depend_on_its_company(student: Path, plain: torch.Tensor) -> None:
     pytest.importorskip("torchao")
-    pipeline = OneStepPipeline.load(student, runtime=Runtime(quantize="int8", t5="int8"))
+    pipeline = OneStepPipeline.load(student, options=RuntimeOptions(quantize="int8", t5="int8"))
     images = pipeline(PROMPTS, SEEDS)
     assert 0 < (images.int() - plain).abs().max() <= 8
     assert pipeline(PROMPTS[2:3], [2])[0].equal(images[2])
@@ -161,13 +166,12 @@ def test_eight_bits_stay_near_and_an_image_does_not_depend_on_its_company(studen
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize(
-    "runtime",
-    [Runtime(cuda_graphs=True), Runtime(precision="fp16"), Runtime(channels_last=True), Runtime(attention="flash")],
+    "option", [{"cuda_graphs": True}, {"precision": "fp16"}, {"channels_last": True}, {"attention": "flash"}], ids=str
 )
 def test_a_gpus_images_stay_near_those_of_a_cpu_and_are_the_same_in_any_company(
-    runtime: Runtime, student: Path, plain: torch.Tensor
+    option: dict[str, Any], student: Path, plain: torch.Tensor
 ) -> None:
-    pipeline = OneStepPipeline.load(student, "cuda", runtime)
+    pipeline = OneStepPipeline.load(student, "cuda", RuntimeOptions(**option))
     images = pipeline(PROMPTS, SEEDS)
     assert (images.int() - plain).abs().max() <= 8
     assert pipeline(PROMPTS[2:3], [2])[0].equal(images[2])
@@ -178,7 +182,7 @@ def test_a_gpus_images_stay_near_those_of_a_cpu_and_are_the_same_in_any_company(
 @needs_cuda
 def test_recorded_graphs_give_the_bits_of_the_calls_they_replay_and_follow_the_weights(student: Path) -> None:
     eager, replayed = (
-        OneStepPipeline.load(student, "cuda", runtime) for runtime in (Runtime(), Runtime(cuda_graphs=True))
+        OneStepPipeline.load(student, "cuda", RuntimeOptions(cuda_graphs=recorded)) for recorded in (False, True)
     )
     cond = eager.encode(PROMPTS)
     for _ in range(2):

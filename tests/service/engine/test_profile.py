@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from service.engine.backend import Card, Simulator, Timing
-from service.engine.messages import Tuning
-from service.engine.profile import Profile, batch_cap, ladder_of, measure, profile_path, read_profile, recall
+from service.engine.launch import profiling
+from service.engine.messages import Profiling
+from service.engine.profile import Profile, batch_cap, growing_sizes, measure, profile_path, read_profile, recall
 from service.engine.worker import clock_of
 from service.errors import StartError
+from service.settings import Settings
 
 
 class Blocks(Simulator):
@@ -28,7 +30,7 @@ class Blocks(Simulator):
 
 @pytest.mark.parametrize(("most", "ladder"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
 def test_the_ladder_ends_at_the_largest_batch(most, ladder):
-    assert ladder_of(most) == ladder
+    assert growing_sizes(most) == ladder
 
 
 def test_every_size_is_timed_in_whole_blocks_as_far_as_memory_goes():
@@ -62,13 +64,19 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_what_is_made_at_a_first_run_is_made_before_a_request_for_every_block(known, tmp_path):
+def test_batches_to_warm_up_run_before_a_request_also_where_a_profile_has_their_times(known, tmp_path):
     if known:
         recall(Blocks(), [4], tmp_path)
-    for choice in ({"compile": True}, {"cuda_graphs": True}):
-        backend = Blocks()
-        clock_of(Tuning(ladder=(2, 4), profiles=str(tmp_path) if known else None, **choice))(backend)
-        assert set(backend.batches) == {(64, 2), (64, 4), (128, 2), (128, 4)}
+    backend = Blocks()
+    folder = str(tmp_path) if known else None
+    clock_of(Profiling(warm_up_batches=(2, 4), folder=folder))(backend)
+    assert set(backend.batches) == {(64, 2), (64, 4), (128, 2), (128, 4)}
+
+
+@pytest.mark.parametrize("option", ["compile", "cuda_graphs"])
+def test_every_batch_bucket_is_warmed_up_where_its_first_run_is_slow(option):
+    assert profiling(Settings(runtime={"batch_buckets": [1, 4], option: True})).warm_up_batches == (1, 4)
+    assert profiling(Settings(runtime={"batch_buckets": [1, 4]})).warm_up_batches == ()
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path):
