@@ -1,13 +1,20 @@
-"""What the documentation tells a reader to type: every command and option exists, every Python block runs or parses."""
+"""The documentation: commands, options, paths and links exist, the README's blocks run, and terms are the field's."""
 
 import json
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import typer
+from commands import invoke, until
+from PIL import Image
 from typer.testing import CliRunner
 
 from distill import cli as distill_cli
@@ -17,20 +24,31 @@ from service import cli as service_cli
 from service.schemas import ImageRequest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 APPS = {"distill": distill_cli.app, "fgm-service": service_cli.app}
+TEACHER = "/models/stable-diffusion-3-medium-diffusers"
+NOT_RUN = {"pip": "the suite needs no network: its environment has the package installed"}
+MADE_BY_READERS = {"docker/full.env"}
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """Words of each command of the page's shell blocks, and of the console commands named in its prose."""
+def block_commands(page: Path) -> Iterator[list[str]]:
+    """Words of each command of the page's shell blocks."""
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of each command of the page's shell blocks, and of the console commands named in its prose."""
+    yield from block_commands(page)
     for quoted in re.findall(
         r"`((?:distill|fgm-service|python benchmarks/\S+\.py) [^`]+)`", page.read_text(encoding="utf-8")
     ):
@@ -42,7 +60,7 @@ def without_metavariables(words: list[str]) -> list[str]:
     return [word.strip("[]") for word in words if word.strip("[].")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@by_page
 def test_commands_and_their_options_exist(page):
     for words in commands(page):
         while "=" in words[0]:  # variables before a command
@@ -62,7 +80,7 @@ def test_commands_and_their_options_exist(page):
             ImageRequest.model_validate(json.loads(words[words.index("--json") + 1]))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@by_page
 def test_what_is_run_and_compared_is_a_configuration(page):
     for words in commands(page):
         if words[0] == "accelerate":
@@ -79,15 +97,90 @@ def test_what_is_run_and_compared_is_a_configuration(page):
             assert len({str(variant.config) for variant in variants}) == len(variants), words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@by_page
 def test_python_is_python(page):
     for block in blocks(page, "python"):
         compile(block, str(page), "exec")
 
 
+def test_every_block_of_the_readme_is_run_here():
+    languages = re.findall(r"^```(\w*)\n.*?^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert set(languages) == {"sh", "python"}
+    assert len(blocks(README, "python")) == 1
+
+
 def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
-    (block,) = (block for block in blocks(ROOT / "README.md", "python") if "StableDiffusion3Pipeline" in block)
+    (block,) = blocks(README, "python")
     here = block.replace("runs/sd3-medium-lora/student", str(teacher_t5))
     assert here != block
     names: dict[str, object] = {}
     exec(here, names)
+
+
+def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
+    """As printed, one after the other, but with a tiny teacher, two batches of two images, and a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    smaller = ["batch=2", "micro_batch=1", "images=4", "precision=fp32", "networks.rank=2", "networks.alpha=2"]
+    with ExitStack() as servers:
+        for words in block_commands(README):
+            words = [word.replace(TEACHER, str(teacher)).replace(":8000", f":{port}") for word in words]
+            if words[0] == "fgm-service":
+                servers.close()  # one at a time
+                servers.enter_context(serving(*words[1:], port=port))
+            elif words[0] == "curl":
+                subprocess.run(["curl", "--fail", "--silent", *words[1:]], check=True)
+            elif words[0] == "distill":
+                more = [f"--set={each}" for each in smaller] if words[1] == "run" else []
+                result = invoke(*words[1:], *more)
+                assert result.exit_code == 0, (words, result.output)
+            else:
+                assert words[0] in NOT_RUN
+    with Image.open("shapes.png") as image:
+        assert image.size == (64, 64)
+    assert Path("runs/sd3-medium-lora/report.html").exists()
+
+
+@contextmanager
+def serving(*words: str, port: int) -> Iterator[None]:
+    """`fgm-service` with these words, from its first ready answer until SIGTERM, which ends it with status 0."""
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz").is_success
+        except httpx.TransportError:
+            return False
+
+    server = subprocess.Popen([sys.executable, "-m", "service.cli", *words, "--port", str(port)])
+    try:
+        until(server, ready)
+        yield
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+@by_page
+def test_every_path_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w./:-])(?:distill|service|tests|benchmarks|configs|docs|docker)/[\w./*-]*[\w*]", text)
+    assert [path for path in named if path not in MADE_BY_READERS and not any(ROOT.glob(path))] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@by_page
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
