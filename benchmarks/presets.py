@@ -68,7 +68,7 @@ def main() -> None:
         started = time.monotonic()
         subprocess.run([*command, *(word for each in sets for word in ("--set", each))], check=True)
         seconds = time.monotonic() - started
-        figures = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         student = read_spec(out / "student")  # whole, or an error
 
     turns = {moment: planned for moment, planned in plan.moments.items() if moment.endswith("turn")}
@@ -76,8 +76,8 @@ def main() -> None:
     print(f"{arguments.preset}: {student.parameters / 1e9:.2f} B parameters, {seconds:.0f} s from start to student")
     for moment, planned in turns.items():
         role = moment.partition("'")[0]
-        print(f"{moment:16} {figures[f'seconds/{role}']:8.0f} s, planned {planned / GIB:6.2f} GiB")
-    print(f"peak of the turns: {figures['memory/peak'] / GIB:.2f} GiB, planned {max(turns.values()) / GIB:.2f}")
+        print(f"{moment:16} {metrics[f'seconds/{role}']:8.0f} s, planned {planned / GIB:6.2f} GiB")
+    print(f"peak of the turns: {metrics['memory/peak'] / GIB:.2f} GiB, planned {max(turns.values()) / GIB:.2f}")
     print(f"peak of the process on the host, grid and export within: {whole / GIB:.2f} GiB")
 
 

@@ -99,7 +99,7 @@ def litserve(model: str, port: int) -> None:
 OTHERS = {"naive": naive, "litserve": litserve}
 
 
-def figures(load: Load) -> dict[str, float]:
+def metrics(load: Load) -> dict[str, float]:
     """What is told of a load."""
     quantiles = {f"p{100 * share:.0f}_seconds": load.quantile(share) for share in (0.5, 0.95, 0.99)}
     return {"requests_per_second": load.rate, **quantiles}
@@ -120,7 +120,7 @@ def main() -> None:
         OTHERS[arguments.serve](arguments.model, arguments.port)
         return
     settings = Settings(models=(Path(arguments.model),))
-    results = {"engine": [figures(load_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
+    results = {"engine": [metrics(load_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
     for name in ("service", *arguments.beside):
         port = free_port()
         command = [sys.executable, "-m", "service.cli", "serve", "--model", arguments.model, "--port", str(port)]
@@ -130,7 +130,7 @@ def main() -> None:
         results[name] = []
         with own_server(command, port) as url:
             for clients in arguments.clients:
-                results[name].append(figures(load_server(url, clients, arguments.seconds)))
+                results[name].append(metrics(load_server(url, clients, arguments.seconds)))
                 print(f"{name}, {clients} clients: {results[name][-1]}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"clients": arguments.clients, **results}, indent=2))

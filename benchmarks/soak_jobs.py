@@ -37,7 +37,13 @@ from postgres import Postgres, programs, running
 ENDPOINT = "/v1/images/generations"
 IMAGE = {"prompt": "a red circle"}
 STEP = 16  # of a job, in images
-DISTILLATION = {"preset": "scenes-debug", "batch": STEP, "warmup": 0, "log_every": STEP, "checkpoint_every": 2 * STEP}
+DISTILLATION = {
+    "preset": "scenes-debug",
+    "batch": STEP,
+    "warmup_images": 0,
+    "log_every": STEP,
+    "checkpoint_every": 2 * STEP,
+}
 SUPERVISOR = "service.jobs.fine_tuning.process_supervisor"
 LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
 
@@ -179,7 +185,7 @@ class Work:
             yield "its events are not in the order of their times"
         steps = [event.message for event in events if event.message.startswith("Images seen")]
         if steps != [f"Images seen: {seen} of {self._images}" for seen in range(STEP, self._images + 1, STEP)]:
-            yield f"its figures are not each there once and in order: {steps}"
+            yield f"its metrics are not each there once and in order: {steps}"
         if [event.message for event in events].count(f"The student is {job.fine_tuned_model}.") != 1:
             yield "its end is not told once"
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from distill.plan.estimate import Setting
 
-for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the figures
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the metrics
     os.environ.setdefault(_name, "error")
 
 SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "teacher"
@@ -70,8 +70,12 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     cadence = dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9)
     config = Run.model_validate(
         {
-            "networks": {"kind": arguments.kind, "checkpointing": arguments.checkpointing, "compile": compiled},
-            "method": {"name": "fgm", "guidance": {"teacher": GUIDANCE}},
+            "networks": {
+                "kind": arguments.kind,
+                "gradient_checkpointing": arguments.gradient_checkpointing,
+                "compile": compiled,
+            },
+            "method": {"name": "fgm", "guidance": {"scale": GUIDANCE}},
             "images": 10**9,
             "batch": arguments.batch,
             "cadence": cadence | {"log": arguments.batch} if arguments.profile else cadence,
@@ -94,12 +98,12 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             started = _clock(machine.device)
             with torch.profiler.profile() if arguments.profile else nullcontext() as profile:
                 rounds = [next(progress) for _ in range(arguments.steps)]
-                figures = _figures(started, machine.device, arguments)
+                metrics = _metrics(started, machine.device, arguments)
         if profile is not None:
             setting = Setting(geometry, config.networks, dtype, arguments.batch, size, config.method)
-            _tell(profile, [each.figures for each in rounds], setting, figures["images_per_second"], machine.device)
+            _tell(profile, [each.metrics for each in rounds], setting, metrics["images_per_second"], machine.device)
         machine.end_training()
-        return {**figures, "seconds_to_start": started - began}
+        return {**metrics, "seconds_to_start": started - began}
 
 
 def _tell(
@@ -113,8 +117,8 @@ def _tell(
     import torch
 
     seconds: dict[str, float] = {}
-    for figures in rounds:
-        for name, value in figures.items():
+    for metrics in rounds:
+        for name, value in metrics.items():
             if name.startswith("seconds/"):
                 seconds[name] = seconds.get(name, 0) + value
     print("\n".join(f"{name:20} {value / sum(seconds.values()):6.1%}" for name, value in seconds.items()))
@@ -163,7 +167,7 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
         model.requires_grad_(False)
     for model in (teacher, *encoders):
         model.to(torch.bfloat16 if bf16 else torch.float32)
-    if arguments.checkpointing:
+    if arguments.gradient_checkpointing:
         for model in (teacher, fake, student):
             model.enable_gradient_checkpointing()
     optimizers = [torch.optim.Adam(model.parameters(), 1e-4, betas=(0.0, 0.999)) for model in (fake, student)]
@@ -239,7 +243,7 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     started = _clock(device)
     for _ in range(arguments.steps):
         step()
-    return _figures(started, device, arguments)
+    return _metrics(started, device, arguments)
 
 
 def _clock(device) -> float:
@@ -250,7 +254,7 @@ def _clock(device) -> float:
     return time.perf_counter()
 
 
-def _figures(started: float, device, arguments: argparse.Namespace) -> dict[str, float]:
+def _metrics(started: float, device, arguments: argparse.Namespace) -> dict[str, float]:
     """Images/s since `started`, and the most bytes held: of the device's allocator, or of the process on a CPU."""
     import torch
 
@@ -273,7 +277,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("full", "lora"), default="full", help="what our side trains")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, help="side of the images in pixels; native if not given")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="gradient checkpointing, on both sides")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of our blocks; on GPUs if not given")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
@@ -283,9 +287,9 @@ def main() -> None:
     parser.add_argument("--side", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side or arguments.profile:
-        figures = MODELS[arguments.side or "ours"](arguments)
+        metrics = MODELS[arguments.side or "ours"](arguments)
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(figures))
+            print(json.dumps(metrics))
         return
 
     found: dict[str, list[dict[str, float]]] = {}
@@ -302,8 +306,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({**medians, "ratios": ratios}, indent=2))
         return
-    for side, figures in medians.items():
-        print(f"{side:12} {figures['images_per_second']:8.2f} images/s  {figures['peak_bytes'] / 2**30:6.2f} GiB")
+    for side, metrics in medians.items():
+        print(f"{side:12} {metrics['images_per_second']:8.2f} images/s  {metrics['peak_bytes'] / 2**30:6.2f} GiB")
     print(f"{'ratio':12} {ratios['images_per_second']:8.2f}           {ratios['peak_bytes']:6.2f}")
 
 

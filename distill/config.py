@@ -25,26 +25,26 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(Settings):
-    """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; `count` of them at most.
+    """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; at most `max_count` of them.
 
     `column` names the column of the prompts, if it is not `prompt`, `caption` or `text`.
     """
 
     source: _Place = "scenes"
     column: str | None = None
-    count: _Count = 20_000
+    max_count: _Count = 20_000
     seed: Seed = 0
 
 
 class RealImages(Settings):
     """Where real images with captions come from, for methods that learn from them too.
 
-    `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `count`.
+    `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `max_count`.
     `column` names the captions' key in JSON, where it is not `prompt`, `caption` or `text`.
     """
 
     source: _Place
-    count: _Count | None = None
+    max_count: _Count | None = None
     seed: Seed = 0  # of scenes
     column: str | None = None
 
@@ -52,13 +52,13 @@ class RealImages(Settings):
 class _Networks(Settings):
     """How the networks compute. A run may go on with another choice: only rounding differs.
 
-    `checkpointing` is activation checkpointing of each block. `compile` compiles each block. `attention` names the
-    kernel: `auto` is `math`, two matrix products and a softmax, for bf16 on CPUs, where the backward of PyTorch's fused
-    kernel is slow, and elsewhere `sdpa`, which leaves the choice to PyTorch. `cuda_graph` runs a whole round of updates
-    as one CUDA graph; `auto` does so for models whose kernels are shorter than their launches.
+    `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block. `attention`
+    names the kernel: `auto` is `math`, two matrix products and a softmax, for bf16 on CPUs, where the backward of
+    PyTorch's fused kernel is slow, and elsewhere `sdpa`, which leaves the choice to PyTorch. `cuda_graph` runs a whole
+    round of updates as one CUDA graph; `auto` does so for models whose kernels are shorter than their launches.
     """
 
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     compile: bool = False
     attention: Literal["auto", "sdpa", "math", "flash", "xformers"] = "auto"
     cuda_graph: bool | Literal["auto"] = "auto"
@@ -83,45 +83,39 @@ class Lora(_Networks):
 
 
 class Optimizer(Settings):
-    """Adam for both roles. Rates rise over the first `warmup` images and fall to zero over the last `decay` images.
+    """Adam for both roles. Learning rates rise over `warmup_images` and fall to 0 over the last `decay_images`.
 
     `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
-    is not finite is skipped and counted; more than `skips` in a row end the run.
+    is not finite is skipped and counted; more than `max_skipped_steps` in a row end the run.
     """
 
     kind: Literal["adam", "adam-8bit"] = "adam"
-    student_rate: _Positive = 1e-4
-    fake_rate: _Positive = 2e-4
+    student_lr: _Positive = 1e-4
+    fake_lr: _Positive = 2e-4
     betas: tuple[_Decay, _Decay] = (0.0, 0.999)
     eps: _Positive = 1e-8
-    clip: _Positive = 1.0
-    skips: Annotated[int, Field(ge=0)] = 3
-    warmup: Annotated[int, Field(ge=0)] = 2_000
-    decay: Annotated[int, Field(ge=0)] = 50_000
+    max_grad_norm: _Positive = 1.0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    warmup_images: Annotated[int, Field(ge=0)] = 2_000
+    decay_images: Annotated[int, Field(ge=0)] = 50_000
 
 
 class Cadence(Settings):
-    """How often, in images seen; what does not change the result of a run."""
+    """Intervals in images seen, and how many checkpoints are kept. They do not change the result of a run."""
 
     log: _Count = 1_000
     sample: _Count = 10_000
     checkpoint: _Count = 10_000
     evaluate: _Count = 10_000
-    keep: _Count = 2
-
-
-class Stop(Settings):
-    """When a run may end before its budget: after `patience` evaluations without a better student; never if null."""
-
-    patience: _Count | None = None
+    keep_checkpoints: _Count = 2
 
 
 class Run(Settings):
     """Everything that a run depends on."""
 
     teacher: _Place = "scenes"
-    # Run (its newest checkpoint) or student to start from; none is the teacher.
-    start: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    # Folder of a run (its newest checkpoint) or a student for the initial weights; null takes the teacher's.
+    init_from: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     prompts: Prompts = Prompts()
     real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
@@ -135,7 +129,7 @@ class Run(Settings):
     seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cadence: Cadence = Cadence()
-    stop: Stop = Stop()
+    early_stopping_patience: _Count | None = None  # evaluations without a better student that end the run
     trackers: tuple[str, ...] = ("tensorboard",)
 
     @field_validator("method", mode="before")
@@ -192,7 +186,7 @@ class Run(Settings):
         The teacher may have been moved; it is identified by its digest in `sources.json`.
         """
         plain = self.as_dict()
-        for free in ("cadence", "images", "micro_batch", "stop", "teacher", "trackers"):
+        for free in ("cadence", "early_stopping_patience", "images", "micro_batch", "teacher", "trackers"):
             plain.pop(free)
         for free in _Networks.model_fields:
             plain["networks"].pop(free)

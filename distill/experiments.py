@@ -160,7 +160,7 @@ def read_cost(folder: Path) -> Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Commands and costs of the runs, figures of teacher and students where there is a scorer, and their images.
+    """Commands and costs of the runs, metrics of teacher and students where there is a scorer, and their images.
 
     `diverged` and `failed` give the reasons for runs without a student.
     """
@@ -175,9 +175,9 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `teacher`, `runs`, and `diverged` and `failed` where there are any."""
-        figures = {name: judgment.as_dict() for name, judgment in self.students.items()}
+        metrics = {name: judgment.as_dict() for name, judgment in self.students.items()}
         runs = {
-            name: {"command": self.commands[name], **asdict(cost), **figures.get(name, {})}
+            name: {"command": self.commands[name], **asdict(cost), **metrics.get(name, {})}
             for name, cost in self.costs.items()
         }
         measure = {"features": FEATURES, "teacher": self.teacher.as_dict()} if self.teacher else {}
@@ -240,10 +240,10 @@ def judged(
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     if is_scored(config):
         result = Comparison(teacher, students, [(steps, None)], device).run(questions, seed, report)
-        figures = {name: answers.result for name, answers in result.students.items()}
-        return Outcome(commands, costs, result.teacher, figures, result.picture(), diverged, failed)
+        metrics = {name: answers.result for name, answers in result.students.items()}
+        return Outcome(commands, costs, result.teacher, metrics, result.picture(), diverged, failed)
 
-    first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.count))
+    first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.max_count))
     texts = list(islice(cycle(first), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)

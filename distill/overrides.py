@@ -11,7 +11,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """Key and value, which is YAML. Raises ConfigError for what is neither."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_rate=1e-4")
+        raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_lr=1e-4")
     try:
         value = text if text in ("", "-") else yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):

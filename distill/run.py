@@ -72,8 +72,9 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
 def check_run(config: Run, out: Path) -> TeacherSpec:
     """Check teacher, start, sources and the run folder; nothing is written.
 
-    Raises TeacherError, SizeError, ConfigError for `stop.patience` without evaluations, CheckpointError if `out` holds
-    a run of another configuration, and OutputError if a run would replace files there that belong to no run.
+    Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations, CheckpointError if
+    `out` holds a run of another configuration, and OutputError if a run would replace files there that belong to no
+    run.
     """
     spec = read_spec(teacher_folder(config))
     latent_shapes(config, spec)
@@ -119,11 +120,11 @@ def _check_sources(config: Run, spec: TeacherSpec) -> None:
     if _is_cache(prompts, MANIFEST):
         EmbeddingCache(Path(prompts.source), spec.folder)
     elif _may_be_read_twice(prompts.source):
-        next(iter(read_prompts(prompts.source, prompts.count, prompts.seed, prompts.column)), None)
+        next(iter(read_prompts(prompts.source, prompts.max_count, prompts.seed, prompts.column)), None)
     if real is not None and _is_cache(real, real_images.MANIFEST):
         ImageCache(Path(real.source), spec.folder)
     elif real is not None and _may_be_read_twice(real.source):
-        next(iter(read_examples(real.source, real.count, real.seed, real.column)), None)
+        next(iter(read_examples(real.source, real.max_count, real.seed, real.column)), None)
 
 
 def _is_cache(given: Prompts | RealImages, manifest: str) -> bool:
@@ -177,17 +178,18 @@ def is_judged(config: Run, spec: TeacherSpec) -> bool:
 
 
 def _check_patience(config: Run, spec: TeacherSpec) -> None:
-    patience = config.stop.patience
+    patience = config.early_stopping_patience
     if patience is None:
         return
     if not is_judged(config, spec):
         raise ConfigError(
-            "stop.patience counts evaluations, and only students of the toy dataset are evaluated; set it to null"
+            "early_stopping_patience counts evaluations, and only students of the toy dataset are evaluated; "
+            "set it to null"
         )
     evaluations = config.images // config.cadence.evaluate
     if evaluations <= patience:
         _log.warning(
-            "stop.patience %d cannot end this run: images and cadence.evaluate make %d evaluations",
+            "early_stopping_patience %d cannot end this run: images and cadence.evaluate make %d evaluations",
             patience,
             evaluations,
         )
@@ -202,7 +204,7 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
     if folder == Path(config.prompts.source):
         return
     given = config.prompts
-    prompts = read_prompts(given.source, given.count, given.seed, given.column)
+    prompts = read_prompts(given.source, given.max_count, given.seed, given.column)
     if (folder / MANIFEST).exists():
         if not _is_gone(given.source, folder, out):
             check_prompts(teacher_folder(config), prompts, folder)
@@ -224,7 +226,7 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
     real = config.real
     if real is None or (folder := _images_folder(real, out)) == Path(real.source):
         return
-    examples = read_examples(real.source, real.count, real.seed, real.column)
+    examples = read_examples(real.source, real.max_count, real.seed, real.column)
     if (folder / real_images.MANIFEST).exists():
         if not _is_gone(real.source, folder, out):
             check_examples(teacher_folder(config), examples, folder)
@@ -273,10 +275,10 @@ def distill(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
         return
     folder = teacher_folder(config)
     spec = read_spec(folder)
-    conditions = EmbeddingCache(embeddings_folder(config, out), folder, machine.device, config.prompts.count)
+    conditions = EmbeddingCache(embeddings_folder(config, out), folder, machine.device, config.prompts.max_count)
     reals = None
     if config.real is not None:
-        reals = ImageCache(_images_folder(config.real, out), folder, config.real.count, machine.device)
+        reals = ImageCache(_images_folder(config.real, out), folder, config.real.max_count, machine.device)
     _hold_to_sources(out, spec, conditions, reals, machine.is_main_process)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
@@ -379,8 +381,8 @@ def export(
     name = "scenes" if folder == SHIPPED_TEACHER else spec.name
     if config.real is not None:
         plain["real"]["source"] = Path(config.real.source).name
-    if config.start is not None:
-        plain["start"] = config.start.name
+    if config.init_from is not None:
+        plain["init_from"] = config.init_from.name
     recipe = {
         "name": f"{name}-one-step",
         "method": config.method.name,
@@ -390,7 +392,7 @@ def export(
             "count": _prompts_of(manifest),
         },
         **({"sizes": config.sizes} if config.sizes else {}),
-        "figures": {name: value for name, value in judged.items() if name != "images"},
+        "metrics": {name: value for name, value in judged.items() if name != "images"},
         "config": {**plain, "teacher": name, "prompts": {**plain["prompts"], "source": source}},
     }
     return export_student(
@@ -465,14 +467,14 @@ class _Watch:
         questions = SceneEvaluator().prompts(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.
-        few = cached_prompts(embeddings_folder(config, out), min(GRID, config.prompts.count))
+        few = cached_prompts(embeddings_folder(config, out), min(GRID, config.prompts.max_count))
         self._texts = list(islice(cycle(few), GRID))
         every = dict.fromkeys([*self._texts, *(questions.texts if self._judged else ())])
         self._conditions = {prompt: text.encode([prompt]) for prompt in every}
 
     def look(self, progress: Progress) -> None:
         """Whatever falls due."""
-        if progress.figures and self._write:
+        if progress.metrics and self._write:
             self._heed(progress)
 
         @torch.no_grad()
@@ -491,7 +493,7 @@ class _Watch:
 
     def _heed(self, progress: Progress) -> None:
         """Alarms of the line that was just logged."""
-        for alarm in self._alarms.see({"images": progress.images, **progress.figures}):
+        for alarm in self._alarms.see({"images": progress.images, **progress.metrics}):
             progress.notes.append(f"alarm, {alarm.name}: {alarm.says}")
             with (self._out / ALARMS).open("a") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
@@ -500,24 +502,24 @@ class _Watch:
         encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
         result, _ = evaluate(self._questions, generate, 1, encode, self._config.seed)
         names = ("overall", "frechet", "recall", "diversity")
-        figures: dict[str, float] = {name: getattr(result, name) for name in names}
-        progress.figures.update(figures)
+        metrics: dict[str, float] = {name: getattr(result, name) for name in names}
+        progress.metrics.update(metrics)
         if not self._write:
             return
         with (self._out / EVALUATIONS).open("a") as file:
-            file.write(json.dumps({"images": progress.images, **figures, **result.tasks}) + "\n")
+            file.write(json.dumps({"images": progress.images, **metrics, **result.tasks}) + "\n")
         # A student that says the same thing well is not the best one.
         fitness = result.overall * result.diversity
         best = checkpoint.latest(self._out / "best")
         if best is None or fitness > checkpoint.load_record(best)["fitness"]:
             target = self._out / "best" / checkpoint.state_name(progress.images)
-            checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **figures})
+            checkpoint.save(target, progress.average, {"images": progress.images, "fitness": fitness, **metrics})
             checkpoint.prune(self._out / "best", 1)
         run = read_run(self._out)
         self.over = ended_early(run.config, run.evaluations, run.best)
         if self.over and progress.images < self._config.images:
             progress.save()
             progress.notes.append(
-                f"{self._config.stop.patience} evaluations found no better student than that after "
-                f"{run.best['images']} images; the run ends with it, as stop.patience says"
+                f"{self._config.early_stopping_patience} evaluations found no better student than that after "
+                f"{run.best['images']} images; the run ends with it, as early_stopping_patience says"
             )

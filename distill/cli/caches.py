@@ -104,9 +104,9 @@ def stats(
     found = prompt_stats(source, teacher, column)
     rows = []
     for name, spread in found.lengths.items():
-        figures = (spread.minimum, spread.median, spread.p95, spread.maximum)
+        metrics = (spread.minimum, spread.median, spread.p95, spread.maximum)
         over = "" if spread.limit is None else f"{spread.over} over {spread.limit}"
-        rows.append((name, *map(str, figures), over))
+        rows.append((name, *map(str, metrics), over))
     out.print(table("lengths", ("", "min", "median", "p95", "max", "over the limit"), rows))
     out.print(
         f"{found.prompts} prompts, {found.prompts - found.repeated} different, {found.repeated} repeated; "

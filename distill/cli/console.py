@@ -21,7 +21,7 @@ from rich.text import Text
 out = Console(soft_wrap=True)
 _bars = Console(stderr=True, soft_wrap=True)  # standard output holds results alone
 
-SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # figures beside a bar
+SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # metrics beside a bar
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 
@@ -33,8 +33,8 @@ def quiet(silent: bool) -> None:
 class ImageProgress(Protocol):
     """How a command tells how far it is."""
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
-        """It is at `seen` images; figures, when given, stand beside it; a `total` that was unknown is known now."""
+    def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
+        """It is at `seen` images; metrics, when given, stand beside it; a `total` that was unknown is known now."""
 
     def advance(self, images: int) -> None:
         """It is `images` further."""
@@ -61,10 +61,10 @@ def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator[ImageProg
         _Rate(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
     )
     with Progress(*columns, console=_bars, speed_estimate_period=60) as progress:
-        yield _ImageBar(progress, progress.add_task(what, total=total, completed=seen, figures=""))
+        yield _ImageBar(progress, progress.add_task(what, total=total, completed=seen, metrics=""))
 
 
 def _plain(line: str) -> None:
@@ -86,10 +86,10 @@ class _ImageBar:
         self._progress = progress
         self._task = progress.task_ids[task]
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
+    def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
         self._progress.update(self._task, completed=seen, total=total)
-        if figures:
-            self._progress.update(self._task, figures=_words(figures))
+        if metrics:
+            self._progress.update(self._task, metrics=_words(metrics))
 
     def advance(self, images: int) -> None:
         self._progress.advance(self._task, images)
@@ -109,15 +109,15 @@ class ImageLines:
     ) -> None:
         self._what, self._total, self._seen = what, total, seen
         self._write, self._clock = write, clock
-        self._figures = ""
+        self._metrics = ""
         self._begun: tuple[float, int] | None = None
         self._shown = (clock(), seen)
 
-    def update(self, seen: int, figures: Mapping[str, float] | None = None, total: int | None = None) -> None:
+    def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
         self._seen = seen
         self._total = self._total if total is None else total
-        if figures:
-            self._figures = _words(figures)
+        if metrics:
+            self._metrics = _words(metrics)
         if self._begun is None:
             self._begun = self._shown = (self._clock(), seen)
         elif self._clock() - self._shown[0] >= EVERY:
@@ -142,12 +142,12 @@ class ImageLines:
             parts.append(f"{speed:.3g} images/s")
             if self._total is not None and self._seen < self._total:
                 parts.append(f"{_clock_face((self._total - self._seen) / speed)} left")
-        self._write("  ".join([*parts, self._figures]).rstrip())
+        self._write("  ".join([*parts, self._metrics]).rstrip())
         self._shown = (now, self._seen)
 
 
-def _words(figures: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+def _words(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
 
 def _clock_face(seconds: float) -> str:

@@ -53,13 +53,13 @@ def main() -> int:
     print("\nNow a new student is distilled from the shipped teacher:", flush=True)
     budget = ("--seconds", str(arguments.seconds)) if arguments.seconds else ()
     _distill("run", "demo", "--out", str(out), *budget, *(f"--set={setting}" for setting in arguments.set))
-    picture, figures = out / "teacher-vs-student.png", out / "evaluation.txt"
-    if not (picture.exists() and figures.exists()):
+    picture, metrics = out / "teacher-vs-student.png", out / "evaluation.txt"
+    if not (picture.exists() and metrics.exists()):
         asked = ("--per-task", str(arguments.per_task), "--steps", str(arguments.steps))
         evaluation = (*asked, "--picture", str(picture))
-        with aside(figures) as made, made.open("w") as file:
+        with aside(metrics) as made, made.open("w") as file:
             _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
-    print(figures.read_text())
+    print(metrics.read_text())
 
     quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # what follows is to be seen
     serve = ("serve", "--model", str(out / "student"), "--port", str(arguments.port))

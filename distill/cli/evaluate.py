@@ -137,11 +137,11 @@ def score(
     from distill.evaluate.images import score_images
     from distill.models.device import resolve_device
 
-    figures = score_images(folder, clip, reference, inception, resolve_device(device))
+    metrics = score_images(folder, clip, reference, inception, resolve_device(device))
     if as_json:
-        typer.echo(json.dumps(figures, indent=2))
+        typer.echo(json.dumps(metrics, indent=2))
         return
-    out.print(table(str(folder), ("", ""), [(name, _shown(value)) for name, value in figures.items()]))
+    out.print(table(str(folder), ("", ""), [(name, _shown(value)) for name, value in metrics.items()]))
 
 
 def _shown(value: object) -> str:

@@ -81,7 +81,7 @@ def logs(
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """Print what a job has told: progress, figures, alarms."""
+    """Print what a job has told: progress, metrics, alarms."""
     from distill.cli.remote import Server as Remote
 
     with Remote(server, api_key) as remote:
@@ -122,13 +122,13 @@ def _follow(remote: "Remote", name: str) -> None:
 
 
 def _told(event: dict[str, Any]) -> str:
-    """An event as a line: when, what, and the figures that people follow."""
+    """An event as a line: when, what, and the metrics that people follow."""
     import time
 
     from distill.cli.console import SHOWN
 
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["created_at"]))
     data = event["data"] or {}
-    figures = [f"{name} {data[name]:.3g}" for name in SHOWN if isinstance(data.get(name), int | float)]
-    words = [when, event["message"], *figures]
+    metrics = [f"{name} {data[name]:.3g}" for name in SHOWN if isinstance(data.get(name), int | float)]
+    words = [when, event["message"], *metrics]
     return "  ".join(words)

@@ -22,7 +22,7 @@ def plan(
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
-    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
     reserve: Annotated[
         float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0, max=1e6, callback=finite)
     ] = 2,
@@ -49,7 +49,9 @@ def plan(
     from distill.plan.estimate import GIB, changes_that_fit, setting
 
     geometry = read_geometry(teacher)
-    made = setting(geometry, mode, rank, checkpointing, dtype, batch, size or geometry.image_size, method, optimizer)
+    made = setting(
+        geometry, mode, rank, gradient_checkpointing, dtype, batch, size or geometry.image_size, method, optimizer
+    )
     result = made.plan()
     available = int((device_memory - reserve) * GIB)
     fits = result.peak <= available

@@ -73,8 +73,8 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
                 runs.prepare(config, folder)
         with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, asked_to_stop() as asked:
             for progress in runs.distill(config, folder, machine):
-                figures = {name: progress.figures[name] for name in SHOWN if name in progress.figures}
-                bar.update(progress.images, figures)
+                metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
+                bar.update(progress.images, metrics)
                 for note in progress.notes:
                     bar.say(note)
                 if signals := agreed(asked, machine):
@@ -93,11 +93,11 @@ def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> Non
     from distill.cli.console import image_bar
 
     endless = config.prompts.source == "scenes"  # a file may hold fewer
-    with image_bar("prompts", config.prompts.count if endless else None) as bar:
+    with image_bar("prompts", config.prompts.max_count if endless else None) as bar:
         for encoded in runs.embed(config, folder, device):
             bar.update(encoded.prompts, {"truncated": encoded.truncated})
     if config.real is not None:
-        with image_bar("real images", config.real.count) as bar:
+        with image_bar("real images", config.real.max_count) as bar:
             for images in runs.encode(config, folder, device):
                 bar.update(images.images, {"skipped": images.skipped})
 

@@ -57,7 +57,7 @@ def train_with_bar(name: str, images: int, training: "Iterable[Progress]") -> No
 
     with image_bar(name, images) as bar, asked_to_stop() as asked:
         for progress in training:
-            bar.update(progress.images, progress.figures)
+            bar.update(progress.images, progress.metrics)
             if asked:
                 progress.save()
                 raise stopped(progress.images, asked)

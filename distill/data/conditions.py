@@ -108,8 +108,8 @@ def embed_prompts(
         if shard is null:
             continue
         count, truncated = count + len(shard.prompts), truncated + cut
-        figures = {"prompts": count, "truncated": truncated, "repeated": shard.repeated}
-        writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **figures)
+        metrics = {"prompts": count, "truncated": truncated, "repeated": shard.repeated}
+        writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **metrics)
         yield Encoded(count, truncated, shard.repeated)
     if not count:
         raise PromptError("there are no prompts to encode; give a source that holds some")

@@ -168,9 +168,9 @@ def encode_examples(
                 yield EncodedImages(count, skipped, truncated, unused)
             more = len(rows) == shard_rows
             if rows:
-                figures = dict(zip(names, (count, skipped, truncated, unused), strict=True))
+                metrics = dict(zip(names, (count, skipped, truncated, unused), strict=True))
                 found = {"latents": torch.cat(latents), **tensors(TextCondition.cat(conds))}
-                writer.add(found, {ROWS: rows, SKIPPED: passed}, **figures)
+                writer.add(found, {ROWS: rows, SKIPPED: passed}, **metrics)
                 passed = []
     if not count:
         last = f", the last of them {passed[-1]['name']}: {passed[-1]['reason']}" if passed else ""

@@ -104,7 +104,7 @@ class Source(Protocol):
 
 
 class ShardWriter:
-    """Adds shards to a cache, from where a killed call left it; `counts` are figures that the index keeps."""
+    """Adds shards to a cache, from where a killed call left it; `counts` are metrics that the index keeps."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, source: Source, counts: Set[str]) -> None:
         """Open the folder, and pass over what its shards were made of.

@@ -1,4 +1,4 @@
-"""Image files in folders, as figures are taken of them."""
+"""Image files in folders, as metrics are taken of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Figures of images in folders, by models that the user has: CLIP score, CMMD and FID."""
+"""Metrics of images in folders, by models that the user has: CLIP score, CMMD and FID."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +25,16 @@ def score_images(
     """
     made = find_images(folder)
     real = None if reference is None else find_images(reference)
-    figures: dict[str, object] = {"images": len(made)}
+    metrics: dict[str, object] = {"images": len(made)}
     if clip is not None:
         model = Clip(clip, device)
-        figures["clip"] = clip.name
-        figures["clip_score"], figures["clip_score_interval"] = clip_score(model, made)
+        metrics["clip"] = clip.name
+        metrics["clip_score"], metrics["clip_score_interval"] = clip_score(model, made)
         if real is not None:
-            figures["cmmd"] = cmmd(model.images(made), model.images(real))
+            metrics["cmmd"] = cmmd(model.images(made), model.images(real))
     if inception is not None and real is not None:
-        figures["fid"] = fid(made, real, inception, device)
-    return figures
+        metrics["fid"] = fid(made, real, inception, device)
+    return metrics
 
 
 def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
@@ -67,7 +67,7 @@ def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: tor
         # It unpickles the file that it is given, so it gets one that was written here.
         pickled = Path(folder) / "inception.pth"
         torch.save(weights, pickled)
-        figures = calculate_metrics(
+        metrics = calculate_metrics(
             input1=sets[0],
             input2=sets[1],
             fid=True,
@@ -78,7 +78,7 @@ def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: tor
             cache=False,
             verbose=False,
         )
-    return float(figures["frechet_inception_distance"])
+    return float(metrics["frechet_inception_distance"])
 
 
 def _inception_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -58,10 +58,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to descend, and what to log: figures per image (B,), `t` and squared distances, and images made."""
+    """A scalar to descend, and what to log: metrics per image (B,), `t` and squared distances, and images made."""
 
     value: Tensor
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     x_0: Tensor
 
 

@@ -40,7 +40,7 @@ class Config(Settings):
 
     name: Literal["dmd"] = "dmd"
     normalize: bool = True
-    times: Times = Times(law="uniform")
+    times: Times = Times(distribution="uniform")
     guidance: Guidance = Guidance()
     fake_steps: Annotated[int, Field(ge=1)] = 5
     gan: Gan | None = None
@@ -59,7 +59,7 @@ class Config(Settings):
         if self.gan is None:
             return matched
         assert batch.real is not None  # the turn asks for them
-        t, real = matched.figures["t"], batch.real
+        t, real = matched.metrics["t"], batch.real
 
         def logits(x_0: Tensor, cond: Any) -> Tensor:
             eps = batch.draw.normal(x_0.shape[1:]).to(x_0.device)
@@ -67,7 +67,7 @@ class Config(Settings):
 
         critic = softplus(logits(matched.x_0, batch.cond)) + softplus(-logits(real.x_0, real.cond))
         loss = matched.value + self.gan.fake * critic.mean()
-        return Loss(loss, {**matched.figures, "critic": critic.detach()}, matched.x_0)
+        return Loss(loss, {**matched.metrics, "critic": critic.detach()}, matched.x_0)
 
     def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
         """<direction, x_0> with the direction held, at the student's images, which carry the gradient."""
@@ -80,9 +80,9 @@ class Config(Settings):
             error = (x_0 - f_u).abs().flatten(1).mean(1)  # per image, never over the batch
             weight = 1 / error.clamp(min=1e-3) if self.normalize else torch.ones_like(t)
         loss = weight * dot(f_v - f_u, x_0)
-        figures = {"t": t, "gap": dot(u - v, u - v)}
+        metrics = {"t": t, "gap": dot(u - v, u - v)}
         if self.gan is not None:
             doubt = softplus(-nets.critic(x_t, t, batch.cond))
             loss = loss + self.gan.student * doubt
-            figures["doubt"] = doubt.detach()
-        return Loss(loss.mean(), figures, x_0.detach())
+            metrics["doubt"] = doubt.detach()
+        return Loss(loss.mean(), metrics, x_0.detach())

@@ -7,13 +7,14 @@ The student learns a mean velocity v(x, t, s), and with it the map along the gui
     lagrangian:  d/ds X_{t,s}(x) - u(X_{t,s}(x), s) = 0               v = u(X, s) - (s - t) dv/ds
     eulerian:    d/dt X_{t,s}(x) + grad X_{t,s}(x) u(x, t) = 0        v = u(x, t) + (s - t) (dv/dt + grad v u)
 
-Each law is written as what v must be. The residual against that right-hand side, held still, is squared: its value is
-the paper's loss, its gradient that of the continuous-time limit in Align Your Flow (arXiv 2506.14603) and of MeanFlow
-(2505.13447). So no gradient goes back through a derivative, nor through the teacher. Held, each law carries what is
-known at s = t, where v is the teacher's velocity, outwards to longer jumps, and damps errors on the way.
+Each objective is written as the value that v must have. The residual against that right-hand side, held still, is
+squared: its value is the paper's loss, its gradient that of the continuous-time limit in Align Your Flow (arXiv
+2506.14603) and of MeanFlow (2505.13447). So no gradient goes back through a derivative, nor through the teacher. Held,
+each objective carries what is known at s = t, where v is the teacher's velocity, outwards to longer jumps, and damps
+errors on the way.
 
 The derivative is one forward-mode pass. States x_t are the student's own, X_{1,t}(z) from noise, held still, as
-FreeFlow (2511.19428) has it: no image that the teacher would not make enters. The lagrangian law closes on jumps
+FreeFlow (2511.19428) has it: no image that the teacher would not make enters. The lagrangian objective closes on jumps
 from noise alone; those from further on are for more steps than one. The eulerian has to climb up to t = 1, through
 the derivative of the teacher's own time embedding, and is the less stable in all of these papers.
 """
@@ -34,23 +35,23 @@ _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
 
 
 class Config(Settings):
-    """The law, where jumps start, and how images weigh.
+    """The objective, where jumps start, and how images weigh.
 
     `from_noise` is the share of jumps that start at t = 1; the others' t is from `times`, and s uniform below t.
     `adaptive` divides each image's squared residual by its own size (MeanFlow).
     """
 
     name: Literal["flow_map"] = "flow_map"
-    law: Literal["lagrangian", "eulerian"] = "lagrangian"
+    objective: Literal["lagrangian", "eulerian"] = "lagrangian"
     weight: Literal["adaptive", "uniform"] = "adaptive"
     from_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
-    times: Times = Times(law="uniform")
+    times: Times = Times(distribution="uniform")
     guidance: TeacherGuidance = TeacherGuidance()
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
-        if self.law == "eulerian" and self.from_noise == 1:
-            raise ValueError("the eulerian law is not complete from noise alone; set from_noise below 1")
+        if self.objective == "eulerian" and self.from_noise == 1:
+            raise ValueError("the eulerian objective is not complete from noise alone; set from_noise below 1")
         return self
 
     def turns(self) -> tuple[Turn, ...]:
@@ -58,14 +59,14 @@ class Config(Settings):
         return (Turn("student", 1, self.student_loss, two_times=True, forward_mode=True),)
 
     def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
-        """The law's squared residual, weighted; the images are where the mean velocities, held on, would lead."""
+        """The objective's squared residual, weighted; the images are where the mean velocities, held on, would lead."""
         z, cond, draw = batch.z, batch.cond, batch.draw
         t = torch.where(draw.uniform() < self.from_noise, 1.0, self.times.sample(draw)).to(z.device)
         s = t * draw.uniform().to(z.device)
         u = guided_teacher(self.guidance, nets, draw)
         with torch.no_grad():
             x_t = z if self.from_noise == 1 else jump(nets.student, z, torch.ones_like(t), t, cond)
-            target = LAWS[self.law](nets.student, u, x_t, t, s, cond)
+            target = OBJECTIVES[self.objective](nets.student, u, x_t, t, s, cond)
 
         v = nets.student(x_t, between(t, s), cond)
         residual = dot(v - target, v - target)
@@ -89,7 +90,7 @@ def _eulerian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond:
     return w + duration * slope
 
 
-LAWS: dict[str, Callable[[Velocity, Velocity, Tensor, Tensor, Tensor, Any], Tensor]] = {
+OBJECTIVES: dict[str, Callable[[Velocity, Velocity, Tensor, Tensor, Tensor, Any], Tensor]] = {
     "lagrangian": _lagrangian,
     "eulerian": _eulerian,
 }

@@ -26,7 +26,7 @@ class Times(Settings):
     `uniform` ignores mean and std. The clamp keeps 1/t and the ends' vanishing signal at bay.
     """
 
-    law: Literal["logit-normal", "uniform"] = "logit-normal"
+    distribution: Literal["logit-normal", "uniform"] = "logit-normal"
     mean: float = 0.6931
     std: Annotated[float, Field(gt=0)] = 1.6
     shift: Annotated[float, Field(gt=0)] = 1.0
@@ -41,37 +41,37 @@ class Times(Settings):
 
     def sample(self, draw: Draw) -> Tensor:
         """Times (B,)."""
-        t = draw.uniform() if self.law == "uniform" else torch.sigmoid(draw.normal(()) * self.std + self.mean)
+        t = draw.uniform() if self.distribution == "uniform" else torch.sigmoid(draw.normal(()) * self.std + self.mean)
         return shift_time(t, self.shift).clamp(self.low, self.high)
 
 
 class TeacherGuidance(Settings):
     """The target velocity field: the teacher's, with classifier-free guidance.
 
-    `teacher` is one scale, or a range to draw from per image (SenseFlow: 2 to 8); 1 is no guidance. Outside of
-    `interval` in t there is none either.
+    `scale` is one scale, or a range to draw from per image (SenseFlow: 2 to 8); 1 is no guidance. There is no guidance
+    outside of `interval` in t either.
     """
 
-    teacher: _Scale | tuple[_Scale, _Scale] = 4.5
+    scale: _Scale | tuple[_Scale, _Scale] = 4.5
     interval: tuple[_Time, _Time] = (0.0, 1.0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for name, pair in (("teacher", self.teacher), ("interval", self.interval)):
+        for name, pair in (("scale", self.scale), ("interval", self.interval)):
             if isinstance(pair, tuple) and pair[0] > pair[1]:
                 raise ValueError(f"{name} must go from low to high, not from {pair[0]} to {pair[1]}")
         return self
 
     def drawn(self, draw: Draw) -> Tensor | float:
         """A scale for each image (B,), or the one of all."""
-        if isinstance(self.teacher, tuple):
-            low, high = self.teacher
+        if isinstance(self.scale, tuple):
+            low, high = self.scale
             return low + (high - low) * draw.uniform()
-        return self.teacher
+        return self.scale
 
     def at(self, t: Tensor, scale: Tensor | float) -> Tensor | None:
         """What `drawn` gave, at times t (B,): 1 outside of the interval. None if the scale is 1: no image is guided."""
-        if self.teacher == 1:
+        if self.scale == 1:
             return None
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         return torch.where(inside, torch.ones_like(t) * scale, torch.ones_like(t))
@@ -82,12 +82,12 @@ class TeacherGuidance(Settings):
 
 
 class Guidance(TeacherGuidance):
-    """The same where a fake is held beside the teacher.
+    """Guidance of methods with a fake. `guide_fake` applies the teacher's scales to the fake too.
 
-    `fake` unguided is DMD's way; SiD-DiT guides both alike, and neither outside of the interval.
+    DMD leaves the fake unguided; SiD-DiT guides it.
     """
 
-    fake: Literal["unguided", "alike"] = "unguided"
+    guide_fake: bool = False
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # for the fake's null prompt, when it is guided
 
 
@@ -152,7 +152,7 @@ def regression(
 ) -> tuple[Tensor, Tensor]:
     """Times t (B,) and the fake's |v - scale w|^2 (B,) on images x_0; some lose their captions if it is guided."""
     t, eps = noised(times, x_0, draw)
-    if guidance.fake == "alike":
+    if guidance.guide_fake:
         dropped = (draw.uniform() < guidance.caption_dropout).to(x_0.device)
         cond = cond.where(dropped, nets.null)
     target = scale * (eps - x_0)
@@ -164,7 +164,7 @@ def guided_pair(guidance: Guidance, nets: Velocities, x_t: Tensor, t: Tensor, ba
     """Teacher's and fake's velocities u, v at x_t, each guided as the policy says."""
     scales = guidance.scales(t, batch.draw)
     u = guided(nets.teacher, nets.null, x_t, t, batch.cond, scales)
-    v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.fake == "alike" else None)
+    v = guided(nets.fake, nets.null, x_t, t, batch.cond, scales if guidance.guide_fake else None)
     return u, v
 
 

@@ -29,7 +29,7 @@ class Config(Settings):
 
     name: Literal["reflow"] = "reflow"
     stage: Literal["reflow", "distillation"] = "distillation"
-    times: Times = Times(law="uniform")
+    times: Times = Times(distribution="uniform")
     guidance: TeacherGuidance = TeacherGuidance()
     teacher_steps: Annotated[int, Field(ge=1)] = 28
     teacher_shift: Annotated[float, Field(gt=0)] = 3.0

@@ -3,7 +3,7 @@
 Nothing is estimated that can be measured: the real networks, the fields of the real method and their real backward run
 on tensors without data, and every storage that lives is counted. Memory is in bytes, arithmetic in FLOP (a
 multiply-add is two). What the GPU's allocator rounds, its libraries' workspaces and its context are not in a plan's
-figures; the caller sets memory aside for them.
+metrics; the caller sets memory aside for them.
 """
 
 from collections.abc import Callable, Iterator
@@ -172,7 +172,7 @@ def setting(
     geometry: Geometry,
     mode: str,
     rank: int,
-    checkpointing: bool,
+    gradient_checkpointing: bool,
     dtype: str,
     batch: int,
     size: int,
@@ -184,7 +184,11 @@ def setting(
     The method is chosen in the preset for SD3. Raises ConfigError for one that does not exist.
     """
     chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
-    kind = Lora(rank=rank, checkpointing=checkpointing) if mode == "lora" else Full(checkpointing=checkpointing)
+    kind = (
+        Lora(rank=rank, gradient_checkpointing=gradient_checkpointing)
+        if mode == "lora"
+        else Full(gradient_checkpointing=gradient_checkpointing)
+    )
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
     return Setting(geometry, kind, precision, batch, size, chosen, optimizer)
 
@@ -193,16 +197,16 @@ def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
     """Single changes after which the peak is at most `available` bytes; empty when none is enough."""
     kind = setting.kind
     found = []
-    if not kind.checkpointing:
-        checkpointed = replace(setting, kind=kind.model_copy(update={"checkpointing": True}))
+    if not kind.gradient_checkpointing:
+        checkpointed = replace(setting, kind=kind.model_copy(update={"gradient_checkpointing": True}))
         if checkpointed.plan().peak <= available:
-            found.append("--checkpointing")
+            found.append("--gradient-checkpointing")
     # At every moment but the start, when there are no networks yet, the states are there.
     saved = plan.states[setting.optimizer] - plan.states["adam-8bit"]
     if saved and max(plan.moments["start"], plan.peak - saved) <= available:
         found.append("--optimizer adam-8bit")
     if isinstance(kind, Full):
-        lora = Lora(checkpointing=kind.checkpointing)
+        lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
         if replace(setting, kind=lora).plan().peak <= available:
             found.append(f"--mode lora --rank {lora.rank}")
     if setting.batch > 1:

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-Figures = dict[str, float]
-Rule = Callable[[Figures, Figures, Figures], str | None]  # now, lowest, highest -> what to say
+Metrics = dict[str, float]
+Rule = Callable[[Metrics, Metrics, Metrics], str | None]  # now, lowest, highest -> what to say
 
 WINDOW = 3  # lines of the log
 COLLAPSED = 0.5  # of the highest diversity so far
@@ -31,12 +31,12 @@ class Alarms:
     """A run's log, line by line."""
 
     def __init__(self) -> None:
-        self._recent: deque[Figures] = deque(maxlen=WINDOW)
-        self._lowest: Figures = {}
-        self._highest: Figures = {}
+        self._recent: deque[Metrics] = deque(maxlen=WINDOW)
+        self._lowest: Metrics = {}
+        self._highest: Metrics = {}
         self._raised: set[str] = set()
 
-    def see(self, line: Figures) -> list[Alarm]:
+    def see(self, line: Metrics) -> list[Alarm]:
         """The alarms that this line, the next of the log, raises."""
         self._recent.append(line)
         if len(self._recent) < WINDOW:
@@ -56,64 +56,64 @@ class Alarms:
         return raised
 
 
-def alarms(history: Iterable[Figures]) -> list[Alarm]:
+def alarms(history: Iterable[Metrics]) -> list[Alarm]:
     """Every alarm of a log."""
     seen = Alarms()
     return [alarm for line in history for alarm in seen.see(line)]
 
 
-def collapse(now: Figures, lowest: Figures, highest: Figures) -> str | None:
+def collapse(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """Images of a batch grow alike. Diversity rises from a blurred start, so its highest so far is the mark."""
     diversity, most = now.get("latent/diversity"), highest.get("latent/diversity", 0.0)
     if diversity is None or diversity >= COLLAPSED * most:
         return None
     return (
         f"the images of a batch differ by {diversity:.2g} where it was {most:.2g}: the student collapses; "
-        "lower optimizer.student_rate, raise method.fake_steps, or lower the teacher's guidance"
+        "lower optimizer.student_lr, raise method.fake_steps, or lower the teacher's guidance"
     )
 
 
-def oversaturation(now: Figures, lowest: Figures, highest: Figures) -> str | None:
+def oversaturation(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """Latents run out of the range that the autoencoder knows."""
     share = now.get("latent/saturated")
     if share is None or share <= OVERSATURATED:
         return None
     return (
         f"{share:.0%} of the student's latents are beyond three standard deviations: its images over-saturate; "
-        "lower the teacher's guidance or optimizer.student_rate, or raise batch"
+        "lower the teacher's guidance or optimizer.student_lr, or raise batch"
     )
 
 
-def stalled_fake(now: Figures, lowest: Figures, highest: Figures) -> str | None:
+def stalled_fake(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """The fake loses the student, or never knew it: the student then learns from a wrong field."""
     error, least = now.get(_FAKE), lowest.get(_FAKE, 0.0)
     if error is None or error <= STALLED * least:
         return None
     return (
         f"the fake's error is {error:.2g} of what no answer at all would have, and was {least:.2g}: "
-        "it does not keep up with the student; raise method.fake_steps or optimizer.fake_rate, "
-        "or lower optimizer.student_rate"
+        "it does not keep up with the student; raise method.fake_steps or optimizer.fake_lr, "
+        "or lower optimizer.student_lr"
     )
 
 
-def too_fast(now: Figures, lowest: Figures, highest: Figures) -> str | None:
+def too_fast(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """Steps so large that they undo what the teacher's weights know."""
     found = {role: now.get(f"update_ratio/{role}", 0.0) for role in ("student", "fake")}
     role = max(found, key=found.__getitem__)
     if found[role] <= TOO_FAST:
         return None
-    return f"one round moves the {role}'s weights by {found[role]:.1%} of their size; lower optimizer.{role}_rate"
+    return f"one round moves the {role}'s weights by {found[role]:.1%} of their size; lower optimizer.{role}_lr"
 
 
-def not_finite(now: Figures, lowest: Figures, highest: Figures) -> str | None:
-    """Steps are being passed over; `optimizer.skips` of them in a row end the run."""
+def not_finite(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """Steps are being passed over; `optimizer.max_skipped_steps` of them in a row end the run."""
     found = {role: now.get(f"skipped/{role}", 0.0) for role in ("student", "fake")}
     role = max(found, key=found.__getitem__)
     if not found[role]:
         return None
     return (
         f"{found[role]:.1%} of the {role}'s steps had a gradient that was not finite and were skipped; "
-        f"lower optimizer.{role}_rate, or train with precision fp32"
+        f"lower optimizer.{role}_lr, or train with precision fp32"
     )
 
 
@@ -128,7 +128,7 @@ RULES: dict[str, Rule] = {
 _FAKE = "flow_matching/relative"
 
 
-def _relative_error(now: Figures) -> Figures:
+def _relative_error(now: Metrics) -> Metrics:
     """|v - w|^2 against E|w|^2 = 1 + E|x_0|^2, the error of v = 0.
 
     The error itself follows the student's contrast, which triples in a healthy run; the ratio does not.

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.errors import RunError
 from distill.files import MARK, check_replaceable, write_aside
-from distill.report.alarms import Figures
+from distill.report.alarms import Metrics
 from distill.report.run_folder import Clock, RunFolder, read_clock
 
 POINTS = 200  # of one curve at most; longer logs are averaged
@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if minutes else f"{s} s"
 
 
-def _speed(clock: Clock, row: Figures) -> Figures:
+def _speed(clock: Clock, row: Metrics) -> Metrics:
     speed = clock.speeds.get(int(row["images"]))
     return {} if speed is None else {"images_per_second": speed}
 
@@ -175,7 +175,7 @@ def _judged(run: RunFolder) -> Iterator[str]:
     ]
     yield _heading("Evaluations", "The averaged student on the same prompts and seeds each time, over images seen.")
     yield f'<div class="panels">{"".join(charts)}</div>'
-    yield _figures_table(run.evaluations, names, run.best.get("images"))
+    yield _metrics_table(run.evaluations, names, run.best.get("images"))
 
 
 def _against_teacher(run: RunFolder) -> Iterator[str]:
@@ -236,7 +236,7 @@ def _picture(path: Path, words: str, wide: bool) -> str:
     return f'<figure class="grid{" wide" if wide else ""}"><img {alt}><figcaption>{escape(words)}</figcaption></figure>'
 
 
-def _curves(rows: list[Figures]) -> Iterator[str]:
+def _curves(rows: list[Metrics]) -> Iterator[str]:
     """Every logged series, in sections of small charts, with its figures in a table below."""
     if not rows:
         yield _heading("Curves", "Nothing is logged yet.")
@@ -256,7 +256,7 @@ def _curves(rows: list[Figures]) -> Iterator[str]:
         yield _heading(section)
         drawn = [chart for key, found in keys.items() for chart in _charts(section, key, found, thinned)]
         yield f'<div class="panels">{"".join(drawn)}</div>'
-        table = _figures_table(thinned, names)
+        table = _metrics_table(thinned, names)
         yield f"<details><summary>{escape(section)}: the figures as a table</summary>{table}</details>"
     if len(thinned) < len(rows):
         yield f'<p class="note">Points are means of {-(-len(rows) // POINTS)} lines of the log.</p>'
@@ -272,7 +272,7 @@ def _place(name: str) -> tuple[str, str]:
     return ("Cost" if "second" in name else "More"), group
 
 
-def _charts(section: str, key: str, names: Sequence[str], rows: list[Figures]) -> Iterator[str]:
+def _charts(section: str, key: str, names: Sequence[str], rows: list[Metrics]) -> Iterator[str]:
     panel = _SECTIONS.get(section, {}).get(key) or Panel(key.replace("_", " "))
     curves = {name.removeprefix(f"{key}/"): _curve(rows, name) for name in names}
     if len(curves) > CURVES:
@@ -378,16 +378,16 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _curve(rows: list[Figures], name: str) -> Curve:
+def _curve(rows: list[Metrics], name: str) -> Curve:
     return [(row["images"], row[name]) for row in rows if name in row]
 
 
-def _names(rows: list[Figures]) -> list[str]:
+def _names(rows: list[Metrics]) -> list[str]:
     """Every series of a log, in the order of first appearance."""
     return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "images"]
 
 
-def _thin(rows: list[Figures]) -> list[Figures]:
+def _thin(rows: list[Metrics]) -> list[Metrics]:
     """At most POINTS rows: means of neighbors, at the last one's images."""
     every = -(-len(rows) // POINTS)
     thinned = []
@@ -398,7 +398,7 @@ def _thin(rows: list[Figures]) -> list[Figures]:
     return thinned
 
 
-def _figures_table(rows: list[Figures], names: Sequence[str], best: float | None = None) -> str:
+def _metrics_table(rows: list[Metrics], names: Sequence[str], best: float | None = None) -> str:
     """Rows by images seen; the row of the best student is marked."""
     head = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in ("images", *names))
     lines = []

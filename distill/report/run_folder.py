@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from distill.errors import RunError
 from distill.models.sd3_folder import RECORD
-from distill.report.alarms import Alarm, Figures
+from distill.report.alarms import Alarm, Metrics
 
 State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
@@ -26,15 +26,15 @@ ALARMS = "alarms.jsonl"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `images` is how many it has seen, `best` the figures of the kept student, `changed` seconds of Unix."""
+    """One run. `images` is how many it has seen, `best` the metrics of the kept student, `changed` seconds of Unix."""
 
     folder: Path
     config: dict[str, Any]
     state: State
     images: int
-    metrics: list[Figures]
-    evaluations: list[Figures]
-    best: Figures
+    metrics: list[Metrics]
+    evaluations: list[Metrics]
+    best: Metrics
     alarms: list[Alarm]
     changed: float
 
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> RunFolder:
     logs = [folder / METRICS, folder / EVALUATIONS]
     metrics, evaluations = map(_lines, logs)
     records = sorted((folder / "best").glob("[0-9]*/state.json"))
-    best = _figures(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
+    best = _metrics(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
     checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
@@ -106,10 +106,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
 
 
-def ended_early(config: Mapping[str, Any], evaluations: Sequence[Figures], best: Figures) -> bool:
-    """Whether as many evaluations as `stop.patience` found no better student than the best, so that a run is over."""
-    stop = config.get("stop")
-    patience = stop.get("patience") if isinstance(stop, dict) else None
+def ended_early(config: Mapping[str, Any], evaluations: Sequence[Metrics], best: Metrics) -> bool:
+    """Whether `early_stopping_patience` evaluations in a row found no better student, so that a run is over."""
+    patience = config.get("early_stopping_patience")
     return isinstance(patience, int) and sum(line["images"] > best.get("images", 0) for line in evaluations) >= patience
 
 
@@ -152,17 +151,17 @@ def read_clock(folder: Path) -> Clock:
     return Clock(seconds, speeds)
 
 
-def _lines(path: Path) -> list[Figures]:
-    """A log's lines; one that is no figures, as a killed writer leaves it, is passed over."""
+def _lines(path: Path) -> list[Metrics]:
+    """A log's lines; one that is no metrics, as a killed writer leaves it, is passed over."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [_figures(line) for line in lines if images_of(line) is not None]
+    return [_metrics(line) for line in lines if images_of(line) is not None]
 
 
 def images_of(line: str) -> int | None:
     """The number of images in a line of a log; None if the line is not valid."""
-    images: Any = _figures(line).get("images")
+    images: Any = _metrics(line).get("images")
     return images if isinstance(images, int) and 0 <= images < 2**63 else None
 
 
@@ -176,7 +175,7 @@ def _alarms(path: Path) -> list[Alarm]:
     return found
 
 
-def _figures(text: str) -> Figures:
+def _metrics(text: str) -> Metrics:
     """The finite numbers of a JSON object; none for anything else."""
     try:
         values = json.loads(text)

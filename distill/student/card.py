@@ -35,7 +35,7 @@ def card(record: Mapping[str, Any], spec: TeacherSpec, license: Mapping[str, str
 A one-step student of `{record["teacher"]}`, distilled with {record["method"]} over {record["images_seen"]:,} images.
 It makes {width}x{height} pixels in one call of the network, without guidance.
 
-{"".join((*_use(record, spec, adapter), *_made_of(record), *_figures(record), *_license(record, license)))}"""
+{"".join((*_use(record, spec, adapter), *_made_of(record), *_metrics(record), *_license(record, license)))}"""
 
 
 def _use(record: Mapping[str, Any], spec: TeacherSpec, adapter: bool) -> Iterator[str]:
@@ -85,13 +85,13 @@ def _made_of(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"Everything else about it, with the whole recipe, is in `{RECORD}`.\n"
 
 
-def _figures(record: Mapping[str, Any]) -> Iterator[str]:
-    figures = record.get("figures")
-    if not figures:
+def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
+    metrics = record.get("metrics")
+    if not metrics:
         return
-    yield "\n## Figures\n\nAs it was judged while it was trained, on few prompts; a Frechet distance is better low.\n\n"
+    yield "\n## Metrics\n\nAs it was judged while it was trained, on few prompts; a Frechet distance is better low.\n\n"
     yield "| figure | value |\n|---|---|\n"
-    for name, value in figures.items():
+    for name, value in metrics.items():
         yield f"| {name.replace('_', ' ')} | {value:.4g} |\n"
 
 

@@ -60,7 +60,7 @@ def export_student(
     `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
     merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
     file of their own, which one step does not need. A transformer of more than `max_shard_size` becomes several files.
-    `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, figures and config. The
+    `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, metrics and config. The
     license is the one that the teacher's card names unless another is given.
 
     Raises ConfigError for an invalid size, OutputError if `out` holds anything but a student, DivergedError for weights

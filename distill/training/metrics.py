@@ -1,4 +1,4 @@
-"""The figures of a run: means since the last line, to metrics.jsonl and to accelerate's trackers."""
+"""The metrics of a run: means since the last line, to metrics.jsonl and to accelerate's trackers."""
 
 import json
 import math
@@ -23,8 +23,8 @@ SATURATED = 3.0  # latents have standard deviation 1; beyond this they are calle
 _LOG10 = "log10_"  # of a figure whose mean is shown as its logarithm
 
 
-class Figures:
-    """Sums and counts of one round's figures, as tensors on their device: nothing waits for their values.
+class RoundMetrics:
+    """Sums and counts of one round's metrics, as tensors on their device: nothing waits for their values.
 
     The losses swing round zero and say little. What tells whether a run is well: `gap` (|u - v|^2, and its log10 by t),
     the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
@@ -44,11 +44,11 @@ class Figures:
         self.add(f"loss/{role}", loss.value.detach())
         if role == "student":
             self._add_latents(loss.x_0)
-        for name, values in loss.figures.items():
+        for name, values in loss.metrics.items():
             if name == "t":
                 continue
             self.add(name, values.float())
-            bucket = (loss.figures["t"] * BUCKETS).long().clamp(max=BUCKETS - 1)
+            bucket = (loss.metrics["t"] * BUCKETS).long().clamp(max=BUCKETS - 1)
             for number in range(BUCKETS):
                 inside = torch.where(bucket == number, values.float(), torch.nan)
                 self.add(f"{_LOG10}{name}/t{number / BUCKETS:.1f}", inside)
@@ -91,7 +91,7 @@ class Log:
                 tracker.store_init_configuration(config.identity())
 
     def add_round(self, names: Sequence[str], sums: Tensor) -> None:
-        """Figures of a round by name, with sum and count of each (names, 2)."""
+        """Add the metrics of a round by name, with sum and count of each (names, 2)."""
         key = tuple(names)
         self._rounds[key] = self._rounds[key] + sums if key in self._rounds else sums
 
@@ -110,22 +110,22 @@ class Log:
         self._inner = outer + took
 
     def write(self, images: int) -> dict[str, float]:
-        figures = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
-        figures["memory/peak"] = _peak_memory(self._accelerator.device)
+        metrics = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
+        metrics["memory/peak"] = _peak_memory(self._accelerator.device)
         for names, sums in self._rounds.items():
             for name, (total, count) in zip(names, sums.tolist(), strict=True):
                 if count:
                     mean = total / count
-                    figures[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean
-        figures = dict(sorted(figures.items()))
+                    metrics[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean
+        metrics = dict(sorted(metrics.items()))
         self._rounds.clear()
         self._numbers.clear()
         self._seconds.clear()
         if self._accelerator.is_main_process:
             with self._path.open("a") as file:
-                file.write(json.dumps({"images": images, **figures}) + "\n")
-        self._accelerator.log(figures, step=images)
-        return figures
+                file.write(json.dumps({"images": images, **metrics}) + "\n")
+        self._accelerator.log(metrics, step=images)
+        return metrics
 
 
 def sample_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -274,7 +274,7 @@ def _held(weights: Iterable[Tensor]) -> Iterator[None]:
 
 def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
     """What `kind` says of memory and speed; the blocks compile when they first run."""
-    if kind.checkpointing:
+    if kind.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
     if kind.compile:

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import run
-from distill.config import Cadence, Run, Stop
+from distill.config import Cadence, Run
 from distill.errors import RunError
 from distill.files import write_aside
 from distill.run import SPEED
@@ -48,7 +48,8 @@ def _measure(config: Run, folder: Path) -> float:
     scratch = folder / ".speed"
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
-    endless = config.model_copy(update={"images": never, "cadence": quiet, "stop": Stop(), "trackers": ()})
+    changes = {"images": never, "cadence": quiet, "early_stopping_patience": None, "trackers": ()}
+    endless = config.model_copy(update=changes)
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -12,38 +12,40 @@ _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 def check_start(config: Run, spec: TeacherSpec) -> None:
     """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
-    if config.start is None:
+    if config.init_from is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
-    student = (config.start / "model_index.json").exists()
+    student = (config.init_from / "model_index.json").exists()
     given, second = split(_of_student(config) if student else _of_run(config))
     if given != _expected(config, spec) or bool(second) is not two_times:
         raise ConfigError(
-            f"start: {config.start} has other weights for the student; networks and teacher must be alike"
+            f"init_from: {config.init_from} has other weights for the student; networks and teacher must be alike"
         )
 
 
 def _of_student(config: Run) -> _Shapes:
     """The shapes of a student folder's transformer."""
-    assert config.start is not None
+    assert config.init_from is not None
     if isinstance(config.networks, Lora):
         raise ConfigError(
-            f"start: {config.start} is the folder of a student, which only full copies start from; give the run that "
-            "made it, or set networks.kind to full"
+            f"init_from: {config.init_from} is a student's folder, which only full copies start from; give the run "
+            "that made it, or set networks.kind to full"
         )
-    return _shapes_of(read_spec(config.start))
+    return _shapes_of(read_spec(config.init_from))
 
 
 def _of_run(config: Run) -> _Shapes:
     """The shapes of the student in a run's newest checkpoint."""
-    assert config.start is not None
-    newest = checkpoint.latest(config.start / "checkpoints")
+    assert config.init_from is not None
+    newest = checkpoint.latest(config.init_from / "checkpoints")
     if newest is None:
-        raise ConfigError(f"start: {config.start} has no checkpoint; give the folder of a run, or that of a student")
+        raise ConfigError(
+            f"init_from: {config.init_from} has no checkpoint; give the folder of a run, or that of a student"
+        )
     if isinstance(config.networks, Lora):
         alpha = checkpoint.load_record(newest).get("config", {}).get("networks.alpha", config.networks.alpha)
         if alpha != config.networks.alpha:
-            raise ConfigError(f"start: {config.start} was trained with networks.alpha {alpha}; set it to that")
+            raise ConfigError(f"init_from: {config.init_from} was trained with networks.alpha {alpha}; set it to that")
     return checkpoint.shapes(newest, "student")
 
 

@@ -18,7 +18,7 @@ FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget an
 
 @dataclass(frozen=True)
 class Progress:
-    """Images seen before and after a step, out of how many, and figures to show.
+    """Images seen before and after a step, out of how many, and metrics to show.
 
     `save()` writes a state of this moment, whatever the cadence.
     """
@@ -26,7 +26,7 @@ class Progress:
     before: int
     images: int
     total: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     save: Callable[[], None]
 
     def crosses(self, every: int) -> bool:

@@ -44,7 +44,7 @@ from distill.models.text import TextCondition
 from distill.student.graphs import Graphed
 from distill.training import checkpoint, optimizers
 from distill.training.ema import average_into, new_share
-from distill.training.metrics import Figures, Log, sample_of
+from distill.training.metrics import Log, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
 
 PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
@@ -59,13 +59,13 @@ class Progress:
 
     `seconds` is what all rounds so far took, without checkpoints and without what the caller does between rounds.
     `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
-    Whoever looks at a run on the way adds figures, and notes, which are sentences for people.
+    Whoever looks at a run on the way adds metrics, and notes, which are sentences for people.
     """
 
     before: int
     images: int
     seconds: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
     save: Callable[[], None]
@@ -152,7 +152,7 @@ def _against_graphs(config: Run, accelerator: Accelerator) -> list[str]:
         "a CUDA device": accelerator.device.type != "cuda",
         "a single process without FSDP": accelerator.num_processes > 1 or accelerator.is_fsdp2,
         "one size of images": len(config.sizes) > 1,
-        "networks.checkpointing false": config.networks.checkpointing,
+        "networks.gradient_checkpointing false": config.networks.gradient_checkpointing,
         "optimizer.kind adam": config.optimizer.kind != "adam",
     }
     return [need for need, missing in against.items() if missing]
@@ -176,13 +176,13 @@ def train(
     local = config.batch // world
 
     # 1. state
-    rates = {"fake": config.optimizer.fake_rate, "student": config.optimizer.student_rate}
+    rates = {"fake": config.optimizer.fake_lr, "student": config.optimizer.student_lr}
     weights = {role: networks.trainable(role) for role in networks.roles}
     adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
     images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
-    if config.start is not None and images == 0:
-        _begin(config.start, weights, average)
+    if config.init_from is not None and images == 0:
+        _begin(config.init_from, weights, average)
     log = Log(out, accelerator, images, config)
 
     null = conditions.null.to(device)
@@ -192,14 +192,14 @@ def train(
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
     most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # at any time of this process
     share = torch.zeros((), device=device)  # of the new weights in the average
-    names: list[str] = []  # of a round's figures
+    names: list[str] = []  # of a round's metrics
     graphed = not _against_graphs(config, accelerator) and (
         networks.size() < GRAPHED if config.networks.cuda_graph == "auto" else config.networks.cuda_graph
     )
 
     def take_round(coming: Iterator[MicroBatch]) -> Tensor:
-        """One step for each turn; the figures' sums (names, 2)."""
-        figures = Figures()
+        """One step for each turn; the metrics' sums (names, 2)."""
+        metrics = RoundMetrics()
         for turn in turns:
             with log.seconds(turn.role):
                 # 2. loss and gradient, over this process's share of the global batch
@@ -208,33 +208,33 @@ def train(
                         with accelerator.autocast():
                             loss = turn.loss(asked[turn.role], part.batch(config.seed))
                         (loss.value * (len(part.images) / local)).backward()
-                    figures.add_loss(turn.role, loss)
+                    metrics.add_loss(turn.role, loss)
 
                 # 3. average over processes, clip, step
                 tensors = list(weights[turn.role].values())
                 _average_gradients(tensors, accelerator)
-                norm = torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.clip)
+                norm = torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.max_grad_norm)
                 sound = norm.isfinite()
                 optimizers.step(adams[turn.role], sound)
                 adams[turn.role].zero_grad()
                 skipped[turn.role].copy_(torch.where(sound, 0, skipped[turn.role] + 1))
                 most_skipped[turn.role].copy_(torch.maximum(most_skipped[turn.role], skipped[turn.role]))
-                figures.add(f"gradient_norm/{turn.role}", norm)
-                figures.add(f"skipped/{turn.role}", (~sound).float())
+                metrics.add(f"gradient_norm/{turn.role}", norm)
+                metrics.add(f"skipped/{turn.role}", (~sound).float())
                 if not graphed:
                     check_soundness(turn.role)  # waits for the device, so that the turn's seconds are its own
 
         # 4. average the student
         average_into(average.values(), (weights["student"][name] for name in average), share)
-        names[:] = figures.names()
-        return figures.sums()
+        names[:] = metrics.names()
+        return metrics.sums()
 
     def check_soundness(role: str) -> None:
         in_a_row = int(most_skipped[role])
-        if in_a_row > config.optimizer.skips:
+        if in_a_row > config.optimizer.max_skipped_steps:
             raise DivergedError(
                 f"the {role}'s gradient was not finite {in_a_row} times in a row after {images} images; "
-                f"lower optimizer.{role}_rate, or train with precision fp32; the last checkpoint is sound"
+                f"lower optimizer.{role}_lr, or train with precision fp32; the last checkpoint is sound"
             )
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def train(
             save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
             progress = Progress(seen, images, seconds, {}, generate, average, save)
             if logged:
-                progress.figures.update(log.write(images))
+                progress.metrics.update(log.write(images))
             if saved:
                 if accelerator.is_main_process:
                     save()
@@ -329,8 +329,8 @@ def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
 
 def _rate(config: Run, images: int) -> float:
     """Share of the full rate: a linear rise over `warmup` images, a plateau, a half cosine over the last `decay`."""
-    warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup, 1))
-    start = max(0, config.images - config.optimizer.decay)
+    warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup_images, 1))
+    start = max(0, config.images - config.optimizer.decay_images)
     if images <= start:
         return warm
     return warm * (0.5 + 0.5 * math.cos(math.pi * (images - start) / (config.images - start)))
@@ -381,7 +381,7 @@ def _save(
         tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(adams[role]))
     record = {"images": images, "seconds": seconds, "processes": processes, "config": config.identity()}
     checkpoint.save(folder / checkpoint.state_name(images), tensors, record)
-    checkpoint.prune(folder, config.cadence.keep)
+    checkpoint.prune(folder, config.cadence.keep_checkpoints)
 
 
 def _restore(
@@ -419,7 +419,7 @@ def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str
     else:
         newest = checkpoint.latest(start / "checkpoints")
         if newest is None:
-            raise ConfigError(f"start: {start} has no checkpoint; give the folder of a run, or that of a student")
+            raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student")
         tensors, _ = checkpoint.load(newest)
         found = {part: checkpoint.unpack(part, tensors) for part in ("average", *weights)}
     for part, own in (("average", average), *weights.items()):
@@ -430,7 +430,9 @@ def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str
         critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
         own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
         if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-            raise ConfigError(f"start: {start} has other weights for the {part}; networks and teacher must be alike")
+            raise ConfigError(
+                f"init_from: {start} has other weights for the {part}; networks and teacher must be alike"
+            )
         with torch.no_grad():
             for name, tensor in given.items():
                 own[name].copy_(tensor)

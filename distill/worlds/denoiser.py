@@ -34,7 +34,7 @@ from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
 from distill.training.state import Progress, load_state, save_state
 
-REPORT = 12_800  # images between two figures, which are means over them
+REPORT = 12_800  # images between two metrics, which are means over them
 LOWEST_RATE = 0.02  # share of the peak learning rate that the decay ends at
 
 Sample = Callable[[Draw], tuple[Tensor, Tensor]]  # latents x_0 (B, C, h, w) and token ids (B, L) of their captions
@@ -213,7 +213,7 @@ def fit(
         finished = images >= last
         if finished or progress.crosses(REPORT):
             loss, norm = (sums / steps).tolist()
-            progress.figures.update(loss=loss, gradient=norm)
+            progress.metrics.update(loss=loss, gradient=norm)
             sums, steps = torch.zeros_like(sums), 0
         if finished or progress.crosses(recipe.checkpoint_every):
             save()

@@ -169,7 +169,7 @@ class Hyperparameters(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     n_epochs: Annotated[Literal["auto"] | None, Field(description="The budget is `distillation.images`.")] = None
     learning_rate_multiplier: Annotated[
-        Literal["auto"] | None, Field(description="The rates are `distillation.student_rate` and `fake_rate`.")
+        Literal["auto"] | None, Field(description="The rates are `distillation.student_lr` and `fake_lr`.")
     ] = None
 
 
@@ -256,7 +256,7 @@ class JobObject(BaseModel):
     method: JobMade
     model: str
     organization_id: Annotated[str, Field(description="The name of the API key.")]
-    result_files: Annotated[list[str], Field(description="Of a job that has succeeded: its figures as CSV.")]
+    result_files: Annotated[list[str], Field(description="Of a job that has succeeded: its metrics as CSV.")]
     seed: int
     status: JobStatus
     trained_tokens: None = None
@@ -265,7 +265,7 @@ class JobObject(BaseModel):
 
 
 class JobEventObject(BaseModel):
-    """Something that a job told; `data` are the figures of a `metrics` event."""
+    """Something that a job told; `data` are the metrics of a `metrics` event."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -277,7 +277,7 @@ class JobEventObject(BaseModel):
 
 
 class JobCheckpointObject(BaseModel):
-    """A checkpoint of a job with the figures of then; the student is made of the best or the last one."""
+    """A checkpoint of a job with the metrics of then; the student is made of the best or the last one."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -145,7 +145,7 @@ class JobEventRow(Table):
 
 
 class JobCheckpointRow(Table):
-    """A checkpoint of a job and its figures."""
+    """A checkpoint of a job and its metrics."""
 
     __tablename__ = "job_checkpoints"
     __table_args__ = (Index(None, "job_id", "step_number"),)

@@ -1,7 +1,7 @@
 """The same server over many GPUs and machines: Ray Serve starts replicas, routes requests to them, and scales.
 
 A replica is the whole server: the app, its engine, its worker processes. A request stays in the replica that it was
-routed to; between Ray's processes go settings, figures, and the bytes of HTTP messages.
+routed to; between Ray's processes go settings, metrics, and the bytes of HTTP messages.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class Replica:
         return self._app
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Figures for `ByQueueSeconds`; Ray asks every few seconds and averages them."""
+        """Metrics for `ByQueueSeconds`; Ray asks every few seconds and averages them."""
         return {"busy": self._engine.busy, "queue_seconds": self._engine.queue_seconds}
 
 

@@ -19,9 +19,9 @@ def test_presets_are_valid_and_survive_a_round_trip(preset, tmp_path):
 def test_overrides_reach_nested_keys():
     config = load_config(
         "scenes",
-        ["optimizer.student_rate=1e-5", "method.alpha=0.5", "images=640", "networks.kind=lora", "networks.rank=8"],
+        ["optimizer.student_lr=1e-5", "method.alpha=0.5", "images=640", "networks.kind=lora", "networks.rank=8"],
     )
-    assert config.optimizer.student_rate == 1e-5
+    assert config.optimizer.student_lr == 1e-5
     assert config.method.alpha == 0.5
     assert config.images == 640
     assert config.networks == Lora(rank=8)
@@ -32,10 +32,10 @@ def test_overrides_reach_nested_keys():
 @pytest.mark.parametrize(
     ("name", "override", "words"),
     [
-        ("scenes", "optimzer.clip=1", ["optimzer", "did you mean 'optimizer'"]),
+        ("scenes", "optimzer.max_grad_norm=1", ["optimzer", "did you mean 'optimizer'"]),
         ("scenes", "method.alfa=1", ["method.alfa", "did you mean 'alpha'"]),
-        ("scenes", "method.guidance.techer=1", ["method.guidance.techer", "did you mean 'teacher'"]),
-        ("scenes", "networks.checkpoint=1", ["'networks.checkpoint'", "did you mean 'checkpointing'"]),
+        ("scenes", "method.guidance.scal=1", ["method.guidance.scal", "did you mean 'scale'"]),
+        ("scenes", "networks.checkpoint=1", ["'networks.checkpoint'", "did you mean 'gradient_checkpointing'"]),
         ("scenes-debug", "networks.attention=math", ["networks.kind is missing", "full or lora"]),
         ("scenes", "networks.kind=lo", ["networks", "lora"]),
         ("scenes", "optimizer.kind=lion", ["optimizer.kind", "adam-8bit"]),
@@ -66,22 +66,22 @@ def test_mistakes_are_named(name, override, words):
 @pytest.mark.parametrize(
     "override",
     [
-        "method.guidance.teacher=0",
-        "method.guidance.teacher=nan",
-        "method.guidance.teacher=[0,4]",
-        "method.guidance.teacher=[8,2]",
+        "method.guidance.scale=0",
+        "method.guidance.scale=nan",
+        "method.guidance.scale=[0,4]",
+        "method.guidance.scale=[8,2]",
         "method.guidance.interval=[0,2]",
         "method.guidance.interval=[0.5,0.2]",
         "method.times={low: 0.9, high: 0.1}",
         "method.times.mean=inf",
         "method.times.shift=0",
         "method.alpha=-1",
-        "optimizer.student_rate=-1e-4",
-        "optimizer.fake_rate=inf",
-        "optimizer.clip=nan",
+        "optimizer.student_lr=-1e-4",
+        "optimizer.fake_lr=inf",
+        "optimizer.max_grad_norm=nan",
         "optimizer.betas=[0.9,1]",
         "ema_half_life=inf",
-        "prompts.count=100000000000000000000",
+        "prompts.max_count=100000000000000000000",
         "images=1e30",
     ],
 )
@@ -108,7 +108,7 @@ def test_another_method_is_chosen_first_and_keeps_the_guidance_of_the_teacher(pr
 
 
 def test_a_method_without_a_fake_keeps_what_it_knows_of_the_guidance():
-    assert load_config("sd3-medium-lora", ["method=flow_map"]).method.guidance.teacher == 4.5
+    assert load_config("sd3-medium-lora", ["method=flow_map"]).method.guidance.scale == 4.5
 
 
 def test_the_method_that_a_preset_has_keeps_its_settings():
@@ -119,7 +119,7 @@ def test_the_method_that_a_preset_has_keeps_its_settings():
 
 @pytest.mark.parametrize("choice", ["networks.kind=full", "networks=full"])
 def test_another_kind_of_networks_keeps_how_they_compute(choice):
-    assert load_config("sd3-medium-lora", [choice]).networks == Full(checkpointing=True)
+    assert load_config("sd3-medium-lora", [choice]).networks == Full(gradient_checkpointing=True)
 
 
 def test_a_file_may_name_a_method_alone(tmp_path):

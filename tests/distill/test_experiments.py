@@ -24,13 +24,13 @@ def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_pat
     file = tmp_path / "mine.yaml"
     file.write_text("method: {name: dmd, fake_steps: 2}\nimages: 7\n")
     texts = ["fgm", "fgm,method.alpha=0.5,optimizer.betas=[0.5,0.9]", "dmd", str(file)]
-    variants = read_variants(texts, "scenes", ["batch=32", "optimizer.clip=2"], 640)
+    variants = read_variants(texts, "scenes", ["batch=32", "optimizer.max_grad_norm=2"], 640)
     plain, ablated, dmd, mine = (variant.config for variant in variants)
     base = load_config("scenes")
     assert [variant.name for variant in variants] == [*texts[:3], "mine"]
     assert {config.images for config in (plain, ablated, dmd, mine)} == {640}
     assert {config.batch for config in (plain, ablated, dmd, mine)} == {32}
-    assert {config.optimizer.clip for config in (plain, ablated, dmd, mine)} == {2}
+    assert {config.optimizer.max_grad_norm for config in (plain, ablated, dmd, mine)} == {2}
     assert plain.method == base.method
     assert ablated.method == base.method.model_copy(update={"alpha": 0.5})
     assert ablated.optimizer.betas == (0.5, 0.9)
@@ -38,15 +38,15 @@ def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_pat
     assert dmd.method.fake_steps == 5  # the method's own, not the base's
     assert mine.method.fake_steps == 2
     (reflow,) = read_variants(["reflow"], "scenes", [], None)  # knows no fake, so no guidance of one
-    assert reflow.config.method.guidance.teacher == base.method.guidance.teacher
+    assert reflow.config.method.guidance.scale == base.method.guidance.scale
     assert read_variants(["fgm"], "scenes", [], None)[0].config.images == base.images
 
 
 def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
     texts = [
-        "fgm,method.times={law: uniform}",
+        "fgm,method.times={distribution: uniform}",
         "fgm,networks={kind: lora, rank: 8}",
-        "dmd,method.guidance.teacher=[2,6]",
+        "dmd,method.guidance.scale=[2,6]",
     ]
     for variant in read_variants([*texts, "fgm,ema_half_life=900"], "scenes", ["batch=32"], 640):
         program, verb, source, *words, last, folder = shlex.split(variant.command(Path("runs")))
@@ -110,7 +110,7 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, 
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
-    wild = "fgm,optimizer.fake_rate=1e30,optimizer.warmup=0,optimizer.skips=0"
+    wild = "fgm,optimizer.fake_lr=1e30,optimizer.warmup_images=0,optimizer.max_skipped_steps=0"
     done = invoke(teacher, prompts, tmp_path, wild, "fgm", "--images", "16")
     assert done.exit_code == 0, done.output + str(done.exception)
     found = json.loads((tmp_path / "compare.json").read_text())

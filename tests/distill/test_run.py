@@ -45,7 +45,7 @@ ARGUMENTS = (
     "cadence.log=16",
     "cadence.sample=96",
     "precision=fp32",  # for sums that two processes, or an interrupted run, form in another order
-    "optimizer.warmup=0",
+    "optimizer.warmup_images=0",
 )
 
 
@@ -68,7 +68,7 @@ def final(out: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "state.safetensors")
 
 
-def figures(out: Path) -> list[dict[str, float]]:
+def metrics(out: Path) -> list[dict[str, float]]:
     """The log's lines, but for what the clock says, and the machine."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [
@@ -80,7 +80,7 @@ def assert_same_end(out: Path, undisturbed: Path) -> None:
     expected, found = final(undisturbed), final(out)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert figures(out) == figures(undisturbed)
+    assert metrics(out) == metrics(undisturbed)
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -153,9 +153,9 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(w
     before = (out / "student" / "onestep.json").stat().st_mtime_ns
     assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
-    refused = invoke(*command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.clip=2"))
+    refused = invoke(*command(teacher, prompts, out, f"networks.kind={kind}", "optimizer.max_grad_norm=2"))
     assert isinstance(refused.exception, CheckpointError)
-    assert "optimizer.clip = 1.0, not 2" in str(refused.exception)
+    assert "optimizer.max_grad_norm = 1.0, not 2" in str(refused.exception)
     assert "clip: 1.0" in (out / "config.yaml").read_text()
 
 
@@ -308,14 +308,16 @@ def test_a_budget_is_shown_in_whole_batches(teacher, prompts, tmp_path):
 
 
 def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):
-    foreign = load_config("scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "stop.patience=1"])
-    with pytest.raises(ConfigError, match=r"stop\.patience counts evaluations"):
+    foreign = load_config(
+        "scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "early_stopping_patience=1"]
+    )
+    with pytest.raises(ConfigError, match=r"early_stopping_patience counts evaluations"):
         prepare(foreign, tmp_path / "foreign")
     assert not (tmp_path / "foreign").exists()
-    prepare(load_config("scenes-debug", ["stop.patience=1"]), tmp_path / "short")
-    assert "stop.patience 1 cannot end this run" in caplog.text
+    prepare(load_config("scenes-debug", ["early_stopping_patience=1"]), tmp_path / "short")
+    assert "early_stopping_patience 1 cannot end this run" in caplog.text
     caplog.clear()
-    prepare(load_config("scenes-debug", ["stop.patience=1", "cadence.evaluate=32"]), tmp_path / "enough")
+    prepare(load_config("scenes-debug", ["early_stopping_patience=1", "cadence.evaluate=32"]), tmp_path / "enough")
     assert not caplog.text
 
 
@@ -531,18 +533,18 @@ def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teach
     lora = ("networks.kind=lora", "networks.rank=64")
     fits = {"full": [full], "lora": lora}[kind]
     starts = [
-        ((f"start={tmp_path / 'nowhere'}", *fits), "has no checkpoint"),
-        ((f"start={begun}", *{"full": lora, "lora": [full]}[kind]), "has other weights"),
-        ((f"start={begun}", *fits, 'method={"name": "flow_map"}'), "has other weights"),
-        ((f"start={begun / 'student'}", *lora), "only full copies start from"),
-        ((f"start={teacher}", *fits, f"prompts.source={tmp_path / 'nothing.txt'}"), "nothing.txt|only full copies"),
-        ((f"teacher={make_teacher(tmp_path / 'wide', sample_size=12)}", f"start={begun}", *fits), None),
+        ((f"init_from={tmp_path / 'nowhere'}", *fits), "has no checkpoint"),
+        ((f"init_from={begun}", *{"full": lora, "lora": [full]}[kind]), "has other weights"),
+        ((f"init_from={begun}", *fits, 'method={"name": "flow_map"}'), "has other weights"),
+        ((f"init_from={begun / 'student'}", *lora), "only full copies start from"),
+        ((f"init_from={teacher}", *fits, f"prompts.source={tmp_path / 'nothing.txt'}"), "nothing.txt|only full copies"),
+        ((f"teacher={make_teacher(tmp_path / 'wide', sample_size=12)}", f"init_from={begun}", *fits), None),
     ]
     if kind == "lora":
         starts += [
-            ((f"start={begun}", "networks.kind=lora", "networks.rank=8"), "has other weights"),
-            ((f"start={begun}", *lora, "networks.alpha=8"), "networks.alpha 64"),
-            ((f"start={begun}", *lora, "networks.targets=[to_q]"), "has other weights"),
+            ((f"init_from={begun}", "networks.kind=lora", "networks.rank=8"), "has other weights"),
+            ((f"init_from={begun}", *lora, "networks.alpha=8"), "networks.alpha 64"),
+            ((f"init_from={begun}", *lora, "networks.targets=[to_q]"), "has other weights"),
         ]
     for number, (words, message) in enumerate(starts):
         config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *words])
@@ -556,7 +558,7 @@ def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teach
 
 
 @pytest.mark.parametrize(
-    "typo", ["teacher=nowhere", "start=nowhere", "prompts.source=nowhere.txt", "prompts.source=empty", "damaged"]
+    "typo", ["teacher=nowhere", "init_from=nowhere", "prompts.source=nowhere.txt", "prompts.source=empty", "damaged"]
 )
 def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -572,7 +574,7 @@ def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path
 
 def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_path):
     out = tmp_path / "driven"
-    done = invoke(*command(teacher, prompts, out, "optimizer.student_rate=0.3", "trackers=[]", "images=64"))
+    done = invoke(*command(teacher, prompts, out, "optimizer.student_lr=0.3", "trackers=[]", "images=64"))
     assert done.exit_code == 0, done.output
     raised = read_run(out).alarms
     assert "too-fast" in {alarm.name for alarm in raised}
@@ -584,8 +586,9 @@ def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_pa
 
 def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(tmp_path):
     out = tmp_path / "early"
-    values = ("images=4000", "batch=4", "prompts.count=8", "stop.patience=1", "ema_half_life=0", "optimizer.warmup=0",
-              "optimizer.student_rate=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
+    values = ("images=4000", "batch=4", "prompts.max_count=8", "early_stopping_patience=1",
+              "ema_half_life=0", "optimizer.warmup_images=0",
+              "optimizer.student_lr=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
     arguments = ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
@@ -609,7 +612,7 @@ def test_a_tracker_that_is_not_there_is_named(name, words, tmp_path):
 
 
 def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
-    wild = ("optimizer.student_rate=1e30", "optimizer.fake_rate=1e30")
+    wild = ("optimizer.student_lr=1e30", "optimizer.fake_lr=1e30")
     done = invoke(*command(teacher, prompts, tmp_path / "wild", *wild))
     assert isinstance(done.exception, DivergedError)
     assert "lower optimizer." in str(done.exception)
@@ -690,7 +693,7 @@ def test_a_run_that_has_only_encoded_takes_another_configuration(teacher, prompt
     out = tmp_path / "run"
     first, second = (
         load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *more])
-        for more in ((), ("optimizer.student_rate=3e-5", "method.alpha=0.5"))
+        for more in ((), ("optimizer.student_lr=3e-5", "method.alpha=0.5"))
     )
     prepare(first, out)
     list(embed(first, out, torch.device("cpu")))

@@ -16,7 +16,7 @@ from service.jobs.jobs import Jobs
 from service.jobs.tables import JobRow
 from service.settings import Settings
 
-TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup": 0, "log_every": 8, "checkpoint_every": 8}
+TINY = {"preset": "scenes-debug", "images": 480, "batch": 8, "warmup_images": 0, "log_every": 8, "checkpoint_every": 8}
 
 
 ENDLESS = {**TINY, "images": 1_000_000, "checkpoint_every": 1_000_000, "sample_every": 1_000_000}

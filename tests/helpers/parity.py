@@ -25,7 +25,7 @@ from distill.training.networks import ROLES, SharedBase, build
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-METHOD = Config(guidance=Guidance(teacher=3.0, fake="alike"))
+METHOD = Config(guidance=Guidance(scale=3.0, guide_fake=True))
 IMAGES = 4
 
 
@@ -74,7 +74,13 @@ def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> d
 
 def run(**more) -> Run:
     """Four rounds of the trainer, a checkpoint after each second one."""
-    sets = {"batch": IMAGES, "images": 4 * IMAGES, "cadence.checkpoint": 2 * IMAGES, "optimizer.warmup": 0, **more}
+    sets = {
+        "batch": IMAGES,
+        "images": 4 * IMAGES,
+        "cadence.checkpoint": 2 * IMAGES,
+        "optimizer.warmup_images": 0,
+        **more,
+    }
     return load_config("scenes-debug", [f"{key}={value}" for key, value in sets.items()])
 
 
@@ -86,7 +92,7 @@ def main(teacher: Path, out: Path) -> None:
     half = range(rank * IMAGES // world, (rank + 1) * IMAGES // world)
     for form, sharded in (("whole", None), ("sharded", mesh)):
         for checkpointing in (False, True):
-            networks = shared(teacher, sharded, checkpointing=checkpointing)
+            networks = shared(teacher, sharded, gradient_checkpointing=checkpointing)
             for role in ROLES:
                 with networks.using(role):
                     found = gradients(asked(networks, role), networks.trainable(role), role, half)

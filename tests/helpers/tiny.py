@@ -150,7 +150,7 @@ def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scene
     folder.mkdir(exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
-    settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup=0")
+    settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup_images=0")
     config = load_config(preset, [*settings, *overrides])
     out = folder / "run"
     run.prepare(config, out)

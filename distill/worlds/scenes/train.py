@@ -286,7 +286,7 @@ def train_teacher(
         state = _state_folder(folder, patch)
         for progress in fit(model, best, scenes.sample, null, recipe, state, device, compiled, first, last):
             if progress.images >= last or progress.crosses(recipe.evaluate_every):
-                progress.figures.update(evaluate(best, vae, held_out, null, 2.5, 16))
+                progress.metrics.update(evaluate(best, vae, held_out, null, 2.5, 16))
             yield progress
 
     save_pipeline(best, vae, tokenizer, folder)

@@ -27,7 +27,7 @@ from distill.worlds.scenes.render import SIZE, place, render
 from distill.worlds.scenes.score import score
 from distill.worlds.scenes.shapes import SHAPES
 
-REPORT = 800  # images between two figures
+REPORT = 800  # images between two metrics
 STATE = "vae-state"  # in the teacher's folder: the state that training resumes from
 
 
@@ -117,9 +117,9 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         progress = Progress(before, images, recipe.images, {}, save)
         finished = images >= recipe.images
         if finished or progress.crosses(REPORT):
-            progress.figures["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
+            progress.metrics["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
         if finished or progress.crosses(recipe.checkpoint_every):
-            progress.figures["round_trip"] = round_trip(average, recipe.evaluated, seed=0, device=device)
+            progress.metrics["round_trip"] = round_trip(average, recipe.evaluated, seed=0, device=device)
             save()
         yield progress
 

@@ -1,4 +1,4 @@
-"""What a run has told, written down for its job's clients: events, checkpoints with their figures, and when it ends."""
+"""What a run has told, written down for its job's clients: events, checkpoints with their metrics, and when it ends."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def record_event(session: Session, job: JobRow, message: str, level: Level = "in
 
 
 def record_log_lines(session: Session, job: JobRow, lines: Sequence[LogLine]) -> None:
-    """Tell of lines of a run's logs, each once; the figures of an evaluation join the checkpoint of their time.
+    """Tell of lines of a run's logs, each once; the metrics of an evaluation join the checkpoint of their time.
 
     The caller holds the job's row, so give it some at a time.
     """
@@ -58,9 +58,9 @@ def record_log_lines(session: Session, job: JobRow, lines: Sequence[LogLine]) ->
 def _line_event(job: JobRow, number: int, line: LogLine) -> JobEventRow:
     if line.kind == "alarm":
         return _event(job, number, line.key, f"Alarm, {line.values['name']}: {line.values['says']}", "warn")
-    figures = {"step": line.images, "total_steps": job.images_total, **line.values}
+    metrics = {"step": line.images, "total_steps": job.images_total, **line.values}
     message = "The student was judged" if line.kind == "evaluation" else "Images seen"
-    return _event(job, number, line.key, f"{message}: {line.images} of {job.images_total}", data=figures)
+    return _event(job, number, line.key, f"{message}: {line.images} of {job.images_total}", data=metrics)
 
 
 def _join(session: Session, job: JobRow, judged: LogLine) -> None:
@@ -81,7 +81,7 @@ def _event_name(job: JobRow, key: str) -> str:
 def _event(
     job: JobRow, number: int, key: str, message: str, level: Level = "info", data: dict[str, Any] | None = None
 ) -> JobEventRow:
-    """An event that is known again by its `key`, of figures if it has `data`."""
+    """An event that is known again by its `key`, of metrics if it has `data`."""
     return JobEventRow(
         id=_event_name(job, key),
         job_id=job.id,
@@ -94,7 +94,7 @@ def _event(
     )
 
 
-def record_checkpoint(session: Session, job: JobRow, images: int, figures: dict[str, Any]) -> None:
+def record_checkpoint(session: Session, job: JobRow, images: int, metrics: dict[str, Any]) -> None:
     """List a checkpoint with what is known of the student then; one that is listed stays as it is."""
     name = _checkpoint_name(job, images)
     if session.get(JobCheckpointRow, name) is None:
@@ -105,7 +105,7 @@ def record_checkpoint(session: Session, job: JobRow, images: int, figures: dict[
             step_number=images,
             created_at=int(time.time()),
             model=f"{job.student}:ckpt-step-{images}",
-            metrics={"step": images, **figures},
+            metrics={"step": images, **metrics},
         )
         session.add(checkpoint)
 

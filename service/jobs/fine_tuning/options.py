@@ -18,19 +18,19 @@ _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 DISTILL = (sys.executable, "-m", "distill.cli")
 KEYS = {
     "images": "images",
-    "prompts": "prompts.count",
+    "max_prompts": "prompts.max_count",
     "column": "prompts.column",
     "batch": "batch",
     "micro_batch": "micro_batch",
-    "guidance": "method.guidance.teacher",
-    "student_rate": "optimizer.student_rate",
-    "fake_rate": "optimizer.fake_rate",
-    "warmup": "optimizer.warmup",
-    "decay": "optimizer.decay",
+    "guidance_scale": "method.guidance.scale",
+    "student_lr": "optimizer.student_lr",
+    "fake_lr": "optimizer.fake_lr",
+    "warmup_images": "optimizer.warmup_images",
+    "decay_images": "optimizer.decay_images",
     "ema_half_life": "ema_half_life",
     "precision": "precision",
     "sizes": "sizes",
-    "patience": "stop.patience",
+    "early_stopping_patience": "early_stopping_patience",
     "log_every": "cadence.log",
     "sample_every": "cadence.sample",
     "checkpoint_every": "cadence.checkpoint",
@@ -47,28 +47,30 @@ class DistillationOptions(BaseModel):
     method: Annotated[_Name | None, Field(description="In place of the preset's: fgm, dmd, ...")] = None
     networks: Annotated[Literal["lora", "full"] | None, Field(description="Adapters on one base, or copies.")] = None
     rank: Annotated[_Count | None, Field(description="Of the adapters.")] = None
-    checkpointing: Annotated[bool | None, Field(description="Compute blocks again in the backward.")] = None
+    gradient_checkpointing: Annotated[bool | None, Field(description="Compute blocks again in the backward.")] = None
     images: Annotated[_Count | None, Field(description="Budget in images seen.")] = None
     seconds: Annotated[float | None, Field(ge=1, le=10**8, description="Budget in seconds of training instead.")] = None
-    prompts: Annotated[_Count, Field(description="Prompts of the training file at most.")] = 1_000_000
+    max_prompts: Annotated[_Count, Field(description="Prompts of the training file at most.")] = 1_000_000
     column: Annotated[
         str | None,
         Field(max_length=256, description="Column of the prompts in the file, if it is not prompt, caption or text."),
     ] = None
     batch: _Count | None = None
     micro_batch: _Count | None = None
-    guidance: Annotated[float | None, Field(ge=1, le=100, description="Of the teacher.")] = None
-    student_rate: _Rate | None = None
-    fake_rate: _Rate | None = None
-    warmup: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
-    decay: Annotated[int | None, Field(ge=0, le=10**10, description="In images.")] = None
+    guidance_scale: Annotated[float | None, Field(ge=1, le=100, description="Of the teacher.")] = None
+    student_lr: _Rate | None = None
+    fake_lr: _Rate | None = None
+    warmup_images: Annotated[int | None, Field(ge=0, le=10**10)] = None
+    decay_images: Annotated[int | None, Field(ge=0, le=10**10)] = None
     ema_half_life: Annotated[float | None, Field(ge=0, le=10**10, description="In images.")] = None
     precision: Literal["auto", "fp32", "bf16"] | None = None
     sizes: Annotated[
         list[Annotated[list[_Count], Field(min_length=2, max_length=2)]] | None,
         Field(min_length=1, max_length=64, description="[width, height] to draw from."),
     ] = None
-    patience: Annotated[_Count | None, Field(description="Evaluations without a better student that end it.")] = None
+    early_stopping_patience: Annotated[
+        _Count | None, Field(description="Evaluations without a better student that end it.")
+    ] = None
     log_every: Annotated[_Count | None, Field(description="In images, as all that follow.")] = None
     sample_every: _Count | None = None
     checkpoint_every: _Count | None = None
@@ -90,7 +92,7 @@ class DistillationOptions(BaseModel):
         """What is changed, as `--set` takes it."""
         given = self.model_dump(exclude_none=True)
         sets = {key: given[name] for name, key in KEYS.items() if name in given}
-        networks = {name: given[name] for name in ("rank", "checkpointing") if name in given}
+        networks = {name: given[name] for name in ("rank", "gradient_checkpointing") if name in given}
         if "networks" in given:  # as a whole, so that nothing of the other kind is left
             sets["networks"] = {"kind": given["networks"], **networks}
         else:

@@ -129,7 +129,7 @@ class JobFolder:
                     self._told.add(line.key)
                     yield line
 
-    def figures(self, images: int) -> dict[str, Any]:
+    def metrics(self, images: int) -> dict[str, Any]:
         """What is known of the student after so many images: the newest metrics of then, and its evaluation."""
         found: dict[str, Any] = {}
         for kind in ("metrics", "evaluation"):
@@ -141,7 +141,7 @@ class JobFolder:
         return found
 
     def results(self) -> str:
-        """Its metrics and evaluations as CSV: a row for each number of images that there are figures of, in order."""
+        """Its metrics and evaluations as CSV: a row for each number of images that there are metrics of, in order."""
         rows: dict[int, dict[str, Any]] = {}
         for kind in ("metrics", "evaluation"):
             for line in _parsed(kind, LogReader(self.path / LOGS[kind]).new()):

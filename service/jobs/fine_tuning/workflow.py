@@ -257,13 +257,13 @@ class FineTuningWorkflow:
         while piece := list(islice(lines, LINES)):
             self._transact(tell_lines)
         # After the lines: an evaluation that comes now joins its checkpoint when its own line is told.
-        figures = {images: folder.figures(images) for images in checkpoints}
+        metrics = {images: folder.metrics(images) for images in checkpoints}
 
         def tell_checkpoints(session: Session) -> bool:
             row = _row(session, job)
             row.images_total = budget or row.images_total
             for images in checkpoints:
-                record_checkpoint(session, row, images, figures[images])
+                record_checkpoint(session, row, images, metrics[images])
             row.estimated_finish = pace.finish(row.images_seen, row.images_total)
             return row.requested_action is not None
 

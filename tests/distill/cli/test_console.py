@@ -14,9 +14,9 @@ class Told:
         self.lines: list[str] = []
         self.progress = ImageLines("distilling", total, 0, self.lines.append, lambda: self.now)
 
-    def at(self, now: float, seen: int, **figures: float) -> None:
+    def at(self, now: float, seen: int, **metrics: float) -> None:
         self.now = now
-        self.progress.update(seen, figures)
+        self.progress.update(seen, metrics)
 
 
 def test_a_line_comes_every_half_minute_and_at_the_end() -> None:

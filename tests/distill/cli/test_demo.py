@@ -16,7 +16,7 @@ from distill.cli.demo import main
 SMALL = (
     "images=24",
     "batch=8",
-    "prompts.count=16",
+    "prompts.max_count=16",
     "cadence.log=8",
     "cadence.sample=100000",
     "cadence.evaluate=100000",

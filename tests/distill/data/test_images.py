@@ -330,8 +330,8 @@ def test_a_run_takes_real_images_from_a_cache(teacher, tmp_path):
     done = invoke("run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(tmp_path / "run"))
     assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "student" / "onestep.json").exists()
-    figures = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert figures.keys() >= {"critic", "doubt", "gap", "flow_matching"}
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics.keys() >= {"critic", "doubt", "gap", "flow_matching"}
     state = load_file(checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.safetensors")
     assert "fake/critic.logit.weight" in state
     assert not any("critic" in name for name in state if not name.startswith("fake"))

@@ -54,7 +54,9 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
     t = 0.02 + 0.96 * torch.rand(count, generator=generator, dtype=torch.float64)
     eps = torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
-    config = Config(alpha=alpha, weight="velocity-uniform", times=Times(law="uniform"), guidance=Guidance(teacher=1))
+    config = Config(
+        alpha=alpha, weight="velocity-uniform", times=Times(distribution="uniform"), guidance=Guidance(scale=1)
+    )
     fake = gaussian_field(mean.detach(), std.detach())
     nets = Velocities(affine_student(mean, std), gaussian_field(m, s), fake, None)
     loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
@@ -97,8 +99,8 @@ def test_realuid_descends_the_distance_to_its_best_fake(a, b):
     config = Config(
         alpha=0.5,
         weight="velocity-uniform",
-        times=Times(law="uniform"),
-        guidance=Guidance(teacher=1),
+        times=Times(distribution="uniform"),
+        guidance=Guidance(scale=1),
         realuid=RealUID(a=a, b=b),
     )
     mean, std = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in MADE)
@@ -120,7 +122,7 @@ def test_realuid_descends_the_distance_to_its_best_fake(a, b):
 def test_realuid_s_fake_learns_from_both_kinds_of_images():
     """At its best no direction lowers the loss; at the student's own field, plain FGM's best, some do."""
     a, b = 0.9, 0.96
-    config = Config(alpha=0.5, times=Times(law="uniform"), realuid=RealUID(a=a, b=b))
+    config = Config(alpha=0.5, times=Times(distribution="uniform"), realuid=RealUID(a=a, b=b))
     t, z, other, eps = even_normals(1 << 15, 3)
     real = Real(REAL[0] + REAL[1] * other, None)
 
@@ -142,7 +144,7 @@ def test_realuid_s_fake_learns_from_both_kinds_of_images():
 
 def test_realuid_without_real_images_is_fgm():
     nets, _ = small_networks()
-    plain = Config(alpha=0.5, guidance=Guidance(teacher=1))
+    plain = Config(alpha=0.5, guidance=Guidance(scale=1))
     same = plain.model_copy(update={"realuid": RealUID(a=1, b=1)})
     assert not any(turn.real for turn in same.turns())
     z = torch.randn(8, 2)
@@ -186,7 +188,7 @@ def small_networks():
 @pytest.mark.parametrize(("alpha", "paper"), [(0.5, lambda l1, l2: (l1 + l2) / 2), (1.0, lambda l1, l2: l2 / 2)])
 def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
     nets, student = small_networks()
-    config = Config(alpha=alpha, weight="velocity-uniform", guidance=Guidance(teacher=1))
+    config = Config(alpha=alpha, weight="velocity-uniform", guidance=Guidance(scale=1))
     z = torch.randn(64, 2)
 
     def gradient(loss):
@@ -228,12 +230,12 @@ def test_weights_are_what_their_names_say_and_per_image():
 def test_guidance_is_a_policy():
     t = torch.tensor([0.1, 0.5, 0.9])
     draw = Draw(SEED, "guidance", range(3))
-    assert Guidance(teacher=4.0, interval=(0.3, 0.7)).scales(t, draw).tolist() == [1.0, 4.0, 1.0]
-    drawn = Guidance(teacher=(2.0, 8.0)).scales(t, draw)
+    assert Guidance(scale=4.0, interval=(0.3, 0.7)).scales(t, draw).tolist() == [1.0, 4.0, 1.0]
+    drawn = Guidance(scale=(2.0, 8.0)).scales(t, draw)
     assert ((drawn >= 2) & (drawn <= 8)).all()
     assert len(set(drawn.tolist())) == 3
     with pytest.raises(ValueError, match="low to high"):
-        Guidance(teacher=(8.0, 2.0))
+        Guidance(scale=(8.0, 2.0))
 
 
 def test_guided_fields_are_null_plus_scale_times_the_difference():
@@ -249,15 +251,15 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
     cond = TextCondition(torch.full((4, 1, 1), 2.0), torch.zeros(4, 1))
     null = TextCondition(torch.full((1, 1, 1), 1.0), torch.zeros(1, 1))
     x_0 = torch.randn(4, 2)
-    for fake, rows in (("unguided", 4), ("alike", 8)):
-        config = Config(weight="velocity-uniform", guidance=Guidance(teacher=3.0, fake=fake))
+    for guided, rows in ((False, 4), (True, 8)):
+        config = Config(weight="velocity-uniform", guidance=Guidance(scale=3.0, guide_fake=guided))
         nets = Velocities(affine_student(0.0, 1.0), field("u"), field("v"), null)
         loss = config.student_loss(nets, Batch(x_0, cond, Draw(SEED, "x", range(4))))
         assert (seen["u"], seen["v"]) == (8, rows)
         draw = Draw(SEED, "x", range(4))
         t, eps = config.times.sample(draw), draw.normal((2,))
         x_t, w = interpolate(x_0, eps, t), eps - x_0
-        u, v = (1 + 3 * (2 - 1)) * x_t, (4 if fake == "alike" else 2) * x_t
+        u, v = (1 + 3 * (2 - 1)) * x_t, (4 if guided else 2) * x_t
         expected = ((u - v) * (u - w)).mean(1) - (u - v).square().mean(1)
         torch.testing.assert_close(loss.value, expected.mean())
 
@@ -282,7 +284,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
 
     student, fake_net = network(2), network(3)
     fake = lambda x, t, cond: fake_net(torch.cat([x, t.view(-1, 1)], 1))  # noqa: E731
-    config = Config(alpha=0.5, weight="inverse-l1", guidance=Guidance(teacher=1), fake_steps=4)
+    config = Config(alpha=0.5, weight="inverse-l1", guidance=Guidance(scale=1), fake_steps=4)
     nets = Velocities(lambda z, t, cond: student(z), teacher, fake, None)
     optimizers = {
         "student": torch.optim.Adam(student.parameters(), 3e-3, betas=(0.0, 0.999)),

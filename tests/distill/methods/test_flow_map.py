@@ -15,7 +15,7 @@ from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError, TeacherError
 from distill.flow import between, jump, noise, one_step
 from distill.methods.base import Batch, Loss, Velocities
-from distill.methods.flow_map import LAWS, Config
+from distill.methods.flow_map import OBJECTIVES, Config
 from distill.methods.policies import TeacherGuidance
 from distill.models.teacher import load_transformer, velocity
 from distill.models.text import SD3TextEncoder
@@ -32,7 +32,7 @@ M, S = 0.7, 0.5
 RECIPE = {"name": "tiny-flow-map", "method": "flow_map", "images_seen": 12}
 # torch's forward mode scripts some of its own derivatives when it is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-both_laws = pytest.mark.parametrize("law", sorted(LAWS))
+both_objectives = pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 
 
 def gaussian_map(mean: float | Tensor, std: float | Tensor):
@@ -47,35 +47,35 @@ def gaussian_map(mean: float | Tensor, std: float | Tensor):
     return student
 
 
-def gaussian_loss(law: str, mean: float | Tensor, std: float | Tensor, images: range) -> Loss:
-    config = Config(law=law, weight="uniform", guidance=TeacherGuidance(teacher=1))
+def gaussian_loss(objective: str, mean: float | Tensor, std: float | Tensor, images: range) -> Loss:
+    config = Config(objective=objective, weight="uniform", guidance=TeacherGuidance(scale=1))
     draw = Draw(0, "x", images)
     teacher = gaussian_field(M, S)
     nets = Velocities(gaussian_map(mean, std), lambda x, t, cond: teacher(x, t.to(x)), teacher, None)
     return config.student_loss(nets, Batch(draw.normal((1,)).double(), None, draw))
 
 
-@both_laws
-def test_the_loss_is_zero_at_the_exact_map_and_only_there(law):
-    assert gaussian_loss(law, M, S, range(256)).value.item() < 1e-12
+@both_objectives
+def test_the_loss_is_zero_at_the_exact_map_and_only_there(objective):
+    assert gaussian_loss(objective, M, S, range(256)).value.item() < 1e-12
     for mean, std in ((M + 0.1, S), (M, S + 0.1), (-0.4, 1.3)):
-        assert gaussian_loss(law, mean, std, range(256)).value.item() > 1e-3
+        assert gaussian_loss(objective, mean, std, range(256)).value.item() > 1e-3
 
 
-@both_laws
-def test_the_gradient_leads_to_the_exact_map(law):
+@both_objectives
+def test_the_gradient_leads_to_the_exact_map(objective):
     mean, std = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-0.4, 1.3))
     optimizer = torch.optim.Adam([mean, std], lr=0.05)
     for step in range(100):
         optimizer.zero_grad()
-        gaussian_loss(law, mean, std, range(32 * step, 32 * step + 32)).value.backward()
+        gaussian_loss(objective, mean, std, range(32 * step, 32 * step + 32)).value.backward()
         optimizer.step()
     assert mean.item() == pytest.approx(M, abs=0.02)
     assert std.item() == pytest.approx(S, abs=0.02)
 
 
 def test_where_jumps_start_and_end():
-    config = Config(from_noise=0.25, guidance=TeacherGuidance(teacher=1))
+    config = Config(from_noise=0.25, guidance=TeacherGuidance(scale=1))
     asked = []
 
     def student(x: Tensor, times: Tensor, cond: object) -> Tensor:
@@ -90,7 +90,7 @@ def test_where_jumps_start_and_end():
     assert ((s >= 0) & (s < t)).all()
     assert torch.equal(asked[0], between(torch.ones(400), t))  # states are the student's own, from noise
     with pytest.raises(ConfigError, match="from_noise below 1"):
-        load_config("scenes-debug", ["method={name: flow_map, law: eulerian, from_noise: 1}"])
+        load_config("scenes-debug", ["method={name: flow_map, objective: eulerian, from_noise: 1}"])
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def moved(teacher: Path, kind: Full | Lora):
     return networks
 
 
-@pytest.mark.parametrize("kind", [Full(), Lora(rank=4, alpha=8, checkpointing=True)])
+@pytest.mark.parametrize("kind", [Full(), Lora(rank=4, alpha=8, gradient_checkpointing=True)])
 def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, teacher, cond):
     networks = build(teacher, kind, torch.float32, CPU, ("student",), two_times=True)
     student, x = networks.velocity("student"), noise(range(4), SHAPE)
@@ -119,7 +119,7 @@ def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, t
     nets = Velocities(student, networks.field("teacher"), networks.field("fake"), cond[2])
     with networks.using("student"):
         draw = Draw(0, "x", range(4))
-        Config(guidance=TeacherGuidance(teacher=2)).student_loss(nets, Batch(x, cond, draw)).value.backward()
+        Config(guidance=TeacherGuidance(scale=2)).student_loss(nets, Batch(x, cond, draw)).value.backward()
     _, second = split(networks.trainable("student"))
     assert len(second) == 4
     assert second["time_text_embed.second_time.linear_2.weight"].grad.abs().max() > 0
@@ -133,15 +133,15 @@ def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, t
     assert torch.equal(networks.velocity("teacher")(x, t, cond), expected)
 
 
-@both_laws
-def test_derivatives_are_those_of_finite_differences(law, teacher, cond):
-    """With a constant field w each law's target leaves but the derivative, through adapters and checkpointed blocks."""
-    networks = moved(teacher, Lora(rank=4, alpha=8, checkpointing=True))
+@both_objectives
+def test_derivatives_are_those_of_finite_differences(objective, teacher, cond):
+    """With a constant field w each target leaves only the derivative, through adapters and checkpointed blocks."""
+    networks = moved(teacher, Lora(rank=4, alpha=8, gradient_checkpointing=True))
     v, x, w = networks.velocity("student"), noise(range(4), SHAPE), noise(range(4, 8), SHAPE)
     t, s = torch.tensor([1.0, 0.9, 0.6, 0.3]), torch.tensor([0.1, 0.7, 0.5, 0.1])
     with torch.no_grad():
-        target = LAWS[law](v, lambda *_: w, x, t, s, cond)
-        if law == "eulerian":
+        target = OBJECTIVES[objective](v, lambda *_: w, x, t, s, cond)
+        if objective == "eulerian":
             h = 1e-4  # the teacher's time embedding turns by 1000 radians over [0, 1]
             ends = [v(x + h * w, between(t + h, s), cond), v(x - h * w, between(t - h, s), cond)]
             sign = 1

@@ -18,24 +18,24 @@ def test_logit_normal_times_are_the_shifted_sigmoid_of_normal_numbers():
 
 
 def test_uniform_times_are_clamped():
-    times = Times(law="uniform", low=0.1, high=0.8).sample(Draw(0, "times", range(COUNT)))
+    times = Times(distribution="uniform", low=0.1, high=0.8).sample(Draw(0, "times", range(COUNT)))
     assert (float(times.min()), float(times.max())) == (pytest.approx(0.1), pytest.approx(0.8))
     inside = times[(times > 0.1) & (times < 0.8)].numpy()
     assert stats.kstest(inside, "uniform", args=(0.1, 0.7)).pvalue > 1e-3
-    shifted = Times(law="uniform", shift=3.0, low=1e-6, high=1 - 1e-6).sample(Draw(0, "times", range(8)))
+    shifted = Times(distribution="uniform", shift=3.0, low=1e-6, high=1 - 1e-6).sample(Draw(0, "times", range(8)))
     torch.testing.assert_close(shifted, shift_time(Draw(0, "times", range(8)).uniform(), 3.0))
 
 
 def test_guidance_holds_inside_of_its_interval_with_a_scale_for_each_image():
     t = torch.tensor([0.1, 0.4, 0.9])
-    constant = TeacherGuidance(teacher=2.5, interval=(0.2, 0.8)).scales(t, Draw(0, "g", range(3)))
+    constant = TeacherGuidance(scale=2.5, interval=(0.2, 0.8)).scales(t, Draw(0, "g", range(3)))
     assert constant.tolist() == [1.0, 2.5, 1.0]
-    drawn = TeacherGuidance(teacher=(2, 6)).scales(t, Draw(0, "g", range(3)))
+    drawn = TeacherGuidance(scale=(2, 6)).scales(t, Draw(0, "g", range(3)))
     torch.testing.assert_close(drawn, 2 + 4 * Draw(0, "g", range(3)).uniform())
 
 
 def test_a_teacher_without_guidance_is_not_asked_for_its_null_prompt():
-    scales = TeacherGuidance(teacher=1).scales(torch.tensor([0.5]), Draw(0, "g", range(1)))
+    scales = TeacherGuidance(scale=1).scales(torch.tensor([0.5]), Draw(0, "g", range(1)))
     assert scales is None
     x_t = torch.ones(1, 2)
     assert guided(lambda x, t, cond: 2 * x, None, x_t, torch.tensor([0.5]), None, scales).equal(2 * x_t)

@@ -16,7 +16,7 @@ from distill.pipeline import OneStepPipeline
 from distill.training import checkpoint
 
 M, S = 0.7, 0.5
-CONFIG = Config(teacher_steps=400, teacher_shift=1.0, guidance=TeacherGuidance(teacher=1))
+CONFIG = Config(teacher_steps=400, teacher_shift=1.0, guidance=TeacherGuidance(scale=1))
 
 
 def loss(config: Config, student, teacher=gaussian_field(M, S), count: int = 512):
@@ -49,7 +49,7 @@ def test_reflow_is_at_its_optimum_where_every_pair_is_a_straight_line():
     config = CONFIG.model_copy(update={"stage": "reflow"})
     found, _ = loss(config, straight)
     assert found.value.item() < 1e-4
-    assert found.figures["t"].std() > 0.2
+    assert found.metrics["t"].std() > 0.2
     assert loss(config, gaussian_field(M, S))[0].value.item() > 0.01  # the teacher's own paths bend
 
 
@@ -60,8 +60,8 @@ def test_an_image_keeps_its_guidance_scale_along_its_whole_path():
     null = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
     draw = Draw(0, "x", range(count))
     nets = Velocities(lambda x, t, cond: torch.zeros_like(x), lambda x, t, cond: cond.pooled, lambda *_: None, null)
-    config = Config(teacher_steps=7, guidance=TeacherGuidance(teacher=(2.0, 8.0)))
-    moved = config.student_loss(nets, Batch(torch.zeros(count, 1), cond, draw)).figures["regression"].sqrt()
+    config = Config(teacher_steps=7, guidance=TeacherGuidance(scale=(2.0, 8.0)))
+    moved = config.student_loss(nets, Batch(torch.zeros(count, 1), cond, draw)).metrics["regression"].sqrt()
     torch.testing.assert_close(moved, 2 + 6 * Draw(0, "x", range(count)).uniform())
 
 
@@ -70,6 +70,6 @@ def test_whole_runs_of_both_stages_move_the_student_alone(teacher: Path, tmp_pat
     tensors, record = checkpoint.load(straighter / "checkpoints" / checkpoint.state_name(16))
     assert record["images"] == 16
     assert not any(name.startswith("fake") for name in tensors)
-    method = "method={name: reflow, teacher_steps: 2, guidance: {teacher: 1}}"
+    method = "method={name: reflow, teacher_steps: 2, guidance: {scale: 1}}"
     out = distilled(straighter / "student", tmp_path / "distillation", method)
     assert OneStepPipeline.load(out / "student")(["a red circle"], [0]).shape == (1, 16, 16, 3)

@@ -17,7 +17,7 @@ from distill.training.networks import FullCopies, SharedBase, build
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-CONFIG = Config(guidance=Guidance(teacher=1), gan=Gan(fake=1, student=1))
+CONFIG = Config(guidance=Guidance(scale=1), gan=Gan(fake=1, student=1))
 Networks = FullCopies | SharedBase
 
 
@@ -46,7 +46,7 @@ def gradients(role: str, velocities: Velocities, networks: Networks, cond: TextC
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("role", ["fake", "student"])
 def test_one_base_has_the_gradients_of_copies(teacher, cond, role, checkpointing):
-    one = made(teacher, Lora(rank=4, alpha=8, checkpointing=checkpointing))
+    one = made(teacher, Lora(rank=4, alpha=8, gradient_checkpointing=checkpointing))
     fields = [one.velocity(name) if name == role else one.field(name) for name in ("student", "teacher", "fake")]
     with one.using(role):
         found = gradients(role, Velocities(*fields, cond[0], one.critic(role == "fake")), one, cond)
@@ -64,7 +64,7 @@ def test_one_base_has_the_gradients_of_copies(teacher, cond, role, checkpointing
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_into_images_is_that_of_a_plain_composition(teacher, cond, checkpointing):
-    networks = made(teacher, Full(checkpointing=checkpointing))
+    networks = made(teacher, Full(gradient_checkpointing=checkpointing))
     x_t = torch.randn(3, *SHAPE, requires_grad=True)
     t = torch.tensor([0.1, 0.5, 0.9])
     found = networks.critic(False)(x_t, t, cond)

@@ -29,14 +29,14 @@ from distill.training.networks import ROLES, SharedBase, build
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 CPU = torch.device("cpu")
 DTYPES = {"lora": torch.float32, "full": torch.bfloat16}
-KINDS = [Lora(rank=4), Lora(rank=4, checkpointing=True), Full(), Full(checkpointing=True)]
-METHOD = Config(guidance=Guidance(fake="alike"))
+KINDS = [Lora(rank=4), Lora(rank=4, gradient_checkpointing=True), Full(), Full(gradient_checkpointing=True)]
+METHOD = Config(guidance=Guidance(guide_fake=True))
 PATH = reflow.Config(teacher_steps=1)  # the cheapest to plan
 BATCH, SIZE = 3, 16
 
 
 def label(kind) -> str:
-    return kind.kind + ("-checkpointing" if kind.checkpointing else "")
+    return kind.kind + ("-checkpointing" if kind.gradient_checkpointing else "")
 
 
 class Remembered(Setting):
@@ -211,7 +211,7 @@ def test_a_run_that_compiles_its_blocks_is_planned_as_one_that_does_not(teacher,
 @pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
 def test_checkpointing_lowers_activations_and_costs_arithmetic(teacher, kind):
     plain, checkpointed = (
-        setting(teacher, kind.model_copy(update={"checkpointing": on})).plan() for on in (False, True)
+        setting(teacher, kind.model_copy(update={"gradient_checkpointing": on})).plan() for on in (False, True)
     )
     assert checkpointed.activations < plain.activations
     assert checkpointed.peak <= plain.peak
@@ -245,7 +245,7 @@ def test_a_change_that_is_said_to_fit_does(teacher):
     available = (least + plan.peak + 1) // 2
     changes = changes_that_fit(made, plan, available)
     changed = {
-        "--checkpointing": replace(made, kind=Full(checkpointing=True)),
+        "--gradient-checkpointing": replace(made, kind=Full(gradient_checkpointing=True)),
         "--optimizer adam-8bit": replace(made, optimizer="adam-8bit"),
         "--mode lora --rank 64": replace(made, kind=Lora()),
     }
@@ -287,7 +287,7 @@ def test_the_command_prints_parts_verdict_and_json(teacher):
     assert shown.exit_code == 0, shown.output
     assert "activations" in shown.output
     assert "fits" in shown.output
-    least = ["--checkpointing", "--optimizer", "adam-8bit", "--device-memory", "0.5", "--json"]
+    least = ["--gradient-checkpointing", "--optimizer", "adam-8bit", "--device-memory", "0.5", "--json"]
     result = json.loads(CliRunner().invoke(app, [*command, *least]).output)
     assert result["fits"] is False  # what is set aside for the device's own is more than that
     assert result["changes"] == []

@@ -28,7 +28,7 @@ def healthy() -> list[dict[str, float]]:
 
 
 def worsened(**last: float) -> list[dict[str, float]]:
-    """A healthy log, and then lines with other figures."""
+    """A healthy log, and then lines with other metrics."""
     log = healthy()
     return [*log, *({**log[-1], "images": 640.0 * (len(log) + i + 1), **last} for i in range(2 * WINDOW))]
 
@@ -39,17 +39,17 @@ def test_a_healthy_run_raises_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "figures", "words"),
+    ("name", "metrics", "words"),
     [
         ("collapse", {"latent/diversity": 0.3}, "fake_steps"),
         ("oversaturation", {"latent/saturated": 0.3}, "guidance"),
-        ("stalled-fake", {"flow_matching": 2.5}, "fake_rate"),
-        ("too-fast", {"update_ratio/fake": 0.3}, "lower optimizer.fake_rate"),
+        ("stalled-fake", {"flow_matching": 2.5}, "fake_lr"),
+        ("too-fast", {"update_ratio/fake": 0.3}, "lower optimizer.fake_lr"),
         ("not-finite", {"skipped/student": 0.1}, "student's steps"),
     ],
 )
-def test_each_rule_is_raised_once_and_says_what_to_try(name: str, figures: dict[str, float], words: str) -> None:
-    log = worsened(**figures)
+def test_each_rule_is_raised_once_and_says_what_to_try(name: str, metrics: dict[str, float], words: str) -> None:
+    log = worsened(**metrics)
     (alarm,) = alarms(log)
     assert alarm.name == name
     assert words in alarm.says

@@ -63,12 +63,12 @@ class Page(HTMLParser):
 
 
 def make_run(folder: Path, seen: int, budget: int = 6400, teacher: str = "scenes", **series: float) -> Path:
-    """A run as `distill run` leaves it, with the given last figures."""
+    """A run as `distill run` leaves it, with the given last metrics."""
     folder.mkdir(parents=True)
-    config = {"teacher": teacher, "images": budget, "method": {"name": "fgm", "guidance": {"teacher": 4.0}}}
+    config = {"teacher": teacher, "images": budget, "method": {"name": "fgm", "guidance": {"scale": 4.0}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    figures = dict.fromkeys(SERIES, 0.5) | series
-    lines = [{"images": images, **figures} for images in range(640, seen + 1, 640)]
+    metrics = dict.fromkeys(SERIES, 0.5) | series
+    lines = [{"images": images, **metrics} for images in range(640, seen + 1, 640)]
     write_lines(folder / "metrics.jsonl", lines)
     return folder
 
@@ -277,7 +277,7 @@ def test_a_run_that_stopped_early_is_finished(tmp_path: Path) -> None:
     add_results(folder)  # the best student is that after 3200 images, and there is one evaluation after it
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for patience, state in ((None, "stopped"), (2, "stopped"), (1, "finished")):
-        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"stop": {"patience": patience}}))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"early_stopping_patience": patience}))
         assert read_run(folder).state == state
 
 

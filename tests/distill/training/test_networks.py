@@ -15,7 +15,7 @@ from distill.training.networks import ROLES, FullCopies, build
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("kind", [{}, {"checkpointing": True}, {"attention": "math"}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"gradient_checkpointing": True}, {"attention": "math"}], ids=str)
 def test_one_base_has_the_gradients_of_three_copies(teacher, kind, role):
     one = shared(teacher, **kind)
     with one.using(role):
@@ -46,7 +46,7 @@ def test_compiled_blocks_have_the_same_gradients_and_compile_once(teacher, trace
             tensor.grad = None
         return found
 
-    networks = shared(teacher, compile=True, checkpointing=True)
+    networks = shared(teacher, compile=True, gradient_checkpointing=True)
     assert_same(turn(networks), turn(shared(teacher)))
     forms = counters["stats"]["unique_graphs"]
     assert forms > 0
@@ -56,7 +56,7 @@ def test_compiled_blocks_have_the_same_gradients_and_compile_once(teacher, trace
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_full_copies_pass_gradient_on_and_keep_none(teacher, checkpointing):
-    networks = build(teacher, Full(checkpointing=checkpointing), torch.float32, CPU)
+    networks = build(teacher, Full(gradient_checkpointing=checkpointing), torch.float32, CPU)
     assert isinstance(networks, FullCopies)
     found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
     assert all(tensor.grad is None for tensor in networks.trainable("fake").values())

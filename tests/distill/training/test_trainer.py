@@ -21,17 +21,17 @@ from distill.training.networks import build
 from distill.training.optimizers import adam
 
 
-def figures(teacher, out, **more):
+def metrics(teacher, out, **more):
     """Of a single round."""
     config = parity.run(images=IMAGES, **more)
     (progress,) = trainer.train(config, out, parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
-    return progress.figures
+    return progress.metrics
 
 
 def test_micro_batches_add_up_to_the_whole_batch_s_gradient(teacher, tmp_path):
-    whole = figures(teacher, tmp_path / "whole")
+    whole = metrics(teacher, tmp_path / "whole")
     for micro in (1, 2):
-        parts = figures(teacher, tmp_path / str(micro), micro_batch=micro)
+        parts = metrics(teacher, tmp_path / str(micro), micro_batch=micro)
         for role in ("fake", "student"):
             assert parts[f"gradient_norm/{role}"] == pytest.approx(whole[f"gradient_norm/{role}"], rel=1e-3)
             assert parts[f"loss/{role}"] == pytest.approx(whole[f"loss/{role}"], rel=1e-3, abs=1e-4)
@@ -51,23 +51,23 @@ class Damaged(Prompts):
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(teacher, tmp_path):
     networks = parity.shared(teacher)
     before = {role: {name: t.detach().clone() for name, t in networks.trainable(role).items()} for role in parity.ROLES}
-    config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.skips": 1})
+    config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.max_skipped_steps": 1})
     rounds = trainer.train(config, tmp_path, networks, Damaged(), [SHAPE], Accelerator(cpu=True))
     first = next(rounds)
-    assert (first.figures["skipped/fake"], first.figures["skipped/student"]) == (1, 0)
-    assert "gradient_norm/fake" not in first.figures
+    assert (first.metrics["skipped/fake"], first.metrics["skipped/student"]) == (1, 0)
+    assert "gradient_norm/fake" not in first.metrics
     fake, student = (networks.trainable(role) for role in parity.ROLES)
     assert all(torch.equal(tensor, before["fake"][name]) for name, tensor in fake.items())
     assert any(not torch.equal(tensor, before["student"][name]) for name, tensor in student.items())
     (second,) = rounds
-    assert (second.figures["skipped/fake"], second.figures["skipped/student"]) == (0, 0)
+    assert (second.metrics["skipped/fake"], second.metrics["skipped/student"]) == (0, 0)
     assert any(not torch.equal(tensor, before["fake"][name]) for name, tensor in fake.items())
     assert all(tensor.isfinite().all() for tensor in (*fake.values(), *student.values()))
 
 
 def test_steps_that_were_skipped_in_a_row_end_the_run_also_if_the_next_is_sound(teacher, tmp_path):
     """As a CUDA graph has it, which is only looked at on lines of the log."""
-    config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.skips": 0})
+    config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.max_skipped_steps": 0})
     rounds = trainer.train(config, tmp_path, parity.shared(teacher), Damaged(), [SHAPE], Accelerator(cpu=True))
     with pytest.raises(DivergedError, match="the fake's gradient was not finite 1 times in a row after 0 images"):
         next(rounds)
@@ -95,7 +95,9 @@ def test_a_run_starts_where_another_stands(teacher, tmp_path):
     average = {name: tensor.clone() for name, tensor in end.average.items()}
 
     second = parity.shared(teacher)
-    config = parity.run(start=tmp_path / "first", images=IMAGES, **{"optimizer.warmup": 10**12, "method.alpha": 0.5})
+    config = parity.run(
+        init_from=tmp_path / "first", images=IMAGES, **{"optimizer.warmup_images": 10**12, "method.alpha": 0.5}
+    )
     (progress,) = trainer.train(config, tmp_path / "second", second, Prompts(), [SHAPE], machine)
     for role in parity.ROLES:
         for name, tensor in second.trainable(role).items():
@@ -117,15 +119,15 @@ def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_o
     gan = {"method": "{name: dmd, fake_steps: 1, gan: {}}", "real": "{source: scenes}"}
 
     def end(out, critic, **more):
-        config = parity.run(images=IMAGES, **{"networks.kind": "full", "optimizer.warmup": 10**12, **more})
+        config = parity.run(images=IMAGES, **{"networks.kind": "full", "optimizer.warmup_images": 10**12, **more})
         networks = build(teacher, config.networks, torch.float32, parity.CPU, critic=critic)
         reals = Reals() if critic else None
         list(trainer.train(config, out, networks, Prompts(), [SHAPE], Accelerator(cpu=True), reals))
         return networks.trainable("fake")
 
     first = end(tmp_path / "fgm", False)
-    second = end(tmp_path / "gan", True, start=tmp_path / "fgm", **gan)
-    third = end(tmp_path / "again", False, start=tmp_path / "gan")
+    second = end(tmp_path / "gan", True, init_from=tmp_path / "fgm", **gan)
+    third = end(tmp_path / "again", False, init_from=tmp_path / "gan")
     assert second.keys() - first.keys() == {name for name in second if name.startswith("critic.")} != set()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor)
@@ -135,7 +137,9 @@ def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_o
 def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
     """The student takes its weights; the fake starts from the teacher."""
     student = make_teacher(tmp_path / "student", seed=7)
-    config = parity.run(start=student, images=IMAGES, **{"networks.kind": "full", "optimizer.warmup": 10**12})
+    config = parity.run(
+        init_from=student, images=IMAGES, **{"networks.kind": "full", "optimizer.warmup_images": 10**12}
+    )
     networks = build(teacher, config.networks, torch.float32, parity.CPU)
     (progress,) = trainer.train(config, tmp_path / "out", networks, Prompts(), [SHAPE], Accelerator(cpu=True))
     for role, folder in (("student", student), ("fake", teacher)):
@@ -144,7 +148,7 @@ def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
             torch.testing.assert_close(tensor.detach(), expected[name])
     for name, tensor in progress.average.items():
         torch.testing.assert_close(tensor, networks.trainable("student")[name].detach())
-    with pytest.raises(ConfigError, match=r"start: .* has other weights for the student"):
+    with pytest.raises(ConfigError, match=r"init_from: .* has other weights for the student"):
         list(
             trainer.train(config, tmp_path / "lora", parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
         )
@@ -162,11 +166,11 @@ def test_a_start_that_does_not_fit_is_refused(teacher, tmp_path):
         list(trainer.train(parity.run(**more), tmp_path / "b", networks, Prompts(), [SHAPE], Accelerator(cpu=True)))
 
     networks = parity.shared(teacher)
-    with pytest.raises(ConfigError, match=r"start: .*nowhere has no checkpoint"):
-        begin(start=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"init_from: .*nowhere has no checkpoint"):
+        begin(init_from=tmp_path / "nowhere")
     checkpoint.save(tmp_path / "other" / "checkpoints" / "000000000008", {"student/x": torch.zeros(1)}, {})
     with pytest.raises(ConfigError, match="other weights for the student"):
-        begin(start=tmp_path / "other")
+        begin(init_from=tmp_path / "other")
 
 
 def test_shares_of_processes_are_the_whole_batch_in_one_size_a_step():
@@ -196,7 +200,9 @@ def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
 
 def test_rates_are_a_function_of_the_images_seen_whatever_the_batch():
     def rates(batch):
-        config = parity.run(batch=batch, images=8000, **{"optimizer.warmup": 1000, "optimizer.decay": 4000})
+        config = parity.run(
+            batch=batch, images=8000, **{"optimizer.warmup_images": 1000, "optimizer.decay_images": 4000}
+        )
         return [trainer._rate(config, images) for images in (992, 2000, 4000, 6000, 7992)]
 
     for batch in (4, 8):
@@ -204,7 +210,7 @@ def test_rates_are_a_function_of_the_images_seen_whatever_the_batch():
         assert risen == pytest.approx(1, abs=0.01)
         assert plateau == [1, 1]
         assert (middle, last) == (pytest.approx(0.5), pytest.approx(0, abs=1e-4))
-    short = parity.run(images=1000, **{"optimizer.warmup": 0, "optimizer.decay": 4000})
+    short = parity.run(images=1000, **{"optimizer.warmup_images": 0, "optimizer.decay_images": 4000})
     assert trainer._rate(short, 500) == pytest.approx(0.5)  # a decay that is longer than the run takes all of it
 
 
@@ -214,7 +220,7 @@ def test_seeds_have_64_bits(teacher, tmp_path):
         (progress,) = trainer.train(
             config, tmp_path / str(seed), parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True)
         )
-        return progress.figures["gap"]
+        return progress.metrics["gap"]
 
     seeds = (0, 2**32, 2**63, 2**64 - 1)
     assert len({gaps(seed) for seed in seeds}) == len(seeds)
@@ -238,7 +244,7 @@ def test_a_round_as_a_cuda_graph_is_the_same_round(kind, teacher, tmp_path):
     for name, tensor in taken.average.items():
         torch.testing.assert_close(replayed.average[name], tensor)
     for name in ("gap", "gradient_norm/fake", "gradient_norm/student"):
-        assert replayed.figures[name] == pytest.approx(taken.figures[name], rel=1e-4)
+        assert replayed.metrics[name] == pytest.approx(taken.metrics[name], rel=1e-4)
 
 
 def test_what_is_read_ahead_comes_in_order_with_its_errors_and_leaves_no_thread():
@@ -280,8 +286,8 @@ def test_adam_takes_the_steps_of_its_definition():
             r"networks\.attention xformers needs the package xformers",
         ),
         (
-            {"networks.kind": "lora", "networks.cuda_graph": True, "networks.checkpointing": True},
-            r"networks\.cuda_graph needs a CUDA device, networks\.checkpointing false; set it to auto",
+            {"networks.kind": "lora", "networks.cuda_graph": True, "networks.gradient_checkpointing": True},
+            r"networks\.cuda_graph needs a CUDA device, networks\.gradient_checkpointing false; set it to auto",
         ),
         (
             {"networks.kind": "lora", "networks.compile": True},

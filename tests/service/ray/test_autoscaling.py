@@ -1,4 +1,4 @@
-"""How many replicas are wanted, from their figures alone."""
+"""How many replicas are wanted, from their metrics alone."""
 
 import pytest
 

@@ -174,7 +174,7 @@ def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
         assert page.errors() == []
 
 
-def figures(images: int, gap: float) -> LogLine:
+def metrics(images: int, gap: float) -> LogLine:
     return LogLine("metrics", images, {"images": images, "gap": gap})
 
 
@@ -190,7 +190,7 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
         job = JobRow(id="ftjob-1", **texts, **facts, starts=0, images_seen=0)
         session.add(job)
         record_event(session, job, "It begins.")
-        record_log_lines(session, job, [figures(8 * i, 1 / i) for i in range(1, 202)])
+        record_log_lines(session, job, [metrics(8 * i, 1 / i) for i in range(1, 202)])
     with serving(create_app(Settings(data=tmp_path), local(Simulator(0, 0)))) as url:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#curves polyline"))
@@ -200,7 +200,7 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
         assert not page.find("#actions a")
         with jobs.database.begin() as session:
             job = session.get_one(JobRow, "ftjob-1")
-            record_log_lines(session, job, [figures(1616, 0.25)])
+            record_log_lines(session, job, [metrics(1616, 0.25)])
             record_event(session, job, "It ends.")
         page.until(lambda: len(page.find("#events li")) == 2)
         assert page.text("#curves").endswith("now 0.250")

@@ -193,19 +193,19 @@ def test_a_step_never_makes_the_host_wait_for_the_device() -> None:
 
 
 def test_a_step_draws_by_image_index_and_follows_its_rate_and_share() -> None:
-    figures = []
+    metrics = []
     for images in ([0, 1], [0, 1], [2, 3]):
         model, scenes, null = denoiser()
         average, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         share = torch.tensor(0.25)
         step = training_step(model, average, share, optimizer, scenes.sample, null, RECIPE)
         before = model.transformer.proj_out.weight.detach().clone()
-        figures.append(step(torch.tensor(images)))
+        metrics.append(step(torch.tensor(images)))
         moved = model.transformer.proj_out.weight - before
         assert moved.any()
         torch.testing.assert_close(average.transformer.proj_out.weight - before, moved / 4, atol=1e-7, rtol=1e-3)
-    assert torch.equal(figures[0], figures[1])
-    assert not torch.equal(figures[0], figures[2])
+    assert torch.equal(metrics[0], metrics[1])
+    assert not torch.equal(metrics[0], metrics[2])
 
 
 @pytest.mark.gpu

@@ -27,19 +27,19 @@ from service.jobs.tables import JobCheckpointRow, JobEventRow, JobRow
 
 EVERYTHING = {
     "images": 64,
-    "prompts": 8,
+    "max_prompts": 8,
     "column": "words",
     "batch": 4,
     "micro_batch": 2,
-    "guidance": 3.5,
-    "student_rate": 1e-5,
-    "fake_rate": 2e-5,
-    "warmup": 0,
-    "decay": 32,
+    "guidance_scale": 3.5,
+    "student_lr": 1e-5,
+    "fake_lr": 2e-5,
+    "warmup_images": 0,
+    "decay_images": 32,
     "ema_half_life": 900,
     "precision": "fp32",
     "sizes": [[64, 64], [64, 32]],
-    "patience": 2,
+    "early_stopping_patience": 2,
     "log_every": 4,
     "sample_every": 8,
     "checkpoint_every": 16,
@@ -51,11 +51,11 @@ def test_every_knob_is_a_key_of_a_run():
     assert EVERYTHING.keys() == KEYS.keys()
     asked = DistillationOptions(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
     run = load_config("scenes-debug", asked.overrides())
-    assert (run.images, run.batch, run.micro_batch, run.prompts.count) == (64, 4, 2, 8)
+    assert (run.images, run.batch, run.micro_batch, run.prompts.max_count) == (64, 4, 2, 8)
     assert run.prompts.column == "words"
-    assert (run.method.guidance.teacher, run.optimizer.student_rate, run.optimizer.fake_rate) == (3.5, 1e-5, 2e-5)
-    assert (run.ema_half_life, run.precision, run.stop.patience) == (900, "fp32", 2)
-    assert (run.optimizer.warmup, run.optimizer.decay) == (0, 32)
+    assert (run.method.guidance.scale, run.optimizer.student_lr, run.optimizer.fake_lr) == (3.5, 1e-5, 2e-5)
+    assert (run.ema_half_life, run.precision, run.early_stopping_patience) == (900, "fp32", 2)
+    assert (run.optimizer.warmup_images, run.optimizer.decay_images) == (0, 32)
     assert run.sizes == ((64, 64), (64, 32))
     assert run.cadence.model_dump(include={"log", "sample", "checkpoint", "evaluate"}) == {
         "log": 4,
@@ -203,8 +203,8 @@ def test_a_line_is_told_once_though_a_run_that_goes_on_writes_it_again(tmp_path)
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2.5}\n{"images": 24, "gap": 3}\n')
     assert [line.images for line in folder.new_lines()] == [24]
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({"images": 16, "overall": 0.5}) + "\n")
-    assert folder.figures(16) == {"gap": 2.5, "overall": 0.5}
-    assert folder.figures(20) == {"gap": 2.5}
+    assert folder.metrics(16) == {"gap": 2.5, "overall": 0.5}
+    assert folder.metrics(20) == {"gap": 2.5}
 
 
 def test_garbage_in_a_log_is_passed_over(tmp_path):
@@ -221,7 +221,7 @@ def test_garbage_in_a_log_is_passed_over(tmp_path):
     ]
     assert {line.images for line in told} == {8, 9}
     assert all(line.values["gap"] is None for line in told if line.images == 9)
-    assert folder.figures(8) == {"gap": 1, "overall": 0.5}
+    assert folder.metrics(8) == {"gap": 1, "overall": 0.5}
     assert folder.results().splitlines()[1].startswith("8,1")
     (tmp_path / "config.yaml").write_bytes(b"\xff: [")
     assert folder.budget() is None
@@ -243,8 +243,8 @@ def test_of_a_log_that_grows_only_what_is_new_is_read(tmp_path):
     with log.open("a") as file:
         file.write("\n")
     assert [line.images for line in folder.new_lines()] == [24]
-    assert [folder.figures(images)["gap"][:1] for images in (16, 20, 24)] == ["x"] * 3
-    assert folder.figures(15) == {}
+    assert [folder.metrics(images)["gap"][:1] for images in (16, 20, 24)] == ["x"] * 3
+    assert folder.metrics(15) == {}
 
 
 def test_the_end_is_foreseen_at_the_speed_of_this_start():
