@@ -22,6 +22,7 @@ from distill.data import images as real_images
 from distill.data.conditions import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
 from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.data.prompts import read_prompts
+from distill.data.sources import PROMPT_SOURCES
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
 from distill.evaluate.base import Generate, Images, evaluate
 from distill.evaluate.side_by_side import SHIPPED_TEACHER
@@ -139,7 +140,7 @@ def _is_cache(given: Prompts | RealImages, manifest: str) -> bool:
 def _may_be_read_twice(source: str) -> bool:
     """Whether a source is a file, a folder or missing, and not a stream."""
     path = Path(source)
-    return source not in ("-", "scenes") and (path.is_file() or path.is_dir() or not path.exists())
+    return source not in ("-", *PROMPT_SOURCES) and (path.is_file() or path.is_dir() or not path.exists())
 
 
 def _is_gone(source: str, folder: Path, out: Path) -> bool:
@@ -147,7 +148,7 @@ def _is_gone(source: str, folder: Path, out: Path) -> bool:
 
     This holds for standard input and for a source that was moved or removed. The cache itself is always compared.
     """
-    if not has_learnt(out) or source == "scenes" or (source != "-" and Path(source).exists()):
+    if not has_learnt(out) or source in PROMPT_SOURCES or (source != "-" and Path(source).exists()):
         return False
     what = "standard input" if source == "-" else source
     _log.warning("%s is not read again; the run goes on with what was encoded of it in %s", what, folder)

@@ -91,8 +91,9 @@ def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> Non
     """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
     from distill import run as runs
     from distill.cli.console import image_bar
+    from distill.data.sources import PROMPT_SOURCES
 
-    endless = config.prompts.source == "scenes"  # a file may hold fewer
+    endless = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
     with image_bar("prompts", config.prompts.max_count if endless else None) as bar:
         for encoded in runs.embed(config, folder, device):
             bar.update(encoded.prompts, {"truncated": encoded.truncated})

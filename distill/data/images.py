@@ -1,6 +1,6 @@
 """Real images with their captions, encoded once: `encode_examples` writes a cache, `ImageCache` reads it in training.
 
-Sources are the small world's renderer, a folder of images and WebDataset's tar shards. A row is an image's scaled
+Sources are built-in ones, a folder of images and WebDataset's tar shards. A row is an image's scaled
 latents and what the text encoders make of its caption, in the shards and under the guarantees of `shards.py`.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from distill.data.conditions import tensors, text_dtype, text_shapes
 from distill.data.prompt_files import columns_of, text_of
-from distill.data.prompts import SCENES_COUNT
 from distill.data.shards import SHARD_ROWS, Layout, ShardReader, ShardWriter, check_source, rows_of_shard
+from distill.data.sources import IMAGE_SOURCES, Example
 from distill.data.srgb import to_srgb
 from distill.errors import ImageError, PromptError
 from distill.methods.base import Real
@@ -35,8 +35,6 @@ from distill.models.sd3_folder import TeacherSpec, read_spec
 from distill.models.teacher import encode_images, load_vae
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_pixels
-from distill.worlds.scenes.captions import sample_prompt, wording
-from distill.worlds.scenes.render import Scene, place, render
 
 MANIFEST = "images.json"
 ROWS, SKIPPED = "images.jsonl", "skipped.jsonl"  # for people: name and caption of each row; what was passed over
@@ -48,23 +46,6 @@ NO_CAPTION = "it has no caption"
 NO_IMAGE = "it has no image of its name in jpg, png or webp"
 UNUSED = "it belongs to no image; an image and its caption have one name but for the last ending"
 FEW, SHARE = 10, 0.01  # images passed over without an error: so many, or this share of those read
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image with its caption, or the `fault` that makes it unusable.
-
-    `read` returns its `size` bytes, and `edges` the first and last of them. `unused` names the files of its shard that
-    belong to no image.
-    """
-
-    name: str
-    caption: str
-    size: int
-    read: Callable[[], bytes]
-    edges: Callable[[], bytes]
-    fault: str = ""
-    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,18 +64,14 @@ class EncodedImages:
 def read_examples(source: str, count: int | None = None, seed: int = 0, column: str | None = None) -> Iterator[Example]:
     """Images of a source with their captions, at most `count`, in an order of their own that does not change.
 
-    `scenes` renders as many as are asked for. A folder holds a metadata.jsonl of `file_name` and `text`, or tar shards,
-    or jpg, png and webp files with a txt file of the same name beside each. A .tar file is one shard in WebDataset's
-    form, in any order: an image and its caption, a txt or json file, have the same name except for the last ending.
+    A built-in source makes `count` images. A folder holds a metadata.jsonl of `file_name` and `text`, or tar shards, or
+    jpg, png and webp files with a txt file of the same name beside each. A .tar file is one shard in WebDataset's form,
+    in any order: an image and its caption, a txt or json file, have the same name except for the last ending.
     `column` names the caption's key in metadata.jsonl and in json files.
 
     Raises ImageError for a source that is missing, holds no images, or is not what its name says.
     """
-    found = (
-        _scenes(SCENES_COUNT if count is None else count, seed)
-        if source == "scenes"
-        else _examples(Path(source), column)
-    )
+    found = IMAGE_SOURCES[source](count, seed) if source in IMAGE_SOURCES else _examples(Path(source), column)
     empty = True
     for example in islice(found, count):
         empty = False
@@ -406,22 +383,3 @@ def _caption(entry: Mapping[str, Any], column: str | None) -> tuple[str, str]:
     except PromptError as error:
         return "", str(error)
     return ("", NO_CAPTION) if text is None else (text, "")
-
-
-def _scenes(count: int, seed: int) -> Iterator[Example]:
-    for index in range(count):
-        caption, scene = _scene(seed, index)
-        yield Example(f"scene {index} of seed {seed}", caption, 0, partial(_png, scene), bytes)
-
-
-def _scene(seed: int, index: int) -> tuple[str, Scene]:
-    """A scene of its own numbers, whichever were made before."""
-    rng = np.random.default_rng((seed, index))
-    prompt = sample_prompt(rng)
-    return wording(prompt, rng), place(prompt, rng)
-
-
-def _png(scene: Scene) -> bytes:
-    file = BytesIO()
-    Image.fromarray(render([scene])[0]).save(file, "PNG")
-    return file.getvalue()

@@ -1,4 +1,4 @@
-"""Prompts of a source, drawn from the captions of the scenes or read from files, and statistics of them."""
+"""Prompts of a built-in source or of files, and statistics of them."""
 
 import hashlib
 from array import array
@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.prompt_files import read_texts
+from distill.data.sources import PROMPT_SOURCES
 from distill.errors import PromptError
 from distill.models.sd3_folder import read_spec
-from distill.worlds.scenes.captions import training_prompts
 
-SCENES_COUNT = 20_000  # prompts of the small world where no count is given
 BLOCK = 1024  # prompts tokenized together
 
 
 def read_prompts(source: str, count: int | None = None, seed: int = 0, column: str | None = None) -> Iterator[str]:
-    """Prompts of a source, at most `count`: `scenes`, or whatever `read_texts` reads, from the named `column` if given.
+    """Prompts of a built-in source, or whatever `read_texts` reads; at most `count`.
 
     Blank lines are passed over. Raises PromptError for a source that is missing, empty, or not what its name says.
     """
-    if source == "scenes":
-        yield from training_prompts(SCENES_COUNT if count is None else count, seed)
+    if source in PROMPT_SOURCES:
+        yield from PROMPT_SOURCES[source](count, seed)
         return
     empty = True
     for prompt in islice(filter(None, map(str.strip, read_texts(source, column))), count):
@@ -108,7 +107,7 @@ def prompt_stats(source: str, teacher: Path | str | None = None, column: str | N
     lengths: dict[str, Counter[int]] = {name: Counter() for name in ("characters", *tokenizers)}
     seen: set[bytes] = set()
     prompts = empty = 0
-    texts = map(str.strip, training_prompts(SCENES_COUNT, 0) if source == "scenes" else read_texts(source, column))
+    texts = map(str.strip, PROMPT_SOURCES[source](None, 0) if source in PROMPT_SOURCES else read_texts(source, column))
     while block := list(islice(texts, BLOCK)):
         filled = {text: _mark(text) for text in block if text}
         prompts += sum(map(bool, block))
