@@ -30,7 +30,7 @@ from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import Artifacts
 from service.images.provenance import signer
 from service.images.safety import checker
-from service.jobs.batches import Batches
+from service.jobs.batches.workflow import BatchWorkflow
 from service.jobs.jobs import Jobs
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -94,7 +94,7 @@ def create_app(
         await state.roster.restore(engine, settings.students)
         settings.check_aliases(engine.cards)
         if jobs:
-            app.state.batches = Batches(state, jobs, asyncio.get_running_loop())
+            BatchWorkflow(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
         retrying = asyncio.create_task(state.roster.retry(engine, settings.students))

@@ -11,7 +11,6 @@ from service.engine.engine import Engine
 from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
 from service.http.keys import Scope, find
 from service.http.origins import check_open
-from service.jobs.batches import Batches
 from service.jobs.jobs import Jobs
 from service.state import State
 
@@ -41,14 +40,6 @@ async def _kept(service: Service) -> Jobs:
 
 
 JobsDep = Annotated[Jobs, Depends(_kept)]
-
-
-async def _bulk(request: Request, jobs: JobsDep) -> Batches:
-    batches: Batches = request.app.state.batches
-    return batches
-
-
-BatchesDep = Annotated[Batches, Depends(_bulk)]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from service.errors import ServiceError, StartError
 from service.files import PRIVATE, aside, make_writable
+from service.jobs.batches.store import BatchStore
 from service.jobs.database import Database
-from service.jobs.files import Files
+from service.jobs.file_store import FileStore
 from service.jobs.fine_tuning.jobs import FineTuningJobs
 from service.jobs.fine_tuning.students import Students
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
@@ -57,8 +58,11 @@ class Jobs:
         given = settings.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder)
-        self.files = Files(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
+        self.files = FileStore(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
         self.webhooks = Webhooks(self.database, self.workflows, settings.webhooks)
+        self.batches = BatchStore(
+            self.database, self.files, self.workflows, self.webhooks, settings.unfinished_batches_per_key
+        )
         self.students = Students(self.database, self.folder, settings.job_students)
         workflow = FineTuningWorkflow(
             self.database, self.workflows, self.files, self.webhooks, self.students, self.folder, settings
@@ -68,6 +72,7 @@ class Jobs:
             lambda now: self.workflows.adopt(),
             self.files.sweep,
             self.webhooks.begin_due,
+            self.batches.begin_lost,
             workflow.begin_waiting,
             workflow.remove_deleted,
         ]  # each must be harmless to repeat, and to do in several servers at once

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.http.dependencies import BatchesDep, JobsCaller, JobsDep, Service
+from service.http.dependencies import JobsCaller, JobsDep, Service
 from service.jobs import tables
 from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
 from service.schemas import ErrorResponse
@@ -15,35 +15,35 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"m
 
 @router.post("")
 async def create(
-    body: BatchRequest, request: Request, service: Service, jobs: JobsDep, batches: BatchesDep, caller: JobsCaller
+    body: BatchRequest, request: Request, service: Service, jobs: JobsDep, caller: JobsCaller
 ) -> BatchObject:
-    """Have a file's requests made within the day, after everyone else's. Images come as links."""
+    """Answer the requests of a file within 24 hours, at low priority. Images are links."""
     base = str(service.settings.public_url or request.base_url)
-    return _wire(await jobs.write(batches.create, body, caller.owner, base, int(time.time())))
+    return _wire(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
 
 
 @router.get("")
 def index(
-    batches: BatchesDep,
+    jobs: JobsDep,
     caller: JobsCaller,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[BatchObject]:
-    """Your batches, the newest first."""
-    found, more = batches.index(caller.owner, after, limit)
+    """Your batches, newest first."""
+    found, more = jobs.batches.index(caller.owner, after, limit)
     return Page[BatchObject].of([_wire(batch) for batch in found], more)
 
 
 @router.get("/{batch_id}")
-def show(batch_id: str, batches: BatchesDep, caller: JobsCaller) -> BatchObject:
+def show(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
     """One batch, with its counts as they stand."""
-    return _wire(batches.get(caller.owner, batch_id))
+    return _wire(jobs.batches.get(caller.owner, batch_id))
 
 
 @router.post("/{batch_id}/cancel")
-async def cancel(batch_id: str, jobs: JobsDep, batches: BatchesDep, caller: JobsCaller) -> BatchObject:
-    """Begin no further line; what was made by then is in the output file."""
-    return _wire(await jobs.write(batches.cancel, caller.owner, batch_id, int(time.time())))
+async def cancel(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
+    """Start no further line; lines that were answered before are in the output file."""
+    return _wire(await jobs.write(jobs.batches.cancel, caller.owner, batch_id, int(time.time())))
 
 
 def _wire(batch: tables.BatchRow) -> BatchObject:

@@ -30,7 +30,7 @@ from service.engine.backend import Simulator
 from service.engine.launch import local
 from service.errors import StartError, Unavailable
 from service.jobs.database import Database
-from service.jobs.files import new_id
+from service.jobs.file_store import new_id
 from service.jobs.jobs import Jobs
 from service.jobs.postgres import DeadlineConnection
 from service.jobs.tables import BatchRow, ExecutorRow, FileRow, JobRow

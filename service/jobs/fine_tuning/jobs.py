@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded, excerpt, quoted
 from service.jobs.database import Database
-from service.jobs.files import Files, new_id, page
+from service.jobs.file_store import FileStore, new_id, page
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.options import DistillationOptions, find_teacher
 from service.jobs.fine_tuning.run_folder import READABLE
@@ -27,7 +27,7 @@ Part = TypeVar("Part", JobEventRow, JobCheckpointRow)
 class FineTuningJobs:
     """The jobs of all owners; each sees only its own. Every method blocks: call them off the event loop."""
 
-    def __init__(self, database: Database, files: Files, workflow: FineTuningWorkflow, settings: Settings) -> None:
+    def __init__(self, database: Database, files: FileStore, workflow: FineTuningWorkflow, settings: Settings) -> None:
         self._database = database
         self._files = files
         self._workflow = workflow

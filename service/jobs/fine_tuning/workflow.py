@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from service.errors import NotFound, without_middle
 from service.files import DISK_FULL
 from service.jobs.database import Database
-from service.jobs.files import Files
+from service.jobs.file_store import FileStore
 from service.jobs.fine_tuning.events import EtaEstimator, Level, record_checkpoint, record_event, record_log_lines
 from service.jobs.fine_tuning.options import DistillationOptions, find_teacher, prompts_command, run_command
 from service.jobs.fine_tuning.run_folder import JobFolder, environment
@@ -59,7 +59,7 @@ class FineTuningWorkflow:
         self,
         database: Database,
         workflows: Workflows,
-        files: Files,
+        files: FileStore,
         webhooks: Webhooks,
         students: Students,
         data: Path,

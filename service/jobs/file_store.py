@@ -39,7 +39,7 @@ def page(rows: Select[Any], table: Any, after: Any, order: Literal["asc", "desc"
     return rows.order_by(*(falling if order == "desc" else (table.created_at, table.id))).limit(limit + 1)
 
 
-class Files:
+class FileStore:
     """The files of all owners; nobody is told of another's. Every method blocks: call them off the event loop."""
 
     def __init__(self, database: Database, folder: Path, max_bytes: int, quota_bytes: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from service.errors import Forbidden
 from service.jobs.database import Database
-from service.jobs.files import Files
+from service.jobs.file_store import FileStore
 
 KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 
@@ -108,7 +108,7 @@ def test_without_a_data_folder_nothing_is_kept_and_the_answer_says_so(serve, con
 def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     database.migrate()
-    files = Files(database, tmp_path / "files", max_bytes=10, quota_bytes=15)
+    files = FileStore(database, tmp_path / "files", max_bytes=10, quota_bytes=15)
     upload = tmp_path / "upload"
     upload.write_bytes(b"1234567890")
     now = int(time.time())

@@ -1,0 +1,59 @@
+"""Parses a line of a batch's input file into a request."""
+
+from dataclasses import dataclass, replace
+
+from pydantic import ValidationError
+
+from service.engine.batcher import Priority
+from service.errors import InvalidRequest, ServiceError
+from service.http.error_handlers import field_error
+from service.images.generation import RANDOM_SEEDS, Order
+from service.jobs.batches.lines import WINDOW_SECONDS, LineError, line_digest
+from service.jobs.schemas import BatchLine
+from service.state import State
+
+
+@dataclass(frozen=True)
+class LineRequest:
+    """A valid line of the input file."""
+
+    number: int  # from 1, as editors count
+    custom_id: str
+    order: Order
+
+
+def parse(service: State, batch_id: str, number: int, line: bytes) -> LineRequest | LineError:
+    """Return the request of a line with all defaults applied, or its error."""
+    max_bytes = service.settings.max_body_bytes
+    if len(line) > max_bytes:
+        return LineError("line_too_long", f"the line is over {max_bytes} bytes", number, None)
+    try:
+        read = BatchLine.model_validate_json(line, context={"unsupported": service.settings.unsupported})
+        body = read.body
+        if body.stream:
+            raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")
+        if body.partial_images:
+            body.reject("body.partial_images", "a batch does not stream")
+        if body.response_format == "b64_json":
+            raise InvalidRequest("a batch answers with links", "body.response_format", "invalid_value")
+        if body.timeout is not None:
+            body.reject("body.timeout", "lines of a batch have no timeout of their own")
+        if body.priority == "interactive":
+            body.reject("body.priority", "lines of a batch have the priority 'batch'")
+        order = Order.of(body, service.card(body.model))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        if first["type"] == "json_invalid":
+            return LineError("invalid_json_line", f"the line is not JSON: {first['ctx']['error']}", number, None)
+        if not first["loc"]:
+            return LineError("invalid_request", f"the line: {first['msg']}", number, None)
+        wrong = field_error(first["type"], first["loc"], first["msg"])
+        code = {"method": "invalid_method", "url": "invalid_url"}.get(wrong.param or "", "invalid_request")
+        return LineError(code, wrong.message, number, wrong.param)
+    except ServiceError as error:
+        return LineError(error.code or "invalid_request", error.message, number, error.param)
+    if body.seed is None:
+        count = len(order.seeds)
+        drawn = int.from_bytes(line_digest(batch_id, number)) % (RANDOM_SEEDS - count)
+        order = replace(order, seeds=range(drawn, drawn + count))
+    return LineRequest(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
