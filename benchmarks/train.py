@@ -44,7 +44,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     """Train with the product's own loop; prompts were encoded before, so conditions are rows in memory."""
     import torch
 
-    from distill.config import Run
+    from distill.config import RunConfig
     from distill.models import attention
     from distill.models.geometry import read_geometry
     from distill.models.text import TextCondition
@@ -68,7 +68,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     compiled = torch.cuda.is_available() if arguments.compile is None else arguments.compile
     geometry = read_geometry(arguments.teacher)
     cadence = dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9)
-    config = Run.model_validate(
+    config = RunConfig.model_validate(
         {
             "networks": {
                 "kind": arguments.kind,
@@ -147,12 +147,12 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     from torch.nn import functional as F
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    from distill.config import Run
+    from distill.config import RunConfig
     from distill.models.geometry import read_geometry
     from distill.run import accelerator
 
     geometry = read_geometry(arguments.teacher)
-    machine = accelerator(Run(), Path(tempfile.gettempdir()))
+    machine = accelerator(RunConfig(), Path(tempfile.gettempdir()))
     device, bf16 = machine.device, machine.mixed_precision == "bf16"
     torch.manual_seed(0)
     with device:

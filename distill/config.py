@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -12,8 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from distill import methods
 from distill.errors import CheckpointError, ConfigError
-from distill.overrides import parse_override
-from distill.settings import Settings
+from distill.frozen_model import FrozenModel
 
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
@@ -24,7 +24,7 @@ _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
-class Prompts(Settings):
+class Prompts(FrozenModel):
     """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; at most `max_count` of them.
 
     `column` names the column of the prompts, if it is not `prompt`, `caption` or `text`.
@@ -36,7 +36,7 @@ class Prompts(Settings):
     seed: Seed = 0
 
 
-class RealImages(Settings):
+class RealImages(FrozenModel):
     """Where real images with captions come from, for methods that learn from them too.
 
     `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `max_count`.
@@ -49,7 +49,7 @@ class RealImages(Settings):
     column: str | None = None
 
 
-class _Networks(Settings):
+class _Networks(FrozenModel):
     """How the networks compute. A run may go on with another choice: only rounding differs.
 
     `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block. `attention`
@@ -82,7 +82,7 @@ class Lora(_Networks):
     )  # fmt: skip
 
 
-class Optimizer(Settings):
+class Optimizer(FrozenModel):
     """Adam for both roles. Learning rates rise over `warmup_images` and fall to 0 over the last `decay_images`.
 
     `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
@@ -100,7 +100,7 @@ class Optimizer(Settings):
     decay_images: Annotated[int, Field(ge=0)] = 50_000
 
 
-class Cadence(Settings):
+class Cadence(FrozenModel):
     """Intervals in images seen, and how many checkpoints are kept. They do not change the result of a run."""
 
     log: _Count = 1_000
@@ -110,7 +110,7 @@ class Cadence(Settings):
     keep_checkpoints: _Count = 2
 
 
-class Run(Settings):
+class RunConfig(FrozenModel):
     """Everything that a run depends on."""
 
     teacher: _Place = "scenes"
@@ -202,7 +202,7 @@ class Run(Settings):
                 )
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a preset's name or a YAML file, with `a.b=value` overrides on top.
 
     Raises ConfigError that names the preset, file or key at fault.
@@ -226,9 +226,24 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Run:
             values[group] = {tag: values[group]}
     _apply(values, overrides)
     try:
-        return Run.model_validate(values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Read `key=value`, where the value is YAML. Raises ConfigError for anything else."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_lr=1e-4")
+    try:
+        value = text if text in ("", "-") else yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(f"--set {override}: the value is not YAML; put quotes around a text") from None
+    if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
+        with suppress(ValueError):
+            return key, float(value)
+    return key, value
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -313,14 +328,14 @@ def _keys_of(place: Sequence[int | str]) -> list[str]:
 
 def _keys_beside(where: Sequence[str]) -> list[str]:
     """The keys that are known in the place of a key."""
-    models: list[Any] = [Run]
+    models: list[Any] = [RunConfig]
     for field in where[:-1]:
         models = [kind for model in models for kind in _models_of(model, field)]
     return sorted({name for model in models for name in model.model_fields})
 
 
 def _models_of(model: Any, field: str) -> list[Any]:
-    if (model, field) == (Run, "method"):
+    if (model, field) == (RunConfig, "method"):
         return [methods.config_class(name) for name in methods.names()]
     if field not in model.model_fields:
         return []

@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 
 from distill import methods, run
-from distill.config import Run, load_config
+from distill.config import RunConfig, load_config
 from distill.data.conditions import cached_prompts
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult
@@ -46,7 +46,7 @@ class Variant:
     """
 
     name: str
-    config: Run
+    config: RunConfig
     source: str
     overrides: tuple[str, ...]
 
@@ -213,7 +213,7 @@ class Outcome:
         save_png(self.picture, out / "compare.png")
 
 
-def is_scored(config: Run) -> bool:
+def is_scored(config: RunConfig) -> bool:
     """Whether there is a scorer for what a run makes: the small world's."""
     return config.prompts.source == "scenes" and read_spec(run.teacher_folder(config)).image_size == SIZE
 

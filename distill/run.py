@@ -8,6 +8,7 @@ The run folder: `config.yaml` (resolved), `embeddings/`, `images/` (real ones, f
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from distill.config import Lora, Prompts, RealImages, Run, load_config
+from distill.config import Lora, Prompts, RealImages, RunConfig, load_config
 from distill.data import images as real_images
 from distill.data.conditions import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
 from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
@@ -44,6 +45,9 @@ from distill.training.trainer import Progress, accelerator_for, check, mesh, tra
 from distill.worlds.scenes.evaluator import SceneEvaluator
 from distill.worlds.scenes.render import SIZE
 
+with suppress(ModuleNotFoundError):  # the package of toy datasets may be deleted
+    from distill import worlds  # noqa: F401  adds their sources of prompts and images
+
 SOURCES = "sources.json"  # digests of the prompts and real images that a run learns from
 SPEED = "speed.json"  # what `distill.training.speed` measured
 GRID = 16  # images in a sample grid
@@ -52,12 +56,12 @@ JUDGED = 16  # prompts of each task that a student is judged on while it is trai
 _OWN = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS)  # rewritten by a run
 
 
-def teacher_folder(config: Run) -> Path:
+def teacher_folder(config: RunConfig) -> Path:
     """The folder that `teacher` names; `scenes` is the one that ships with the package."""
     return SHIPPED_TEACHER if config.teacher == "scenes" else Path(config.teacher)
 
 
-def prepare(config: Run, out: Path) -> TeacherSpec:
+def prepare(config: RunConfig, out: Path) -> TeacherSpec:
     """Write the resolved configuration, before anything is computed. Raises what `check_run` raises."""
     spec = check_run(config, out)
     kept = out / "config.yaml"
@@ -70,7 +74,7 @@ def prepare(config: Run, out: Path) -> TeacherSpec:
     return spec
 
 
-def check_run(config: Run, out: Path) -> TeacherSpec:
+def check_run(config: RunConfig, out: Path) -> TeacherSpec:
     """Check teacher, start, sources and the run folder; nothing is written.
 
     Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations, CheckpointError if
@@ -112,7 +116,7 @@ def check_teacher(out: Path, spec: TeacherSpec) -> None:
         )
 
 
-def _check_sources(config: Run, spec: TeacherSpec) -> None:
+def _check_sources(config: RunConfig, spec: TeacherSpec) -> None:
     """Open caches, or read the first prompt and real image of other sources, to find errors before anything is made.
 
     Raises CacheError, PromptError, ImageError, or ConfigError for a column of a cache.
@@ -155,7 +159,7 @@ def _is_gone(source: str, folder: Path, out: Path) -> bool:
     return True
 
 
-def read_config(out: Path) -> Run:
+def read_config(out: Path) -> RunConfig:
     """The configuration of a run folder. Raises CheckpointError for one that this version does not know."""
     path = out / "config.yaml"
     try:
@@ -167,18 +171,18 @@ def read_config(out: Path) -> Run:
         ) from error
 
 
-def latent_shapes(config: Run, spec: TeacherSpec) -> list[tuple[int, int, int]]:
+def latent_shapes(config: RunConfig, spec: TeacherSpec) -> list[tuple[int, int, int]]:
     """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
     return [spec.latent_shape_of(*size) for size in config.sizes] or [spec.latent_shape]
 
 
-def is_judged(config: Run, spec: TeacherSpec) -> bool:
+def is_judged(config: RunConfig, spec: TeacherSpec) -> bool:
     """Whether students are evaluated during the run: only on the toy dataset, at its native size."""
     size = config.sizes[0] if config.sizes else (spec.image_size, spec.image_size)
     return "scenes" in (config.teacher, config.prompts.source) and size == (SIZE, SIZE)
 
 
-def _check_patience(config: Run, spec: TeacherSpec) -> None:
+def _check_patience(config: RunConfig, spec: TeacherSpec) -> None:
     patience = config.early_stopping_patience
     if patience is None:
         return
@@ -196,7 +200,7 @@ def _check_patience(config: Run, spec: TeacherSpec) -> None:
         )
 
 
-def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
+def embed(config: RunConfig, out: Path, device: torch.device) -> Iterator[Encoded]:
     """Encode the run's prompts, unless `prompts.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other prompts than the source holds now.
@@ -213,13 +217,13 @@ def embed(config: Run, out: Path, device: torch.device) -> Iterator[Encoded]:
         yield from embed_prompts(teacher_folder(config), prompts, folder, device)
 
 
-def embeddings_folder(config: Run, out: Path) -> Path:
+def embeddings_folder(config: RunConfig, out: Path) -> Path:
     """The folder of the prompt cache: `prompts.source` if that is a cache, else one in the run folder."""
     source = Path(config.prompts.source)
     return source if (source / MANIFEST).exists() else out / "embeddings"
 
 
-def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImages]:
+def encode(config: RunConfig, out: Path, device: torch.device) -> Iterator[EncodedImages]:
     """Encode the run's real images, if it takes any, unless `real.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other images than the source holds now.
@@ -235,7 +239,7 @@ def encode(config: Run, out: Path, device: torch.device) -> Iterator[EncodedImag
         yield from encode_examples(teacher_folder(config), examples, folder, device)
 
 
-def check_unchanged(config: Run, out: Path) -> None:
+def check_unchanged(config: RunConfig, out: Path) -> None:
     """Raise CacheError or CheckpointError if prompts or real images have changed since the run encoded or used them.
 
     Nothing is encoded; sources without a cache are not checked.
@@ -258,7 +262,7 @@ def _images_folder(real: RealImages, out: Path) -> Path:
     return source if (source / real_images.MANIFEST).exists() else out / "images"
 
 
-def accelerator(config: Run, out: Path) -> Accelerator:
+def accelerator(config: RunConfig, out: Path) -> Accelerator:
     """Accelerate with the run's precision; `auto` is bf16 where that is the faster.
 
     Raises ConfigError for what this machine cannot do.
@@ -270,7 +274,7 @@ def accelerator(config: Run, out: Path) -> Accelerator:
     return machine
 
 
-def distill(config: Run, out: Path, machine: Accelerator) -> Iterator[Progress]:
+def distill(config: RunConfig, out: Path, machine: Accelerator) -> Iterator[Progress]:
     """Train to the budget with grids, judgments and checkpoints on the way; the student ends in `out/student`."""
     if _all_told(machine.is_main_process and _finished(config, out)):
         return
@@ -332,7 +336,7 @@ def has_learnt(out: Path) -> bool:
     return (out / "student").exists() or any(checkpoint.states(out / part) for part in ("checkpoints", "best"))
 
 
-def _finished(config: Run, out: Path) -> bool:
+def _finished(config: RunConfig, out: Path) -> bool:
     """Whether a student is there and nothing more to be learnt, so that no model need be loaded."""
     newest = checkpoint.latest(out / "checkpoints")
     if newest is None or not holds_student(out, config.images):
@@ -440,7 +444,7 @@ class _Watch:
 
     def __init__(
         self,
-        config: Run,
+        config: RunConfig,
         out: Path,
         folder: Path,
         spec: TeacherSpec,

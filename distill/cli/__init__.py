@@ -3,11 +3,15 @@
 import errno
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
 from distill.cli import caches, cifar10, compare, evaluate, generate, jobs, plan, run, runs, scenes
 from distill.errors import ClaimedError, DistillError
+
+with suppress(ModuleNotFoundError):  # the package of toy datasets may be deleted
+    from distill import worlds  # noqa: F401  adds their sources of prompts and images
 
 # The libraries' own bars and notices would run through ours.
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):

@@ -36,8 +36,8 @@ def submit(
 ) -> None:
     """Let a server distill one of its teachers, and serve the student."""
     from distill.cli.remote import Server as Remote
+    from distill.config import parse_override
     from distill.errors import ConfigError
-    from distill.overrides import parse_override
 
     given: dict[str, Any] = {"preset": preset, "method": method, "images": images, "seconds": seconds}
     for override in overrides or []:

@@ -13,7 +13,7 @@ from distill.cli.stopping import agreed, asked_to_stop, stopped
 if TYPE_CHECKING:
     import torch
 
-    from distill.config import Run
+    from distill.config import RunConfig
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
         )
 
 
-def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float | None = None) -> bool:
+def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: float | None = None) -> bool:
     """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop.
 
     `seconds` of training are a budget in place of the configuration's images.
@@ -87,7 +87,7 @@ def distil_with_bars(config: "Run", folder: Path, heading: str, seconds: float |
     return bool(machine.is_main_process)
 
 
-def encode_with_bars(config: "Run", folder: Path, device: "torch.device") -> None:
+def encode_with_bars(config: "RunConfig", folder: Path, device: "torch.device") -> None:
     """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
     from distill import run as runs
     from distill.cli.console import image_bar

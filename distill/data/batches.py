@@ -13,8 +13,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from distill.config import Run
-from distill.methods.base import Batch, Real
+from distill.config import RunConfig
+from distill.methods.base import Real, TrainingBatch
 from distill.models.text import TextCondition
 from distill.philox import Draw, key_of
 
@@ -52,10 +52,10 @@ class MicroBatch:
     cond: TextCondition
     real: Real | None
 
-    def batch(self, seed: int) -> Batch:
+    def batch(self, seed: int) -> TrainingBatch:
         """The batch that a loss takes, its noise drawn where the indices are."""
         draw = Draw(seed, self.purpose, self.images)
-        return Batch(draw.normal(self.shape), self.cond, draw, self.real)
+        return TrainingBatch(draw.normal(self.shape), self.cond, draw, self.real)
 
     def tensors(self) -> list[Tensor]:
         """Everything that changes from one micro-batch of a purpose to the next."""
@@ -77,13 +77,13 @@ class MicroBatch:
         return self.with_tensors(*(x.to(device, non_blocking=True) for x in self.tensors()))
 
 
-def micro(config: Run, local: int) -> int:
+def micro(config: RunConfig, local: int) -> int:
     """Images in one forward, of a process's share of a batch."""
     return min(config.micro_batch or local, local)
 
 
 def batches(
-    config: Run,
+    config: RunConfig,
     images: int,
     offset: int,
     local: int,

@@ -1,8 +1,8 @@
-"""Distillation objectives, one file each; the file's name is the name that a configuration gives.
+"""Distillation methods, one file each; the file's name is the name that a configuration gives.
 
-A method is stateless: a typed configuration whose `turns()` say which network learns, how often, from which loss. It
-never sees an optimizer, a device, an accelerator or a step number. A loss sees the networks as functions
-`velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B are the same to it.
+A method is stateless: its typed configuration has `turns()`, which say which network learns, for how many steps, from
+which loss. It never sees an optimizer, a device, an accelerator or a step number. A loss sees networks as functions
+`velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B parameters are the same to it.
 """
 
 import importlib
@@ -13,10 +13,11 @@ _SHARED = {"base", "policies"}
 
 
 def names() -> list[str]:
-    """Every method there is."""
+    """List the methods."""
     return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _SHARED)
 
 
 def config_class(name: str) -> Any:
-    """The `Config` of a method by its name."""
-    return importlib.import_module(f"{__name__}.{name}").Config
+    """Find a method's configuration class: the one class of its file whose name ends in `Config`."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(each for key, each in vars(module).items() if key.endswith("Config"))

@@ -1,7 +1,7 @@
-"""The types that distillation methods share: fields, batches, losses and turns.
+"""Types that distillation methods share: velocities, batches, losses and turns.
 
-Times are (B,). A student of two times also takes (B, 2), t and s, and gives its mean velocity from t to s; asked with
-t alone it means the way to data, s = 0.
+Times t are (B,). A student of two times also takes (B, 2), t and s, and returns its mean velocity from t to s. With one
+time, s is 0.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from distill.philox import Draw
 
-Velocity = Callable[[Tensor, Tensor, Any], Tensor]
-Critic = Callable[[Tensor, Tensor, Any], Tensor]
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # x_t (B, C, h, w), t (B,), conditions -> (B, C, h, w)
+Critic = Callable[[Tensor, Tensor, Any], Tensor]  # the same -> logits (B,)
 
 
 def _no_critic(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-    raise TypeError("a turn whose loss asks the critic must say so: Turn(..., critic=True)")
+    raise TypeError("a turn whose loss calls the critic must declare it: Turn(..., critic=True)")
 
 
 @dataclass(frozen=True)
 class Velocities:
-    """The fields that a loss may ask, and the condition of the empty prompt, one row.
+    """The networks as a loss sees them; `null` is the condition of the empty prompt, one row.
 
-    `critic(x_t, t, cond)` are logits (B,) that noised images are real, of a head on the fake, which it learns with.
-    Gradient reaches the weights of the role that learns, and the inputs of the others.
+    `critic` returns logits that noised images are real. It is a head on the fake and learns with it. Gradient reaches
+    the weights of the role that learns, and the inputs of the others.
     """
 
     student: Velocity
@@ -37,17 +37,17 @@ class Velocities:
 
 @dataclass(frozen=True)
 class Real:
-    """Real images x_0 (B, C, h, w) in fp32, as the networks see them, and the conditions of their captions."""
+    """Real images x_0 (B, C, h, w) in fp32, as scaled latents, and the conditions of their captions."""
 
     x_0: Tensor
     cond: Any
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a loss is computed on: noise `z` (B, C, h, w) in fp32, its prompts, and where more numbers are drawn.
+class TrainingBatch:
+    """Input of a loss: noise `z` (B, C, h, w) in fp32, conditions of the prompts, and the random numbers `draw`.
 
-    `real` images, as many, come with a turn that asks for them.
+    A turn that declares `real` also gets as many real images.
     """
 
     z: Tensor
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to descend, and what to log: metrics per image (B,), `t` and squared distances, and images made."""
+    """A scalar to minimize, metrics (B,) to log, among them `t`, and the generated images (B, C, h, w)."""
 
     value: Tensor
     metrics: dict[str, Tensor]
@@ -67,15 +67,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Turn:
-    """`role` ("fake" or "student") learns for `steps` steps from `loss(velocities, batch)`.
+    """One update phase: `role` ("fake" or "student") takes `steps` optimizer steps on `loss(velocities, batch)`.
 
-    `two_times` says that the loss asks the student with two, `critic` that it asks the critic, `real` that it takes
-    real images in its batch, and `forward_mode` that it takes derivatives with the pass of a network.
+    The flags declare what the loss needs: `two_times`, a student that takes two times; `real`, real images in the
+    batch; `critic`, the critic; `forward_mode`, forward-mode derivatives of a network.
     """
 
     role: str
     steps: int
-    loss: Callable[[Velocities, Batch], Loss]
+    loss: Callable[[Velocities, TrainingBatch], Loss]
     two_times: bool = False
     real: bool = False
     critic: bool = False

@@ -1,15 +1,15 @@
 """Distribution matching distillation (Yin et al.; arXiv 2311.18828, and 2405.14867 with its adversarial head).
 
-The student moves its images along the difference of two scores, teacher's and fake's, taken at a noised copy:
+The student's images follow the difference of the fake's and the teacher's scores at a noised copy:
 
     dL/dx_0 = (f_v - f_u) / mean |x_0 - f_u|,    f = x_t - t velocity
 
-Averaged over x_t this is, but for the divisor, t^2 / (1 - t)^2 times the gradient of KL(student || teacher) at time t.
-Nothing goes back through either network, which makes a step cheaper than FGM's by two backward passes. The fake
-learns as in FGM; DMD2 lets it take five steps for each one of the student.
+Without the divisor, its mean over x_t is t^2 / (1 - t)^2 times the gradient of KL(student || teacher) at time t. No
+gradient goes through either network, which saves two backward passes over FGM. The fake learns as in FGM; in DMD2 it
+takes five steps per student step.
 
-DMD2's `gan` puts a critic D, a head on the fake's own features, at noised images. It learns with the fake, and the
-student's images, which carry gradient through it, are to pass for real:
+DMD2's `gan` adds a critic D, a head on the fake's own features, on noised images. It learns with the fake, and the
+student is trained, through D, to make images that D takes for real:
 
     fake:     softplus(D(x_t)) + softplus(-D(x*_t))
     student:  softplus(-D(x_t))
@@ -23,20 +23,20 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distill.flow import interpolate, x_0_from_velocity
-from distill.methods.base import Batch, Loss, Turn, Velocities
-from distill.methods.policies import Guidance, Times, dot, flow_matching, guided_pair, made, noised
-from distill.settings import Settings
+from distill.frozen_model import FrozenModel
+from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
+from distill.methods.policies import Guidance, Times, add_noise, dot, fake_loss, generate_x0, guided_velocities
 
 
-class Gan(Settings):
-    """Weights of the critic's loss beside the fake's, and of the student's beside its direction; SDXL's in DMD2."""
+class Gan(FrozenModel):
+    """Weights of the adversarial losses of fake and student; the defaults are DMD2's for SDXL."""
 
     fake: Annotated[float, Field(gt=0)] = 1e-2
     student: Annotated[float, Field(gt=0)] = 5e-3
 
 
-class Config(Settings):
-    """DMD2's choices; `normalize` divides each image's direction by its mean |x_0 - f_u|."""
+class DMDConfig(FrozenModel):
+    """The settings of DMD and DMD2. `normalize` divides each image's direction by its mean |x_0 - f_u|."""
 
     name: Literal["dmd"] = "dmd"
     normalize: bool = True
@@ -46,19 +46,19 @@ class Config(Settings):
     gan: Gan | None = None
 
     def turns(self) -> tuple[Turn, ...]:
-        """The fake keeps up first, then the student moves."""
+        """The fake is updated first, then the student."""
         gan = self.gan is not None
         return (
             Turn("fake", self.fake_steps, self.fake_loss, real=gan, critic=gan),
             Turn("student", 1, self.student_loss, critic=gan),
         )
 
-    def fake_loss(self, nets: Velocities, batch: Batch) -> Loss:
-        """|v - w|^2 on the student's images, and the critic's loss on these and real ones, at the same times."""
-        matched = flow_matching(self.times, self.guidance, nets, batch)
+    def fake_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
+        """|v - w|^2 on the student's images, and the critic's loss on these and on real images, at the same times."""
+        matched = fake_loss(self.times, self.guidance, nets, batch)
         if self.gan is None:
             return matched
-        assert batch.real is not None  # the turn asks for them
+        assert batch.real is not None  # the turn declares it
         t, real = matched.metrics["t"], batch.real
 
         def logits(x_0: Tensor, cond: Any) -> Tensor:
@@ -69,17 +69,16 @@ class Config(Settings):
         loss = matched.value + self.gan.fake * critic.mean()
         return Loss(loss, {**matched.metrics, "critic": critic.detach()}, matched.x_0)
 
-    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
-        """<direction, x_0> with the direction held, at the student's images, which carry the gradient."""
-        x_0 = made(nets, batch)
-        t, eps = noised(self.times, x_0, batch.draw)
-        x_t = interpolate(x_0, eps, t)
+    def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
+        """<dL/dx_0, x_0> with gradient through x_0 alone, and the adversarial loss."""
+        x_0 = generate_x0(nets, batch)
+        x_t, t, _ = add_noise(self.times, x_0, batch.draw)
         with torch.no_grad():
-            u, v = guided_pair(self.guidance, nets, x_t, t, batch)
+            u, v = guided_velocities(self.guidance, nets, x_t, t, batch)
             f_u, f_v = x_0_from_velocity(x_t, u, t), x_0_from_velocity(x_t, v, t)
-            error = (x_0 - f_u).abs().flatten(1).mean(1)  # per image, never over the batch
+            error = (x_0 - f_u).abs().flatten(1).mean(1)  # (B,): per image, never over the batch
             weight = 1 / error.clamp(min=1e-3) if self.normalize else torch.ones_like(t)
-        loss = weight * dot(f_v - f_u, x_0)
+        loss = weight * dot(f_v - f_u, x_0)  # (B,)
         metrics = {"t": t, "gap": dot(u - v, u - v)}
         if self.gan is not None:
             doubt = softplus(-nets.critic(x_t, t, batch.cond))

@@ -8,15 +8,14 @@ The student learns a mean velocity v(x, t, s), and with it the map along the gui
     eulerian:    d/dt X_{t,s}(x) + grad X_{t,s}(x) u(x, t) = 0        v = u(x, t) + (s - t) (dv/dt + grad v u)
 
 Each objective is written as the value that v must have. The residual against that right-hand side, held still, is
-squared: its value is the paper's loss, its gradient that of the continuous-time limit in Align Your Flow (arXiv
-2506.14603) and of MeanFlow (2505.13447). So no gradient goes back through a derivative, nor through the teacher. Held,
-each objective carries what is known at s = t, where v is the teacher's velocity, outwards to longer jumps, and damps
-errors on the way.
+squared. Its value is the paper's loss, its gradient that of the continuous-time limit in Align Your Flow (arXiv
+2506.14603) and of MeanFlow (2505.13447). No gradient goes through a derivative or through the teacher. Training spreads
+from s = t, where v is the teacher's velocity, to longer jumps.
 
-The derivative is one forward-mode pass. States x_t are the student's own, X_{1,t}(z) from noise, held still, as
-FreeFlow (2511.19428) has it: no image that the teacher would not make enters. The lagrangian objective closes on jumps
-from noise alone; those from further on are for more steps than one. The eulerian has to climb up to t = 1, through
-the derivative of the teacher's own time embedding, and is the less stable in all of these papers.
+The derivative is one forward-mode pass. States x_t are the student's own, X_{1,t}(z) from noise without gradient, as in
+FreeFlow (2511.19428), so training needs no images. For one step, the lagrangian objective needs only jumps from noise;
+the others serve students of several steps. The eulerian objective has to reach t = 1 through all t below it, with
+derivatives of the teacher's time embedding, and is the less stable one in all of these papers.
 """
 
 from collections.abc import Callable
@@ -27,15 +26,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.flow import between, derivative, jump, x_0_from_velocity
-from distill.methods.base import Batch, Loss, Turn, Velocities, Velocity
+from distill.frozen_model import FrozenModel
+from distill.methods.base import Loss, TrainingBatch, Turn, Velocities, Velocity
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
-from distill.settings import Settings
 
 _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
 
 
-class Config(Settings):
-    """The objective, where jumps start, and how images weigh.
+class FlowMapConfig(FrozenModel):
+    """The settings of flow map distillation.
 
     `from_noise` is the share of jumps that start at t = 1; the others' t is from `times`, and s uniform below t.
     `adaptive` divides each image's squared residual by its own size (MeanFlow).
@@ -55,11 +54,11 @@ class Config(Settings):
         return self
 
     def turns(self) -> tuple[Turn, ...]:
-        """The student alone learns."""
+        """Only the student is updated."""
         return (Turn("student", 1, self.student_loss, two_times=True, forward_mode=True),)
 
-    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
-        """The objective's squared residual, weighted; the images are where the mean velocities, held on, would lead."""
+    def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
+        """The weighted squared residual of the objective; the logged images continue v from x_t to t = 0."""
         z, cond, draw = batch.z, batch.cond, batch.draw
         t = torch.where(draw.uniform() < self.from_noise, 1.0, self.times.sample(draw)).to(z.device)
         s = t * draw.uniform().to(z.device)

@@ -1,12 +1,12 @@
-"""Rectified flow on the teacher's pairs (Liu, Gong, Liu; arXiv 2209.03003).
+"""Rectified flow on the teacher's pairs of noise and image (Liu, Gong, Liu; arXiv 2209.03003).
 
-The guided teacher's own ODE takes noise z to x_0; the student regresses its velocity onto the straight line between:
+The guided teacher's ODE takes noise z to x_0. The student's velocity v regresses onto the straight line between them:
 
-    |v(x_t, t) - (z - x_0)|^2,    x_t = (1 - t) x_0 + t z
+    |v(x_t, t) - w|^2,    x_t = (1 - t) x_0 + t z,    w = z - x_0          eq. 1
 
-`reflow`, the paper's first stage, does so at every t: the student's paths become straighter, and it is still a flow.
-`distillation`, the second, does so at t = 1 alone, which is plain regression from noise to image in one step. No fake
-learns. Pairs are made as they are needed and used once.
+Stage `reflow`, the paper's first, does so at every t: the student's paths become straighter, and it remains a flow.
+Stage `distillation`, the second, does so at t = 1 alone: regression from noise to image in one step. There is no fake.
+Each pair is made when it is needed and used once.
 """
 
 from typing import Annotated, Literal
@@ -15,16 +15,16 @@ import torch
 from pydantic import Field
 
 from distill.flow import interpolate, x_0_from_velocity
-from distill.methods.base import Batch, Loss, Turn, Velocities
+from distill.frozen_model import FrozenModel
+from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
 from distill.models.teacher import sample
-from distill.settings import Settings
 
 
-class Config(Settings):
-    """The paper's two stages, and the teacher's ODE: its steps and its scheduler's shift, which is 3 for SD3.
+class ReflowConfig(FrozenModel):
+    """The stage, and the teacher's ODE: its steps and its scheduler's shift, which is 3 for SD3.
 
-    `times` are those of the stage `reflow`; the paper's are uniform.
+    `times` are those of stage `reflow`; the paper's are uniform.
     """
 
     name: Literal["reflow"] = "reflow"
@@ -35,11 +35,11 @@ class Config(Settings):
     teacher_shift: Annotated[float, Field(gt=0)] = 3.0
 
     def turns(self) -> tuple[Turn, ...]:
-        """The student alone learns."""
+        """Only the student is updated."""
         return (Turn("student", 1, self.student_loss),)
 
-    def student_loss(self, nets: Velocities, batch: Batch) -> Loss:
-        """|v - (z - x_0)|^2 on pairs of the teacher's, which carry no gradient."""
+    def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
+        """|v - w|^2 on pairs of the teacher, which carry no gradient."""
         z = batch.z
         u = guided_teacher(self.guidance, nets, batch.draw)
         x_0 = sample(u, z, batch.cond, self.teacher_steps, self.teacher_shift)

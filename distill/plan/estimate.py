@@ -20,7 +20,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from distill.config import Full, Lora, load_config
 from distill.flow import derivative, one_step
-from distill.methods.base import Batch, Real, Turn, Velocities, Velocity
+from distill.methods.base import Real, TrainingBatch, Turn, Velocities, Velocity
 from distill.models.geometry import Geometry
 from distill.models.teacher import decode_in_parts
 from distill.models.text import TextCondition
@@ -275,7 +275,7 @@ def asks(turn: Turn) -> list[Asked]:
     cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
     nets = Velocities(asked("student"), asked("teacher"), asked("fake"), cond, asked("critic"))
     x = torch.zeros(1, 1, 2, 2)
-    turn.loss(nets, Batch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
+    turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
     return found
 
 

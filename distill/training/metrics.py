@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.config import Run
+from distill.config import RunConfig
 from distill.methods.base import Loss
 from distill.report.run_folder import METRICS
 from distill.training import checkpoint
@@ -75,7 +75,7 @@ class Log:
     waited for data. `memory/peak` is of the main process, in bytes.
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, images: int, config: Run) -> None:
+    def __init__(self, out: Path, accelerator: Accelerator, images: int, config: RunConfig) -> None:
         self._path = out / METRICS
         self._accelerator = accelerator
         self._rounds: dict[tuple[str, ...], Tensor] = {}

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import run
-from distill.config import Cadence, Run
+from distill.config import Cadence, RunConfig
 from distill.errors import RunError
 from distill.files import write_aside
 from distill.run import SPEED
@@ -20,7 +20,7 @@ WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the four
 TIMED = 8  # rounds
 
 
-def images_within(seconds: float, config: Run, folder: Path) -> int:
+def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
     """Images, in whole batches, that training makes in so many seconds in this run folder; its prompts are encoded.
 
     Rates decay by images, so a run must know how many it will see: its speed is measured in a scratch folder that
@@ -43,7 +43,7 @@ def _read_speed(path: Path) -> float:
     return speed
 
 
-def _measure(config: Run, folder: Path) -> float:
+def _measure(config: RunConfig, folder: Path) -> float:
     """Images a second of a run's rounds, from its own beginning."""
     scratch = folder / ".speed"
     never = 10**12

@@ -1,6 +1,6 @@
 """Check that the weights of `start` fit a run, by names and shapes alone, before anything is computed."""
 
-from distill.config import Lora, Run
+from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
 from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
 from distill.models.two_times import split
@@ -10,7 +10,7 @@ _Shapes = dict[str, tuple[int, ...]]
 _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
-def check_start(config: Run, spec: TeacherSpec) -> None:
+def check_start(config: RunConfig, spec: TeacherSpec) -> None:
     """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
     if config.init_from is None:
         return
@@ -23,7 +23,7 @@ def check_start(config: Run, spec: TeacherSpec) -> None:
         )
 
 
-def _of_student(config: Run) -> _Shapes:
+def _of_student(config: RunConfig) -> _Shapes:
     """The shapes of a student folder's transformer."""
     assert config.init_from is not None
     if isinstance(config.networks, Lora):
@@ -34,7 +34,7 @@ def _of_student(config: Run) -> _Shapes:
     return _shapes_of(read_spec(config.init_from))
 
 
-def _of_run(config: Run) -> _Shapes:
+def _of_run(config: RunConfig) -> _Shapes:
     """The shapes of the student in a run's newest checkpoint."""
     assert config.init_from is not None
     newest = checkpoint.latest(config.init_from / "checkpoints")
@@ -49,7 +49,7 @@ def _of_run(config: Run) -> _Shapes:
     return checkpoint.shapes(newest, "student")
 
 
-def _expected(config: Run, spec: TeacherSpec) -> _Shapes:
+def _expected(config: RunConfig, spec: TeacherSpec) -> _Shapes:
     """The shapes of the student's weights in this run, without those of a second time."""
     base = _shapes_of(spec)
     if not isinstance(config.networks, Lora):

@@ -32,7 +32,7 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill.config import Run
+from distill.config import RunConfig
 from distill.data.batches import Conditions, MicroBatch, Reals, ahead, batches, micro
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
@@ -108,7 +108,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
         ) from error
 
 
-def check(config: Run, accelerator: Accelerator) -> None:
+def check(config: RunConfig, accelerator: Accelerator) -> None:
     """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
     resolve_device(str(accelerator.device))  # an environment variable may name a missing device
     if config.batch % accelerator.num_processes:
@@ -146,7 +146,7 @@ def mesh(accelerator: Accelerator) -> DeviceMesh | None:
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
-def _against_graphs(config: Run, accelerator: Accelerator) -> list[str]:
+def _against_graphs(config: RunConfig, accelerator: Accelerator) -> list[str]:
     """What a CUDA graph of a round needs, and this configuration or machine has not."""
     against = {
         "a CUDA device": accelerator.device.type != "cuda",
@@ -159,7 +159,7 @@ def _against_graphs(config: Run, accelerator: Accelerator) -> list[str]:
 
 
 def train(
-    config: Run,
+    config: RunConfig,
     out: Path,
     networks: Networks,
     conditions: Conditions,
@@ -327,7 +327,7 @@ def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
     return Velocities(**fields, null=null)
 
 
-def _rate(config: Run, images: int) -> float:
+def _rate(config: RunConfig, images: int) -> float:
     """Share of the full rate: a linear rise over `warmup` images, a plateau, a half cosine over the last `decay`."""
     warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup_images, 1))
     start = max(0, config.images - config.optimizer.decay_images)
@@ -367,7 +367,7 @@ def _swapped(weights: dict[str, Tensor], others: dict[str, Tensor]) -> Iterator[
 
 def _save(
     folder: Path,
-    config: Run,
+    config: RunConfig,
     weights: dict[str, dict[str, Tensor]],
     average: dict[str, Tensor],
     adams: dict[str, torch.optim.Optimizer],
@@ -386,7 +386,7 @@ def _save(
 
 def _restore(
     folder: Path,
-    config: Run,
+    config: RunConfig,
     weights: dict[str, dict[str, Tensor]],
     average: dict[str, Tensor],
     adams: dict[str, torch.optim.Optimizer],

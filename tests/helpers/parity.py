@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from distill.config import Lora, Run, load_config
+from distill.config import Lora, RunConfig, load_config
 from distill.errors import ConfigError
-from distill.methods.base import Batch, Velocities
-from distill.methods.fgm import Config
+from distill.methods.base import TrainingBatch, Velocities
+from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.text import TextCondition
 from distill.philox import Draw
@@ -25,7 +25,7 @@ from distill.training.networks import ROLES, SharedBase, build
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-METHOD = Config(guidance=Guidance(scale=3.0, guide_fake=True))
+METHOD = FGMConfig(guidance=Guidance(scale=3.0, guide_fake=True))
 IMAGES = 4
 
 
@@ -68,11 +68,11 @@ def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> d
     """Of the FGM loss of a turn of `role` over some images; what is left in place afterwards."""
     turn = {turn.role: turn for turn in METHOD.turns()}[role]
     draw = Draw(0, role, images)
-    turn.loss(nets, Batch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
+    turn.loss(nets, TrainingBatch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
     return {name: tensor.grad for name, tensor in trainable.items()}
 
 
-def run(**more) -> Run:
+def run(**more) -> RunConfig:
     """Four rounds of the trainer, a checkpoint after each second one."""
     sets = {
         "batch": IMAGES,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from distill import methods
-from distill.methods.base import Batch, Real, Velocities
-from distill.methods.dmd import Config, Gan
+from distill.methods.base import Real, TrainingBatch, Velocities
+from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.policies import Guidance, Times
 from distill.philox import Draw
 
@@ -24,9 +24,9 @@ def test_the_direction_descends_the_kl_divergence():
     z, eps = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
     t = 0.02 + 0.68 * torch.rand(count, generator=generator, dtype=torch.float64)
 
-    config = Config(normalize=False, times=Times(distribution="uniform"), guidance=Guidance(scale=1))
+    config = DMDConfig(normalize=False, times=Times(distribution="uniform"), guidance=Guidance(scale=1))
     nets = Velocities(affine_student(mean, std), gaussian_field(m, s), gaussian_field(mean.item(), std.item()), None)
-    loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
+    loss = config.student_loss(nets, TrainingBatch(z, None, FixedDraw(t, eps))).value
     found = torch.autograd.grad(loss, (mean, std))
 
     student = (1 - t) ** 2 * std**2 + t**2
@@ -40,11 +40,11 @@ def test_the_direction_descends_the_kl_divergence():
 def test_the_divisor_is_each_image_s_own():
     z = torch.randn(4, 3)
     nets = Velocities(affine_student(0.0, 1.0), gaussian_field(0.5, 1.0), gaussian_field(0.0, 2.0), None)
-    config = Config(guidance=Guidance(scale=1))
+    config = DMDConfig(guidance=Guidance(scale=1))
 
     def gradient(rows: range) -> Tensor:
         x = z[rows.start : rows.stop].requires_grad_(True)
-        (loss,) = torch.autograd.grad(config.student_loss(nets, Batch(x, None, Draw(0, "x", rows))).value, x)
+        (loss,) = torch.autograd.grad(config.student_loss(nets, TrainingBatch(x, None, Draw(0, "x", rows))).value, x)
         return loss * len(rows)
 
     torch.testing.assert_close(gradient(range(4))[:1], gradient(range(1)))
@@ -55,7 +55,7 @@ def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_i
     center, t = torch.tensor([1.0, -0.5]), 0.4
     made, other, eps = torch.randn(3, 4096, 2, generator=torch.Generator().manual_seed(0))
     draw = FixedDraw(torch.full((4096,), t), eps)
-    config = Config(times=Times(distribution="uniform"), guidance=Guidance(scale=1), gan=Gan(fake=1, student=0.5))
+    config = DMDConfig(times=Times(distribution="uniform"), guidance=Guidance(scale=1), gan=Gan(fake=1, student=0.5))
     head = nn.Linear(2, 1)
     mean = torch.zeros(2, requires_grad=True)
     nets = Velocities(
@@ -65,7 +65,7 @@ def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_i
         None,
         lambda x_t, t, cond: head(x_t).squeeze(1),
     )
-    batch = Batch(made, None, draw, Real(center + other, None))
+    batch = TrainingBatch(made, None, draw, Real(center + other, None))
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50)
 
     def closure() -> Tensor:

@@ -9,8 +9,8 @@ from gaussians import FixedDraw, affine_student, gaussian_field
 from torch import nn
 
 from distill.flow import interpolate
-from distill.methods.base import Batch, Real, Velocities
-from distill.methods.fgm import Config, RealUID
+from distill.methods.base import Real, TrainingBatch, Velocities
+from distill.methods.fgm import FGMConfig, RealUID
 from distill.methods.policies import WEIGHTS, Guidance, Times
 from distill.models.text import TextCondition
 from distill.philox import Draw
@@ -54,12 +54,12 @@ def test_the_gradient_is_that_of_the_distance_to_the_student_s_own_field(alpha):
     t = 0.02 + 0.96 * torch.rand(count, generator=generator, dtype=torch.float64)
     eps = torch.randn(count, 1, generator=generator, dtype=torch.float64)
 
-    config = Config(
+    config = FGMConfig(
         alpha=alpha, weight="velocity-uniform", times=Times(distribution="uniform"), guidance=Guidance(scale=1)
     )
     fake = gaussian_field(mean.detach(), std.detach())
     nets = Velocities(affine_student(mean, std), gaussian_field(m, s), fake, None)
-    loss = config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value
+    loss = config.student_loss(nets, TrainingBatch(z, None, FixedDraw(t, eps))).value
     found = torch.autograd.grad(2 * loss, (mean, std))
 
     exact = torch.autograd.grad(gaussian_gap(mean, std, m, s, t), (mean, std))
@@ -96,7 +96,7 @@ def even_normals(count, columns):
 def test_realuid_descends_the_distance_to_its_best_fake(a, b):
     """Twice the loss has the gradient of E_t of the integral of (a p + (1 - a) p*) |u - v|^2 over x_t."""
     teacher = gaussian_field(0.5, 0.8)  # no perfect one: not the field of the real images
-    config = Config(
+    config = FGMConfig(
         alpha=0.5,
         weight="velocity-uniform",
         times=Times(distribution="uniform"),
@@ -107,7 +107,9 @@ def test_realuid_descends_the_distance_to_its_best_fake(a, b):
     t, z, eps = even_normals(1 << 15, 2)
     fake = lambda x, t, cond: best_fake(a, b, x, t.view(-1, 1), *MADE)[0]  # noqa: E731
     nets = Velocities(affine_student(mean, std), teacher, fake, None)
-    found = torch.autograd.grad(2 * config.student_loss(nets, Batch(z, None, FixedDraw(t, eps))).value, (mean, std))
+    found = torch.autograd.grad(
+        2 * config.student_loss(nets, TrainingBatch(z, None, FixedDraw(t, eps))).value, (mean, std)
+    )
 
     times = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
     grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
@@ -122,7 +124,7 @@ def test_realuid_descends_the_distance_to_its_best_fake(a, b):
 def test_realuid_s_fake_learns_from_both_kinds_of_images():
     """At its best no direction lowers the loss; at the student's own field, plain FGM's best, some do."""
     a, b = 0.9, 0.96
-    config = Config(alpha=0.5, times=Times(distribution="uniform"), realuid=RealUID(a=a, b=b))
+    config = FGMConfig(alpha=0.5, times=Times(distribution="uniform"), realuid=RealUID(a=a, b=b))
     t, z, other, eps = even_normals(1 << 15, 3)
     real = Real(REAL[0] + REAL[1] * other, None)
 
@@ -134,7 +136,7 @@ def test_realuid_s_fake_learns_from_both_kinds_of_images():
             return field(x, t) + (ways @ steps).unsqueeze(1)
 
         nets = Velocities(affine_student(*MADE), gaussian_field(*REAL), fake, None)
-        loss = config.fake_loss(nets, Batch(z, None, FixedDraw(t, eps), real)).value
+        loss = config.fake_loss(nets, TrainingBatch(z, None, FixedDraw(t, eps), real)).value
         return torch.autograd.grad(loss, steps)[0].abs()
 
     best = slopes(lambda x, t: best_fake(a, b, x, t.view(-1, 1), *MADE)[0])
@@ -144,13 +146,14 @@ def test_realuid_s_fake_learns_from_both_kinds_of_images():
 
 def test_realuid_without_real_images_is_fgm():
     nets, _ = small_networks()
-    plain = Config(alpha=0.5, guidance=Guidance(scale=1))
+    plain = FGMConfig(alpha=0.5, guidance=Guidance(scale=1))
     same = plain.model_copy(update={"realuid": RealUID(a=1, b=1)})
     assert not any(turn.real for turn in same.turns())
     z = torch.randn(8, 2)
     for name in ("student_loss", "fake_loss"):
         one, other = (
-            getattr(config, name)(nets, Batch(z, None, Draw(SEED, "x", range(8)))).value for config in (plain, same)
+            getattr(config, name)(nets, TrainingBatch(z, None, Draw(SEED, "x", range(8)))).value
+            for config in (plain, same)
         )
         assert torch.equal(one, other)
 
@@ -166,7 +169,7 @@ def test_realuid_without_real_images_is_fgm():
 )
 def test_realuid_is_refused_where_nothing_justifies_it(values, words):
     with pytest.raises(ValueError, match=words):
-        Config.model_validate(values)
+        FGMConfig.model_validate(values)
 
 
 def test_equal_shares_are_warned_of(caplog):
@@ -188,13 +191,13 @@ def small_networks():
 @pytest.mark.parametrize(("alpha", "paper"), [(0.5, lambda l1, l2: (l1 + l2) / 2), (1.0, lambda l1, l2: l2 / 2)])
 def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
     nets, student = small_networks()
-    config = Config(alpha=alpha, weight="velocity-uniform", guidance=Guidance(scale=1))
+    config = FGMConfig(alpha=alpha, weight="velocity-uniform", guidance=Guidance(scale=1))
     z = torch.randn(64, 2)
 
     def gradient(loss):
         return torch.autograd.grad(loss, list(student.parameters()))
 
-    ours = gradient(config.student_loss(nets, Batch(z, None, Draw(SEED, "x", range(64)))).value)
+    ours = gradient(config.student_loss(nets, TrainingBatch(z, None, Draw(SEED, "x", range(64)))).value)
 
     draw = Draw(SEED, "x", range(64))
     t, eps, x_0 = config.times.sample(draw), draw.normal((2,)), z - nets.student(z, torch.ones(64), None)
@@ -208,9 +211,9 @@ def test_autograd_agrees_with_the_paper_s_own_terms(alpha, paper):
 def test_the_fake_learns_by_flow_matching_on_fresh_noise():
     nets, student = small_networks()
     z = torch.randn(64, 2)
-    loss = Config().fake_loss(nets, Batch(z, None, Draw(SEED, "fake", range(64))))
+    loss = FGMConfig().fake_loss(nets, TrainingBatch(z, None, Draw(SEED, "fake", range(64))))
     draw = Draw(SEED, "fake", range(64))
-    t, eps, x_0 = Config().times.sample(draw), draw.normal((2,)), z - nets.student(z, torch.ones(64), None)
+    t, eps, x_0 = FGMConfig().times.sample(draw), draw.normal((2,)), z - nets.student(z, torch.ones(64), None)
     expected = (nets.fake(interpolate(x_0, eps, t), t, None) - (eps - x_0)).square().mean()
     torch.testing.assert_close(loss.value, expected)
     assert all(g is None for g in torch.autograd.grad(loss.value, list(student.parameters()), allow_unused=True))
@@ -230,8 +233,8 @@ def test_weights_are_what_their_names_say_and_per_image():
 def test_guidance_is_a_policy():
     t = torch.tensor([0.1, 0.5, 0.9])
     draw = Draw(SEED, "guidance", range(3))
-    assert Guidance(scale=4.0, interval=(0.3, 0.7)).scales(t, draw).tolist() == [1.0, 4.0, 1.0]
-    drawn = Guidance(scale=(2.0, 8.0)).scales(t, draw)
+    assert Guidance(scale=4.0, interval=(0.3, 0.7)).scale_at(t, 4.0).tolist() == [1.0, 4.0, 1.0]
+    drawn = Guidance(scale=(2.0, 8.0)).sample_scale(draw)
     assert ((drawn >= 2) & (drawn <= 8)).all()
     assert len(set(drawn.tolist())) == 3
     with pytest.raises(ValueError, match="low to high"):
@@ -252,9 +255,9 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
     null = TextCondition(torch.full((1, 1, 1), 1.0), torch.zeros(1, 1))
     x_0 = torch.randn(4, 2)
     for guided, rows in ((False, 4), (True, 8)):
-        config = Config(weight="velocity-uniform", guidance=Guidance(scale=3.0, guide_fake=guided))
+        config = FGMConfig(weight="velocity-uniform", guidance=Guidance(scale=3.0, guide_fake=guided))
         nets = Velocities(affine_student(0.0, 1.0), field("u"), field("v"), null)
-        loss = config.student_loss(nets, Batch(x_0, cond, Draw(SEED, "x", range(4))))
+        loss = config.student_loss(nets, TrainingBatch(x_0, cond, Draw(SEED, "x", range(4))))
         assert (seen["u"], seen["v"]) == (8, rows)
         draw = Draw(SEED, "x", range(4))
         t, eps = config.times.sample(draw), draw.normal((2,))
@@ -284,7 +287,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
 
     student, fake_net = network(2), network(3)
     fake = lambda x, t, cond: fake_net(torch.cat([x, t.view(-1, 1)], 1))  # noqa: E731
-    config = Config(alpha=0.5, weight="inverse-l1", guidance=Guidance(scale=1), fake_steps=4)
+    config = FGMConfig(alpha=0.5, weight="inverse-l1", guidance=Guidance(scale=1), fake_steps=4)
     nets = Velocities(lambda z, t, cond: student(z), teacher, fake, None)
     optimizers = {
         "student": torch.optim.Adam(student.parameters(), 3e-3, betas=(0.0, 0.999)),
@@ -297,7 +300,7 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
             full = 3e-3 if turn.role == "student" else 6e-3
             optimizers[turn.role].param_groups[0]["lr"] = full * (1 - step / steps)
             for _ in range(turn.steps):
-                loss = turn.loss(nets, Batch(draw.normal((2,)), None, draw)).value
+                loss = turn.loss(nets, TrainingBatch(draw.normal((2,)), None, draw)).value
                 optimizers[turn.role].zero_grad()
                 loss.backward()
                 optimizers[turn.role].step()

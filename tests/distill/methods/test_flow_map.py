@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError, TeacherError
 from distill.flow import between, jump, noise, one_step
-from distill.methods.base import Batch, Loss, Velocities
-from distill.methods.flow_map import OBJECTIVES, Config
+from distill.methods.base import Loss, TrainingBatch, Velocities
+from distill.methods.flow_map import OBJECTIVES, FlowMapConfig
 from distill.methods.policies import TeacherGuidance
 from distill.models.teacher import load_transformer, velocity
 from distill.models.text import SD3TextEncoder
@@ -48,11 +48,11 @@ def gaussian_map(mean: float | Tensor, std: float | Tensor):
 
 
 def gaussian_loss(objective: str, mean: float | Tensor, std: float | Tensor, images: range) -> Loss:
-    config = Config(objective=objective, weight="uniform", guidance=TeacherGuidance(scale=1))
+    config = FlowMapConfig(objective=objective, weight="uniform", guidance=TeacherGuidance(scale=1))
     draw = Draw(0, "x", images)
     teacher = gaussian_field(M, S)
     nets = Velocities(gaussian_map(mean, std), lambda x, t, cond: teacher(x, t.to(x)), teacher, None)
-    return config.student_loss(nets, Batch(draw.normal((1,)).double(), None, draw))
+    return config.student_loss(nets, TrainingBatch(draw.normal((1,)).double(), None, draw))
 
 
 @both_objectives
@@ -75,7 +75,7 @@ def test_the_gradient_leads_to_the_exact_map(objective):
 
 
 def test_where_jumps_start_and_end():
-    config = Config(from_noise=0.25, guidance=TeacherGuidance(scale=1))
+    config = FlowMapConfig(from_noise=0.25, guidance=TeacherGuidance(scale=1))
     asked = []
 
     def student(x: Tensor, times: Tensor, cond: object) -> Tensor:
@@ -84,7 +84,7 @@ def test_where_jumps_start_and_end():
 
     draw = Draw(0, "x", range(400))
     nets = Velocities(student, lambda x, t, cond: x, lambda *_: None, None)
-    config.student_loss(nets, Batch(draw.normal((1,)), None, draw))
+    config.student_loss(nets, TrainingBatch(draw.normal((1,)), None, draw))
     t, s = asked[-1].unbind(1)
     assert (t == 1).float().mean().item() == pytest.approx(0.25, abs=0.06)
     assert ((s >= 0) & (s < t)).all()
@@ -119,7 +119,9 @@ def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, t
     nets = Velocities(student, networks.field("teacher"), networks.field("fake"), cond[2])
     with networks.using("student"):
         draw = Draw(0, "x", range(4))
-        Config(guidance=TeacherGuidance(scale=2)).student_loss(nets, Batch(x, cond, draw)).value.backward()
+        FlowMapConfig(guidance=TeacherGuidance(scale=2)).student_loss(
+            nets, TrainingBatch(x, cond, draw)
+        ).value.backward()
     _, second = split(networks.trainable("student"))
     assert len(second) == 4
     assert second["time_text_embed.second_time.linear_2.weight"].grad.abs().max() > 0

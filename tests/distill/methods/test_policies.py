@@ -5,10 +5,14 @@ import torch
 from scipy import stats
 
 from distill.flow import shift_time
-from distill.methods.policies import TeacherGuidance, Times, guided
+from distill.methods.policies import TeacherGuidance, Times, guided_velocity
 from distill.philox import Draw
 
 COUNT = 20_000
+
+
+def scales(guidance: TeacherGuidance, t: torch.Tensor, draw: Draw) -> torch.Tensor | None:
+    return guidance.scale_at(t, guidance.sample_scale(draw))
 
 
 def test_logit_normal_times_are_the_shifted_sigmoid_of_normal_numbers():
@@ -28,14 +32,14 @@ def test_uniform_times_are_clamped():
 
 def test_guidance_holds_inside_of_its_interval_with_a_scale_for_each_image():
     t = torch.tensor([0.1, 0.4, 0.9])
-    constant = TeacherGuidance(scale=2.5, interval=(0.2, 0.8)).scales(t, Draw(0, "g", range(3)))
+    constant = scales(TeacherGuidance(scale=2.5, interval=(0.2, 0.8)), t, Draw(0, "g", range(3)))
     assert constant.tolist() == [1.0, 2.5, 1.0]
-    drawn = TeacherGuidance(scale=(2, 6)).scales(t, Draw(0, "g", range(3)))
+    drawn = scales(TeacherGuidance(scale=(2, 6)), t, Draw(0, "g", range(3)))
     torch.testing.assert_close(drawn, 2 + 4 * Draw(0, "g", range(3)).uniform())
 
 
 def test_a_teacher_without_guidance_is_not_asked_for_its_null_prompt():
-    scales = TeacherGuidance(scale=1).scales(torch.tensor([0.5]), Draw(0, "g", range(1)))
-    assert scales is None
+    t = torch.tensor([0.5])
+    assert scales(TeacherGuidance(scale=1), t, Draw(0, "g", range(1))) is None
     x_t = torch.ones(1, 2)
-    assert guided(lambda x, t, cond: 2 * x, None, x_t, torch.tensor([0.5]), None, scales).equal(2 * x_t)
+    assert guided_velocity(lambda x, t, cond: 2 * x, None, x_t, t, None, None).equal(2 * x_t)

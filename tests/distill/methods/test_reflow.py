@@ -7,22 +7,22 @@ import torch
 from gaussians import affine_student, gaussian_field
 from tiny import distilled
 
-from distill.methods.base import Batch, Velocities
+from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.policies import TeacherGuidance
-from distill.methods.reflow import Config
+from distill.methods.reflow import ReflowConfig
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.pipeline import OneStepPipeline
 from distill.training import checkpoint
 
 M, S = 0.7, 0.5
-CONFIG = Config(teacher_steps=400, teacher_shift=1.0, guidance=TeacherGuidance(scale=1))
+CONFIG = ReflowConfig(teacher_steps=400, teacher_shift=1.0, guidance=TeacherGuidance(scale=1))
 
 
-def loss(config: Config, student, teacher=gaussian_field(M, S), count: int = 512):
+def loss(config: ReflowConfig, student, teacher=gaussian_field(M, S), count: int = 512):
     draw = Draw(0, "x", range(count))
     z = draw.normal((1,))
-    return config.student_loss(Velocities(student, teacher, teacher, None), Batch(z, None, draw)), z
+    return config.student_loss(Velocities(student, teacher, teacher, None), TrainingBatch(z, None, draw)), z
 
 
 def test_one_step_regresses_onto_the_affine_map_of_the_teacher_s_ode():
@@ -60,8 +60,8 @@ def test_an_image_keeps_its_guidance_scale_along_its_whole_path():
     null = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
     draw = Draw(0, "x", range(count))
     nets = Velocities(lambda x, t, cond: torch.zeros_like(x), lambda x, t, cond: cond.pooled, lambda *_: None, null)
-    config = Config(teacher_steps=7, guidance=TeacherGuidance(scale=(2.0, 8.0)))
-    moved = config.student_loss(nets, Batch(torch.zeros(count, 1), cond, draw)).metrics["regression"].sqrt()
+    config = ReflowConfig(teacher_steps=7, guidance=TeacherGuidance(scale=(2.0, 8.0)))
+    moved = config.student_loss(nets, TrainingBatch(torch.zeros(count, 1), cond, draw)).metrics["regression"].sqrt()
     torch.testing.assert_close(moved, 2 + 6 * Draw(0, "x", range(count)).uniform())
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from distill.config import Full, Lora
-from distill.methods.base import Batch, Real, Velocities
-from distill.methods.dmd import Config, Gan
+from distill.methods.base import Real, TrainingBatch, Velocities
+from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.policies import Guidance
 from distill.models.teacher import load_transformer
 from distill.models.text import SD3TextEncoder, TextCondition
@@ -17,7 +17,7 @@ from distill.training.networks import FullCopies, SharedBase, build
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-CONFIG = Config(guidance=Guidance(scale=1), gan=Gan(fake=1, student=1))
+CONFIG = DMDConfig(guidance=Guidance(scale=1), gan=Gan(fake=1, student=1))
 Networks = FullCopies | SharedBase
 
 
@@ -37,7 +37,7 @@ def made(teacher: Path, kind: Full | Lora) -> Networks:
 
 def gradients(role: str, velocities: Velocities, networks: Networks, cond: TextCondition) -> dict[str, Tensor | None]:
     draw = Draw(0, role, range(3))
-    batch = Batch(draw.normal(SHAPE), cond, draw, Real(draw.normal(SHAPE), cond[[2, 0, 1]]))
+    batch = TrainingBatch(draw.normal(SHAPE), cond, draw, Real(draw.normal(SHAPE), cond[[2, 0, 1]]))
     loss = {turn.role: turn.loss for turn in CONFIG.turns()}[role](velocities, batch)
     loss.value.backward()
     return {name: tensor.grad for name, tensor in networks.trainable(role).items()}

@@ -13,8 +13,8 @@ from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import one_step
 from distill.methods import dmd, flow_map, reflow
-from distill.methods.base import Batch, Velocities
-from distill.methods.fgm import Config
+from distill.methods.base import TrainingBatch, Velocities
+from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.geometry import NAMES, read_geometry
 from distill.models.teacher import load_transformer
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 CPU = torch.device("cpu")
 DTYPES = {"lora": torch.float32, "full": torch.bfloat16}
 KINDS = [Lora(rank=4), Lora(rank=4, gradient_checkpointing=True), Full(), Full(gradient_checkpointing=True)]
-METHOD = Config(guidance=Guidance(guide_fake=True))
-PATH = reflow.Config(teacher_steps=1)  # the cheapest to plan
+METHOD = FGMConfig(guidance=Guidance(guide_fake=True))
+PATH = reflow.FGMConfig(teacher_steps=1)  # the cheapest to plan
 BATCH, SIZE = 3, 16
 
 
@@ -157,7 +157,7 @@ def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
 
 @pytest.mark.parametrize(
     "method",
-    [PATH, flow_map.Config(), dmd.Config(gan=dmd.Gan())],
+    [PATH, flow_map.FGMConfig(), dmd.FGMConfig(gan=dmd.Gan())],
     ids=lambda method: method.name,
 )
 def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
@@ -174,19 +174,19 @@ def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
 
 
 def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teacher):
-    one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.Config(teacher_steps=3)))
+    one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.FGMConfig(teacher_steps=3)))
     assert three.plan().activations == pytest.approx(one.plan().activations, rel=0.02)
     networks, _ = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
     z, cond = inputs(three)
     nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
     (turn,) = three.method.turns()
     with Meter() as meter:
-        turn.loss(nets, Batch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
+        turn.loss(nets, TrainingBatch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
     assert three.plan().flop_per_image == meter.flop / BATCH
 
 
 def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
-    (turn,) = flow_map.Config().turns()
+    (turn,) = flow_map.FGMConfig().turns()
     # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
     found = [(each.role, each.learns, each.derived) for each in plans.asks(turn)]
     student = [("student", False, False), ("student", False, True), ("student", True, False)]

@@ -1,9 +1,9 @@
-"""The base class of a run's settings."""
+"""`FrozenModel`, the base class of configuration groups."""
 
 from pydantic import BaseModel, ConfigDict
 
 
-class Settings(BaseModel):
+class FrozenModel(BaseModel):
     """A group of settings: frozen, with known keys and finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
