@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 
 from service.commands.bench import free_port, load_engine, load_server, own_server, samples
-from service.engine.backend import Card, Timing
+from service.engine.backend import ModelInfo, Timing
 from service.engine.profile import Profile, write_profile
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -125,7 +125,7 @@ def open_files(pid: int) -> int:
 
 def simulated(folder: str, seconds: float) -> Path:
     """A profile of a model whose batches of any size take so long."""
-    card = Card("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, 1)
+    card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, 1)
     times = {"text": 0.0, "model": seconds, "vae": 0.0}
     path = Path(folder) / "simulated.json"
     write_profile(path, Profile(1, "simulated", card, [Timing("simulated", 64, 64, 1, times, 0)]))

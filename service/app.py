@@ -19,8 +19,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from service import __doc__ as summary
 from service import routers
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, processes
-from service.engine.roster import Roster
+from service.engine.launch import WorkerPool, worker_processes
+from service.engine.loaded_models import LoadedModelStore
 from service.errors import StartError, Unavailable
 from service.http import error_handlers
 from service.http.idempotency import IdempotencyStore
@@ -55,9 +55,9 @@ ARTIFACT_THREADS = 32  # they only wait for a disk or a network
 
 
 def create_app(
-    settings: Settings | None = None, fleet: Fleet | None = None, tracing: "Tracing | None" = None
+    settings: Settings | None = None, pool: WorkerPool | None = None, tracing: "Tracing | None" = None
 ) -> FastAPI:
-    """The server. `fleet` are its workers, which start with the app; `tracing` is where its spans go.
+    """The server. `pool` are its workers, which start with the app; `tracing` is where its spans go.
 
     Both are those of the settings if none are given.
     """
@@ -65,7 +65,7 @@ def create_app(
     check, sign = checker(settings.safety), signer(settings)  # first, for they may refuse the settings
     tracing = tracing or _tracing(settings)
     metrics = Metrics()
-    engine = Engine(fleet or processes(settings), settings, metrics, tracing)
+    engine = Engine(pool or worker_processes(settings), settings, metrics, tracing)
     jobs = Jobs(settings.data, settings) if settings.data else None
     links = settings.artifacts or (str(jobs.folder / "artifacts") if jobs else None)
     folder = None if links else tempfile.TemporaryDirectory(prefix="fgm-artifacts-")
@@ -85,19 +85,19 @@ def create_app(
         sign,
         jobs,
         tracing,
-        Roster(jobs.folder if jobs else None),
+        LoadedModelStore(jobs.folder if jobs else None),
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await engine.start()
-        await state.roster.restore(engine, settings.students)
-        settings.check_aliases(engine.cards)
+        await state.loaded_models.restore(engine, settings.students)
+        settings.check_aliases(engine.models)
         if jobs:
             BatchWorkflow(state, jobs, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
-        retrying = asyncio.create_task(state.roster.retry(engine, settings.students))
+        retrying = asyncio.create_task(state.loaded_models.retry(engine, settings.students))
         sweeping = asyncio.create_task(_sweep(state, max(60, settings.artifact_seconds / 10)))
         yield {"metrics": metrics}  # for the protocol, which refuses what never reaches the app
         retrying.cancel()

@@ -65,7 +65,7 @@ def serve(
 
     from uvicorn.config import STARTUP_FAILURE
 
-    from service.engine.launch import processes
+    from service.engine.launch import worker_processes
     from service.http.server import Server, uvicorn_config
     from service.observability.logs import configure
     from service.settings import read_settings
@@ -83,7 +83,7 @@ def serve(
     }
     settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
     _check_keys(settings)
-    workers = processes(settings)
+    workers = worker_processes(settings)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
         from service.app import create_app  # takes a second, in which the workers load their models
@@ -92,7 +92,7 @@ def serve(
         if served.state.service.jobs:
             served.state.service.jobs.check()  # before the server starts, so that a wrong database is one sentence
         ready = starting.result()[0].ready
-    settings.check_aliases([loaded.card.name for loaded in ready.models])
+    settings.check_aliases([loaded.info.name for loaded in ready.models])
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
@@ -122,12 +122,12 @@ def profile(
 
         SERVICE_PROFILES=profiles SERVICE_P95_SECONDS=0.5 fgm-service serve
     """
-    from service.engine.launch import processes
+    from service.engine.launch import worker_processes
     from service.settings import read_settings
 
     given = {"profiles": out, "models": tuple(model or ()) or None, "devices": devices, "max_batch": max_batch}
     settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
-    workers = processes(settings).start()
+    workers = worker_processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:
         for t in (timing for loaded in worker.ready.models for timing in loaded.timings):

@@ -249,7 +249,7 @@ class LoadedModel(Model):
 
     aliases: Annotated[list[str], Field(description="Its further names.")]
     digest: Annotated[str, Field(description="Of the files.")]
-    computed: Annotated[
+    runtime_fingerprint: Annotated[
         str, Field(description="Precision, blocks, kernels, replaced parts: with the same digest too, the same images.")
     ]
 

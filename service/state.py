@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.engine.backend import Card
+from service.engine.backend import ModelInfo
 from service.engine.engine import Engine
-from service.engine.roster import Roster
+from service.engine.loaded_models import LoadedModelStore
 from service.errors import no_model
 from service.http.idempotency import IdempotencyStore
 from service.http.keys import ApiKey, KeyFile, KeyReader
@@ -38,7 +38,7 @@ class State:
     signer: Signer | None  # of encoded images
     jobs: Jobs | None
     tracing: "Tracing | None"
-    roster: Roster
+    loaded_models: LoadedModelStore
     sessions: int = 0  # realtime ones that are open
 
     def __post_init__(self) -> None:
@@ -54,11 +54,11 @@ class State:
         """The keys that are valid now. Raises Unavailable if they cannot be read."""
         return self._given + (await self._reader.read() if self._reader else ())
 
-    def card(self, name: str | None) -> Card:
+    def model(self, name: str | None) -> ModelInfo:
         """The model of that name or alias; the first one when none is named. Raises NotFound."""
         if name is None:
-            return next(iter(self.engine.cards.values()))
-        card = self.engine.cards.get(self.settings.aliases.get(name, name))
-        if card is None:
+            return next(iter(self.engine.models.values()))
+        info = self.engine.models.get(self.settings.aliases.get(name, name))
+        if info is None:
             raise no_model(name)
-        return card
+        return info

@@ -32,7 +32,7 @@ def test_distillation_never_imports_the_service() -> None:
 
 
 def test_the_service_imports_the_pipeline_in_one_file_and_its_options_in_another() -> None:
-    assert importers("service", "distill.pipeline") == {"service/engine/registry.py"}
+    assert importers("service", "distill.pipeline") == {"service/engine/model_loader.py"}
     assert importers("service", "distill.options") == {"service/settings.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
     assert all(name.startswith(("distill.pipeline.", "distill.options.")) for name in names)

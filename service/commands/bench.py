@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from service.engine.engine import Engine
-from service.engine.launch import processes
+from service.engine.launch import worker_processes
 from service.engine.request import GenerationRequest
 from service.errors import StartError
 from service.observability.metrics import Metrics
@@ -103,14 +103,14 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
     """The same of the engine: batches and workers as in the server, without HTTP and without image formats."""
 
     async def whole() -> Load:
-        engine = Engine(processes(settings), settings, metrics or Metrics())
+        engine = Engine(worker_processes(settings), settings, metrics or Metrics())
         await engine.start()
-        card = next(iter(engine.cards.values()))
-        width, height = card.sizes[0]
+        info = next(iter(engine.models.values()))
+        width, height = info.sizes[0]
         latencies: list[float] = []
 
         def request(prompt: str, seed: int) -> GenerationRequest:
-            return GenerationRequest(model=card.name, prompt=prompt, seeds=[seed], width=width, height=height)
+            return GenerationRequest(model=info.name, prompt=prompt, seeds=[seed], width=width, height=height)
 
         async def client(number: int) -> None:
             i = 0

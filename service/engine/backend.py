@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.embeddings import UNSHARED, Embeddings
+from service.engine.embeddings import UNSHARED, SharedEmbeddings
 from service.errors import InvalidRequest, StartError
 
 Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelInfo:
     """What a server must know of a model without touching it. Sizes are (width, height), the native one first."""
 
     name: str
@@ -30,12 +30,12 @@ class Card:
     rows: int  # images computed together: a batch costs whole blocks of so many
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name: the same digest, the same images
     max_steps: int = 1  # network evaluations per image that a request may choose; 1 for a one-step student
-    computed: str = ""  # what images depend on besides the files: precision, blocks, kernels, replaced parts
+    runtime_fingerprint: str = ""  # what images depend on besides the files: precision, blocks, kernels, replaced parts
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """All of the model that an image's bits depend on."""
-        return f"{self.digest} {self.computed}"
+        return f"{self.digest} {self.runtime_fingerprint}"
 
     def check_steps(self, steps: int) -> None:
         """Raise InvalidRequest unless the model makes images in so many steps."""
@@ -66,7 +66,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedPrompts:
     """Encoded prompts: what the network takes of them, and what a client is told."""
 
     conditions: Any
@@ -82,11 +82,11 @@ class Backend(Protocol):
     where the device has too little, DeviceLost where it can compute no more, and anything else for a batch that fails.
     """
 
-    card: Card
+    info: ModelInfo
     setup: str  # what times and last bits depend on besides the model: device, data type, threads, blocks
     text_bytes: int  # of one prompt's embedding; 0 where none is shared
 
-    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
+    def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """Prompts to what the network takes; what `shared` has is not encoded, and the rest is left there."""
 
     def add_adapter(self, name: str, folder: str) -> None:
@@ -129,33 +129,33 @@ class Simulator:
         call_seconds: float = 0.01,
         image_seconds: float = 0.002,
         fails_on: str | None = None,
-        card: Card = Card("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1),
+        info: ModelInfo = ModelInfo("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1),
         timings: Sequence[Timing] = (),
     ) -> None:
-        self.card = card
+        self.info = info
         self._timings = timings
         self._call_seconds = call_seconds
         self._image_seconds = image_seconds
         self._fails_on = fails_on
         self._shift = 0
 
-    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
+    def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """A token a word, start and end."""
-        self._pass("text", len(prompts), *self.card.sizes[0])
+        self._pass("text", len(prompts), *self.info.sizes[0])
         words = [len(prompt.split()) + 2 for prompt in prompts]
-        limit = self.card.token_limit
-        return Text(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
+        limit = self.info.token_limit
+        return EncodedPrompts(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
 
     def add_adapter(self, name: str, folder: str) -> None:
         """Takes any file of that name for an adapter."""
         path = Path(folder) / "pytorch_lora_weights.safetensors"
         if not path.is_file():
             raise StartError(f"{path} is missing")
-        self.card = replace(self.card, adapters=self.card.adapters | {name: f"adapter of {folder}"})
+        self.info = replace(self.info, adapters=self.info.adapters | {name: f"adapter of {folder}"})
 
     def remove_adapter(self, name: str) -> None:
         """Forgets it."""
-        self.card = replace(self.card, adapters={n: d for n, d in self.card.adapters.items() if n != name})
+        self.info = replace(self.info, adapters={n: d for n, d in self.info.adapters.items() if n != name})
 
     def adapt(self, name: str | None, scale: float) -> None:
         """Adds the scale to the seed, and so to the color."""
@@ -187,7 +187,7 @@ class Simulator:
         """Take a stage's time for so many images, in whole blocks."""
         known = [timing for timing in self._timings if (timing.width, timing.height) == (width, height)]
         if known:
-            blocks = math.ceil(images / self.card.rows) * self.card.rows
+            blocks = math.ceil(images / self.info.rows) * self.info.rows
             seconds = [timing.seconds[stage] for timing in known]
             time.sleep(float(np.interp(blocks, [timing.batch for timing in known], seconds)))
         elif stage == "model":

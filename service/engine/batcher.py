@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 
-class Key(NamedTuple):
+class BatchKey(NamedTuple):
     """What all images of a batch have in common."""
 
     model: str
@@ -27,9 +27,9 @@ class Key(NamedTuple):
     steps: int = 1  # network evaluations per image
 
     @property
-    def size(self) -> "Key":
+    def size(self) -> "BatchKey":
         """The model and size alone, which determine a batch's memory."""
-        return Key(self.model, self.width, self.height)
+        return BatchKey(self.model, self.width, self.height)
 
 
 class Priority(IntEnum):
@@ -40,10 +40,10 @@ class Priority(IntEnum):
 
 
 @dataclass(eq=False)
-class Work:
+class QueuedImage:
     """One image to make. It carries its reply and its times, and travels whole."""
 
-    key: Key
+    key: BatchKey
     prompt: str
     seed: int
     reply: Any  # what the engine answers through; only `cancelled()` is asked here
@@ -57,21 +57,21 @@ class Work:
 
 
 @dataclass(eq=False)
-class Batch:
+class ImageBatch:
     """Work for one call of the network. `reason` is why it was closed: full, block, drained or retry."""
 
-    key: Key
-    work: list[Work]
+    key: BatchKey
+    work: list[QueuedImage]
     reason: str
 
-    def halves(self) -> Iterator["Batch"]:
+    def halves(self) -> Iterator["ImageBatch"]:
         """The batch in two, so that what fails in it ends up alone."""
         middle = len(self.work) // 2
         for part in (self.work[:middle], self.work[middle:]):
-            yield Batch(self.key, part, "retry")
+            yield ImageBatch(self.key, part, "retry")
 
 
-_Line = tuple[Priority, str, Key]  # owner in the middle
+_Line = tuple[Priority, str, BatchKey]  # owner in the middle
 
 
 class Batcher:
@@ -86,10 +86,10 @@ class Batcher:
         self._owner_limit = owner_limit
         self._rows = rows
         self._linger_seconds = linger_seconds
-        self._caps: dict[Key, int] = {}
-        self._lines: dict[_Line, deque[Work]] = {}
+        self._caps: dict[BatchKey, int] = {}
+        self._lines: dict[_Line, deque[QueuedImage]] = {}
         self._turns: dict[str, None] = {}  # owners that wait, the next to lead first
-        self._retries: deque[Batch] = deque()
+        self._retries: deque[ImageBatch] = deque()
 
     def __len__(self) -> int:
         """Images that wait, retries too."""
@@ -106,9 +106,9 @@ class Batcher:
         own = sum(_count(line, priority) for (_, name, _), line in self._lines.items() if name == owner)
         return max(0, own + images - self._owner_limit)
 
-    def ahead_of(self, priority: Priority) -> dict[Key, int]:
+    def ahead_of(self, priority: Priority) -> dict[BatchKey, int]:
         """Images by key that wait with this priority or a better one."""
-        counts: dict[Key, int] = {}
+        counts: dict[BatchKey, int] = {}
         for (level, _, key), line in self._lines.items():
             if level <= priority:
                 counts[key] = counts.get(key, 0) + len(line)
@@ -116,11 +116,11 @@ class Batcher:
             counts[batch.key] = counts.get(batch.key, 0) + len(batch.work)
         return counts
 
-    def cap(self, key: Key) -> int:
+    def cap(self, key: BatchKey) -> int:
         """Images in one batch at most."""
         return self._caps.get(key.size, self._max_batch)
 
-    def lower_cap(self, key: Key, cap: int) -> None:
+    def lower_cap(self, key: BatchKey, cap: int) -> None:
         """Make batches of a key no larger than this from now on; at least one image always goes."""
         self._caps[key.size] = max(1, min(cap, self.cap(key)))
 
@@ -128,19 +128,19 @@ class Batcher:
         """Drop what was learnt of a model that nothing waits for any more."""
         self._caps = {key: cap for key, cap in self._caps.items() if key.model != model}
 
-    def add(self, work: Work, now: float) -> None:
+    def add(self, work: QueuedImage, now: float) -> None:
         """Queue work that arrives now."""
         work.arrived = now
         self._turns.setdefault(work.owner)
         self._lines.setdefault((work.priority, work.owner, work.key), deque()).append(work)
 
-    def retry(self, batch: Batch) -> None:
+    def retry(self, batch: ImageBatch) -> None:
         """Run what is still wanted of a batch again, before everything else and in no other company."""
         batch.work = [work for work in batch.work if not work.reply.cancelled()]
         if batch.work:
             self._retries.append(batch)
 
-    def hasten(self, model: str, adapter: str | None) -> None:
+    def promote(self, model: str, adapter: str | None) -> None:
         """Let what waits of a model, or of its adapter, go as interactive work does: somebody waits for its end."""
         for name in [name for name in self._lines if name[0] is not Priority.INTERACTIVE]:
             _, owner, key = name
@@ -160,7 +160,7 @@ class Batcher:
         self._retries = deque(batch for batch in self._retries if batch.work)
         return before - len(self)
 
-    def take(self, now: float, idle: bool) -> Batch | None:
+    def take(self, now: float, idle: bool) -> ImageBatch | None:
         """The next batch for a device; None when nothing waits, or better waits on. `idle`: the device does nothing."""
         if self._retries:
             return self._retries.popleft()
@@ -178,9 +178,9 @@ class Batcher:
         count = min(waiting, cap) if waiting < rows else min(waiting, cap) // rows * rows
         reason = "full" if count == cap else "drained" if count == waiting else "block"
         self._turns[lead.owner] = self._turns.pop(lead.owner)  # to the end
-        return Batch(lead.key, list(self._pick(lines, count)), reason)
+        return ImageBatch(lead.key, list(self._pick(lines, count)), reason)
 
-    def _lead(self) -> Work:
+    def _lead(self) -> QueuedImage:
         """The work that goes next: of the best priority, of the owner whose turn it is, the oldest."""
         best = min(priority for priority, _, _ in self._lines)
         for owner in self._turns:
@@ -189,13 +189,13 @@ class Batcher:
                 return min(heads, key=lambda work: work.arrived)
         raise AssertionError("every line has an owner")
 
-    def _lines_of(self, lead: Work) -> list[_Line]:
+    def _lines_of(self, lead: QueuedImage) -> list[_Line]:
         """Lines that a batch can be filled from: interactive before bulk, then owners in turn, the lead's own first."""
         owners = [lead.owner, *(owner for owner in self._turns if owner != lead.owner)]
         levels = [(priority, owner, lead.key) for priority in Priority for owner in owners]
         return [line for line in levels if line in self._lines]
 
-    def _pick(self, lines: list[_Line], count: int) -> Iterator[Work]:
+    def _pick(self, lines: list[_Line], count: int) -> Iterator[QueuedImage]:
         """So many images, one of each owner in turn, a priority after the other."""
         for priority in Priority:
             level = [line for line in lines if line[0] == priority]
@@ -207,7 +207,7 @@ class Batcher:
                     self._keep(line, self._lines[line])
                 level = [line for line in level if line in self._lines]
 
-    def _keep(self, name: _Line, line: deque[Work]) -> None:
+    def _keep(self, name: _Line, line: deque[QueuedImage]) -> None:
         """Set a line; one that is empty goes, and its owner's turn with the last of them."""
         if line:
             self._lines[name] = line
@@ -217,6 +217,6 @@ class Batcher:
             self._turns.pop(name[1], None)
 
 
-def _count(work: Collection[Work], priority: Priority) -> int:
+def _count(work: Collection[QueuedImage], priority: Priority) -> int:
     """Images of this priority or a better one."""
     return len(work) if priority is max(Priority) else sum(each.priority <= priority for each in work)

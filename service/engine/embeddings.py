@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from service.engine import memory
+from service.engine import shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _FACTS = struct.Struct("<I?3x")  # tokens of the prompt, whether it was cut off
 _HEADER_BYTES = _NUMBER.size + _FACTS.size
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class EmbeddingSlot(msgspec.Struct, frozen=True, array_like=True):
     """Where a prompt's embedding belongs."""
 
     offset: int
@@ -33,16 +33,16 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclass(eq=False)
-class Held:
+class Allocation:
     """A place that was given out."""
 
     key: Hashable
-    place: Place
-    begin: int  # on the shelf's endless count of bytes
+    place: EmbeddingSlot
+    begin: int  # on the allocator's endless count of bytes
     batches: int = 0  # on their way that may still read it or write it
 
 
-class Shelf:
+class EmbeddingAllocator:
     """The server's side: which place is whose, in memory of so many bytes.
 
     Places follow each other round the memory, so that embeddings of any length leave no gaps, and the oldest go first.
@@ -53,18 +53,18 @@ class Shelf:
     def __init__(self, size: int) -> None:
         self._size = size - size % _NUMBER.size
         self._end = 0  # bytes given out so far, those skipped before the memory's end too
-        self._held: deque[Held] = deque()  # oldest first
-        self._known: dict[Hashable, Held] = {}
+        self._held: deque[Allocation] = deque()  # oldest first
+        self._known: dict[Hashable, Allocation] = {}
         self._numbers = itertools.count(1)
 
-    def take(self, key: Hashable, size: int) -> Held | None:
+    def take(self, key: Hashable, size: int) -> Allocation | None:
         """The place of an embedding of so many bytes, for a batch; None where there is none to be had."""
         held = self._known.get(key) or self._place(key, size)
         if held is not None:
             held.batches += 1
         return held
 
-    def _place(self, key: Hashable, size: int) -> Held | None:
+    def _place(self, key: Hashable, size: int) -> Allocation | None:
         """A new place, where the oldest were."""
         if size == 0:
             return None
@@ -83,16 +83,16 @@ class Shelf:
                 return None
             self._held.popleft()
         self._end = begin + size
-        held = Held(key, Place(begin % self._size, next(self._numbers)), begin)
+        held = Allocation(key, EmbeddingSlot(begin % self._size, next(self._numbers)), begin)
         self._held.append(held)
         self._known[key] = held
         return held
 
 
-class Embeddings:
+class SharedEmbeddings:
     """A worker's side: the embeddings of a batch's prompts, as far as they are there."""
 
-    def __init__(self, memory: int, places: Mapping[str, Place]) -> None:
+    def __init__(self, memory: int, places: Mapping[str, EmbeddingSlot]) -> None:
         """`memory` is a descriptor; prompts without a place are not kept."""
         self._memory = memory
         self._places = places
@@ -104,8 +104,8 @@ class Embeddings:
             return None
         facts = bytearray(_FACTS.size)
         try:
-            memory.read(self._memory, memoryview(facts), place.offset + _NUMBER.size)
-            memory.read(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
+            shared_memory.read(self._memory, memoryview(facts), place.offset + _NUMBER.size)
+            shared_memory.read(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
         except EOFError:
             return None
         tokens, truncated = _FACTS.unpack(facts)
@@ -121,14 +121,14 @@ class Embeddings:
             return
         facts = _FACTS.pack(tokens, truncated)
         try:
-            memory.write(self._memory, memoryview(facts), place.offset + _NUMBER.size)
-            memory.write(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
-            memory.write(self._memory, memoryview(_NUMBER.pack(place.number)), place.offset)
+            shared_memory.write(self._memory, memoryview(facts), place.offset + _NUMBER.size)
+            shared_memory.write(self._memory, memoryview(row).cast("B"), place.offset + _HEADER_BYTES)
+            shared_memory.write(self._memory, memoryview(_NUMBER.pack(place.number)), place.offset)
         except OSError as error:
             log.warning("an embedding is not shared: %s", error)
 
-    def _holds(self, place: Place) -> bool:
+    def _holds(self, place: EmbeddingSlot) -> bool:
         return os.pread(self._memory, _NUMBER.size, place.offset) == _NUMBER.pack(place.number)
 
 
-UNSHARED = Embeddings(-1, {})
+UNSHARED = SharedEmbeddings(-1, {})

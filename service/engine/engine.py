@@ -20,27 +20,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.admission import BulkAdmission
-from service.engine.backend import Card, Pixels, Timing
-from service.engine.batcher import Batch, Batcher, Key, Priority, Work
+from service.engine.backend import ModelInfo, Pixels, Timing
+from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 from service.engine.cache import Cache
-from service.engine.embeddings import Shelf
-from service.engine.launch import Fleet, Launch
+from service.engine.embeddings import EmbeddingAllocator
+from service.engine.latency_model import LatencyModel
+from service.engine.launch import Launch, WorkerPool
 from service.engine.messages import (
-    Advanced,
-    Beat,
-    Failed,
-    Load,
+    BatchDone,
+    BatchFailed,
+    Heartbeat,
     LoadAdapter,
-    Loaded,
-    Made,
-    NotLoaded,
-    Unload,
+    LoadFailed,
+    LoadModel,
+    ModelLoaded,
+    NetworkDone,
     UnloadAdapter,
+    UnloadModel,
 )
-from service.engine.pace import Pace
 from service.engine.profile import batch_cap
 from service.engine.request import GenerationRequest
-from service.engine.seat import AHEAD, Seat, connect, opposite
+from service.engine.worker_handle import AHEAD, WorkerHandle, connect, inverse
 from service.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -66,7 +66,7 @@ THREADS = 3  # for each worker: one starts it, one ends it, one copies its image
 
 
 @dataclass(frozen=True)
-class Image:
+class GeneratedImage:
     """One image, and what is to be said of it. Read-only: a cache may give it to several."""
 
     pixels: NDArray[np.uint8]  # (H, W, 3)
@@ -76,10 +76,10 @@ class Image:
 
 
 @dataclass(eq=False)
-class Asked:
+class RequestHandle:
     """Work that a request waits for, for a caller who would rather ask for something else while nothing has begun."""
 
-    work: Sequence[Work] = ()
+    work: Sequence[QueuedImage] = ()
 
     @property
     def begun(self) -> bool:
@@ -94,46 +94,48 @@ _Pixels = tuple[str, str, int, int, int, str | None, float, int]
 class Engine:
     """Takes work in on the event loop and answers it from the workers."""
 
-    def __init__(self, fleet: Fleet, settings: Settings, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
-        self._cards: dict[str, Card] = {}  # by model; there once it has started
-        self._models: dict[str, Load] = {}  # what a worker loads for each of them
+    def __init__(
+        self, pool: WorkerPool, settings: Settings, metrics: Metrics, tracing: "Tracing | None" = None
+    ) -> None:
+        self._cards: dict[str, ModelInfo] = {}  # by model; there once it has started
+        self._models: dict[str, LoadModel] = {}  # what a worker loads for each of them
         self._changing = asyncio.Lock()  # models are loaded and unloaded one by one
         self._leaving: tuple[str, str | None] | None = None  # a model, or its adapter, that finishes its work and goes
         self._left = asyncio.Event()
-        self._fleet = fleet
+        self._pool = pool
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
-        self._pace = Pace()
+        self._pace = LatencyModel()
         limits = settings.queue_limit, settings.queue_limit_per_key or settings.queue_limit
         self._batcher = Batcher(settings.max_batch, *limits, self._pace.rows, settings.linger_seconds)
         self._bulk = BulkAdmission(
             lambda images, owner: not self._batcher.missing_room(images, owner, Priority.BATCH),
             lambda images, owner: not self._batcher.missing_own_room(images, owner, Priority.BATCH),
         )
-        self._seats: list[Seat] = []
+        self._workers: list[WorkerHandle] = []
         self._supervisors: list[asyncio.Task[None]] = []
-        self._making: dict[_Pixels, Work] = {}
-        self._made: Cache[_Pixels, Image] = Cache(settings.result_cache_bytes)
-        self._shelf = Shelf(settings.prompt_cache_bytes)
+        self._making: dict[_Pixels, QueuedImage] = {}
+        self._made: Cache[_Pixels, GeneratedImage] = Cache(settings.result_cache_bytes)
+        self._allocator = EmbeddingAllocator(settings.prompt_cache_bytes)
         # Not the event loop's default executor, which uploads and slow folders may occupy.
-        self._threads = ThreadPoolExecutor(THREADS * len(fleet.launches), thread_name_prefix="engine")
+        self._threads = ThreadPoolExecutor(THREADS * len(pool.launches), thread_name_prefix="engine")
         self._numbers = itertools.count()
         self._lingering: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._draining = False
 
     @property
-    def cards(self) -> Mapping[str, Card]:
+    def models(self) -> Mapping[str, ModelInfo]:
         """Of the models that take work, the default one first."""
-        cards = dict(self._cards)
+        models = dict(self._cards)
         match self._leaving:
             case model, None:
-                del cards[model]
+                del models[model]
             case model, adapter:
-                left = {name: digest for name, digest in cards[model].adapters.items() if name != adapter}
-                cards[model] = replace(cards[model], adapters=left)
-        return cards
+                left = {name: digest for name, digest in models[model].adapters.items() if name != adapter}
+                models[model] = replace(models[model], adapters=left)
+        return models
 
     @property
     def open(self) -> bool:
@@ -143,29 +145,29 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether new work is taken and there is a worker for it."""
-        return self.open and bool(self._seats)
+        return self.open and bool(self._workers)
 
     @property
     def processes(self) -> list[int]:
         """Ids of the worker processes that are ready."""
-        return [seat.worker.process.pid for seat in self._seats if seat.worker.process is not None]
+        return [worker.worker.process.pid for worker in self._workers if worker.worker.process is not None]
 
     @property
     def busy(self) -> float:
         """Share of the workers that have work."""
-        return sum(bool(seat.outstanding()) for seat in self._seats) / max(1, len(self._seats))
+        return sum(bool(worker.outstanding()) for worker in self._workers) / max(1, len(self._workers))
 
     @property
     def queue_seconds(self) -> float:
         """Seconds in which the workers would make what waits for them."""
         return self._needed(self._batcher.ahead_of(Priority.BATCH))
 
-    def card(self, model: str) -> Card:
+    def info(self, model: str) -> ModelInfo:
         """That of a model that takes work. Raises NotFound."""
-        card = self.cards.get(model)
-        if card is None:
+        info = self.models.get(model)
+        if info is None:
             raise no_model(model)
-        return card
+        return info
 
     def check_open(self) -> None:
         """Raise Unavailable unless new work is taken."""
@@ -174,18 +176,18 @@ class Engine:
 
     async def start(self) -> None:
         """Wait for every worker. Raises StartError when one cannot start."""
-        workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._fleet.start)
-        for loaded, order in zip(workers[0].ready.models, self._fleet.models, strict=True):
+        workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.start)
+        for loaded, order in zip(workers[0].ready.models, self._pool.models, strict=True):
             # By the name of now: the folder may come to hold another student.
-            self._add(loaded, Load(order.folder, loaded.card.name, order.adapters))
-        for launch, worker in zip(self._fleet.launches, workers, strict=True):
-            seat = await connect(worker, self._shelf, self._threads)
-            self._join(seat)
-            self._supervisors.append(asyncio.create_task(self._supervise(launch, seat)))
+            self._add(loaded, LoadModel(order.folder, loaded.info.name, order.adapters))
+        for launch, started in zip(self._pool.launches, workers, strict=True):
+            worker = await connect(started, self._allocator, self._threads)
+            self._join(worker)
+            self._supervisors.append(asyncio.create_task(self._supervise(launch, worker)))
 
     async def generate(
-        self, request: GenerationRequest, asked: Asked | None = None, *, patient: bool = False
-    ) -> list[Image]:
+        self, request: GenerationRequest, handle: RequestHandle | None = None, *, patient: bool = False
+    ) -> list[GeneratedImage]:
         """One image per seed. Cancelling the call drops what still waits and nobody else wants.
 
         `asked` is told of the work. Raises Overloaded without queueing anything when the queue is full or the images
@@ -198,18 +200,18 @@ class Engine:
         if patient:
             await self._bulk.enter(len(set(seeds)), owner)
         self.check_open()
-        card = self.card(request.model)
-        card.check_steps(request.steps)
+        info = self.info(request.model)
+        info.check_steps(request.steps)
         adapter = request.adapter
-        if adapter is not None and adapter not in card.adapters:
+        if adapter is not None and adapter not in info.adapters:
             raise NotFound(
-                f"{card.name} has no adapter {adapter!r}; it has {[*card.adapters]}", "lora", "adapter_not_found"
+                f"{info.name} has no adapter {adapter!r}; it has {[*info.adapters]}", "lora", "adapter_not_found"
             )
         timeout = self._settings.timeout_seconds if request.timeout is None else request.timeout
         scale = request.scale if adapter else 0.0
-        key = Key(card.name, request.width, request.height, adapter, scale, request.steps)
-        replies: dict[int, asyncio.Future[Image]] = {}
-        wanted: list[Work] = []
+        key = BatchKey(info.name, request.width, request.height, adapter, scale, request.steps)
+        replies: dict[int, asyncio.Future[GeneratedImage]] = {}
+        wanted: list[QueuedImage] = []
         new: list[int] = []
         for seed in dict.fromkeys(seeds):
             same = self._same(key, prompt, seed)
@@ -229,14 +231,14 @@ class Engine:
         for work in wanted:
             work.wanted += 1
         for seed in new:
-            reply: asyncio.Future[Image] = asyncio.get_running_loop().create_future()
-            work = Work(key, prompt, seed, reply, owner, priority)
+            reply: asyncio.Future[GeneratedImage] = asyncio.get_running_loop().create_future()
+            work = QueuedImage(key, prompt, seed, reply, owner, priority)
             self._batcher.add(work, time.monotonic())
             self._making[self._pixels(work)] = work
             wanted.append(work)
             replies[seed] = reply
-        if asked is not None:
-            asked.work = wanted
+        if handle is not None:
+            handle.work = wanted
         if self._tracing and (trace := self._tracing.current):
             for work in wanted:
                 work.traces += (trace,)
@@ -252,7 +254,7 @@ class Engine:
         finally:
             self._release(wanted)
 
-    async def load(self, folder: Path, name: str | None = None) -> Card:
+    async def load(self, folder: Path, name: str | None = None) -> ModelInfo:
         """Load a student into every worker, while they go on; a worker that is replaced later loads it too.
 
         It takes work from when every worker has it. `name` None is the student's own. Raises InvalidRequest for a
@@ -262,66 +264,66 @@ class Engine:
         async with self._changing:
             self.check_open()
             self._check_free(name)
-            order = Load(str(folder.absolute()), name)
+            order = LoadModel(str(folder.absolute()), name)
             first = await self._everywhere(order)
-            self._add(first, Load(order.folder, first.card.name))
-            return first.card
+            self._add(first, LoadModel(order.folder, first.info.name))
+            return first.info
 
-    async def load_adapter(self, model: str, folder: Path, name: str) -> Card:
+    async def load_adapter(self, model: str, folder: Path, name: str) -> ModelInfo:
         """Read a LoRA adapter for a model into every worker, as `load` does a student; the model's new card."""
         async with self._changing:
             self.check_open()
-            if name in self.card(model).adapters:
+            if name in self.info(model).adapters:
                 raise InvalidRequest(f"{model} has an adapter {name!r} already; unload it first", "name")
             order = LoadAdapter(model, name, str(folder.absolute()))
-            self._cards[model] = (await self._everywhere(order)).card
+            self._cards[model] = (await self._everywhere(order)).info
             loaded = self._models[model]
-            self._models[model] = Load(loaded.folder, loaded.name, {**loaded.adapters, name: order.folder})
+            self._models[model] = LoadModel(loaded.folder, loaded.name, {**loaded.adapters, name: order.folder})
             return self._cards[model]
 
     async def unload_adapter(self, model: str, name: str) -> None:
         """Take no more work with an adapter, finish what was accepted, then let go of it. Raises NotFound."""
         async with self._changing:
-            card = self.card(model)
-            if name not in card.adapters:
+            info = self.info(model)
+            if name not in info.adapters:
                 raise NotFound(f"{model} has no adapter {quoted(name)}", "name", "adapter_not_found")
             await self._finish(model, name)
-            left = {other: digest for other, digest in card.adapters.items() if other != name}
-            self._cards[model] = replace(card, adapters=left)
+            left = {other: digest for other, digest in info.adapters.items() if other != name}
+            self._cards[model] = replace(info, adapters=left)
             loaded = self._models[model]
             folders = {other: folder for other, folder in loaded.adapters.items() if other != name}
-            self._models[model] = Load(loaded.folder, loaded.name, folders)
-            digest = card.adapters[name]
-            self._made.drop(lambda key: (key[0], key[5]) == (card.identity, digest))
-            for seat in self._seats:
-                seat.remove(UnloadAdapter(model, name))
+            self._models[model] = LoadModel(loaded.folder, loaded.name, folders)
+            digest = info.adapters[name]
+            self._made.drop(lambda key: (key[0], key[5]) == (info.cache_key, digest))
+            for worker in self._workers:
+                worker.remove(UnloadAdapter(model, name))
 
-    async def _everywhere(self, order: Load | LoadAdapter) -> Loaded:
+    async def _everywhere(self, order: LoadModel | LoadAdapter) -> ModelLoaded:
         """Have every worker load something, those that join meanwhile too; where one cannot, none keeps it."""
-        loaded: dict[Seat, Loaded] = {}
+        loaded: dict[WorkerHandle, ModelLoaded] = {}
         try:
-            while asked := [seat for seat in self._seats if seat not in loaded]:
-                answers = await asyncio.gather(*(seat.add(order) for seat in asked), return_exceptions=True)
+            while asked := [worker for worker in self._workers if worker not in loaded]:
+                answers = await asyncio.gather(*(worker.add(order) for worker in asked), return_exceptions=True)
                 pairs = list(zip(asked, answers, strict=True))
-                loaded |= {seat: answer for seat, answer in pairs if isinstance(answer, Loaded)}
+                loaded |= {worker: answer for worker, answer in pairs if isinstance(answer, ModelLoaded)}
                 for _, answer in pairs:
                     if isinstance(answer, BaseException):
                         raise answer
             if not loaded:
                 raise Unavailable("no worker is ready to load it; try again")
             first = next(iter(loaded.values()))
-            if isinstance(order, Load):
-                self._check_free(first.card.name)
+            if isinstance(order, LoadModel):
+                self._check_free(first.info.name)
             return first
         except BaseException:
-            for seat, answer in loaded.items():
-                seat.remove(opposite(order, answer))
+            for worker, answer in loaded.items():
+                worker.remove(inverse(order, answer))
             raise
 
     async def _finish(self, model: str, adapter: str | None) -> None:
         """Take no more work for a model or its adapter, and wait for what was accepted."""
         self._leaving = model, adapter
-        self._batcher.hasten(model, adapter)  # all changes of models wait for it, and bulk work may wait for ever
+        self._batcher.promote(model, adapter)  # all changes of models wait for it, and bulk work may wait for ever
         self._left.clear()
         self._check_idle()
         try:
@@ -335,27 +337,27 @@ class Engine:
         Raises NotFound when it is not loaded, InvalidRequest when it is the only one.
         """
         async with self._changing:
-            card = self.card(name)
+            info = self.info(name)
             if len(self._cards) == 1:
                 raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
             await self._finish(name, None)
             del self._cards[name], self._models[name]
             self._pace.forget(name)
             self._batcher.forget(name)
-            if all(other.identity != card.identity for other in self._cards.values()):
-                self._made.drop(lambda key: key[0] == card.identity)
-            for seat in self._seats:
-                seat.remove(Unload(name))
+            if all(other.cache_key != info.cache_key for other in self._cards.values()):
+                self._made.drop(lambda key: key[0] == info.cache_key)
+            for worker in self._workers:
+                worker.remove(UnloadModel(name))
 
-    def _add(self, loaded: Loaded, order: Load) -> None:
+    def _add(self, loaded: ModelLoaded, order: LoadModel) -> None:
         """Take work for a model that every worker has."""
-        card = loaded.card
-        self._cards[card.name] = card
-        self._models[card.name] = order
-        timings: dict[Key, list[Timing]] = {}
+        info = loaded.info
+        self._cards[info.name] = info
+        self._models[info.name] = order
+        timings: dict[BatchKey, list[Timing]] = {}
         for timing in loaded.timings:
-            timings.setdefault(Key(card.name, timing.width, timing.height), []).append(timing)
-        self._pace.add(card, timings)
+            timings.setdefault(BatchKey(info.name, timing.width, timing.height), []).append(timing)
+        self._pace.add(info, timings)
         own = self._settings
         # Who meets a full device waits for the batch in it and the one behind, then for the own one.
         slowest = own.p95_seconds and own.p95_seconds / (AHEAD + 1)
@@ -371,25 +373,25 @@ class Engine:
         """Refuse new work, finish what was accepted, and end the workers."""
         self._draining = True
         self._bulk.release()
-        if self._seats or len(self._batcher):
+        if self._workers or len(self._batcher):
             self._check_idle()
             await self._idle.wait()
         for supervisor in self._supervisors:
             supervisor.cancel()
         if self._supervisors:
             await asyncio.wait(self._supervisors)
-        await asyncio.gather(*(seat.leave() for seat in self._seats))
-        self._seats.clear()
+        await asyncio.gather(*(worker.leave() for worker in self._workers))
+        self._workers.clear()
         self._threads.shutdown(wait=False)
 
-    def _admit(self, key: Key, images: int, owner: str, priority: Priority, timeout: float) -> None:
+    def _admit(self, key: BatchKey, images: int, owner: str, priority: Priority, timeout: float) -> None:
         """Raise Overloaded with the time after which so many images would be taken."""
         ahead = self._batcher.ahead_of(priority)
         position = sum(ahead.values())
         if excess := self._batcher.missing_room(images, owner, priority):
             wait = self._needed({key: excess})
             self._refuse("queue_full", f"{position} images wait already", wait, position)
-        for batch in itertools.chain.from_iterable(seat.outstanding() for seat in self._seats):
+        for batch in itertools.chain.from_iterable(worker.outstanding() for worker in self._workers):
             ahead[batch.key] = ahead.get(batch.key, 0) + len(batch.work)
         if not ahead:
             return  # on an empty server, what is tried is what teaches the engine better
@@ -399,23 +401,23 @@ class Engine:
             message = f"the images would take {needed:.1f} s, not {timeout:g} s"
             self._refuse("deadline_unreachable", message, needed - timeout, position)
 
-    def _needed(self, images: Mapping[Key, int]) -> float:
+    def _needed(self, images: Mapping[BatchKey, int]) -> float:
         """Seconds that the workers need for so many images of each key."""
-        return self._pace.seconds(images) / max(1, len(self._seats))
+        return self._pace.seconds(images) / max(1, len(self._workers))
 
     def _refuse(self, reason: str, sentence: str, seconds: float, position: int) -> None:
         self._metrics.refusals.labels(reason).inc()
         raise Overloaded(sentence, seconds, reason, position)
 
-    def _pixels(self, work: Work) -> _Pixels:
+    def _pixels(self, work: QueuedImage) -> _Pixels:
         return self._same(work.key, work.prompt, work.seed)
 
-    def _same(self, key: Key, prompt: str, seed: int) -> _Pixels:
-        card = self._cards[key.model]
-        adapter = None if key.adapter is None else card.adapters[key.adapter]
-        return card.identity, prompt, seed, key.width, key.height, adapter, key.scale, key.steps
+    def _same(self, key: BatchKey, prompt: str, seed: int) -> _Pixels:
+        info = self._cards[key.model]
+        adapter = None if key.adapter is None else info.adapters[key.adapter]
+        return info.cache_key, prompt, seed, key.width, key.height, adapter, key.scale, key.steps
 
-    def _release(self, wanted: Sequence[Work]) -> None:
+    def _release(self, wanted: Sequence[QueuedImage]) -> None:
         """A request is over: what it alone still waited for is dropped."""
         left = False
         for work in wanted:
@@ -428,24 +430,24 @@ class Engine:
             self._metrics.dropped.inc(self._batcher.drop_cancelled())
             self._dispatch()
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, work: QueuedImage) -> None:
         """Nobody can join this work any more."""
         if self._making.get(self._pixels(work)) is work:
             del self._making[self._pixels(work)]
 
     def _dispatch(self) -> None:
         """Give the workers what they have room for, the idlest first."""
-        while free := [seat for seat in self._seats if seat.free]:
-            seat = min(free, key=lambda seat: seat.load)
+        while free := [worker for worker in self._workers if worker.free]:
+            worker = min(free, key=lambda worker: worker.load)
             now = time.monotonic()
-            batch = self._batcher.take(now, idle=seat.load == 0)
+            batch = self._batcher.take(now, idle=worker.load == 0)
             if batch is None:
-                if len(self._batcher) and seat.load == 0 and self._lingering is None:
+                if len(self._batcher) and worker.load == 0 and self._lingering is None:
                     delay = self._settings.linger_seconds
                     self._lingering = asyncio.get_running_loop().call_later(delay, self._stop_lingering)
                 break
             self._metrics.closed.labels(batch.reason).inc()
-            seat.send(next(self._numbers), batch, now)
+            worker.send(next(self._numbers), batch, now)
         self._bulk.admit()
         self._metrics.queue.set(len(self._batcher))
         self._check_idle()
@@ -455,7 +457,7 @@ class Engine:
         self._dispatch()
 
     def _check_idle(self) -> None:
-        if self._draining and not len(self._batcher) and not any(seat.outstanding() for seat in self._seats):
+        if self._draining and not len(self._batcher) and not any(worker.outstanding() for worker in self._workers):
             self._idle.set()
         if self._leaving is not None and not self._busy(*self._leaving):
             self._left.set()
@@ -463,96 +465,96 @@ class Engine:
     def _busy(self, model: str, adapter: str | None) -> bool:
         """Whether a model, or one of its adapters, has work that was accepted and is not answered."""
         waiting = list(self._batcher.ahead_of(Priority.BATCH))
-        running = [batch.key for seat in self._seats for batch in seat.outstanding()]
+        running = [batch.key for worker in self._workers for batch in worker.outstanding()]
         return any(key.model == model and adapter in (None, key.adapter) for key in waiting + running)
 
-    def _join(self, seat: Seat) -> None:
+    def _join(self, worker: WorkerHandle) -> None:
         """Give a worker work."""
-        self._seats.append(seat)
-        self._metrics.workers.set(len(self._seats))
+        self._workers.append(worker)
+        self._metrics.workers.set(len(self._workers))
         self._dispatch()
 
-    async def _supervise(self, launch: Launch, seat: Seat) -> None:
+    async def _supervise(self, launch: Launch, worker: WorkerHandle) -> None:
         """Listen to a worker; when it is gone, give its batches to others and start another one in its place."""
         while True:
-            reason = await self._listen(seat)
-            lost = seat.outstanding()
-            log.error("the worker on %s %s; its %d batches run again", seat.worker.name, reason, len(lost))
+            reason = await self._listen(worker)
+            lost = worker.outstanding()
+            log.error("the worker on %s %s; its %d batches run again", worker.worker.name, reason, len(lost))
             self._metrics.restarts.labels(reason).inc()
-            self._seats.remove(seat)
-            self._metrics.workers.set(len(self._seats))
+            self._workers.remove(worker)
+            self._metrics.workers.set(len(self._workers))
             for batch in lost:
                 self._again(batch, suspect=batch is lost[0])
             self._dispatch()
-            await seat.leave()
-            seat = await self._relaunch(launch)
-            self._join(seat)
+            await worker.leave()
+            worker = await self._relaunch(launch)
+            self._join(worker)
 
-    async def _relaunch(self, launch: Launch) -> Seat:
+    async def _relaunch(self, launch: Launch) -> WorkerHandle:
         """A worker that has the models of now, started with longer pauses between attempts that fail."""
         pause = 1.0
         while True:
             models = list(self._models.values())
             try:
-                seat = await self._start(launch, models)
+                worker = await self._start(launch, models)
             except StartError as error:
                 log.error("a worker could not be started again; next try in %.0f s: %s", pause, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             if models == list(self._models.values()):
-                return seat
+                return worker
             log.info("models came or went while a worker started; it starts once more")
-            await seat.leave()
+            await worker.leave()
 
-    async def _start(self, launch: Launch, models: Sequence[Load]) -> Seat:
+    async def _start(self, launch: Launch, models: Sequence[LoadModel]) -> WorkerHandle:
         """A worker that is ready; cancelling ends it at once, whatever it still loads."""
         worker, loop = launch(models), asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._threads, worker.wait)
-            return await connect(worker, self._shelf, self._threads)
+            return await connect(worker, self._allocator, self._threads)
         except BaseException:
             await loop.run_in_executor(self._threads, worker.end)
             raise
 
-    async def _listen(self, seat: Seat) -> str:
+    async def _listen(self, worker: WorkerHandle) -> str:
         """Take a worker's replies until it dies, goes silent, hangs or delivers incomplete pixels. Returns which."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 async with asyncio.timeout(self._settings.worker_silence_seconds):
-                    reply = await seat.receive()
+                    reply = await worker.receive()
             except TimeoutError:
                 return "silent"
             except (EOFError, OSError):
                 return "died"
             match reply:
-                case Beat():
-                    self._metrics.device_memory.labels(seat.worker.name).set(reply.memory_bytes)
-                case Advanced():
-                    seat.advanced(reply.batch)
-                case Made():
+                case Heartbeat():
+                    self._metrics.device_memory.labels(worker.worker.name).set(reply.memory_bytes)
+                case NetworkDone():
+                    worker.advanced(reply.batch)
+                case BatchDone():
                     try:
-                        pixels = await loop.run_in_executor(self._threads, seat.pixels, reply.batch)
+                        pixels = await loop.run_in_executor(self._threads, worker.pixels, reply.batch)
                     except (EOFError, OSError):
                         log.exception("the pixels of a batch cannot be read")
                         return "incomplete"
-                    self._answer(seat, reply, pixels)
-                case Failed():
-                    self._failed(seat, reply)
-                case Loaded() | NotLoaded():
-                    seat.loaded(reply)
+                    self._answer(worker, reply, pixels)
+                case BatchFailed():
+                    self._failed(worker, reply)
+                case ModelLoaded() | LoadFailed():
+                    worker.loaded(reply)
             self._dispatch()
-            if seat.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
+            if worker.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
                 return "hung"
 
-    def _answer(self, seat: Seat, made: Made, pixels: Pixels) -> None:
+    def _answer(self, worker: WorkerHandle, made: BatchDone, pixels: Pixels) -> None:
         """Give each image of a batch to those who wait for it."""
         pixels.flags.writeable = False
         now = time.monotonic()
-        batch, sent, needed = seat.answered(made.batch, now)
+        batch, sent, needed = worker.answered(made.batch, now)
         if self._tracing:
-            self._tracing.batch(batch, seat.worker.name, sent, now, made)
+            self._tracing.batch(batch, worker.worker.name, sent, now, made)
         self._pace.learn(batch.key, len(batch.work), needed)
         self._metrics.batch_size.observe(len(batch.work))
         self._metrics.images.labels(batch.key.model).inc(len(batch.work))
@@ -562,18 +564,18 @@ class Engine:
         for i, work in enumerate(batch.work):
             queued = sent - work.arrived
             self._metrics.stages.labels("queue").observe(queued)
-            image = Image(pixels[i], made.tokens[i], made.truncated[i], {"queue": queued, **made.seconds})
+            image = GeneratedImage(pixels[i], made.tokens[i], made.truncated[i], {"queue": queued, **made.seconds})
             self._forget(work)
             self._made.put(self._pixels(work), replace(image, seconds={}), image.pixels.nbytes)
             if not work.reply.done():  # its clients left meanwhile
                 work.reply.set_result(image)
 
-    def _failed(self, seat: Seat, failed: Failed) -> None:
+    def _failed(self, worker: WorkerHandle, failed: BatchFailed) -> None:
         """Halve a batch that failed; work that failed alone is at fault."""
         now = time.monotonic()
-        batch, sent, _ = seat.answered(failed.batch, now)
+        batch, sent, _ = worker.answered(failed.batch, now)
         if self._tracing:
-            self._tracing.batch(batch, seat.worker.name, sent, now, failed)
+            self._tracing.batch(batch, worker.worker.name, sent, now, failed)
         self._metrics.failures.labels(batch.key.model).inc()
         if failed.fault == "memory":
             self._batcher.lower_cap(batch.key, len(batch.work) // 2)
@@ -584,7 +586,7 @@ class Engine:
         else:
             self._give_up(batch.work[0])
 
-    def _again(self, batch: Batch, suspect: bool) -> None:
+    def _again(self, batch: ImageBatch, suspect: bool) -> None:
         """Run what a dead worker had; halved, should something in it be what killed the worker."""
         if len(batch.work) > 1:
             self._retry(batch)
@@ -596,12 +598,12 @@ class Engine:
         else:
             self._give_up(work)
 
-    def _retry(self, batch: Batch) -> None:
+    def _retry(self, batch: ImageBatch) -> None:
         for half in batch.halves():
             self._batcher.retry(half)
         self._metrics.dropped.inc(self._batcher.drop_cancelled())
 
-    def _give_up(self, work: Work, reason: str = "the model failed on this image; try another seed") -> None:
+    def _give_up(self, work: QueuedImage, reason: str = "the model failed on this image; try another seed") -> None:
         self._forget(work)
         if not work.reply.done():
             work.reply.set_exception(GenerationFailed(reason))

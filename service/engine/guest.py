@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from service.engine.engine import Engine
-from service.engine.roster import ADAPTER, STUDENT, find, folders_of
+from service.engine.loaded_models import ADAPTER, STUDENT, find, folders_of
 from service.errors import ServiceError, no_model
 
 
@@ -67,7 +67,7 @@ class Guests:
     async def wish(self, text: str) -> Wish | None:
         """What STUDENT or STUDENT+ADAPTER has to be loaded for; None for what is always there, or nowhere."""
         folders, adapters = await asyncio.to_thread(self._folders)
-        residents = {name for name in self._engine.cards if name not in self._brought}
+        residents = {name for name in self._engine.models if name not in self._brought}
         students = residents | folders
         if text in students:
             return None if text in residents else Wish(text, None)
@@ -84,13 +84,13 @@ class Guests:
             raise no_model(text)
         student, adapter = wish
         async with contextlib.AsyncExitStack() as loaded:
-            if student in self._brought or student not in self._engine.cards:
-                if student not in self._engine.cards:
+            if student in self._brought or student not in self._engine.models:
+                if student not in self._engine.models:
                     folder = await asyncio.to_thread(find, self._folder, student, STUDENT)
                     await self._engine.load(folder, student)
                 self._brought[student] += 1
                 loaded.push_async_callback(self._dismiss, student)
-            if adapter is not None and adapter not in self._engine.card(student).adapters:
+            if adapter is not None and adapter not in self._engine.info(student).adapters:
                 folder = await asyncio.to_thread(find, self._folder, adapter, ADAPTER)
                 await self._engine.load_adapter(student, folder, adapter)
                 loaded.push_async_callback(self._drop, student, adapter)

@@ -18,10 +18,10 @@ import numpy as np
 
 from service.engine import worker
 from service.engine.backend import Backend, Pixels
-from service.engine.memory import read
-from service.engine.messages import Channel, Load, Profiling, Ready, Refused, Start
+from service.engine.messages import Channel, LoadModel, Profiling, Ready, StartFailed, WorkerConfig
 from service.engine.profile import growing_sizes
-from service.engine.worker import SLOT_BYTES, Loader, Memory, loader
+from service.engine.shared_memory import read
+from service.engine.worker import SLOT_BYTES, Memory, ModelLoader, loader
 from service.errors import StartError
 from service.settings import Settings
 
@@ -47,7 +47,7 @@ class Worker:
                     case Ready():
                         self.ready = reply
                         return
-                    case Refused():
+                    case StartFailed():
                         raise StartError(reply.reason)
         except TimeoutError:
             message = f"the worker on {self.name} was silent for {self.silence_seconds:.0f} s while it started"
@@ -71,7 +71,7 @@ class Worker:
         os.close(self.memory)
 
 
-Launch = Callable[[Sequence[Load]], Worker]  # starts one that loads these models, and returns at once
+Launch = Callable[[Sequence[LoadModel]], Worker]  # starts one that loads these models, and returns at once
 
 
 class SharedMemory:
@@ -82,7 +82,9 @@ class SharedMemory:
         weakref.finalize(self, os.close, self.descriptor)
 
 
-def start_process(name: str, start: Start, threads: int, silence_seconds: float, embeddings: SharedMemory) -> Worker:
+def start_process(
+    name: str, start: WorkerConfig, threads: int, silence_seconds: float, embeddings: SharedMemory
+) -> Worker:
     """A worker in a process of its own. Raises StartError where the system has no room for one."""
     with _ends() as (ours, theirs, memory):
         descriptors = theirs.fileno(), memory, embeddings.descriptor
@@ -104,7 +106,7 @@ def start_process(name: str, start: Start, threads: int, silence_seconds: float,
 
 
 def start_thread(
-    name: str, models: Sequence[Load], load: Loader, silence_seconds: float, embeddings: SharedMemory
+    name: str, models: Sequence[LoadModel], load: ModelLoader, silence_seconds: float, embeddings: SharedMemory
 ) -> Worker:
     """A worker in a thread of this process."""
     with _ends() as (ours, theirs, memory):
@@ -144,10 +146,10 @@ def _memory(name: str) -> int:
     return descriptor
 
 
-class Fleet:
+class WorkerPool:
     """The workers of a server: how each is started, what with, and the first of each."""
 
-    def __init__(self, launches: Sequence[Launch], models: Sequence[Load]) -> None:
+    def __init__(self, launches: Sequence[Launch], models: Sequence[LoadModel]) -> None:
         self.launches = launches
         self.models = models
         self._started: Sequence[Worker] = ()
@@ -167,7 +169,7 @@ class Fleet:
         return self._started
 
 
-def processes(settings: Settings) -> Fleet:
+def worker_processes(settings: Settings) -> WorkerPool:
     """A worker process for each device and replica."""
     names = serving_devices(settings, _gpus() if settings.devices == "auto" else 0) * settings.replicas
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
@@ -178,14 +180,14 @@ def processes(settings: Settings) -> Fleet:
     embeddings = SharedMemory()
 
     def launch(device: str) -> Launch:
-        def start(models: Sequence[Load]) -> Worker:
-            told = Start(device, models, runtime, profiling(settings), simulated)
+        def start(models: Sequence[LoadModel]) -> Worker:
+            told = WorkerConfig(device, models, runtime, profiling(settings), simulated)
             return start_process(device, told, threads, settings.worker_silence_seconds, embeddings)
 
         return start
 
-    models = [Load(str(folder.absolute())) for folder in settings.models]
-    return Fleet([launch(name) for name in names], models or [Load(None)])
+    models = [LoadModel(str(folder.absolute())) for folder in settings.models]
+    return WorkerPool([launch(name) for name in names], models or [LoadModel(None)])
 
 
 def profiling(settings: Settings) -> Profiling:
@@ -234,16 +236,16 @@ def _gpus() -> int:
     return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
-def local(*backends: Backend, workers: int = 1, device: str = "simulator") -> Fleet:
+def worker_threads(*backends: Backend, workers: int = 1, device: str = "simulator") -> WorkerPool:
     """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
-    given = {backend.card.name: backend for backend in backends}
-    others = loader(Start(device, ()))
+    given = {backend.info.name: backend for backend in backends}
+    others = loader(WorkerConfig(device, ()))
     embeddings = SharedMemory()
 
-    def load(order: Load) -> Backend:
+    def load(order: LoadModel) -> Backend:
         return others(order) if order.folder is not None or order.name is None else given[order.name]
 
-    def start(models: Sequence[Load]) -> Worker:
+    def start(models: Sequence[LoadModel]) -> Worker:
         return start_thread("local", models, load, 30.0, embeddings)
 
-    return Fleet([start] * workers, [Load(None, name) for name in given])
+    return WorkerPool([start] * workers, [LoadModel(None, name) for name in given])

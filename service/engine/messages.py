@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from service.engine.backend import Card, Timing
-from service.engine.embeddings import Place
+from service.engine.backend import ModelInfo, Timing
+from service.engine.embeddings import EmbeddingSlot
 
 _LENGTH = struct.Struct("<I")
 Fault = Literal["memory", "error"]
 
 
-class Load(msgspec.Struct, frozen=True, tag=True):
+class LoadModel(msgspec.Struct, frozen=True, tag=True):
     """To the worker: load a student beside the others, and run it once."""
 
     folder: str | None  # None is the student that ships, or a backend that the worker was given
@@ -23,7 +23,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     adapters: Mapping[str, str] = {}  # their folders by name
 
 
-class Unload(msgspec.Struct, frozen=True, tag=True):
+class UnloadModel(msgspec.Struct, frozen=True, tag=True):
     """To the worker: let go of a model; none of its batches is on the way any more."""
 
     name: str
@@ -52,23 +52,23 @@ class Profiling(msgspec.Struct, frozen=True):
     folder: str | None = None  # of the profiles
 
 
-class Start(msgspec.Struct, frozen=True):
+class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker process is told on its command line, as JSON."""
 
     device: str
-    models: Sequence[Load]
+    models: Sequence[LoadModel]
     runtime: Mapping[str, Any] = {}  # `RuntimeOptions` as JSON
     profiling: Profiling = Profiling()
     simulated_profile: str | None = None
 
 
-class Run(msgspec.Struct, frozen=True, tag=True):
+class RunBatch(msgspec.Struct, frozen=True, tag=True):
     """To the worker: make these images, and put their pixels into this slot of the shared memory."""
 
     batch: int
     model: str
     prompts: Sequence[str]
-    places: Sequence[Place | None]  # of each prompt's embedding; None is not kept
+    places: Sequence[EmbeddingSlot | None]  # of each prompt's embedding; None is not kept
     seeds: Sequence[int]
     width: int
     height: int
@@ -78,13 +78,13 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     steps: int = 1  # network evaluations per image
 
 
-class Loaded(msgspec.Struct, frozen=True, tag=True):
+class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
     """From the worker: the model of a `Load` is there and has run once, or has the adapter of a `LoadAdapter`.
 
     Both are answered in their order.
     """
 
-    card: Card
+    info: ModelInfo
     setup: str  # as the backend's
     text_bytes: int  # likewise
     timings: Sequence[Timing]
@@ -93,34 +93,34 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """From the worker: its first models are there."""
 
-    models: Sequence[Loaded]
+    models: Sequence[ModelLoaded]
 
 
-class NotLoaded(msgspec.Struct, frozen=True, tag=True):
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     """From the worker: the model or adapter is not there, and why."""
 
     reason: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """From the worker: it cannot start, and why."""
 
     reason: str
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """From the worker, every second: it lives, and holds so many bytes of its device."""
 
     memory_bytes: int
 
 
-class Advanced(msgspec.Struct, frozen=True, tag=True):
+class NetworkDone(msgspec.Struct, frozen=True, tag=True):
     """From the worker: a batch has left the network for the VAE, so there is room for one more behind it."""
 
     batch: int
 
 
-class Made(msgspec.Struct, frozen=True, tag=True):
+class BatchDone(msgspec.Struct, frozen=True, tag=True):
     """From the worker: the pixels lie in the slot, rows of uint8 (H, W, 3)."""
 
     batch: int
@@ -131,21 +131,21 @@ class Made(msgspec.Struct, frozen=True, tag=True):
     prompt_hits: int  # prompts whose embeddings were there
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
+class BatchFailed(msgspec.Struct, frozen=True, tag=True):
     """From the worker: the batch raised."""
 
     batch: int
     fault: Fault
 
 
-Order = Run | Load | Unload | LoadAdapter | UnloadAdapter
-Reply = Ready | Refused | Loaded | NotLoaded | Beat | Advanced | Made | Failed
+Command = RunBatch | LoadModel | UnloadModel | LoadAdapter | UnloadAdapter
+Reply = Ready | StartFailed | ModelLoaded | LoadFailed | Heartbeat | NetworkDone | BatchDone | BatchFailed
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
+_orders: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def frame(message: Order | Reply) -> bytes:
+def frame(message: Command | Reply) -> bytes:
     """A message as it goes over the socket."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -173,7 +173,7 @@ class Channel:
         with self._sending:
             self._connection.sendall(frame(message))
 
-    def next_order(self) -> Order | None:
+    def next_order(self) -> Command | None:
         """Wait for what the server wants next; None when it has hung up."""
         body = self._read()
         return None if body is None else _orders.decode(body)

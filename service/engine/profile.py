@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from service.engine.backend import Backend, Card, Timing
+from service.engine.backend import Backend, ModelInfo, Timing
 from service.errors import StartError
 from service.files import aside
 
@@ -21,7 +21,7 @@ class Profile(msgspec.Struct, frozen=True):
 
     format: Literal[1]
     setup: str
-    card: Card
+    info: ModelInfo
     timings: Sequence[Timing]
 
 
@@ -36,17 +36,17 @@ def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) ->
     A number that the device has too little memory for ends its size. Raises StartError when a run fails otherwise, or
     when not even the smallest number fits.
     """
-    rows = backend.card.rows
+    rows = backend.info.rows
     whole = sorted({-(-batch // rows) * rows for batch in (rows, *batches)})
     timings = []
-    for width, height in backend.card.sizes:
+    for width, height in backend.info.sizes:
         for batch in whole:
             try:
                 timings.append(_time(backend, width, height, batch, repeats))
             except Exception as error:
                 if isinstance(error, MemoryError) and batch > rows:
                     break
-                raise StartError(f"{backend.card.name} fails at {width}x{height}: {error}") from error
+                raise StartError(f"{backend.info.name} fails at {width}x{height}: {error}") from error
     return timings
 
 
@@ -59,8 +59,8 @@ def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence
     if path.exists():
         measure(backend, run, repeats=1)
         # A copy of a model under another name has the same digest.
-        return [replace(timing, model=backend.card.name) for timing in read_profile(path).timings]
-    profile = Profile(1, backend.setup, backend.card, measure(backend, (*batches, *run)))
+        return [replace(timing, model=backend.info.name) for timing in read_profile(path).timings]
+    profile = Profile(1, backend.setup, backend.info, measure(backend, (*batches, *run)))
     write_profile(path, profile)
     return list(profile.timings)
 
@@ -74,7 +74,7 @@ def batch_cap(timings: Sequence[Timing], seconds: float | None) -> int:
 def profile_path(folder: Path, backend: Backend) -> Path:
     """Where a backend's profile lies: its name tells the setup and the model's files."""
     setup = re.sub(r"[^A-Za-z0-9]+", "-", backend.setup).strip("-")
-    return folder / f"{setup}.{backend.card.digest[:16]}.json"
+    return folder / f"{setup}.{backend.info.digest[:16]}.json"
 
 
 def read_profile(path: Path) -> Profile:
@@ -96,7 +96,7 @@ def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -
     """Run a batch once for what is made once, then so many times."""
     runs = [_run(backend, width, height, [f"warm-up {i} {row}" for row in range(batch)]) for i in range(repeats + 1)]
     middle = sorted(runs[1:], key=lambda seconds: sum(seconds.values()))[repeats // 2]
-    return Timing(backend.card.name, width, height, batch, middle, backend.memory_bytes())
+    return Timing(backend.info.name, width, height, batch, middle, backend.memory_bytes())
 
 
 def _run(backend: Backend, width: int, height: int, prompts: Sequence[str]) -> dict[str, float]:

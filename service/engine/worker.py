@@ -25,28 +25,28 @@ import msgspec
 import numpy as np
 
 from service.commands.signals import ENDING
-from service.engine.backend import Backend, DeviceLost, Simulator, Text, Timing
-from service.engine.embeddings import Embeddings
-from service.engine.memory import write
+from service.engine.backend import Backend, DeviceLost, EncodedPrompts, Simulator, Timing
+from service.engine.embeddings import SharedEmbeddings
 from service.engine.messages import (
-    Advanced,
-    Beat,
+    BatchDone,
+    BatchFailed,
     Channel,
-    Failed,
-    Load,
+    Heartbeat,
     LoadAdapter,
-    Loaded,
-    Made,
-    NotLoaded,
+    LoadFailed,
+    LoadModel,
+    ModelLoaded,
+    NetworkDone,
     Profiling,
     Ready,
-    Refused,
-    Run,
-    Start,
-    Unload,
+    RunBatch,
+    StartFailed,
     UnloadAdapter,
+    UnloadModel,
+    WorkerConfig,
 )
 from service.engine.profile import measure, read_profile, recall
+from service.engine.shared_memory import write
 from service.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -59,19 +59,19 @@ SLOT_BYTES = 1 << 32  # from one slot to the next; the file has holes, so that o
 class _Job:
     """A batch on its way through the stages."""
 
-    run: Run
+    run: RunBatch
     backend: Backend
-    text: Text | None = None
+    text: EncodedPrompts | None = None
     value: Any = None  # conditions, then latents
     seconds: dict[str, float] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)  # by stage, as `seconds`
 
 
 _Jobs = Queue[_Job | None]  # None: the server has hung up
-_Change = Load | Unload | LoadAdapter | UnloadAdapter
+_Change = LoadModel | UnloadModel | LoadAdapter | UnloadAdapter
 _Changes = Queue[_Change | None]
-Loader = Callable[[Load], Backend]  # raises StartError
-Clock = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
+ModelLoader = Callable[[LoadModel], Backend]  # raises StartError
+Timer = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
 
 
 def warm_up(backend: Backend) -> Sequence[Timing]:
@@ -87,7 +87,9 @@ class Memory:
     embeddings: int  # with the server's other workers
 
 
-def serve(channel: Channel, memory: Memory, models: Sequence[Load], load: Loader, clock: Clock = warm_up) -> None:
+def serve(
+    channel: Channel, memory: Memory, models: Sequence[LoadModel], load: ModelLoader, clock: Timer = warm_up
+) -> None:
     """Load the models, run and time each, then make what is asked for until the server hangs up."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
@@ -97,7 +99,7 @@ def serve(channel: Channel, memory: Memory, models: Sequence[Load], load: Loader
         channel.send(Ready([_add(backends, order, load, clock) for order in models]))
         _work(channel, memory, backends, load, clock)
     except StartError as error:
-        channel.send(Refused(str(error)))
+        channel.send(StartFailed(str(error)))
     except OSError:
         log.info("the server is gone")
     finally:
@@ -105,10 +107,10 @@ def serve(channel: Channel, memory: Memory, models: Sequence[Load], load: Loader
         beats.join()
 
 
-def _add(backends: dict[str, Backend], order: Load, load: Loader, clock: Clock) -> Loaded:
+def _add(backends: dict[str, Backend], order: LoadModel, load: ModelLoader, clock: Timer) -> ModelLoaded:
     """Load a model and run it, then take it among the others. Raises StartError when that fails."""
     backend = load(order)
-    name = backend.card.name
+    name = backend.info.name
     if name in backends:
         message = f"{order.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
         raise StartError(message)
@@ -119,25 +121,25 @@ def _add(backends: dict[str, Backend], order: Load, load: Loader, clock: Clock) 
     return _loaded(backend, timings)
 
 
-def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> Loaded:
-    return Loaded(backend.card, backend.setup, backend.text_bytes, timings)
+def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> ModelLoaded:
+    return ModelLoaded(backend.info, backend.setup, backend.text_bytes, timings)
 
 
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
     """Say every second that the process lives."""
     while not ended.wait(BEAT_SECONDS):
         try:
-            channel.send(Beat(max((backend.memory_bytes() for backend in list(backends.values())), default=0)))
+            channel.send(Heartbeat(max((backend.memory_bytes() for backend in list(backends.values())), default=0)))
         except OSError:
             return
 
 
-def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: Loader, clock: Clock) -> None:
+def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: ModelLoader, clock: Timer) -> None:
     """Read batches and pass them through the stages; a stage waits for the next one to be free."""
 
     def text(job: _Job) -> None:
         places = zip(job.run.prompts, job.run.places, strict=True)
-        shared = Embeddings(memory.embeddings, {prompt: place for prompt, place in places if place})
+        shared = SharedEmbeddings(memory.embeddings, {prompt: place for prompt, place in places if place})
         job.text = job.backend.encode(job.run.prompts, shared)
         job.value = job.text.conditions
 
@@ -158,13 +160,13 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
             raise MemoryError(f"the shared memory does not take {pixels.nbytes} bytes: {error}") from error
 
     def advance(job: _Job) -> None:
-        channel.send(Advanced(job.run.batch))
+        channel.send(NetworkDone(job.run.batch))
         decoding.put(job)
 
     def answer(job: _Job) -> None:
         assert job.text is not None
         text = job.text
-        channel.send(Made(job.run.batch, text.tokens, text.truncated, job.seconds, job.began, text.hits))
+        channel.send(BatchDone(job.run.batch, text.tokens, text.truncated, job.seconds, job.began, text.hits))
 
     encoding, denoising, decoding = _Jobs(1), _Jobs(1), _Jobs(1)
     stages = [
@@ -177,7 +179,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         stage.start()
     while (order := channel.next_order()) is not None:
         match order:
-            case Run():
+            case RunBatch():
                 encoding.put(_Job(order, backends[order.model]))
             case _:
                 changes.put(order)
@@ -187,17 +189,17 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         stage.join()
 
 
-def _change(channel: Channel, backends: dict[str, Backend], load: Loader, clock: Clock, changes: _Changes) -> None:
+def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, clock: Timer, changes: _Changes) -> None:
     """The thread that loads and unloads, one model after the other."""
     while (order := changes.get()) is not None:
         match order:
-            case Load():
+            case LoadModel():
                 try:
-                    answer: Loaded | NotLoaded = _add(backends, order, load, clock)
+                    answer: ModelLoaded | LoadFailed = _add(backends, order, load, clock)
                 except StartError as error:
-                    answer = NotLoaded(str(error))
+                    answer = LoadFailed(str(error))
                 _tell(channel.send, answer)
-            case Unload():
+            case UnloadModel():
                 backends.pop(order.name).close()
             case LoadAdapter():
                 backend = backends[order.model]
@@ -205,7 +207,7 @@ def _change(channel: Channel, backends: dict[str, Backend], load: Loader, clock:
                     backend.add_adapter(order.name, order.folder)
                     answer = _loaded(backend)
                 except StartError as error:
-                    answer = NotLoaded(str(error))
+                    answer = LoadFailed(str(error))
                 _tell(channel.send, answer)
             case UnloadAdapter():
                 backends[order.model].remove_adapter(order.name)
@@ -222,7 +224,7 @@ def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on:
             channel.close()  # the server starts another worker and gives it what this one had
         except Exception as error:
             log.exception("a batch of %d images failed in %s", len(job.run.seeds), step.__name__)
-            _tell(channel.send, Failed(job.run.batch, "memory" if isinstance(error, MemoryError) else "error"))
+            _tell(channel.send, BatchFailed(job.run.batch, "memory" if isinstance(error, MemoryError) else "error"))
         else:
             job.seconds[step.__name__] = time.monotonic() - began
             job.began[step.__name__] = began
@@ -237,16 +239,16 @@ def _tell(say: Callable[[Any], None], what: Any) -> None:
         log.info("the server is gone")
 
 
-def loader(start: Start) -> Loader:
+def loader(start: WorkerConfig) -> ModelLoader:
     """What loads models on a device; torch is imported with the first."""
 
-    def load(order: Load) -> Backend:
+    def load(order: LoadModel) -> Backend:
         return _simulate(order, start.simulated_profile) if start.device == "simulator" else _student(order, start)
 
     return load
 
 
-def clock_of(profiling: Profiling) -> Clock:
+def clock_of(profiling: Profiling) -> Timer:
     """What times a model: a folder that may know it, or the model itself."""
     timed, warm_up = profiling.timed_batches, profiling.warm_up_batches
 
@@ -258,26 +260,26 @@ def clock_of(profiling: Profiling) -> Clock:
     return clock
 
 
-def _student(order: Load, start: Start) -> Backend:
+def _student(order: LoadModel, start: WorkerConfig) -> Backend:
     if order.folder is not None and not Path(order.folder).is_dir():  # said before seconds of imports
         raise StartError(f"model {order.folder}: there is no such folder; give the folder of a student")
-    from service.engine.registry import load_backend
+    from service.engine.model_loader import load_backend
 
     return load_backend(order.folder, order.name, start.device, start.runtime)
 
 
-def _simulate(order: Load, profile_path: str | None) -> Backend:
+def _simulate(order: LoadModel, profile_path: str | None) -> Backend:
     """A simulator that stands for the student of a folder, or for the model of a profile and its times."""
     simulator = Simulator()
     if profile_path:
         profile = read_profile(Path(profile_path))
-        simulator = Simulator(card=profile.card, timings=profile.timings)
+        simulator = Simulator(info=profile.info, timings=profile.timings)
     if order.folder is not None:
         try:
             name = str(json.loads((Path(order.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StartError(f"{order.folder} is no student folder: {error}") from None
-        simulator.card = replace(simulator.card, name=order.name or name, digest=f"simulator of {order.folder}")
+        simulator.info = replace(simulator.info, name=order.name or name, digest=f"simulator of {order.folder}")
     return simulator
 
 
@@ -287,7 +289,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
-    told = msgspec.json.decode(start, type=Start)
+    told = msgspec.json.decode(start, type=WorkerConfig)
     memory = Memory(int(pixels), int(embeddings))
     serve(channel, memory, told.models, loader(told), clock_of(told.profiling))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from service.engine.backend import Card
+from service.engine.backend import ModelInfo
 from service.engine.batcher import Priority
-from service.engine.engine import Asked, Engine, Image
+from service.engine.engine import Engine, GeneratedImage, RequestHandle
 from service.engine.request import GenerationRequest
 from service.errors import Blocked, InvalidRequest, quoted
 from service.images.encode import encode
@@ -28,7 +28,7 @@ RANDOM_SEEDS = 2**32  # exclusive upper bound of random seeds; noise of small se
 class Order:
     """A request that the model can honor, with every choice made."""
 
-    card: Card  # of the model
+    info: ModelInfo  # of the model
     prompt: str
     seeds: Sequence[int]
     width: int
@@ -43,19 +43,19 @@ class Order:
     warnings: Sequence[str] = ()  # deviations from the request
 
     @classmethod
-    def of(cls, body: ImageRequest, card: Card) -> "Order":
+    def of(cls, body: ImageRequest, info: ModelInfo) -> "Order":
         """Fill in what is left open; raises InvalidRequest naming the field that the model cannot honor.
 
         Where the request says that such a field may be ignored, the order carries a warning instead.
         """
-        width, height = _size(body, card.sizes)
+        width, height = _size(body, info.sizes)
         output_format = body.output_format or "png"
         compression = 100 if body.output_compression is None else body.output_compression
         if output_format == "png" and compression != 100:
             body.reject("output_compression", "it is for jpeg and webp; png is lossless")
             compression = 100
-        if body.lora and body.lora.name not in card.adapters:
-            message = f"{card.name} has no adapter {quoted(body.lora.name)}; it has {[*card.adapters]}"
+        if body.lora and body.lora.name not in info.adapters:
+            message = f"{info.name} has no adapter {quoted(body.lora.name)}; it has {[*info.adapters]}"
             raise InvalidRequest(message, "lora.name", "adapter_not_found")
         n = body.n or 1
         if body.seed is not None and body.seed + n > MAX_SEED:
@@ -64,7 +64,7 @@ class Order:
         first = secrets.randbelow(RANDOM_SEEDS - n) if body.seed is None else body.seed
         priority = Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE
         return cls(
-            card,
+            info,
             body.prompt,
             range(first, first + n),
             width,
@@ -82,7 +82,7 @@ class Order:
     @property
     def model(self) -> str:
         """Its name."""
-        return self.card.name
+        return self.info.name
 
     @property
     def size(self) -> str:
@@ -107,11 +107,17 @@ class Images:
 
 
 async def make(
-    service: State, engine: Engine, order: Order, owner: str, asked: Asked | None = None, *, patient: bool = False
+    service: State,
+    engine: Engine,
+    order: Order,
+    owner: str,
+    handle: RequestHandle | None = None,
+    *,
+    patient: bool = False,
 ) -> Images:
     """Make an order's images. Cancelling drops what still waits; raises what the engine raises, and Blocked."""
     loop = asyncio.get_running_loop()
-    card = order.card
+    info = order.info
     trace = service.tracing.current if service.tracing else None
     if trace:
         trace.tell({"gen_ai.request.model": order.model, "fgm.size": order.size, "fgm.images": len(order.seeds)})
@@ -127,7 +133,7 @@ async def make(
         owner=owner,
         timeout=order.timeout,
     )
-    images = await engine.generate(request, asked, patient=patient)
+    images = await engine.generate(request, handle, patient=patient)
     after: dict[str, float] = {}  # stages after the device
     if service.checker:
         with _stage("safety", after, service):
@@ -141,14 +147,14 @@ async def make(
             raise Blocked(f"the safety check found {complaints[0]} in the image; change the prompt", "prompt")
     with _stage("encode", after, service):
         encoding = [
-            loop.run_in_executor(service.encoders, _finish, service, order, card, image, seed)
+            loop.run_in_executor(service.encoders, _finish, service, order, info, image, seed)
             for image, seed in zip(images, order.seeds, strict=True)
         ]
         encoded: Sequence[bytes] = await asyncio.gather(*encoding)
     service.metrics.bytes.labels(order.output_format).inc(sum(map(len, encoded)))
 
     tokens, truncated = images[0].tokens, images[0].truncated
-    patches = len(encoded) * (order.width // card.pixels_per_token) * (order.height // card.pixels_per_token)
+    patches = len(encoded) * (order.width // info.pixels_per_token) * (order.height // info.pixels_per_token)
     usage = Usage(
         input_tokens=tokens,
         input_tokens_details=TokenDetails(image_tokens=0, text_tokens=tokens),
@@ -160,7 +166,7 @@ async def make(
     seconds = {stage: max(image.seconds.get(stage, 0.0) for image in images) for stage in stages}
     warnings = [*order.warnings]
     if truncated:
-        warnings.append(f"the prompt was cut to the model's {card.token_limit} tokens")
+        warnings.append(f"the prompt was cut to the model's {info.token_limit} tokens")
     return Images(order, encoded, usage, warnings or None, seconds | after)
 
 
@@ -201,11 +207,11 @@ def _stage(name: str, seconds: dict[str, float], service: State) -> Iterator[Non
     service.metrics.stages.labels(name).observe(seconds[name])
 
 
-def _finish(service: State, order: Order, card: Card, image: Image, seed: int) -> bytes:
+def _finish(service: State, order: Order, info: ModelInfo, image: GeneratedImage, seed: int) -> bytes:
     """An image's bytes, with what the server says of its origin."""
     policy = service.settings.provenance
-    model = card.name if order.adapter is None else f"{card.name} with {order.adapter} at {order.scale:g}"
-    origin = Origin(model, card.digest, seed, order.prompt if policy == "prompt" else None)
+    model = info.name if order.adapter is None else f"{info.name} with {order.adapter} at {order.scale:g}"
+    origin = Origin(model, info.digest, seed, order.prompt if policy == "prompt" else None)
     data = encode(image.pixels, order.output_format, order.compression, None if policy == "none" else origin)
     return service.signer.sign(data, order.output_format) if service.signer else data
 

@@ -18,7 +18,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from service.engine.engine import Asked
+from service.engine.engine import RequestHandle
 from service.errors import (
     Forbidden,
     InvalidRequest,
@@ -52,7 +52,7 @@ class Session:
         self._owner = ""
         self._binary = False
         self._waiting: RealtimeRequest | None = None  # the latest that has not begun
-        self._asked = Asked()  # what is at work
+        self._handle = RequestHandle()  # what is at work
         self._making: asyncio.Task[_Answer] | None = None
         self._sending = asyncio.Lock()  # a message and its binary ones stay together
 
@@ -82,7 +82,7 @@ class Session:
                 self._waiting = message
                 if working is None or working.done():
                     working = asyncio.create_task(self._work())
-                elif self._making is not None and not self._asked.begun:
+                elif self._making is not None and not self._handle.begun:
                     self._making.cancel()
         finally:
             if working is not None:
@@ -132,7 +132,7 @@ class Session:
     async def _work(self) -> None:
         """Make what waits, until nothing does."""
         while (request := self._waiting) is not None:
-            self._waiting, self._asked = None, Asked()
+            self._waiting, self._handle = None, RequestHandle()
             self._making = asyncio.create_task(self._answer(request))
             try:
                 await asyncio.wait([self._making])
@@ -151,9 +151,9 @@ class Session:
         trace = service.tracing.request("GET", self._socket.headers) if service.tracing else None
         try:
             service.engine.check_open()
-            order = Order.of(request, service.card(request.model))
+            order = Order.of(request, service.model(request.model))
             service.limiter.take(owner, len(order.seeds))
-            images = await make(service, service.engine, order, owner, self._asked)
+            images = await make(service, service.engine, order, owner, self._handle)
             return self._images(images, request, request_id), images.encoded if self._binary else ()
         except ServiceError as error:
             status = to_openai(error)[0]

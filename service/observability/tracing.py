@@ -18,8 +18,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Link, SpanKind, StatusCode, Tracer, set_span_in_context
 
-from service.engine.batcher import Batch
-from service.engine.messages import Failed, Made
+from service.engine.batcher import ImageBatch
+from service.engine.messages import BatchDone, BatchFailed
 
 NAME = "fgm-service"
 CLOSE_SECONDS = 3.0  # for what has not been sent when the server ends
@@ -118,7 +118,9 @@ class Tracing:
         _current.set(trace)
         return trace
 
-    def batch(self, batch: Batch, device: str, sent: float, answered: float, reply: Made | Failed) -> None:
+    def batch(
+        self, batch: ImageBatch, device: str, sent: float, answered: float, reply: BatchDone | BatchFailed
+    ) -> None:
         """Record a batch that a worker has answered, and its stages in each of its requests."""
         arrived: dict[RequestTrace, float] = {}  # the first of each one's images
         for work in batch.work:
@@ -133,7 +135,7 @@ class Tracing:
         }
         links = [request.link for request in arrived]
         whole = Trace(self._tracer, "batch", sent, Context(), attributes, links=links)
-        if isinstance(reply, Made):
+        if isinstance(reply, BatchDone):
             for request, since in arrived.items():
                 request.stage("queue", since, sent, [whole.link])
             for stage, seconds in reply.seconds.items():
@@ -143,7 +145,7 @@ class Tracing:
                     request.stage(stage, began, began + seconds, [whole.link])
         else:
             whole.tell({"error.type": reply.fault})
-        whole.end(answered, failed=isinstance(reply, Failed))
+        whole.end(answered, failed=isinstance(reply, BatchFailed))
 
     def close(self) -> None:
         """Send what was recorded, unless the collector is away. Blocks."""

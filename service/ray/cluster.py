@@ -27,8 +27,8 @@ from service.app import create_app
 from service.commands.signals import handled
 from service.engine.engine import Engine
 from service.engine.guest import Guest, Guests
-from service.engine.launch import processes
-from service.engine.seat import SLOTS
+from service.engine.launch import worker_processes
+from service.engine.worker_handle import SLOTS
 from service.errors import StartError
 from service.http.dependencies import Caller, ImagesCaller, bring
 from service.observability.logs import configure
@@ -79,9 +79,9 @@ class Replica:
         """`options` are all settings by name. Raises StartError when the workers cannot start."""
         settings = Settings(**options)
         configure(settings.log_format, settings.log_level)
-        fleet = processes(settings)
-        fleet.start()  # before the app does, so that Ray reports what is wrong
-        self._app = create_app(settings, fleet)
+        pool = worker_processes(settings)
+        pool.start()  # before the app does, so that Ray reports what is wrong
+        self._app = create_app(settings, pool)
         self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
         self._engine: Engine = self._app.state.service.engine
         self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.students), guests)

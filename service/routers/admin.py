@@ -8,8 +8,8 @@ import asyncio
 
 from fastapi import APIRouter
 
-from service.engine.backend import Card
-from service.engine.roster import ADAPTER, STUDENT, Adapter, Student, find, folders_of
+from service.engine.backend import ModelInfo
+from service.engine.loaded_models import ADAPTER, STUDENT, StoredAdapter, StoredStudent, find, folders_of
 from service.http.dependencies import AdminCaller, EngineDep, Service
 from service.routers.models import described
 from service.schemas import (
@@ -35,7 +35,7 @@ async def index(service: Service, engine: EngineDep, caller: AdminCaller) -> Loa
     """All models, the default one first, and the folders that may be loaded."""
     students = await asyncio.to_thread(folders_of, service.settings.students, STUDENT)
     adapters = await asyncio.to_thread(folders_of, service.settings.students, ADAPTER)
-    data = [_shown(service, card) for card in engine.cards.values()]
+    data = [_shown(service, info) for info in engine.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
@@ -43,16 +43,16 @@ async def index(service: Service, engine: EngineDep, caller: AdminCaller) -> Loa
 async def load(body: StudentToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
     folder = await asyncio.to_thread(find, service.settings.students, body.folder, STUDENT)
-    card = await engine.load(folder, body.name)
-    await asyncio.to_thread(service.roster.add, Student(body.folder, card.name))
-    return _shown(service, card)
+    info = await engine.load(folder, body.name)
+    await asyncio.to_thread(service.loaded_models.add, StoredStudent(body.folder, info.name))
+    return _shown(service, info)
 
 
 @router.delete("/models/{model:path}")
 async def unload(model: str, service: Service, engine: EngineDep, caller: AdminCaller) -> ModelDeleted:
     """Serve a model no more; the answer comes when what was accepted is answered."""
     await engine.unload(model)
-    await asyncio.to_thread(service.roster.remove, model)
+    await asyncio.to_thread(service.loaded_models.remove, model)
     return ModelDeleted(id=model)
 
 
@@ -60,9 +60,9 @@ async def unload(model: str, service: Service, engine: EngineDep, caller: AdminC
 async def load_adapter(body: AdapterToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
     """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
     folder = await asyncio.to_thread(find, service.settings.students, body.folder, ADAPTER)
-    card = await engine.load_adapter(service.card(body.model).name, folder, body.name)
-    await asyncio.to_thread(service.roster.add, Adapter(card.name, body.folder, body.name))
-    return _shown(service, card)
+    info = await engine.load_adapter(service.model(body.model).name, folder, body.name)
+    await asyncio.to_thread(service.loaded_models.add, StoredAdapter(info.name, body.folder, body.name))
+    return _shown(service, info)
 
 
 @router.delete("/adapters/{name}")
@@ -70,13 +70,13 @@ async def unload_adapter(
     name: str, model: str, service: Service, engine: EngineDep, caller: AdminCaller
 ) -> AdapterDeleted:
     """Take an adapter from a model; the answer comes when what was accepted is answered."""
-    card = service.card(model)
-    await engine.unload_adapter(card.name, name)
-    await asyncio.to_thread(service.roster.remove, card.name, name)
+    info = service.model(model)
+    await engine.unload_adapter(info.name, name)
+    await asyncio.to_thread(service.loaded_models.remove, info.name, name)
     return AdapterDeleted(id=name)
 
 
-def _shown(service: State, card: Card) -> LoadedModel:
-    aliases = [alias for alias, name in service.settings.aliases.items() if name == card.name]
-    known = described(card.name, card).model_dump()
-    return LoadedModel(**known, aliases=aliases, digest=card.digest, computed=card.computed)
+def _shown(service: State, info: ModelInfo) -> LoadedModel:
+    aliases = [alias for alias, name in service.settings.aliases.items() if name == info.name]
+    known = described(info.name, info).model_dump()
+    return LoadedModel(**known, aliases=aliases, digest=info.digest, runtime_fingerprint=info.runtime_fingerprint)

@@ -72,7 +72,7 @@ async def generate(
     _consistent(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
-    order = Order.of(body, service.card(body.model))
+    order = Order.of(body, service.model(body.model))
     request.state.user = body.user
     request.state.prompt = body.prompt if service.settings.log_prompts else None
 

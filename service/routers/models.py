@@ -4,7 +4,7 @@ import time
 
 from fastapi import APIRouter
 
-from service.engine.backend import Card
+from service.engine.backend import ModelInfo
 from service.errors import Forbidden
 from service.http.dependencies import ImagesCaller, JobsCaller, JobsDep, Service
 from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
@@ -15,22 +15,22 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"mod
 @router.get("")
 async def index(service: Service, caller: ImagesCaller) -> ModelList:
     """All models, the default one first, then the aliases."""
-    cards = service.engine.cards
-    names = [*cards, *(alias for alias, name in service.settings.aliases.items() if name in cards)]
-    return ModelList(data=[described(name, service.card(name)) for name in names])
+    models = service.engine.models
+    names = [*models, *(alias for alias, name in service.settings.aliases.items() if name in models)]
+    return ModelList(data=[described(name, service.model(name)) for name in names])
 
 
 @router.get("/{model:path}")
 async def show(model: str, service: Service, caller: ImagesCaller) -> Model:
     """One model."""
-    return described(model, service.card(model))
+    return described(model, service.model(model))
 
 
 @router.delete("/{model:path}")
 def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
     """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
     if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
-        service.card(model)
+        service.model(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
             "model",
@@ -40,7 +40,7 @@ def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> M
     return ModelDeleted(id=model)
 
 
-def described(name: str, card: Card) -> Model:
+def described(name: str, info: ModelInfo) -> Model:
     """A model by one of its names."""
-    sizes = [f"{width}x{height}" for width, height in card.sizes]
-    return Model(id=name, created=card.created, owned_by=card.owner, sizes=sizes, adapters=[*card.adapters])
+    sizes = [f"{width}x{height}" for width, height in info.sizes]
+    return Model(id=name, created=info.created, owned_by=info.owner, sizes=sizes, adapters=[*info.adapters])

@@ -9,18 +9,18 @@ import numpy as np
 
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import Fleet
+from service.engine.launch import WorkerPool
 from service.engine.request import GenerationRequest
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
 
-def run(fleet: Fleet, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
+def run(pool: WorkerPool, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
     """Run a test over an engine that is drained at the end; what it has counted."""
     metrics = Metrics()
 
     async def whole() -> None:
-        engine = Engine(fleet, Settings(**settings), metrics)
+        engine = Engine(pool, Settings(**settings), metrics)
         await engine.start()
         try:
             await asyncio.wait_for(test(engine), 60)

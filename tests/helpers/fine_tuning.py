@@ -11,7 +11,7 @@ from running import serving
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.jobs.jobs import Jobs
 from service.jobs.tables import JobRow
 from service.settings import Settings
@@ -32,7 +32,7 @@ SERVE = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", 
 def server(data: Path, teachers: dict[str, str], **more) -> Iterator[str]:
     """A server of this process that loads real students beside a simulated one."""
     settings = Settings(data=data, teachers=teachers, job_silence_seconds=1, job_nice=0, **more)
-    with serving(create_app(settings, local(Simulator(), device="cpu"))) as url:
+    with serving(create_app(settings, worker_threads(Simulator(), device="cpu"))) as url:
         yield url
 
 

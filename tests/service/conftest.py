@@ -10,7 +10,7 @@ from running import serving
 
 from service.app import create_app
 from service.engine.backend import Backend, Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
 
@@ -20,7 +20,9 @@ def serve() -> Iterator[Callable[..., str]]:
     with contextlib.ExitStack() as stack:
 
         def start(backend: Backend | None = None, **settings) -> str:
-            return stack.enter_context(serving(create_app(Settings(**settings), local(backend or Simulator()))))
+            return stack.enter_context(
+                serving(create_app(Settings(**settings), worker_threads(backend or Simulator())))
+            )
 
         yield start
 

@@ -20,7 +20,7 @@ from running import metric, serving, until
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
 
@@ -83,7 +83,7 @@ def test_links_can_be_looked_at_before_they_are_fetched(api):
 
 @pytest.mark.parametrize("path", ["/", "", "/jobs", "/jobs/", "/healthz/", "/nothing/"])
 def test_paths_are_served_below_a_prefix(path, tmp_path):
-    app = create_app(Settings(data=None, artifacts=str(tmp_path)), local(Simulator(0, 0)))
+    app = create_app(Settings(data=None, artifacts=str(tmp_path)), worker_threads(Simulator(0, 0)))
     transport = httpx.ASGITransport(app, root_path="/images")
 
     async def ask() -> httpx.Response:
@@ -105,7 +105,7 @@ def test_a_page_finds_its_parts_with_and_without_a_slash(api):
 
 @pytest.fixture(scope="module")
 def api():
-    with serving(create_app(Settings(max_body_bytes=2000), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(max_body_bytes=2000), worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 
@@ -126,7 +126,7 @@ def test_bodies_over_the_limit_are_refused_declared_or_not(api, connect):
 
 def test_a_bug_of_ours_is_an_error_object_with_the_request_id_and_no_more(serve, caplog):
     broken = Simulator(0, 0)
-    broken.card = replace(broken.card, pixels_per_token=0)
+    broken.info = replace(broken.info, pixels_per_token=0)
     answer = httpx.post(f"{serve(broken)}/v1/images/generations", json={"prompt": "secret"})
     assert answer.status_code == 500
     error = answer.json()["error"]

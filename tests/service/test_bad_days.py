@@ -27,7 +27,7 @@ from sqlalchemy import create_engine, select, text
 from benchmarks import postgres
 from service.app import ARTIFACT_THREADS, create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.errors import StartError, Unavailable
 from service.jobs.database import Database
 from service.jobs.file_store import new_id
@@ -84,7 +84,7 @@ def address(of: subprocess.Popen[str]) -> str:
 def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, teacher, tmp_path, connect):
     backend = Gate()
     settings = {"teachers": {"tiny": str(teacher)}, "job_silence_seconds": 1, "job_nice": 0, "database": database.url}
-    with serving(create_app(Settings(data=tmp_path, **settings), local(backend, device="cpu"))) as url:
+    with serving(create_app(Settings(data=tmp_path, **settings), worker_threads(backend, device="cpu"))) as url:
         client = connect(url)
         job = submit_job(client, upload(client), ENDLESS)
         job = until(client, job, lambda job: job.images_seen)
@@ -263,7 +263,7 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
 
 def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
     with pytest.raises(StartError, match=r"artifacts: nowhere://images .*nowhere"):
-        create_app(Settings(data=tmp_path, artifacts="nowhere://images"), local(Simulator()))
+        create_app(Settings(data=tmp_path, artifacts="nowhere://images"), worker_threads(Simulator()))
 
 
 def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):
@@ -395,7 +395,7 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
             session.add(row)
         return answer.exception()
 
-    with serving(create_app(Settings(data=tmp_path, **settings), local(Gate(), device="cpu"))) as url:
+    with serving(create_app(Settings(data=tmp_path, **settings), worker_threads(Gate(), device="cpu"))) as url:
         client = connect(url)
         lines, prompts = upload(client, json.dumps(line("a")), purpose="batch"), upload(client)
         common = {"owner": "127.0.0.1", "created_at": int(time.time())}

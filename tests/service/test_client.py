@@ -10,14 +10,16 @@ from running import serving
 from service import errors
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.errors import HTTP_STATUS, ServiceError
 from service.settings import Settings
 
 
 @pytest.fixture(scope="module")
 def api():
-    with serving(create_app(Settings(data=None, aliases={"dall-e-3": "simulator"}), local(Simulator(0, 0)))) as url:
+    with serving(
+        create_app(Settings(data=None, aliases={"dall-e-3": "simulator"}), worker_threads(Simulator(0, 0)))
+    ) as url:
         yield url
 
 

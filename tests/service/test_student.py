@@ -22,11 +22,11 @@ from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student
 from service.app import create_app
-from service.engine.backend import Card, Simulator
-from service.engine.embeddings import Embeddings, Shelf
+from service.engine.backend import ModelInfo, Simulator
+from service.engine.embeddings import EmbeddingAllocator, SharedEmbeddings
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, SharedMemory, local, processes
-from service.engine.registry import load_backend
+from service.engine.launch import SharedMemory, WorkerPool, worker_processes, worker_threads
+from service.engine.model_loader import load_backend
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.settings import Settings
 
@@ -45,15 +45,15 @@ def settings(student) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def fleet(settings) -> Fleet:
-    fleet = processes(settings)
-    fleet.start()
-    return fleet
+def workers(settings) -> WorkerPool:
+    workers = worker_processes(settings)
+    workers.start()
+    return workers
 
 
 @pytest.fixture(scope="module")
-def url(settings, fleet):
-    with serving(create_app(settings, fleet)) as url:
+def url(settings, workers):
+    with serving(create_app(settings, workers)) as url:
         yield url
 
 
@@ -61,10 +61,10 @@ def pixels(answer) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 
-def named(card: Card) -> dict:
+def named(info: ModelInfo) -> dict:
     """The model and its native size, as fields of a request."""
-    width, height = card.sizes[0]
-    return {"model": card.name, "width": width, "height": height}
+    width, height = info.sizes[0]
+    return {"model": info.name, "width": width, "height": height}
 
 
 def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
@@ -77,8 +77,8 @@ def test_prompts_are_cut_and_counted_by_the_workers(url, connect):
     assert "8 tokens" in long.warnings[0]
 
 
-def test_what_one_worker_process_has_encoded_another_does_not(student, url, fleet, connect):
-    client, (one, other) = connect(url), [worker.process.pid for worker in fleet.start()]
+def test_what_one_worker_process_has_encoded_another_does_not(student, url, workers, connect):
+    client, (one, other) = connect(url), [worker.process.pid for worker in workers.start()]
 
     def ask(prompt: str, seed: int):
         return pixels(client.images.generate(prompt=prompt, extra_body={"seed": seed}))
@@ -99,7 +99,7 @@ def test_what_one_worker_process_has_encoded_another_does_not(student, url, flee
     assert np.array_equal(image, OneStepPipeline.load(student)(["a green ring"], [2])[0].numpy())
 
 
-def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, fleet, connect):
+def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(student, url, workers, connect):
     prompts = ["a red circle", "a blue square", "a green star"] * 20
     expected = OneStepPipeline.load(student)(prompts, range(60)).numpy()  # by one thread, as in the workers
     client = connect(url)
@@ -110,7 +110,7 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
     with ThreadPoolExecutor(20) as pool:
         asked = [pool.submit(ask, seed) for seed in range(60)]
         until(lambda: metric(url, "images_total") > 10)
-        os.kill(fleet.start()[0].process.pid, signal.SIGKILL)
+        os.kill(workers.start()[0].process.pid, signal.SIGKILL)
         answers = [done.result() for done in asked]
     for answer, image in zip(answers, expected, strict=True):
         assert np.array_equal(pixels(answer), image)
@@ -119,11 +119,11 @@ def test_the_pipelines_bits_in_any_batch_on_any_worker_and_after_one_is_killed(s
 
 def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
     one, other = (load_backend(str(student), None, "cpu", {"precision": "bf16"}) for _ in range(2))
-    memory, shelf = SharedMemory(), Shelf(1 << 20)
+    memory, allocator = SharedMemory(), EmbeddingAllocator(1 << 20)
 
-    def shared(*prompts: str) -> Embeddings:
-        places = {prompt: shelf.take(prompt, one.text_bytes).place for prompt in prompts}
-        return Embeddings(memory.descriptor, places)
+    def shared(*prompts: str) -> SharedEmbeddings:
+        places = {prompt: allocator.take(prompt, one.text_bytes).place for prompt in prompts}
+        return SharedEmbeddings(memory.descriptor, places)
 
     made = one.encode(["a", "a red circle " * 9, "a"], shared("a", "a red circle " * 9))
     read = other.encode(["a red circle " * 9, "c"], shared("a red circle " * 9, "c"))
@@ -138,10 +138,10 @@ def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
 def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
     options = {"precision": "bf16", "attention": "math", "channels_last": True, "batch_buckets": [2, 1]}
     runtime = Settings(runtime=options).runtime.model_dump(mode="json")
-    card, setup = (backend := load_backend(str(student), None, "cpu", runtime)).card, backend.setup
-    assert card.computed == "bf16-buckets-1-2-attention-math-channels_last"
-    assert card.computed in setup
-    assert card.identity != load_backend(str(student), None, "cpu").card.identity
+    info, setup = (backend := load_backend(str(student), None, "cpu", runtime)).info, backend.setup
+    assert info.runtime_fingerprint == "bf16-buckets-1-2-attention-math-channels_last"
+    assert info.runtime_fingerprint in setup
+    assert info.cache_key != load_backend(str(student), None, "cpu").info.cache_key
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
         load_backend(str(student), None, "cpu", {"cuda_graphs": True})
 
@@ -156,7 +156,7 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
     conditions = backend.encode(["a", "b"]).conditions
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
-        backend.denoise(conditions, [1, 2], *backend.card.sizes[0])
+        backend.denoise(conditions, [1, 2], *backend.info.sizes[0])
 
 
 def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, tmp_path):
@@ -172,15 +172,15 @@ def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, 
     assert not np.array_equal(expected[0], expected[1])
 
     async def test(engine: Engine) -> None:
-        options = named(backend.card)
+        options = named(backend.info)
         requests = [make_all(engine, [1, 2] if steps == 4 else [1], steps=steps, **options) for steps in (1, 4, 2)]
         images = [image for made in await asyncio.gather(*requests) for image in made]
         for image, pixels in zip(images, expected, strict=True):
             assert np.array_equal(image.pixels, pixels)
 
     backend = load_backend(str(folder), None, "cpu")
-    assert backend.card.max_steps > 4
-    run(local(backend), test)
+    assert backend.info.max_steps > 4
+    run(worker_threads(backend), test)
 
 
 def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, tmp_path):
@@ -198,7 +198,7 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
 
     async def test(engine: Engine) -> None:
         async def one(seed, **options):
-            return (await make(engine, seed, "a red circle", **named(backend.card), **options)).pixels
+            return (await make(engine, seed, "a red circle", **named(backend.info), **options)).pixels
 
         with pytest.raises(InvalidRequest, match="missing"):
             await engine.load_adapter("tiny-student", tmp_path / "nowhere", "style")
@@ -215,7 +215,7 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
         assert np.array_equal(await one(1), plain[0])
 
     backend = load_backend(str(student), None, "cpu")
-    run(local(backend), test, result_cache_bytes=0)
+    run(worker_threads(backend), test, result_cache_bytes=0)
 
 
 def test_weights_that_are_not_finite_are_not_loaded(student, tmp_path):
@@ -250,16 +250,16 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
     )
 
     async def test(engine: Engine) -> None:
-        asked = [make(engine, seed, **named(backend.card)) for seed in range(100, 106)]
+        asked = [make(engine, seed, **named(backend.info)) for seed in range(100, 106)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [isinstance(answer, GenerationFailed) for answer in answers] == [False, False, False, True, False, False]
 
-    run(local(backend), test)
+    run(worker_threads(backend), test)
 
 
 def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(student):
     backend = load_backend(str(student), "other", "cpu")
-    assert backend.card.name == "other"
+    assert backend.info.name == "other"
     weights = weakref.ref(backend._pipeline)
     backend.encode(["a"])
     backend.close()
@@ -268,8 +268,8 @@ def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(stud
     async def test(engine: Engine) -> None:
         with pytest.raises(InvalidRequest, match="model_index"):
             await engine.load(student.parent)
-        card = await engine.load(student)
-        image = await make(engine, 3, "a red circle", **named(card))
+        info = await engine.load(student)
+        image = await make(engine, 3, "a red circle", **named(info))
         assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
 
-    run(local(Simulator(0, 0), device="cpu"), test)
+    run(worker_threads(Simulator(0, 0), device="cpu"), test)

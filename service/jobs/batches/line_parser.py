@@ -40,7 +40,7 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> LineReques
             body.reject("body.timeout", "lines of a batch have no timeout of their own")
         if body.priority == "interactive":
             body.reject("body.priority", "lines of a batch have the priority 'batch'")
-        order = Order.of(body, service.card(body.model))
+        order = Order.of(body, service.model(body.model))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":

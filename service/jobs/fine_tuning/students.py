@@ -12,7 +12,7 @@ from typing import NamedTuple
 from sqlalchemy import select
 
 from service.engine.engine import Engine
-from service.engine.roster import FIRST_PAUSE, LONGEST_PAUSE
+from service.engine.loaded_models import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
 from service.jobs.fine_tuning.events import Level, record_event

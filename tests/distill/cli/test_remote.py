@@ -13,7 +13,7 @@ from distill.cli import app, remote
 from distill.errors import AwayError, RemoteError
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
 KEY = "key-of-ann-in-tests"
@@ -62,7 +62,7 @@ def test_what_the_server_refuses_is_one_sentence(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     settings = Settings(data=tmp_path / "data", api_keys=(KEY,))
-    with serving(create_app(settings, local(Simulator()))) as url:
+    with serving(create_app(settings, worker_threads(Simulator()))) as url:
         for key, words, said in [
             ("key-of-bob-in-tests", ["jobs"], "API key"),
             (KEY, ["submit", str(prompts), "--set", "rnak=8"], "distillation.rnak is not supported"),

@@ -4,21 +4,21 @@ from concurrent.futures import Future
 
 import pytest
 
-from service.engine.batcher import Batch, Batcher, Key, Priority, Work
+from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 
-A, B = Key("a", 64, 64), Key("b", 64, 64)
+A, B = BatchKey("a", 64, 64), BatchKey("b", 64, 64)
 ROWS = {"a": 1, "b": 1}
 
 
-def work(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> Work:
-    return Work(key, "prompt", seed, Future(), owner, priority)
+def work(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
+    return QueuedImage(key, "prompt", seed, Future(), owner, priority)
 
 
 def batcher(max_batch=8, limit=100, owner_limit=100, rows=ROWS, linger=0.0) -> Batcher:
     return Batcher(max_batch, limit, owner_limit, rows, linger)
 
 
-def seeds(batch: Batch | None) -> list[int]:
+def seeds(batch: ImageBatch | None) -> list[int]:
     return [w.seed for w in batch.work] if batch else []
 
 
@@ -41,7 +41,7 @@ def test_the_group_that_has_waited_longest_goes_first_and_in_order():
 
 def test_a_batch_holds_one_model_and_one_size():
     queue = batcher()
-    for i, key in enumerate([A, Key("a", 128, 64), B] * 3):
+    for i, key in enumerate([A, BatchKey("a", 128, 64), B] * 3):
         queue.add(work(key, i), i)
     assert drain(queue) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
@@ -68,12 +68,12 @@ def test_bulk_work_waits_for_interactive_work_and_fills_its_batches_up():
 @pytest.mark.parametrize(("adapter", "order"), [(None, [0, 1, 10, 11, 2, 12]), ("ink", [1, 10, 11, 0, 2, 12])])
 def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
     queue = batcher(max_batch=1)
-    styled = Key("a", 64, 64, "ink", 1.0)
+    styled = BatchKey("a", 64, 64, "ink", 1.0)
     for seed, key in enumerate([A, styled, B]):
         queue.add(work(key, seed, priority=Priority.BATCH), seed)
     for seed in (10, 11):
         queue.add(work(B, seed), seed)
-    queue.hasten("a", adapter)
+    queue.promote("a", adapter)
     queue.add(work(B, 12, priority=Priority.BATCH), 12)
     assert [seed for batch in drain(queue) for seed in batch] == order
 
@@ -117,7 +117,7 @@ def test_the_bounds_count_images_over_all_and_for_each_owner():
 def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
     queue = batcher(limit=4, owner_limit=3)
     bulk = [work(A, seed, "one", Priority.BATCH) for seed in range(4)]
-    queue.retry(Batch(A, bulk[:2], "retry"))
+    queue.retry(ImageBatch(A, bulk[:2], "retry"))
     for item in bulk[2:]:
         queue.add(item, 0)
 
@@ -127,7 +127,7 @@ def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
         assert queue.missing_room(4, "one", Priority.INTERACTIVE) == 1
 
     check()
-    queue.hasten("a", None)
+    queue.promote("a", None)
     check()
     for seed in range(3):
         queue.add(work(A, seed, "one"), 1)
@@ -151,7 +151,7 @@ def test_cancelled_work_is_dropped_and_frees_its_room():
 def test_retries_go_first_in_their_own_company_without_what_was_cancelled():
     queue = batcher()
     queue.add(work(A, 9), 0)
-    failed = Batch(A, [work(A, seed) for seed in range(5)], "full")
+    failed = ImageBatch(A, [work(A, seed) for seed in range(5)], "full")
     failed.work[0].reply.cancel()
     failed.work[1].reply.cancel()
     for half in failed.halves():

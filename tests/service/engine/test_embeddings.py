@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from service.engine.embeddings import Embeddings, Shelf
+from service.engine.embeddings import EmbeddingAllocator, SharedEmbeddings
 from service.engine.launch import SharedMemory
 
 HEADER = 16  # bytes before an embedding
@@ -17,10 +17,10 @@ def overlap(one, size, other, its) -> bool:
 
 def test_places_of_batches_on_their_way_are_nobody_elses_and_inside_the_memory():
     chance = random.Random(0)
-    shelf, on_the_way, given = Shelf(1000), [], set()
+    allocator, on_the_way, given = EmbeddingAllocator(1000), [], set()
     for _ in range(3000):
         key, size = (number := chance.randrange(30), 1 + number * 7)
-        if held := shelf.take(key, size):
+        if held := allocator.take(key, size):
             assert held.place.offset + size + HEADER <= 1000
             for other, its in on_the_way:
                 assert other is held or not overlap(held.place, size + HEADER, other.place, its + HEADER)
@@ -33,10 +33,10 @@ def test_places_of_batches_on_their_way_are_nobody_elses_and_inside_the_memory()
 
 
 def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
-    shelf = Shelf(3 * (16 + HEADER))
+    allocator = EmbeddingAllocator(3 * (16 + HEADER))
 
     def take(key):
-        held = shelf.take(key, 10)
+        held = allocator.take(key, 10)
         held.batches -= 1
         return held
 
@@ -45,18 +45,18 @@ def test_the_oldest_go_first_and_what_has_no_room_is_not_kept():
     take("c"), take("d")
     assert take("b") is second
     assert take("a") is not first
-    assert shelf.take("large", 3 * 16 + 2 * HEADER + 1) is None
-    assert shelf.take("nothing", 0) is None
-    busy = shelf.take("c", 10)  # the oldest
-    assert shelf.take("e", 10) is None
+    assert allocator.take("large", 3 * 16 + 2 * HEADER + 1) is None
+    assert allocator.take("nothing", 0) is None
+    busy = allocator.take("c", 10)  # the oldest
+    assert allocator.take("e", 10) is None
     busy.batches -= 1
-    assert shelf.take("e", 10).place.offset == busy.place.offset
+    assert allocator.take("e", 10).place.offset == busy.place.offset
 
 
 def test_an_embedding_is_found_whole_or_not_at_all():
-    memory, shelf = SharedMemory(), Shelf(HEADER + 8)
-    place = shelf.take("a", 4).place
-    writer, reader = (Embeddings(memory.descriptor, {"a": place}) for _ in range(2))
+    memory, allocator = SharedMemory(), EmbeddingAllocator(HEADER + 8)
+    place = allocator.take("a", 4).place
+    writer, reader = (SharedEmbeddings(memory.descriptor, {"a": place}) for _ in range(2))
     row = bytearray(4)
     assert reader.read("a", row) is None
     with pytest.raises(TypeError):
@@ -70,8 +70,8 @@ def test_an_embedding_is_found_whole_or_not_at_all():
 
 
 def test_an_embedding_that_is_cut_off_is_not_there():
-    memory, place = SharedMemory(), Shelf(HEADER + 8).take("a", 4).place
-    shared = Embeddings(memory.descriptor, {"a": place})
+    memory, place = SharedMemory(), EmbeddingAllocator(HEADER + 8).take("a", 4).place
+    shared = SharedEmbeddings(memory.descriptor, {"a": place})
     shared.write("a", b"abcd", 7, True)
     for size in (HEADER + 3, HEADER, HEADER - 1, 8):
         os.ftruncate(memory.descriptor, place.offset + size)
@@ -79,8 +79,8 @@ def test_an_embedding_that_is_cut_off_is_not_there():
 
 
 def test_an_embedding_for_which_the_memory_has_no_room_is_not_shared(file_limit):
-    memory, place = SharedMemory(), Shelf(HEADER + (1 << 20)).take("a", 1 << 20).place
-    shared = Embeddings(memory.descriptor, {"a": place})
+    memory, place = SharedMemory(), EmbeddingAllocator(HEADER + (1 << 20)).take("a", 1 << 20).place
+    shared = SharedEmbeddings(memory.descriptor, {"a": place})
     file_limit(1 << 19)
     shared.write("a", bytes(1 << 20), 7, True)
     file_limit(1 << 30)

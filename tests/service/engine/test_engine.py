@@ -17,14 +17,14 @@ from engines import Gate, is_of, is_whole, make, make_all, run, value
 from service.engine.backend import Simulator
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, local, processes
+from service.engine.launch import WorkerPool, worker_processes, worker_threads
 from service.engine.worker import SLOT_BYTES
 from service.errors import GenerationFailed, InvalidRequest, Overloaded, TimedOut, Unavailable
 from service.settings import Settings
 
 
 def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor():
-    fleet, done = processes(Settings(devices="simulator")), threading.Event()
+    pool, done = worker_processes(Settings(devices="simulator")), threading.Event()
 
     async def test(engine: Engine) -> None:
         busy = [asyncio.create_task(asyncio.to_thread(done.wait)) for _ in range(64)]  # more than it has threads
@@ -36,11 +36,11 @@ def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor(
             done.set()
             await asyncio.gather(*busy)
 
-    run(fleet, test)
+    run(pool, test)
 
 
 def test_workers_killed_at_random_lose_nothing_and_change_nothing():
-    fleet = processes(Settings(devices="simulator", replicas=2))
+    pool = worker_processes(Settings(devices="simulator", replicas=2))
     chance = random.Random(0)
 
     async def test(engine: Engine) -> None:
@@ -58,18 +58,18 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
 
         await asyncio.gather(killer(), *(one(seed) for seed in range(300)))
 
-    metrics = run(fleet, test)
+    metrics = run(pool, test)
     assert value(metrics, "worker_restarts_total", reason="died") == 3
 
 
 def test_a_worker_that_goes_silent_is_replaced():
-    fleet = processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(devices="simulator"))
 
     async def test(engine: Engine) -> None:
         os.kill(engine.processes[0], signal.SIGSTOP)
         assert is_of(await make(engine, 3), 3)
 
-    metrics = run(fleet, test, worker_silence_seconds=3)
+    metrics = run(pool, test, worker_silence_seconds=3)
     assert value(metrics, "worker_restarts_total", reason="silent") == 1
 
 
@@ -94,7 +94,7 @@ def test_only_the_work_at_fault_fails_and_too_little_memory_lowers_the_cap():
         assert max(small.calls) <= 4
 
     small = Small(0, 0, fails_on="poison")
-    run(local(small), test)
+    run(worker_threads(small), test)
 
 
 def test_equal_requests_share_one_image_while_it_is_made_and_after():
@@ -113,15 +113,15 @@ def test_equal_requests_share_one_image_while_it_is_made_and_after():
         assert (again.seconds, {*(await first).seconds}) == ({}, {"queue", "text", "model", "vae"})
         assert (await make(engine, 5, "b")) is not (await first)
 
-    metrics = run(local(gate), test)
+    metrics = run(worker_threads(gate), test)
     assert gate.seeds == [5, 5]
     assert value(metrics, "cache_hits_total", cache="in_flight") == 2
     assert value(metrics, "cache_hits_total", cache="result") == 1
 
 
 def test_images_in_other_steps_are_other_images_and_one_step_models_refuse_them():
-    card = replace(Simulator().card, name="any-step", max_steps=4)
-    gate = Gate(card=card)
+    info = replace(Simulator().info, name="any-step", max_steps=4)
+    gate = Gate(info=info)
 
     async def test(engine: Engine) -> None:
         requests = [asyncio.create_task(make(engine, 5, model="any-step", steps=steps)) for steps in (1, 2, 4, 2)]
@@ -140,7 +140,7 @@ def test_images_in_other_steps_are_other_images_and_one_step_models_refuse_them(
                 await make(engine, 5, model=model, steps=steps)
             assert caught.value.param == "steps"
 
-    metrics = run(local(gate, Simulator(0, 0)), test)
+    metrics = run(worker_threads(gate, Simulator(0, 0)), test)
     assert gate.seeds == [5, 5, 5]
     assert value(metrics, "cache_hits_total", cache="in_flight") == 1
 
@@ -162,7 +162,7 @@ def test_what_waits_is_told_in_seconds_and_who_computes_as_a_share():
         await asyncio.gather(*work)
         assert (engine.busy, engine.queue_seconds) == (0, 0)
 
-    run(local(gate), test, max_batch=1)
+    run(worker_threads(gate), test, max_batch=1)
 
 
 def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
@@ -176,7 +176,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
             task.cancel()
         await asyncio.wait(waiting)
 
-    metrics = run(local(Simulator(0.15, 0.0)), test, max_batch=1)
+    metrics = run(worker_threads(Simulator(0.15, 0.0)), test, max_batch=1)
     assert value(metrics, "refusals_total", reason="deadline_unreachable") == 1
 
 
@@ -192,7 +192,7 @@ def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
         gate.open.set()
         assert is_of(await running, 0)
 
-    metrics = run(local(gate), test, max_batch=1)
+    metrics = run(worker_threads(gate), test, max_batch=1)
     assert value(metrics, "dropped_images_total") == 4
 
 
@@ -205,7 +205,7 @@ def test_ten_times_what_it_can_take_is_refused_and_what_it_took_is_answered():
         assert all(made)
         assert len(answers) - len(made) >= 400
 
-    metrics = run(local(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
+    metrics = run(worker_threads(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
     assert value(metrics, "refusals_total", reason="queue_full") >= 400
 
 
@@ -235,7 +235,7 @@ def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
             assert len(images) == 4
         assert all(task.cancelled() for task in left)
 
-    metrics = run(local(gate), test, max_batch=4, queue_limit=20)
+    metrics = run(worker_threads(gate), test, max_batch=4, queue_limit=20)
     assert value(metrics, "refusals_total", reason="queue_full") == 2
     assert len(gate.seeds) == 40 * 4 + 20
     assert {*range(2000, 2020)} <= {*gate.seeds[:32]}  # before the bulk work that waited
@@ -256,7 +256,7 @@ def test_bulk_owners_take_turns_in_front_of_a_full_queue():
         gate.open.set()
         await asyncio.gather(*greedy, *modest)
 
-    run(local(gate), test, max_batch=1, queue_limit=10)
+    run(worker_threads(gate), test, max_batch=1, queue_limit=10)
     assert {*range(100, 105)} <= {*gate.seeds[:30]}
 
 
@@ -275,7 +275,7 @@ def test_bulk_work_that_waits_for_room_ends_when_the_server_drains():
         assert all(is_of(answer, seed) for seed, answer in enumerate(answers) if not isinstance(answer, Unavailable))
         await draining
 
-    run(local(gate), test, max_batch=1, queue_limit=10)
+    run(worker_threads(gate), test, max_batch=1, queue_limit=10)
 
 
 def test_batches_keep_to_what_was_measured_fast_enough():
@@ -291,7 +291,7 @@ def test_batches_keep_to_what_was_measured_fast_enough():
         await asyncio.gather(*(make(engine, seed) for seed in range(40)))
         assert max(Counting.sizes) == 1  # the only one that was timed
 
-    run(local(Counting(0, 0)), test, p95_seconds=1)
+    run(worker_threads(Counting(0, 0)), test, p95_seconds=1)
 
 
 IMAGE_BYTES = 64 * 64 * 3
@@ -305,7 +305,7 @@ def test_a_batch_that_the_shared_memory_does_not_take_whole_is_made_in_smaller_o
         images = await make_all(engine, range(4))
         assert all(is_whole(image, seed) for seed, image in enumerate(images))
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_an_image_for_which_the_shared_memory_has_no_room_fails_and_is_not_kept(file_limit):
@@ -316,13 +316,13 @@ def test_an_image_for_which_the_shared_memory_has_no_room_fails_and_is_not_kept(
         file_limit(resource.RLIM_INFINITY)
         assert is_whole(await make(engine, 3), 3)
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 @pytest.mark.parametrize("kept", [0, 1, IMAGE_BYTES - 1])
 def test_a_worker_whose_pixels_are_not_all_there_is_replaced_and_its_batch_runs_again(kept):
-    fleet = local(Simulator(0, 0))
-    start = fleet.launches[0]
+    pool = worker_threads(Simulator(0, 0))
+    start = pool.launches[0]
     launched = []
 
     def cut_off(models):
@@ -339,7 +339,7 @@ def test_a_worker_whose_pixels_are_not_all_there_is_replaced_and_its_batch_runs_
         assert is_whole(await make(engine, 3), 3)
         assert is_whole(await make(engine, 3), 3)
 
-    metrics = run(Fleet([cut_off], fleet.models), test)
+    metrics = run(WorkerPool([cut_off], pool.models), test)
     assert len(launched) == 2
     assert value(metrics, "worker_restarts_total", reason="incomplete") == 1
 
@@ -354,4 +354,4 @@ def test_pixels_of_another_shape_or_kind_than_was_asked_for_are_no_images(wrong)
         with pytest.raises(GenerationFailed):
             await make(engine, 7)
 
-    run(local(Wrong(0, 0)), test)
+    run(worker_threads(Wrong(0, 0)), test)

@@ -9,7 +9,7 @@ from engines import is_of, make, run
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.guest import Guests
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.errors import InvalidRequest, NotFound, StartError
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def served(engine: Engine) -> dict[str, list[str]]:
-    return {name: [*card.adapters] for name, card in engine.cards.items()}
+    return {name: [*info.adapters] for name, info in engine.models.items()}
 
 
 def test_a_guest_stays_until_the_requests_that_use_it_are_answered(folder):
@@ -39,7 +39,7 @@ def test_a_guest_stays_until_the_requests_that_use_it_are_answered(folder):
         await leaving
         assert served(engine) == {"simulator": []}
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_a_guest_leaves_though_the_request_that_wants_its_room_is_given_up(folder):
@@ -55,7 +55,7 @@ def test_a_guest_leaves_though_the_request_that_wants_its_room_is_given_up(folde
             await leaving
         assert served(engine) == {"simulator": []}
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_a_student_stays_while_one_of_its_adapters_does(folder):
@@ -74,7 +74,7 @@ def test_a_student_stays_while_one_of_its_adapters_does(folder):
         await (await guests.load("second+ink")).__del__()
         assert served(engine) == {"simulator": []}
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_an_adapter_comes_to_a_model_that_is_always_there_and_leaves_it_behind(folder):
@@ -85,7 +85,7 @@ def test_an_adapter_comes_to_a_model_that_is_always_there_and_leaves_it_behind(f
         await guest.__del__()
         assert served(engine) == {"simulator": []}
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_is_there_already_or_nowhere_is_no_wish(folder, text):
             await guests.load(text)
         assert await Guests(engine, None).wish("second") is None
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_of_what_cannot_be_loaded_nothing_stays(folder, monkeypatch):
@@ -116,7 +116,7 @@ def test_of_what_cannot_be_loaded_nothing_stays(folder, monkeypatch):
         assert served(engine) == {"simulator": []}
         assert await guests.wish("second") == ("second", None)
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_an_administrator_may_be_first_to_load_and_to_unload(folder):
@@ -134,4 +134,4 @@ def test_an_administrator_may_be_first_to_load_and_to_unload(folder):
         await guests.load("second")
         await engine.unload("simulator")
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)

@@ -13,7 +13,7 @@ from engines import Gate, is_of, make, run, value
 from service.engine.backend import DeviceLost, Simulator
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
-from service.engine.launch import Fleet, SharedMemory, Worker, local, processes, start_thread
+from service.engine.launch import SharedMemory, Worker, WorkerPool, start_thread, worker_processes, worker_threads
 from service.errors import InvalidRequest, NotFound, StartError, Unavailable
 from service.settings import Settings
 
@@ -32,18 +32,18 @@ def test_a_model_is_loaded_and_serves_while_another_one_is_at_work(folder):
         running = asyncio.create_task(make(engine, 0))
         assert (await engine.load(folder)).name == "second"
         assert (await engine.load(folder, "ft:teacher:suffix:1")).name == "ft:teacher:suffix:1"
-        assert [*engine.cards] == ["simulator", "second", "ft:teacher:suffix:1"]
-        waiting = [asyncio.create_task(make(engine, 7, model=name)) for name in engine.cards]
+        assert [*engine.models] == ["simulator", "second", "ft:teacher:suffix:1"]
+        waiting = [asyncio.create_task(make(engine, 7, model=name)) for name in engine.models]
         gate.open.set()
         for made in [running, *waiting]:
             await made
         assert all(is_of(made.result(), 7) for made in waiting)
 
-    run(local(gate, workers=2), test)
+    run(worker_threads(gate, workers=2), test)
 
 
 def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded(folder):
-    fleet = processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(devices="simulator"))
 
     async def test(engine: Engine) -> None:
         await engine.load(folder)
@@ -53,20 +53,20 @@ def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded
         assert is_of(await make(engine, 3, model="second"), 3)
         assert engine.processes != [old]
         await engine.load(folder, "simulator")  # refused by a worker that still has one
-        assert [*engine.cards] == ["second", "simulator"]
+        assert [*engine.models] == ["second", "simulator"]
 
-    metrics = run(fleet, test)
+    metrics = run(pool, test)
     assert value(metrics, "worker_restarts_total", reason="died") == 1
 
 
 def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(folder):
     (folder / "pytorch_lora_weights.safetensors").touch()
-    fleet = processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(devices="simulator"))
 
     async def test(engine: Engine) -> None:
         await engine.load(folder)
         await engine.load_adapter("second", folder, "style")
-        assert [*engine.cards["second"].adapters] == ["style"]
+        assert [*engine.models["second"].adapters] == ["style"]
         with pytest.raises(InvalidRequest, match="already"):
             await engine.load_adapter("second", folder, "style")
         with pytest.raises(NotFound, match="simulator has no adapter 'style'"):
@@ -81,9 +81,9 @@ def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(fo
                 assert is_of(image, seed + int(1000 * (scale or 0)))
             os.kill(engine.processes[0], signal.SIGKILL)
         await engine.unload_adapter("second", "style")
-        assert not engine.cards["second"].adapters
+        assert not engine.models["second"].adapters
 
-    run(fleet, test, result_cache_bytes=0)
+    run(pool, test, result_cache_bytes=0)
 
 
 def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
@@ -96,14 +96,14 @@ def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
         await engine.load(folder)
         with pytest.raises(InvalidRequest, match="'second' is loaded already"):
             await engine.load(folder)
-        assert [*engine.cards] == ["simulator", "second"]
+        assert [*engine.models] == ["simulator", "second"]
         assert is_of(await make(engine, 1, model="second"), 1)
 
-    run(local(Simulator(0, 0)), test, aliases={"alias": "simulator"})
+    run(worker_threads(Simulator(0, 0)), test, aliases={"alias": "simulator"})
 
 
 def test_what_one_worker_cannot_load_none_keeps(folder):
-    whole = local(Simulator(0, 0))
+    whole = worker_threads(Simulator(0, 0))
 
     def load(order):
         if order.folder is None:
@@ -117,9 +117,9 @@ def test_what_one_worker_cannot_load_none_keeps(folder):
         for _ in range(2):  # the second would find the name taken, had the first left anything
             with pytest.raises(InvalidRequest, match="too little memory here"):
                 await engine.load(folder)
-        assert [*engine.cards] == ["simulator"]
+        assert [*engine.models] == ["simulator"]
 
-    run(Fleet([*whole.launches, poor], whole.models), test)
+    run(WorkerPool([*whole.launches, poor], whole.models), test)
 
 
 def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder):
@@ -139,11 +139,11 @@ def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder
         gate.open.set()
         await leaving
         assert [is_of(await made, seed) for seed, made in enumerate(accepted)] == [True] * 3
-        assert [*engine.cards] == ["second"]
+        assert [*engine.models] == ["second"]
         with pytest.raises(NotFound):
             await engine.unload("simulator")
 
-    metrics = run(local(gate), test, max_batch=1)
+    metrics = run(worker_threads(gate), test, max_batch=1)
     assert value(metrics, "images_total", model="simulator") == 3
 
 
@@ -168,21 +168,21 @@ def test_unloading_does_not_wait_behind_all_that_is_interactive(folder):
         await leaving
         await asyncio.gather(*asked)
 
-    run(local(gate), test, max_batch=1)
+    run(worker_threads(gate), test, max_batch=1)
     assert made == [*range(8)]
 
 
 def test_an_image_of_a_model_that_left_is_made_anew_when_it_is_back(folder):
     async def test(engine: Engine) -> None:
         for name in ("simulator", "second", "second"):
-            if name not in engine.cards:
+            if name not in engine.models:
                 await engine.load(folder)
             await make(engine, 5, model=name)
             if name != "simulator":
                 await engine.unload(name)
         await make(engine, 5)
 
-    metrics = run(local(Simulator(0, 0)), test)
+    metrics = run(worker_threads(Simulator(0, 0)), test)
     assert value(metrics, "images_total", model="second") == 2
     assert value(metrics, "cache_hits_total", cache="result") == 1  # the other model's stayed
 
@@ -207,7 +207,7 @@ def test_draining_waits_for_no_worker_that_is_loading(folder):
         with pytest.raises(Unavailable):
             await waiting
 
-    run(Fleet([launch], local(simulator).models), test)
+    run(WorkerPool([launch], worker_threads(simulator).models), test)
     assert not release.is_set()
     release.set()
 
@@ -238,18 +238,18 @@ def test_draining_waits_for_no_worker_that_is_starting_again():
         losing.cancel()
         await asyncio.wait([losing])
 
-    run(Fleet([launch], local(Simulator()).models), test)
+    run(WorkerPool([launch], worker_threads(Simulator()).models), test)
     assert not release.is_set()
     release.set()
 
 
-@pytest.mark.parametrize(("computed", "hits"), [("fp32", 1), ("bf16", 0)])
-def test_models_share_images_of_the_same_files_computed_alike(computed, hits):
+@pytest.mark.parametrize(("runtime_fingerprint", "hits"), [("fp32", 1), ("bf16", 0)])
+def test_models_share_images_of_the_same_files_computed_alike(runtime_fingerprint, hits):
     async def test(engine: Engine) -> None:
         assert is_of(await make(engine, 1, model="a"), 1)
         assert is_of(await make(engine, 1, model="b"), 1)
 
-    card = replace(Simulator().card, name="a", digest="d", computed="fp32")
-    twin = replace(card, name="b", computed=computed)
-    metrics = run(local(Simulator(0, 0, card=card), Simulator(0, 0, card=twin)), test)
+    info = replace(Simulator().info, name="a", digest="d", runtime_fingerprint="fp32")
+    twin = replace(info, name="b", runtime_fingerprint=runtime_fingerprint)
+    metrics = run(worker_threads(Simulator(0, 0, info=info), Simulator(0, 0, info=twin)), test)
     assert value(metrics, "cache_hits_total", cache="result") == hits

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from service.engine.backend import Card, Simulator, Timing
+from service.engine.backend import ModelInfo, Simulator, Timing
 from service.engine.launch import profiling
 from service.engine.messages import Profiling
 from service.engine.profile import Profile, batch_cap, growing_sizes, measure, profile_path, read_profile, recall
@@ -17,8 +17,8 @@ class Blocks(Simulator):
     """A model that computes two images together, and has memory for four."""
 
     def __init__(self):
-        card = Card("blocks", "simulator", 0, "0123456789abcdef0123", ((64, 64), (128, 64)), 16, 77, 2)
-        super().__init__(0, 0, card=card)
+        info = ModelInfo("blocks", "simulator", 0, "0123456789abcdef0123", ((64, 64), (128, 64)), 16, 77, 2)
+        super().__init__(0, 0, info=info)
         self.batches = []
 
     def denoise(self, conditions, seeds, width, height, steps=1):
@@ -51,7 +51,7 @@ def test_too_little_memory_for_one_block_keeps_the_worker_from_starting():
 def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_again(tmp_path):
     first = recall(Blocks(), [4], tmp_path)
     again = Blocks()
-    again.card = dataclasses.replace(again.card, name="renamed")
+    again.info = dataclasses.replace(again.info, name="renamed")
     assert recall(again, [4], tmp_path) == [dataclasses.replace(timing, model="renamed") for timing in first]
     assert set(again.batches) == {(64, 2), (128, 2)}
     other = Blocks()
@@ -97,9 +97,9 @@ def test_the_cap_is_the_largest_batch_that_is_fast_enough(seconds, cap):
 
 def test_the_simulator_takes_the_times_of_a_profile():
     seconds = {"text": 0.0, "model": 0.004, "vae": 0.008}
-    card = dataclasses.replace(Blocks().card, sizes=((64, 64),))
+    info = dataclasses.replace(Blocks().info, sizes=((64, 64),))
     known = [Timing("blocks", 64, 64, 2, seconds, 0), Timing("blocks", 64, 64, 4, seconds, 0)]
-    profile = Profile(1, "a device", card, known)
-    measured = measure(Simulator(card=profile.card, timings=profile.timings), [2, 4])
+    profile = Profile(1, "a device", info, known)
+    measured = measure(Simulator(info=profile.info, timings=profile.timings), [2, 4])
     assert [timing.batch for timing in measured] == [2, 4]
     assert all(timing.seconds["model"] >= 0.004 and timing.seconds["vae"] >= 0.008 for timing in measured)

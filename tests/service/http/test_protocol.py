@@ -12,7 +12,7 @@ from websockets.sync.client import connect
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.http.protocol import Protocol
 from service.settings import Settings
 
@@ -29,14 +29,14 @@ class Hasty(Protocol):
 
 @pytest.fixture(scope="module")
 def patient():
-    with serving(create_app(Settings(data=None), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=None), worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory):
     settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=2)
-    with serving(create_app(settings, local(Simulator(0, 0))), Hasty) as url:
+    with serving(create_app(settings, worker_threads(Simulator(0, 0))), Hasty) as url:
         yield url
 
 
@@ -188,7 +188,11 @@ def test_a_broken_origin_is_a_foreign_one(patient, origin):
 def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(patient):
     settings = Settings(data=None, keep_alive_seconds=1)
     assert Settings(data=None).keep_alive_seconds > 60  # proxies keep theirs for so long
-    with serving(create_app(settings, local(Simulator(0, 0)))) as url, dial(url) as line, dial(patient) as longer:
+    with (
+        serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url,
+        dial(url) as line,
+        dial(patient) as longer,
+    ):
         head = LINE.replace(b"GET", b"HEAD") + b"\r\n"  # whose answer comes as one piece
         for each in (line, longer):
             each.sendall(head)

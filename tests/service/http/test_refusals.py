@@ -10,7 +10,7 @@ from running import metric, serving
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
 PATH = "/v1/images/generations"
@@ -201,7 +201,7 @@ GETS = [
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     settings = Settings(data=tmp_path_factory.mktemp("data"))
-    with serving(create_app(settings, local(Simulator(0, 0)))) as url:
+    with serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url:
         with httpx.Client(base_url=url) as client:
             yield client
         assert metric(url, "images_total") == 0

@@ -15,7 +15,7 @@ from running import metric, serving
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.errors import Overloaded, StartError, to_openai
 from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import Artifacts
@@ -26,7 +26,7 @@ from service.settings import Settings
 @pytest.fixture(scope="module")
 def api():
     settings = Settings(aliases={"gpt-image-1": "simulator"}, cors_origins=("https://studio.example",))
-    with serving(create_app(settings, local(Simulator(0, 0)))) as url:
+    with serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 
@@ -65,10 +65,10 @@ def test_a_link_with_another_signature_or_name_is_not_found(api):
 def test_a_damaged_secret_signs_no_links(tmp_path, content):
     (tmp_path / "secret").write_bytes(content)
     with pytest.raises(StartError, match=r"secret, which signs links to images, is damaged"):
-        create_app(Settings(data=tmp_path), local(Simulator()))
+        create_app(Settings(data=tmp_path), worker_threads(Simulator()))
     assert (tmp_path / "secret").read_bytes() == content
     (tmp_path / "secret").unlink()
-    create_app(Settings(data=tmp_path), local(Simulator()))
+    create_app(Settings(data=tmp_path), worker_threads(Simulator()))
     assert len((tmp_path / "secret").read_bytes()) == 32
 
 
@@ -225,7 +225,7 @@ def test_pages_of_other_origins_are_let_in_by_setting_alone(api, serve):
 
 def test_pages_of_other_origins_can_read_every_failure(serve):
     broken = Simulator(0, 0)
-    broken.card = replace(broken.card, pixels_per_token=0)
+    broken.info = replace(broken.info, pixels_per_token=0)
     url = serve(broken, cors_origins=("https://studio.example",), max_body_bytes=100, rate_limit="1/hour")
     for status, body in ((500, {"prompt": "a"}), (400, {}), (413, {"prompt": "a" * 200}), (429, {"prompt": "a"})):
         failed = httpx.post(f"{url}/v1/images/generations", json=body, headers={"origin": "https://studio.example"})
@@ -301,7 +301,7 @@ def test_a_star_in_the_host_of_an_allowed_origin_stands_for_any_name(serve):
 
 @pytest.fixture(scope="module")
 def warning():
-    with serving(create_app(Settings(unsupported="warn"), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(unsupported="warn"), worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 

@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.errors import StartError
 from service.observability.tracing import Tracing
 from service.settings import Settings
@@ -54,7 +54,7 @@ class Spans:
 
 @contextlib.contextmanager
 def traced(spans, backend=None, **settings):
-    app = create_app(Settings(**settings), local(backend or Simulator(0.001, 0)), Tracing(spans.exporter))
+    app = create_app(Settings(**settings), worker_threads(backend or Simulator(0.001, 0)), Tracing(spans.exporter))
     with serving(app) as url:
         yield f"{url}/v1/images/generations"
 
@@ -175,7 +175,7 @@ def test_spans_reach_a_collector_before_the_server_ends(monkeypatch):
         thread = threading.Thread(target=collector.serve_forever)
         thread.start()
         settings = Settings(otlp_endpoint=f"http://127.0.0.1:{collector.server_port}")
-        with serving(create_app(settings, local(Simulator(0, 0)))) as url:
+        with serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url:
             httpx.post(f"{url}/v1/images/generations", json={"prompt": "x"})
         collector.shutdown()
         thread.join()
@@ -193,10 +193,10 @@ import sys
 from starlette.testclient import TestClient
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
-with TestClient(create_app(Settings(), local(Simulator(0, 0))), "http://localhost") as client:
+with TestClient(create_app(Settings(), worker_threads(Simulator(0, 0))), "http://localhost") as client:
     assert client.post("/v1/images/generations", json={"prompt": "x"}).status_code == 200
 sys.exit("service.observability.tracing" in sys.modules or "opentelemetry.sdk" in sys.modules)
 """

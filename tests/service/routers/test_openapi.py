@@ -8,7 +8,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.settings import Settings
 
 KEY = "sk-a-key-for-tests"
@@ -25,7 +25,9 @@ def test_no_request_breaks_the_description(tmp_path):
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    app = create_app(Settings(api_keys=[KEY], data=tmp_path), local(Simulator(call_seconds=0, image_seconds=0)))
+    app = create_app(
+        Settings(api_keys=[KEY], data=tmp_path), worker_threads(Simulator(call_seconds=0, image_seconds=0))
+    )
     with serving(app) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json", timeout=60)
         operations = [result.ok() for result in schema.get_all_operations()]

@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys
 
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.jobs.fine_tuning.events import record_event, record_log_lines
 from service.jobs.fine_tuning.run_folder import LogLine
 from service.jobs.jobs import Jobs
@@ -40,7 +40,7 @@ def page(opened):
 
 
 def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path):
-    with serving(create_app(Settings(), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
         page.find("#prompt")[0].send_keys("a red circle")
@@ -61,7 +61,8 @@ def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path)
         subprocess.run([sys.executable, "-c", copied], check=True, cwd=tmp_path)
         assert (tmp_path / "1.png").read_bytes() == base64.b64decode(image)
         assert page.errors() == []
-    with serving(create_app(Settings(realtime_limit=0), local(Simulator(0, 0)))) as url:  # where there are no sockets
+    without_sockets = Settings(realtime_limit=0)
+    with serving(create_app(without_sockets, worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
         page.find("#prompt")[0].send_keys("a red circle")
@@ -74,7 +75,7 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
     (tmp_path / "sketch").mkdir()
     (tmp_path / "sketch" / "pytorch_lora_weights.safetensors").touch()
     (tmp_path / "sketch" / "onestep.json").write_text('{"name": "second"}')
-    with serving(create_app(Settings(students=tmp_path, data=None), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(students=tmp_path, data=None), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
         assert [option.text for option in page.find("#size option")] == ["auto", "64x64", "128x64"]
@@ -107,7 +108,7 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
 
 
 def test_keys_draw_and_themes_and_phones_have_their_form(page):
-    with serving(create_app(Settings(data=None), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=None), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
         page.find("#live")[0].click()
@@ -135,7 +136,7 @@ def test_keys_draw_and_themes_and_phones_have_their_form(page):
 
 
 def test_a_key_is_asked_for_where_it_is_needed(page):
-    with serving(create_app(Settings(api_keys=(KEY,), data=None), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(api_keys=(KEY,), data=None), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#access[open]"))
         assert "API key" in page.text("#status")
@@ -158,7 +159,7 @@ def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
     good.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'custom_id': 'b'})}\n")
     bad.write_text("no request\n")
     page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    with serving(create_app(Settings(data=tmp_path / "data"), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=tmp_path / "data"), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(f"{url}/batches")
         for file, status in ((bad, "failed"), (good, "completed")):
             page.find("#file")[0].send_keys(str(file))
@@ -191,7 +192,7 @@ def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_no
         session.add(job)
         record_event(session, job, "It begins.")
         record_log_lines(session, job, [metrics(8 * i, 1 / i) for i in range(1, 202)])
-    with serving(create_app(Settings(data=tmp_path), local(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=tmp_path), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#curves polyline"))
         assert len(page.find("#curves polyline")[0].get_attribute("points").split()) == 201

@@ -28,7 +28,7 @@ from distill.pipeline import OneStepPipeline
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import local
+from service.engine.launch import worker_threads
 from service.http.keys import Key
 from service.jobs.fine_tuning.students import Students, student_folder
 from service.jobs.jobs import Jobs
@@ -267,7 +267,7 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
     async def test(engine: Engine) -> None:
         nonlocal now
         await students.start(engine)
-        assert [*engine.cards] == ["simulator", "student 2"]  # one that fails keeps no other from its place
+        assert [*engine.models] == ["simulator", "student 2"]  # one that fails keeps no other from its place
         ((level, message),) = events()
         assert level == "warn"
         assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
@@ -282,14 +282,14 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
         assert len(events()) == 1  # the same reason again is told once
         (folder / record).write_text(json.dumps({"name": "any"}))
         await students._sync()
-        assert "student 1" not in engine.cards  # its next attempt is not due yet
+        assert "student 1" not in engine.models  # its next attempt is not due yet
         now += 600
         await students._sync()
-        assert "student 1" in engine.cards
+        assert "student 1" in engine.models
         assert events()[0] == ("info", "The student is loaded and served now.")
         await students.stop()
 
-    run(local(Simulator()), test)
+    run(worker_threads(Simulator()), test)
 
 
 def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
@@ -326,7 +326,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("refusing")
     teachers = {"tiny": str(folder), "gone": "/nowhere"}
     settings = Settings(data=folder, teachers=teachers, api_keys=KEYS, max_job_images=1000)
-    with serving(create_app(settings, local(Simulator()))) as url:
+    with serving(create_app(settings, worker_threads(Simulator()))) as url:
         yield url
 
 

@@ -22,14 +22,14 @@ LONGEST_PAUSE = 600.0
 STUDENT, ADAPTER = "onestep.json", "pytorch_lora_weights.safetensors"  # by which their folders are known
 
 
-class Student(msgspec.Struct, frozen=True):
+class StoredStudent(msgspec.Struct, frozen=True):
     """A student of a folder, under the name that it is served by."""
 
     folder: str
     name: str
 
 
-class Adapter(msgspec.Struct, frozen=True):
+class StoredAdapter(msgspec.Struct, frozen=True):
     """An adapter of a folder, for a model."""
 
     model: str
@@ -37,58 +37,58 @@ class Adapter(msgspec.Struct, frozen=True):
     name: str
 
 
-class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StoredModels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's contents, in the order of loading."""
 
-    students: tuple[Student, ...] = ()
-    adapters: tuple[Adapter, ...] = ()
+    students: tuple[StoredStudent, ...] = ()
+    adapters: tuple[StoredAdapter, ...] = ()
 
 
-class Roster:
+class LoadedModelStore:
     """The file. Its methods block, except `restore` and `retry`; servers that share a data folder share it."""
 
     def __init__(self, data: Path | None) -> None:
         """In a data folder; None keeps nothing. Raises StartError for a file that is none of ours."""
         self._path = data / "models.json" if data else None
-        self._failed: Sequence[Student | Adapter] = ()
+        self._failed: Sequence[StoredStudent | StoredAdapter] = ()
         self.read()
 
-    def read(self) -> Loaded:
+    def read(self) -> StoredModels:
         """What was loaded and not unloaded."""
         if self._path is None or not self._path.exists():
-            return Loaded()
+            return StoredModels()
         try:
-            return msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=Loaded)
+            return msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=StoredModels)
         except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise StartError(f"{self._path} is no list of loaded models ({error}); mend or delete it") from None
 
-    def add(self, new: Student | Adapter) -> None:
+    def add(self, new: StoredStudent | StoredAdapter) -> None:
         """Keep what was loaded, in the place of what had its name and could not be."""
 
-        def change(now: Loaded) -> Loaded:
+        def change(now: StoredModels) -> StoredModels:
             match new:
-                case Student():
-                    return Loaded((*(each for each in now.students if each.name != new.name), new), now.adapters)
-                case Adapter():
+                case StoredStudent():
+                    return StoredModels((*(each for each in now.students if each.name != new.name), new), now.adapters)
+                case StoredAdapter():
                     others = (each for each in now.adapters if (each.model, each.name) != (new.model, new.name))
-                    return Loaded(now.students, (*others, new))
+                    return StoredModels(now.students, (*others, new))
 
         self._change(change)
 
     def remove(self, model: str, adapter: str | None = None) -> None:
         """Forget a model and its adapters, or one adapter of it."""
 
-        def change(now: Loaded) -> Loaded:
+        def change(now: StoredModels) -> StoredModels:
             students = tuple(each for each in now.students if adapter or each.name != model)
             adapters = tuple(each for each in now.adapters if each.model != model or adapter not in (None, each.name))
-            return Loaded(students, adapters)
+            return StoredModels(students, adapters)
 
         self._change(change)
 
     async def restore(self, engine: Engine, students: Path | None) -> None:
         """Load all of it. Failures are logged and left to `retry`."""
         loaded = self.read()
-        everything: list[Student | Adapter] = [*loaded.students, *loaded.adapters]
+        everything: list[StoredStudent | StoredAdapter] = [*loaded.students, *loaded.adapters]
         self._failed = [each for each in everything if not await self._load(engine, students, each)]
 
     async def retry(self, engine: Engine, students: Path | None, pause: float = FIRST_PAUSE) -> None:
@@ -105,14 +105,14 @@ class Roster:
             missing = [each for each in wanted if not _is_loaded(engine, each)]
             self._failed = [each for each in missing if not await self._load(engine, students, each)]
 
-    async def _load(self, engine: Engine, students: Path | None, wanted: Student | Adapter) -> bool:
+    async def _load(self, engine: Engine, students: Path | None, wanted: StoredStudent | StoredAdapter) -> bool:
         """Load a student or an adapter; returns whether this succeeded."""
         try:
             match wanted:
-                case Student():
+                case StoredStudent():
                     folder = await asyncio.to_thread(find, students, wanted.folder, STUDENT)
                     await engine.load(folder, wanted.name)
-                case Adapter():
+                case StoredAdapter():
                     folder = await asyncio.to_thread(find, students, wanted.folder, ADAPTER)
                     await engine.load_adapter(wanted.model, folder, wanted.name)
         except (ServiceError, OSError) as error:
@@ -120,7 +120,7 @@ class Roster:
             return False
         return True
 
-    def _change(self, change: Callable[[Loaded], Loaded]) -> None:
+    def _change(self, change: Callable[[StoredModels], StoredModels]) -> None:
         if self._path is None:
             return
         with FileLock(f"{self._path}.lock"):
@@ -131,9 +131,9 @@ class Roster:
                     file.write(msgspec.json.format(msgspec.json.encode(new), indent=1))
 
 
-def _is_loaded(engine: Engine, wanted: Student | Adapter) -> bool:
-    model = engine.cards.get(wanted.name if isinstance(wanted, Student) else wanted.model)
-    return model is not None and (isinstance(wanted, Student) or wanted.name in model.adapters)
+def _is_loaded(engine: Engine, wanted: StoredStudent | StoredAdapter) -> bool:
+    model = engine.models.get(wanted.name if isinstance(wanted, StoredStudent) else wanted.model)
+    return model is not None and (isinstance(wanted, StoredStudent) or wanted.name in model.adapters)
 
 
 def find(students: Path | None, name: str, file: str) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, RuntimeOptions
-from service.engine.backend import Card, DeviceLost, Pixels, Text
-from service.engine.embeddings import UNSHARED, Embeddings
+from service.engine.backend import DeviceLost, EncodedPrompts, ModelInfo, Pixels
+from service.engine.embeddings import UNSHARED, SharedEmbeddings
 from service.errors import StartError
 
 MAX_STEPS = 50  # of any-step students, so that one request cannot occupy a device without bound
@@ -38,7 +38,7 @@ class StudentBackend:
                 self._streams[stage] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(device)  # the weights are there for every stream
         spec = self._pipeline.spec
-        self.card = Card(
+        self.info = ModelInfo(
             name=name or spec.name,
             owner=spec.teacher,
             created=spec.created,
@@ -48,14 +48,14 @@ class StudentBackend:
             token_limit=spec.token_limit,
             rows=self._pipeline.batch_buckets[0],
             max_steps=MAX_STEPS if spec.any_step else 1,
-            computed=self._pipeline.fingerprint,
+            runtime_fingerprint=self._pipeline.fingerprint,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
         )
         self.setup = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
 
-    def encode(self, prompts: Sequence[str], shared: Embeddings = UNSHARED) -> Text:
+    def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """Conditions on the device. All go through the host's memory, where `shared` has them."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         dtype = self._shape.embeds.dtype
@@ -75,7 +75,7 @@ class StudentBackend:
                     shared.write(prompt, buffers[index[prompt]], tokens, truncated)
             conditions = self._shape.unpack(rows.to(self._device, non_blocking=True)[[index[p] for p in prompts]])
         counts, cuts = zip(*(facts[prompt] for prompt in prompts), strict=True)
-        return Text(conditions, counts, cuts, hits)
+        return EncodedPrompts(conditions, counts, cuts, hits)
 
     def add_adapter(self, name: str, folder: str) -> None:
         """Read it beside what runs: the weights are touched by `adapt` alone."""
@@ -84,12 +84,12 @@ class StudentBackend:
         except Exception as error:  # a foreign file, too little memory: none is the server's end
             raise StartError(f"adapter {folder}: {error}") from error
         self._adapters[name] = adapter
-        self.card = replace(self.card, adapters=self.card.adapters | {name: adapter.digest})
+        self.info = replace(self.info, adapters=self.info.adapters | {name: adapter.digest})
 
     def remove_adapter(self, name: str) -> None:
         """Its tensors go with the last batch that it was merged for."""
         del self._adapters[name]
-        self.card = replace(self.card, adapters={n: a.digest for n, a in self._adapters.items()})
+        self.info = replace(self.info, adapters={n: a.digest for n, a in self._adapters.items()})
 
     def adapt(self, name: str | None, scale: float) -> None:
         """Merge it into the transformer's weights, in the network's stream."""

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 
 from service.engine import messages
 from service.engine.backend import Pixels
-from service.engine.batcher import Batch
-from service.engine.embeddings import Held, Shelf
+from service.engine.batcher import ImageBatch
+from service.engine.embeddings import Allocation, EmbeddingAllocator
 from service.engine.launch import Worker
-from service.engine.messages import Load, LoadAdapter, Loaded, NotLoaded, Reply, Run, Unload, UnloadAdapter
+from service.engine.messages import (
+    LoadAdapter,
+    LoadFailed,
+    LoadModel,
+    ModelLoaded,
+    Reply,
+    RunBatch,
+    UnloadAdapter,
+    UnloadModel,
+)
 from service.errors import InvalidRequest, Unavailable
 
 AHEAD = 2  # batches of a worker that have not left its network: one in it, one behind
@@ -22,13 +31,13 @@ SLOTS = AHEAD + 2  # those, one in the VAE and one before it
 class _Sent:
     """A batch that is not answered."""
 
-    batch: Batch
+    batch: ImageBatch
     slot: int
     time: float
-    held: Sequence[Held | None]  # places of its prompts' embeddings
+    held: Sequence[Allocation | None]  # places of its prompts' embeddings
 
 
-class Seat:
+class WorkerHandle:
     """One worker: its models, its batches, its free slots, and when it was last heard of."""
 
     def __init__(
@@ -36,20 +45,20 @@ class Seat:
         worker: Worker,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        shelf: Shelf,
+        allocator: EmbeddingAllocator,
         threads: Executor,
     ) -> None:
         self.worker = worker
         self._reader = reader
         self._writer = writer
-        self._shelf = shelf
+        self._allocator = allocator
         self._threads = threads
-        self._models = {loaded.card.name: loaded for loaded in worker.ready.models}
+        self._models = {loaded.info.name: loaded for loaded in worker.ready.models}
         self._slots = list(range(SLOTS))
         self._batches: dict[int, _Sent] = {}  # oldest first
         self._ahead: set[int] = set()
         self._last_answer = 0.0
-        self._loading: deque[tuple[Load | LoadAdapter, asyncio.Future[Loaded]]] = deque()  # oldest first
+        self._loading: deque[tuple[LoadModel | LoadAdapter, asyncio.Future[ModelLoaded]]] = deque()  # oldest first
 
     @property
     def load(self) -> int:
@@ -61,11 +70,11 @@ class Seat:
         """Whether it takes one more batch."""
         return len(self._ahead) < AHEAD and bool(self._slots)
 
-    def outstanding(self) -> list[Batch]:
+    def outstanding(self) -> list[ImageBatch]:
         """What it has not answered."""
         return [sent.batch for sent in self._batches.values()]
 
-    def send(self, number: int, batch: Batch, now: float) -> None:
+    def send(self, number: int, batch: ImageBatch, now: float) -> None:
         """Hand it a batch."""
         slot = self._slots.pop()
         for work in batch.work:
@@ -73,36 +82,36 @@ class Seat:
         prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
         model, width, height, adapter, scale, steps = batch.key
         loaded = self._models[model]
-        kind = loaded.card.digest, loaded.setup, loaded.text_bytes  # workers of one kind encode to the same bits
-        held = [self._shelf.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
+        kind = loaded.info.digest, loaded.setup, loaded.text_bytes  # workers of one kind encode to the same bits
+        held = [self._allocator.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
         self._batches[number] = _Sent(batch, slot, now, held)
         self._ahead.add(number)
         places = [each.place if each else None for each in held]
-        run = Run(number, model, prompts, places, seeds, width, height, slot, adapter, scale, steps)
+        run = RunBatch(number, model, prompts, places, seeds, width, height, slot, adapter, scale, steps)
         self._writer.write(messages.frame(run))
 
-    def add(self, order: Load | LoadAdapter) -> asyncio.Future[Loaded]:
+    def add(self, order: LoadModel | LoadAdapter) -> asyncio.Future[ModelLoaded]:
         """Let it load something. The future raises InvalidRequest when it cannot, Unavailable when it ends first."""
-        waiting: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[ModelLoaded] = asyncio.get_running_loop().create_future()
         self._loading.append((order, waiting))
         self._writer.write(messages.frame(order))
         return waiting
 
-    def remove(self, order: Unload | UnloadAdapter) -> None:
+    def remove(self, order: UnloadModel | UnloadAdapter) -> None:
         """Let it unload a model or an adapter."""
         self._writer.write(messages.frame(order))
 
-    def loaded(self, reply: Loaded | NotLoaded) -> None:
+    def loaded(self, reply: ModelLoaded | LoadFailed) -> None:
         """It has done what `add` asked for; what nobody waits for any more goes again."""
         order, waiting = self._loading.popleft()
-        if isinstance(reply, Loaded):
-            self._models[reply.card.name] = reply
+        if isinstance(reply, ModelLoaded):
+            self._models[reply.info.name] = reply
         match reply:
-            case Loaded() if waiting.cancelled():
-                self.remove(opposite(order, reply))
-            case Loaded():
+            case ModelLoaded() if waiting.cancelled():
+                self.remove(inverse(order, reply))
+            case ModelLoaded():
                 waiting.set_result(reply)
-            case NotLoaded() if not waiting.cancelled():
+            case LoadFailed() if not waiting.cancelled():
                 waiting.set_exception(InvalidRequest(reply.reason, "folder", "model_not_loadable"))
 
     async def receive(self) -> Reply:
@@ -123,7 +132,7 @@ class Seat:
         key = sent.batch.key
         return self.worker.read(sent.slot, (len(sent.batch.work), key.height, key.width, 3))
 
-    def answered(self, number: int, now: float) -> tuple[Batch, float, float]:
+    def answered(self, number: int, now: float) -> tuple[ImageBatch, float, float]:
         """Forget a batch: it, when it was sent, and the seconds that the worker needed for it beyond the one before."""
         sent = self._batches.pop(number)
         self._slots.append(sent.slot)
@@ -156,12 +165,12 @@ class Seat:
                 held.batches -= 1
 
 
-def opposite(order: Load | LoadAdapter, answer: Loaded) -> Unload | UnloadAdapter:
+def inverse(order: LoadModel | LoadAdapter, answer: ModelLoaded) -> UnloadModel | UnloadAdapter:
     """What undoes an order that was carried out."""
-    return Unload(answer.card.name) if isinstance(order, Load) else UnloadAdapter(order.model, order.name)
+    return UnloadModel(answer.info.name) if isinstance(order, LoadModel) else UnloadAdapter(order.model, order.name)
 
 
-async def connect(worker: Worker, shelf: Shelf, threads: Executor) -> Seat:
+async def connect(worker: Worker, allocator: EmbeddingAllocator, threads: Executor) -> WorkerHandle:
     """A worker that is ready, on the event loop; `threads` are for calls that block."""
     worker.connection.setblocking(False)
-    return Seat(worker, *await asyncio.open_connection(sock=worker.connection), shelf, threads)
+    return WorkerHandle(worker, *await asyncio.open_connection(sock=worker.connection), allocator, threads)

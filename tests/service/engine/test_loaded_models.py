@@ -11,8 +11,8 @@ from running import serving
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
-from service.engine.launch import local
-from service.engine.roster import Adapter, Loaded, Roster, Student
+from service.engine.launch import worker_threads
+from service.engine.loaded_models import LoadedModelStore, StoredAdapter, StoredModels, StoredStudent
 from service.errors import StartError
 from service.settings import Settings
 
@@ -30,7 +30,7 @@ def students(tmp_path):
 def test_models_and_adapters_come_back(students, tmp_path):
     def started():
         settings = Settings(students=students, data=tmp_path / "data", devices="simulator")
-        return serving(create_app(settings, local(Simulator(0, 0))))
+        return serving(create_app(settings, worker_threads(Simulator(0, 0))))
 
     with started() as url:
         models, adapters = f"{url}/v1/admin/models", f"{url}/v1/admin/adapters"
@@ -48,50 +48,50 @@ def test_models_and_adapters_come_back(students, tmp_path):
 
 
 def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
-    roster = Roster(tmp_path)
+    loaded_models = LoadedModelStore(tmp_path)
     for name in ("late", "unloaded", "one"):
-        roster.add(Student(name, name))
-    roster.add(Adapter("late", "style", "a"))
+        loaded_models.add(StoredStudent(name, name))
+    loaded_models.add(StoredAdapter("late", "style", "a"))
 
     async def test(engine: Engine) -> None:
-        await roster.restore(engine, students)
-        assert [*engine.cards] == ["simulator", "one"]
-        trying = asyncio.create_task(roster.retry(engine, students, pause=0.01))
-        roster.remove("unloaded")
+        await loaded_models.restore(engine, students)
+        assert [*engine.models] == ["simulator", "one"]
+        trying = asyncio.create_task(loaded_models.retry(engine, students, pause=0.01))
+        loaded_models.remove("unloaded")
         (students / "one").rename(students / "late")
         await trying
-        assert [*engine.cards] == ["simulator", "one", "late"]
-        assert [*engine.cards["late"].adapters] == ["a"]
+        assert [*engine.models] == ["simulator", "one", "late"]
+        assert [*engine.models["late"].adapters] == ["a"]
 
-    run(local(Simulator(0, 0)), test)
+    run(worker_threads(Simulator(0, 0)), test)
 
 
 def test_a_folder_that_is_gone_is_told_and_kept_for_the_next_start(students, tmp_path, caplog):
-    roster = Roster(tmp_path)
-    roster.add(Student("gone", "first"))
-    with serving(create_app(Settings(students=students, data=tmp_path), local(Simulator(0, 0)))) as url:
+    loaded_models = LoadedModelStore(tmp_path)
+    loaded_models.add(StoredStudent("gone", "first"))
+    with serving(create_app(Settings(students=students, data=tmp_path), worker_threads(Simulator(0, 0)))) as url:
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["simulator"]
     assert "first" in caplog.text
     assert "no folder 'gone'" in caplog.text
-    roster.add(Student("one", "first"))
-    assert roster.read().students == (Student("one", "first"),)
+    loaded_models.add(StoredStudent("one", "first"))
+    assert loaded_models.read().students == (StoredStudent("one", "first"),)
 
 
 def test_a_model_takes_its_adapters_along(tmp_path):
-    roster = Roster(tmp_path)
-    for each in (Student("one", "m"), Adapter("m", "style", "a"), Adapter("n", "style", "a")):
-        roster.add(each)
-    roster.remove("m")
-    assert Roster(tmp_path).read() == Loaded((), (Adapter("n", "style", "a"),))
+    loaded_models = LoadedModelStore(tmp_path)
+    for each in (StoredStudent("one", "m"), StoredAdapter("m", "style", "a"), StoredAdapter("n", "style", "a")):
+        loaded_models.add(each)
+    loaded_models.remove("m")
+    assert LoadedModelStore(tmp_path).read() == StoredModels((), (StoredAdapter("n", "style", "a"),))
 
 
 def test_a_file_that_is_no_list_of_models_is_named(tmp_path):
     (tmp_path / "models.json").write_text('{"students": 3}')
     with pytest.raises(StartError, match=r"models\.json is no list of loaded models"):
-        Roster(tmp_path)
+        LoadedModelStore(tmp_path)
 
 
 def test_without_a_data_folder_nothing_is_kept():
-    roster = Roster(None)
-    roster.add(Student("one", "m"))
-    assert roster.read() == Loaded()
+    loaded_models = LoadedModelStore(None)
+    loaded_models.add(StoredStudent("one", "m"))
+    assert loaded_models.read() == StoredModels()
