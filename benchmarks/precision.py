@@ -13,8 +13,8 @@ import torch
 from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.models import attention
 from distill.models.device import fast_bfloat16, resolve_device
+from distill.models.sd3 import load_transformer, velocity
 from distill.models.sd3_folder import read_spec
-from distill.models.teacher import load_transformer, velocity
 from distill.models.text import TextCondition
 
 

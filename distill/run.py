@@ -29,8 +29,8 @@ from distill.evaluate.base import Generate, Images, evaluate
 from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.flow import noise
 from distill.models.device import fast_bfloat16
+from distill.models.sd3 import check_parts, decode_in_parts, encode_images, load_vae
 from distill.models.sd3_folder import TeacherSpec, read_spec
-from distill.models.teacher import check_parts, decode_in_parts, encode_images, load_vae
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of

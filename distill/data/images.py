@@ -31,8 +31,8 @@ from distill.data.sources import IMAGE_SOURCES, Example
 from distill.data.srgb import to_srgb
 from distill.errors import ImageError, PromptError
 from distill.methods.base import Real
+from distill.models.sd3 import encode_images, load_vae
 from distill.models.sd3_folder import TeacherSpec, read_spec
-from distill.models.teacher import encode_images, load_vae
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_pixels
 

@@ -10,7 +10,7 @@ import torch
 
 from distill.evaluate.base import Generate, Images
 from distill.flow import noise
-from distill.models.teacher import (
+from distill.models.sd3 import (
     decode_in_parts,
     encode_images,
     guided,

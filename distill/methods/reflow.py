@@ -18,7 +18,7 @@ from distill.flow import interpolate, x_0_from_velocity
 from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
-from distill.models.teacher import sample
+from distill.models.sd3 import sample
 
 
 class ReflowConfig(FrozenModel):

@@ -1,7 +1,7 @@
-"""Which kernel computes attention, by the name that a configuration gives it.
+"""Attention kernels, chosen by name.
 
-diffusers' own choice of backends does not reach Stable Diffusion 3: its joint attention calls torch's
-`scaled_dot_product_attention` itself. So torch's kernels are chosen around that call, and xformers' by diffusers'
+diffusers' own choice of backends has no effect on Stable Diffusion 3, whose joint attention calls torch's
+`scaled_dot_product_attention` directly. So torch's kernels are selected around that call, and xformers' by diffusers'
 processor for it.
 """
 
@@ -21,9 +21,9 @@ _KERNELS = {"flash": SDPBackend.FLASH_ATTENTION}
 
 
 def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that `auto` means for training in a dtype on a device; any other name is itself.
+    """Choose the kernel of `auto` for training in a dtype on a device; any other name is returned as it is.
 
-    `benchmarks/precision.py` measures what the rule rests on.
+    `benchmarks/precision.py` has the measurements behind the rule.
     """
     if name != "auto":
         return name
@@ -31,7 +31,7 @@ def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "networks.attention") -> None:
-    """Raise ConfigError, naming the setting, unless the named kernel runs here; torch's are tried."""
+    """Raise ConfigError, naming the setting, unless the named kernel runs here; torch's are tried out."""
     if name == "xformers" and not (is_xformers_available() and device.type == "cuda"):
         raise ConfigError(
             f"{setting} xformers needs the package xformers and a CUDA device, not {device.type}; "
@@ -49,7 +49,7 @@ def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "n
 
 
 def use(name: str, model: SD3Transformer2DModel) -> None:
-    """Compute all of a transformer's attention with the named kernel; `sdpa` leaves the choice to torch."""
+    """Set the kernel of all attention layers of a transformer; `sdpa` leaves the choice to torch."""
     if name == "xformers":
         model.set_attn_processor(XFormersJointAttnProcessor())
     elif name == "math":
@@ -59,7 +59,7 @@ def use(name: str, model: SD3Transformer2DModel) -> None:
 
 
 class _JointAttention(JointAttnProcessor2_0):  # type: ignore[misc]
-    """diffusers' joint attention on one of torch's kernels, also where a checkpointed block runs again."""
+    """diffusers' joint attention on one of torch's kernels, also when gradient checkpointing recomputes a block."""
 
     def __init__(self, kernel: SDPBackend) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class _JointAttention(JointAttnProcessor2_0):  # type: ignore[misc]
 class MatrixAttention:
     """Joint attention as two matrix products and a softmax.
 
-    PyTorch's fused attention on CPUs has a slow bf16 backward: a training step takes half the time without it.
+    PyTorch's fused attention on CPUs has a slow bf16 backward pass: without it a training step takes half the time.
     """
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
     ) -> Any:
-        """Image tokens (B, N, D), and text tokens (B, L, D) where a block has both, to the same."""
+        """Attend image tokens (B, N, D) and, in joint blocks, text tokens (B, L, D); shapes are kept."""
 
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:2], attn.heads, -1).transpose(1, 2)  # (B, H, N, D / H)

@@ -1,7 +1,7 @@
-"""DMD2's critic: a small head on the fake's features says whether a noised image is real or the student's.
+"""DMD2's critic: a small head on the fake's features that tells noised real images from the student's.
 
-The features are the image tokens' hidden states after the last MM-DiT block. They are taken where they enter the
-output layer, which stands outside of whatever the blocks are wrapped in: gradient checkpointing or compilation.
+The features are the image tokens' hidden states after the last MM-DiT block. They are read at the input of the output
+layer, which neither gradient checkpointing nor compilation wraps.
 """
 
 from typing import Any, Self
@@ -10,11 +10,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.models.teacher import velocity
+from distill.models.sd3 import velocity
 
 
 class Head(nn.Module):
-    """Each token through one layer, their mean to a logit; in fp32. It starts at 0, where it moves nobody."""
+    """One layer per token, then a linear layer from their mean to a logit, in fp32; zero-initialized."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Head(nn.Module):
 
     @classmethod
     def of(cls, transformer: SD3Transformer2DModel) -> Self:
-        """A fresh head for a transformer, beside it."""
+        """A new head for a transformer, on its device."""
         return cls(transformer.inner_dim).to(transformer.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -37,16 +37,16 @@ class Head(nn.Module):
 
 
 def logits(transformer: SD3Transformer2DModel, head: Head, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-    """Logits (B,) of noised images x_t (B, C, h, w) being real."""
-    seen: list[Tensor] = []
+    """Logits (B,) that noised images x_t (B, C, h, w) are real."""
+    features: list[Tensor] = []
 
-    def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        features.append(inputs[0])
 
-    hook = transformer.norm_out.register_forward_pre_hook(see)
+    hook = transformer.norm_out.register_forward_pre_hook(keep)
     try:
         velocity(transformer, x_t, t, cond)
     finally:
         hook.remove()
-    out: Tensor = head(seen[0])
+    out: Tensor = head(features[0])
     return out

@@ -1,4 +1,4 @@
-"""Where to compute, and in what precision."""
+"""Devices, their fast precision, and copies to and from them."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -27,9 +27,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 there: on GPUs, and on CPUs whose matrix units take it.
+    """Whether bf16 is faster than fp32: on GPUs, and on CPUs with bf16 matrix units.
 
-    CPUs without such units emulate bf16, a hundred times slower.
+    Other CPUs emulate bf16, a hundred times slower.
     """
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
@@ -40,13 +40,13 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; from the CPU through pinned memory, so that nobody waits for it to arrive on a GPU."""
+    """Copy to a device; from the CPU through pinned memory, without waiting for a GPU."""
     pinned = x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
     return pinned.to(device, non_blocking=True)
 
 
 def to_host(x: Tensor) -> Tensor:
-    """A tensor on the CPU when this returns; from a GPU into pinned memory, which it fills at the bus's speed."""
+    """Copy to the CPU and wait; from a GPU into pinned memory, at the full speed of the bus."""
     if x.device.type != "cuda":
         return x.cpu()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a Stable Diffusion 3 model is made of, from its folder's configuration files or by a published model's name."""
+"""`Geometry`, the configurations of a Stable Diffusion 3 model: of a folder, or of a published model by name."""
 
 import difflib
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ _TEXT: dict[str, dict[str, Any]] = {"text_encoder": _CLIP_L, "text_encoder_2": _
 
 @dataclass(frozen=True)
 class Geometry:
-    """Configurations of a teacher's parts, as its folder has them; `tokens` of a prompt, all encoders together."""
+    """Configurations of a model's components; `tokens` is the length of an encoded prompt over all encoders."""
 
     name: str
     transformer: dict[str, Any]
@@ -75,13 +75,13 @@ class Geometry:
 
     @property
     def parameters(self) -> int:
-        """Of the transformer."""
+        """Parameters of the transformer."""
         with torch.device("meta"):
             return _count(SD3Transformer2DModel.from_config(self.transformer))
 
     @property
     def text_parameters(self) -> int:
-        """Of all text encoders."""
+        """Parameters of all text encoders."""
         with torch.device("meta"):
             return sum(
                 _count(
@@ -99,9 +99,9 @@ class Geometry:
 
 
 def read_geometry(teacher: str) -> Geometry:
-    """Of a named model or of a folder, where `transformer/config.json` is enough: SD3's stand for what is missing.
+    """Read the geometry of a published model or of a folder; components that a folder lacks have SD3's geometry.
 
-    Raises TeacherError for a name that there is not, or a folder of something else.
+    Raises TeacherError for an unknown name or a folder without an SD3 transformer.
     """
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, sum(_STOCK_TOKENS))

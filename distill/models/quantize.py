@@ -1,4 +1,4 @@
-"""Matrices held in 8 bits, by torchao: what they are held in, by the name that a configuration gives it."""
+"""8-bit matrices by torchao, chosen by name."""
 
 import importlib.util
 
@@ -8,11 +8,11 @@ from torch import nn
 from distill.errors import ConfigError
 
 _FP8 = (8, 9)  # compute capability of the first GPUs whose matrix units take it
-_LAYERS = {"attn", "attn2", "ff", "ff_context"}  # of a transformer block, that see every token
+_LAYERS = {"attn", "attn2", "ff", "ff_context"}  # the parts of a transformer block that process tokens
 
 
 def check(name: str, dtype: torch.dtype, device: torch.device, setting: str) -> None:
-    """Raise ConfigError, naming the setting, unless matrices of that name work here beside activations of a dtype."""
+    """Raise ConfigError, naming the setting, unless the named kind works on this device with this dtype."""
     if name == "none":
         return
     if importlib.util.find_spec("torchao") is None:
@@ -26,9 +26,10 @@ def check(name: str, dtype: torch.dtype, device: torch.device, setting: str) -> 
 
 
 def use(name: str, transformer: nn.Module) -> None:
-    """Hold and multiply a transformer's matrices of attention and feed-forward in 8 bits; `none` changes nothing.
+    """Quantize a transformer's attention and feed-forward matrices to 8 bits; `none` changes nothing.
 
-    Every token's activations are scaled by themselves, so that an image does not depend on its company.
+    Products are computed in 8 bits too. Activations have a scale per token, so that an image does not depend on the
+    other images of its batch.
     """
     if name == "none":
         return
@@ -40,16 +41,16 @@ def use(name: str, transformer: nn.Module) -> None:
     )
 
     kind = {"int8": Int8DynamicActivationInt8WeightConfig, "fp8": Float8DynamicActivationFloat8WeightConfig}[name]
-    # torchao's own settings of the compiler choose kernels by timing them: bits would differ between two starts.
-    quantize_(transformer, kind(granularity=PerRow(), set_inductor_config=False), _sees_tokens)
+    # torchao's compiler settings choose kernels by timing them: results would differ between two starts.
+    quantize_(transformer, kind(granularity=PerRow(), set_inductor_config=False), _processes_tokens)
 
 
-def hold(model: nn.Module, device: torch.device) -> None:
-    """Hold all matrices of a model in int8, each moved to the device before it is; they multiply as before."""
+def quantize_weights(model: nn.Module, device: torch.device) -> None:
+    """Move a model's matrices to the device and store them in int8; products are computed in the model's dtype."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), device=device)
 
 
-def _sees_tokens(module: nn.Module, name: str) -> bool:
+def _processes_tokens(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and not _LAYERS.isdisjoint(name.split("."))

@@ -1,8 +1,8 @@
-"""What Stable Diffusion 3 makes of a prompt: `TextCondition`, and the encoders that make it.
+"""Text conditions of Stable Diffusion 3: `TextCondition`, and the encoders that compute it.
 
-Joint text: features of the two CLIP encoders side by side, zero-padded to the joint width, then
-`max_sequence_length` T5 tokens after them, zeros where T5 is absent. That length is part of what a model was trained
-with. Token counts here are the tokenizers' own, start and end marks included.
+The joint sequence is the features of the two CLIP encoders, concatenated by channel and zero-padded to the joint width,
+followed by `max_sequence_length` T5 tokens, which are zeros if T5 is absent. A model is trained with one such length.
+Token counts are the tokenizers' own, with start and end tokens.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from distill.errors import PromptError, TeacherError
 from distill.models import quantize
 from distill.models.device import fast_bfloat16, to_device
-from distill.models.finite import check_finite
-from distill.models.fit import check_loaded
 from distill.models.sd3_folder import find_weights, read_spec
+from distill.models.weights import check_finite, check_loading_info
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class TextCondition:
         return len(self.embeds)
 
     def __getitem__(self, rows: int | slice | Tensor) -> Self:
-        """Some of the rows, still as a batch: an index gives a batch of one."""
+        """Select rows; an integer index gives a batch of one."""
         chosen: Any = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
         return type(self)(self.embeds[chosen], self.pooled[chosen])
 
@@ -44,39 +43,39 @@ class TextCondition:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> Self:
-        """The same on a device, in a dtype; None leaves either as it is."""
+        """Move to a device and cast to a dtype; None keeps either."""
         return type(self)(
             self.embeds.to(device, dtype, non_blocking=non_blocking),
             self.pooled.to(device, dtype, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Self:
-        """The same where a GPU fetches it by itself."""
+        """Copy to pinned memory."""
         return type(self)(self.embeds.pin_memory(), self.pooled.pin_memory())
 
     def expand(self, n: int) -> Self:
-        """One row seen n times, without a copy."""
+        """Repeat one row n times, without a copy."""
         return type(self)(self.embeds.expand(n, -1, -1), self.pooled.expand(n, -1))
 
     def where(self, mask: Tensor, other: "TextCondition") -> Self:
-        """Rows of `other` (one row) where mask (B,) holds, own rows elsewhere."""
+        """Replace the rows where mask (B,) is true by the one row of `other`."""
         rows = mask.view(-1, 1)
         embeds = torch.where(rows[..., None], other.embeds, self.embeds)
         return type(self)(embeds, torch.where(rows, other.pooled, self.pooled))
 
     def pack(self) -> Tensor:
-        """All of a prompt in one row (B, L * D + P)."""
+        """Flatten each prompt into one row (B, L * D + P)."""
         return torch.cat([self.embeds.flatten(1), self.pooled], dim=1)
 
     def unpack(self, rows: Tensor) -> Self:
-        """What `pack` made of conditions of the same shape, however many."""
+        """Undo `pack` for rows of conditions with the shape of these."""
         width = self.embeds[0].numel()
         embeds = rows[:, :width].reshape(len(rows), *self.embeds.shape[1:])
         return type(self)(embeds, rows[:, width:].contiguous())
 
     @classmethod
     def cat(cls, parts: Sequence["TextCondition"]) -> Self:
-        """Batches one after another."""
+        """Concatenate batches."""
         return cls(torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts]))
 
 
@@ -108,10 +107,10 @@ class SD3TextEncoder:
         max_sequence_length: int | None = None,
         t5: Literal["full", "int8", "cpu", "none"] = "full",
     ) -> Self:
-        """Load from a teacher or student folder; `max_sequence_length` None is the length that the folder pins.
+        """Load from a teacher or student folder; `max_sequence_length` None takes the folder's own length.
 
-        A folder's T5 may be left out, held in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is
-        not a whole SD3 pipeline, or whose weights are not finite or not those that its configurations call for.
+        T5 can be left out, stored in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is not a
+        complete SD3 pipeline, or whose weights are not finite or do not match its configurations.
         """
         spec = read_spec(folder)
 
@@ -130,9 +129,9 @@ class SD3TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Prompts to conditions on the CLIP encoders' device, in their dtype; what exceeds the lengths is cut off.
+        """Encode prompts on the CLIP encoders' device, in their dtype; tokens beyond the lengths are cut off.
 
-        Ask `truncated` which prompts that concerns.
+        `truncated` says which prompts are cut.
         """
         outputs = []
         for encoder, tokenizer in zip(self.clips, self.clip_tokenizers, strict=True):
@@ -144,13 +143,13 @@ class SD3TextEncoder:
             t5 = clip.new_zeros(len(prompts), self.max_sequence_length, self.joint_dim)
         else:
             ids = _tokens(self.t5_tokenizer, prompts, self.max_sequence_length).to(self.t5.device)
-            features = self.t5(ids)[0]  # no attention mask, as stock: padding is attended to
+            features = self.t5(ids)[0]  # no attention mask, as in stock: padding is attended to
             t5 = to_device(features.to(clip.dtype), clip.device)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)  # (B, P)
         return TextCondition(torch.cat([clip, t5], dim=1), pooled)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
-        """For each prompt, whether any of the encoders sees only its beginning."""
+        """For each prompt, whether any encoder cuts it."""
         lengths = [(tokenizer, self.clip_length) for tokenizer in self.clip_tokenizers]
         if self.t5 is not None and self.max_sequence_length > 0:
             lengths.append((self.t5_tokenizer, self.max_sequence_length))
@@ -158,17 +157,17 @@ class SD3TextEncoder:
         return [any(over) for over in zip(*counts, strict=True)]
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """CLIP tokens of each prompt, start and end included, at most `clip_length`."""
+        """Count the CLIP tokens of each prompt, with start and end, at most `clip_length`."""
         return [min(len(ids), self.clip_length) for ids in _untruncated(self.clip_tokenizers[0], prompts)]
 
     @property
     def clip_length(self) -> int:
-        """CLIP tokens of every prompt, start and end included; stock takes the first tokenizer's for both."""
+        """Length of CLIP's token sequences; like stock, the first tokenizer's for both encoders."""
         return int(self.clip_tokenizers[0].model_max_length)
 
 
 def load_tokenizer(kind: Any, folder: Path) -> Any:
-    """A tokenizer of a checked folder. Raises TeacherError for invalid files."""
+    """Load a tokenizer of a checked folder. Raises TeacherError for invalid files."""
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises Exception itself
@@ -176,28 +175,28 @@ def load_tokenizer(kind: Any, folder: Path) -> Any:
 
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A text encoder of a checked folder, on the CPU. Raises TeacherError for weights that do not match."""
+    """Load a text encoder of a checked folder on the CPU. Raises TeacherError for weights that do not match."""
     own: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(folder).variant}
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = kind.from_pretrained(folder, dtype=dtype, **own, **told)
-    check_loaded(info, folder)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = kind.from_pretrained(folder, dtype=dtype, **own, **options)
+    check_loading_info(info, folder)
     check_finite(model, folder)
     return model
 
 
 def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype, kind: str) -> Any:
-    """T5 where it is computed: on the device, its matrices there in 8 bits, or on the CPU in what is fast there."""
+    """Load T5 for the device, in 8 bits there, or for the CPU in its fast dtype."""
     if kind == "cpu":
         device = torch.device("cpu")
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
     t5 = _load(T5EncoderModel, folder, dtype)
     if kind == "int8":
-        quantize.hold(t5, device)
+        quantize.quantize_weights(t5, device)
     return t5.to(device).eval()
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Token ids (B, length), padded and cut."""
+    """Token ids (B, length), padded and truncated."""
     for prompt in prompts:
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise PromptError(
@@ -209,6 +208,6 @@ def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
 
 def _untruncated(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, whole."""
+    """All token ids of each prompt."""
     ids: list[list[int]] = tokenizer(list(prompts), verbose=False).input_ids
     return ids

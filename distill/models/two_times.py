@@ -1,8 +1,8 @@
 """The second time of a flow map in SD3's transformer.
 
-The time embedding becomes e(t, s) = e(t) + s E(s), E a small network whose last layer starts at zero. So at the start
-the student is the teacher for every s, and at s = 0 it is, always and to the bit, the plain transformer with the
-student's own weights: what is exported runs in stock diffusers, and E lies beside it for those who take more steps.
+The time embedding becomes e(t, s) = e(t) + s E(s), where E is a small network whose last layer is zero-initialized. At
+the start the student equals the teacher for every s. At s = 0 it is always, bit for bit, the plain transformer with the
+student's weights. So the exported transformer runs in stock diffusers; E is a file beside it, for several steps.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.errors import TeacherError
-from distill.models.finite import not_finite
+from distill.models.weights import first_nonfinite
 
 FILE = "second_time.safetensors"
 _T = TypeVar("_T")
 _PREFIX = "time_text_embed.second_time."
-# Radians of the fastest feature over s in [0, 1]; losses differentiate in s, and the 1000 of t would be noise there.
+# Radians of the fastest feature over s in [0, 1]. Losses differentiate in s; the 1000 radians of t would add noise.
 _FREQUENCY = 10.0
 
 
 class TwoTimes(nn.Module):
-    """SD3's embedding of time and pooled text, taking times (B,) as before or (B, 2); both count to 1000."""
+    """SD3's embedding of time and pooled text, for timesteps (B,) or (B, 2), in [0, 1000]."""
 
     def __init__(self, one: CombinedTimestepTextProjEmbeddings) -> None:
         super().__init__()
@@ -52,25 +52,25 @@ class TwoTimes(nn.Module):
 
 
 def add_second_time(transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:
-    """Let a transformer take two times; the parameters added, fp32 and by their names in it."""
+    """Make a transformer take two times; returns the added fp32 parameters by name."""
     transformer.time_text_embed = TwoTimes(transformer.time_text_embed)
     added = transformer.time_text_embed.second_time
     return {_PREFIX + name: parameter for name, parameter in added.named_parameters()}
 
 
 def split(weights: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
-    """A student's weights without those of the second time, and those by themselves; none for one time."""
+    """Split a student's weights into those of the plain transformer and those of the second time, if any."""
     second = {name: tensor for name, tensor in weights.items() if name.startswith(_PREFIX)}
     return {name: tensor for name, tensor in weights.items() if name not in second}, second
 
 
 def save_second_time(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write what `split` found beside an exported transformer."""
+    """Write the weights of the second time beside an exported transformer."""
     save_file({name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}, folder / FILE)
 
 
 def load_second_time(transformer: SD3Transformer2DModel, folder: Path) -> None:
-    """Let an exported transformer take two times. Raises TeacherError when the file is missing or damaged."""
+    """Make an exported transformer take two times. Raises TeacherError when the file is missing or damaged."""
     parameters = add_second_time(transformer)
     try:
         tensors = load_file(folder / FILE)
@@ -79,5 +79,5 @@ def load_second_time(transformer: SD3Transformer2DModel, folder: Path) -> None:
                 parameter.copy_(tensors[name]).requires_grad_(False)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise TeacherError(f"{folder / FILE} is missing or damaged ({error}); export the student again") from error
-    if (bad := not_finite(parameters)) is not None:
+    if (bad := first_nonfinite(parameters)) is not None:
         raise TeacherError(f"{folder / FILE} is damaged: {bad} is not finite; export the student again")

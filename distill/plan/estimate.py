@@ -22,7 +22,7 @@ from distill.config import Full, Lora, load_config
 from distill.flow import derivative, one_step
 from distill.methods.base import Real, TrainingBatch, Turn, Velocities, Velocity
 from distill.models.geometry import Geometry
-from distill.models.teacher import decode_in_parts
+from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan.meter import Meter, without_data

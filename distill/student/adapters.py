@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.errors import TeacherError
-from distill.models.finite import not_finite
+from distill.models.weights import first_nonfinite
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it, and `distill export` beside a merged student
 _PREFIX = "transformer."
@@ -60,7 +60,7 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
         other = f"init_lora_weights {settings['init_lora_weights']}"
     if other is not None:
         raise TeacherError(f"{path} was trained with {other}; only plain LoRA and rsLoRA adapters are taken")
-    if (bad := not_finite(tensors)) is not None:
+    if (bad := first_nonfinite(tensors)) is not None:
         raise TeacherError(f"{path} is damaged: {bad} is not finite; fetch or export it again")
     factors = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:

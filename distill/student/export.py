@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.config import Lora
 from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
 from distill.files import aside
-from distill.models.finite import not_finite
+from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import (
     COMPONENTS,
     FORMAT,
@@ -28,8 +28,8 @@ from distill.models.sd3_folder import (
     read_spec,
     setting_files,
 )
-from distill.models.teacher import load_transformer
 from distill.models.two_times import save_second_time, split
+from distill.models.weights import first_nonfinite
 from distill.student.card import card, license_of
 
 SHARD_SIZE = "5GB"
@@ -69,7 +69,7 @@ def export_student(
     check_size(max_shard_size)
     spec = read_spec(teacher)
     check_place(out, spec.folder)
-    if (name := not_finite(weights)) is not None:
+    if (name := first_nonfinite(weights)) is not None:
         raise DivergedError(f"the student's {name} is not finite; export an earlier checkpoint with --checkpoint")
     weights, second = split(weights)
     named = license_of(spec.folder) if license is None else {"license": license}
@@ -95,7 +95,7 @@ def export_student(
         with aside(out) as made:
             _copy_frozen(spec.folder, made)
             transformer = _transformer(spec.folder, weights, lora, made).to(dtype)
-            if (name := not_finite(transformer.state_dict())) is not None:
+            if (name := first_nonfinite(transformer.state_dict())) is not None:
                 raise DivergedError(f"the student's {name} is too large for {dtype}; export it with --dtype bf16")
             transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
             # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.

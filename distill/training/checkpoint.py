@@ -22,7 +22,7 @@ from distill.errors import CheckpointError, ClaimedError, DivergedError, OutputE
 from distill.files import aside, put_back, sha256
 from distill.files import flush as flush
 from distill.files import write_aside as write_aside
-from distill.models.finite import not_finite
+from distill.models.weights import first_nonfinite, tensor_shapes
 from distill.report.run_folder import images_of
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
@@ -58,7 +58,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
     Raises DivergedError for numbers that are not finite, and CheckpointError if writing fails or `folder` contains
     other files. No partly written state has a final name.
     """
-    if (name := not_finite(tensors)) is not None:
+    if (name := first_nonfinite(tensors)) is not None:
         raise DivergedError(
             f"{name} is not finite after {record['images']} images, so no checkpoint is written; lower the learning "
             "rates, or train with precision fp32; the checkpoint before it is sound"
@@ -92,7 +92,7 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
             tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise _unreadable(folder, error) from error
-    if (name := not_finite(tensors)) is not None:
+    if (name := first_nonfinite(tensors)) is not None:
         raise _unreadable(folder, f"{start}{name} is not finite")
     return tensors, load_record(folder)
 
@@ -100,15 +100,9 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
 def shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     """The shapes of what `pack` put under a part, by name. Raises CheckpointError when they cannot be read."""
     try:
-        return unpack(part, shapes_in(folder / _TENSORS))
+        return unpack(part, tensor_shapes(folder / _TENSORS))
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, by name. Raises OSError or SafetensorError."""
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
 
 def load_record(folder: Path) -> dict[str, Any]:

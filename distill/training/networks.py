@@ -32,7 +32,7 @@ from distill.errors import ConfigError
 from distill.methods.base import Critic, Velocity
 from distill.models import attention
 from distill.models.critic import Head, logits
-from distill.models.teacher import load_transformer, velocity
+from distill.models.sd3 import load_transformer, velocity
 from distill.models.two_times import add_second_time
 
 ROLES = ("fake", "student")

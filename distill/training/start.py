@@ -4,6 +4,7 @@ from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
 from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
 from distill.models.two_times import split
+from distill.models.weights import tensor_shapes
 from distill.training import checkpoint
 
 _Shapes = dict[str, tuple[int, ...]]
@@ -67,6 +68,6 @@ def _expected(config: RunConfig, spec: TeacherSpec) -> _Shapes:
 def _shapes_of(spec: TeacherSpec) -> _Shapes:
     shapes: _Shapes = {}
     for path in find_weights(spec.folder / "transformer").files:
-        shapes |= checkpoint.shapes_in(path)
+        shapes |= tensor_shapes(path)
     shapes.pop(_POSITIONS, None)
     return shapes

@@ -39,7 +39,7 @@ from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
 from distill.models import attention
 from distill.models.device import resolve_device
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.models.text import TextCondition
 from distill.student.graphs import Graphed
 from distill.training import checkpoint, optimizers

@@ -26,8 +26,8 @@ from distill.errors import TeacherError
 from distill.flow import interpolate
 from distill.models import attention
 from distill.models.device import autocast, fast_bfloat16
-from distill.models.finite import check_finite
 from distill.models.text import TextCondition
+from distill.models.weights import check_finite
 from distill.philox import Draw
 from distill.student.graphs import Graphed
 from distill.training.ema import average_into, new_share

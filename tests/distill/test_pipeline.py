@@ -9,7 +9,7 @@ import torch
 from tiny import CLIP_LENGTH, PROMPTS
 
 from distill.errors import TeacherError
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, RuntimeOptions, read_student
 from distill.student.export import export_student
 

@@ -17,7 +17,7 @@ from PIL import Image
 from running import metric, serving, until
 from safetensors.torch import load_file, save_file
 
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student

@@ -31,10 +31,10 @@ from distill.errors import CacheError, TeacherError
 from distill.files import aside, write_aside
 from distill.flow import noise
 from distill.models.device import autocast, fast_bfloat16
-from distill.models.finite import check_finite
+from distill.models.sd3 import decode_in_parts, guided, sample
 from distill.models.sd3_folder import RECORD, read_spec
-from distill.models.teacher import decode_in_parts, guided, sample
 from distill.models.vae import to_images
+from distill.models.weights import check_finite
 from distill.philox import Draw, key_of
 from distill.training.state import Progress, check_folder, check_state
 from distill.worlds.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize

@@ -18,7 +18,7 @@ from distill.config import load_config
 from distill.data.conditions import text_dtype
 from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.errors import CacheError, ConfigError, ImageError
-from distill.models.teacher import encode_images, load_vae
+from distill.models.sd3 import encode_images, load_vae
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_pixels
 from distill.training import checkpoint

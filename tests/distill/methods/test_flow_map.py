@@ -17,7 +17,7 @@ from distill.flow import between, jump, noise, one_step
 from distill.methods.base import Loss, TrainingBatch, Velocities
 from distill.methods.flow_map import OBJECTIVES, FlowMapConfig
 from distill.methods.policies import TeacherGuidance
-from distill.models.teacher import load_transformer, velocity
+from distill.models.sd3 import load_transformer, velocity
 from distill.models.text import SD3TextEncoder
 from distill.models.two_times import FILE, add_second_time, split
 from distill.philox import Draw

@@ -10,7 +10,7 @@ from distill.config import Full, Lora
 from distill.methods.base import Real, TrainingBatch, Velocities
 from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.policies import Guidance
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.philox import Draw
 from distill.training.networks import FullCopies, SharedBase, build

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, make_teacher, stock_pipeline
 
 from distill.errors import TeacherError
-from distill.models.sd3_folder import MODELS
-from distill.models.teacher import (
+from distill.models.sd3 import (
     check_parts,
     decode_in_parts,
     decode_latents,
@@ -25,6 +24,7 @@ from distill.models.teacher import (
     sample,
     velocity,
 )
+from distill.models.sd3_folder import MODELS
 from distill.models.text import SD3TextEncoder
 from distill.plan.meter import Meter
 from distill.student.export import export_student
@@ -295,15 +295,15 @@ def _without(path: Path, *names: str) -> None:
 
 UNFIT = {
     "transformer lack proj_out.weight": lambda folder: _without(folder / "transformer" / WEIGHTS, "proj_out.weight"),
-    "transformer hold transformer_blocks.*no place for": lambda folder: _edit(
+    "transformer hold transformer_blocks.*does not have": lambda folder: _edit(
         folder / "transformer/config.json", num_layers=1
     ),
-    "transformer hold transformer_blocks.1.* calls for": lambda folder: _edit(
+    "transformer hold transformer_blocks.1.* requires": lambda folder: _edit(
         folder / "transformer/config.json", num_layers=3
     ),
     "transformer/config.json is not usable": lambda folder: _edit(folder / "transformer/config.json", qk_norm="x"),
     "vae lack decoder.conv_in.bias": lambda folder: _without(folder / "vae" / WEIGHTS, "decoder.conv_in.bias"),
-    "vae hold .*conv_shortcut.* no place for": lambda folder: _edit(
+    "vae hold .*conv_shortcut.* does not have": lambda folder: _edit(
         folder / "vae/config.json", block_out_channels=[8, 8]
     ),
 }

@@ -17,7 +17,7 @@ from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.geometry import NAMES, read_geometry
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan import estimate as plans

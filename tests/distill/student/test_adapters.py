@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import stock_pipeline
 
 from distill.errors import TeacherError
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.student.adapters import FILE, Merger, read_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "proj_out")

@@ -22,8 +22,8 @@ from distill.errors import (
     TeacherError,
 )
 from distill.flow import noise, one_step
+from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import read_spec
-from distill.models.teacher import load_transformer
 from distill.models.text import SD3TextEncoder
 from distill.pipeline import OneStepPipeline
 from distill.student import parity

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from tiny import PROMPTS, stock_pipeline
 
 from distill.errors import ConfigError
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.pipeline import OneStepPipeline, RuntimeOptions
 from distill.student.export import export_student
 from distill.student.runtime import fingerprint
@@ -95,10 +95,10 @@ def test_a_tiny_vae_decodes_the_students_latents(student: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder, student: folder / "nothing", "is no whole AutoencoderTiny"),
+        (lambda folder, student: folder / "nothing", "is not a complete AutoencoderTiny"),
         (lambda folder, student: student / "vae", "holds AutoencoderKL"),
         (lambda folder, student: tiny_vae(folder, channels=16), "decodes 16 channels"),
-        (lambda folder, student: tiny_vae(folder, stages=3), "to 4 times"),
+        (lambda folder, student: tiny_vae(folder, stages=3), "at 4 pixels per latent"),
     ],
 )
 def test_a_folder_that_is_no_tiny_vae_of_the_student_is_refused(make, sentence, student, tmp_path) -> None:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from distill.config import Full, Lora
 from distill.errors import ConfigError
 from distill.methods.base import Velocities
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.training.networks import ROLES, FullCopies, build
 
 

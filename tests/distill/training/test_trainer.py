@@ -14,7 +14,7 @@ from distill.config import Optimizer
 from distill.data import batches
 from distill.errors import CacheError, ConfigError, DivergedError, RunError
 from distill.methods.base import Real
-from distill.models.teacher import load_transformer
+from distill.models.sd3 import load_transformer
 from distill.models.text import TextCondition
 from distill.training import checkpoint, trainer
 from distill.training.networks import build

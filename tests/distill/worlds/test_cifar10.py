@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.data.images import ImageCache, encode_examples, read_examples
 from distill.errors import ImageError, OutputError
+from distill.models.sd3 import decode_latents, encode_images
 from distill.models.sd3_folder import read_spec
-from distill.models.teacher import decode_latents, encode_images
 from distill.models.vae import to_pixels
 from distill.worlds.cifar10.data import CLASSES, read_images, write_images
 from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher

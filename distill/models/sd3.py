@@ -1,4 +1,4 @@
-"""The frozen teacher: loading its parts, its velocity with and without guidance, and sampling from it.
+"""Stable Diffusion 3: loading transformer and autoencoder, velocity, guidance and sampling.
 
 A velocity is a function of `x_t` (B, C, h, w), `t` (B,) in [0, 1] with 1 = noise, and a condition. Latents are the
 scaled ones that the transformer sees.
@@ -14,10 +14,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
 from distill.flow import shift_time
-from distill.models.finite import check_finite
-from distill.models.fit import check_fit
 from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
 from distill.models.text import TextCondition
+from distill.models.weights import check_finite, check_shapes
 
 __all__ = [
     "TeacherSpec",
@@ -37,19 +36,19 @@ __all__ = [
 
 Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
 
-DECODED_PIXELS = 1 << 21  # at once; what a decoder holds of an image is some hundred times its pixels
+DECODED_PIXELS = 1 << 21  # per call; a decoder's activations are some hundred times an image's pixels
 _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
 
 
 def load_transformer(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SD3Transformer2DModel:
-    """The transformer of a checked folder, in evaluation mode and frozen.
+    """Load the transformer of a checked folder, in evaluation mode and frozen.
 
-    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
+    Raises TeacherError for weights that are not finite or do not match its configuration.
     """
     path = read_spec(folder).folder / "transformer"
-    check_fit(SD3Transformer2DModel, path)
+    check_shapes(SD3Transformer2DModel, path)
     model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
@@ -58,12 +57,12 @@ def load_transformer(
 def load_vae(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> AutoencoderKL:
-    """The autoencoder of a checked folder, in evaluation mode and frozen.
+    """Load the autoencoder of a checked folder, in evaluation mode and frozen.
 
-    Raises TeacherError for weights that are not finite, or not those that its configuration calls for.
+    Raises TeacherError for weights that are not finite or do not match its configuration.
     """
     path = read_spec(folder).folder / "vae"
-    check_fit(AutoencoderKL, path)
+    check_shapes(AutoencoderKL, path)
     model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
@@ -71,8 +70,8 @@ def load_vae(
 
 def check_parts(spec: TeacherSpec) -> None:
     """Raise TeacherError unless the weights of transformer and autoencoder match their configurations."""
-    check_fit(SD3Transformer2DModel, spec.folder / "transformer")
-    check_fit(AutoencoderKL, spec.folder / "vae")
+    check_shapes(SD3Transformer2DModel, spec.folder / "transformer")
+    check_shapes(AutoencoderKL, spec.folder / "vae")
 
 
 def _only_from(path: Path) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
 
 
 def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_PIXELS) -> Tensor:
-    """The same in parts of at most so many pixels, or of one image: many large images hold no more than a few."""
+    """Decode in parts of at most `at_once` pixels, or one image, to bound the memory."""
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = latents.shape[-2] * latents.shape[-1] * side**2
     return torch.cat([decode_latents(vae, part) for part in torch.split(latents, max(1, at_once // pixels))])
@@ -115,9 +114,9 @@ def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: T
 
 
 def guided(unguided: Velocity, null: TextCondition, scale: float) -> Velocity:
-    """Classifier-free guidance, u = u_null + scale (u_c - u_null), both halves in one call.
+    """Classifier-free guidance, u = u_null + scale (u_c - u_null), in one batched call.
 
-    `null` is the encoded empty prompt, one row. At a scale of 1 the null half is not computed.
+    `null` is the encoded empty prompt, one row. At a scale of 1, u_null is not computed.
     """
     if scale == 1:
         return unguided
@@ -142,7 +141,7 @@ def euler_times(steps: int, shift: float) -> Tensor:
 
 @torch.no_grad()
 def sample(u: Velocity, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
-    """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, as the stock pipeline takes its steps."""
+    """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, with the stock pipeline's steps."""
     x = noise.float()
     for t, t_next in pairwise(euler_times(steps, shift).tolist()):
         x = x + (t_next - t) * u(x, x.new_full((len(x),), t), cond)
