@@ -89,8 +89,8 @@ def serve(
         from service.app import create_app  # takes a second, in which the workers load their models
 
         served = create_app(settings, workers)
-        if served.state.service.jobs:
-            served.state.service.jobs.check()  # before the server starts, so that a wrong database is one sentence
+        if served.state.jobs:
+            served.state.jobs.check()  # before the server starts, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([loaded.info.name for loaded in ready.models])
     configure(settings.log_format, settings.log_level)

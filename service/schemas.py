@@ -16,11 +16,13 @@ from pydantic import (
 from service.errors import InvalidRequest
 
 # Fields that may be ignored: the images are the same as without them.
-HARMLESS = ("quality", "style", "background", "moderation", "output_compression", "partial_images", "user", "size")
+HARMLESS = {"quality", "style", "background", "moderation", "output_compression", "partial_images"}
+HARMLESS |= {"user", "size", "steps"}
 ADVICE = {
     "extra_body": "put the fields in it at the top level of the request",
     "seed": "leave seed out for a random one",
     "size": "give auto or WIDTHxHEIGHT, or leave size out",
+    "steps": "leave steps out for one step",
     "style": "the model has no choice of styles",
 }  # by field: what to do, if pydantic's message does not say it
 NAMED = 16  # maximum number of unsupported fields that a warning names
@@ -75,6 +77,16 @@ class ImageRequest(BaseModel):
     timeout: (
         Annotated[
             float, Field(ge=0.1, le=3600, description="Extension. Seconds in which the images must be made, else none.")
+        ]
+        | None
+    ) = None
+    steps: (
+        Annotated[
+            int,
+            Field(
+                ge=1,
+                description="Extension. Network evaluations per image, up to the model's `max_steps`; 1 if not given.",
+            ),
         ]
         | None
     ) = None
@@ -185,7 +197,10 @@ class ImageCompleted(BaseModel):
 
 
 class Model(BaseModel):
-    """One student, or another name of one. `sizes` and `adapters` are extensions: what `size` and `lora` may name."""
+    """One student, or another name of one. `sizes`, `adapters` and `max_steps` are extensions.
+
+    They are the values of a request's `size`, `lora` and `steps` that the model supports.
+    """
 
     id: str
     created: int
@@ -193,6 +208,7 @@ class Model(BaseModel):
     owned_by: str
     sizes: list[str]
     adapters: list[str]
+    max_steps: int
 
 
 class ModelList(BaseModel):

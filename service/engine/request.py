@@ -21,3 +21,8 @@ class GenerationRequest:
     priority: Priority = Priority.INTERACTIVE
     owner: str = ""  # the API key or address whose turns and limits it counts for
     timeout: float | None = None  # seconds; None is the server's setting
+
+    @property
+    def size(self) -> str:
+        """The size as the API writes it."""
+        return f"{self.width}x{self.height}"

@@ -1,56 +1,74 @@
-"""What handlers ask for, as named types. All are coroutines: FastAPI gives anything else to a thread, each time."""
+"""What handlers need, as named types. All dependencies are coroutines, because FastAPI runs others in a thread."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.requests import HTTPConnection
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
-from service.errors import Forbidden, NotFound, Unauthorized, Unavailable
-from service.http.keys import Scope, find
-from service.http.origins import check_open
+from service.engine.loaded_models import LoadedModelStore
+from service.errors import NotFound, Unavailable
+from service.http.authentication import Authenticator
+from service.http.idempotency import IdempotencyStore
+from service.http.keys import Scope
+from service.http.rate_limiter import RateLimiter
+from service.images.realtime import RealtimeSessions
+from service.images.service import ImageService
 from service.jobs.jobs import Jobs
-from service.state import State
+from service.observability.metrics import Metrics
+from service.settings import Settings
 
 
-async def _service(connection: HTTPConnection) -> State:
-    state: State = connection.app.state.service
-    return state
+def _from_app(name: str) -> Any:
+    """Return a dependency on an attribute of the app's state, which `create_app` sets."""
+
+    async def attribute(connection: HTTPConnection) -> Any:
+        return getattr(connection.app.state, name)
+
+    return Depends(attribute)
 
 
-Service = Annotated[State, Depends(_service)]
+SettingsDep = Annotated[Settings, _from_app("settings")]
+MetricsDep = Annotated[Metrics, _from_app("metrics")]
+AnyEngineDep = Annotated[Engine, _from_app("engine")]  # also while it starts or drains
+ImagesDep = Annotated[ImageService, _from_app("images")]
+RealtimeDep = Annotated[RealtimeSessions, _from_app("realtime")]
+LoadedModelsDep = Annotated[LoadedModelStore, _from_app("loaded_models")]
+RateLimiterDep = Annotated[RateLimiter, _from_app("rate_limiter")]
+IdempotencyDep = Annotated[IdempotencyStore, _from_app("idempotency")]
+AuthenticatorDep = Annotated[Authenticator, _from_app("authenticator")]
 
 
-async def _running(service: Service) -> Engine:
-    service.engine.check_open()
-    return service.engine
+async def _engine(engine: AnyEngineDep) -> Engine:
+    engine.check_open()
+    return engine
 
 
-EngineDep = Annotated[Engine, Depends(_running)]
+EngineDep = Annotated[Engine, Depends(_engine)]
 
 
-async def _kept(service: Service) -> Jobs:
-    if service.jobs is None:
+async def _jobs(jobs: Annotated[Jobs | None, _from_app("jobs")]) -> Jobs:
+    if jobs is None:
         raise NotFound("this server keeps no files, batches or jobs; it needs a data folder", code="jobs_disabled")
-    if not service.jobs.open:
+    if not jobs.open:
         raise Unavailable("the server is starting or shutting down")
-    return service.jobs
+    return jobs
 
 
-JobsDep = Annotated[Jobs, Depends(_kept)]
+JobsDep = Annotated[Jobs, Depends(_jobs)]
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. `owner` is the name of the key, or the address where the server asks for none."""
+    """The client of a request. `owner` is the name of its key, or its address on a server without keys."""
 
     owner: str
 
 
-class Needs:
-    """A dependency that lets callers with a scope in; a server without keys lets in everyone."""
+class RequireScope:
+    """A dependency on a key with a scope. A server without keys needs none."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
@@ -58,39 +76,21 @@ class Needs:
     async def __call__(
         self,
         request: Request,
-        service: Service,
+        authenticator: AuthenticatorDep,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
         api_key: Annotated[str | None, Depends(APIKeyHeader(name="api-key", auto_error=False))],
         x_api_key: Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_error=False))],
     ) -> Caller:
-        """Raises Unauthorized without a known key, Forbidden where the key is not for this."""
+        """Raises Unauthorized without a known key, Forbidden if the key does not have the scope."""
         token = bearer.credentials if bearer else api_key or x_api_key or ""
-        caller = Caller(await owner_of(service, token, self._scope, request))
+        caller = Caller(await authenticator.owner(token, self._scope, request))
         request.state.owner = caller.owner
         return caller
 
 
-async def owner_of(service: State, token: str, scope: Scope, connection: HTTPConnection) -> str:
-    """Whose token it is. Raises Unauthorized for one that is not known, Forbidden where it is not for this.
-
-    Raises Unavailable while keys cannot be read. Without keys, it is the address of whoever calls; raises Forbidden
-    for a page from elsewhere.
-    """
-    if not service.guarded:
-        check_open(connection.headers.get("origin"), connection.headers.get("host", ""), service.settings)
-        return connection.client.host if connection.client else "local"
-    key = find(await service.keys(), token)
-    if key is None:
-        message = "a valid API key is needed, as `Authorization: Bearer KEY`, `api-key: KEY` or `x-api-key: KEY`"
-        raise Unauthorized(message, code="invalid_api_key")
-    if scope not in key.scopes:
-        raise Forbidden(f"this API key has no scope {scope!r}", code="insufficient_scope")
-    return key.owner
-
-
-ImagesCaller = Annotated[Caller, Depends(Needs("generate"))]
-JobsCaller = Annotated[Caller, Depends(Needs("jobs"))]
-AdminCaller = Annotated[Caller, Depends(Needs("admin"))]
+ImagesCaller = Annotated[Caller, Depends(RequireScope("generate"))]
+JobsCaller = Annotated[Caller, Depends(RequireScope("jobs"))]
+AdminCaller = Annotated[Caller, Depends(RequireScope("admin"))]
 
 
 async def bring(caller: ImagesCaller) -> None:

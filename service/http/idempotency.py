@@ -1,4 +1,4 @@
-"""Answers that are given again for the same `Idempotency-Key`, so that a client may retry without a second image."""
+"""Answers stored by `Idempotency-Key`, so that a client may retry a request without a second image."""
 
 import asyncio
 import time
@@ -16,11 +16,11 @@ class _Entry:
     fingerprint: str
     expires: float
     answered: asyncio.Event = field(default_factory=asyncio.Event)
-    response: Response | None = None  # none while it is made, and when making it failed
+    response: Response | None = None  # None while it is computed, and after a failure
 
 
 class IdempotencyStore:
-    """Successful answers by caller and key, bounded in time and bytes; the oldest goes first. Of one event loop."""
+    """Successful answers by caller and key, bounded in time and bytes; the oldest goes first. For one event loop."""
 
     def __init__(self, lifetime: float, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._lifetime = lifetime
@@ -29,13 +29,13 @@ class IdempotencyStore:
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._held_bytes = 0
 
-    async def once(
+    async def run_once(
         self, caller: str, key: str, fingerprint: str, answer: Callable[[], Awaitable[Response]]
     ) -> Response:
-        """The answer of this key: made now, awaited while another request makes it, or the one that was given before.
+        """Return the key's stored answer, or compute and store it. Concurrent requests wait for the first one.
 
-        A failure is not kept: the next request with the key tries again. `fingerprint` stands for the request; the
-        same key with another one raises InvalidRequest.
+        A failure is not stored: the next request with the key tries again. `fingerprint` identifies the request; the
+        same key with another fingerprint raises InvalidRequest.
         """
         self._forget()
         while (entry := self._entries.get((caller, key))) is not None:
@@ -58,10 +58,10 @@ class IdempotencyStore:
         return entry.response
 
     def _forget(self) -> None:
-        """Drop what is too old, and the oldest answers while all of them are too large."""
+        """Drop expired answers, and the oldest ones while their total size is over the limit."""
         for name, entry in list(self._entries.items()):
             if entry.response is None:
-                continue  # still being made
+                continue  # not answered yet
             if self._clock() < entry.expires and self._held_bytes <= self._max_bytes:
                 break
             self._held_bytes -= len(entry.response.body)
@@ -69,6 +69,6 @@ class IdempotencyStore:
 
 
 def _again(response: Response) -> Response:
-    """A copy, since the server writes each request's id into the headers."""
+    """Return a copy, because the server writes each request's id into the headers."""
     headers = {name: value for name, value in response.headers.items() if name != "server-timing"}
     return Response(response.body, response.status_code, headers | {"idempotent-replayed": "true"})

@@ -95,7 +95,7 @@ class Signer:
         return signed.getvalue()
 
 
-def signer(settings: Settings) -> Signer | None:
+def load_signer(settings: Settings) -> Signer | None:
     """The signer that the settings name, if any. Raises StartError for one that cannot sign."""
     if settings.c2pa_certificates is None and settings.c2pa_key is None:
         return None

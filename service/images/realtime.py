@@ -6,13 +6,13 @@ finished and shown, so that a client that types faster than images are made stil
 """
 
 import asyncio
-import base64
 import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,11 +28,16 @@ from service.errors import (
     Unavailable,
     to_openai,
 )
-from service.http.dependencies import owner_of
+from service.http.authentication import Authenticator
 from service.http.error_handlers import field_error
-from service.images.generation import Images, Order, make
-from service.schemas import ImageData, ImagesResponse, RealtimeRequest, SessionStart
-from service.state import State
+from service.http.rate_limiter import RateLimiter
+from service.images.service import ImageService
+from service.observability.metrics import Metrics
+from service.schemas import RealtimeRequest, SessionStart
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +47,40 @@ _messages: TypeAdapter[SessionStart | RealtimeRequest] = TypeAdapter(
 _Answer = tuple[dict[str, Any], Sequence[bytes]]  # a message, and binary ones that follow it
 
 
-class Session:
-    """One connection that was accepted."""
+@dataclass
+class RealtimeSessions:
+    """The open sessions of a server, and what they share."""
 
-    def __init__(self, socket: WebSocket, service: State, token: str) -> None:
+    images: ImageService
+    authenticator: Authenticator
+    rate_limiter: RateLimiter
+    settings: Settings
+    metrics: Metrics
+    tracing: "Tracing | None" = None
+    count: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no more sessions may be opened."""
+        return self.count >= self.settings.realtime_limit
+
+    async def serve(self, socket: WebSocket, token: str) -> None:
+        """Serve an accepted connection until it is closed. `token` is the API key of its headers, or empty."""
+        self.count += 1
+        self.metrics.sessions.inc()
+        try:
+            await RealtimeSession(socket, self, token).run()
+        finally:
+            self.count -= 1
+            self.metrics.sessions.dec()
+
+
+class RealtimeSession:
+    """One accepted connection."""
+
+    def __init__(self, socket: WebSocket, server: RealtimeSessions, token: str) -> None:
         self._socket = socket
-        self._service = service
+        self._server = server
         self._token = token
         self._owner = ""
         self._binary = False
@@ -91,7 +124,7 @@ class Session:
 
     async def _receive(self) -> str | None:
         """The next message; None when the client is gone, or was sent away."""
-        settings = self._service.settings
+        settings = self._server.settings
         try:
             known = bool(await self._identify())
         except ServiceError:
@@ -113,13 +146,13 @@ class Session:
         return text
 
     async def _identify(self) -> str:
-        """Whose session it is, asked again with every message: a key may have been revoked. Raises as HTTP does."""
-        return await owner_of(self._service, self._token, "generate", self._socket)
+        """Return the owner. Called for every message, because the key may have been revoked. Raises as HTTP does."""
+        return await self._server.authenticator.owner(self._token, "generate", self._socket)
 
     def _parse(self, text: str) -> SessionStart | RealtimeRequest:
         """A message. Raises InvalidRequest as the other routes do."""
         try:
-            context = {"unsupported": self._service.settings.unsupported}
+            context = {"unsupported": self._server.settings.unsupported}
             return _messages.validate_python(from_json(text), context=context)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
@@ -145,16 +178,18 @@ class Session:
 
     async def _answer(self, request: RealtimeRequest) -> _Answer:
         """A request's images or its error; counted and logged like a request of its own."""
-        service, began = self._service, time.monotonic()
+        server, began = self._server, time.monotonic()
         request_id = f"req_{secrets.token_hex(12)}"
         owner, status = self._owner, 200
-        trace = service.tracing.request("GET", self._socket.headers) if service.tracing else None
+        trace = server.tracing.request("GET", self._socket.headers) if server.tracing else None
         try:
-            service.engine.check_open()
-            order = Order.of(request, service.model(request.model))
-            service.limiter.take(owner, len(order.seeds))
-            images = await make(service, service.engine, order, owner, self._handle)
-            return self._images(images, request, request_id), images.encoded if self._binary else ()
+            server.images.engine.check_open()
+            generation, output = server.images.resolve(request, owner)
+            server.rate_limiter.take(owner, len(generation.seeds))
+            images = await server.images.generate(generation, output, self._handle)
+            head = {"type": "images.completed", "id": request.id, "request_id": request_id, "seconds": images.seconds}
+            content = images.response(texts=() if self._binary else images.texts)
+            return head | content.model_dump(exclude_none=True), images.encoded if self._binary else ()
         except ServiceError as error:
             status = to_openai(error)[0]
             return _refusal(error, request.id, request_id), ()
@@ -168,28 +203,14 @@ class Session:
             raise
         finally:
             seconds = time.monotonic() - began
-            service.metrics.requests.labels("/v1/realtime/images", str(status)).inc()
-            service.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
+            server.metrics.requests.labels("/v1/realtime/images", str(status)).inc()
+            server.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
             if trace:
                 trace.answered("/v1/realtime/images", status, request_id)
             told: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
-            if service.settings.log_prompts:
+            if server.settings.log_prompts:
                 told["prompt"] = request.prompt
             log.info("realtime %s", status, extra=told | {"seconds": round(seconds, 4)})
-
-    def _images(self, images: Images, request: RealtimeRequest, request_id: str) -> dict[str, Any]:
-        """What came of a request; with binary frames the bytes follow."""
-        texts = [None if self._binary else base64.b64encode(data).decode() for data in images.encoded]
-        content = ImagesResponse(
-            created=int(time.time()),
-            data=[ImageData(b64_json=text, seed=seed) for text, seed in zip(texts, images.order.seeds, strict=True)],
-            output_format=images.order.output_format,
-            size=images.order.size,
-            usage=images.usage,
-            warnings=images.warnings,
-        )
-        head = {"type": "images.completed", "id": request.id, "request_id": request_id, "seconds": images.seconds}
-        return head | content.model_dump(exclude_none=True)
 
     async def _say(self, message: dict[str, Any], frames: Sequence[bytes] = ()) -> None:
         """Send a message and its frames. That a client is gone is found out by the one who listens."""

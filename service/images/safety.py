@@ -40,7 +40,7 @@ class NudeNet:
         return "nudity" if sure else None
 
 
-def checker(name: str | None) -> Checker | None:
+def load_checker(name: str | None) -> Checker | None:
     """The checker of a setting: none, `nudenet`, or `package.module:Class` of one's own, made without arguments.
 
     Raises StartError for one that cannot be had.

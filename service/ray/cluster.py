@@ -83,7 +83,7 @@ class Replica:
         pool.start()  # before the app does, so that Ray reports what is wrong
         self._app = create_app(settings, pool)
         self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
-        self._engine: Engine = self._app.state.service.engine
+        self._engine: Engine = self._app.state.engine
         self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.students), guests)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

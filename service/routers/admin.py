@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
 from service.engine.loaded_models import ADAPTER, STUDENT, StoredAdapter, StoredStudent, find, folders_of
-from service.http.dependencies import AdminCaller, EngineDep, Service
+from service.http.dependencies import AdminCaller, EngineDep, ImagesDep, LoadedModelsDep, SettingsDep
 from service.routers.models import described
 from service.schemas import (
     AdapterDeleted,
@@ -21,7 +21,7 @@ from service.schemas import (
     ModelDeleted,
     StudentToLoad,
 )
-from service.state import State
+from service.settings import Settings
 
 router = APIRouter(
     prefix="/v1/admin",
@@ -31,52 +31,61 @@ router = APIRouter(
 
 
 @router.get("/models")
-async def index(service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
+async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
     """All models, the default one first, and the folders that may be loaded."""
-    students = await asyncio.to_thread(folders_of, service.settings.students, STUDENT)
-    adapters = await asyncio.to_thread(folders_of, service.settings.students, ADAPTER)
-    data = [_shown(service, info) for info in engine.models.values()]
+    students = await asyncio.to_thread(folders_of, settings.students, STUDENT)
+    adapters = await asyncio.to_thread(folders_of, settings.students, ADAPTER)
+    data = [_shown(settings, info) for info in engine.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
 @router.post("/models")
-async def load(body: StudentToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
+async def load(
+    body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
+) -> LoadedModel:
     """Load a student; the answer comes when every worker has it and requests may name it."""
-    folder = await asyncio.to_thread(find, service.settings.students, body.folder, STUDENT)
+    folder = await asyncio.to_thread(find, settings.students, body.folder, STUDENT)
     info = await engine.load(folder, body.name)
-    await asyncio.to_thread(service.loaded_models.add, StoredStudent(body.folder, info.name))
-    return _shown(service, info)
+    await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
+    return _shown(settings, info)
 
 
 @router.delete("/models/{model:path}")
-async def unload(model: str, service: Service, engine: EngineDep, caller: AdminCaller) -> ModelDeleted:
+async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller) -> ModelDeleted:
     """Serve a model no more; the answer comes when what was accepted is answered."""
     await engine.unload(model)
-    await asyncio.to_thread(service.loaded_models.remove, model)
+    await asyncio.to_thread(loaded.remove, model)
     return ModelDeleted(id=model)
 
 
 @router.post("/adapters")
-async def load_adapter(body: AdapterToLoad, service: Service, engine: EngineDep, caller: AdminCaller) -> LoadedModel:
+async def load_adapter(
+    body: AdapterToLoad,
+    settings: SettingsDep,
+    images: ImagesDep,
+    engine: EngineDep,
+    loaded: LoadedModelsDep,
+    caller: AdminCaller,
+) -> LoadedModel:
     """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
-    folder = await asyncio.to_thread(find, service.settings.students, body.folder, ADAPTER)
-    info = await engine.load_adapter(service.model(body.model).name, folder, body.name)
-    await asyncio.to_thread(service.loaded_models.add, StoredAdapter(info.name, body.folder, body.name))
-    return _shown(service, info)
+    folder = await asyncio.to_thread(find, settings.students, body.folder, ADAPTER)
+    info = await engine.load_adapter(images.model(body.model).name, folder, body.name)
+    await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
+    return _shown(settings, info)
 
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(
-    name: str, model: str, service: Service, engine: EngineDep, caller: AdminCaller
+    name: str, model: str, images: ImagesDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> AdapterDeleted:
     """Take an adapter from a model; the answer comes when what was accepted is answered."""
-    info = service.model(model)
+    info = images.model(model)
     await engine.unload_adapter(info.name, name)
-    await asyncio.to_thread(service.loaded_models.remove, info.name, name)
+    await asyncio.to_thread(loaded.remove, info.name, name)
     return AdapterDeleted(id=name)
 
 
-def _shown(service: State, info: ModelInfo) -> LoadedModel:
-    aliases = [alias for alias, name in service.settings.aliases.items() if name == info.name]
+def _shown(settings: Settings, info: ModelInfo) -> LoadedModel:
+    aliases = [alias for alias, name in settings.aliases.items() if name == info.name]
     known = described(info.name, info).model_dump()
     return LoadedModel(**known, aliases=aliases, digest=info.digest, runtime_fingerprint=info.runtime_fingerprint)

@@ -1,23 +1,20 @@
 """`/v1/artifacts`: images behind the links of `response_format: url`. The signature stands for a key."""
 
-import asyncio
-import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
 from service.errors import NotFound
-from service.http.dependencies import Service
+from service.http.dependencies import ImagesDep
 from service.schemas import ErrorResponse
 
 router = APIRouter(prefix="/v1/artifacts", tags=["images"])
 
 
 @router.get("/{name}", response_class=Response, responses={"4XX": {"model": ErrorResponse}})
-async def show(name: str, service: Service, signature: Annotated[str, Query()]) -> Response:
+async def show(name: str, images: ImagesDep, signature: Annotated[str, Query()]) -> Response:
     """One image, while its link lasts."""
-    loop, threads = asyncio.get_running_loop(), service.artifact_threads
-    found = await loop.run_in_executor(threads, service.artifacts.read, name, signature, time.time())
+    found = await images.artifacts.read(name, signature)
     if found is None:
         raise NotFound("this link has expired, or never was one of this server")
     data, output_format = found

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.http.dependencies import JobsCaller, JobsDep, Service
+from service.http.dependencies import JobsCaller, JobsDep, SettingsDep
 from service.jobs import tables
 from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
 from service.schemas import ErrorResponse
@@ -15,10 +15,10 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"m
 
 @router.post("")
 async def create(
-    body: BatchRequest, request: Request, service: Service, jobs: JobsDep, caller: JobsCaller
+    body: BatchRequest, request: Request, settings: SettingsDep, jobs: JobsDep, caller: JobsCaller
 ) -> BatchObject:
     """Answer the requests of a file within 24 hours, at low priority. Images are links."""
-    base = str(service.settings.public_url or request.base_url)
+    base = str(settings.public_url or request.base_url)
     return _wire(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
 
 

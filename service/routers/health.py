@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.errors import Unavailable
-from service.http.dependencies import Service
+from service.http.dependencies import AnyEngineDep, MetricsDep
 
 router = APIRouter(tags=["operations"])
 
@@ -16,14 +16,14 @@ async def alive() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def ready(service: Service) -> dict[str, str]:
+async def ready(engine: AnyEngineDep) -> dict[str, str]:
     """A worker is there, its models have run once, and work is taken; 503 otherwise."""
-    if not service.engine.ready:
+    if not engine.ready:
         raise Unavailable("the server is starting or shutting down, or its workers are being replaced")
     return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(service: Service) -> Response:
+async def show_metrics(metrics: MetricsDep) -> Response:
     """Prometheus text."""
-    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

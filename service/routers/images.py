@@ -1,7 +1,6 @@
 """`/v1/images`: text to images, in OpenAI's format."""
 
 import asyncio
-import base64
 import hashlib
 import time
 from collections.abc import Coroutine
@@ -12,9 +11,17 @@ from pydantic import SkipValidation, ValidationError
 
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
-from service.http.dependencies import Brought, EngineDep, ImagesCaller, Service
+from service.http.dependencies import (
+    Brought,
+    EngineDep,
+    IdempotencyDep,
+    ImagesCaller,
+    ImagesDep,
+    RateLimiterDep,
+    SettingsDep,
+)
 from service.http.error_handlers import body_error
-from service.images.generation import Images, Order, make, respond
+from service.images.service import GeneratedImages
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
@@ -27,10 +34,10 @@ EVENT = {
 T = TypeVar("T")
 
 
-async def _validated(body: Annotated[ImageRequest, SkipValidation], service: Service) -> ImageRequest:
+async def _validated(body: Annotated[ImageRequest, SkipValidation], settings: SettingsDep) -> ImageRequest:
     """Validate the body, which depends on the settings. Raises RequestValidationError."""
     try:
-        return ImageRequest.model_validate(body, context={"unsupported": service.settings.unsupported})
+        return ImageRequest.model_validate(body, context={"unsupported": settings.unsupported})
     except ValidationError as error:
         raise body_error(error) from None
 
@@ -55,7 +62,10 @@ Validated = Annotated[ImageRequest, Depends(_validated)]
 )
 async def generate(
     request: Request,
-    service: Service,
+    images: ImagesDep,
+    settings: SettingsDep,
+    rate_limiter: RateLimiterDep,
+    idempotency: IdempotencyDep,
     engine: EngineDep,
     caller: ImagesCaller,
     brought: Brought,
@@ -63,7 +73,7 @@ async def generate(
     accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
-    """Make `n` images of a prompt, each from one call of the network.
+    """Generate `n` images of a prompt, each with one network evaluation or with `steps` of them (extension).
 
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
@@ -72,26 +82,28 @@ async def generate(
     _consistent(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
-    order = Order.of(body, service.model(body.model))
+    generation, output = images.resolve(body, caller.owner)
     request.state.user = body.user
-    request.state.prompt = body.prompt if service.settings.log_prompts else None
+    request.state.prompt = body.prompt if settings.log_prompts else None
 
     async def answer() -> Response:
-        service.limiter.take(caller.owner, len(order.seeds))
-        images = await _unless_disconnected(request, make(service, engine, order, caller.owner))
-        headers = {"server-timing": images.server_timing}
+        rate_limiter.take(caller.owner, len(generation.seeds))
+        generated = await _unless_disconnected(request, images.generate(generation, output))
+        headers = {"server-timing": generated.server_timing}
         if raw is not None:
-            return Response(images.encoded[0], headers=headers | _labels(images), media_type=raw)
+            return Response(generated.encoded[0], headers=headers | _labels(generated), media_type=raw)
         if body.stream:
-            return Response(_event(images), headers=headers, media_type="text/event-stream")
-        base = str(service.settings.public_url or request.base_url) if body.response_format == "url" else None
-        content = await respond(service, images, base)
+            return Response(_event(generated), headers=headers, media_type="text/event-stream")
+        if body.response_format == "url":
+            content = await images.links(generated, str(settings.public_url or request.base_url))
+        else:
+            content = generated.response(texts=generated.texts)
         return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
     if idempotency_key is None:
         return await answer()
     fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
-    return await service.replays.once(caller.owner, idempotency_key, fingerprint, answer)
+    return await idempotency.run_once(caller.owner, idempotency_key, fingerprint, answer)
 
 
 def _consistent(body: ImageRequest, raw: str | None) -> None:
@@ -112,28 +124,28 @@ def _consistent(body: ImageRequest, raw: str | None) -> None:
         raise InvalidRequest(f"output_format contradicts {means}", "output_format")
 
 
-def _labels(images: Images) -> dict[str, str]:
-    """What an answer of plain bytes says in headers."""
-    labels = {"x-seed": str(images.order.seeds[0])}
+def _labels(images: GeneratedImages) -> dict[str, str]:
+    """Return the headers that an answer of plain bytes has in place of fields."""
+    labels = {"x-seed": str(images.request.seeds[0])}
     return labels | {"x-warning": "; ".join(images.warnings)} if images.warnings else labels
 
 
-def _event(images: Images) -> str:
-    """The stream: its one event, and the mark that ends it."""
+def _event(images: GeneratedImages) -> str:
+    """Return the stream: its one event, and the text that ends it."""
     event = ImageCompleted(
-        b64_json=base64.b64encode(images.encoded[0]).decode(),
+        b64_json=images.texts[0],
         created_at=int(time.time()),
-        output_format=images.order.output_format,
-        size=images.order.size,
+        output_format=images.output.format,
+        size=images.request.size,
         usage=images.usage,
-        seed=images.order.seeds[0],
+        seed=images.request.seeds[0],
         warnings=images.warnings,
     )
     return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\ndata: [DONE]\n\n"
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; when the client hangs up first, the work is cancelled and ClientGone raised."""
+    """Return the work's result. If the client disconnects first, the work is cancelled and ClientGone raised."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -148,6 +160,6 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client is gone; the body has been read, so nothing else can come."""
+    """Return when the client has disconnected. The body has been read, so no other message can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

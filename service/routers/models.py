@@ -6,31 +6,31 @@ from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
 from service.errors import Forbidden
-from service.http.dependencies import ImagesCaller, JobsCaller, JobsDep, Service
+from service.http.dependencies import ImagesCaller, ImagesDep, JobsCaller, JobsDep, SettingsDep
 from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})
 
 
 @router.get("")
-async def index(service: Service, caller: ImagesCaller) -> ModelList:
+async def index(images: ImagesDep, settings: SettingsDep, caller: ImagesCaller) -> ModelList:
     """All models, the default one first, then the aliases."""
-    models = service.engine.models
-    names = [*models, *(alias for alias, name in service.settings.aliases.items() if name in models)]
-    return ModelList(data=[described(name, service.model(name)) for name in names])
+    models = images.engine.models
+    names = [*models, *(alias for alias, name in settings.aliases.items() if name in models)]
+    return ModelList(data=[described(name, images.model(name)) for name in names])
 
 
 @router.get("/{model:path}")
-async def show(model: str, service: Service, caller: ImagesCaller) -> Model:
+async def show(model: str, images: ImagesDep, caller: ImagesCaller) -> Model:
     """One model."""
-    return described(model, service.model(model))
+    return described(model, images.model(model))
 
 
 @router.delete("/{model:path}")
-def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
+def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
     """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
     if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
-        service.model(model)
+        images.model(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
             "model",
@@ -43,4 +43,11 @@ def remove(model: str, service: Service, jobs: JobsDep, caller: JobsCaller) -> M
 def described(name: str, info: ModelInfo) -> Model:
     """A model by one of its names."""
     sizes = [f"{width}x{height}" for width, height in info.sizes]
-    return Model(id=name, created=info.created, owned_by=info.owner, sizes=sizes, adapters=[*info.adapters])
+    return Model(
+        id=name,
+        created=info.created,
+        owned_by=info.owner,
+        sizes=sizes,
+        adapters=[*info.adapters],
+        max_steps=info.max_steps,
+    )

@@ -16,7 +16,7 @@ from service.http.server import uvicorn_config
 def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
     """The app behind uvicorn; yields its base URL, and drains it at the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn_config(app, app.state.service.settings, protocol))
+    server = uvicorn.Server(uvicorn_config(app, app.state.settings, protocol))
     started = threading.Event()
     startup = server.startup
 
@@ -34,6 +34,11 @@ def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         listener.close()
+
+
+def generate(url: str, headers=None, **body) -> httpx.Response:
+    """Ask for images of a prompt, which is "a" unless the body has another one."""
+    return httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", **body}, headers=headers)
 
 
 def metric(url: str, name: str, **labels: str) -> float:

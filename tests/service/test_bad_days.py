@@ -25,10 +25,11 @@ from running import serving
 from sqlalchemy import create_engine, select, text
 
 from benchmarks import postgres
-from service.app import ARTIFACT_THREADS, create_app
+from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
 from service.errors import StartError, Unavailable
+from service.images.artifacts import THREADS
 from service.jobs.database import Database
 from service.jobs.file_store import new_id
 from service.jobs.jobs import Jobs
@@ -250,7 +251,7 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
         try:
             ask = client.images.generate
             waiting = [callers.submit(ask, prompt="a circle", response_format="url") for _ in range(links)]
-            for _ in range(ARTIFACT_THREADS):
+            for _ in range(THREADS):
                 assert entered.acquire(timeout=60)
             impatient = client.with_options(timeout=30)
             assert impatient.images.generate(prompt="a red circle").data[0].b64_json

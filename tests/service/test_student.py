@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 import torch
 from engines import make, make_all, run
@@ -159,15 +160,31 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
         backend.denoise(conditions, [1, 2], *backend.info.sizes[0])
 
 
-def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, tmp_path):
+@pytest.fixture(scope="module")
+def any_step_student(teacher, tmp_path_factory):
     torch.manual_seed(5)
     transformer = load_transformer(teacher)
     add_second_time(transformer)
     for parameter in transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     weights = dict(transformer.named_parameters())
-    folder = export_student(teacher, weights, tmp_path / "student", RECIPE)
-    pipeline = OneStepPipeline.load(folder)
+    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "any-step", RECIPE)
+
+
+def test_an_any_step_student_takes_steps_over_rest(any_step_student, url, connect):
+    pipeline = OneStepPipeline.load(any_step_student)
+    with serving(create_app(Settings(models=(any_step_student,), devices="cpu"))) as any_step:
+        client = connect(any_step)
+        for steps in (1, 4):
+            answer = client.images.generate(prompt="a", extra_body={"seed": 1, "steps": steps})
+            assert np.array_equal(pixels(answer), pipeline(["a"], [1], steps=steps)[0].numpy())
+    with pytest.raises(openai.BadRequestError, match="tiny-student makes images in one step") as refused:
+        connect(url).images.generate(prompt="a", extra_body={"steps": 4})
+    assert refused.value.param == "steps"
+
+
+def test_an_any_step_student_makes_images_in_the_steps_of_each_request(any_step_student):
+    pipeline = OneStepPipeline.load(any_step_student)
     expected = [pipeline(["a"], [seed], steps=steps)[0].numpy() for seed, steps in ((1, 1), (1, 4), (2, 4), (1, 2))]
     assert not np.array_equal(expected[0], expected[1])
 
@@ -178,7 +195,7 @@ def test_an_any_step_student_makes_images_in_the_steps_of_each_request(teacher, 
         for image, pixels in zip(images, expected, strict=True):
             assert np.array_equal(image.pixels, pixels)
 
-    backend = load_backend(str(folder), None, "cpu")
+    backend = load_backend(str(any_step_student), None, "cpu")
     assert backend.info.max_steps > 4
     run(worker_threads(backend), test)
 

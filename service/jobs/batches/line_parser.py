@@ -1,16 +1,19 @@
 """Parses a line of a batch's input file into a request."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
-from service.engine.batcher import Priority
+from service.engine.request import GenerationRequest
 from service.errors import InvalidRequest, ServiceError
 from service.http.error_handlers import field_error
-from service.images.generation import RANDOM_SEEDS, Order
+from service.images.request import RANDOM_SEEDS, OutputOptions
+from service.images.service import ImageService
 from service.jobs.batches.lines import WINDOW_SECONDS, LineError, line_digest
 from service.jobs.schemas import BatchLine
-from service.state import State
+from service.jobs.tables import BatchRow
+from service.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,19 @@ class LineRequest:
 
     number: int  # from 1, as editors count
     custom_id: str
-    order: Order
+    generation: GenerationRequest
+    output: OutputOptions
 
 
-def parse(service: State, batch_id: str, number: int, line: bytes) -> LineRequest | LineError:
+def parse(
+    images: ImageService, settings: Settings, batch: BatchRow, number: int, line: bytes
+) -> LineRequest | LineError:
     """Return the request of a line with all defaults applied, or its error."""
-    max_bytes = service.settings.max_body_bytes
+    max_bytes = settings.max_body_bytes
     if len(line) > max_bytes:
         return LineError("line_too_long", f"the line is over {max_bytes} bytes", number, None)
     try:
-        read = BatchLine.model_validate_json(line, context={"unsupported": service.settings.unsupported})
+        read = BatchLine.model_validate_json(line, context={"unsupported": settings.unsupported})
         body = read.body
         if body.stream:
             raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")
@@ -40,7 +46,10 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> LineReques
             body.reject("body.timeout", "lines of a batch have no timeout of their own")
         if body.priority == "interactive":
             body.reject("body.priority", "lines of a batch have the priority 'batch'")
-        order = Order.of(body, service.model(body.model))
+        changes: dict[str, Any] = {"priority": "batch", "timeout": float(WINDOW_SECONDS)}
+        if body.seed is None:
+            changes["seed"] = int.from_bytes(line_digest(batch.id, number)) % (RANDOM_SEEDS - (body.n or 1))
+        generation, output = images.resolve(body.model_copy(update=changes), batch.owner)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":
@@ -52,8 +61,4 @@ def parse(service: State, batch_id: str, number: int, line: bytes) -> LineReques
         return LineError(code, wrong.message, number, wrong.param)
     except ServiceError as error:
         return LineError(error.code or "invalid_request", error.message, number, error.param)
-    if body.seed is None:
-        count = len(order.seeds)
-        drawn = int.from_bytes(line_digest(batch_id, number)) % (RANDOM_SEEDS - count)
-        order = replace(order, seeds=range(drawn, drawn + count))
-    return LineRequest(number, read.custom_id, replace(order, priority=Priority.BATCH, timeout=float(WINDOW_SECONDS)))
+    return LineRequest(number, read.custom_id, generation, output)

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from service.errors import GenerationFailed, ServiceError, TimedOut, Unavailable, quoted, to_openai
-from service.images.generation import Images, make, respond
+from service.images.service import GeneratedImages, ImageService
 from service.jobs.batches.line_parser import LineRequest, parse
 from service.jobs.batches.lines import LineAnswer, LineError, Outcome, custom_id_of, numbered_lines, unanswered
 from service.jobs.batches.output_file import write_output
 from service.jobs.jobs import Jobs
 from service.jobs.tables import ENDED, BatchRow
-from service.state import State
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class InputFileGone(Exception):
 class BatchWorkflow:
     """Answers the batches of all owners on this server's engine."""
 
-    def __init__(self, service: State, jobs: Jobs, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, images: ImageService, jobs: Jobs, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
         """`loop` is the one that the engine runs on. Defines the workflow, so create it before the jobs start."""
-        self._service = service
-        self._settings = service.settings
+        self._images = images
+        self._settings = settings
         self._store = jobs.batches
         self._files = jobs.files
         self._workflows = jobs.workflows
@@ -92,7 +92,7 @@ class BatchWorkflow:
             if total > MAX_LINES:
                 errors.append(LineError("too_many_lines", f"a batch has {MAX_LINES} lines at most", number, None))
                 break
-            parsed = parse(self._service, batch.id, number, line)
+            parsed = parse(self._images, self._settings, batch, number, line)
             if isinstance(parsed, LineError):
                 errors.append(parsed)
                 continue
@@ -101,7 +101,7 @@ class BatchWorkflow:
                 message = f"custom_id {quoted(parsed.custom_id)} occurs twice; give each line its own"
                 errors.append(LineError("duplicate_custom_id", message, number, "custom_id"))
             seen.add(digest)
-            models.add(parsed.order.model)
+            models.add(parsed.generation.model)
         if not total:
             errors.append(LineError("empty_file", "the file has no lines", None, "input_file_id"))
         return errors, total, models
@@ -147,13 +147,11 @@ class BatchWorkflow:
     async def _generate(self, batch: BatchRow, request: LineRequest) -> LineAnswer:
         """Return the answer to one line, which may be an error, however long it waits for a device."""
         attempts = 0
-        images: Images | None = None  # generated, but not stored yet
+        images: GeneratedImages | None = None  # generated, but not stored yet
         while True:
             try:
-                images = images or await make(
-                    self._service, self._service.engine, request.order, batch.owner, patient=True
-                )
-                answer = await respond(self._service, images, batch.links, self._settings.batch_link_seconds)
+                images = images or await self._images.generate(request.generation, request.output, patient=True)
+                answer = await self._images.links(images, batch.links, self._settings.batch_link_seconds)
             except (TimedOut, Unavailable):
                 # Other requests came first, the server is draining, or the store of images is unavailable.
                 await asyncio.sleep(random.uniform(0.5, 1.5))
@@ -177,7 +175,7 @@ class BatchWorkflow:
         for number, line in self._lines(batch):
             if number in answered:
                 continue
-            parsed = parse(self._service, batch.id, number, line)
+            parsed = parse(self._images, self._settings, batch, number, line)
             if isinstance(parsed, LineError):
                 kind = "invalid_request_error"
                 error = {"message": parsed.message, "type": kind, "param": parsed.param, "code": parsed.code}

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -48,6 +49,16 @@ def test_an_image_is_that_of_the_other_route(serve, connect):
     assert answer["usage"] == posted.usage.model_dump(exclude_none=True)
     assert {"queue", "model", "encode"} <= set(answer["seconds"])
     assert metric(url, "requests_total", route="/v1/realtime/images", status="200") == 1
+
+
+def test_an_any_step_model_takes_steps(serve, connect):
+    url = serve(Simulator(0, 0, info=replace(Simulator().info, max_steps=4)))
+    posted = connect(url).images.generate(prompt="a", extra_body={"seed": 7, "steps": 3})
+    with session(url) as socket:
+        ask(socket, prompt="a", seed=7, steps=3)
+        assert hear(socket)["data"][0]["b64_json"] == posted.data[0].b64_json
+        ask(socket, prompt="a", steps=5)
+        assert hear(socket)["error"]["param"] == "steps"
 
 
 def test_frames_come_as_bytes_where_they_are_wanted(serve):
@@ -105,7 +116,7 @@ def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
         ('{"type": "images.generate"}', "prompt"),
         ('{"type": "images.generate", "prompt": "a", "size": "64x65"}', "size"),
         ('{"type": "images.generate", "prompt": "a", "stream": true}', "stream"),
-        ('{"type": "images.generate", "prompt": "a", "steps": 1}', "steps"),
+        ('{"type": "images.generate", "prompt": "a", "steps": 2}', "steps"),
         ('{"type": "images.generate", "prompt": "a", "model": "other"}', "model"),
     ],
 )

@@ -7,7 +7,7 @@ from running import metric
 
 from service.app import create_app
 from service.errors import StartError
-from service.images.safety import NudeNet, checker
+from service.images.safety import NudeNet, load_checker
 from service.settings import Settings
 
 
@@ -57,4 +57,4 @@ def test_a_checker_that_cannot_be_had_keeps_the_server_from_starting(name):
 
 
 def test_without_a_checker_there_is_none():
-    assert checker(None) is None
+    assert load_checker(None) is None

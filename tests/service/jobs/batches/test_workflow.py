@@ -1,8 +1,10 @@
 """`/v1/batches` by the real client, from the upload to the images behind the links and the webhook at the end."""
 
+import base64
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -48,6 +50,20 @@ class Touchy:
     def __call__(self, pixels, moderation):
         if next(self._calls) == 0 or moderation == "low":
             raise LookupError("the detector is away")
+
+
+def test_lines_of_an_any_step_model_take_steps(serve, connect, tmp_path):
+    url = serve(Simulator(0, 0, info=replace(Simulator().info, max_steps=4)), data=tmp_path)
+    client = connect(url)
+    batch = submit(client, [line("one", seed=7), line("three", seed=7, steps=3)])
+    answers = read(client, ended(client, batch.id, "completed", "failed").output_file_id)
+    for name, steps in (("one", 1), ("three", 3)):
+        linked = httpx.get(answers[name]["response"]["body"]["data"][0]["url"]).content
+        posted = client.images.generate(prompt="a red circle", extra_body={"seed": 7, "steps": steps})
+        assert linked == base64.b64decode(posted.data[0].b64_json)
+    batch = submit(client, [line("five", steps=5)])
+    (error,) = ended(client, batch.id, "completed", "failed").errors.data
+    assert (error.line, error.param) == (1, "steps")
 
 
 def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_path, receiver):

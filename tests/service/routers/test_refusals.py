@@ -38,7 +38,8 @@ FIELDS = [
     *[("lora", value) for value in ("style", 1, [], True)],
     *[("timeout", value) for value in (0, 0.01, -1, 3601, "1", True, [])],
     *[("seed", value) for value in (-1, 2**53, 1.0, "1", True, [], {})],
-    *[(name, "a") for name in ("negative_prompt", "Prompt", "steps", "guidance_scale", "__proto__", "id")],
+    *[("steps", value) for value in (0, -1, 2, 1.0, "1", True, [], {})],
+    *[(name, "a") for name in ("negative_prompt", "Prompt", "guidance_scale", "__proto__", "id")],
 ]
 
 BODIES = [
