@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from distill.config import load_config
 from distill.models.geometry import Geometry, read_geometry
 from distill.models.sd3_folder import read_spec
-from distill.plan.estimate import GIB, Setting
+from distill.plan.estimate import GIB, PlanInput
 from distill.run import accelerator
 from distill.worlds.tokenizer import build_clip_tokenizer
 
@@ -60,7 +60,7 @@ def main() -> None:
         dtype = torch.bfloat16 if accelerator(config, out).mixed_precision == "bf16" else torch.float32
         make_teacher(geometry, folder, dtype)
         kind, size = config.optimizer.kind, arguments.size
-        plan = Setting(
+        plan = PlanInput(
             read_geometry(str(folder)), config.networks, dtype, config.batch, size, config.method, kind
         ).plan()
 
@@ -71,7 +71,7 @@ def main() -> None:
         metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         student = read_spec(out / "student")  # whole, or an error
 
-    turns = {moment: planned for moment, planned in plan.moments.items() if moment.endswith("turn")}
+    turns = {moment: planned for moment, planned in plan.stages.items() if moment.endswith("turn")}
     whole = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(f"{arguments.preset}: {student.parameters / 1e9:.2f} B parameters, {seconds:.0f} s from start to student")
     for moment, planned in turns.items():

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from distill.plan.estimate import Setting
+    from distill.plan.estimate import PlanInput
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the metrics
     os.environ.setdefault(_name, "error")
@@ -48,7 +48,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from distill.models import attention
     from distill.models.geometry import read_geometry
     from distill.models.text import TextCondition
-    from distill.plan.estimate import Setting, build
+    from distill.plan.estimate import PlanInput, build
     from distill.run import accelerator
     from distill.training.trainer import train
 
@@ -100,7 +100,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
                 rounds = [next(progress) for _ in range(arguments.steps)]
                 metrics = _metrics(started, machine.device, arguments)
         if profile is not None:
-            setting = Setting(geometry, config.networks, dtype, arguments.batch, size, config.method)
+            setting = PlanInput(geometry, config.networks, dtype, arguments.batch, size, config.method)
             _tell(profile, [each.metrics for each in rounds], setting, metrics["images_per_second"], machine.device)
         machine.end_training()
         return {**metrics, "seconds_to_start": started - began}
@@ -109,7 +109,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 def _tell(
     profile: "torch.profiler.profile",
     rounds: list[dict[str, float]],
-    setting: "Setting",
+    setting: "PlanInput",
     images_per_second: float,
     device: "torch.device",
 ) -> None:

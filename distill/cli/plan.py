@@ -42,14 +42,14 @@ def plan(
 ) -> None:
     """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
 
-    Only configuration files are read: the real networks take the real turns on tensors without data.
+    Only configuration files are read: the real networks run the real training steps on tensors without data.
     """
     from distill.cli.console import out, table
     from distill.models.geometry import read_geometry
-    from distill.plan.estimate import GIB, changes_that_fit, setting
+    from distill.plan.estimate import GIB, changes_that_fit, plan_input
 
     geometry = read_geometry(teacher)
-    made = setting(
+    made = plan_input(
         geometry, mode, rank, gradient_checkpointing, dtype, batch, size or geometry.image_size, method, optimizer
     )
     result = made.plan()
@@ -62,7 +62,7 @@ def plan(
         typer.echo(json.dumps(values, indent=2))
         return
     rows = [(part, f"{size / GIB:.2f}") for part, size in result.parts().items()]
-    rows += [(f"peak: {moment}", f"{size / GIB:.2f}") for moment, size in result.moments.items()]
+    rows += [(f"peak: {stage}", f"{size / GIB:.2f}") for stage, size in result.stages.items()]
     out.print(table(f"{geometry.name}, {result.parameters / 1e9:.2f} B parameters", ("", "GiB"), rows))
     out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image; about {speed:.2f} images/s on such a device.")
     needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"

@@ -1,9 +1,8 @@
-"""Whether a distillation fits a device, and what it costs, from configuration files alone.
+"""Memory and arithmetic of a distillation, from configuration files alone.
 
-Nothing is estimated that can be measured: the real networks, the fields of the real method and their real backward run
-on tensors without data, and every storage that lives is counted. Memory is in bytes, arithmetic in FLOP (a
-multiply-add is two). What the GPU's allocator rounds, its libraries' workspaces and its context are not in a plan's
-metrics; the caller sets memory aside for them.
+The real networks run the network calls of the real method, forward and backward, on tensors without data, and every
+live storage is counted. Memory is in bytes, arithmetic in FLOP (a multiply-add is two). A plan leaves out the rounding
+of the GPU's allocator, library workspaces and the CUDA context; the caller reserves memory for them.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,25 +30,24 @@ from distill.training.networks import ROLES, FullCopies, SharedBase
 
 GIB = 2**30
 
-_QUANTIZED, _BLOCK = 4096, 256  # numbers: of the smallest tensor that bitsandbytes quantizes, of a block with one scale
+_QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
 
 
 @dataclass(frozen=True)
-class Turned:
-    """What one turn of the method does for a batch: bytes that its backward waits with, bytes at its worst, FLOP."""
+class StepCost:
+    """Cost of one optimizer step: bytes of the activations kept for backward, bytes at the peak, and FLOP."""
 
-    kept: int
+    activations: int
     peak: int
     flop: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part and by moment, FLOP by image.
+    """Bytes by part and by stage of a run, and FLOP per image.
 
-    `resident` is there from the first step to the last. `moments` are totals: the run's own peaks, one of which is the
-    largest. `activations` and `temporary` are those of the heaviest turn, beyond what is resident; gradients, which
-    come while activations go, are within `temporary`.
+    `resident` memory is held throughout training. `stages` are totals, each the peak of one stage. `activations` and
+    `temporary` are those of the heaviest turn, beyond resident memory; `temporary` includes gradients.
     """
 
     parameters: int  # of the transformer
@@ -58,17 +56,17 @@ class Plan:
     gradients: int
     activations: int
     temporary: int
-    moments: dict[str, int]
+    stages: dict[str, int]
     flop_per_image: float
-    states: dict[str, int]  # of the optimizers, by each kind that there is
+    optimizer_states: dict[str, int]  # by kind of optimizer
 
     @property
     def peak(self) -> int:
-        """Bytes at the heaviest moment of the run."""
-        return max(self.moments.values())
+        """Bytes at the peak of the run."""
+        return max(self.stages.values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes of what is resident, and of the heaviest turn on top of it."""
+        """Bytes of resident memory, and of the heaviest turn beyond it."""
         return {
             **self.resident,
             "gradients, when the turn ends": self.gradients,
@@ -77,23 +75,20 @@ class Plan:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, with their units in their names."""
+        """Plain values, with units in their names."""
         return {
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
             "parts_bytes": self.parts(),
-            "moments_bytes": self.moments,
+            "stages_bytes": self.stages,
             "peak_bytes": self.peak,
             "flop_per_image": self.flop_per_image,
         }
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a plan is made for: `batch` images of `size` x `size` pixels in each forward (a run's `micro_batch`).
-
-    `optimizer` is the kind that a run's configuration names.
-    """
+class PlanInput:
+    """What a plan depends on: `batch` images of `size` x `size` pixels in a forward pass (a run's `micro_batch`)."""
 
     geometry: Geometry
     kind: Full | Lora
@@ -104,29 +99,29 @@ class Setting:
     optimizer: Literal["adam", "adam-8bit"] = "adam"
 
     def plan(self) -> Plan:
-        """Measure: half a minute for SD3-medium, and no memory to speak of; raises SizeError."""
+        """Measure the cost; takes half a minute and little memory for SD3-medium. Raises SizeError."""
         geometry, dtype = self.geometry, self.dtype
         geometry.check_size(self.size)
-        # Operations are counted one by one, and a compiler has nothing to run; its fused ones keep no more than these.
+        # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.
         kind = self.kind.model_copy(update={"compile": False})
         turns = self.method.turns()
-        asked = {turn.role: asks(turn) for turn in turns}
+        calls = {turn.role: network_calls(turn) for turn in turns}
         two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-        networks, models = build(geometry, kind, dtype, tuple(sorted(asked)), two_times=two_times, critic=critic)
+        networks, models = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
         weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
-        owned = {role: list(networks.trainable(role).values()) for role in networks.roles}
-        own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in owned.items()}
-        learnt = [tensor for tensors in owned.values() for tensor in tensors]
-        states = {"adam": sum(map(_moments, learnt)), "adam-8bit": sum(map(_moments_8bit, learnt))}
+        trainable = {role: list(networks.trainable(role).values()) for role in networks.roles}
+        own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in trainable.items()}
+        trained = [tensor for tensors in trainable.values() for tensor in tensors]
+        states = {"adam": sum(map(_adam_bytes, trained)), "adam-8bit": sum(map(_adam_8bit_bytes, trained))}
         with FakeTensorMode():
             for model in [*models, vae]:
                 without_data(model)
-            turned: dict[str, Turned] = {}
-            for role, fields in asked.items():
+            costs: dict[str, StepCost] = {}
+            for role in calls:
                 z, cond = _inputs(geometry, self.batch, self.size)
-                turned[role] = take_turn(networks, role, fields, z, cond, dtype)
+                costs[role] = simulate_step(networks, role, calls[role], z, cond, dtype)
                 for tensor in networks.trainable(role).values():
                     tensor.grad = None
 
@@ -146,29 +141,29 @@ class Setting:
             "autoencoder for grids": vae_bytes,
         }
         always = sum(resident.values())
-        heaviest = max(turned.values(), key=lambda turn: turn.peak)
-        moments = {
-            # The encoders that encode the grids' prompts go before the networks come.
+        heaviest = max(costs.values(), key=lambda cost: cost.peak)
+        stages = {
+            # The text encoders of the grids' prompts are unloaded before the networks are loaded.
             "start": vae_bytes + dtype.itemsize * geometry.text_parameters,
-            **{f"{role}'s turn": always + turn.peak for role, turn in turned.items()},
-            "optimizer step": always + max(own.values()),  # gradients; Adam goes through its tensors in place
-            "sample grid": always + own["student"] + grid,  # the student's own weights, kept aside
+            **{f"{role}'s turn": always + cost.peak for role, cost in costs.items()},
+            "optimizer step": always + max(own.values()),  # gradients; Adam works in place
+            "sample grid": always + own["student"] + grid,  # the student's own weights are kept while its average runs
         }
-        flop = sum(turn.steps * turned[turn.role].flop for turn in turns)
+        flop = sum(turn.steps * costs[turn.role].flop for turn in turns)
         return Plan(
             parameters=geometry.parameters,
-            trainable=sum(tensor.numel() for tensor in owned["student"]),
+            trainable=sum(tensor.numel() for tensor in trainable["student"]),
             resident=resident,
             gradients=max(own.values()),
-            activations=heaviest.kept,
-            temporary=heaviest.peak - heaviest.kept,
-            moments=moments,
+            activations=heaviest.activations,
+            temporary=heaviest.peak - heaviest.activations,
+            stages=stages,
             flop_per_image=flop / self.batch,
-            states=states,
+            optimizer_states=states,
         )
 
 
-def setting(
+def plan_input(
     geometry: Geometry,
     mode: str,
     rank: int,
@@ -178,43 +173,40 @@ def setting(
     size: int,
     method: str = "fgm",
     optimizer: Literal["adam", "adam-8bit"] = "adam",
-) -> Setting:
-    """A setting in the command's words, with the targets of every LoRA run.
+) -> PlanInput:
+    """Build the input from the command's options, with the default targets of LoRA and the method's settings for SD3.
 
-    The method is chosen in the preset for SD3. Raises ConfigError for one that does not exist.
+    Raises ConfigError for an unknown method.
     """
     chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
-    kind = (
-        Lora(rank=rank, gradient_checkpointing=gradient_checkpointing)
-        if mode == "lora"
-        else Full(gradient_checkpointing=gradient_checkpointing)
-    )
+    kind = Lora(rank=rank) if mode == "lora" else Full()
+    kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return Setting(geometry, kind, precision, batch, size, chosen, optimizer)
+    return PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
 
 
-def changes_that_fit(setting: Setting, plan: Plan, available: int) -> list[str]:
-    """Single changes after which the peak is at most `available` bytes; empty when none is enough."""
-    kind = setting.kind
+def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
+    """List single options with which the peak is at most `available` bytes; empty if none is enough."""
+    kind = made.kind
     found = []
     if not kind.gradient_checkpointing:
-        checkpointed = replace(setting, kind=kind.model_copy(update={"gradient_checkpointing": True}))
+        checkpointed = replace(made, kind=kind.model_copy(update={"gradient_checkpointing": True}))
         if checkpointed.plan().peak <= available:
             found.append("--gradient-checkpointing")
-    # At every moment but the start, when there are no networks yet, the states are there.
-    saved = plan.states[setting.optimizer] - plan.states["adam-8bit"]
-    if saved and max(plan.moments["start"], plan.peak - saved) <= available:
+    # Optimizer states are held in every stage but the start, before the networks are loaded.
+    saved = plan.optimizer_states[made.optimizer] - plan.optimizer_states["adam-8bit"]
+    if saved and max(plan.stages["start"], plan.peak - saved) <= available:
         found.append("--optimizer adam-8bit")
     if isinstance(kind, Full):
         lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
-        if replace(setting, kind=lora).plan().peak <= available:
+        if replace(made, kind=lora).plan().peak <= available:
             found.append(f"--mode lora --rank {lora.rank}")
-    if setting.batch > 1:
-        least = replace(setting, batch=1).plan().peak
+    if made.batch > 1:
+        least = replace(made, batch=1).plan().peak
         if least <= available:
-            # The peak is convex in the batch, a largest of straight lines, so the chord is on the safe side.
+            # The peak is convex in the batch (a maximum of linear functions), so the chord overestimates it.
             share = (available - least) / (plan.peak - least)
-            found.append(f"--batch {1 + int(share * (setting.batch - 1))}")
+            found.append(f"--batch {1 + int(share * (made.batch - 1))}")
     return found
 
 
@@ -227,12 +219,12 @@ def build(
     two_times: bool = False,
     critic: bool = False,
 ) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
-    """The networks of a run, as `networks.build` makes them but for the loading, and the models that they are of."""
+    """Build a run's networks as `networks.build` does, without loading weights; also returns their models."""
     with torch.device(device):
         model = SD3Transformer2DModel.from_config(geometry.transformer).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
-                # Autocast on CUDA normalizes in fp32; tensors without data are cast by the CPU's rules, which do not.
+                # Autocast on CUDA normalizes in fp32. The CPU's rules, which apply to tensors without data, do not.
                 module.register_forward_pre_hook(_to_fp32)
         networks: FullCopies | SharedBase
         if isinstance(kind, Lora):
@@ -248,82 +240,82 @@ def _to_fp32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A field that a loss asks, with how many rows for each image.
+class NetworkCall:
+    """A call of one network by a loss, with `rows` batch rows per image.
 
-    `learns`: a gradient is to come back; `derived`: its derivative along a direction is asked as well.
+    `backward`: gradient flows through it. `forward_mode`: its directional derivative is computed too.
     """
 
     role: str
     rows: int
-    learns: bool
-    derived: bool
+    backward: bool
+    forward_mode: bool
 
 
-def asks(turn: Turn) -> list[Asked]:
-    """Which fields the turn's loss asks, in order; found by running it."""
-    found = []
+def network_calls(turn: Turn) -> list[NetworkCall]:
+    """List the network calls of a turn's loss in order, by running it."""
+    calls = []
 
-    def asked(role: str) -> Callable[[Tensor, Tensor, TextCondition], Tensor]:
-        def field(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-            derived = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
-            found.append(Asked(role, len(x_t), torch.is_grad_enabled(), derived))
+    def recorder(role: str) -> Callable[[Tensor, Tensor, TextCondition], Tensor]:
+        def record(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+            dual = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
+            calls.append(NetworkCall(role, len(x_t), torch.is_grad_enabled(), dual))
             return x_t
 
-        return field
+        return record
 
     cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(asked("student"), asked("teacher"), asked("fake"), cond, asked("critic"))
+    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"))
     x = torch.zeros(1, 1, 2, 2)
     turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
-    return found
+    return calls
 
 
-def take_turn(
+def simulate_step(
     networks: FullCopies | SharedBase,
     role: str,
-    asked: list[Asked],
+    calls: list[NetworkCall],
     z: Tensor,
     cond: TextCondition,
     dtype: torch.dtype,
-) -> Turned:
-    """Forward and backward of a turn of `role` as the trainer runs them, from noise `z` (B, C, h, w).
+) -> StepCost:
+    """Run forward and backward of a step of `role` as the trainer does, from noise `z` (B, C, h, w).
 
-    The fields asked are the loss's own; its arithmetic between them, on latents alone, is a plain square.
+    The network calls are the loss's own; its arithmetic on latents between them is replaced by a square.
     """
     with Meter() as meter, networks.using(role):
         with _autocast(dtype):
             t = torch.ones(len(z))
             x, loss = z, torch.zeros(())
-            for each, alike in groupby(asked):
-                count, before = len(list(alike)), meter.flop
-                if each.role == "critic":
+            for call, repeated in groupby(calls):
+                count, before = len(list(repeated)), meter.flop
+                if call.role == "critic":
                     field = networks.critic(role == "fake")
                 else:
-                    field = networks.velocity(each.role) if each.role == role else networks.field(each.role)
-                # A field that keeps nothing costs the same every time: once tells of a whole path of a sampler.
-                runs = count if each.learns else 1
+                    field = networks.velocity(call.role) if call.role == role else networks.field(call.role)
+                # Calls that keep no activations cost the same each time, so a sampler's steps are run once.
+                runs = count if call.backward else 1
                 for _ in range(runs):
-                    rows = torch.cat([x] * each.rows), torch.cat([t] * each.rows), TextCondition.cat([cond] * each.rows)
-                    with torch.set_grad_enabled(each.learns):
-                        out = _derived(field, *rows) if each.derived else field(*rows)
-                        if each.role == "student":
+                    rows = torch.cat([x] * call.rows), torch.cat([t] * call.rows), TextCondition.cat([cond] * call.rows)
+                    with torch.set_grad_enabled(call.backward):
+                        out = _forward_mode(field, *rows) if call.forward_mode else field(*rows)
+                        if call.role == "student":
                             x = out = (z - out).float()
                     loss = loss + out.square().mean()
                 meter.flop += (count - runs) * (meter.flop - before)
-        kept = meter.live
+        activations = meter.live
         loss.backward()  # type: ignore[no-untyped-call]
-    return Turned(kept, meter.peak, meter.flop)
+    return StepCost(activations, meter.peak, meter.flop)
 
 
-def _derived(field: Velocity, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-    """The field's value, computed together with a derivative."""
+def _forward_mode(field: Velocity, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+    """The field's value, computed together with a directional derivative."""
     return derivative(lambda x_t, t: field(x_t, t, cond), (x_t, t), (x_t, t))[0]
 
 
 @contextmanager
 def _autocast(dtype: torch.dtype) -> Iterator[None]:
-    """The trainer's: mixed precision for bf16, none for fp32."""
+    """The trainer's mixed precision: for bf16, not for fp32."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         yield
 
@@ -336,13 +328,13 @@ def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCond
     return z, TextCondition(embeds, torch.empty(batch, config["pooled_projection_dim"]))
 
 
-def _moments(tensor: Tensor) -> int:
-    """Bytes of Adam's two moments; its step counts are too small to count."""
+def _adam_bytes(tensor: Tensor) -> int:
+    """Bytes of Adam's two moments, without its step counts."""
     return 2 * tensor.nbytes
 
 
-def _moments_8bit(tensor: Tensor) -> int:
-    """The same in bitsandbytes' form: a byte for each number and a scale for each block; small tensors stay in fp32."""
+def _adam_8bit_bytes(tensor: Tensor) -> int:
+    """Bytes of the moments in 8 bits: one byte per number and a scale per block; small tensors stay in fp32."""
     if tensor.numel() < _QUANTIZED:
         return 2 * 4 * tensor.numel()
     return 2 * (tensor.numel() + 4 * -(-tensor.numel() // _BLOCK))

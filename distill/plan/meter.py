@@ -1,4 +1,4 @@
-"""Counting what networks do and hold: FLOP, and bytes of the tensors that live, also of tensors without data."""
+"""`Meter` counts FLOP and the bytes of live tensors, also of tensors without data."""
 
 import weakref
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-# FLOP of an operation from its arguments. The CPU's attention keeps what CUDA's fused kernels keep, and costs the same.
+# FLOP of an operation from its arguments. The CPU's attention keeps and costs the same as CUDA's fused kernels.
 _FLOP = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
@@ -21,7 +21,7 @@ _FLOP = {
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts FLOP, and bytes of the storages that operations make while it is on: `live` ones, and their `peak`."""
+    """Counts FLOP and bytes of the storages that operations allocate: those `live` now, and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,10 +34,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._overloadpacket in _FLOP:
             self.flop += _FLOP[func._overloadpacket](*args, **kwargs, out_val=out)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if made:  # more than half of all calls ask a tensor without data for its device and the like
+        if made:  # more than half of all calls only read attributes of tensors without data
             before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             for x in made:
-                # What shares storage with an argument is a view of it, or the argument itself.
+                # A result that shares storage with an argument is a view of it, or the argument itself.
                 if x.untyped_storage()._cdata not in before:
                     self._count(x.untyped_storage())
         return out
@@ -57,10 +57,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def without_data(model: nn.Module) -> None:
-    """Turn a model on the meta device into one on the CPU that holds no data; only in a FakeTensorMode.
+    """Turn a model on the meta device into one on the CPU without data; only in a FakeTensorMode.
 
-    The meta device has neither autocast nor attention without its (tokens, tokens) matrix. Parameters stay the same
-    objects, for networks that have listed them.
+    The meta device has no autocast, and its attention builds the (tokens, tokens) matrix. Parameters remain the same
+    objects, because networks have listed them.
     """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

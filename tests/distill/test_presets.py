@@ -11,7 +11,7 @@ from distill.config import load_config
 from distill.models.geometry import NAMES, read_geometry
 from distill.models.text import TextCondition
 from distill.pipeline import OneStepPipeline
-from distill.plan.estimate import GIB, Setting, build
+from distill.plan.estimate import GIB, PlanInput, build
 from distill.run import accelerator
 from distill.training.networks import ROLES
 from distill.training.trainer import train
@@ -61,8 +61,8 @@ def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_
     geometry = read_geometry(preset.rpartition("-")[0])
     config = load_config(preset, ["batch=1", "micro_batch=1", "sizes=[]", "trackers=[]"])
     kind, size = config.optimizer.kind, geometry.image_size
-    plan = Setting(geometry, config.networks, torch.bfloat16, 1, size, config.method, kind).plan()
-    steps = [size for moment, size in plan.moments.items() if moment.endswith("turn") or moment == "optimizer step"]
+    plan = PlanInput(geometry, config.networks, torch.bfloat16, 1, size, config.method, kind).plan()
+    steps = [size for moment, size in plan.stages.items() if moment.endswith("turn") or moment == "optimizer step"]
     expected = max(steps) - plan.resident["autoencoder for grids"]
     free, _ = torch.cuda.mem_get_info()
     if expected + 4 * GIB > free:

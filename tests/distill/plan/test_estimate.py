@@ -21,7 +21,7 @@ from distill.models.sd3 import load_transformer
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan import estimate as plans
-from distill.plan.estimate import Plan, Setting, changes_that_fit
+from distill.plan.estimate import Plan, PlanInput, changes_that_fit
 from distill.plan.meter import Meter
 from distill.training.networks import ROLES, SharedBase, build
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 DTYPES = {"lora": torch.float32, "full": torch.bfloat16}
 KINDS = [Lora(rank=4), Lora(rank=4, gradient_checkpointing=True), Full(), Full(gradient_checkpointing=True)]
 METHOD = FGMConfig(guidance=Guidance(guide_fake=True))
-PATH = reflow.FGMConfig(teacher_steps=1)  # the cheapest to plan
+PATH = reflow.ReflowConfig(teacher_steps=1)  # the cheapest to plan
 BATCH, SIZE = 3, 16
 
 
@@ -39,7 +39,7 @@ def label(kind) -> str:
     return kind.kind + ("-checkpointing" if kind.gradient_checkpointing else "")
 
 
-class Remembered(Setting):
+class Remembered(PlanInput):
     """A setting that is planned once for all tests."""
 
     def plan(self) -> Plan:
@@ -52,12 +52,12 @@ class Remembered(Setting):
 _plans: dict[tuple, Plan] = {}
 
 
-def setting(teacher: Path, kind, batch: int = BATCH, method=METHOD, optimizer="adam") -> Setting:
+def setting(teacher: Path, kind, batch: int = BATCH, method=METHOD, optimizer="adam") -> PlanInput:
     geometry = read_geometry(str(teacher))
     return Remembered(geometry, kind, DTYPES[kind.kind], batch, SIZE, method, optimizer)
 
 
-def inputs(made: Setting) -> tuple[torch.Tensor, TextCondition]:
+def inputs(made: PlanInput) -> tuple[torch.Tensor, TextCondition]:
     generator = torch.Generator().manual_seed(0)
     z, cond = plans._inputs(made.geometry, made.batch, made.size)
     z, embeds, pooled = (torch.randn(x.shape, generator=generator) for x in (z, cond.embeds, cond.pooled))
@@ -86,17 +86,17 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
     optimizers = {role: torch.optim.Adam(weights[role].values(), betas=(0.0, 0.999)) for role in ROLES}
     turned = []
     for turn in made.method.turns():
-        turned.append(plans.take_turn(networks, turn.role, plans.asks(turn), *inputs(made), dtype))
+        turned.append(plans.simulate_step(networks, turn.role, plans.network_calls(turn), *inputs(made), dtype))
         optimizers[turn.role].step()
         assert plan.gradients == nbytes(x.grad for x in weights[turn.role].values())
         optimizers[turn.role].zero_grad()
-        beside = plan.moments[f"{turn.role}'s turn"] - sum(plan.resident.values())
+        beside = plan.stages[f"{turn.role}'s turn"] - sum(plan.resident.values())
         assert beside == pytest.approx(turned[-1].peak, rel=0.01)
 
     flop = sum(turn.steps * real.flop for turn, real in zip(made.method.turns(), turned, strict=True))
     assert plan.flop_per_image == flop / BATCH
     heaviest = max(turned, key=lambda real: real.peak)
-    assert plan.activations == pytest.approx(heaviest.kept, rel=0.01)
+    assert plan.activations == pytest.approx(heaviest.activations, rel=0.01)
     moments = [x for adam in optimizers.values() for state in adam.state.values() for x in state.values() if x.ndim]
     assert plan.resident["optimizer states"] == nbytes(moments)
     assert plan.resident["averaged student"] == nbytes(weights["student"].values())
@@ -157,7 +157,7 @@ def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
 
 @pytest.mark.parametrize(
     "method",
-    [PATH, flow_map.FGMConfig(), dmd.FGMConfig(gan=dmd.Gan())],
+    [PATH, flow_map.FlowMapConfig(), dmd.DMDConfig(gan=dmd.Gan())],
     ids=lambda method: method.name,
 )
 def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
@@ -174,7 +174,7 @@ def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
 
 
 def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teacher):
-    one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.FGMConfig(teacher_steps=3)))
+    one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.ReflowConfig(teacher_steps=3)))
     assert three.plan().activations == pytest.approx(one.plan().activations, rel=0.02)
     networks, _ = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
     z, cond = inputs(three)
@@ -186,9 +186,9 @@ def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teac
 
 
 def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
-    (turn,) = flow_map.FGMConfig().turns()
+    (turn,) = flow_map.FlowMapConfig().turns()
     # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
-    found = [(each.role, each.learns, each.derived) for each in plans.asks(turn)]
+    found = [(each.role, each.backward, each.forward_mode) for each in plans.network_calls(turn)]
     student = [("student", False, False), ("student", False, True), ("student", True, False)]
     assert [each for each in found if each[0] == "student"] == student
     assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
@@ -241,7 +241,7 @@ def test_named_models_have_the_published_size(name, low, high):
 def test_a_change_that_is_said_to_fit_does(teacher):
     made = setting(teacher, Full())
     plan, least = made.plan(), replace(made, batch=1).plan().peak
-    assert plan.peak == max(plan.moments.values())
+    assert plan.peak == max(plan.stages.values())
     available = (least + plan.peak + 1) // 2
     changes = changes_that_fit(made, plan, available)
     changed = {
@@ -267,9 +267,9 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
     with pytest.raises(TeacherError, match="FluxTransformer2DModel"):
         read_geometry(str(tmp_path))
     with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
-        plans.setting(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
+        plans.plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
     with pytest.raises(SizeError, match="multiple of 4 up to 48"):
-        Setting(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
+        PlanInput(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
 
 
 def test_a_transformer_s_configuration_is_enough(teacher, tmp_path):
@@ -291,5 +291,5 @@ def test_the_command_prints_parts_verdict_and_json(teacher):
     result = json.loads(CliRunner().invoke(app, [*command, *least]).output)
     assert result["fits"] is False  # what is set aside for the device's own is more than that
     assert result["changes"] == []
-    assert result["peak_bytes"] == max(result["moments_bytes"].values())
+    assert result["peak_bytes"] == max(result["stages_bytes"].values())
     assert result["images_per_second"] > 0
