@@ -66,7 +66,7 @@ def serve(
     from uvicorn.config import STARTUP_FAILURE
 
     from service.engine.launch import worker_processes
-    from service.http.server import Server, uvicorn_config
+    from service.http.graceful_server import GracefulServer, uvicorn_config
     from service.observability.logs import configure
     from service.settings import read_settings
 
@@ -96,7 +96,7 @@ def serve(
     configure(settings.log_format, settings.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
-    server = Server(uvicorn_config(served, settings))
+    server = GracefulServer(uvicorn_config(served, settings))
     server.run()
     if not server.started:
         sys.exit(STARTUP_FAILURE)

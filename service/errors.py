@@ -1,11 +1,10 @@
-"""One tree of errors, and one table from error to status and OpenAI error type."""
+"""The exceptions of the service, and the table from exception to HTTP status and OpenAI error type."""
 
 import math
 from typing import Any
 
-MIN_RETRY_SECONDS = 0.1  # seconds; with 0, clients would retry at once without end
-
-MAX_EXCERPT_CHARACTERS = 100  # characters of a client's text that an error repeats
+MIN_RETRY_SECONDS = 0.1  # with 0, clients would retry at once, without end
+MAX_EXCERPT_CHARACTERS = 100  # of a client's text that an error repeats
 
 
 def excerpt(text: str) -> str:
@@ -13,7 +12,7 @@ def excerpt(text: str) -> str:
     return text if len(text) <= MAX_EXCERPT_CHARACTERS else f"{text[: MAX_EXCERPT_CHARACTERS - 1]}…"
 
 
-def without_middle(sentence: str) -> str:
+def shortened(sentence: str) -> str:
     """Return a sentence that may contain a client's text; a long one is cut to its beginning and end."""
     return sentence if len(sentence) <= 200 else f"{sentence[:139]}…{sentence[-60:]}"
 
@@ -24,7 +23,7 @@ def quoted(text: str) -> str:
 
 
 class ServiceError(Exception):
-    """Something that a client is told. `param` names the request's field at fault, `code` the case for programs."""
+    """An error that the client sees. `param` is the name of the invalid field, `code` identifies the case."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -34,48 +33,48 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """A field that is missing, unknown, of the wrong type, or asks for what the model cannot do."""
+    """A field that is missing, unknown, of the wrong type, or not supported by the model."""
 
 
 class Blocked(ServiceError):
-    """An image that the safety check refuses; the request was in order, and another prompt or seed may pass."""
+    """An image that the safety check blocks. The request is valid; another prompt or seed may pass."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param, "moderation_blocked")
 
 
 class Unauthorized(ServiceError):
-    """No API key, or one that is not known."""
+    """A missing or unknown API key."""
 
 
 class Forbidden(ServiceError):
-    """An API key that is known, but not for this."""
+    """A known API key without the scope, or a web page of another origin."""
 
 
 class NotFound(ServiceError):
-    """A path, model or link that does not exist, or no longer."""
+    """A path, model or link that does not exist."""
 
 
 class MethodNotAllowed(ServiceError):
-    """A path that exists, asked in another way."""
+    """A path that exists, with a method that it does not support."""
 
 
 class BodyTooLarge(ServiceError):
-    """More bytes than the server reads."""
+    """A body over the size limit."""
 
 
 class HeadTooLarge(ServiceError):
-    """A path and headers of more bytes than the server reads."""
+    """A path and headers over the size limit."""
 
 
 class TooSlow(ServiceError):
-    """A head or body of a request that does not arrive in time."""
+    """A request whose head or body does not arrive in time."""
 
 
 class Overloaded(ServiceError):
-    """The queue is full or a limit reached. There is room in `retry_after` seconds, which the message says too.
+    """The queue is full or a limit is reached. The client may retry after `retry_after` seconds.
 
-    `position` is how many images wait before those that were refused, where that is what they were refused for.
+    `position` is the number of images that wait before the request, if the queue is the reason.
     """
 
     def __init__(self, message: str, retry_after: float, code: str, position: int | None = None) -> None:
@@ -86,26 +85,26 @@ class Overloaded(ServiceError):
 
 
 class GenerationFailed(ServiceError):
-    """The model failed on this one image."""
+    """The model failed on this image, also alone in a batch."""
 
 
 class TimedOut(ServiceError):
-    """The images were not there in the time that the request gave."""
+    """The images were not ready within the timeout of the request."""
 
 
 class Unavailable(ServiceError):
-    """The server is starting or draining, or what it needs is away: its database, its disk, its store of images."""
+    """The server is starting or draining, or its database, disk or store of images is unavailable."""
 
 
 class ClientGone(ServiceError):
-    """The client hung up before its answer; nobody reads this one, but the metrics count it."""
+    """The client disconnected before the answer. No client sees this error; the metrics count it."""
 
 
 class StartError(Exception):
-    """What keeps a command from its work: a model, a setting, a server that is not there. No client is told of it."""
+    """A command cannot start: an invalid model or setting, or an unreachable server. No client sees this error."""
 
 
-UNAVAILABLE_RETRY_SECONDS = 5  # nobody knows how long something is away; so often the server itself looks for it
+UNAVAILABLE_RETRY_SECONDS = 5  # between the server's own attempts; the end of an outage is unknown
 
 HTTP_STATUS: dict[type[ServiceError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
@@ -127,12 +126,12 @@ HTTP_STATUS: dict[type[ServiceError], tuple[int, str]] = {
 
 
 def no_model(name: str) -> NotFound:
-    """The error of a model that is not loaded, by the name that it was asked for."""
+    """Return the error for a name that no loaded model has."""
     return NotFound(f"there is no model {quoted(name)}; GET /v1/models lists them", "model", "model_not_found")
 
 
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers of an error."""
+    """Return the HTTP status, body and headers of an error."""
     status, kind = HTTP_STATUS[type(error)]
     body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     match error:

@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's names and types, with our extensions marked."""
+"""The API's requests and responses: OpenAI's names and types, with our extensions marked."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -15,23 +15,23 @@ from pydantic import (
 
 from service.errors import InvalidRequest
 
-# Fields that may be ignored: the images are the same as without them.
-HARMLESS = {"quality", "style", "background", "moderation", "output_compression", "partial_images"}
-HARMLESS |= {"user", "size", "steps"}
-ADVICE = {
+# Fields that a server may ignore: the images are those of a request without them.
+IGNORABLE_FIELDS = {"quality", "style", "background", "moderation", "output_compression", "partial_images"}
+IGNORABLE_FIELDS |= {"user", "size", "steps"}
+FIELD_ADVICE = {
     "extra_body": "put the fields in it at the top level of the request",
     "seed": "leave seed out for a random one",
     "size": "give auto or WIDTHxHEIGHT, or leave size out",
     "steps": "leave steps out for one step",
     "style": "the model has no choice of styles",
-}  # by field: what to do, if pydantic's message does not say it
-NAMED = 16  # maximum number of unsupported fields that a warning names
-NAME_CHARACTERS = 64  # of each
+}  # by field: the fix, if pydantic's message does not name it
+MAX_NAMED_FIELDS = 16  # maximum number of unsupported fields that a warning names
+MAX_NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class LoraChoice(BaseModel):
-    """An adapter of the model, and how much of it."""
+    """An adapter of the model, and its scale."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -40,10 +40,10 @@ class LoraChoice(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """`POST /v1/images/generations`. Fields that a one-step student cannot honor take their neutral value only.
+    """`POST /v1/images/generations`. Fields without a meaning for the models have their neutral value only.
 
-    Validated with the context `{"unsupported": "warn"}`, it leaves out fields that are unknown, and values of HARMLESS
-    fields that are not supported; its warnings name them.
+    With the validation context `{"unsupported": "warn"}`, unknown fields and unsupported values of IGNORABLE_FIELDS are
+    left out, with a warning that names them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -63,22 +63,16 @@ class ImageRequest(BaseModel):
     style: None = None
     stream: Annotated[bool | None, Field(description="Answer with one server-sent event, for n = 1.")] = None
     partial_images: (
-        Annotated[
-            int, Field(ge=0, le=3, description="At most so many come before the image; one step has none to show.")
-        ]
-        | None
+        Annotated[int, Field(ge=0, le=3, description="Accepted for compatibility; no partial images are sent.")] | None
     ) = None
-    user: Annotated[str, Field(max_length=256, description="Kept in the server's log.")] | None = None
+    user: Annotated[str, Field(max_length=256, description="Written to the server's log.")] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None = None
     priority: Annotated[
         Literal["interactive", "batch"] | None, Field(description="Extension. Bulk work waits for interactive work.")
     ] = None
-    lora: Annotated[LoraChoice | None, Field(description="Extension. An adapter that the model has.")] = None
+    lora: Annotated[LoraChoice | None, Field(description="Extension. An adapter of the model.")] = None
     timeout: (
-        Annotated[
-            float, Field(ge=0.1, le=3600, description="Extension. Seconds in which the images must be made, else none.")
-        ]
-        | None
+        Annotated[float, Field(ge=0.1, le=3600, description="Extension. Seconds until the request fails.")] | None
     ) = None
     steps: (
         Annotated[
@@ -105,47 +99,45 @@ class ImageRequest(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _leave_out_unsupported(
-        cls, given: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo
-    ) -> Self:
+    def _ignore_unsupported(cls, given: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         if not isinstance(given, dict) or (info.context or {}).get("unsupported") != "warn":
             return validate(given)
         warnings = []
         if given.get("seed") == -1:
             given = {**given, "seed": None}
-            warnings.append("seed -1 is taken for a random seed; leave seed out for one")
+            warnings.append("seed -1 is a random seed here; leave seed out for one")
         try:
             made = validate(given)
         except ValidationError as error:
-            unsupported = _unsupported(error)
+            unsupported = _ignorable(error)
             made = validate({name: value for name, value in given.items() if name not in unsupported})
-            named = list(unsupported.items())[:NAMED]
-            warnings += [f"{_shown(name)} is ignored: {reason}" for name, reason in named]
+            named = list(unsupported.items())[:MAX_NAMED_FIELDS]
+            warnings += [f"{_escaped(name)} is ignored: {reason}" for name, reason in named]
             if more := len(unsupported) - len(named):
                 warnings.append(f"{more} more fields are ignored")
         made._warnings = warnings
         return made
 
 
-def _unsupported(error: ValidationError) -> dict[str, str]:
-    """The invalid fields that may be ignored, and the reasons."""
+def _ignorable(error: ValidationError) -> dict[str, str]:
+    """Return the invalid fields that may be ignored, and the reasons."""
     fields: dict[str, str] = {}
     for each in error.errors(include_input=False, include_url=False):
-        name, *within = map(str, each["loc"] or [""])  # empty for a name that is not valid text
+        name, *within = map(str, each["loc"] or [""])  # the location is empty for a name that is not valid text
         if each["type"] == "extra_forbidden" and not within:
-            fields[name] = ADVICE.get(name, "there is no such field")
-        elif name in HARMLESS:
-            fields.setdefault(name, ADVICE.get(name, each["msg"]))
+            fields[name] = FIELD_ADVICE.get(name, "there is no such field")
+        elif name in IGNORABLE_FIELDS:
+            fields.setdefault(name, FIELD_ADVICE.get(name, each["msg"]))
     return fields
 
 
-def _shown(name: str) -> str:
-    """A field's name from a client, made safe for headers and logs."""
-    return ascii(name[:NAME_CHARACTERS])[1:-1]
+def _escaped(name: str) -> str:
+    """Return a field's name from a client, safe for headers and logs."""
+    return ascii(name[:MAX_NAME_CHARACTERS])[1:-1]
 
 
 class ImageData(BaseModel):
-    """One image, as Base64 or as a link. `seed` is an extension: it makes the image again."""
+    """One image, as Base64 or as a link. `seed` is an extension: it reproduces the image."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -160,7 +152,7 @@ class TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Text tokens in (start and end included), latent patches out."""
+    """Input text tokens (start and end included) and output latent patches."""
 
     input_tokens: int
     input_tokens_details: TokenDetails
@@ -170,7 +162,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """`warnings` is an extension, present when there is something to warn of."""
+    """The response. `warnings` is an extension, present if there are any."""
 
     created: int
     data: list[ImageData]
@@ -212,14 +204,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """All models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class SessionStart(BaseModel):
-    """May open a realtime session. The key is for browsers, which cannot send it in a header."""
+    """The optional first message of a realtime session. `api_key` is for browsers, which cannot send the header."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -229,10 +221,10 @@ class SessionStart(BaseModel):
 
 
 class RealtimeRequest(ImageRequest):
-    """Images for the prompt as it stands now; what is left out of the fields is what has no meaning here."""
+    """A request of a realtime session. Links, streams and partial images have no meaning here."""
 
     type: Literal["images.generate"]
-    id: Annotated[str, Field(max_length=64, description="Comes back in the answer.")] | None = None
+    id: Annotated[str, Field(max_length=64, description="Returned in the answer.")] | None = None
     response_format: Literal["b64_json"] | None = None
     stream: Literal[False] | None = None
     partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
@@ -246,7 +238,9 @@ class StudentToLoad(BaseModel):
     folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `folders` of the list.")]
     name: Annotated[
         str | None,
-        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="To serve it by; its own if not given."),
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="The name to serve it by; its own by default."
+        ),
     ] = None
 
 
@@ -257,21 +251,21 @@ class AdapterToLoad(BaseModel):
 
     model: str
     folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `adapter_folders` of the list.")]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="To ask for it by.")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="The name in `lora`.")]
 
 
 class LoadedModel(Model):
     """A model as an administrator sees it."""
 
-    aliases: Annotated[list[str], Field(description="Its further names.")]
-    digest: Annotated[str, Field(description="Of the files.")]
+    aliases: Annotated[list[str], Field(description="Other names of the model.")]
+    digest: Annotated[str, Field(description="Digest of the model's files.")]
     runtime_fingerprint: Annotated[
         str, Field(description="Precision, blocks, kernels, replaced parts: with the same digest too, the same images.")
     ]
 
 
 class LoadedModels(BaseModel):
-    """What is served, and the names of the folders that may be loaded."""
+    """The served models, and the names of the folders that can be loaded."""
 
     object: Literal["list"] = "list"
     data: list[LoadedModel]
@@ -280,7 +274,7 @@ class LoadedModels(BaseModel):
 
 
 class ModelDeleted(BaseModel):
-    """A model that is served no more. Its files stay."""
+    """An unloaded model. Its files stay."""
 
     id: str
     object: Literal["model"] = "model"
@@ -288,7 +282,7 @@ class ModelDeleted(BaseModel):
 
 
 class AdapterDeleted(BaseModel):
-    """An adapter that may be asked for no more. Its file stays."""
+    """An unloaded adapter. Its file stays."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -305,6 +299,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What every refusal looks like."""
+    """The body of every error."""
 
     error: ErrorBody

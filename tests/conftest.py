@@ -19,7 +19,7 @@ from tiny import make_clip, make_teacher
 LONG = (
     "test_run",
     "test_cluster",
-    "test_tuning",
+    "test_jobs",
     "test_bad_days",
     "test_demo",
     "test_soak_jobs",
@@ -29,7 +29,7 @@ LONG = (
     "test_student",
     "test_conditions",
     "test_train",
-    "test_playground",
+    "test_browser",
     "test_drills",
 )
 

@@ -22,9 +22,9 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
-    from service.commands.remote import Server
+    from service.commands.remote import RemoteServer
 
-    with Server(url, key) as server:
+    with RemoteServer(url, key) as server:
         found = server.models()
     rows = [["student", "sizes", "adapters", "aliases"]]
     for model in found.data:
@@ -47,9 +47,9 @@ def load(
 
     fgm-service models load sd3-medium --name new
     """
-    from service.commands.remote import Server
+    from service.commands.remote import RemoteServer
 
-    with Server(url, key) as server:
+    with RemoteServer(url, key) as server:
         print(f"{server.load(folder, name).id} is served.")
 
 
@@ -58,9 +58,9 @@ def unload(
     name: Annotated[str, typer.Argument(help="The student, by its name.")], url: Url = LOCAL, key: AdminKey = None
 ) -> None:
     """Serve a student no more; ends when what was accepted for it is answered. Its files stay."""
-    from service.commands.remote import Server
+    from service.commands.remote import RemoteServer
 
-    with Server(url, key) as server:
+    with RemoteServer(url, key) as server:
         server.unload(name)
     print(f"{name} is served no more.")
 
@@ -79,9 +79,9 @@ def load_adapter(
 
     curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
     """
-    from service.commands.remote import Server
+    from service.commands.remote import RemoteServer
 
-    with Server(url, key) as server:
+    with RemoteServer(url, key) as server:
         loaded = server.load_adapter(model, folder, name or folder)
     print(f"{loaded.id} has {', '.join(loaded.adapters)}.")
 
@@ -94,8 +94,8 @@ def unload_adapter(
     key: AdminKey = None,
 ) -> None:
     """Take an adapter from a student; ends when what was accepted for it is answered. Its file stays."""
-    from service.commands.remote import Server
+    from service.commands.remote import RemoteServer
 
-    with Server(url, key) as server:
+    with RemoteServer(url, key) as server:
         server.unload_adapter(model, name)
     print(f"{model} has {name} no more.")

@@ -11,7 +11,7 @@ from service.schemas import LoadedModel, LoadedModels
 LOADING_SECONDS = 1800.0  # that a server may take to read a model, or to finish what it has accepted for one
 
 
-class Server:
+class RemoteServer:
     """A server at `url`, asked with an API key where it wants one; `with` closes the connection.
 
     Every method raises StartError with what the server says, or when it cannot be reached.

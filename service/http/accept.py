@@ -1,4 +1,4 @@
-"""What kind of answer a client's `Accept` header asks for: JSON, or the bytes of an image."""
+"""The response type that an `Accept` header prefers: JSON, or the bytes of an image."""
 
 from typing import Any
 

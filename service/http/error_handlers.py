@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a request, as an OpenAI error object."""
+"""Exception handlers: every exception becomes an OpenAI error object with the status of `errors.HTTP_STATUS`."""
 
 import contextlib
 import json
@@ -26,34 +26,34 @@ from service.errors import (
     to_openai,
 )
 from service.files import DISK_FULL, NOT_WRITABLE
-from service.schemas import ADVICE, HARMLESS
+from service.schemas import FIELD_ADVICE, IGNORABLE_FIELDS
 
 log = logging.getLogger(__name__)
 
-_UNSUPPORTED = ("extra_forbidden", "none_required")  # pydantic's names for a field that we do not take
+_UNSUPPORTED_TYPES = ("extra_forbidden", "none_required")  # pydantic's names for an unsupported field
 
 
 def install(app: FastAPI) -> None:
-    """Answer in one form our own errors, complaints about a body or a path, and a disk that is full."""
-    app.add_exception_handler(ServiceError, _ours)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(OSError, _disk)
+    """Add the handlers of our own errors, of validation and routing errors, and of disk errors."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(OSError, _disk_error)
 
 
 def error_response(error: ServiceError) -> JSONResponse:
-    """The response that tells of an error."""
+    """Return the response of an error."""
     status, body, headers = to_openai(error)
     return JSONResponse(body, status, headers)
 
 
-async def _ours(request: Request, error: Exception) -> JSONResponse:
+async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     return error_response(error)
 
 
-async def _validation(request: Request, error: Exception) -> JSONResponse:
-    """The first complaint, with the field as `param`; the values themselves, prompts among them, are not repeated."""
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer with the first error and its field as `param`. Values, prompts among them, are not repeated."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -69,22 +69,22 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def body_error(error: ValidationError) -> RequestValidationError:
-    """FastAPI's error for a body that was validated by a handler."""
-    complaints = error.errors(include_input=False)
-    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in complaints])
+    """Return FastAPI's error for a body that a handler validated."""
+    errors = error.errors(include_input=False)
+    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors])
 
 
 def field_error(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:
-    """Pydantic's complaint about a field."""
+    """Return the error for pydantic's error of a field."""
     param = excerpt(".".join(map(str, field)))
     name = str(field[-1])
-    advice = ADVICE.get(name, "or leave it out" if name in HARMLESS else None)
-    if kind in _UNSUPPORTED:
+    advice = FIELD_ADVICE.get(name, "or leave it out" if name in IGNORABLE_FIELDS else None)
+    if kind in _UNSUPPORTED_TYPES:
         return InvalidRequest(f"{param} is not supported; {advice or 'leave it out'}", param, "unknown_parameter")
     return InvalidRequest(f"{param}: {message}" + (f"; {advice}" if advice else ""), param, "invalid_value")
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
+async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     match error.status_code:
         case 404:
@@ -101,12 +101,12 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         case 499:
             return error_response(ClientGone(error.detail))
         case _ if error.__cause__ is not None:  # FastAPI failed to read a JSON body
-            return await _unread(request, error.__cause__)
+            return await _undecodable(request, error.__cause__)
         case _:
             return _unreadable(request, error.detail, code=None)
 
 
-async def _unread(request: Request, cause: BaseException) -> JSONResponse:
+async def _undecodable(request: Request, cause: BaseException) -> JSONResponse:
     """Answer a JSON body whose text or numbers could not be read."""
     if isinstance(cause, UnicodeDecodeError):
         return _unreadable(request, f"the body is not UTF-8 text: byte {cause.start} cannot be decoded")
@@ -153,7 +153,7 @@ def _methods(request: Request) -> list[str]:
     return ["HEAD", *taken] if "GET" in taken else taken
 
 
-async def _disk(request: Request, error: Exception) -> JSONResponse:
+async def _disk_error(request: Request, error: Exception) -> JSONResponse:
     """Answer 503 for a disk that is full or not writable. Other errors are bugs and are raised again."""
     assert isinstance(error, OSError)
     if error.errno in DISK_FULL:

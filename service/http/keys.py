@@ -1,4 +1,4 @@
-"""API keys: who may ask for what. Only hashes are kept, in a JSON file that the server reads again when it changes."""
+"""API keys and their scopes. A JSON file holds their hashes; the server reads it again when it changes."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ _KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{KEY_CHARACTERS},}}")  # the characters
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A key as it is kept. `owner` is the name that limits, logs and fair shares know its holder by."""
+    """A stored key. Limits, logs and fair sharing go by `owner`, the name of its holder."""
 
     owner: Annotated[str, msgspec.Meta(pattern=r"\S")]
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256; a slow hash adds nothing to random keys
@@ -46,12 +46,12 @@ class ApiKey:
 
     @classmethod
     def of(cls, token: str, owner: str, scopes: Iterable[Scope]) -> "ApiKey":
-        """The key of a token."""
+        """Return the key of a token."""
         return cls(owner, _digest(token), frozenset(scopes))
 
     @classmethod
     def of_settings(cls, token: str) -> "ApiKey":
-        """The key of a token in `api_keys`. Its owner is derived from the token, not from its place in the list."""
+        """Return the key of a token in `api_keys`. Its owner is derived from the token, not from its position."""
         return cls.of(token, f"key-{_digest(f'owner {token}')[:8]}", ("generate", "jobs"))
 
 
@@ -69,7 +69,7 @@ def check_token(token: str) -> None:
 
 
 def find(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
-    """The key of a token, None for text that cannot be a key. All keys are compared, each in constant time."""
+    """Return the key of a token, or None. All keys are compared, each in constant time."""
     if not _KEY.fullmatch(token):
         return None
     digest = _digest(token)
@@ -78,7 +78,7 @@ def find(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
 
 
 class KeyFile:
-    """The file of keys. It is replaced as a whole, never written in place."""
+    """The file of keys. It is replaced atomically, never written in place."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -89,7 +89,7 @@ class KeyFile:
         return str(self._path)
 
     def read(self) -> tuple[ApiKey, ...]:
-        """All keys, read again when the file has changed. Raises StartError for a file that is not one of ours.
+        """Return all keys, read again when the file has changed. Raises StartError for an invalid file.
 
         Raises OSError while the file's mount does not answer.
         """
@@ -108,16 +108,16 @@ class KeyFile:
         return self._keys
 
     def read_at_start(self) -> tuple[ApiKey, ...]:
-        """`read`, for commands. Also raises StartError if the file's mount does not answer in time."""
+        """Like `read`, for commands. Also raises StartError if the file's mount does not answer in time."""
         try:
             return _in_thread(self.read).result(START_SECONDS)
         except OSError as error:  # TimeoutError is one
             raise StartError(f"{self._path} cannot be read: its file system does not answer ({error!r})") from None
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
-        """Add a key and return its token, which cannot be shown again. Raises StartError for a wrong name."""
+        """Add a key and return its token, which cannot be shown again. Raises StartError for an invalid name."""
         if not owner.strip():
-            raise StartError("a key needs a name: logs and limits go by it")
+            raise StartError("a key needs a name, because logs and limits go by it")
         token = f"fgm-{secrets.token_urlsafe(32)}"
         with self._locked():
             keys = self.read_at_start()
@@ -127,7 +127,7 @@ class KeyFile:
         return token
 
     def revoke(self, owner: str) -> None:
-        """Delete a key; a running server refuses it from then on. Raises StartError when there is none."""
+        """Delete a key. A running server refuses it from then on. Raises StartError for an unknown name."""
         with self._locked():
             keys = self.read_at_start()
             if all(key.owner != owner for key in keys):
@@ -151,7 +151,7 @@ class KeyFile:
                 if key.digest == _digest(""):
                     raise ValueError(f"the key of {key.owner!r} is empty")
         except (ValueError, msgspec.DecodeError, RecursionError) as error:
-            message = f"{self._path} is no file of API keys ({error}); make one with `fgm-service keys create`"
+            message = f"{self._path} is not a file of API keys ({error}); create one with `fgm-service keys create`"
             raise StartError(message) from None
         return keys
 
@@ -169,12 +169,12 @@ class KeyReader:
         self._last: tuple[ApiKey, ...] | None = None  # the keys that were read last
         self._reading: asyncio.Future[tuple[ApiKey, ...] | Exception] | None = None
         self._since = 0.0
-        self._told = ""  # the failure that was logged last
+        self._logged = ""  # the failure that was logged last
 
     async def read(self) -> tuple[ApiKey, ...]:
-        """The file's keys; while its mount does not answer, those that were read last.
+        """Return the file's keys, or, while its mount does not answer, those that were read last.
 
-        Raises Unavailable if no keys were read yet or the file is invalid, so that nobody is let in by mistake.
+        Raises Unavailable if no keys were read yet or the file is invalid, so that no caller is accepted by mistake.
         """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.wrap_future(_in_thread(self._attempt))
@@ -184,13 +184,13 @@ class KeyReader:
         await asyncio.wait([reading], timeout=max(0.0, self._since + patience - time.monotonic()))
         found = reading.result() if reading.done() else TimeoutError(f"{self._file} does not answer")
         if isinstance(found, tuple):
-            self._last, self._told = found, ""
+            self._last, self._logged = found, ""
             return found
         last = None if isinstance(found, StartError) else self._last
-        if str(found) != self._told:  # once, and not for each request
-            self._told = str(found)
+        if str(found) != self._logged:  # once, and not for each request
+            self._logged = str(found)
             if last is None:
-                log.error("nobody is let in: %s", found)
+                log.error("no caller is accepted: %s", found)
             else:
                 log.warning("the keys that were read last stay valid: %s", found)
         if last is None:
@@ -205,7 +205,7 @@ class KeyReader:
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:
-    """The result of `work`, which runs in a daemon thread: the process does not wait for it at exit."""
+    """Run `work` in a daemon thread, for which the process does not wait at exit."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What every request passes: an id, limits on its body, a line in the log, a count. Plain ASGI, so nothing buffers."""
+"""Middleware of every request: its id, limits on its body, log line and metrics. Plain ASGI, so nothing is buffered."""
 
 import asyncio
 import logging
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from service.observability.tracing import Tracing
 
 log = logging.getLogger(__name__)
-POLLED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: a line for each would bury the others
+PROBE_PATHS = ("/healthz", "/readyz", "/metrics")  # polled every few seconds; logged at debug level
 
 
 class BodyLimit(NamedTuple):
-    """How large a body may be, and how long it may take."""
+    """Limits on the size of a body and on the time in which it arrives."""
 
     max_bytes: int
     seconds: float
@@ -47,7 +47,7 @@ class RequestMiddleware:
         uploads: Mapping[str, BodyLimit] | None = None,
         tracing: "Tracing | None" = None,
     ) -> None:
-        """`body` limits every request's body but those of the paths in `uploads`, which have limits of their own."""
+        """`body` limits every request's body except those of the paths in `uploads`, which have their own limits."""
         self._app = app
         self._metrics = metrics
         self._body = body
@@ -78,15 +78,15 @@ class RequestMiddleware:
         too_large = HTTPException(413, f"the body is over the limit of {limit.max_bytes} bytes")
         declared = headers.get("content-length", "")
         received = 0
-        whole = False  # whether the body has arrived
-        polled = path in POLLED
-        trace = self._tracing.request(method, headers) if self._tracing and not polled else None
+        complete = False  # whether the body has arrived
+        is_probe = path in PROBE_PATHS
+        trace = self._tracing.request(method, headers) if self._tracing and not is_probe else None
 
-        async def limited() -> Message:
-            nonlocal received, whole
+        async def receive_within_limits() -> Message:
+            nonlocal received, complete
             if declared.isdecimal() and int(declared) > limit.max_bytes:
                 raise too_large  # before a byte of it is read
-            if whole:
+            if complete:
                 return await receive()
             try:
                 async with asyncio.timeout(began + limit.seconds - time.monotonic()):
@@ -96,12 +96,12 @@ class RequestMiddleware:
             if message["type"] == "http.disconnect":
                 raise HTTPException(499, "the client left before its request had arrived")
             received += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             if received > limit.max_bytes:
                 raise too_large
             return message
 
-        async def labeled(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -110,29 +110,29 @@ class RequestMiddleware:
 
         try:
             if one_host:
-                await self._app(scope, limited, labeled)
+                await self._app(scope, receive_within_limits, send_with_id)
             else:
                 error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
-                await error_response(error)(scope, receive, labeled)
+                await error_response(error)(scope, receive, send_with_id)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
                 raise  # too late for another answer: the server closes the connection
-            broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
-            await error_response(broken)(scope, receive, labeled)
+            failed = ServiceError(f"the server failed; its log has the error under {request_id}")
+            await error_response(failed)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.monotonic() - began
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
-            told = {
+            extra = {
                 name: scope["state"][name] for name in ("owner", "user", "prompt") if scope.get("state", {}).get(name)
             }
-            told |= {"request_id": request_id, "seconds": round(seconds, 4)}
+            extra |= {"request_id": request_id, "seconds": round(seconds, 4)}
             if trace:
-                trace.answered(route, status, request_id)
-            level = logging.DEBUG if route in POLLED else logging.INFO
-            log.log(level, "%s %s %s", method, route, status, extra=told)
+                trace.finish(route, status, request_id)
+            level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
+            log.log(level, "%s %s %s", method, route, status, extra=extra)
 
 
 class CorsMiddleware(CORSMiddleware):

@@ -1,4 +1,4 @@
-"""Which web pages may call, and by which names the server is called: what keeps foreign pages out where no key does."""
+"""Checks of the `Origin` and `Host` headers. They keep out foreign web pages where there is no API key."""
 
 import ipaddress
 import re
@@ -11,14 +11,14 @@ _HOST = re.compile(r"(\[[\w:.%~-]+\]|[\w.~%!$&'()*+,;=-]*)(?::\d{0,5})?", re.ASC
 
 
 def allowed(origin: str, host: str, settings: Settings) -> bool:
-    """Whether a page of this origin may call a server that is called by `host`: one of ours, or one of the settings."""
+    """Whether a page of this origin may call: the server's own, which `host` names, or one of `cors_origins`."""
     own = {host, urlsplit(settings.public_url or "").netloc}
     page = origin.partition("://")[2]  # none in the origin "null"
     return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.cors_origins)
 
 
 def pattern(origin: str) -> str:
-    """The regular expression of an allowed origin. `*` is any origin, any port, or any part of a host's name."""
+    """Return the regular expression of an allowed origin. `*` is any origin, any port, or any part of a host's name."""
     return ".*" if origin == "*" else re.escape(origin).replace(r":\*", ":[0-9]+").replace(r"\*", "[A-Za-z0-9.-]+")
 
 
@@ -37,7 +37,7 @@ def host_of(header: str) -> str | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this machine's own, seen by nobody else."""
+    """Whether a host's name or address is that of this machine's loopback."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -45,19 +45,19 @@ def is_loopback(name: str) -> bool:
 
 
 def check_open(origin: str | None, host: str, settings: Settings) -> None:
-    """Raise Forbidden for what a browser was made to send to a server without keys, whose only guard is the loopback.
+    """Raise Forbidden for a request of a foreign web page to a server without keys, which only the loopback protects.
 
-    A page elsewhere may send what needs no preflight, and a page whose name was re-bound to the loopback is of the
-    server's own origin but calls it by its own name.
+    Such a page can send requests that need no preflight. A page whose name was rebound to the loopback (DNS rebinding)
+    has the server's own origin, but a foreign `Host`.
     """
     if origin is not None and not allowed(origin, host, settings):
         raise Forbidden(
-            f"pages of {excerpt(origin)} may not call; the setting cors_origins lets them", code="origin_not_allowed"
+            f"pages of {excerpt(origin)} may not call; add them to the setting cors_origins", code="origin_not_allowed"
         )
     name = host_of(host) or ""
     known = {settings.host, urlsplit(settings.public_url or "").hostname}
     if not (settings.open_to_all or name in known or is_loopback(name)):
         raise Forbidden(
-            f"without API keys the server answers to the names of this machine, not to {quoted(name)}; make a key",
+            f"without API keys the server answers to this machine's names only, not to {quoted(name)}; create a key",
             code="host_not_allowed",
         )

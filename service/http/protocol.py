@@ -1,4 +1,4 @@
-"""uvicorn's HTTP, with bounds on what a client sends outside of bodies and on how slowly it sends and takes."""
+"""uvicorn's HTTP protocol with limits on the size of heads and on slow clients."""
 
 import asyncio
 import logging
@@ -15,37 +15,37 @@ log = logging.getLogger(__name__)
 _BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has a body
 
 
-class Protocol(HttpToolsProtocol):
-    """One connection. What is no request, or too large or slow a head of one, is refused as everything else is."""
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. Invalid requests and heads that are too large or slow get the same errors as other requests."""
 
     max_head_bytes = 64 << 10  # method, path and headers; trailers too
-    head_seconds = 10.0  # from the connection, or a head's first byte, to its last
-    stall_seconds = 60.0  # in which a client takes nothing of what is sent to it
+    head_seconds = 10.0  # from the connection, or a head's first byte, to its last byte
+    stall_seconds = 60.0  # without progress before a connection with unread data is closed
     drain_body_seconds = 1.0  # time for the rest of a body once the server drains
 
-    _begun = False  # whether a head has begun and not ended
+    _head_begun = False  # whether a head has begun and not ended
     _head_bytes = 0  # of the head, as far as it is parsed
-    _loose_bytes = 0  # received since the last piece of a body
-    _deadline: asyncio.TimerHandle | None = None  # of the head
-    _patience: asyncio.TimerHandle | None = None  # with a client that takes nothing
+    _unframed_bytes = 0  # received since the last body chunk
+    _head_timer: asyncio.TimerHandle | None = None  # for the rest of the head
+    _stall_timer: asyncio.TimerHandle | None = None  # for a client that reads nothing
     _unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Expect a head."""
+        """Start waiting for a head."""
         super().connection_made(transport)
-        self._expect()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
-        self._relax()
-        if self._patience is not None:
-            self._patience.cancel()
+        """Stop all timers."""
+        self._stop_head_timer()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; bytes that are part of no request are given no more time than a head."""
+        """Parse the data. Bytes outside any request get no more time than a head."""
         self._unset_keepalive_if_required()
-        self._loose_bytes += len(data)
+        self._unframed_bytes += len(data)
         rest = memoryview(data)
         try:
             while rest:
@@ -54,75 +54,77 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("")
         if self.transport.is_closing() or self.transport.get_protocol() is not self:  # a websocket's from now on
             return
-        if self._loose_bytes - len(data) > self.max_head_bytes:  # before this piece, whose end is all that may be loose
+        if (
+            self._unframed_bytes - len(data) > self.max_head_bytes
+        ):  # before this chunk, of which only the end may be unframed
             self.send_400_response("")
-        elif self._begun or self.cycle is None or self.cycle.response_complete:
-            self._expect()
+        elif self._head_begun or self.cycle is None or self.cycle.response_complete:
+            self._start_head_timer()
 
     def on_message_begin(self) -> None:
-        """A head begins."""
-        self._begun, self._head_bytes = True, 0
+        """Handle the beginning of a head."""
+        self._head_begun, self._head_bytes = True, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the path."""
-        self._count(url)
+        """Handle a chunk of the path."""
+        self._count_head(url)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer."""
-        self._count(name + value)
+        """Handle a header or a trailer."""
+        self._count_head(name + value)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is complete; the body has its own limits. CONNECT is refused, because this is not a proxy."""
+        """Handle the end of a head. CONNECT is refused, because this is not a proxy."""
         if self.parser.get_method() == b"CONNECT":
             raise ValueError
-        if self._declined:
+        if self._upgrade_ignored:
             return
-        self._begun, self._loose_bytes = False, 0
-        self._relax()
+        self._head_begun, self._unframed_bytes = False, 0
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self._loose_bytes = 0
+        """Handle a chunk of the body."""
+        self._unframed_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
-        if self._declined:
+        """Handle the end of a request."""
+        if self._upgrade_ignored:
             return
-        self._loose_bytes = 0
+        self._unframed_bytes = 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what the parser, or a bound, refuses."""
-        if max(self._head_bytes, self._loose_bytes) > self.max_head_bytes:
+        """Refuse a request that is invalid, or whose head is too large."""
+        if max(self._head_bytes, self._unframed_bytes) > self.max_head_bytes:
             sentence = f"path and headers are over the limit of {self.max_head_bytes} bytes"
             self._refuse(HeadTooLarge(sentence), "head_too_large")
         else:
-            self._refuse(InvalidRequest("this is no HTTP request", code="invalid_http"), "invalid_http")
+            self._refuse(InvalidRequest("this is not an HTTP request", code="invalid_http"), "invalid_http")
 
     def shutdown(self) -> None:
         """Drain: answer complete requests, and refuse one whose body does not end soon."""
         super().shutdown()
         if self.cycle is not None and self.cycle.more_body:
-            self.loop.call_later(self.drain_body_seconds, self._give_up)
+            self.loop.call_later(self.drain_body_seconds, self._refuse_body)
 
     def pause_writing(self) -> None:
-        """More waits to be sent than the connection's buffer holds."""
+        """Start watching a client whose send buffer is full."""
         super().pause_writing()
-        self._watch()
+        self._start_stall_timer()
 
     def resume_writing(self) -> None:
-        """The client has taken it."""
+        """Stop watching: the client has read enough."""
         super().resume_writing()
-        if self._patience is not None:
-            self._patience.cancel()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
 
     @property
-    def _declined(self) -> bool:
+    def _upgrade_ignored(self) -> bool:
         """Whether the current head offers an upgrade that is ignored (RFC 9110, 7.8)."""
         return bool(self.parser.should_upgrade()) and not self._should_upgrade()
 
@@ -152,55 +154,55 @@ class Protocol(HttpToolsProtocol):
         lines = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         return b"".join([start, *lines, b"\r\n"])
 
-    def _count(self, piece: bytes) -> None:
+    def _count_head(self, chunk: bytes) -> None:
         """Raises ValueError, for the parser to stop at, when the head is too large."""
-        self._head_bytes += len(piece)
+        self._head_bytes += len(chunk)
         if self._head_bytes > self.max_head_bytes:
             raise ValueError
 
-    def _expect(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_seconds, self._late)
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds, self._head_timed_out)
 
-    def _relax(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _late(self) -> None:
-        if self._begun:
+    def _head_timed_out(self) -> None:
+        if self._head_begun:
             sentence = f"path and headers did not arrive within {self.head_seconds:g} s"
             self._refuse(TooSlow(sentence), "head_too_slow")
         else:
             self.transport.close()
 
-    def _give_up(self) -> None:
+    def _refuse_body(self) -> None:
         if self.cycle.more_body and not self.cycle.response_started and not self.transport.is_closing():
             self._refuse(Unavailable("the server is shutting down; send the request again"), "draining")
 
-    def _watch(self) -> None:
+    def _start_stall_timer(self) -> None:
         self._unsent_bytes = self.transport.get_write_buffer_size()
-        self._patience = self.loop.call_later(self.stall_seconds, self._check)
+        self._stall_timer = self.loop.call_later(self.stall_seconds, self._check_stall)
 
-    def _check(self) -> None:
+    def _check_stall(self) -> None:
         if self.transport.get_write_buffer_size() < self._unsent_bytes:
-            self._watch()
+            self._start_stall_timer()
         else:
-            log.info("a client took nothing for %g s; it is hung up on", self.stall_seconds)
-            self._hung_up("answer_not_taken")
+            log.info("a client read nothing for %g s; its connection is closed", self.stall_seconds)
+            self._count_closed("answer_not_taken")
             self.transport.abort()
 
     def _refuse(self, error: ServiceError, reason: str) -> None:
-        """Say so, and hang up."""
+        """Send the error and close the connection."""
         response = error_response(error)
         response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
         response.headers["connection"] = "close"
         lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
         log.info("%s refused: %s", response.headers["x-request-id"], error.message)
-        self._hung_up(reason)
+        self._count_closed(reason)
         self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
         self.transport.close()
 
-    def _hung_up(self, reason: str) -> None:
+    def _count_closed(self, reason: str) -> None:
         metrics: Metrics = self.app_state["metrics"]
-        metrics.hung_up.labels(reason).inc()
+        metrics.closed_connections.labels(reason).inc()

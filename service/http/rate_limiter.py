@@ -1,4 +1,4 @@
-"""How many images a caller may ask for in a time."""
+"""Rate limits: images per caller and time window."""
 
 import time
 
@@ -11,7 +11,7 @@ from service.observability.metrics import Metrics
 
 
 class RateLimiter:
-    """Moving windows by caller, in the server's memory."""
+    """Moving windows for each caller, in the server's memory."""
 
     def __init__(self, rates: str | None, metrics: Metrics) -> None:
         """`rates` as the `limits` library writes them: `100/minute` or `10/second; 1000/day`."""
@@ -21,7 +21,7 @@ class RateLimiter:
         self._metrics = metrics
 
     def take(self, owner: str, images: int) -> None:
-        """Count images; raises Overloaded when they are too many for now, InvalidRequest when they always will be."""
+        """Count images. Raises Overloaded if they exceed a rate now, InvalidRequest if they always will."""
         for rate in self._rates:
             if images > rate.amount:
                 raise InvalidRequest(f"n is over your limit of {rate}", "n", "rate_limit_exceeded")

@@ -1,4 +1,4 @@
-"""Where an image comes from, said in the image itself: readable labels, and a C2PA signature where a key is given."""
+"""Provenance of images: metadata in the image, and a C2PA signature if a key is set."""
 
 import io
 import json
@@ -20,51 +20,52 @@ NAME = "flow-generator-matching"
 VERSION = version(NAME)  # once: it is read from the disk
 # IPTC's term for pictures made by a trained model, the same in XMP and C2PA
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all
+MAX_PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What made an image. The same origin and pixels give the same labels: there is no time in them."""
+class Provenance:
+    """The model, seed and prompt of an image. It holds no time, so that the same image has the same bytes."""
 
     model: str
     digest: str  # of the model's files
     seed: int
-    prompt: str | None = None  # None where prompts are nobody's business
+    prompt: str | None = None  # None if images do not hold prompts
 
     @property
     def software(self) -> str:
-        """The program and its version."""
+        """The name and version of this package."""
         return f"{NAME} {VERSION}"
 
 
-def labels(origin: Origin, output_format: str) -> dict[str, Any]:
-    """Arguments for Pillow's `save`: XMP with IPTC's fields for all formats, beside it PNG text or EXIF."""
-    xmp = _xmp(origin)
-    said = f"model {origin.model}, seed {origin.seed}"
+def image_metadata(provenance: Provenance, output_format: str) -> dict[str, Any]:
+    """Return arguments for Pillow's `save`: XMP with IPTC's fields in all formats, and PNG text or EXIF."""
+    xmp = _xmp(provenance)
+    description = f"model {provenance.model}, seed {provenance.seed}"
     if output_format == "png":
         text = PngInfo()
-        text.add_text("Software", origin.software)
-        text.add_text("Description", said)
+        text.add_text("Software", provenance.software)
+        text.add_text("Description", description)
         text.add_itxt("XML:com.adobe.xmp", xmp)
         return {"pnginfo": text}
     exif = Image.Exif()
-    exif[Base.Software] = origin.software
-    exif[Base.ImageDescription] = said
+    exif[Base.Software] = provenance.software
+    exif[Base.ImageDescription] = description
     return {"exif": exif, "xmp": xmp.encode()}
 
 
 class Signer:
-    """Signs images by C2PA: who made them, and that nothing has changed since. Safe from any thread.
+    """Signs images with C2PA. Thread-safe.
 
-    Signatures hold random numbers, so that signed images of one seed have the same pixels but not the same bytes.
+    Signatures hold random numbers, so that signed images of one seed have the same pixels but different bytes.
     """
 
     def __init__(self, certificates: Path, key: Path, algorithm: str, timestamps: str | None = None) -> None:
-        """Raises StartError when the C2PA library is missing, a file cannot be read, or they do not sign together.
+        """Load the certificates and the key, and sign a test image with them.
 
-        `certificates` is the PEM chain, the signer's own first; `key` its private key in PEM (PKCS 8).
+        `certificates` is the PEM chain, the signer's own first; `key` is its private key in PEM (PKCS 8). Raises
+        StartError if the C2PA library is missing, a file cannot be read, or they cannot sign.
         """
         try:
             import c2pa
@@ -82,7 +83,7 @@ class Signer:
             raise StartError(f"c2pa_certificates {certificates} and c2pa_key {key} cannot sign: {error}") from None
 
     def sign(self, data: bytes, output_format: str) -> bytes:
-        """The image with its manifest; what was in it stays, and is bound by the signature."""
+        """Return the image with a signed manifest. The signature covers the pixels and the metadata."""
         agent = {"name": NAME, "version": VERSION}
         created = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": agent}
         manifest = {
@@ -96,7 +97,7 @@ class Signer:
 
 
 def load_signer(settings: Settings) -> Signer | None:
-    """The signer that the settings name, if any. Raises StartError for one that cannot sign."""
+    """Return the signer of the settings, if any. Raises StartError for one that cannot sign."""
     if settings.c2pa_certificates is None and settings.c2pa_key is None:
         return None
     if settings.c2pa_certificates is None or settings.c2pa_key is None:
@@ -104,16 +105,16 @@ def load_signer(settings: Settings) -> Signer | None:
     return Signer(settings.c2pa_certificates, settings.c2pa_key, settings.c2pa_algorithm, settings.c2pa_timestamp_url)
 
 
-def _xmp(origin: Origin) -> str:
+def _xmp(provenance: Provenance) -> str:
     fields = {
-        "xmp:CreatorTool": origin.software,
+        "xmp:CreatorTool": provenance.software,
         "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
-        "Iptc4xmpExt:AISystemUsed": origin.model,
-        "Iptc4xmpExt:AISystemVersionUsed": origin.digest,
-        "fgm:seed": str(origin.seed),
+        "Iptc4xmpExt:AISystemUsed": provenance.model,
+        "Iptc4xmpExt:AISystemVersionUsed": provenance.digest,
+        "fgm:seed": str(provenance.seed),
     }
-    if origin.prompt is not None:
-        fields["Iptc4xmpExt:AIPromptInformation"] = origin.prompt[:PROMPT_CHARACTERS]
+    if provenance.prompt is not None:
+        fields["Iptc4xmpExt:AIPromptInformation"] = provenance.prompt[:MAX_PROMPT_CHARACTERS]
     attributes = " ".join(f"{name}={quoteattr(_NOT_XML.sub('', value))}" for name, value in fields.items())
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'

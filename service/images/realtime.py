@@ -1,8 +1,8 @@
-"""A realtime session: prompts come as they are typed, and the latest one wins.
+"""Realtime sessions: a client sends its prompt while it is typed, and a later request replaces an earlier one.
 
-Every message gets one answer; that of a request is its images, an error, or word that a later request took its place.
-One request of a session is at work at a time, beside everything else that the server does. What a device has begun is
-finished and shown, so that a client that types faster than images are made still sees some; what only waits gives way.
+Every message gets one answer. That of a request is its images, an error, or the notice that a later request superseded
+it. A session has one running request. A request that a device has started is finished and sent, so that a client that
+types faster than images are generated still gets some; a request that only waits is superseded.
 """
 
 import asyncio
@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 _messages: TypeAdapter[SessionStart | RealtimeRequest] = TypeAdapter(
     Annotated[SessionStart | RealtimeRequest, Field(discriminator="type")]
 )
-_Answer = tuple[dict[str, Any], Sequence[bytes]]  # a message, and binary ones that follow it
+_Messages = tuple[dict[str, Any], Sequence[bytes]]  # a message, and the binary ones that follow it
 
 
 @dataclass
 class RealtimeSessions:
-    """The open sessions of a server, and what they share."""
+    """The open sessions of a server, and the objects that they share."""
 
     images: ImageService
     authenticator: Authenticator
@@ -84,13 +84,13 @@ class RealtimeSession:
         self._token = token
         self._owner = ""
         self._binary = False
-        self._waiting: RealtimeRequest | None = None  # the latest that has not begun
-        self._handle = RequestHandle()  # what is at work
-        self._making: asyncio.Task[_Answer] | None = None
-        self._sending = asyncio.Lock()  # a message and its binary ones stay together
+        self._pending: RealtimeRequest | None = None  # the latest that has not started
+        self._handle = RequestHandle()  # of the running request
+        self._running: asyncio.Task[_Messages] | None = None
+        self._sending = asyncio.Lock()  # keeps a message and its binary ones together
 
     async def run(self) -> None:
-        """Answer until the client leaves, shows no valid key, or says nothing for too long."""
+        """Answer until the client disconnects, has no valid key, or is idle for too long."""
         working: asyncio.Task[None] | None = None
         try:
             while (text := await self._receive()) is not None:
@@ -100,40 +100,40 @@ class RealtimeSession:
                         self._token = message.api_key or self._token
                     self._owner = await self._identify()
                 except (Unauthorized, Forbidden) as error:
-                    await self._say(_refusal(error, None, None))
+                    await self._send(_error_message(error, None, None))
                     await self._close(1008, error.message)
                     return
                 except (InvalidRequest, Unavailable) as error:
-                    await self._say(_refusal(error, None, None))
+                    await self._send(_error_message(error, None, None))
                     continue
                 if isinstance(message, SessionStart):
                     self._binary = message.frames == "binary"
-                    await self._say({"type": "session.started"})
+                    await self._send({"type": "session.started"})
                     continue
-                if self._waiting is not None:
-                    await self._say(_superseded(self._waiting))
-                self._waiting = message
+                if self._pending is not None:
+                    await self._send(_superseded(self._pending))
+                self._pending = message
                 if working is None or working.done():
                     working = asyncio.create_task(self._work())
-                elif self._making is not None and not self._handle.begun:
-                    self._making.cancel()
+                elif self._running is not None and not self._handle.begun:
+                    self._running.cancel()
         finally:
             if working is not None:
                 working.cancel()
                 await asyncio.wait([working])
 
     async def _receive(self) -> str | None:
-        """The next message; None when the client is gone, or was sent away."""
+        """Return the next message; None after the connection was closed."""
         settings = self._server.settings
         try:
             known = bool(await self._identify())
         except ServiceError:
-            known = False  # it must show its key soon
+            known = False  # its key must follow soon
         try:
             async with asyncio.timeout(settings.realtime_idle_seconds if known else settings.body_seconds):
                 event = await self._socket.receive()
         except TimeoutError:
-            await self._close(1000, "nothing was asked for too long")
+            await self._close(1000, "the session was idle for too long")
             return None
         if event["type"] == "websocket.disconnect":
             return None
@@ -150,7 +150,7 @@ class RealtimeSession:
         return await self._server.authenticator.owner(self._token, "generate", self._socket)
 
     def _parse(self, text: str) -> SessionStart | RealtimeRequest:
-        """A message. Raises InvalidRequest as the other routes do."""
+        """Parse a message. Raises InvalidRequest as the other routes do."""
         try:
             context = {"unsupported": self._server.settings.unsupported}
             return _messages.validate_python(from_json(text), context=context)
@@ -163,21 +163,21 @@ class RealtimeSession:
             raise InvalidRequest(f"the message is not JSON: {error}", code="invalid_json") from None
 
     async def _work(self) -> None:
-        """Make what waits, until nothing does."""
-        while (request := self._waiting) is not None:
-            self._waiting, self._handle = None, RequestHandle()
-            self._making = asyncio.create_task(self._answer(request))
+        """Answer pending requests until there is none."""
+        while (request := self._pending) is not None:
+            self._pending, self._handle = None, RequestHandle()
+            self._running = asyncio.create_task(self._answer(request))
             try:
-                await asyncio.wait([self._making])
+                await asyncio.wait([self._running])
             finally:
-                self._making.cancel()
-            if self._making.cancelled():
-                await self._say(_superseded(request))
+                self._running.cancel()
+            if self._running.cancelled():
+                await self._send(_superseded(request))
             else:
-                await self._say(*self._making.result())
+                await self._send(*self._running.result())
 
-    async def _answer(self, request: RealtimeRequest) -> _Answer:
-        """A request's images or its error; counted and logged like a request of its own."""
+    async def _answer(self, request: RealtimeRequest) -> _Messages:
+        """Return a request's images or its error. It is counted and logged like an HTTP request."""
         server, began = self._server, time.monotonic()
         request_id = f"req_{secrets.token_hex(12)}"
         owner, status = self._owner, 200
@@ -192,12 +192,12 @@ class RealtimeSession:
             return head | content.model_dump(exclude_none=True), images.encoded if self._binary else ()
         except ServiceError as error:
             status = to_openai(error)[0]
-            return _refusal(error, request.id, request_id), ()
+            return _error_message(error, request.id, request_id), ()
         except Exception:
             status = 500
             log.exception("%s failed", request_id, extra={"request_id": request_id})
-            broken = ServiceError(f"something went wrong here; the server's log has it under {request_id}")
-            return _refusal(broken, request.id, request_id), ()
+            failed = ServiceError(f"the server failed; its log has the error under {request_id}")
+            return _error_message(failed, request.id, request_id), ()
         except asyncio.CancelledError:
             status = 499
             raise
@@ -206,14 +206,14 @@ class RealtimeSession:
             server.metrics.requests.labels("/v1/realtime/images", str(status)).inc()
             server.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
             if trace:
-                trace.answered("/v1/realtime/images", status, request_id)
-            told: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
+                trace.finish("/v1/realtime/images", status, request_id)
+            extra: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
             if server.settings.log_prompts:
-                told["prompt"] = request.prompt
-            log.info("realtime %s", status, extra=told | {"seconds": round(seconds, 4)})
+                extra["prompt"] = request.prompt
+            log.info("realtime %s", status, extra=extra | {"seconds": round(seconds, 4)})
 
-    async def _say(self, message: dict[str, Any], frames: Sequence[bytes] = ()) -> None:
-        """Send a message and its frames. That a client is gone is found out by the one who listens."""
+    async def _send(self, message: dict[str, Any], frames: Sequence[bytes] = ()) -> None:
+        """Send a message and its frames. The receiving side notices a client that has disconnected."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the latter after a close
             async with self._sending:
                 await self._socket.send_json(message)
@@ -229,7 +229,7 @@ def _superseded(request: RealtimeRequest) -> dict[str, Any]:
     return {"type": "images.superseded", "id": request.id}
 
 
-def _refusal(error: ServiceError, answered: str | None, request_id: str | None) -> dict[str, Any]:
+def _error_message(error: ServiceError, answered: str | None, request_id: str | None) -> dict[str, Any]:
     status, body, _ = to_openai(error)
-    told = {"type": "error", "id": answered, "request_id": request_id, "status": status, **body}
-    return told | ({"retry_after": error.retry_after} if isinstance(error, Overloaded) else {})
+    message = {"type": "error", "id": answered, "request_id": request_id, "status": status, **body}
+    return message | ({"retry_after": error.retry_after} if isinstance(error, Overloaded) else {})

@@ -16,9 +16,9 @@ from service.engine.request import GenerationRequest
 from service.errors import Blocked, no_model
 from service.images.artifacts import ArtifactStore
 from service.images.encode import encode
-from service.images.provenance import Origin, Signer
+from service.images.provenance import Provenance, Signer
 from service.images.request import OutputOptions, resolve
-from service.images.safety import Checker
+from service.images.safety import SafetyChecker
 from service.observability.metrics import Metrics
 from service.schemas import ImageData, ImageRequest, ImagesResponse, TokenDetails, Usage
 from service.settings import Settings
@@ -71,7 +71,7 @@ class ImageService:
         self,
         engine: Engine,
         artifacts: ArtifactStore,
-        check: Checker | None,
+        check: SafetyChecker | None,
         signer: Signer | None,
         settings: Settings,
         metrics: Metrics,
@@ -113,7 +113,7 @@ class ImageService:
         trace = self._tracing.current if self._tracing else None
         if trace:
             count = len(request.seeds)
-            trace.tell({"gen_ai.request.model": request.model, "fgm.size": request.size, "fgm.images": count})
+            trace.set_attributes({"gen_ai.request.model": request.model, "fgm.size": request.size, "fgm.images": count})
         images = await self.engine.generate(request, handle, patient=patient)
         stages = dict.fromkeys(stage for image in images for stage in image.seconds)
         seconds = {stage: max(image.seconds.get(stage, 0.0) for image in images) for stage in stages}
@@ -154,8 +154,8 @@ class ImageService:
         model = info.name if request.adapter is None else f"{info.name} with {request.adapter} at {request.scale:g}"
         if request.steps > 1:
             model += f" in {request.steps} steps"
-        origin = Origin(model, info.digest, seed, request.prompt if policy == "prompt" else None)
-        data = encode(image.pixels, output.format, output.compression, None if policy == "none" else origin)
+        provenance = Provenance(model, info.digest, seed, request.prompt if policy == "prompt" else None)
+        data = encode(image.pixels, output.format, output.compression, None if policy == "none" else provenance)
         return self._signer.sign(data, output.format) if self._signer else data
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line, or as text for people. No record holds a key, nor a prompt unless told."""
+"""Logs: one JSON object per line, or text. No record holds a key, nor a prompt unless the settings ask for it."""
 
 import json
 import logging
@@ -11,17 +11,17 @@ _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_me
 
 
 class JsonFormatter(logging.Formatter):
-    """Time in UTC, level, logger, message, and what the record's `extra` holds."""
+    """Formats UTC time, level, logger, message, and the fields of the record's `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        told = {name: value for name, value in vars(record).items() if name not in _KNOWN}
+        """Return one line."""
+        extra = {name: value for name, value in vars(record).items() if name not in _KNOWN}
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **told,
+            **extra,
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -29,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(log_format: LogFormat, level: str) -> None:
-    """Send all logs to the standard error stream. The server's own line for each request stands for uvicorn's."""
+    """Send all logs to standard error. The server's own line for each request replaces uvicorn's."""
     handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
         handler.setFormatter(JsonFormatter())

@@ -1,4 +1,4 @@
-"""What `/metrics` shows: seconds, bytes and counts, in a registry of the app's own."""
+"""The Prometheus metrics of `/metrics`, in a registry of each app."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Every instrument. Their names begin with `fgm_`."""
+    """All metrics. Their names begin with `fgm_`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -19,21 +19,21 @@ class Metrics:
 
         self.requests = counter("requests_total", "Requests answered", ["route", "status"])
         self.request_seconds = histogram("request_seconds", "Time in the server", ["route"], buckets=_SECONDS)
-        self.refusals = counter("refusals_total", "Requests refused at the door", ["reason"])
-        self.hung_up = counter("hung_up_connections_total", "Connections that were hung up on", ["reason"])
+        self.refusals = counter("refusals_total", "Requests refused before they were queued", ["reason"])
+        self.closed_connections = counter("closed_connections_total", "Connections that the server closed", ["reason"])
         self.queue = gauge("queued_images", "Images waiting for a device")
-        self.dropped = counter("dropped_images_total", "Queued images whose client left")
+        self.dropped = counter("dropped_images_total", "Queued images whose client disconnected")
         self.sessions = gauge("realtime_sessions", "Realtime sessions that are open")
         self.batch_size = histogram("batch_images", "Images in one call of the network", buckets=_IMAGES)
-        self.closed = counter("closed_batches_total", "Batches by why they were closed", ["reason"])
+        self.closed = counter("closed_batches_total", "Batches by the reason for which they were closed", ["reason"])
         self.workers = gauge("workers", "Workers that are ready")
         self.restarts = counter("worker_restarts_total", "Workers that were replaced", ["reason"])
-        self.device_memory = gauge("device_memory_bytes", "Memory that a worker holds of its device", ["device"])
-        self.cache_hits = counter("cache_hits_total", "Images or prompts that were at hand", ["cache"])
+        self.device_memory = gauge("device_memory_bytes", "Device memory of a worker", ["device"])
+        self.cache_hits = counter("cache_hits_total", "Images or prompts that were cached", ["cache"])
         self.failures = counter("failed_batches_total", "Batches that raised", ["model"])
-        self.images = counter("images_total", "Images made", ["model"])
+        self.images = counter("images_total", "Images generated", ["model"])
         self.stages = histogram(
             "stage_seconds", "Time of queue, text, model, vae, safety, encode", ["stage"], buckets=_SECONDS
         )
-        self.blocked = counter("blocked_images_total", "Images that the safety check refused", ["model"])
+        self.blocked = counter("blocked_images_total", "Images that the safety check blocked", ["model"])
         self.bytes = counter("encoded_bytes_total", "Bytes of encoded images", ["format"])

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of requests and batches. Needs the SDK: imported only where the settings name a collector.
+"""OpenTelemetry spans of requests and batches. Needs the SDK: imported only if the settings name a collector.
 
-A request is a trace, or a part of its client's: a server span, and its stages below that. A batch serves several
-requests, so it is a trace of its own, linked to theirs as their stages are to it. Spans hold names and numbers, never a
-prompt. Times are seconds of the monotonic clock, which the server shares with its workers.
+A request is a trace, or part of its client's trace: a server span with a child span for each stage. A batch serves
+several requests, so it is a separate trace that links to theirs, and their stages link to it. Spans hold names and
+numbers, never a prompt. Times are seconds of the monotonic clock, which the server shares with its workers.
 """
 
 import threading
@@ -22,12 +22,12 @@ from service.engine.batcher import ImageBatch
 from service.engine.messages import BatchDone, BatchFailed
 
 NAME = "fgm-service"
-CLOSE_SECONDS = 3.0  # for what has not been sent when the server ends
+CLOSE_SECONDS = 3.0  # to send the last spans at shutdown
 Attributes = Mapping[str, str | int]
 
 
 class Trace:
-    """A span, and the stages below it."""
+    """A span, and child spans for its stages."""
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class Trace:
 
     @property
     def link(self) -> Link:
-        """What other spans refer to it by."""
+        """A link to this span for other spans."""
         return Link(self._span.get_span_context())
 
-    def tell(self, attributes: Attributes) -> None:
-        """Say more of it."""
+    def set_attributes(self, attributes: Attributes) -> None:
+        """Add attributes."""
         self._span.set_attributes(dict(attributes))
 
     def stage(self, name: str, began: float, ended: float, links: Sequence[Link] = ()) -> None:
-        """Record a stage that is over. What joined work had behind it when this began is left out."""
+        """Record a stage that has ended. If it began before this span, the earlier part is left out."""
         if ended > self._began:
             start = self._wall(max(began, self._began))
             self._tracer.start_span(name, self._below, links=links, start_time=start).end(self._wall(ended))
 
     def end(self, ended: float, failed: bool) -> None:
-        """The span is over."""
+        """End the span."""
         if failed:
             self._span.set_status(StatusCode.ERROR)
         self._span.end(self._wall(ended))
@@ -79,12 +79,12 @@ class RequestTrace(Trace):
         super().__init__(tracer, method, time.monotonic(), extract(headers), attributes, SpanKind.SERVER)
         self._method = method
 
-    def answered(self, route: str, status: int | None, request_id: str) -> None:
-        """It is over; no `status` where the connection broke off before there was one."""
+    def finish(self, route: str, status: int | None, request_id: str) -> None:
+        """End the span. `status` is None if the connection was closed before there was one."""
         self._span.update_name(f"{self._method} {route}")
-        self.tell({"http.route": route, "fgm.request_id": request_id})
+        self.set_attributes({"http.route": route, "fgm.request_id": request_id})
         if status is not None:
-            self.tell({"http.response.status_code": status})
+            self.set_attributes({"http.response.status_code": status})
         self.end(time.monotonic(), failed=status is None or status >= 500)
 
 
@@ -92,10 +92,10 @@ _current: ContextVar[RequestTrace | None] = ContextVar("request_trace", default=
 
 
 class Tracing:
-    """Where spans begin."""
+    """Creates spans and sends them to an exporter."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        """Spans go out by a thread of their own; OTEL_* variables say how."""
+        """Send spans in a separate thread; OTEL_* variables configure it."""
         self._exporter = exporter
         resource = Resource.create({SERVICE_NAME: NAME}).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource)
@@ -104,16 +104,16 @@ class Tracing:
 
     @classmethod
     def to(cls, endpoint: str) -> "Tracing":
-        """Spans go to the OTLP collector of a base URL."""
+        """Return tracing to the OTLP collector of a base URL."""
         return cls(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces"))
 
     @property
     def current(self) -> RequestTrace | None:
-        """The request that this task works for; jobs have none."""
+        """The request of this task; None in jobs."""
         return _current.get()
 
     def request(self, method: str, headers: Mapping[str, str]) -> RequestTrace:
-        """Begin a request's span, below the one that its headers name, and make it this task's `current`."""
+        """Start a request's span, as a child of the one in its headers, and make it this task's `current`."""
         trace = RequestTrace(self._tracer, method, headers)
         _current.set(trace)
         return trace
@@ -144,12 +144,12 @@ class Tracing:
                 for request in arrived:
                     request.stage(stage, began, began + seconds, [whole.link])
         else:
-            whole.tell({"error.type": reply.fault})
+            whole.set_attributes({"error.type": reply.fault})
         whole.end(answered, failed=isinstance(reply, BatchFailed))
 
     def close(self) -> None:
-        """Send what was recorded, unless the collector is away. Blocks."""
-        patience = threading.Timer(CLOSE_SECONDS, self._exporter.shutdown)  # ends its retries; the SDK's wait is 30 s
-        patience.start()
+        """Send the last spans, unless the collector does not answer. Blocks."""
+        timer = threading.Timer(CLOSE_SECONDS, self._exporter.shutdown)  # ends its retries; the SDK would wait 30 s
+        timer.start()
         self._provider.shutdown()
-        patience.cancel()
+        timer.cancel()

@@ -1,7 +1,7 @@
-"""`/v1/admin/models` and `/v1/admin/adapters`: what is served, changed while serving. For keys of the scope `admin`.
+"""`/v1/admin/models` and `/v1/admin/adapters`: load and unload models at run time. For keys with the scope `admin`.
 
-A client names a folder that the server has found below its `students` setting; no text of a client becomes a path.
-What is loaded here comes back when the server starts again.
+A client names a folder that the server has found in its `students` folder; no text of a client becomes a path. Models
+that were loaded here are loaded again when the server restarts.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from service.engine.backend import ModelInfo
 from service.engine.loaded_models import ADAPTER, STUDENT, StoredAdapter, StoredStudent, find, folders_of
 from service.http.dependencies import AdminCaller, EngineDep, ImagesDep, LoadedModelsDep, SettingsDep
-from service.routers.models import described
+from service.routers.models import model_object
 from service.schemas import (
     AdapterDeleted,
     AdapterToLoad,
@@ -32,10 +32,10 @@ router = APIRouter(
 
 @router.get("/models")
 async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
-    """All models, the default one first, and the folders that may be loaded."""
+    """All models, the default one first, and the folders that can be loaded."""
     students = await asyncio.to_thread(folders_of, settings.students, STUDENT)
     adapters = await asyncio.to_thread(folders_of, settings.students, ADAPTER)
-    data = [_shown(settings, info) for info in engine.models.values()]
+    data = [_loaded_model(settings, info) for info in engine.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
@@ -43,16 +43,16 @@ async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -
 async def load(
     body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> LoadedModel:
-    """Load a student; the answer comes when every worker has it and requests may name it."""
+    """Load a student. The response is sent when every worker has it and requests may name it."""
     folder = await asyncio.to_thread(find, settings.students, body.folder, STUDENT)
     info = await engine.load(folder, body.name)
     await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
-    return _shown(settings, info)
+    return _loaded_model(settings, info)
 
 
 @router.delete("/models/{model:path}")
 async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller) -> ModelDeleted:
-    """Serve a model no more; the answer comes when what was accepted is answered."""
+    """Unload a model. The response is sent when its accepted requests are answered."""
     await engine.unload(model)
     await asyncio.to_thread(loaded.remove, model)
     return ModelDeleted(id=model)
@@ -67,25 +67,25 @@ async def load_adapter(
     loaded: LoadedModelsDep,
     caller: AdminCaller,
 ) -> LoadedModel:
-    """Load a LoRA adapter for a model; requests may name it in `lora` when the answer comes."""
+    """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
     folder = await asyncio.to_thread(find, settings.students, body.folder, ADAPTER)
     info = await engine.load_adapter(images.model(body.model).name, folder, body.name)
     await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
-    return _shown(settings, info)
+    return _loaded_model(settings, info)
 
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(
     name: str, model: str, images: ImagesDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> AdapterDeleted:
-    """Take an adapter from a model; the answer comes when what was accepted is answered."""
+    """Unload an adapter of a model. The response is sent when its accepted requests are answered."""
     info = images.model(model)
     await engine.unload_adapter(info.name, name)
     await asyncio.to_thread(loaded.remove, info.name, name)
     return AdapterDeleted(id=name)
 
 
-def _shown(settings: Settings, info: ModelInfo) -> LoadedModel:
+def _loaded_model(settings: Settings, info: ModelInfo) -> LoadedModel:
     aliases = [alias for alias, name in settings.aliases.items() if name == info.name]
-    known = described(info.name, info).model_dump()
+    known = model_object(info.name, info).model_dump()
     return LoadedModel(**known, aliases=aliases, digest=info.digest, runtime_fingerprint=info.runtime_fingerprint)

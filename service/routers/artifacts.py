@@ -1,4 +1,4 @@
-"""`/v1/artifacts`: images behind the links of `response_format: url`. The signature stands for a key."""
+"""`/v1/artifacts`: images of the links of `response_format: url`. The signature replaces the API key."""
 
 from typing import Annotated
 
@@ -13,10 +13,10 @@ router = APIRouter(prefix="/v1/artifacts", tags=["images"])
 
 @router.get("/{name}", response_class=Response, responses={"4XX": {"model": ErrorResponse}})
 async def show(name: str, images: ImagesDep, signature: Annotated[str, Query()]) -> Response:
-    """One image, while its link lasts."""
+    """One image, until its link expires."""
     found = await images.artifacts.read(name, signature)
     if found is None:
-        raise NotFound("this link has expired, or never was one of this server")
+        raise NotFound("this link has expired or is not one of this server; generate the image again")
     data, output_format = found
     headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
     return Response(data, headers=headers, media_type=f"image/{output_format}")

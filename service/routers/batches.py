@@ -19,7 +19,7 @@ async def create(
 ) -> BatchObject:
     """Answer the requests of a file within 24 hours, at low priority. Images are links."""
     base = str(settings.public_url or request.base_url)
-    return _wire(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
+    return _batch_object(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
 
 
 @router.get("")
@@ -31,22 +31,22 @@ def index(
 ) -> Page[BatchObject]:
     """Your batches, newest first."""
     found, more = jobs.batches.index(caller.owner, after, limit)
-    return Page[BatchObject].of([_wire(batch) for batch in found], more)
+    return Page[BatchObject].of([_batch_object(batch) for batch in found], more)
 
 
 @router.get("/{batch_id}")
 def show(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
     """One batch, with its counts as they stand."""
-    return _wire(jobs.batches.get(caller.owner, batch_id))
+    return _batch_object(jobs.batches.get(caller.owner, batch_id))
 
 
 @router.post("/{batch_id}/cancel")
 async def cancel(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
     """Start no further line; lines that were answered before are in the output file."""
-    return _wire(await jobs.write(jobs.batches.cancel, caller.owner, batch_id, int(time.time())))
+    return _batch_object(await jobs.write(jobs.batches.cancel, caller.owner, batch_id, int(time.time())))
 
 
-def _wire(batch: tables.BatchRow) -> BatchObject:
+def _batch_object(batch: tables.BatchRow) -> BatchObject:
     known = {name: getattr(batch, name) for name in BatchObject.model_fields if hasattr(tables.BatchRow, name)}
     return BatchObject.model_validate(
         known

@@ -1,4 +1,4 @@
-"""`/v1/files`: what batches and jobs read and write, in OpenAI's format."""
+"""`/v1/files`: input and output files of batches and jobs, in OpenAI's format."""
 
 import time
 from typing import Annotated, Literal
@@ -32,8 +32,8 @@ FORM = {
 
 @router.post("", openapi_extra=FORM)
 async def upload(request: Request, jobs: JobsDep, caller: JobsCaller) -> FileObject:
-    """Keep a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
-    # The form is read here, and not by a parameter, so that nobody without a key has the server read a large one.
+    """Store a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
+    # The form is read here and not by a parameter, so that the server reads no upload without a valid key.
     async with request.form(max_files=1, max_fields=3) as form:
         if not isinstance(form.get("file"), UploadFile):
             message = "file: upload one in a multipart form, for example by curl -F file=@lines.jsonl -F purpose=batch"
@@ -53,7 +53,7 @@ async def upload(request: Request, jobs: JobsDep, caller: JobsCaller) -> FileObj
             now=int(time.time()),
             lifetime=given.seconds,
         )
-    return _wire(kept)
+    return _file_object(kept)
 
 
 @router.get("")
@@ -65,20 +65,20 @@ def index(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
-    """Your files, the newest first."""
+    """Your files, newest first."""
     found, more = jobs.files.index(caller.owner, purpose, after, order, limit, int(time.time()))
-    return Page[FileObject].of([_wire(file) for file in found], more)
+    return Page[FileObject].of([_file_object(file) for file in found], more)
 
 
 @router.get("/{file_id}")
 def show(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileObject:
     """One file."""
-    return _wire(jobs.files.get(caller.owner, file_id, int(time.time())))
+    return _file_object(jobs.files.get(caller.owner, file_id, int(time.time())))
 
 
 @router.delete("/{file_id}")
 async def remove(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileDeleted:
-    """Delete a file, unless something unfinished needs it."""
+    """Delete a file, unless an unfinished batch or job needs it."""
     await jobs.write(jobs.files.remove, caller.owner, file_id, int(time.time()))
     return FileDeleted(id=file_id)
 
@@ -92,7 +92,7 @@ def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     """The bytes of a file."""
     file = jobs.files.get(caller.owner, file_id, int(time.time()))
     path = jobs.files.path(file.id)
-    if not path.exists():  # deleted a moment ago
+    if not path.exists():  # deleted after the look-up
         raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", code="file_not_found")
     return FileResponse(
         path,
@@ -102,5 +102,5 @@ def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
     )
 
 
-def _wire(file: tables.FileRow) -> FileObject:
+def _file_object(file: tables.FileRow) -> FileObject:
     return FileObject.model_validate(file, from_attributes=True)

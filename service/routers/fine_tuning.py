@@ -29,22 +29,22 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 @router.post("")
 async def create(body: JobRequest, jobs: JobsDep, caller: JobsCaller) -> JobObject:
-    """Distill a teacher into a one-step student, which is served when the job has succeeded."""
+    """Distill a teacher into a one-step student, which is served after the job has succeeded."""
     made = await jobs.write(
         jobs.fine_tuning.create,
         caller.owner,
         model=body.model,
         training_file=body.training_file,
-        asked=_asked(body),
+        asked=_options_of(body),
         suffix=body.suffix,
         seed=body.seed,
         metadata=body.metadata,
     )
-    return _wire(made)
+    return _job_object(made)
 
 
 def _metadata(request: Request) -> dict[str, str]:
-    """The pairs of `metadata[key]=value` in the query."""
+    """Return the pairs of `metadata[key]=value` in the query."""
     given = request.query_params
     return {key[len("metadata[") : -1]: given[key] for key in given if key.startswith("metadata[") and key[-1] == "]"}
 
@@ -57,40 +57,40 @@ def index(
     after: str | None = None,
     limit: Limit = 20,
 ) -> Page[JobObject]:
-    """Your jobs, the newest first; with `metadata[key]=value` those that have it."""
+    """Your jobs, newest first; `metadata[key]=value` filters them."""
     found, more = jobs.fine_tuning.index(caller.owner, after, limit, metadata)
-    return Page[JobObject].of([_wire(job) for job in found], more)
+    return Page[JobObject].of([_job_object(job) for job in found], more)
 
 
 @router.get("/{job_id}")
 def show(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
     """One job."""
-    return _wire(jobs.fine_tuning.get(caller.owner, job_id))
+    return _job_object(jobs.fine_tuning.get(caller.owner, job_id))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
-    """End a job. One that runs is cancelled when its process has left."""
-    return _wire(await jobs.write(jobs.fine_tuning.cancel, caller.owner, job_id))
+    """Cancel a job. A running one is cancelled when its process has ended."""
+    return _job_object(await jobs.write(jobs.fine_tuning.cancel, caller.owner, job_id))
 
 
 @router.post("/{job_id}/pause")
 async def pause(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
-    """Hold a job. One that runs is paused when its process has written a checkpoint."""
-    return _wire(await jobs.write(jobs.fine_tuning.pause, caller.owner, job_id))
+    """Pause a job. A running one is paused when its process has written a checkpoint."""
+    return _job_object(await jobs.write(jobs.fine_tuning.pause, caller.owner, job_id))
 
 
 @router.post("/{job_id}/resume")
 async def resume(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
-    """Let a paused job go on, from its checkpoint."""
-    return _wire(await jobs.write(jobs.fine_tuning.resume, caller.owner, job_id))
+    """Resume a paused job from its checkpoint."""
+    return _job_object(await jobs.write(jobs.fine_tuning.resume, caller.owner, job_id))
 
 
 @router.get("/{job_id}/events")
 def events(
     job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 20
 ) -> Page[JobEventObject]:
-    """What a job has told, the newest first."""
+    """The events of a job, newest first."""
     found, more = jobs.fine_tuning.events(caller.owner, job_id, after, limit)
     return Page[JobEventObject].of([JobEventObject.model_validate(each, from_attributes=True) for each in found], more)
 
@@ -99,19 +99,19 @@ def events(
 def checkpoints(
     job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 10
 ) -> Page[JobCheckpointObject]:
-    """The checkpoints of a job, the newest first."""
+    """The checkpoints of a job, newest first."""
     found, more = jobs.fine_tuning.checkpoints(caller.owner, job_id, after, limit)
-    return Page[JobCheckpointObject].of([_checkpoint(each) for each in found], more)
+    return Page[JobCheckpointObject].of([_checkpoint_object(each) for each in found], more)
 
 
 @router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
 def sample(job_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
-    """The newest grid of images that the student has drawn, on the same prompts and seeds each time (extension)."""
+    """The newest grid of the student's images, always of the same prompts and seeds (extension)."""
     return FileResponse(jobs.fine_tuning.sample(caller.owner, job_id), media_type="image/png")
 
 
-def _asked(body: JobRequest) -> DistillationOptions:
-    """The knobs, from whichever place they were put in. Raises InvalidRequest when that is two."""
+def _options_of(body: JobRequest) -> DistillationOptions:
+    """Return the options from the place where they are given. Raises InvalidRequest if that is two places."""
     within = body.method.distillation if body.method else None
     if body.distillation and within:
         raise InvalidRequest("distillation and method.distillation are both given; give one", "distillation")
@@ -128,7 +128,7 @@ def _asked(body: JobRequest) -> DistillationOptions:
     return asked.model_copy(update={"batch": given.batch_size})
 
 
-def _wire(job: tables.JobRow) -> JobObject:
+def _job_object(job: tables.JobRow) -> JobObject:
     return JobObject(
         id=job.id,
         created_at=job.created_at,
@@ -150,7 +150,7 @@ def _wire(job: tables.JobRow) -> JobObject:
     )
 
 
-def _checkpoint(row: tables.JobCheckpointRow) -> JobCheckpointObject:
+def _checkpoint_object(row: tables.JobCheckpointRow) -> JobCheckpointObject:
     return JobCheckpointObject(
         id=row.id,
         created_at=row.created_at,

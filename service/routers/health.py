@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and `/metrics`: for orchestrators and dashboards; never behind a key."""
+"""`/healthz`, `/readyz` and `/metrics`: for orchestrators and dashboards, without an API key."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -11,13 +11,13 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/healthz")
 async def alive() -> dict[str, str]:
-    """The process answers."""
+    """Liveness: the process answers."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 async def ready(engine: AnyEngineDep) -> dict[str, str]:
-    """A worker is there, its models have run once, and work is taken; 503 otherwise."""
+    """Readiness: a worker has run its models once and takes requests; 503 otherwise."""
     if not engine.ready:
         raise Unavailable("the server is starting or shutting down, or its workers are being replaced")
     return {"status": "ready"}
@@ -25,5 +25,5 @@ async def ready(engine: AnyEngineDep) -> dict[str, str]:
 
 @router.get("/metrics", response_class=Response)
 async def show_metrics(metrics: MetricsDep) -> Response:
-    """Prometheus text."""
+    """Metrics in the Prometheus text format."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

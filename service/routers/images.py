@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 async def _validated(body: Annotated[ImageRequest, SkipValidation], settings: SettingsDep) -> ImageRequest:
-    """Validate the body, which depends on the settings. Raises RequestValidationError."""
+    """Validate the body as the settings require. Raises RequestValidationError."""
     try:
         return ImageRequest.model_validate(body, context={"unsupported": settings.unsupported})
     except ValidationError as error:
@@ -79,7 +79,7 @@ async def generate(
     limit is cut, and `warnings` (extension) says so.
     """
     raw = image_type(", ".join(accept), body.output_format)
-    _consistent(body, raw)
+    _check_consistency(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
     generation, output = images.resolve(body, caller.owner)
@@ -91,7 +91,7 @@ async def generate(
         generated = await _unless_disconnected(request, images.generate(generation, output))
         headers = {"server-timing": generated.server_timing}
         if raw is not None:
-            return Response(generated.encoded[0], headers=headers | _labels(generated), media_type=raw)
+            return Response(generated.encoded[0], headers=headers | _image_headers(generated), media_type=raw)
         if body.stream:
             return Response(_event(generated), headers=headers, media_type="text/event-stream")
         if body.response_format == "url":
@@ -106,7 +106,7 @@ async def generate(
     return await idempotency.run_once(caller.owner, idempotency_key, fingerprint, answer)
 
 
-def _consistent(body: ImageRequest, raw: str | None) -> None:
+def _check_consistency(body: ImageRequest, raw: str | None) -> None:
     """Refuse fields that contradict each other or the `Accept` header."""
     if body.partial_images and not body.stream:
         body.reject("partial_images", "it is for stream = true")
@@ -124,10 +124,10 @@ def _consistent(body: ImageRequest, raw: str | None) -> None:
         raise InvalidRequest(f"output_format contradicts {means}", "output_format")
 
 
-def _labels(images: GeneratedImages) -> dict[str, str]:
+def _image_headers(images: GeneratedImages) -> dict[str, str]:
     """Return the headers that an answer of plain bytes has in place of fields."""
-    labels = {"x-seed": str(images.request.seeds[0])}
-    return labels | {"x-warning": "; ".join(images.warnings)} if images.warnings else labels
+    headers = {"x-seed": str(images.request.seeds[0])}
+    return headers | {"x-warning": "; ".join(images.warnings)} if images.warnings else headers
 
 
 def _event(images: GeneratedImages) -> str:

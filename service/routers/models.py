@@ -1,4 +1,4 @@
-"""`/v1/models`: the students that are loaded, and their further names."""
+"""`/v1/models`: the loaded students and their aliases."""
 
 import time
 
@@ -17,18 +17,18 @@ async def index(images: ImagesDep, settings: SettingsDep, caller: ImagesCaller) 
     """All models, the default one first, then the aliases."""
     models = images.engine.models
     names = [*models, *(alias for alias, name in settings.aliases.items() if name in models)]
-    return ModelList(data=[described(name, images.model(name)) for name in names])
+    return ModelList(data=[model_object(name, images.model(name)) for name in names])
 
 
 @router.get("/{model:path}")
 async def show(model: str, images: ImagesDep, caller: ImagesCaller) -> Model:
     """One model."""
-    return described(model, images.model(model))
+    return model_object(model, images.model(model))
 
 
 @router.delete("/{model:path}")
 def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
-    """Delete a student that one of your jobs has made. Its run's logs and samples stay."""
+    """Delete a student of one of your jobs. The logs and samples of its run stay."""
     if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
         images.model(model)
         raise Forbidden(
@@ -40,8 +40,8 @@ def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> 
     return ModelDeleted(id=model)
 
 
-def described(name: str, info: ModelInfo) -> Model:
-    """A model by one of its names."""
+def model_object(name: str, info: ModelInfo) -> Model:
+    """Return the API's object of a model, by one of its names."""
     sizes = [f"{width}x{height}" for width, height in info.sizes]
     return Model(
         id=name,

@@ -22,7 +22,7 @@ async def images(
     api_key: Annotated[str, Header()] = "",
     x_api_key: Annotated[str, Header()] = "",
 ) -> None:
-    """Serve one session. Pages of other origins are refused as CORS would refuse them, before anything is said."""
+    """Serve one session. Pages of other origins are refused before the connection is accepted, like by CORS."""
     if sessions.full or not (origin is None or allowed(origin, host, settings)):
         await socket.close()  # before it is accepted, this is status 403
         return

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import httpx
 import uvicorn
 
-from service.http.protocol import Protocol
-from service.http.server import uvicorn_config
+from service.http.graceful_server import uvicorn_config
+from service.http.protocol import HttpProtocol
 
 
 @contextlib.contextmanager
-def serving(app, protocol: type[Protocol] = Protocol) -> Iterator[str]:
+def serving(app, protocol: type[HttpProtocol] = HttpProtocol) -> Iterator[str]:
     """The app behind uvicorn; yields its base URL, and drains it at the end."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn_config(app, app.state.settings, protocol))

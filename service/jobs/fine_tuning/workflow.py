@@ -18,7 +18,7 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound, without_middle
+from service.errors import NotFound, shortened
 from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
@@ -47,7 +47,7 @@ class JobFailed(Exception):
     """Why a job cannot go on, as its client is told."""
 
     def __init__(self, message: str, code: str, param: str | None = None) -> None:
-        message = without_middle(message)  # a run's error may repeat text of the training file
+        message = shortened(message)  # a run's error may repeat text of the training file
         super().__init__(message)
         self.error = {"code": code, "message": message, "param": param}
 

@@ -89,7 +89,7 @@ def contents(key, **other):
 )
 def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
-    with pytest.raises(StartError, match=r"keys\.json is no file of API keys"):
+    with pytest.raises(StartError, match=r"keys\.json is not a file of API keys"):
         KeyFile(tmp_path / "keys.json").read()
 
 

@@ -13,14 +13,14 @@ from websockets.sync.client import connect
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
-from service.http.protocol import Protocol
+from service.http.protocol import HttpProtocol
 from service.settings import Settings
 
 LINE = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
-LIMIT = Protocol.max_head_bytes
+LIMIT = HttpProtocol.max_head_bytes
 
 
-class Hasty(Protocol):
+class Hasty(HttpProtocol):
     """Waits for nobody; long enough for a client on a busy machine."""
 
     head_seconds = 1.0
@@ -62,8 +62,8 @@ def refused(said: bytes, status: int) -> dict:
     return json.loads(body)["error"]
 
 
-def hung_up(url: str, reason: str) -> float:
-    return metric(url, "hung_up_connections_total", reason=reason)
+def closed_connections(url: str, reason: str) -> float:
+    return metric(url, "closed_connections_total", reason=reason)
 
 
 @pytest.mark.parametrize(
@@ -89,19 +89,19 @@ def test_a_head_over_the_limit_is_refused(patient, head):
 
 def test_a_refused_head_has_an_error_object(patient):
     with dial(patient) as line:
-        before = hung_up(patient, "head_too_large")
+        before = closed_connections(patient, "head_too_large")
         line.sendall(LINE + b"x: " + b"a" * (LIMIT + 1) + b"\r\n\r\n")
         assert "65536 bytes" in refused(rest(line), 431)["message"]
-        assert hung_up(patient, "head_too_large") == before + 1
+        assert closed_connections(patient, "head_too_large") == before + 1
 
 
 @pytest.mark.parametrize("text", [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"])
 def test_what_is_no_http_is_told_so(patient, text):
     with dial(patient) as line:
-        before = hung_up(patient, "invalid_http")
+        before = closed_connections(patient, "invalid_http")
         line.sendall(text)
         assert refused(rest(line), 400)["code"] == "invalid_http"
-        assert hung_up(patient, "invalid_http") == before + 1
+        assert closed_connections(patient, "invalid_http") == before + 1
 
 
 HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -224,7 +224,7 @@ def test_a_head_that_does_not_end_is_not_waited_for(hasty):
     with dial(hasty) as line:
         line.sendall(LINE)
         assert "within 1 s" in refused(rest(line), 408)["message"]
-    assert hung_up(hasty, "head_too_slow") == 1
+    assert closed_connections(hasty, "head_too_slow") == 1
 
 
 @pytest.mark.parametrize("said", [b"", b"\r\n"])
@@ -257,4 +257,4 @@ def test_an_answer_that_nobody_takes_is_given_up(hasty):
         line.sendall(f"GET /v1/files/{uploaded['id']}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
         until(lambda: metric(hasty, "requests_total", route="/v1/files/{file_id}/content") == 1)
         assert len(rest(line)) < size
-    assert hung_up(hasty, "answer_not_taken") == 1
+    assert closed_connections(hasty, "answer_not_taken") == 1

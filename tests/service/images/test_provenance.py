@@ -17,12 +17,12 @@ from PIL.ExifTags import Base
 from service.app import create_app
 from service.errors import StartError
 from service.images.encode import encode
-from service.images.provenance import PROMPT_CHARACTERS, SOURCE_TYPE, Origin
+from service.images.provenance import MAX_PROMPT_CHARACTERS, SOURCE_TYPE, Provenance
 from service.settings import Settings
 
 FORMATS = ["png", "jpeg", "webp"]
 PIXELS = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
-ORIGIN = Origin("scenes-student", "d1ge57", 7, 'a "red" <circle> & \x00 a 星')
+ORIGIN = Provenance("scenes-student", "d1ge57", 7, 'a "red" <circle> & \x00 a 星')
 
 
 def _attributes(data: bytes) -> dict[str, str]:
@@ -51,8 +51,8 @@ def test_every_format_tells_its_origin_and_keeps_its_pixels(output_format):
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_longest_prompt_fits(output_format):
-    data = encode(PIXELS, output_format, 90, Origin("m", "d", 0, '"' * 32_000))
-    assert _attributes(data)["AIPromptInformation"] == '"' * PROMPT_CHARACTERS
+    data = encode(PIXELS, output_format, 90, Provenance("m", "d", 0, '"' * 32_000))
+    assert _attributes(data)["AIPromptInformation"] == '"' * MAX_PROMPT_CHARACTERS
 
 
 @pytest.mark.parametrize(

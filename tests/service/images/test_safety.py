@@ -50,7 +50,9 @@ def test_the_reference_checker_goes_by_class_and_score(monkeypatch):
     assert check(image, "auto") is None
 
 
-@pytest.mark.parametrize("name", ["nothing.here:Checker", "service.images.safety:Nobody", "service.images.safety"])
+@pytest.mark.parametrize(
+    "name", ["nothing.here:SafetyChecker", "service.images.safety:Nobody", "service.images.safety"]
+)
 def test_a_checker_that_cannot_be_had_keeps_the_server_from_starting(name):
     with pytest.raises(StartError, match="safety"):
         create_app(Settings(safety=name))

@@ -1,4 +1,4 @@
-"""The pages for people: playground, jobs, batches. They hold everything themselves, and may load nothing else."""
+"""The web pages: playground, jobs, batches. They load nothing from other servers."""
 
 from pathlib import Path
 from string import Template
@@ -12,7 +12,7 @@ router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).parents[1] / "web"
 TITLES = {"index": "One-step playground", "jobs": "Distillation jobs", "batches": "Bulk batches"}
-FRAME = Template((WEB / "frame.html").read_text(encoding="utf-8"))  # head, navigation and key, the same for all
+FRAME = Template((WEB / "frame.html").read_text(encoding="utf-8"))  # head, navigation and key dialog of all pages
 PAGES = {
     (name, base): FRAME.substitute(
         base=base, title=title, name=name, main=(WEB / f"{name}.html").read_text(encoding="utf-8")
@@ -20,8 +20,8 @@ PAGES = {
     for name, title in TITLES.items()
     for base in ("./", "../")
 }
-KINDS = {".css": "text/css", ".js": "text/javascript"}
-PARTS = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in KINDS}
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
+ASSETS = {path.name: path.read_bytes() for path in WEB.iterdir() if path.suffix in MEDIA_TYPES}
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -35,28 +35,28 @@ HEADERS = {
 
 @router.get("/")
 async def playground() -> Response:
-    """Images as one types. Open to all, as the other pages: what they ask for needs a key where the server has keys."""
+    """Images while a prompt is typed. The pages need no key; their requests do, if the server has keys."""
     return _page("index", "./")
 
 
 @router.get("/jobs")
 async def jobs(request: Request) -> Response:
-    """Distillation jobs: begin one, watch it, try its student."""
+    """Distillation jobs: start one, watch it, try its student."""
     return _page("jobs", _base(request))
 
 
 @router.get("/batches")
 async def batches(request: Request) -> Response:
-    """Bulk batches: drop a file, watch it, fetch the answers."""
+    """Bulk batches: upload a file, watch it, download the answers."""
     return _page("batches", _base(request))
 
 
 @router.get("/web/{name}")
-async def part(name: str) -> Response:
-    """A style sheet or script of the pages; the names are those that were there at the start."""
-    if name not in PARTS:
+async def asset(name: str) -> Response:
+    """A style sheet or script of the pages, as read at the start."""
+    if name not in ASSETS:
         raise NotFound(f"there is no /web/{excerpt(name)}")
-    return Response(PARTS[name], media_type=KINDS[Path(name).suffix], headers=HEADERS)
+    return Response(ASSETS[name], media_type=MEDIA_TYPES[Path(name).suffix], headers=HEADERS)
 
 
 def _base(request: Request) -> str:

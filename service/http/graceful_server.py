@@ -1,4 +1,4 @@
-"""uvicorn's server, which drains at the first signal and ends at once at the second."""
+"""uvicorn's server with a graceful shutdown at the first signal and an immediate one at the second."""
 
 import contextlib
 import signal
@@ -9,11 +9,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.commands.signals import end_at_once, handled
-from service.http.protocol import Protocol
+from service.http.protocol import HttpProtocol
 from service.settings import Settings
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """The first SIGTERM, SIGINT or SIGHUP drains the server; the second ends the process at once."""
 
     @contextlib.contextmanager
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[Protocol] = Protocol) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[HttpProtocol] = HttpProtocol) -> uvicorn.Config:
     """Return how uvicorn serves the app."""
     return uvicorn.Config(
         app,
