@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import click
 import httpx
 import pytest
 import typer
@@ -30,6 +31,13 @@ APPS = {"distill": distill_cli.app, "fgm-service": service_cli.app}
 TEACHER = "/models/stable-diffusion-3-medium-diffusers"
 NOT_RUN = {"pip": "the suite needs no network: its environment has the package installed"}
 MADE_BY_READERS = {"docker/full.env"}
+
+# What this project once called things that have a name in the field; docs/glossary.md has the names.
+HOUSE_WORDS = re.compile(
+    r"\b(?:small worlds?|compan(?:y|ies)|judg(?:e[sd]?|ing|e?ments?)|images seen|lone|told of|whoever|yardstick"
+    r"|is away|what came of it|wish(?:es)?|seats?|rungs?|leash)\b",
+    re.IGNORECASE,
+)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -184,3 +192,24 @@ def test_every_link_leads_somewhere(page):
             target = page.parent / path if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def helps(command: click.Command, *names: str) -> Iterator[tuple[str, str]]:
+    """(words, help) of a command, its options and the commands below it."""
+    for parameter in command.params:
+        yield " ".join(names), getattr(parameter, "help", None) or ""
+    yield " ".join(names), command.help or ""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from helps(below, *names, name)
+
+
+@by_page
+def test_pages_use_the_terms_of_the_field(page):
+    assert HOUSE_WORDS.findall(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_help_uses_the_terms_of_the_field(name):
+    command = typer.main.get_command(APPS[name])
+    found = {words: terms for words, text in helps(command, name) if (terms := HOUSE_WORDS.findall(text))}
+    assert found == {}

@@ -42,7 +42,7 @@ app.command()(jobs.jobs)
 app.command()(jobs.logs)
 app.command()(jobs.cancel)
 
-_scenes = typer.Typer(help="The small world that ships with the project.", no_args_is_help=True)
+_scenes = typer.Typer(help="The toy dataset of colored shapes that ships with the project.", no_args_is_help=True)
 _scenes.command()(scenes.show)
 app.add_typer(_scenes, name="scenes")
 

@@ -23,12 +23,12 @@ def compare(
     ),
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each of the six tasks.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.", min=1)] = 28,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and images that are judged.", min=0, max=LAST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the evaluation's prompts and images.", min=0, max=LAST_SEED)] = 0,
 ) -> None:
-    """Distill one teacher in several ways with equal images or seconds, and judge the students alike.
+    """Distill one teacher in several ways with equal images or seconds, and evaluate all students.
 
     Leaves one run folder each, `compare.json`, `compare.md` and `compare.png`. The same command continues, also with
-    more variants; what is finished is not done again. A run that diverges or cannot start is reported, and the others
+    more variants; finished runs are not repeated. A run that diverges or cannot start is reported, and the others
     go on.
     """
     import shlex

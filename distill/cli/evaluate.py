@@ -29,9 +29,10 @@ def evaluate(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Judge teacher and student on the same prompts and seeds of the small world.
+    """Evaluate teacher and student on the same prompts and seeds of the toy dataset.
 
-    Scores per task are GenEval's verdicts in [0, 1]; distances are to true scenes. ± is half of a 95 % interval.
+    Scores are the share of images that are correct by GenEval's rules; distances are to true scenes. ± is
+    half of a 95 % interval.
     """
     counts = [part for part in teacher_steps.split(",") if part.strip()]
     if not all(part.strip().isdecimal() and int(part) for part in counts):

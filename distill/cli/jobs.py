@@ -60,7 +60,7 @@ def jobs(
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """List a server's distillation jobs: id, status, images seen of the budget, when made, teacher, student."""
+    """List a server's distillation jobs: id, status, progress, creation time, teacher, student."""
     import time
 
     from distill.cli.remote import Server as Remote

@@ -109,7 +109,8 @@ def export(
         Path | None, typer.Option(help="Student folder; student in the run folder if not given.", file_okay=False)
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="best, last, or the images seen of a checkpoint; best is the last if none was judged.")
+        str,
+        typer.Option(help="best, last, or the number of images of a checkpoint; best is the last without evaluations."),
     ] = "best",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
     max_shard_size: Annotated[str, typer.Option(help="Size of one file of weights at most: 5GB, 500MB.")] = "5GB",

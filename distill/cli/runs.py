@@ -27,7 +27,7 @@ def report(
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that the run folders are in.")] = Path("runs"),
 ) -> None:
-    """List runs: images seen of the budget, the best score, alarms, and whether a run is finished."""
+    """List runs: progress in images, the best score, alarms, and whether a run is finished."""
     import time
 
     from rich.markup import escape
