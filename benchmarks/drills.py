@@ -40,7 +40,7 @@ from service.commands.bench import free_port, load_engine, load_server, own_serv
 from service.engine.backend import ModelInfo, Timing
 from service.engine.profile import Profile, write_profile
 from service.observability.metrics import Metrics
-from service.settings import Settings
+from service.settings import EngineSettings, Settings
 
 OVERLOAD = 10  # times the capacity
 QUEUE = 40  # images that may wait then
@@ -190,7 +190,12 @@ def overload(seconds: float, clients: int = 64) -> Overload:
     """Offer ten times the capacity from many connections at a steady pace."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving("simulator", simulate=simulated(folder, CALL_SECONDS), max_batch=2, queue_limit=QUEUE) as (url, pid),
+        serving(
+            "simulator",
+            engine__simulated_profile=simulated(folder, CALL_SECONDS),
+            engine__max_batch=2,
+            engine__max_queued_images=QUEUE,
+        ) as (url, pid),
     ):
         before = min(3.0, seconds)
         unloaded = load_server(url, 1, before).quantile(0.99)
@@ -324,7 +329,7 @@ def soak(seconds: float, device: str = "simulator", clients: int = 16, looks: in
     times: list[float] = []
     memory: list[float] = []
     files: list[int] = []
-    with serving(device, result_cache_bytes=0) as (url, pid):
+    with serving(device, engine__result_cache_bytes=0) as (url, pid):
         load = Load(url, clients)
         began = time.perf_counter()
         with load.running():
@@ -357,7 +362,7 @@ class Chaos:
 def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 0) -> Chaos:
     """Kill workers of a server that is asked all the time."""
     chance = random.Random(seed)
-    with serving(device, replicas=2, result_cache_bytes=0) as (url, pid):
+    with serving(device, engine__workers_per_device=2, engine__result_cache_bytes=0) as (url, pid):
         load = Load(url, clients)
         with load.running():
             killed = 0
@@ -401,12 +406,12 @@ def fleet(seconds: float, clients: int = 64, devices: int = 8) -> Fleet:
     with tempfile.TemporaryDirectory() as folder:
         profile = simulated(folder, BATCH_SECONDS)
         metrics = Metrics()
-        settings = Settings(
-            simulate=profile, devices="simulator", replicas=devices, max_batch=1, queue_limit=10_000, data=None
-        )
+        options = {"simulated_profile": profile, "workers_per_device": devices}
+        options |= {"max_batch": 1, "max_queued_images": 10_000}
+        settings = Settings(data=None, engine=EngineSettings(devices="simulator", **options))
         engine = load_engine(settings, clients, seconds, metrics)
         engine_busy = metrics.registry.get_sample_value("fgm_stage_seconds_sum", {"stage": "model"}) or 0.0
-        with serving("simulator", simulate=profile, replicas=devices, max_batch=1, queue_limit=10_000) as (url, _):
+        with serving("simulator", **{f"engine__{name}": value for name, value in options.items()}) as (url, _):
             before = samples(url).get(model, 0.0)
             server = load_server(url, clients, seconds)
             after = samples(url)

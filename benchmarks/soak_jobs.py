@@ -58,11 +58,11 @@ class Server:
         self._log = out / f"server-{self.port}.log"
         self._environment = os.environ | {
             "SERVICE_DATA": str(out / "data"),
-            "SERVICE_JOB_SILENCE_SECONDS": "2",
-            "SERVICE_JOB_NICE": "0",
-            "SERVICE_MAX_BATCH": "1",  # so that the batch lasts for all the kills
-            "SERVICE_PUBLIC_URL": self.url,
-            **({"SERVICE_DATABASE": database} if database else {}),
+            "SERVICE_JOBS__TAKEOVER_SECONDS": "2",
+            "SERVICE_JOBS__NICE": "0",
+            "SERVICE_ENGINE__MAX_BATCH": "1",  # so that the batch lasts for all the kills
+            "SERVICE_HTTP__PUBLIC_URL": self.url,
+            **({"SERVICE_JOBS__DATABASE": database} if database else {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
 

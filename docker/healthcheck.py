@@ -3,6 +3,6 @@
 import os
 import urllib.request
 
-port = os.environ.get("SERVICE_PORT", "8000")
+port = os.environ.get("SERVICE_HTTP__PORT", "8000")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for what is outside
 opener.open(f"http://127.0.0.1:{port}/readyz", timeout=2).close()

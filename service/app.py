@@ -20,8 +20,8 @@ from service.engine.loaded_models import LoadedModelStore
 from service.errors import StartError
 from service.http import error_handlers
 from service.http.authentication import Authenticator
-from service.http.idempotency import IdempotencyStore
-from service.http.middleware import BodyLimit, CorsMiddleware, RequestMiddleware
+from service.http.idempotency import IDEMPOTENCY_SECONDS, IdempotencyStore
+from service.http.middleware import BODY_SECONDS, BodyLimit, CorsMiddleware, RequestMiddleware
 from service.http.origins import pattern
 from service.http.rate_limiter import RateLimiter
 from service.images.artifacts import ArtifactStore
@@ -58,31 +58,34 @@ def create_app(
     Both are by default those of the settings.
     """
     settings = settings or Settings()
-    check, signer = load_checker(settings.safety), load_signer(settings)  # first, because they may reject the settings
+    check, signer = (
+        load_checker(settings.images.safety),
+        load_signer(settings),
+    )  # first, because they may reject the settings
     tracing = tracing or _tracing(settings)
     metrics = Metrics()
     engine = Engine(pool or worker_processes(settings), settings, metrics, tracing)
     jobs = Jobs(settings.data, settings) if settings.data else None
     artifacts = ArtifactStore(
-        settings.artifacts or (str(jobs.folder / "artifacts") if jobs else None),
+        settings.images.artifacts or (str(jobs.folder / "artifacts") if jobs else None),
         _artifact_secret(settings, jobs),
-        settings.artifact_seconds,
+        settings.images.artifact_link_seconds,
     )
     images = ImageService(engine, artifacts, check, signer, settings, metrics, tracing)
     loaded_models = LoadedModelStore(jobs.folder if jobs else None)
-    rate_limiter = RateLimiter(settings.rate_limit, metrics)
+    rate_limiter = RateLimiter(settings.http.rate_limit, metrics)
     authenticator = Authenticator(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await engine.start()
-        await loaded_models.restore(engine, settings.students)
+        await loaded_models.restore(engine, settings.models_folder)
         settings.check_aliases(engine.models)
         if jobs:
             BatchWorkflow(images, jobs, settings, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine)
-        retrying = asyncio.create_task(loaded_models.retry(engine, settings.students))
+        retrying = asyncio.create_task(loaded_models.retry(engine, settings.models_folder))
         sweeping = asyncio.create_task(artifacts.sweep_periodically())
         yield {"metrics": metrics}  # for the protocol, which rejects requests that never reach the app
         retrying.cancel()
@@ -117,25 +120,25 @@ def create_app(
             "loaded_models": loaded_models,
             "rate_limiter": rate_limiter,
             "authenticator": authenticator,
-            "idempotency": IdempotencyStore(settings.replay_seconds, settings.replay_bytes),
+            "idempotency": IdempotencyStore(IDEMPOTENCY_SECONDS, settings.http.idempotency_cache_bytes),
             "realtime": RealtimeSessions(images, authenticator, rate_limiter, settings, metrics, tracing),
         }
     )
     for module in pkgutil.iter_modules(routers.__path__):
         app.include_router(importlib.import_module(f"service.routers.{module.name}").router)
-    upload = BodyLimit(settings.max_file_bytes + FORM_BYTES, settings.upload_seconds)
-    body = BodyLimit(settings.max_body_bytes, settings.body_seconds)
+    upload = BodyLimit(settings.jobs.max_file_bytes + FORM_BYTES, settings.jobs.upload_timeout_seconds)
+    body = BodyLimit(settings.http.max_body_bytes, BODY_SECONDS)
     app.add_middleware(RequestMiddleware, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)
-    if settings.cors_origins:
+    if settings.http.cors_origins:
         app.add_middleware(
             CorsMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_origin_regex="|".join(map(pattern, settings.cors_origins)),
+            allow_origins=settings.http.cors_origins,
+            allow_origin_regex="|".join(map(pattern, settings.http.cors_origins)),
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],  # OpenAI's client sends its own; access is controlled by the key
             expose_headers=EXPOSED,
         )
-    trusted = "*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies)
+    trusted = "*" if "*" in settings.http.trusted_proxies else list(settings.http.trusted_proxies)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)
     error_handlers.install(app)
     return app
@@ -143,17 +146,17 @@ def create_app(
 
 def _tracing(settings: Settings) -> "Tracing | None":
     """Return the tracing of the settings, if any. Raises StartError if the SDK is missing."""
-    if settings.otlp_endpoint is None:
+    if settings.observability.otlp_endpoint is None:
         return None
     try:
         from service.observability.tracing import Tracing
     except ImportError:
         raise StartError("otlp_endpoint: the OpenTelemetry SDK is not installed; pip install '.[tracing]'") from None
-    return Tracing.to(settings.otlp_endpoint)
+    return Tracing.to(settings.observability.otlp_endpoint)
 
 
 def _artifact_secret(settings: Settings, jobs: Jobs | None) -> bytes:
     """Return the secret that signs links: that of the settings, of the data folder, or a random one."""
-    if settings.artifact_secret:
-        return settings.artifact_secret.get_secret_value().encode()
+    if settings.images.artifact_secret:
+        return settings.images.artifact_secret.get_secret_value().encode()
     return jobs.secret() if jobs else secrets.token_bytes(32)

@@ -4,8 +4,10 @@ from service.commands.signals import end_on_signals
 
 end_on_signals()  # before the other imports: a container may be stopped while they run
 
+import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,13 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
     os.environ.setdefault(_name, "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+Config = Annotated[
+    Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; flags and variables win over it.")
+]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting, as engine.max_batch=8; repeat for more. Lists are JSON.")
+]
+
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
@@ -37,7 +46,6 @@ def serve(
     devices: Annotated[
         str | None, typer.Option("--devices", "--device", help="auto, cpu, simulator, or GPUs as cuda:0,cuda:1.")
     ] = None,
-    replicas: Annotated[int | None, typer.Option(help="Worker processes on each device.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of files, batches and jobs; none to serve without them.")
     ] = None,
@@ -51,14 +59,14 @@ def serve(
     open_to_all: Annotated[
         bool | None, typer.Option("--open-to-all", help="Listen beyond this machine without any API key.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; what else is given wins.")
-    ] = None,
+    config: Config = None,
+    setting: Setting = None,
 ) -> None:
     """Serve students (the shipped one if none is named) in the OpenAI Images format, and a playground at `/`.
 
-    Every setting has a SERVICE_ variable (SERVICE_MAX_BATCH, SERVICE_RATE_LIMIT, ...) and a key in the TOML file;
-    docs/operations.md lists them. SIGTERM finishes what was accepted, then ends; a second one ends at once.
+    docs/operations.md lists all settings. Each can be set by --set engine.max_batch=8, by the environment variable
+    SERVICE_ENGINE__MAX_BATCH=8, or in the TOML file. SIGTERM answers the accepted requests, then exits; a second
+    signal exits at once.
     """
     import logging
     from concurrent.futures import ThreadPoolExecutor
@@ -70,18 +78,17 @@ def serve(
     from service.observability.logs import configure
     from service.settings import read_settings
 
-    given: dict[str, Any] = {
+    given = {
         "models": tuple(model or ()) or None,
-        "host": host,
-        "port": port,
-        "devices": devices,
-        "replicas": replicas,
         "data": None if data is None else str(data),
-        "job_devices": job_devices,
-        "keys_file": keys_file,
-        "open_to_all": open_to_all,
+        "engine.devices": devices,
+        "http.host": host,
+        "http.port": port,
+        "http.keys_file": keys_file,
+        "http.open_to_all": open_to_all,
+        "jobs.devices": job_devices,
     }
-    settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
+    settings = read_settings(_given(given, setting), config)
     _check_keys(settings)
     workers = worker_processes(settings)
     with ThreadPoolExecutor(1) as pool:
@@ -93,7 +100,7 @@ def serve(
             served.state.jobs.check()  # before the server starts, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([loaded.info.name for loaded in ready.models])
-    configure(settings.log_format, settings.log_level)
+    configure(settings.observability.log_format, settings.observability.log_level)
     for line in settings.lines():
         logging.getLogger("service.settings").info(line)
     server = GracefulServer(uvicorn_config(served, settings))
@@ -106,27 +113,33 @@ def serve(
 
 @app.command()
 def profile(
-    out: Annotated[Path, typer.Argument(help="Folder of the profiles; the server's `profiles` setting names it.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the profiles; engine.profiles_folder of the server.")],
     model: Annotated[list[Path] | None, typer.Option(help="Student folder; repeat for more.")] = None,
     devices: Annotated[str | None, typer.Option("--devices", "--device", help="As of `serve`.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Largest batch to measure [16].")] = None,
-    config: Annotated[Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings.")] = None,
+    config: Config = None,
+    setting: Setting = None,
 ) -> None:
     """Measure seconds by stage, and memory, of every size and batch of each model on each device.
 
-    A server that is started with SERVICE_PROFILES=FOLDER makes no batch that was not measured, or, with
-    SERVICE_P95_SECONDS, that would be too slow; and it knows from its first request on how long the queue will take.
-    What the folder knows already is shown without measuring; delete a file to have it measured again.
+    A server with engine.profiles_folder only runs batch sizes that were measured, and knows from its first request on
+    how long the queue takes. With engine.target_p95_seconds it also skips sizes that are too slow. Profiles that the
+    folder already has are printed without measuring; delete a file to measure again.
 
         fgm-service profile profiles --max-batch 8
 
-        SERVICE_PROFILES=profiles SERVICE_P95_SECONDS=0.5 fgm-service serve
+        fgm-service serve --set engine.profiles_folder=profiles --set engine.target_p95_seconds=0.5
     """
     from service.engine.launch import worker_processes
     from service.settings import read_settings
 
-    given = {"profiles": out, "models": tuple(model or ()) or None, "devices": devices, "max_batch": max_batch}
-    settings = read_settings({name: value for name, value in given.items() if value is not None}, config)
+    given = {
+        "models": tuple(model or ()) or None,
+        "engine.devices": devices,
+        "engine.max_batch": max_batch,
+        "engine.profiles_folder": out,
+    }
+    settings = read_settings(_given(given, setting), config)
     workers = worker_processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:
@@ -200,9 +213,8 @@ def ray(
     guests: Annotated[
         int, typer.Option(min=1, help="Students and LoRA adapters in a replica at once because requests ask for them.")
     ] = 3,
-    config: Annotated[
-        Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; SERVICE_ variables win.")
-    ] = None,
+    config: Config = None,
+    setting: Setting = None,
 ) -> None:
     """Serve as `serve` does, by replicas over the GPUs of one machine or of a Ray cluster.
 
@@ -216,14 +228,32 @@ def ray(
 
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
-    settings = read_settings({}, config)
+    settings = read_settings(_given({}, setting), config)
     _check_keys(settings)
     from service.ray import cluster
 
-    configure(settings.log_format, settings.log_level)
+    configure(settings.observability.log_format, settings.observability.log_level)
     most = max(min_replicas, max_replicas or 0)
     scale = cluster.Scale(min_replicas, most, cpus, patience, up_after, down_after, guests)
     cluster.run(settings, scale, address)
+
+
+def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Settings given on the command line, by group: flags by key (None is not given), and `--set key=value`."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    for assignment in assignments or ():
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise StartError(f"--set {assignment}: write it as key=value, for example engine.max_batch=8")
+        try:
+            given[key] = json.loads(text) if text.startswith(("[", "{")) else text
+        except ValueError as error:
+            raise StartError(f"--set {assignment}: {error}; lists are JSON") from None
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        group, _, name = key.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[name] = value
+    return nested
 
 
 def _check_keys(settings: "Settings") -> None:
@@ -231,17 +261,18 @@ def _check_keys(settings: "Settings") -> None:
     from service.http.keys import KeyFile
     from service.http.origins import is_loopback
 
-    stored = KeyFile(settings.keys_file).read_at_start() if settings.keys_file else ()
-    if settings.api_keys or stored:
+    http = settings.http
+    stored = KeyFile(http.keys_file).read_at_start() if http.keys_file else ()
+    if http.api_keys or stored:
         return
-    if settings.open_to_all and settings.keys_file:
+    if http.open_to_all and http.keys_file:
         raise StartError(
-            f"{settings.keys_file} (keys_file) has no key, and open_to_all would let everyone in without one; make one "
-            f"with `fgm-service keys create NAME --file {settings.keys_file}`, or leave one of the two settings out"
+            f"{http.keys_file} (http.keys_file) has no key, and http.open_to_all would let everyone in without one; "
+            f"make one with `fgm-service keys create NAME --file {http.keys_file}`, or leave out one of the settings"
         )
-    if not (settings.open_to_all or is_loopback(settings.host)):
+    if not (http.open_to_all or is_loopback(http.host)):
         raise StartError(
-            f"host {settings.host} is reached from other machines and there is no API key; make one with "
+            f"host {http.host} is reached from other machines and there is no API key; make one with "
             "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
         )
 

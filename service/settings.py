@@ -7,8 +7,10 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import limits
 from pydantic import (
@@ -22,14 +24,8 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from distill.options import RuntimeOptions
 from service.errors import StartError
@@ -49,6 +45,7 @@ _SERVICE_LINK = re.compile(
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
+_Path = Annotated[Path, AfterValidator(Path.absolute)]  # means the same in every process
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
 
@@ -59,6 +56,14 @@ def _url(text: str) -> str:
 
 
 _Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), AfterValidator(_url)]
+
+
+def _location(text: str) -> str:
+    return text if "://" in text else str(Path(text).absolute())
+
+
+def _teacher(text: str) -> str:
+    return text if text == SHIPPED_TEACHER else str(Path(text).absolute())
 
 
 def _each_gpu_once(devices: str) -> str:
@@ -107,15 +112,6 @@ def _webhook_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
-class Endpoint(BaseModel):
-    """Who is told when batches and jobs end, and the secret that it knows the server by."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: _Url
-    secret: Annotated[SecretStr, AfterValidator(_webhook_secret)]
-
-
 def _none(given: object) -> object:
     return None if given == "none" else given
 
@@ -128,130 +124,175 @@ def _state_folder() -> Path:
         raise StartError("data: this user has no home folder; name a folder with --data, or `none`") from None
 
 
-class Settings(BaseSettings):
-    """Everything that the server depends on. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
+class _Group(BaseModel):
+    """A group of settings: a table in the TOML file, `SERVICE_GROUP__NAME` in the environment."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
-    stored: ClassVar[Mapping[str, Any]] = {}  # what the TOML file holds
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WebhookEndpoint(_Group):
+    """A URL that is called when batches and jobs end, and the secret that signs the calls."""
+
+    url: _Url
+    secret: Annotated[SecretStr, AfterValidator(_webhook_secret)]
+
+
+class EngineSettings(_Group):
+    """Devices, worker processes, batching and caches."""
+
+    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto: all GPUs but those of jobs, else the CPU
+    workers_per_device: _Count = 1
+    cpu_threads: _Count | None = None  # of each stage of a worker; none divides the cores among the workers
+    max_batch: _Count = 16  # images in one batch
+    batching_window_seconds: Annotated[float, Field(ge=0)] = 0.0  # how long an idle worker waits for more images
+    target_p95_seconds: _Seconds | None = None  # caps batches so that p95 latency holds when all workers are busy
+    profiles_folder: _Path | None = None  # measured batch times; what is missing is measured at the start
+    simulated_profile: _Path | None = None  # profile that `devices = "simulator"` imitates
+    max_queued_images: Annotated[int, Field(ge=10)] = 512  # the largest request must fit
+    max_queued_images_per_key: Annotated[int, Field(ge=10)] | None = None
+    request_timeout_seconds: _Seconds = 60.0  # from arrival to answer, if the request names none
+    batch_timeout_seconds: _Seconds = 120.0  # a worker whose batch takes longer is replaced
+    heartbeat_timeout_seconds: _Seconds = 30.0  # a worker that sends nothing for this long is replaced
+    prompt_cache_bytes: _Bytes = 256 << 20  # prompt embeddings, in memory shared by all workers
+    result_cache_bytes: _Bytes = 64 << 20  # finished images, by prompt, seed and size
+
+
+class HttpSettings(_Group):
+    """Address, access, limits of requests and connections."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
-    models: tuple[Path, ...] = ()  # student folders; none is the student that ships
-    students: Path | None = None  # folder whose student folders may be loaded by /v1/admin/models
-    aliases: dict[str, str] = {}  # further names: {"gpt-image-1": "scenes-student"}
-    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto is all GPUs but those of jobs, or the CPU
-    replicas: _Count = 1  # workers on each device
-    threads: _Count | None = None  # CPU threads of each stage of a worker; none shares the cores out
-    runtime: RuntimeOptions = RuntimeOptions()
-    simulate: Path | None = None  # profile whose model and times the simulator plays
-    max_batch: _Count = 16  # images in one call of the network
-    p95_seconds: _Seconds | None = None  # batches are kept so small that a request met by a full device is this fast
-    profiles: Path | None = None  # folder of measured times; made where it has none of a device and model
-    queue_limit: Annotated[int, Field(ge=10)] = 512  # images waiting at most; the largest request must fit
-    queue_limit_per_key: Annotated[int, Field(ge=10)] | None = None  # the same for each API key; none is no less
-    unsupported: Literal["refuse", "warn"] = "refuse"  # unsupported fields of image requests; warn ignores them
-    timeout_seconds: _Seconds = 60.0  # from arrival to answer, where a request does not say; refused if it cannot be
-    linger_seconds: Annotated[float, Field(ge=0)] = 0.0  # what a lone image waits for company while nothing runs
-    worker_silence_seconds: _Seconds = 30.0  # a worker that says nothing for so long is replaced
-    batch_timeout_seconds: _Seconds = 120.0  # a worker whose batch takes longer is replaced
-    prompt_cache_bytes: _Bytes = 256 << 20  # embeddings of prompts, in memory that all workers share
-    result_cache_bytes: _Bytes = 64 << 20  # images kept for requests of the same prompt, seed and size
-    encode_threads: _Count = 2
-    max_body_bytes: _Count = 1 << 20
-    body_seconds: _Count = 30  # time in which a body must arrive
-    api_keys: tuple[_ApiKey, ...] = ()  # in addition to the file's; scopes generate and jobs
-    keys_file: Path | None = None  # made by `fgm-service keys create`
-    open_to_all: bool = False  # listen beyond the loopback without keys
-    rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images of one key: "100/minute; 5000/day"
-    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()  # web pages of other origins that may call
-    public_url: _Url | None = None  # how clients reach the server, for links; none takes the request's own
+    public_url: _Url | None = None  # base of links in answers; none takes the request's own
     trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
-    # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed; "*" is all
+    # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are used; "*" is all
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()  # other origins whose pages may call
+    api_keys: tuple[_ApiKey, ...] = ()  # in addition to the file's; scopes generate and jobs
+    keys_file: _Path | None = None  # made by `fgm-service keys create`
+    open_to_all: bool = False  # listen beyond the loopback without keys
+    rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images per key: "100/minute; 5000/day"
+    max_body_bytes: _Count = 1 << 20
+    max_realtime_sessions: Annotated[int, Field(ge=0)] = 256
+    realtime_idle_seconds: _Seconds = 300.0  # a realtime session without a request for this long is closed
+    idempotency_cache_bytes: _Bytes = 256 << 20  # answers kept for an Idempotency-Key
     keep_alive_seconds: _Count = 75  # how long a connection stays open between requests
-    artifacts: str | None = None  # folder or fsspec URL of images given as links; none is one in the data folder
-    artifact_seconds: _Count = 3600  # how long such a link lasts
-    artifact_secret: _ArtifactSecret | None = None  # signs the links; none draws one, and keeps it in the data folder
-    safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of one's own
-    provenance: Literal["none", "origin", "prompt"] = "origin"  # said in images: software, model and seed; the prompt
-    c2pa_certificates: Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed
-    c2pa_key: Path | None = None
+    drain_seconds: _Count = 30  # time that accepted requests get after SIGTERM
+
+
+class ImageSettings(_Group):
+    """Checks, encoding, labels and storage of images."""
+
+    unsupported_fields: Literal["refuse", "warn"] = "refuse"  # of image requests; warn ignores and names them
+    encode_threads: _Count = 2  # that encode PNG, JPEG and WebP
+    safety: str | None = None  # check of images: "nudenet", or "package.module:Class" of your own
+    provenance: Literal["none", "origin", "prompt"] = "origin"  # metadata: software, model and seed; also the prompt
+    c2pa_certificates: _Path | None = None  # PEM chain, the signer's own first; with c2pa_key images are signed
+    c2pa_key: _Path | None = None
     c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
     c2pa_timestamp_url: str | None = None  # authority that dates the signatures
-    data: Annotated[Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
-    database: Annotated[SecretStr, Field(min_length=1)] | None = (
-        None  # postgresql://user:password@host/name; none is SQLite in the data folder
+    artifacts: Annotated[str, AfterValidator(_location)] | None = (
+        None  # folder or fsspec URL of images sent as links; none is a folder in `data`
     )
-    max_file_bytes: _Count = 200 << 20  # of one upload
-    file_quota_bytes: _Count = 10 << 30  # of all files of one key
-    upload_seconds: _Count = 600  # time in which an upload must arrive
-    batch_link_seconds: _Count = 7 * 86_400  # how long links to the images of batches last
-    batch_lines_at_once: _Count = 64  # of each batch; what waits for a device and is lost to a kill
-    unfinished_batches_per_key: _Count = 50
-    job_silence_seconds: _Seconds = 20.0  # the workflows of a server that is silent for so long are taken over
-    realtime_limit: Annotated[int, Field(ge=0)] = 256  # realtime sessions that are open at once
-    realtime_idle_seconds: _Seconds = 300.0  # a session that asks for nothing for so long is closed
-    teachers: dict[str, str] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name that jobs distill; that one ships
-    job_devices: Annotated[
-        str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), AfterValidator(_each_gpu_once)
-    ] = "cpu"  # of jobs, a process each
-    job_nice: Annotated[int, Field(ge=0, le=19)] = 10  # how far the processes of jobs stand back for the others
-    job_students: _Count = 4  # students of jobs that are served, those made last
-    jobs_per_key: _Count = 8  # jobs of one key that have not ended
-    max_job_images: _Count | None = None  # longest budget of a job in images seen; none sets no bound
-    max_job_seconds: _Seconds | None = None  # the same in seconds of training
-    webhooks: tuple[Endpoint, ...] = ()  # told when batches and jobs end: [{"url": ..., "secret": "whsec_..."}]
-    replay_seconds: _Count = 3600  # how long an Idempotency-Key is remembered
-    replay_bytes: _Bytes = 256 << 20
-    otlp_endpoint: _Url | None = None  # base URL of an OpenTelemetry collector that spans go to; none makes no spans
-    log_prompts: bool = False  # in the line of each request that was understood
-    log_format: LogFormat = "json"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    drain_seconds: _Count = 30  # time that running requests get after SIGTERM
+    artifact_link_seconds: _Count = 3600  # how long such a link is valid
+    artifact_secret: _ArtifactSecret | None = None  # signs the links; none generates one and keeps it in `data`
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Given values win over the environment, and that over the file. Kubernetes' own variables are removed."""
-        assert isinstance(env_settings, EnvSettingsSource)
-        variables = env_settings.env_vars.items()
-        env_settings.env_vars = {name: value for name, value in variables if not _is_service_link(name, value or "")}
-        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(cls.stored))
+
+class JobSettings(_Group):
+    """Files, batches, fine-tuning jobs and webhooks."""
+
+    database: Annotated[SecretStr, Field(min_length=1)] | None = None
+    # postgresql://user:password@host/name; none is SQLite in `data`
+    max_file_bytes: _Count = 200 << 20  # of one upload
+    max_file_bytes_per_key: _Count = 10 << 30  # of all files of one key
+    upload_timeout_seconds: _Count = 600  # within which an upload must arrive
+    max_batches_per_key: _Count = 50  # unfinished ones
+    concurrent_lines_per_batch: _Count = 64  # that are being made at once; a killed server makes them again
+    batch_link_seconds: _Count = 7 * 86_400  # how long links to the images of batches are valid
+    takeover_seconds: _Seconds = 20.0  # after which other servers resume the work of a server that is silent
+    teachers: dict[str, Annotated[str, AfterValidator(_teacher)]] = {
+        SHIPPED_TEACHER: SHIPPED_TEACHER
+    }  # folders by name
+    devices: Annotated[
+        str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), AfterValidator(_each_gpu_once)
+    ] = "cpu"  # of jobs, one process each; none leaves jobs to other servers
+    nice: Annotated[int, Field(ge=0, le=19)] = 10  # nice value of job processes
+    max_jobs_per_key: _Count = 8  # unfinished ones
+    max_images_per_job: _Count | None = None  # largest budget of a job in training images
+    max_seconds_per_job: _Seconds | None = None  # largest budget of a job in seconds of training
+    max_served_students: _Count = 4  # students of jobs, the latest ones
+    webhooks: tuple[WebhookEndpoint, ...] = ()  # called when batches and jobs end
+
+
+class ObservabilitySettings(_Group):
+    """Logs and traces."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "json"
+    log_prompts: bool = False  # in the log line of every valid request
+    otlp_endpoint: _Url | None = None  # base URL of an OpenTelemetry collector; none makes no traces
+
+
+class Settings(BaseSettings):
+    """All settings of the server. Lists are JSON in the environment: SERVICE_MODELS='["a", "b"]'."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
+
+    models: tuple[_Path, ...] = ()  # student folders, the first is the default; none is the student that ships
+    models_folder: _Path | None = None  # students and adapters in it may be loaded at run time
+    aliases: dict[str, str] = {}  # further names of models: {"gpt-image-1": "scenes-student"}
+    data: Annotated[_Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
+    runtime: RuntimeOptions = RuntimeOptions()
+    engine: EngineSettings = EngineSettings()
+    http: HttpSettings = HttpSettings()
+    images: ImageSettings = ImageSettings()
+    jobs: JobSettings = JobSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
 
     def check_aliases(self, models: Collection[str]) -> None:
-        """Raises StartError for an alias of a model that is not loaded."""
+        """Raise StartError for an alias of a model that is not loaded."""
         for alias, name in self.aliases.items():
             if name not in models:
                 raise StartError(f"aliases: {alias!r} stands for {name!r}, which is not loaded; there are {[*models]}")
 
     def lines(self) -> list[str]:
-        """The settings as they stand, secrets masked."""
-        return [f"{name} = {value}" for name, value in self.model_dump(mode="json").items()]
+        """Return every setting as `key = value`, secrets masked."""
+        values = self.model_dump(mode="json")
+        return [f"{key} = {reduce(getitem, key.split('.'), values)}" for key in keys()]
+
+
+class _Environment(EnvSettingsSource):
+    """Settings in the environment. A list that is not JSON is named."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError as error:
+            known = next(key for key in keys() if key.rpartition(".")[2] == field_name)
+            example = f'{_variable(known)}=\'["one", "two"]\''
+            raise StartError(f"{known} ({_variable(known)}): {error}; lists are JSON, as {example}") from None
 
 
 def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Settings:
-    """Settings with some given. Raises StartError naming the key or variable that is wrong."""
+    """Read the settings: the given ones (by group) win over the environment, and that over the TOML file.
+
+    Raises StartError naming the key or variable that is wrong.
+    """
     _check_variables()
-    kind = Settings
-    if file is not None:
-        contents = _read_toml(file)
-
-        class FromFile(Settings):
-            stored = contents
-
-        kind = FromFile
+    stored = {} if file is None else _read_toml(file)
     try:
-        return kind(**given)
+        return Settings(**_merged(_merged(stored, _Environment(Settings)()), given))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the input may be a key
         raise StartError(_complaint(first["loc"], first["type"], first["msg"])) from None
-    except SettingsError as error:
-        raise StartError(f'{error}; lists are JSON, for example SERVICE_MODELS=\'["one", "two"]\'') from None
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two mappings by group."""
+    nested = {
+        name: _merged(below[name], group)
+        for name, group in above.items()
+        if isinstance(group, Mapping) and isinstance(below.get(name), Mapping)
+    }
+    return {**below, **above, **nested}
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -311,5 +352,5 @@ def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:
         return f"{key} ({_variable(key)}): {message.removeprefix('Value error, ')}"
     if kind != "extra_forbidden":  # a value in the place of a group
         return f"{path}: {message}"
-    close = difflib.get_close_matches(path, known, 1)
+    close = difflib.get_close_matches(path, [*known, *Settings.model_fields], 1)
     return f"there is no setting {path!r}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from service.observability.metrics import Metrics
-from service.settings import Settings, variables
+from service.settings import HttpSettings, variables
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -38,7 +38,7 @@ UPLOAD = MANIFESTS["Pod"]["spec"]
 POD = MANIFESTS["Deployment"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 ENDS = {"counter": ["_total"], "histogram": ["", "_bucket", "_sum", "_count"]}
-DRAIN_SECONDS = Settings.model_fields["drain_seconds"].default
+DRAIN_SECONDS = HttpSettings().drain_seconds
 
 
 def seconds(duration: str) -> int:
@@ -48,7 +48,7 @@ def seconds(duration: str) -> int:
 @pytest.mark.parametrize("path", CONFIGURING, ids=lambda path: path.name)
 def test_every_variable_is_a_setting(path):
     known = {*variables()} | {"SERVICE_CONFIG", "SERVICE_KEY", "SERVICE_NAME"}
-    assert set(re.findall(r"\bSERVICE_[A-Z_]+\b", path.read_text())) <= known
+    assert set(re.findall(r"\bSERVICE_[A-Z0-9_]+\b", path.read_text())) <= known
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_container_of_ours_is_confined_and_has_time_to_drain(service):
 
 
 def test_every_setting_that_people_are_told_of_reaches_the_containers():
-    full = {"SERVICE_DATABASE", "SERVICE_ARTIFACTS", "SERVICE_ARTIFACT_SECRET"}  # as deploy.md says
+    full = {"SERVICE_JOBS__DATABASE", "SERVICE_IMAGES__ARTIFACTS", "SERVICE_IMAGES__ARTIFACT_SECRET"}  # see deploy.md
     defaults = (DOCKER / "loopback.env").read_text()
-    assert "SERVICE_OPEN_TO_ALL=true" in defaults.splitlines()
+    assert "SERVICE_HTTP__OPEN_TO_ALL=true" in defaults.splitlines()
     assert "service.env" in (ROOT / ".gitignore").read_text().splitlines()
     for service in OURS.values():
         assert service["env_file"] == [
@@ -170,7 +170,7 @@ def test_variables_of_other_services_are_kept_out_of_the_pods():
 
 def test_the_pod_has_time_to_drain():
     hook = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
-    (drain,) = (int(each["value"]) for each in CONTAINER["env"] if each["name"] == "SERVICE_DRAIN_SECONDS")
+    (drain,) = (int(each["value"]) for each in CONTAINER["env"] if each["name"] == "SERVICE_HTTP__DRAIN_SECONDS")
     assert POD["terminationGracePeriodSeconds"] >= hook + drain + 10
 
 

@@ -61,7 +61,10 @@ def main() -> int:
             _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
     print(metrics.read_text())
 
-    quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # what follows is to be seen
+    quiet = os.environ | {
+        "SERVICE_OBSERVABILITY__LOG_FORMAT": "text",
+        "SERVICE_OBSERVABILITY__LOG_LEVEL": "warning",
+    }  # what follows is to be seen
     serve = ("serve", "--model", str(out / "student"), "--port", str(arguments.port))
     with suppress(KeyboardInterrupt), _process("service.cli", *serve, env=quiet) as server:
         _wait_until_ready(server, address)

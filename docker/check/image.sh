@@ -39,7 +39,7 @@ podman image inspect --format 'bytes in all: {{.Size}}' $image $base
 say "run: read-only, without capabilities, all that is written in /data and /tmp"
 trap 'podman logs $name | tail -20; podman rm --force --volumes $name > /dev/null' ERR
 podman run --detach --name $name --network host --read-only --tmpfs /tmp --cap-drop all \
-    --security-opt no-new-privileges --env SERVICE_PORT="$port" --env SERVICE_API_KEYS="[\"$key\"]" $image > /dev/null
+    --security-opt no-new-privileges --env SERVICE_HTTP__PORT="$port" --env SERVICE_HTTP__API_KEYS="[\"$key\"]" $image > /dev/null
 python3 docker/check/smoke.py "http://127.0.0.1:$port" --key "$key"
 podman healthcheck run $name && echo "health check: passes"
 test "$(podman exec $name id -u)" = 10001 && echo "user: 10001"

@@ -12,7 +12,8 @@ from service.http.keys import KeyFile
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
 File = Annotated[
-    Path, typer.Option("--file", envvar="SERVICE_KEYS_FILE", help="File of API keys, as the server's --keys-file.")
+    Path,
+    typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys, as the server's --keys-file."),
 ]
 
 

@@ -107,8 +107,9 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracing
         self._pace = LatencyModel()
-        limits = settings.queue_limit, settings.queue_limit_per_key or settings.queue_limit
-        self._batcher = Batcher(settings.max_batch, *limits, self._pace.rows, settings.linger_seconds)
+        own = settings.engine
+        limits = own.max_queued_images, own.max_queued_images_per_key or own.max_queued_images
+        self._batcher = Batcher(own.max_batch, *limits, self._pace.rows, own.batching_window_seconds)
         self._bulk = BulkAdmission(
             lambda images, owner: not self._batcher.missing_room(images, owner, Priority.BATCH),
             lambda images, owner: not self._batcher.missing_own_room(images, owner, Priority.BATCH),
@@ -116,8 +117,8 @@ class Engine:
         self._workers: list[WorkerHandle] = []
         self._supervisors: list[asyncio.Task[None]] = []
         self._making: dict[_Pixels, QueuedImage] = {}
-        self._made: Cache[_Pixels, GeneratedImage] = Cache(settings.result_cache_bytes)
-        self._allocator = EmbeddingAllocator(settings.prompt_cache_bytes)
+        self._made: Cache[_Pixels, GeneratedImage] = Cache(settings.engine.result_cache_bytes)
+        self._allocator = EmbeddingAllocator(settings.engine.prompt_cache_bytes)
         # Not the event loop's default executor, which uploads and slow folders may occupy.
         self._threads = ThreadPoolExecutor(THREADS * len(pool.launches), thread_name_prefix="engine")
         self._numbers = itertools.count()
@@ -207,7 +208,7 @@ class Engine:
             raise NotFound(
                 f"{info.name} has no adapter {adapter!r}; it has {[*info.adapters]}", "lora", "adapter_not_found"
             )
-        timeout = self._settings.timeout_seconds if request.timeout is None else request.timeout
+        timeout = self._settings.engine.request_timeout_seconds if request.timeout is None else request.timeout
         scale = request.scale if adapter else 0.0
         key = BatchKey(info.name, request.width, request.height, adapter, scale, request.steps)
         replies: dict[int, asyncio.Future[GeneratedImage]] = {}
@@ -358,10 +359,10 @@ class Engine:
         for timing in loaded.timings:
             timings.setdefault(BatchKey(info.name, timing.width, timing.height), []).append(timing)
         self._pace.add(info, timings)
-        own = self._settings
+        own = self._settings.engine
         # Who meets a full device waits for the batch in it and the one behind, then for the own one.
-        slowest = own.p95_seconds and own.p95_seconds / (AHEAD + 1)
-        if own.profiles or own.p95_seconds:
+        slowest = own.target_p95_seconds and own.target_p95_seconds / (AHEAD + 1)
+        if own.profiles_folder or own.target_p95_seconds:
             for size, known in timings.items():
                 self._batcher.lower_cap(size, batch_cap(known, slowest))
 
@@ -443,7 +444,7 @@ class Engine:
             batch = self._batcher.take(now, idle=worker.load == 0)
             if batch is None:
                 if len(self._batcher) and worker.load == 0 and self._lingering is None:
-                    delay = self._settings.linger_seconds
+                    delay = self._settings.engine.batching_window_seconds
                     self._lingering = asyncio.get_running_loop().call_later(delay, self._stop_lingering)
                 break
             self._metrics.closed.labels(batch.reason).inc()
@@ -522,7 +523,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                async with asyncio.timeout(self._settings.worker_silence_seconds):
+                async with asyncio.timeout(self._settings.engine.heartbeat_timeout_seconds):
                     reply = await worker.receive()
             except TimeoutError:
                 return "silent"
@@ -545,7 +546,7 @@ class Engine:
                 case ModelLoaded() | LoadFailed():
                     worker.loaded(reply)
             self._dispatch()
-            if worker.longest(time.monotonic()) > self._settings.batch_timeout_seconds:
+            if worker.longest(time.monotonic()) > self._settings.engine.batch_timeout_seconds:
                 return "hung"
 
     def _answer(self, worker: WorkerHandle, made: BatchDone, pixels: Pixels) -> None:

@@ -171,33 +171,34 @@ class WorkerPool:
 
 def worker_processes(settings: Settings) -> WorkerPool:
     """A worker process for each device and replica."""
-    names = serving_devices(settings, _gpus() if settings.devices == "auto" else 0) * settings.replicas
+    engine = settings.engine
+    names = serving_devices(settings, _gpus() if engine.devices == "auto" else 0) * engine.workers_per_device
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
     # the same number of threads.
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
+    threads = engine.cpu_threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
     runtime = settings.runtime.model_dump(mode="json")
-    simulated = str(settings.simulate) if settings.simulate else None
+    simulated = str(engine.simulated_profile) if engine.simulated_profile else None
     embeddings = SharedMemory()
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[LoadModel]) -> Worker:
             told = WorkerConfig(device, models, runtime, profiling(settings), simulated)
-            return start_process(device, told, threads, settings.worker_silence_seconds, embeddings)
+            return start_process(device, told, threads, engine.heartbeat_timeout_seconds, embeddings)
 
         return start
 
-    models = [LoadModel(str(folder.absolute())) for folder in settings.models]
+    models = [LoadModel(str(folder)) for folder in settings.models]
     return WorkerPool([launch(name) for name in names], models or [LoadModel(None)])
 
 
 def profiling(settings: Settings) -> Profiling:
     """Which batch sizes workers run before they take work. The first run of a compiled or recorded size is slow."""
-    runtime = settings.runtime
-    timed = settings.profiles is not None or settings.p95_seconds is not None
+    runtime, engine = settings.runtime, settings.engine
+    timed = engine.profiles_folder is not None or engine.target_p95_seconds is not None
     return Profiling(
-        timed_batches=growing_sizes(settings.max_batch) if timed else (),
+        timed_batches=growing_sizes(engine.max_batch) if timed else (),
         warm_up_batches=runtime.batch_buckets if runtime.compile or runtime.cuda_graphs else (),
-        folder=str(settings.profiles) if settings.profiles else None,
+        folder=str(engine.profiles_folder) if engine.profiles_folder else None,
     )
 
 
@@ -207,21 +208,21 @@ def serving_devices(settings: Settings, gpus: int) -> list[str]:
     Where it shows none, `auto` is left to torch. Raises StartError where jobs would share a GPU that serves, or have
     all of them.
     """
-    for_jobs = settings.job_devices.split(",")
-    if settings.devices == "auto":
+    for_jobs = settings.jobs.devices.split(",")
+    if settings.engine.devices == "auto":
         names = [name for name in (f"cuda:{i}" for i in range(gpus)) if name not in for_jobs]
         if gpus and not names:
             raise StartError(
-                f"job_devices ({settings.job_devices}) are all GPUs that there are, and leave devices = auto none to "
-                "serve on; give jobs fewer, or say --devices cpu"
+                f"jobs.devices ({settings.jobs.devices}) names every GPU, so engine.devices = auto has none to "
+                "serve on; name fewer there, or pass --devices cpu"
             )
         return names or ["auto"]
-    names = [name.strip() for name in settings.devices.split(",")]
+    names = [name.strip() for name in settings.engine.devices.split(",")]
     both = {"cuda:0" if name == "cuda" else name for name in names} & {*for_jobs} - {"cpu"}
     if both:
         raise StartError(
-            f"devices ({settings.devices}) and job_devices ({settings.job_devices}) share {', '.join(sorted(both))}, "
-            "where jobs would take the time of requests; name it in one of them"
+            f"engine.devices ({settings.engine.devices}) and jobs.devices ({settings.jobs.devices}) share "
+            f"{', '.join(sorted(both))}, where jobs would slow requests down; name it in one of them"
         )
     return names
 

@@ -13,8 +13,8 @@ class Authenticator:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys = tuple(ApiKey.of_settings(key.get_secret_value()) for key in settings.api_keys)
-        self._reader = KeyReader(KeyFile(settings.keys_file)) if settings.keys_file else None
+        self._keys = tuple(ApiKey.of_settings(key.get_secret_value()) for key in settings.http.api_keys)
+        self._reader = KeyReader(KeyFile(settings.http.keys_file)) if settings.http.keys_file else None
 
     async def owner(self, token: str, scope: Scope, connection: HTTPConnection) -> str:
         """Return the name of the key's owner. On a server without keys, it is the client's address.

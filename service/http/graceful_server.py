@@ -40,16 +40,16 @@ def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[HttpProtocol
     """Return how uvicorn serves the app."""
     return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        host=settings.http.host,
+        port=settings.http.port,
         http=protocol,
         lifespan="on",
         proxy_headers=False,  # the app reads these headers itself
-        timeout_keep_alive=settings.keep_alive_seconds,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_keep_alive=settings.http.keep_alive_seconds,
+        timeout_graceful_shutdown=settings.http.drain_seconds,
         log_config=None,
         access_log=False,
-        ws_max_size=settings.max_body_bytes,
+        ws_max_size=settings.http.max_body_bytes,
         ws_per_message_deflate=False,  # images are compressed already
         server_header=False,
     )

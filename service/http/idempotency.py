@@ -10,6 +10,8 @@ from fastapi import Response
 
 from service.errors import InvalidRequest
 
+IDEMPOTENCY_SECONDS = 3600.0  # for which an answer is kept
+
 
 @dataclass
 class _Entry:

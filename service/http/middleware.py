@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 PROBE_PATHS = ("/healthz", "/readyz", "/metrics")  # polled every few seconds; logged at debug level
 
 
+BODY_SECONDS = 30.0  # within which a body must arrive that is no upload
+
+
 class BodyLimit(NamedTuple):
     """Limits on the size of a body and on the time in which it arrives."""
 

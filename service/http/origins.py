@@ -12,9 +12,9 @@ _HOST = re.compile(r"(\[[\w:.%~-]+\]|[\w.~%!$&'()*+,;=-]*)(?::\d{0,5})?", re.ASC
 
 def allowed(origin: str, host: str, settings: Settings) -> bool:
     """Whether a page of this origin may call: the server's own, which `host` names, or one of `cors_origins`."""
-    own = {host, urlsplit(settings.public_url or "").netloc}
+    own = {host, urlsplit(settings.http.public_url or "").netloc}
     page = origin.partition("://")[2]  # none in the origin "null"
-    return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.cors_origins)
+    return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.http.cors_origins)
 
 
 def pattern(origin: str) -> str:
@@ -55,8 +55,8 @@ def check_open(origin: str | None, host: str, settings: Settings) -> None:
             f"pages of {excerpt(origin)} may not call; add them to the setting cors_origins", code="origin_not_allowed"
         )
     name = host_of(host) or ""
-    known = {settings.host, urlsplit(settings.public_url or "").hostname}
-    if not (settings.open_to_all or name in known or is_loopback(name)):
+    known = {settings.http.host, urlsplit(settings.http.public_url or "").hostname}
+    if not (settings.http.open_to_all or name in known or is_loopback(name)):
         raise Forbidden(
             f"without API keys the server answers to this machine's names only, not to {quoted(name)}; create a key",
             code="host_not_allowed",

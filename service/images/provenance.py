@@ -98,11 +98,16 @@ class Signer:
 
 def load_signer(settings: Settings) -> Signer | None:
     """Return the signer of the settings, if any. Raises StartError for one that cannot sign."""
-    if settings.c2pa_certificates is None and settings.c2pa_key is None:
+    if settings.images.c2pa_certificates is None and settings.images.c2pa_key is None:
         return None
-    if settings.c2pa_certificates is None or settings.c2pa_key is None:
+    if settings.images.c2pa_certificates is None or settings.images.c2pa_key is None:
         raise StartError("c2pa_certificates and c2pa_key go together; one of them is missing")
-    return Signer(settings.c2pa_certificates, settings.c2pa_key, settings.c2pa_algorithm, settings.c2pa_timestamp_url)
+    return Signer(
+        settings.images.c2pa_certificates,
+        settings.images.c2pa_key,
+        settings.images.c2pa_algorithm,
+        settings.images.c2pa_timestamp_url,
+    )
 
 
 def _xmp(provenance: Provenance) -> str:

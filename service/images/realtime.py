@@ -30,6 +30,7 @@ from service.errors import (
 )
 from service.http.authentication import Authenticator
 from service.http.error_handlers import field_error
+from service.http.middleware import BODY_SECONDS
 from service.http.rate_limiter import RateLimiter
 from service.images.service import ImageService
 from service.observability.metrics import Metrics
@@ -62,7 +63,7 @@ class RealtimeSessions:
     @property
     def full(self) -> bool:
         """Whether no more sessions may be opened."""
-        return self.count >= self.settings.realtime_limit
+        return self.count >= self.settings.http.max_realtime_sessions
 
     async def serve(self, socket: WebSocket, token: str) -> None:
         """Serve an accepted connection until it is closed. `token` is the API key of its headers, or empty."""
@@ -130,7 +131,7 @@ class RealtimeSession:
         except ServiceError:
             known = False  # its key must follow soon
         try:
-            async with asyncio.timeout(settings.realtime_idle_seconds if known else settings.body_seconds):
+            async with asyncio.timeout(settings.http.realtime_idle_seconds if known else BODY_SECONDS):
                 event = await self._socket.receive()
         except TimeoutError:
             await self._close(1000, "the session was idle for too long")
@@ -140,8 +141,8 @@ class RealtimeSession:
         text: str | None = event.get("text")
         if text is None:
             await self._close(1003, "messages are JSON text")
-        elif len(text) > settings.max_body_bytes:
-            await self._close(1009, f"the message is over the limit of {settings.max_body_bytes} bytes")
+        elif len(text) > settings.http.max_body_bytes:
+            await self._close(1009, f"the message is over the limit of {settings.http.max_body_bytes} bytes")
             return None
         return text
 
@@ -152,7 +153,7 @@ class RealtimeSession:
     def _parse(self, text: str) -> SessionStart | RealtimeRequest:
         """Parse a message. Raises InvalidRequest as the other routes do."""
         try:
-            context = {"unsupported": self._server.settings.unsupported}
+            context = {"unsupported": self._server.settings.images.unsupported_fields}
             return _messages.validate_python(from_json(text), context=context)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
@@ -208,7 +209,7 @@ class RealtimeSession:
             if trace:
                 trace.finish("/v1/realtime/images", status, request_id)
             extra: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
-            if server.settings.log_prompts:
+            if server.settings.observability.log_prompts:
                 extra["prompt"] = request.prompt
             log.info("realtime %s", status, extra=extra | {"seconds": round(seconds, 4)})
 

@@ -84,7 +84,7 @@ class ImageService:
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
-        self._threads = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
+        self._threads = ThreadPoolExecutor(settings.images.encode_threads, thread_name_prefix="encode")
 
     def model(self, name: str | None) -> ModelInfo:
         """Return the model of a name or alias, by default the first one. Raises NotFound."""
@@ -150,7 +150,7 @@ class ImageService:
         self, request: GenerationRequest, output: OutputOptions, info: ModelInfo, image: GeneratedImage, seed: int
     ) -> bytes:
         """Return an image's bytes with the labels that the settings choose."""
-        policy = self._settings.provenance
+        policy = self._settings.images.provenance
         model = info.name if request.adapter is None else f"{info.name} with {request.adapter} at {request.scale:g}"
         if request.steps > 1:
             model += f" in {request.steps} steps"

@@ -55,15 +55,17 @@ class Jobs:
                     "user that the server runs as, or name another one with --data, or `none` to serve without files, "
                     "batches and jobs"
                 ) from None
-        given = settings.database
+        given = settings.jobs.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder)
-        self.files = FileStore(self.database, self.folder / "files", settings.max_file_bytes, settings.file_quota_bytes)
-        self.webhooks = Webhooks(self.database, self.workflows, settings.webhooks)
-        self.batches = BatchStore(
-            self.database, self.files, self.workflows, self.webhooks, settings.unfinished_batches_per_key
+        self.files = FileStore(
+            self.database, self.folder / "files", settings.jobs.max_file_bytes, settings.jobs.max_file_bytes_per_key
         )
-        self.students = Students(self.database, self.folder, settings.job_students)
+        self.webhooks = Webhooks(self.database, self.workflows, settings.jobs.webhooks)
+        self.batches = BatchStore(
+            self.database, self.files, self.workflows, self.webhooks, settings.jobs.max_batches_per_key
+        )
+        self.students = Students(self.database, self.folder, settings.jobs.max_served_students)
         workflow = FineTuningWorkflow(
             self.database, self.workflows, self.files, self.webhooks, self.students, self.folder, settings
         )
@@ -76,7 +78,7 @@ class Jobs:
             workflow.begin_waiting,
             workflow.remove_deleted,
         ]  # each must be harmless to repeat, and to do in several servers at once
-        self._period = settings.job_silence_seconds / LOOKS
+        self._period = settings.jobs.takeover_seconds / LOOKS
         self._ended = threading.Event()
         # The pulse has a thread of its own: a chore may wait for long, and nobody is to think the server dead.
         beat = [lambda now: self.workflows.beat()]

@@ -20,7 +20,7 @@ from service.jobs.database import Database
 from service.jobs.file_store import new_id
 from service.jobs.tables import DeliveryRow
 from service.jobs.workflows import Workflows
-from service.settings import Endpoint
+from service.settings import WebhookEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ GONE = 410  # a receiver that wants to hear no more of it
 class Webhooks:
     """The outbox, and what empties it. Every method blocks."""
 
-    def __init__(self, database: Database, workflows: Workflows, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, database: Database, workflows: Workflows, endpoints: Sequence[WebhookEndpoint]) -> None:
         """Defines its workflow, so before they start."""
         self._endpoints = {endpoint.url: endpoint for endpoint in endpoints}
         self._database = database

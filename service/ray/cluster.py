@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,7 +31,7 @@ from service.engine.worker_handle import SLOTS
 from service.errors import StartError
 from service.http.dependencies import Caller, ImagesCaller, bring
 from service.observability.logs import configure
-from service.settings import SHIPPED_TEACHER, Settings
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +77,13 @@ class Replica:
     def __init__(self, options: dict[str, Any], guests: int) -> None:
         """`options` are all settings by name. Raises StartError when the workers cannot start."""
         settings = Settings(**options)
-        configure(settings.log_format, settings.log_level)
+        configure(settings.observability.log_format, settings.observability.log_level)
         pool = worker_processes(settings)
         pool.start()  # before the app does, so that Ray reports what is wrong
         self._app = create_app(settings, pool)
         self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
         self._engine: Engine = self._app.state.engine
-        self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.students), guests)
+        self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.models_folder), guests)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -120,15 +119,17 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
     `address` is a Ray cluster's, `auto` the one that this machine belongs to, and `local` starts Ray on this machine
     for as long as the server runs.
     """
-    if settings.devices not in DEVICES:
-        raise StartError(f"devices: a replica has one, {', '.join(DEVICES)}, and not {settings.devices}")
-    if settings.job_devices.startswith("cuda"):
+    if settings.engine.devices not in DEVICES:
+        raise StartError(f"engine.devices: a replica has one, {', '.join(DEVICES)}, and not {settings.engine.devices}")
+    if settings.jobs.devices.startswith("cuda"):
         raise StartError(
-            f"job_devices: a replica's GPU serves; run jobs on {settings.job_devices} by a server beside it"
+            f"jobs.devices: a replica's GPU serves; run jobs on {settings.jobs.devices} by a server beside it"
         )
     local = address == "local"
-    if not local and settings.artifacts is None:
-        raise StartError("artifacts: replicas on several machines need one store of linked images; name a folder")
+    if not local and settings.images.artifacts is None:
+        raise StartError(
+            "images.artifacts: replicas on several machines need one store of linked images; name a folder"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         try:
@@ -140,7 +141,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         except Exception as error:  # Ray raises plain ones; its own processes get half a minute to start
             raise StartError(f"Ray does not start, or is not found at {address}: {error}") from error
         stack.callback(ray.shutdown)
-        folder = settings.artifacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artifacts-"))
+        folder = settings.images.artifacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artifacts-"))
         application = _application(_shared(settings, folder), scale)
         stopped = threading.Event()
         for number in handled():
@@ -152,7 +153,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
             while not _serving() and not stopped.wait(0.2):
                 pass
             if not stopped.is_set():
-                log.info("serving on http://%s:%d", settings.host, settings.port)
+                log.info("serving on http://%s:%d", settings.http.host, settings.http.port)
             stopped.wait()
         finally:
             serve.delete(NAME, _blocking=False)
@@ -164,7 +165,11 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
 
 def _start_proxies(settings: Settings) -> None:
     """Have a proxy of Ray's listen on each machine. Ray waits a minute for them, which is too short for a busy one."""
-    options = {"host": settings.host, "port": settings.port, "keep_alive_timeout_s": settings.keep_alive_seconds}
+    options = {
+        "host": settings.http.host,
+        "port": settings.http.port,
+        "keep_alive_timeout_s": settings.http.keep_alive_seconds,
+    }
     try:
         serve.start(http_options=options, proxy_location="EveryNode")
     except TimeoutError:
@@ -190,17 +195,18 @@ def _serving() -> bool:
 
 def _application(settings: Settings, scale: Scale) -> Any:
     """The deployment, bound to its settings."""
-    device = settings.devices
+    engine = settings.engine
+    device = engine.devices
     if device == "auto":
         device = "cuda:0" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
     # The maximum in the engine: interactive and bulk work may each fill the queue.
-    images = 2 * settings.queue_limit + SLOTS * settings.max_batch * settings.replicas
+    images = 2 * engine.max_queued_images + SLOTS * engine.max_batch * engine.workers_per_device
     deployment = serve.deployment(
         name="server",
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": int(device == "cuda:0")},
         # The engine's own bound is met first: its refusals say how long to wait.
         max_ongoing_requests=images + OTHERS,
-        max_queued_requests=settings.queue_limit,
+        max_queued_requests=engine.max_queued_images,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         autoscaling_config={
             "min_replicas": scale.least,
@@ -212,28 +218,23 @@ def _application(settings: Settings, scale: Scale) -> Any:
                 "policy_kwargs": {"patience": scale.patience},
             },
         },
-        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_timeout_s=settings.http.drain_seconds,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=1,
     )
-    options = dict(settings.model_copy(update={"devices": device}))
+    options = dict(settings.model_copy(update={"engine": engine.model_copy(update={"devices": device})}))
     return deployment(serve.ingress()(Replica)).bind(options, scale.guests)
 
 
 def _shared(settings: Settings, artifacts: str) -> Settings:
-    """Settings that mean the same in every replica: one store of links, one secret, absolute paths, no own database."""
-    paths: dict[str, Any] = {name: value.absolute() for name, value in settings if isinstance(value, Path)}
-    if settings.database is None:
-        paths["data"] = None
+    """Settings for all replicas: one store of linked images, one secret, and no data folder without a database."""
+    secret = settings.images.artifact_secret or SecretStr(secrets.token_hex(32))
+    images = settings.images.model_copy(update={"artifacts": artifacts, "artifact_secret": secret})
+    data = settings.data
+    if settings.jobs.database is None:
+        data = None
         log.info("without a PostgreSQL database for all replicas there are no files, batches and jobs")
-    given = settings.artifact_secret or SecretStr(secrets.token_hex(32))
-    paths["teachers"] = {
-        name: teacher if teacher == SHIPPED_TEACHER else str(Path(teacher).absolute())
-        for name, teacher in settings.teachers.items()
-    }
-    paths["models"] = tuple(folder.absolute() for folder in settings.models)
-    paths["artifacts"] = artifacts if "://" in artifacts else str(Path(artifacts).absolute())
-    return settings.model_copy(update=paths | {"artifact_secret": given})
+    return settings.model_copy(update={"images": images, "data": data})
 
 
 def _reason(report: str) -> str:

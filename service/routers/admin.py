@@ -33,8 +33,8 @@ router = APIRouter(
 @router.get("/models")
 async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
     """All models, the default one first, and the folders that can be loaded."""
-    students = await asyncio.to_thread(folders_of, settings.students, STUDENT)
-    adapters = await asyncio.to_thread(folders_of, settings.students, ADAPTER)
+    students = await asyncio.to_thread(folders_of, settings.models_folder, STUDENT)
+    adapters = await asyncio.to_thread(folders_of, settings.models_folder, ADAPTER)
     data = [_loaded_model(settings, info) for info in engine.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
@@ -44,7 +44,7 @@ async def load(
     body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> LoadedModel:
     """Load a student. The response is sent when every worker has it and requests may name it."""
-    folder = await asyncio.to_thread(find, settings.students, body.folder, STUDENT)
+    folder = await asyncio.to_thread(find, settings.models_folder, body.folder, STUDENT)
     info = await engine.load(folder, body.name)
     await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
     return _loaded_model(settings, info)
@@ -68,7 +68,7 @@ async def load_adapter(
     caller: AdminCaller,
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
-    folder = await asyncio.to_thread(find, settings.students, body.folder, ADAPTER)
+    folder = await asyncio.to_thread(find, settings.models_folder, body.folder, ADAPTER)
     info = await engine.load_adapter(images.model(body.model).name, folder, body.name)
     await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
     return _loaded_model(settings, info)

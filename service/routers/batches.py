@@ -18,7 +18,7 @@ async def create(
     body: BatchRequest, request: Request, settings: SettingsDep, jobs: JobsDep, caller: JobsCaller
 ) -> BatchObject:
     """Answer the requests of a file within 24 hours, at low priority. Images are links."""
-    base = str(settings.public_url or request.base_url)
+    base = str(settings.http.public_url or request.base_url)
     return _batch_object(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
 
 

@@ -37,7 +37,7 @@ T = TypeVar("T")
 async def _validated(body: Annotated[ImageRequest, SkipValidation], settings: SettingsDep) -> ImageRequest:
     """Validate the body as the settings require. Raises RequestValidationError."""
     try:
-        return ImageRequest.model_validate(body, context={"unsupported": settings.unsupported})
+        return ImageRequest.model_validate(body, context={"unsupported": settings.images.unsupported_fields})
     except ValidationError as error:
         raise body_error(error) from None
 
@@ -84,7 +84,7 @@ async def generate(
         body = body.model_copy(update={"output_format": IMAGES[raw]})
     generation, output = images.resolve(body, caller.owner)
     request.state.user = body.user
-    request.state.prompt = body.prompt if settings.log_prompts else None
+    request.state.prompt = body.prompt if settings.observability.log_prompts else None
 
     async def answer() -> Response:
         rate_limiter.take(caller.owner, len(generation.seeds))
@@ -95,7 +95,7 @@ async def generate(
         if body.stream:
             return Response(_event(generated), headers=headers, media_type="text/event-stream")
         if body.response_format == "url":
-            content = await images.links(generated, str(settings.public_url or request.base_url))
+            content = await images.links(generated, str(settings.http.public_url or request.base_url))
         else:
             content = generated.response(texts=generated.texts)
         return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")

@@ -29,9 +29,9 @@ SERVE = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", 
 
 
 @contextlib.contextmanager
-def server(data: Path, teachers: dict[str, str], **more) -> Iterator[str]:
+def server(data: Path, teachers: dict[str, str], **jobs) -> Iterator[str]:
     """A server of this process that loads real students beside a simulated one."""
-    settings = Settings(data=data, teachers=teachers, job_silence_seconds=1, job_nice=0, **more)
+    settings = Settings(data=data, jobs={"teachers": teachers, "takeover_seconds": 1, "nice": 0, **jobs})
     with serving(create_app(settings, worker_threads(Simulator(), device="cpu"))) as url:
         yield url
 

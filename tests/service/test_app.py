@@ -83,7 +83,7 @@ def test_links_can_be_looked_at_before_they_are_fetched(api):
 
 @pytest.mark.parametrize("path", ["/", "", "/jobs", "/jobs/", "/healthz/", "/nothing/"])
 def test_paths_are_served_below_a_prefix(path, tmp_path):
-    app = create_app(Settings(data=None, artifacts=str(tmp_path)), worker_threads(Simulator(0, 0)))
+    app = create_app(Settings(data=None, images={"artifacts": str(tmp_path)}), worker_threads(Simulator(0, 0)))
     transport = httpx.ASGITransport(app, root_path="/images")
 
     async def ask() -> httpx.Response:
@@ -105,7 +105,7 @@ def test_a_page_finds_its_parts_with_and_without_a_slash(api):
 
 @pytest.fixture(scope="module")
 def api():
-    with serving(create_app(Settings(max_body_bytes=2000), worker_threads(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(http={"max_body_bytes": 2000}), worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 
@@ -144,7 +144,7 @@ def test_a_long_prompt_is_cut_and_the_answer_says_so(api):
 
 
 def test_keys_are_asked_for_where_they_are_set(serve, connect):
-    url = serve(api_keys=("the-first-of-two-keys", "the-second-of-two-keys"))
+    url = serve(http={"api_keys": ("the-first-of-two-keys", "the-second-of-two-keys")})
     assert connect(url, "the-second-of-two-keys").models.list().data
     for key in ("wrong", "the-second-of-two-key"):
         with pytest.raises(openai.AuthenticationError) as caught:
@@ -156,14 +156,14 @@ def test_keys_are_asked_for_where_they_are_set(serve, connect):
 
 def test_the_health_check_of_containers_goes_by_no_proxy(serve, monkeypatch):
     url = serve()
-    monkeypatch.setenv("SERVICE_PORT", url.rpartition(":")[2])
+    monkeypatch.setenv("SERVICE_HTTP__PORT", url.rpartition(":")[2])
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     runpy.run_path(str(Path(__file__).parents[2] / "docker" / "healthcheck.py"))  # raises where the server is not ready
 
 
 def test_concurrent_clients_share_batches(serve, connect):
     gate = Gate()
-    url = serve(gate, max_batch=16)
+    url = serve(gate, engine={"max_batch": 16})
     client = connect(url)
     before = metric(url, "batch_images_count")
     with ThreadPoolExecutor(32) as pool:
@@ -177,7 +177,7 @@ def test_concurrent_clients_share_batches(serve, connect):
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
     gate = Gate()
-    url = serve(gate, queue_limit=10, max_batch=10)
+    url = serve(gate, engine={"max_queued_images": 10, "max_batch": 10})
     client = connect(url)
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(client.images.generate, prompt="a", n=10)]
@@ -198,7 +198,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
 
 def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
     gate = Gate()
-    url = serve(gate, max_batch=1)
+    url = serve(gate, engine={"max_batch": 1})
     client = connect(url)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.images.generate, prompt="stays", n=2)
@@ -219,7 +219,7 @@ def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
 
 def test_a_request_says_how_long_it_would_wait(serve, connect):
     gate = Gate()
-    client = connect(serve(gate, max_batch=1))
+    client = connect(serve(gate, engine={"max_batch": 1}))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.images.generate, prompt="a")
         assert gate.entered.wait(30)
@@ -233,7 +233,7 @@ def test_a_request_says_how_long_it_would_wait(serve, connect):
 def test_a_deadline_that_cannot_be_met_is_refused_with_the_time_that_lacks(serve, connect):
     gate = Gate()
     gate.slow = 0.2  # seconds of an image, as the warm-up finds it
-    client = connect(serve(gate, max_batch=1))
+    client = connect(serve(gate, engine={"max_batch": 1}))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.images.generate, prompt="a", n=10)
         assert gate.entered.wait(30)

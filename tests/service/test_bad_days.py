@@ -84,8 +84,8 @@ def address(of: subprocess.Popen[str]) -> str:
 
 def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, teacher, tmp_path, connect):
     backend = Gate()
-    settings = {"teachers": {"tiny": str(teacher)}, "job_silence_seconds": 1, "job_nice": 0, "database": database.url}
-    with serving(create_app(Settings(data=tmp_path, **settings), worker_threads(backend, device="cpu"))) as url:
+    settings = {"teachers": {"tiny": str(teacher)}, "takeover_seconds": 1, "nice": 0, "database": database.url}
+    with serving(create_app(Settings(data=tmp_path, jobs=settings), worker_threads(backend, device="cpu"))) as url:
         client = connect(url)
         job = submit_job(client, upload(client), ENDLESS)
         job = until(client, job, lambda job: job.images_seen)
@@ -124,7 +124,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
 
 
 def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, tmp_path):
-    jobs = Jobs(tmp_path, Settings(database=f"{empty}?options=-c%20lock_timeout%3D100"))
+    jobs = Jobs(tmp_path, Settings(jobs={"database": f"{empty}?options=-c%20lock_timeout%3D100"}))
     jobs.database.migrate()
     name = made(jobs, 1, "running")
     with jobs.database.begin() as session:
@@ -195,7 +195,7 @@ def test_tables_are_made_once_by_servers_that_start_at_once(empty):
 
 
 def test_two_servers_that_start_at_once_on_an_empty_database_share_it(empty, tmp_path, connect):
-    with process(SERVE, tmp_path, database=empty) as one, process(SERVE, tmp_path, database=empty) as other:
+    with process(SERVE, tmp_path, jobs__database=empty) as one, process(SERVE, tmp_path, jobs__database=empty) as other:
         first, second = (connect(address(each)) for each in (one, other))
         file = upload(first)
         assert [kept.id for kept in second.files.list()] == [file]
@@ -216,7 +216,7 @@ def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
             super().pipe_file(path, value, **options)
 
     fsspec.register_implementation("away", Store, clobber=True)
-    url = serve(Simulator(0, 0), data=tmp_path, artifacts="away://images")
+    url = serve(Simulator(0, 0), data=tmp_path, images={"artifacts": "away://images"})
     client = connect(url)
     away.set()
     with pytest.raises(openai.InternalServerError, match="store of linked images does not answer") as refused:
@@ -246,7 +246,7 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
             super().pipe_file(path, value, **options)
 
     fsspec.register_implementation("slow", Store, clobber=True)
-    client = connect(serve(Simulator(0, 0), data=tmp_path, artifacts="slow://images"))
+    client = connect(serve(Simulator(0, 0), data=tmp_path, images={"artifacts": "slow://images"}))
     with ThreadPoolExecutor(links) as callers:
         try:
             ask = client.images.generate
@@ -264,7 +264,7 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
 
 def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
     with pytest.raises(StartError, match=r"artifacts: nowhere://images .*nowhere"):
-        create_app(Settings(data=tmp_path, artifacts="nowhere://images"), worker_threads(Simulator()))
+        create_app(Settings(data=tmp_path, images={"artifacts": "nowhere://images"}), worker_threads(Simulator()))
 
 
 def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):
@@ -274,7 +274,8 @@ def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, c
     confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
     if not shutil.which("unshare") or subprocess.run([*confined, "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount what he alone sees")
-    with process([*confined, *SERVE], tmp_path, teachers=json.dumps({"tiny": str(teacher)}), job_nice="0") as it:
+    teachers = json.dumps({"tiny": str(teacher)})
+    with process([*confined, *SERVE], tmp_path, jobs__teachers=teachers, jobs__nice="0") as it:
         client = connect(address(it))
         disk = Path(f"/proc/{it.pid}/root{tmp_path}")
         job = submit_job(client, upload(client), TINY)
@@ -318,7 +319,7 @@ def fill(path: Path, leave: int) -> None:
 def test_a_clock_that_jumps_ends_nothing(serve, connect, tmp_path, monkeypatch):
     backend, now, jump = Gate(), time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: now() + jump)
-    client = connect(serve(backend, data=tmp_path, job_silence_seconds=0.5))
+    client = connect(serve(backend, data=tmp_path, jobs={"takeover_seconds": 0.5}))
     for jump in (0.0, 6 * 3600.0, -6 * 3600.0):  # during the batch, and before the next one
         backend.open.clear()
         batch = submit(client, [line(str(number)) for number in range(20)])
@@ -379,8 +380,8 @@ def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, tea
 
 def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tmp_path, connect):
     tables = Database(empty)
-    settings = {"teachers": {"tiny": str(teacher)}, "unfinished_batches_per_key": 1, "jobs_per_key": 1}
-    settings |= {"file_quota_bytes": 1000, "database": empty}
+    settings = {"teachers": {"tiny": str(teacher)}, "max_batches_per_key": 1, "max_jobs_per_key": 1}
+    settings |= {"max_file_bytes_per_key": 1000, "database": empty}
 
     def waiting() -> int:
         with tables.begin() as session:
@@ -396,7 +397,7 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
             session.add(row)
         return answer.exception()
 
-    with serving(create_app(Settings(data=tmp_path, **settings), worker_threads(Gate(), device="cpu"))) as url:
+    with serving(create_app(Settings(data=tmp_path, jobs=settings), worker_threads(Gate(), device="cpu"))) as url:
         client = connect(url)
         lines, prompts = upload(client, json.dumps(line("a")), purpose="batch"), upload(client)
         common = {"owner": "127.0.0.1", "created_at": int(time.time())}

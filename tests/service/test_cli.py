@@ -22,8 +22,8 @@ SERVE = [sys.executable, "-m", "service.cli", "serve"]
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_answers_what_was_accepted_then_ends(number):
-    environment = os.environ | {"SERVICE_MAX_BATCH": "1"}
-    command = [*SERVE, "--device", "simulator", "--port", "0"]
+    environment = os.environ | {"SERVICE_ENGINE__MAX_BATCH": "64"}
+    command = [*SERVE, "--device", "simulator", "--port", "0", "--set", "engine.max_batch=1"]  # a flag wins
     heeding = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with (
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process,
@@ -66,7 +66,7 @@ main()
 
 
 def test_a_store_that_hangs_keeps_no_server_from_ending():
-    environment = os.environ | {"SERVICE_ARTIFACTS": "hung://images", "SERVICE_DRAIN_SECONDS": "1"}
+    environment = os.environ | {"SERVICE_IMAGES__ARTIFACTS": "hung://images", "SERVICE_HTTP__DRAIN_SECONDS": "1"}
     command = [sys.executable, "-c", HUNG_STORE, "serve", "--device", "simulator", "--port", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
@@ -94,7 +94,11 @@ def test_sigterm_ends_process_1_that_still_starts():
 
 
 def test_a_second_signal_ends_it_at_once():
-    waits = {"SERVICE_LINGER_SECONDS": "500", "SERVICE_TIMEOUT_SECONDS": "500", "SERVICE_DRAIN_SECONDS": "500"}
+    waits = {
+        "SERVICE_ENGINE__BATCHING_WINDOW_SECONDS": "500",
+        "SERVICE_ENGINE__REQUEST_TIMEOUT_SECONDS": "500",
+        "SERVICE_HTTP__DRAIN_SECONDS": "500",
+    }
     command = [*SERVE, "--device", "simulator", "--port", "0"]
     with subprocess.Popen(command, env=os.environ | waits, stderr=subprocess.PIPE, text=True) as process:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
@@ -111,8 +115,12 @@ def test_a_second_signal_ends_it_at_once():
     ("arguments", "environment", "named"),
     [
         (["--model", "nowhere"], {}, "nowhere"),
-        ([], {"SERVICE_MAX_BATCH": "none"}, "SERVICE_MAX_BATCH"),
-        ([], {"SERVICE_API_KEYS": "not json"}, "api_keys"),
+        ([], {"SERVICE_ENGINE__MAX_BATCH": "none"}, "SERVICE_ENGINE__MAX_BATCH"),
+        ([], {"SERVICE_HTTP__API_KEYS": "not json"}, "SERVICE_HTTP__API_KEYS"),
+        (["--set", "engine.max_batch=0"], {}, "engine.max_batch"),
+        (["--set", "engine.max_batsch=8"], {}, "did you mean 'engine.max_batch'?"),
+        (["--set", "engine.max_batch"], {}, "key=value"),
+        (["--set", "http.api_keys=[oops"], {}, "lists are JSON"),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, arguments, environment, named):

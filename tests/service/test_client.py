@@ -88,7 +88,7 @@ def test_what_the_server_lacks_is_an_error_of_the_client(api, connect, call):
 
 
 def test_the_clients_own_retry_comes_when_it_was_told_to(serve):
-    url = serve(Simulator(0, 0), rate_limit="1/second")
+    url = serve(Simulator(0, 0), http={"rate_limit": "1/second"})
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
         for _ in range(3):
             assert client.images.generate(prompt="a").data

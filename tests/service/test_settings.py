@@ -15,28 +15,42 @@ from service.settings import read_settings
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypatch):
     file = tmp_path / "service.toml"
-    file.write_text('max_batch = 2\nqueue_limit = 20\nport = 1\ncors_origins = ["https://a.example"]\n')
-    monkeypatch.setenv("SERVICE_QUEUE_LIMIT", "30")
-    monkeypatch.setenv("SERVICE_PORT", "2")
-    settings = read_settings({"port": 3}, file)
-    assert (settings.max_batch, settings.queue_limit, settings.port) == (2, 30, 3)
-    assert settings.cors_origins == ("https://a.example",)
-    assert settings.drain_seconds == 30
+    file.write_text("""
+        [engine]
+        max_batch = 2
+        max_queued_images = 20
+        [http]
+        port = 1
+        cors_origins = ["https://a.example"]
+    """)
+    monkeypatch.setenv("SERVICE_ENGINE__MAX_QUEUED_IMAGES", "30")
+    monkeypatch.setenv("SERVICE_HTTP__PORT", "2")
+    monkeypatch.setenv("service_runtime__batch_buckets", "[4, 1]")
+    settings = read_settings({"http": {"port": 3}}, file)
+    assert settings.runtime.batch_buckets == (1, 4)
+    assert (settings.engine.max_batch, settings.engine.max_queued_images, settings.http.port) == (2, 30, 3)
+    assert settings.http.cors_origins == ("https://a.example",)
+    assert settings.http.drain_seconds == 30
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("max_batsch = 2", "max_batch"),
-        ("max_batch = 0", "max_batch"),
-        ("max_batch = ", "TOML"),
-        ('rate_limit = "often"', "rate_limit"),
-        ('job_devices = "cuda:0,cuda:0"', "twice"),
-        ('log_format = "xml"', "log_format"),
-        ('trusted_proxies = ["proxy"]', "trusted_proxies"),
-        ('trusted_proxies = ["10.0.0.1/8"]', "trusted_proxies"),
-        ('public_url = "http://[::1"', "public_url"),
-        ("keep_alive_seconds = 0", "keep_alive_seconds"),
+        ("engine.max_batsch = 2", r"no setting 'engine.max_batsch'; did you mean 'engine.max_batch'\?"),
+        ("max_batch = 2", r"no setting 'max_batch'; did you mean 'engine.max_batch'\?"),
+        ("engin.max_batch = 2", r"no setting 'engin'; did you mean 'engine"),
+        ("engine = 2", "engine: "),
+        ("engine.max_batch = 0", r"engine.max_batch \(SERVICE_ENGINE__MAX_BATCH\)"),
+        ("engine.max_batch = ", "TOML"),
+        ('http.rate_limit = "often"', "http.rate_limit"),
+        ('jobs.devices = "cuda:0,cuda:0"', "twice"),
+        ('jobs.webhooks = [{url = "https://a.example"}]', "jobs.webhooks"),
+        ('observability.log_format = "xml"', "observability.log_format"),
+        ('http.trusted_proxies = ["proxy"]', "http.trusted_proxies"),
+        ('http.trusted_proxies = ["10.0.0.1/8"]', "http.trusted_proxies"),
+        ('http.public_url = "http://[::1"', "http.public_url"),
+        ("http.keep_alive_seconds = 0", "http.keep_alive_seconds"),
+        ('runtime.precision = "fp8"', "runtime.precision"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path, text, named):
@@ -49,11 +63,12 @@ def test_a_wrong_key_is_named(tmp_path, text, named):
 @pytest.mark.parametrize(
     ("variable", "nearest"),
     [
-        ("SERVICE_KEY_FILE", "SERVICE_KEYS_FILE"),
+        ("SERVICE_HTTP__KEY_FILE", "SERVICE_HTTP__KEYS_FILE"),
+        ("SERVICE_HTTP_KEYS_FILE", "SERVICE_HTTP__KEYS_FILE"),
         ("SERVICE_MODEL", "SERVICE_MODELS"),
-        ("SERVICE_APIKEYS", "SERVICE_API_KEYS"),
+        ("SERVICE_MAX_BATCH", "SERVICE_ENGINE__MAX_BATCH"),
         ("service_model", "SERVICE_MODELS"),
-        ("Service_Key_File", "SERVICE_KEYS_FILE"),
+        ("Service_Http__Key_File", "SERVICE_HTTP__KEYS_FILE"),
         ("SERVICE_METRICS_PORT", "docs/operations.md"),
         ("SERVICE_", "docs/operations.md"),
     ],
@@ -77,15 +92,15 @@ def test_variables_that_kubernetes_sets_for_services_are_left_alone(tmp_path, mo
     }.items():
         monkeypatch.setenv(name, value)
     file = tmp_path / "service.toml"
-    file.write_text("port = 1234")
-    assert read_settings({}, file).port == 1234
-    assert read_settings({}).port == 8000
+    file.write_text("http.port = 1234")
+    assert read_settings({}, file).http.port == 1234
+    assert read_settings({}).http.port == 8000
 
 
 def test_a_byte_order_mark_is_skipped_and_another_encoding_is_named(tmp_path):
     file = tmp_path / "service.toml"
-    file.write_text("max_batch = 2", encoding="utf-8-sig")
-    assert read_settings({}, file).max_batch == 2
+    file.write_text("engine.max_batch = 2", encoding="utf-8-sig")
+    assert read_settings({}, file).engine.max_batch == 2
     file.write_text("max_batch = 2", encoding="utf-16")
     with pytest.raises(StartError, match="not UTF-8"):
         read_settings({}, file)
@@ -116,7 +131,10 @@ def test_a_missing_file_is_named(tmp_path):
     ],
 )
 def test_gpus_of_jobs_do_not_serve(devices, job_devices, gpus, serving):
-    assert serving_devices(read_settings({"devices": devices, "job_devices": job_devices}), gpus) == serving
+    assert (
+        serving_devices(read_settings({"engine": {"devices": devices}, "jobs": {"devices": job_devices}}), gpus)
+        == serving
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,45 +142,49 @@ def test_gpus_of_jobs_do_not_serve(devices, job_devices, gpus, serving):
     [("cuda:0,cuda:1", "cuda:1", 2), ("cuda", "cuda:0", 2), ("auto", "cuda:0", 1), ("auto", "cuda:0,cuda:1", 2)],
 )
 def test_a_gpu_to_serve_and_to_train_on_is_refused_by_both_settings(devices, job_devices, gpus):
-    with pytest.raises(StartError, match=r"\bdevices\b") as refused:
-        serving_devices(read_settings({"devices": devices, "job_devices": job_devices}), gpus)
-    assert f"job_devices ({job_devices})" in str(refused.value)
+    with pytest.raises(StartError, match=r"engine\.devices\b") as refused:
+        serving_devices(read_settings({"engine": {"devices": devices}, "jobs": {"devices": job_devices}}), gpus)
+    assert f"jobs.devices ({job_devices})" in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "key", ["", "short", " " * 20, "a key with spaces in it", "${KEY_OF_ANN_UNSET}", "sixteen-letters\n"]
 )
 def test_an_empty_or_short_key_is_refused(monkeypatch, key):
-    monkeypatch.setenv("SERVICE_API_KEYS", json.dumps(["key-of-ann-in-tests", key]))
-    with pytest.raises(StartError, match=r"SERVICE_API_KEYS.*at least 16 characters"):
+    monkeypatch.setenv("SERVICE_HTTP__API_KEYS", json.dumps(["key-of-ann-in-tests", key]))
+    with pytest.raises(StartError, match=r"SERVICE_HTTP__API_KEYS.*at least 16 characters"):
         read_settings({})
 
 
 def test_an_empty_database_is_refused(monkeypatch):
-    monkeypatch.setenv("SERVICE_DATABASE", "")
-    with pytest.raises(StartError, match="SERVICE_DATABASE"):
+    monkeypatch.setenv("SERVICE_JOBS__DATABASE", "")
+    with pytest.raises(StartError, match="SERVICE_JOBS__DATABASE"):
         read_settings({})
 
 
 @pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a.example/page", "", "https://"])
 def test_what_no_page_can_have_for_its_origin_is_refused(origin):
     with pytest.raises(StartError, match=r"cors_origins.*is no origin; write scheme://host"):
-        read_settings({"cors_origins": (origin,)})
+        read_settings({"http": {"cors_origins": (origin,)}})
 
 
 @pytest.mark.parametrize("secret", ["", "short"])
 def test_an_empty_or_short_secret_of_links_is_refused(monkeypatch, secret):
-    monkeypatch.setenv("SERVICE_ARTIFACT_SECRET", secret)
-    with pytest.raises(StartError, match=r"SERVICE_ARTIFACT_SECRET.*at least 16 characters"):
+    monkeypatch.setenv("SERVICE_IMAGES__ARTIFACT_SECRET", secret)
+    with pytest.raises(StartError, match=r"SERVICE_IMAGES__ARTIFACT_SECRET.*at least 16 characters"):
         read_settings({})
 
 
 def test_printed_settings_hide_secrets():
     settings = read_settings(
-        {"api_keys": ("hunter2hunter2hunter2",), "artifact_secret": "hunter2hunter2hunter2", "max_batch": 5}
+        {
+            "http": {"api_keys": ("hunter2hunter2hunter2",)},
+            "images": {"artifact_secret": "hunter2hunter2hunter2"},
+            "engine": {"max_batch": 5},
+        }
     )
     lines = settings.lines()
-    assert "max_batch = 5" in lines
+    assert "engine.max_batch = 5" in lines
     assert "hunter2" not in "".join(lines)
 
 
@@ -178,7 +200,7 @@ def test_a_log_record_is_one_json_object():
 @pytest.mark.parametrize("told", [False, True])
 def test_requests_are_logged_with_their_prompt_only_where_told(serve, caplog, told):
     caplog.set_level(logging.INFO)
-    url = serve(log_prompts=told)
+    url = serve(observability={"log_prompts": told})
     body = {"prompt": "my secret prompt", "user": "customer-7"}
     answer = httpx.post(f"{url}/v1/images/generations", json=body)
     httpx.get(f"{url}/healthz")  # the server has gone on since: the line is written

@@ -42,7 +42,7 @@ def student(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(student) -> Settings:
-    return Settings(models=(student,), devices="cpu", replicas=2)
+    return Settings(models=(student,), engine={"devices": "cpu", "workers_per_device": 2})
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def any_step_student(teacher, tmp_path_factory):
 
 def test_an_any_step_student_takes_steps_over_rest(any_step_student, url, connect):
     pipeline = OneStepPipeline.load(any_step_student)
-    with serving(create_app(Settings(models=(any_step_student,), devices="cpu"))) as any_step:
+    with serving(create_app(Settings(models=(any_step_student,), engine={"devices": "cpu"}))) as any_step:
         client = connect(any_step)
         for steps in (1, 4):
             answer = client.images.generate(prompt="a", extra_body={"seed": 1, "steps": steps})
@@ -232,7 +232,7 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
         assert np.array_equal(await one(1), plain[0])
 
     backend = load_backend(str(student), None, "cpu")
-    run(worker_threads(backend), test, result_cache_bytes=0)
+    run(worker_threads(backend), test, engine={"result_cache_bytes": 0})
 
 
 def test_weights_that_are_not_finite_are_not_loaded(student, tmp_path):

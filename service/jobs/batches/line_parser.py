@@ -30,11 +30,11 @@ def parse(
     images: ImageService, settings: Settings, batch: BatchRow, number: int, line: bytes
 ) -> LineRequest | LineError:
     """Return the request of a line with all defaults applied, or its error."""
-    max_bytes = settings.max_body_bytes
+    max_bytes = settings.http.max_body_bytes
     if len(line) > max_bytes:
         return LineError("line_too_long", f"the line is over {max_bytes} bytes", number, None)
     try:
-        read = BatchLine.model_validate_json(line, context={"unsupported": settings.unsupported})
+        read = BatchLine.model_validate_json(line, context={"unsupported": settings.images.unsupported_fields})
         body = read.body
         if body.stream:
             raise InvalidRequest("a batch does not stream", "body.stream", "invalid_value")

@@ -113,7 +113,7 @@ class BatchWorkflow:
         batch = self._store.read(batch_id)
         if batch.status in ENDED:
             return "answered"
-        at_once = self._settings.batch_lines_at_once
+        at_once = self._settings.jobs.concurrent_lines_per_batch
         lines = self._requests(batch, self._store.answered(batch_id))
         pending: set[concurrent.futures.Future[LineAnswer]] = set()
         answers: list[LineAnswer] = []
@@ -151,7 +151,7 @@ class BatchWorkflow:
         while True:
             try:
                 images = images or await self._images.generate(request.generation, request.output, patient=True)
-                answer = await self._images.links(images, batch.links, self._settings.batch_link_seconds)
+                answer = await self._images.links(images, batch.links, self._settings.jobs.batch_link_seconds)
             except (TimedOut, Unavailable):
                 # Other requests came first, the server is draining, or the store of images is unavailable.
                 await asyncio.sleep(random.uniform(0.5, 1.5))
@@ -222,7 +222,9 @@ class BatchWorkflow:
     def _lines(self, batch: BatchRow) -> Iterator[tuple[int, bytes]]:
         """Yield the lines that are not blank, with their numbers. Raises InputFileGone, Stopping at a shutdown."""
         try:
-            for number, line in numbered_lines(self._files.path(batch.input_file_id), self._settings.max_body_bytes):
+            for number, line in numbered_lines(
+                self._files.path(batch.input_file_id), self._settings.http.max_body_bytes
+            ):
                 self._workflows.wait(0)
                 if line.strip():
                     yield number, line

@@ -47,7 +47,7 @@ class FineTuningJobs:
 
         Raises InvalidRequest, NotFound or Overloaded, which name the field at fault.
         """
-        teacher = find_teacher(self._settings.teachers, model)
+        teacher = find_teacher(self._settings.jobs.teachers, model)
         if asked.preset is None and teacher != SHIPPED_TEACHER:
             raise InvalidRequest(
                 "distillation.preset: say which, for example sd3-medium-lora; docs/distill.md tells of them",
@@ -76,9 +76,9 @@ class FineTuningJobs:
         )
         with self._database.begin(owner) as session:
             unfinished = select(func.count()).where(JobRow.owner == owner, JobRow.status.not_in(ENDED))
-            if (session.scalar(unfinished) or 0) >= self._settings.jobs_per_key:
+            if (session.scalar(unfinished) or 0) >= self._settings.jobs.max_jobs_per_key:
                 raise Overloaded(
-                    f"you have {self._settings.jobs_per_key} jobs that have not ended, which is the limit; "
+                    f"you have {self._settings.jobs.max_jobs_per_key} jobs that have not ended, which is the limit; "
                     "wait for one, or cancel one",
                     retry_after=600,
                     code="job_quota_exceeded",
@@ -194,8 +194,8 @@ class FineTuningJobs:
 def _check_budget(asked: DistillationOptions, settings: Settings) -> None:
     """Raise InvalidRequest for a budget beyond the server's bounds, or of a kind that has none while the other has."""
     budgets = (
-        ("images", asked.images, settings.max_job_images),
-        ("seconds", asked.seconds, settings.max_job_seconds),
+        ("images", asked.images, settings.jobs.max_images_per_job),
+        ("seconds", asked.seconds, settings.jobs.max_seconds_per_job),
     )
     allowed = " or ".join(f"distillation.{kind} up to {most:.15g}" for kind, _, most in budgets if most is not None)
     if not allowed:

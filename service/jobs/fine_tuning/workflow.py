@@ -73,9 +73,9 @@ class FineTuningWorkflow:
         self._students = students
         self._data = data
         self._settings = settings
-        self._devices = settings.job_devices.split(",")
+        self._devices = settings.jobs.devices.split(",")
         workflows.define("validation", self._validate, SIDE_BY_SIDE)
-        workflows.define("distillation", self._run, side_by_side=1, runs=settings.job_devices != "none")
+        workflows.define("distillation", self._run, side_by_side=1, runs=settings.jobs.devices != "none")
 
     def begin(self, job: JobRow) -> None:
         """Read the prompts of a new job; carry out one that is queued, when its turn comes. Harmless to repeat."""
@@ -138,7 +138,7 @@ class FineTuningWorkflow:
     def _read_prompts(self, job: JobRow, folder: JobFolder) -> None:
         """Raises JobFailed where `distill run` would find the prompts at fault."""
         words = prompts_command(DistillationOptions.model_validate(job.distillation), self._prompts(job, folder))
-        with folder.process(words, environment(["cpu"]), self._settings.job_nice) as child:
+        with folder.process(words, environment(["cpu"]), self._settings.jobs.nice) as child:
             while child.status() is None:
                 self._workflows.wait(POLL_SECONDS)
             if child.status() == REFUSED:
@@ -210,7 +210,7 @@ class FineTuningWorkflow:
         """The command. Raises JobFailed."""
         prompts = self._prompts(job, folder)
         try:
-            teacher = find_teacher(self._settings.teachers, job.model)
+            teacher = find_teacher(self._settings.jobs.teachers, job.model)
         except NotFound as error:
             raise JobFailed(error.message, error.code or "model_not_found", error.param) from None
         asked = DistillationOptions.model_validate(job.distillation)
@@ -234,7 +234,7 @@ class FineTuningWorkflow:
         """Run the command to its end, or until the job is to stop: its status, and whether it was asked to stop."""
         pace, asked = EtaEstimator(), False
         devices = self._devices
-        with folder.process(words, environment(devices), self._settings.job_nice, len(devices)) as child:
+        with folder.process(words, environment(devices), self._settings.jobs.nice, len(devices)) as child:
             while child.status() is None and not (asked := self._relay(job, folder, pace)):
                 self._workflows.wait(POLL_SECONDS)
             status = child.stop()

@@ -48,7 +48,7 @@ def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path):
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = made()
-    refusing = os.environ | {"SERVICE_MAX_BATCH": "none"}  # one that starts was seen
+    refusing = os.environ | {"SERVICE_ENGINE__MAX_BATCH": "none"}  # one that starts was seen
     again = subprocess.run(command, env=refusing, capture_output=True, text=True)
     assert (tmp_path / "evaluation.txt").read_text() in again.stdout
     assert f"the server ended with status 2; is http://127.0.0.1:{port} taken?" in again.stderr

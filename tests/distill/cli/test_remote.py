@@ -61,7 +61,7 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
 def test_what_the_server_refuses_is_one_sentence(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
-    settings = Settings(data=tmp_path / "data", api_keys=(KEY,))
+    settings = Settings(data=tmp_path / "data", http={"api_keys": (KEY,)})
     with serving(create_app(settings, worker_threads(Simulator()))) as url:
         for key, words, said in [
             ("key-of-bob-in-tests", ["jobs"], "API key"),

@@ -12,7 +12,7 @@ from service.settings import Settings
 
 
 def test_every_answer_of_a_server_is_counted(serve):
-    url = serve(api_keys=("key-of-ann-in-tests",))
+    url = serve(http={"api_keys": ("key-of-ann-in-tests",)})
     load = load_server(url, 2, 0.1, "key-of-ann-in-tests")
     assert (load.refused, load.clients) == (0, 2)
     assert load.quantile(0.5) <= load.quantile(0.99) <= load.seconds
@@ -21,7 +21,7 @@ def test_every_answer_of_a_server_is_counted(serve):
 
 
 def test_the_engine_alone_is_loaded_in_the_same_way():
-    assert load_engine(Settings(devices="simulator"), 2, 0.1).rate > 0
+    assert load_engine(Settings(engine={"devices": "simulator"}), 2, 0.1).rate > 0
 
 
 def test_a_server_that_is_not_there_is_one_sentence():

@@ -24,7 +24,7 @@ from service.settings import Settings
 
 
 def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor():
-    pool, done = worker_processes(Settings(devices="simulator")), threading.Event()
+    pool, done = worker_processes(Settings(engine={"devices": "simulator"})), threading.Event()
 
     async def test(engine: Engine) -> None:
         busy = [asyncio.create_task(asyncio.to_thread(done.wait)) for _ in range(64)]  # more than it has threads
@@ -40,7 +40,7 @@ def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor(
 
 
 def test_workers_killed_at_random_lose_nothing_and_change_nothing():
-    pool = worker_processes(Settings(devices="simulator", replicas=2))
+    pool = worker_processes(Settings(engine={"devices": "simulator", "workers_per_device": 2}))
     chance = random.Random(0)
 
     async def test(engine: Engine) -> None:
@@ -63,13 +63,13 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
 
 
 def test_a_worker_that_goes_silent_is_replaced():
-    pool = worker_processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(engine={"devices": "simulator"}))
 
     async def test(engine: Engine) -> None:
         os.kill(engine.processes[0], signal.SIGSTOP)
         assert is_of(await make(engine, 3), 3)
 
-    metrics = run(pool, test, worker_silence_seconds=3)
+    metrics = run(pool, test, engine={"heartbeat_timeout_seconds": 3})
     assert value(metrics, "worker_restarts_total", reason="silent") == 1
 
 
@@ -162,7 +162,7 @@ def test_what_waits_is_told_in_seconds_and_who_computes_as_a_share():
         await asyncio.gather(*work)
         assert (engine.busy, engine.queue_seconds) == (0, 0)
 
-    run(worker_threads(gate), test, max_batch=1)
+    run(worker_threads(gate), test, engine={"max_batch": 1})
 
 
 def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
@@ -176,7 +176,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_the_door():
             task.cancel()
         await asyncio.wait(waiting)
 
-    metrics = run(worker_threads(Simulator(0.15, 0.0)), test, max_batch=1)
+    metrics = run(worker_threads(Simulator(0.15, 0.0)), test, engine={"max_batch": 1})
     assert value(metrics, "refusals_total", reason="deadline_unreachable") == 1
 
 
@@ -192,7 +192,7 @@ def test_a_request_out_of_time_is_answered_so_and_its_work_dropped():
         gate.open.set()
         assert is_of(await running, 0)
 
-    metrics = run(worker_threads(gate), test, max_batch=1)
+    metrics = run(worker_threads(gate), test, engine={"max_batch": 1})
     assert value(metrics, "dropped_images_total") == 4
 
 
@@ -205,7 +205,9 @@ def test_ten_times_what_it_can_take_is_refused_and_what_it_took_is_answered():
         assert all(made)
         assert len(answers) - len(made) >= 400
 
-    metrics = run(worker_threads(Simulator(0.002, 0)), test, queue_limit=50, queue_limit_per_key=30)
+    metrics = run(
+        worker_threads(Simulator(0.002, 0)), test, engine={"max_queued_images": 50, "max_queued_images_per_key": 30}
+    )
     assert value(metrics, "refusals_total", reason="queue_full") >= 400
 
 
@@ -235,7 +237,7 @@ def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
             assert len(images) == 4
         assert all(task.cancelled() for task in left)
 
-    metrics = run(worker_threads(gate), test, max_batch=4, queue_limit=20)
+    metrics = run(worker_threads(gate), test, engine={"max_batch": 4, "max_queued_images": 20})
     assert value(metrics, "refusals_total", reason="queue_full") == 2
     assert len(gate.seeds) == 40 * 4 + 20
     assert {*range(2000, 2020)} <= {*gate.seeds[:32]}  # before the bulk work that waited
@@ -256,7 +258,7 @@ def test_bulk_owners_take_turns_in_front_of_a_full_queue():
         gate.open.set()
         await asyncio.gather(*greedy, *modest)
 
-    run(worker_threads(gate), test, max_batch=1, queue_limit=10)
+    run(worker_threads(gate), test, engine={"max_batch": 1, "max_queued_images": 10})
     assert {*range(100, 105)} <= {*gate.seeds[:30]}
 
 
@@ -275,7 +277,7 @@ def test_bulk_work_that_waits_for_room_ends_when_the_server_drains():
         assert all(is_of(answer, seed) for seed, answer in enumerate(answers) if not isinstance(answer, Unavailable))
         await draining
 
-    run(worker_threads(gate), test, max_batch=1, queue_limit=10)
+    run(worker_threads(gate), test, engine={"max_batch": 1, "max_queued_images": 10})
 
 
 def test_batches_keep_to_what_was_measured_fast_enough():
@@ -291,7 +293,7 @@ def test_batches_keep_to_what_was_measured_fast_enough():
         await asyncio.gather(*(make(engine, seed) for seed in range(40)))
         assert max(Counting.sizes) == 1  # the only one that was timed
 
-    run(worker_threads(Counting(0, 0)), test, p95_seconds=1)
+    run(worker_threads(Counting(0, 0)), test, engine={"target_p95_seconds": 1})
 
 
 IMAGE_BYTES = 64 * 64 * 3

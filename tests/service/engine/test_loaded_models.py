@@ -29,7 +29,7 @@ def students(tmp_path):
 
 def test_models_and_adapters_come_back(students, tmp_path):
     def started():
-        settings = Settings(students=students, data=tmp_path / "data", devices="simulator")
+        settings = Settings(data=tmp_path / "data", models_folder=students, engine={"devices": "simulator"})
         return serving(create_app(settings, worker_threads(Simulator(0, 0))))
 
     with started() as url:
@@ -69,7 +69,7 @@ def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
 def test_a_folder_that_is_gone_is_told_and_kept_for_the_next_start(students, tmp_path, caplog):
     loaded_models = LoadedModelStore(tmp_path)
     loaded_models.add(StoredStudent("gone", "first"))
-    with serving(create_app(Settings(students=students, data=tmp_path), worker_threads(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=tmp_path, models_folder=students), worker_threads(Simulator(0, 0)))) as url:
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["simulator"]
     assert "first" in caplog.text
     assert "no folder 'gone'" in caplog.text

@@ -43,7 +43,7 @@ def test_a_model_is_loaded_and_serves_while_another_one_is_at_work(folder):
 
 
 def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded(folder):
-    pool = worker_processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(engine={"devices": "simulator"}))
 
     async def test(engine: Engine) -> None:
         await engine.load(folder)
@@ -61,7 +61,7 @@ def test_a_worker_that_is_replaced_has_what_was_loaded_and_not_what_was_unloaded
 
 def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(folder):
     (folder / "pytorch_lora_weights.safetensors").touch()
-    pool = worker_processes(Settings(devices="simulator"))
+    pool = worker_processes(Settings(engine={"devices": "simulator"}))
 
     async def test(engine: Engine) -> None:
         await engine.load(folder)
@@ -83,7 +83,7 @@ def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(fo
         await engine.unload_adapter("second", "style")
         assert not engine.models["second"].adapters
 
-    run(pool, test, result_cache_bytes=0)
+    run(pool, test, engine={"result_cache_bytes": 0})
 
 
 def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
@@ -143,7 +143,7 @@ def test_unloading_finishes_what_was_accepted_and_forgets_what_was_cached(folder
         with pytest.raises(NotFound):
             await engine.unload("simulator")
 
-    metrics = run(worker_threads(gate), test, max_batch=1)
+    metrics = run(worker_threads(gate), test, engine={"max_batch": 1})
     assert value(metrics, "images_total", model="simulator") == 3
 
 
@@ -168,7 +168,7 @@ def test_unloading_does_not_wait_behind_all_that_is_interactive(folder):
         await leaving
         await asyncio.gather(*asked)
 
-    run(worker_threads(gate), test, max_batch=1)
+    run(worker_threads(gate), test, engine={"max_batch": 1})
     assert made == [*range(8)]
 
 

@@ -29,6 +29,6 @@ def test_a_failure_is_not_remembered(serve):
 
 
 def test_remembered_answers_are_bounded(serve):
-    url = serve(Simulator(0, 0), replay_bytes=1)
+    url = serve(Simulator(0, 0), http={"idempotency_cache_bytes": 1})
     bodies = {generate(url, {"idempotency-key": "k"}).content for _ in range(2)}
     assert len(bodies) == 2

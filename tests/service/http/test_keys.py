@@ -43,7 +43,7 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
 def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     tokens = {scope: file.create(scope, [scope]) for scope in ("generate", "jobs")}
-    url = serve(keys_file=tmp_path / "keys.json", data=tmp_path)
+    url = serve(data=tmp_path, http={"keys_file": tmp_path / "keys.json"})
 
     def ask(token, method="GET", path="models"):
         return httpx.request(method, f"{url}/v1/{path}", headers={"authorization": f"Bearer {token}"})
@@ -96,7 +96,7 @@ def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
 def test_while_a_key_file_does_not_answer_the_last_keys_stay_valid(serve, tmp_path):
     path = tmp_path / "keys.json"
     token = KeyFile(path).create("ann", SCOPES)
-    url = serve(keys_file=path)
+    url = serve(http={"keys_file": path})
 
     def status(key):
         return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
@@ -126,12 +126,12 @@ def test_a_key_file_that_never_answers_is_one_sentence(tmp_path, monkeypatch):
 def test_a_request_without_a_credential_is_refused(serve, tmp_path, header):
     KeyFile(tmp_path / "keys.json").create("ann", SCOPES)
     headers = {} if header is None else {"authorization": header}
-    refused = httpx.get(f"{serve(keys_file=tmp_path / 'keys.json')}/v1/models", headers=headers)
+    refused = httpx.get(f"{serve(http={'keys_file': tmp_path / 'keys.json'})}/v1/models", headers=headers)
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 def test_a_key_file_without_keys_lets_nobody_in(serve, tmp_path):
-    url = serve(keys_file=tmp_path / "keys.json")
+    url = serve(http={"keys_file": tmp_path / "keys.json"})
     assert httpx.get(f"{url}/v1/models").status_code == 401
     token = KeyFile(tmp_path / "keys.json").create("ann", SCOPES)
     assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
@@ -167,7 +167,7 @@ def test_open_to_all_does_not_stand_in_for_the_keys_of_a_file(tmp_path):
     file = str(tmp_path / "keys.json")
     done = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0", "--open-to-all", "--keys-file", file])
     assert isinstance(done.exception, StartError)
-    assert f"{file} (keys_file) has no key" in str(done.exception)
+    assert f"{file} (http.keys_file) has no key" in str(done.exception)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_without_keys_no_page_from_elsewhere_is_let_in(serve, tmp_path, headers,
 
 def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve):
     key = "a-key-for-these-tests"
-    url = serve(api_keys=[key])
+    url = serve(http={"api_keys": [key]})
     for headers, status in (
         ({"api-key": key}, 200),  # Azure's
         ({"x-api-key": key}, 200),
@@ -207,7 +207,7 @@ def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve):
 
 
 def test_pages_and_names_that_the_settings_know_are_let_in(serve):
-    url = serve(cors_origins=["https://friend.example"], public_url="https://images.example/")
+    url = serve(http={"cors_origins": ["https://friend.example"], "public_url": "https://images.example/"})
     for headers in (
         {"origin": "https://friend.example"},
         {"host": "images.example", "origin": "https://images.example"},

@@ -9,7 +9,7 @@ from service.engine.backend import Simulator
 
 
 def test_pages_of_other_origins_are_let_in_by_setting_alone(serve):
-    api = serve(cors_origins=("https://studio.example",))
+    api = serve(http={"cors_origins": ("https://studio.example",)})
     asks = {
         "origin": "https://studio.example",
         "access-control-request-method": "POST",
@@ -27,7 +27,9 @@ def test_pages_of_other_origins_are_let_in_by_setting_alone(serve):
 def test_pages_of_other_origins_can_read_every_failure(serve):
     broken = Simulator(0, 0)
     broken.info = replace(broken.info, pixels_per_token=0)
-    url = serve(broken, cors_origins=("https://studio.example",), max_body_bytes=100, rate_limit="1/hour")
+    url = serve(
+        broken, http={"cors_origins": ("https://studio.example",), "max_body_bytes": 100, "rate_limit": "1/hour"}
+    )
     for status, body in ((500, {"prompt": "a"}), (400, {}), (413, {"prompt": "a" * 200}), (429, {"prompt": "a"})):
         failed = httpx.post(f"{url}/v1/images/generations", json=body, headers={"origin": "https://studio.example"})
         assert failed.status_code == status
@@ -36,7 +38,7 @@ def test_pages_of_other_origins_can_read_every_failure(serve):
 
 
 def test_a_star_in_the_host_of_an_allowed_origin_stands_for_any_name(serve):
-    url = serve(cors_origins=["chrome-extension://*", "https://*.example.com", "http://LOCALHOST:*"])
+    url = serve(http={"cors_origins": ["chrome-extension://*", "https://*.example.com", "http://LOCALHOST:*"]})
     inside = ["chrome-extension://abcdefghijklmnop", "https://a.b.example.com", "http://localhost:5173"]
     outside = ["https://example.com", "https://evilexample.com", "https://a.example.com.evil.com", "null"]
     outside += ["http://a.example.com", "https://a.example.com:444", "moz-extension://a", "https://evil@.example.com"]

@@ -35,7 +35,7 @@ def patient():
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory):
-    settings = Settings(data=tmp_path_factory.mktemp("data"), realtime_idle_seconds=2)
+    settings = Settings(data=tmp_path_factory.mktemp("data"), http={"realtime_idle_seconds": 2})
     with serving(create_app(settings, worker_threads(Simulator(0, 0))), Hasty) as url:
         yield url
 
@@ -186,8 +186,8 @@ def test_a_broken_origin_is_a_foreign_one(patient, origin):
 
 
 def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(patient):
-    settings = Settings(data=None, keep_alive_seconds=1)
-    assert Settings(data=None).keep_alive_seconds > 60  # proxies keep theirs for so long
+    settings = Settings(data=None, http={"keep_alive_seconds": 1})
+    assert Settings(data=None).http.keep_alive_seconds > 60  # proxies keep theirs for so long
     with (
         serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url,
         dial(url) as line,

@@ -38,7 +38,7 @@ def test_a_refusal_by_rate_says_when_so_many_images_fit(monkeypatch):
 
 
 def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
-    url = serve(Simulator(0, 0), rate_limit="5/hour")
+    url = serve(Simulator(0, 0), http={"rate_limit": "5/hour"})
     assert generate(url, n=6).json()["error"]["param"] == "n"
     assert generate(url, n=4).status_code == 200
     refused = generate(url, n=2)
@@ -49,6 +49,6 @@ def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
 
 
 def test_callers_are_told_apart_behind_a_proxy_that_is_trusted(serve):
-    url = serve(Simulator(0, 0), rate_limit="1/hour")
+    url = serve(Simulator(0, 0), http={"rate_limit": "1/hour"})
     for client, status in (("203.0.113.7", 200), ("203.0.113.8", 200), ("203.0.113.7", 429)):
         assert generate(url, {"x-forwarded-for": client}).status_code == status

@@ -59,7 +59,7 @@ def test_the_longest_prompt_fits(output_format):
     ("policy", "told", "prompt"), [("none", False, False), ("origin", True, False), ("prompt", True, True)]
 )
 def test_the_policy_says_what_is_told(serve, connect, policy, told, prompt):
-    client = connect(serve(provenance=policy))
+    client = connect(serve(images={"provenance": policy}))
     answer = client.images.generate(prompt="a secret", n=2, extra_body={"seed": 5})
     datas = [base64.b64decode(each.b64_json) for each in answer.data]
     assert all(("xmp" in Image.open(io.BytesIO(data)).info) is told for data in datas)
@@ -105,7 +105,7 @@ def _certificate(
 
 
 def test_signatures_hold_in_every_format_and_break_with_the_image(serve, connect, credentials):
-    client = connect(serve(**credentials))
+    client = connect(serve(images=credentials))
     for output_format in FORMATS:
         answer = client.images.generate(prompt="x", n=4, output_format=output_format, extra_body={"seed": 1})
         for each in answer.data:
@@ -124,9 +124,9 @@ def test_signatures_hold_in_every_format_and_break_with_the_image(serve, connect
 
 def test_credentials_that_cannot_sign_keep_the_server_from_starting(credentials, tmp_path):
     with pytest.raises(StartError, match="one of them is missing"):
-        create_app(Settings(c2pa_key=credentials["c2pa_key"]))
+        create_app(Settings(images={"c2pa_key": credentials["c2pa_key"]}))
     with pytest.raises(StartError, match="cannot sign"):
-        create_app(Settings(c2pa_key=tmp_path / "none.pem", c2pa_certificates=credentials["c2pa_certificates"]))
+        create_app(Settings(images=credentials | {"c2pa_key": tmp_path / "none.pem"}))
     (tmp_path / "key.pem").write_text("no key")
     with pytest.raises(StartError, match="cannot sign"):
-        create_app(Settings(c2pa_key=tmp_path / "key.pem", c2pa_certificates=credentials["c2pa_certificates"]))
+        create_app(Settings(images=credentials | {"c2pa_key": tmp_path / "key.pem"}))

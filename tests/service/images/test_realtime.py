@@ -90,7 +90,7 @@ def test_the_latest_prompt_takes_the_place_of_those_that_wait_and_what_runs_is_s
 
 def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
     gate = Gate()
-    url = serve(gate, max_batch=1)
+    url = serve(gate, engine={"max_batch": 1})
     posting = threading.Thread(target=lambda: connect(url).images.generate(prompt="other", n=3))
     posting.start()
     assert gate.entered.wait(30)
@@ -133,7 +133,7 @@ def test_a_bad_message_is_answered_and_the_session_goes_on(serve, text, param):
 def test_keys_are_asked_for_and_asked_again(serve, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     token = file.create("ann", ["generate"])
-    url = serve(Simulator(0, 0), keys_file=tmp_path / "keys.json")
+    url = serve(Simulator(0, 0), http={"keys_file": tmp_path / "keys.json"})
     with session(url, additional_headers={"authorization": f"Bearer {token}"}) as socket:
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
@@ -163,13 +163,13 @@ def test_the_path_may_end_with_a_slash(serve):
 @pytest.mark.parametrize("header", ["api-key", "x-api-key"])
 def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve, header):
     key = "a-key-for-these-tests"
-    with session(serve(Simulator(0, 0), api_keys=[key]), additional_headers={header: key}) as socket:
+    with session(serve(Simulator(0, 0), http={"api_keys": [key]}), additional_headers={header: key}) as socket:
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
 
 
 def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(serve):
-    with session(serve(Simulator(0, 0), unsupported="warn")) as socket:
+    with session(serve(Simulator(0, 0), images={"unsupported_fields": "warn"})) as socket:
         ask(socket, prompt="a", quality="medium", seed=-1, extra_body={}, partial_images=2, size="1024x1024")
         answer = hear(socket)
         assert (answer["type"], answer["size"], len(answer["warnings"])) == ("images.completed", "64x64", 5)
@@ -178,7 +178,7 @@ def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(serve)
 
 
 def test_pages_of_other_origins_and_sessions_beyond_the_limit_are_refused(serve):
-    url = serve(Simulator(0, 0), cors_origins=["https://friend.example"], realtime_limit=1)
+    url = serve(Simulator(0, 0), http={"cors_origins": ["https://friend.example"], "max_realtime_sessions": 1})
     own = httpx.URL(url)
     for origin in ("https://evil.example", "null", f"http://{own.host}:1"):
         with pytest.raises(InvalidStatus, match="403"), session(url, origin=origin):
@@ -211,7 +211,7 @@ def test_a_wrong_message_is_refused_with_the_reason_and_little_of_its_text(serve
 
 
 def test_who_says_nothing_or_too_much_is_sent_away(serve):
-    url = serve(Simulator(0, 0), realtime_idle_seconds=0.2, max_body_bytes=200)
+    url = serve(Simulator(0, 0), http={"realtime_idle_seconds": 0.2, "max_body_bytes": 200})
     with session(url) as socket, pytest.raises(ConnectionClosed) as closed:
         socket.recv(30)
     assert closed.value.rcvd.code == 1000
@@ -224,7 +224,7 @@ def test_who_says_nothing_or_too_much_is_sent_away(serve):
 
 
 def test_limits_of_a_key_hold_and_say_when_to_come_back(serve):
-    with session(serve(Simulator(0, 0), rate_limit="2/minute")) as socket:
+    with session(serve(Simulator(0, 0), http={"rate_limit": "2/minute"})) as socket:
         ask(socket, prompt="a", n=2)
         assert len(base64.b64decode(hear(socket)["data"][0]["b64_json"])) > 0
         ask(socket, prompt="b")

@@ -19,7 +19,7 @@ class Bright:
 
 
 def test_a_refused_image_is_an_error_that_clients_know(serve, connect):
-    url = serve(safety=f"{__name__}:Bright")
+    url = serve(images={"safety": f"{__name__}:Bright"})
     client = connect(url)
     brightness = {seed: np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8).mean() for seed in range(200)}
     dark, fair = (next(s for s, b in brightness.items() if low < b < high) for low, high in ((0, 90), (110, 190)))
@@ -55,7 +55,7 @@ def test_the_reference_checker_goes_by_class_and_score(monkeypatch):
 )
 def test_a_checker_that_cannot_be_had_keeps_the_server_from_starting(name):
     with pytest.raises(StartError, match="safety"):
-        create_app(Settings(safety=name))
+        create_app(Settings(images={"safety": name}))
 
 
 def test_without_a_checker_there_is_none():

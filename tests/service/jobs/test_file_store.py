@@ -18,7 +18,7 @@ KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 
 
 def test_files_are_kept_for_their_owner(serve, connect, tmp_path):
-    url = serve(data=tmp_path, api_keys=KEYS, max_file_bytes=3 << 20, max_body_bytes=2000)
+    url = serve(data=tmp_path, http={"api_keys": KEYS, "max_body_bytes": 2000}, jobs={"max_file_bytes": 3 << 20})
     ann, bob = (connect(url, key) for key in KEYS)
     large = bytes(range(256)) * 8192  # 2 MiB, over the limit of other bodies
     first = ann.files.create(file=("a/../lines \u00e9.jsonl", large), purpose="batch")
@@ -53,7 +53,7 @@ def test_files_are_kept_for_their_owner(serve, connect, tmp_path):
 
 
 def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
-    url = serve(data=tmp_path, max_file_bytes=1000)
+    url = serve(data=tmp_path, jobs={"max_file_bytes": 1000})
     client = connect(url)
     with pytest.raises(openai.BadRequestError) as empty:
         client.files.create(file=("lines.jsonl", b""), purpose="batch")

@@ -21,7 +21,9 @@ NOBODY = "http://a..b/"  # a URL by its form, which no client can ask for
 
 @contextmanager
 def running(folder: Path, *urls: str) -> Iterator[Jobs]:
-    jobs = Jobs(folder, Settings(job_silence_seconds=1e6, webhooks=[{"url": url, "secret": SECRET} for url in urls]))
+    jobs = Jobs(
+        folder, Settings(jobs={"takeover_seconds": 1e6, "webhooks": [{"url": url, "secret": SECRET} for url in urls]})
+    )
     jobs.start()
     yield jobs
     jobs.stop()

@@ -60,7 +60,7 @@ def jobs_of(tmp_path) -> Iterator[Callable[[], Jobs]]:
     made: list[Jobs] = []
 
     def make() -> Jobs:
-        made.append(Jobs(tmp_path, Settings(job_silence_seconds=0.5)))
+        made.append(Jobs(tmp_path, Settings(jobs={"takeover_seconds": 0.5})))
         return made[-1]
 
     yield make

@@ -69,7 +69,7 @@ def linked(span):
 
 def test_a_request_is_a_server_span_with_its_stages_below_it():
     spans = Spans()
-    with traced(spans, safety=f"{__name__}:Anything") as url:
+    with traced(spans, images={"safety": f"{__name__}:Anything"}) as url:
         answer = httpx.post(url, json={"prompt": "a secret owl", "n": 2, "size": "128x64"})
         httpx.get(url.replace("/v1/images/generations", "/healthz"))
     (request,) = [span for span in spans.all() if span.kind == SpanKind.SERVER]
@@ -94,7 +94,7 @@ def test_a_request_is_a_server_span_with_its_stages_below_it():
 
 def test_requests_that_share_a_batch_are_linked_to_it():
     spans = Spans()
-    with traced(spans, max_batch=2, linger_seconds=30) as url, ThreadPoolExecutor() as clients:
+    with traced(spans, engine={"max_batch": 2, "batching_window_seconds": 30}) as url, ThreadPoolExecutor() as clients:
         list(clients.map(lambda seed: httpx.post(url, json={"prompt": "x", "seed": seed}), range(2)))
     (batch,) = spans.named("batch")
     requests = spans.named("POST /v1/images/generations")
@@ -174,7 +174,7 @@ def test_spans_reach_a_collector_before_the_server_ends(monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         thread = threading.Thread(target=collector.serve_forever)
         thread.start()
-        settings = Settings(otlp_endpoint=f"http://127.0.0.1:{collector.server_port}")
+        settings = Settings(observability={"otlp_endpoint": f"http://127.0.0.1:{collector.server_port}"})
         with serving(create_app(settings, worker_threads(Simulator(0, 0)))) as url:
             httpx.post(f"{url}/v1/images/generations", json={"prompt": "x"})
         collector.shutdown()
@@ -206,4 +206,4 @@ sys.exit("service.observability.tracing" in sys.modules or "opentelemetry.sdk" i
 def test_a_collector_without_the_sdk_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "service.observability.tracing", None)  # as where the extra is not installed
     with pytest.raises(StartError, match=r"otlp_endpoint: .*\[tracing\]"):
-        create_app(Settings(otlp_endpoint="http://localhost:4318"))
+        create_app(Settings(observability={"otlp_endpoint": "http://localhost:4318"}))

@@ -49,7 +49,7 @@ def students(tmp_path):
 def serving(*arguments: str, said="serving on", **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server under Ray that has said so: its URL and its process, which has ended when this is left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        settings["port"] = str(free.getsockname()[1])
+        settings["http__port"] = str(free.getsockname()[1])
     environment = os.environ | PATIENT | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
     command = [sys.executable, "-m", "service.cli", "ray", "--cpus", "0.1", *arguments]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as it:
@@ -62,7 +62,7 @@ def serving(*arguments: str, said="serving on", **settings: str) -> Iterator[tup
             else:
                 pytest.fail("".join(told))
             threading.Thread(target=it.stderr.read, daemon=True).start()  # so that the pipe never fills
-            yield f"http://127.0.0.1:{settings['port']}", it
+            yield f"http://127.0.0.1:{settings['http__port']}", it
         finally:
             it.terminate()
             it.wait(600)
@@ -101,13 +101,14 @@ def of_both(ask) -> list[httpx.Response]:
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
     scale = ["--max-replicas", "2", "--patience", "0.05", "--up-after", "0", "--down-after", "15"]
     settings = {
-        "devices": "simulator",
-        "max_batch": "1",
-        "result_cache_bytes": "0",
+        "engine__devices": "simulator",
+        "engine__max_batch": "1",
+        "engine__result_cache_bytes": "0",
         "data": "none",
-        "queue_limit": "100",
+        "engine__max_queued_images": "100",
     }
-    settings |= {"students": str(students)} | dict.fromkeys(("timeout_seconds", "worker_silence_seconds"), "600")
+    settings |= {"models_folder": str(students)}
+    settings |= dict.fromkeys(("engine__request_timeout_seconds", "engine__heartbeat_timeout_seconds"), "600")
     with serving(*scale, **settings) as (url, process), ThreadPoolExecutor(8) as pool:
         seeds = itertools.count(100, 10)
         seen = {replica(generate(url, 0))}
@@ -150,7 +151,7 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
 
 
 def test_it_ends_when_it_is_told_to_while_a_replica_still_waits_for_its_place():
-    with serving("--min-replicas", "1", "--cpus", "1000", said="waiting for replicas", devices="simulator") as (
+    with serving("--min-replicas", "1", "--cpus", "1000", said="waiting for replicas", engine__devices="simulator") as (
         _,
         process,
     ):
@@ -161,9 +162,9 @@ def test_it_ends_when_it_is_told_to_while_a_replica_still_waits_for_its_place():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"),
-        ({"job_devices": "cuda:1"}, "job_devices"),
-        ({"host": "0.0.0.0"}, "--open-to-all"),
+        ({"engine__devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"),
+        ({"jobs__devices": "cuda:1"}, "jobs.devices"),
+        ({"http__host": "0.0.0.0"}, "--open-to-all"),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_sentence(settings, named):

@@ -26,7 +26,7 @@ def students(tmp_path):
 
 
 def test_a_student_comes_serves_and_goes(serve, connect, students):
-    url = serve(students=students)
+    url = serve(models_folder=students)
     models = f"{url}/v1/admin/models"
     listed = httpx.get(models).json()
     assert [model["id"] for model in listed["data"]] == ["simulator"]
@@ -43,7 +43,7 @@ def test_a_student_comes_serves_and_goes(serve, connect, students):
 
 def test_an_adapter_comes_is_asked_for_and_goes(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
-    url = serve(students=students)
+    url = serve(models_folder=students)
     assert httpx.get(f"{url}/v1/admin/models").json()["adapter_folders"] == ["none"]
     adapter = {"model": "simulator", "folder": "none", "name": "style"}
     assert httpx.post(f"{url}/v1/admin/adapters", json=adapter).json()["adapters"] == ["style"]
@@ -77,7 +77,7 @@ def pixel(answer):
     ],
 )
 def test_what_is_no_student_of_ours_is_refused(serve, students, body, param):
-    url = serve(students=students)
+    url = serve(models_folder=students)
     answer = httpx.post(f"{url}/v1/admin/models", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert len(httpx.get(f"{url}/v1/models").json()["data"]) == 1
@@ -85,7 +85,7 @@ def test_what_is_no_student_of_ours_is_refused(serve, students, body, param):
 
 def test_only_keys_of_the_scope_may(serve, students, tmp_path):
     keys = KeyFile(tmp_path / "keys.json")
-    url = serve(students=students, keys_file=tmp_path / "keys.json")
+    url = serve(models_folder=students, http={"keys_file": tmp_path / "keys.json"})
     for scope, status in (("generate", 403), ("jobs", 403), ("admin", 200)):
         headers = {"authorization": f"Bearer {keys.create(scope, [scope])}"}
         assert httpx.get(f"{url}/v1/admin/models", headers=headers).status_code == status
@@ -104,7 +104,7 @@ def shell(url, *words, key=None):
 
 def test_models_come_and_go_from_the_shell(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
-    url = serve(students=students, aliases={"gpt-image-1": "simulator"})
+    url = serve(aliases={"gpt-image-1": "simulator"}, models_folder=students)
     assert shell(url, "load", "one") == "student-one is served.\n"
     assert shell(url, "load", "two", "--name", "new") == "new is served.\n"
     assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "new has style.\n"
@@ -126,7 +126,7 @@ def test_models_come_and_go_from_the_shell(serve, connect, students):
 
 
 def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
-    url = serve(students=students)
+    url = serve(models_folder=students)
     for said, *words in (
         (r"no folder 'other' with onestep.json; there are \['one', 'two'\]", "load", "other"),
         ("no model 'other'", "unload", "other"),
@@ -140,7 +140,7 @@ def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
 
 def test_the_shell_names_the_key_and_the_server_that_it_lacks(serve, students, tmp_path):
     keys = KeyFile(tmp_path / "keys.json")
-    url = serve(students=students, keys_file=tmp_path / "keys.json")
+    url = serve(models_folder=students, http={"keys_file": tmp_path / "keys.json"})
     assert shell(url, "list", key=keys.create("root", ["admin"])).startswith("student")
     for key in (None, keys.create("ann", ["generate"])):
         with pytest.raises(StartError, match="--key names a key of the scope admin"):

@@ -133,14 +133,14 @@ def test_links_are_https_behind_a_proxy_that_is_trusted(serve):
         (("10.0.0.0/8",), "http"),
         ((), "http"),
     ):
-        url = serve(Simulator(0, 0), trusted_proxies=trusted)
+        url = serve(Simulator(0, 0), http={"trusted_proxies": trusted})
         link = generate(url, headers, response_format="url").json()["data"][0]["url"]
         assert link.startswith(f"{scheme}://127.0.0.1:")
 
 
 @pytest.fixture(scope="module")
 def warning():
-    with serving(create_app(Settings(unsupported="warn"), worker_threads(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(images={"unsupported_fields": "warn"}), worker_threads(Simulator(0, 0)))) as url:
         yield url
 
 

@@ -26,7 +26,7 @@ def test_no_request_breaks_the_description(tmp_path):
         suppress_health_check=list(HealthCheck),
     )
     app = create_app(
-        Settings(api_keys=[KEY], data=tmp_path), worker_threads(Simulator(call_seconds=0, image_seconds=0))
+        Settings(data=tmp_path, http={"api_keys": [KEY]}), worker_threads(Simulator(call_seconds=0, image_seconds=0))
     )
     with serving(app) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json", timeout=60)

@@ -61,7 +61,7 @@ def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path)
         subprocess.run([sys.executable, "-c", copied], check=True, cwd=tmp_path)
         assert (tmp_path / "1.png").read_bytes() == base64.b64decode(image)
         assert page.errors() == []
-    without_sockets = Settings(realtime_limit=0)
+    without_sockets = Settings(http={"max_realtime_sessions": 0})
     with serving(create_app(without_sockets, worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
@@ -75,7 +75,7 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
     (tmp_path / "sketch").mkdir()
     (tmp_path / "sketch" / "pytorch_lora_weights.safetensors").touch()
     (tmp_path / "sketch" / "onestep.json").write_text('{"name": "second"}')
-    with serving(create_app(Settings(students=tmp_path, data=None), worker_threads(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=None, models_folder=tmp_path), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
         assert [option.text for option in page.find("#size option")] == ["auto", "64x64", "128x64"]
@@ -136,7 +136,7 @@ def test_keys_draw_and_themes_and_phones_have_their_form(page):
 
 
 def test_a_key_is_asked_for_where_it_is_needed(page):
-    with serving(create_app(Settings(api_keys=(KEY,), data=None), worker_threads(Simulator(0, 0)))) as url:
+    with serving(create_app(Settings(data=None, http={"api_keys": (KEY,)}), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#access[open]"))
         assert "API key" in page.text("#status")

@@ -28,9 +28,9 @@ def receiver() -> Iterator[Receiver]:
         yield one
 
 
-def telling(receiver: Receiver) -> dict:
-    """Settings of a server that tells a receiver at once of what has ended."""
-    return {"webhooks": [{"url": receiver.url, "secret": SECRET}], "job_silence_seconds": 0.5}
+def telling(receiver: Receiver, **jobs) -> dict:
+    """Settings of a server that calls a receiver as soon as something has ended."""
+    return {"jobs": {"webhooks": [{"url": receiver.url, "secret": SECRET}], "takeover_seconds": 0.5, **jobs}}
 
 
 def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
@@ -70,10 +70,9 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
     url = serve(
         Simulator(0, 0, fails_on="bad"),
         data=tmp_path,
-        api_keys=KEYS,
-        safety=f"{__name__}:Touchy",
-        batch_lines_at_once=1,  # so that the first line is the first image
-        **telling(receiver),
+        http={"api_keys": KEYS},
+        images={"safety": f"{__name__}:Touchy"},
+        **telling(receiver, concurrent_lines_per_batch=1),
     )
     ann, bob = (connect(url, key) for key in KEYS)
     seeded = "\ufeff" + json.dumps(line("seeded", seed=7, n=2, output_format="webp"))  # as some editors save a file
@@ -118,7 +117,7 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
 
 
 def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, connect, tmp_path, receiver):
-    url = serve(data=tmp_path, max_body_bytes=10_000, unfinished_batches_per_key=1, **telling(receiver))
+    url = serve(data=tmp_path, http={"max_body_bytes": 10_000}, **telling(receiver, max_batches_per_key=1))
     client = connect(url)
     wrong = [
         line("a"),
@@ -174,7 +173,7 @@ class OnlyOne(Gate):
 
 
 def test_an_unsupported_field_of_a_line_is_ignored_and_named_where_the_server_warns(serve, connect, tmp_path):
-    client = connect(serve(Simulator(0, 0), data=tmp_path, unsupported="warn"))
+    client = connect(serve(Simulator(0, 0), data=tmp_path, images={"unsupported_fields": "warn"}))
     unsupported = {"quality": "hd", "size": "1024x1024", "seed": -1, "extra_body": {}}
     unsupported |= {"timeout": 5, "priority": "interactive", "partial_images": 1}
     batch = ended(client, submit(client, [line("a", **unsupported)]).id, "completed", "failed")
@@ -189,8 +188,8 @@ def test_an_unsupported_field_of_a_line_is_ignored_and_named_where_the_server_wa
 
 def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect, tmp_path, receiver):
     gate = OnlyOne()
-    few = {"max_batch": 1, "batch_lines_at_once": 8, "unfinished_batches_per_key": 1}
-    client = connect(serve(gate, data=tmp_path, **few, **telling(receiver)))
+    few = telling(receiver, concurrent_lines_per_batch=8, max_batches_per_key=1)
+    client = connect(serve(gate, data=tmp_path, engine={"max_batch": 1}, **few))
     batch = submit(client, [line("one", seed=1)] + [line(f"{i}", seed=i) for i in range(10, 20)])
     with pytest.raises(openai.RateLimitError, match="unfinished"):
         client.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
@@ -214,7 +213,7 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
 
 def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect, tmp_path, receiver):
     gate = OnlyOne()
-    client = connect(serve(gate, data=tmp_path, max_batch=1, **telling(receiver)))
+    client = connect(serve(gate, data=tmp_path, engine={"max_batch": 1}, **telling(receiver)))
     batch = submit(client, [line("one", seed=1), line("two", seed=2)])
     until(lambda: client.batches.retrieve(batch.id).request_counts.completed == 1)
     (tmp_path / "files" / batch.input_file_id).unlink()
@@ -228,7 +227,7 @@ def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect
 
 
 def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_path):
-    client = connect(serve(data=tmp_path, job_silence_seconds=1))
+    client = connect(serve(data=tmp_path, jobs={"takeover_seconds": 1}))
     whole = ended(client, submit(client, [line("one", seed=1), line("two", seed=2)]).id, "completed")
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     with database.begin() as session:  # as from a backup that is newer than the one of the workflows

@@ -41,7 +41,11 @@ KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 @contextlib.contextmanager
 def killed_server(data: Path, teachers: dict[str, str]) -> Iterator[tuple[int, str]]:
     """A server in a process of its own, which ends by SIGKILL; its id and URL."""
-    given = {"SERVICE_TEACHERS": json.dumps(teachers), "SERVICE_JOB_SILENCE_SECONDS": "1", "SERVICE_JOB_NICE": "0"}
+    given = {
+        "SERVICE_JOBS__TEACHERS": json.dumps(teachers),
+        "SERVICE_JOBS__TAKEOVER_SECONDS": "1",
+        "SERVICE_JOBS__NICE": "0",
+    }
     command = [*SERVE, "--data", str(data)]
     with subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -173,7 +177,7 @@ def _distills(process: psutil.Process) -> bool:
 
 
 def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
-    with server(tmp_path, {"tiny": str(teacher)}, jobs_per_key=3) as url:
+    with server(tmp_path, {"tiny": str(teacher)}, max_jobs_per_key=3) as url:
         client = connect(url)
         jobs = client.fine_tuning.jobs
         file = upload(client)
@@ -212,7 +216,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
 
 
 def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
-    url = serve(data=tmp_path, api_keys=KEYS)
+    url = serve(data=tmp_path, http={"api_keys": KEYS})
     ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
     made(jobs, 1, "succeeded", owner=Key.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
@@ -237,7 +241,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
 @pytest.fixture
 def jobs(tmp_path) -> Iterator[Jobs]:
     """Jobs whose workflows are called by hand, and of which `made` has put some there."""
-    jobs = Jobs(tmp_path, Settings(job_students=2))
+    jobs = Jobs(tmp_path, Settings(jobs={"max_served_students": 2}))
     jobs.database.migrate()
     yield jobs
     jobs.database.close()
@@ -325,7 +329,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
     """A server with two keys, a bound to budgets, and a teacher that is gone: the one of this process from here on."""
     folder = tmp_path_factory.mktemp("refusing")
     teachers = {"tiny": str(folder), "gone": "/nowhere"}
-    settings = Settings(data=folder, teachers=teachers, api_keys=KEYS, max_job_images=1000)
+    settings = Settings(data=folder, jobs={"teachers": teachers, "max_images_per_job": 1000}, http={"api_keys": KEYS})
     with serving(create_app(settings, worker_threads(Simulator()))) as url:
         yield url
 

@@ -100,13 +100,13 @@ def test_the_column_of_the_prompts_is_that_of_the_job(tmp_path):
 
 
 def test_jobs_see_their_devices_alone(monkeypatch):
-    monkeypatch.setenv("SERVICE_API_KEYS", '["key-of-ann-in-tests"]')
+    monkeypatch.setenv("SERVICE_HTTP__API_KEYS", '["key-of-ann-in-tests"]')
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environment(["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
     assert environment(["cuda:1", "cuda:2"])["CUDA_VISIBLE_DEVICES"] == "1,2"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
     assert environment(["cuda:1", "cuda:2"])["CUDA_VISIBLE_DEVICES"] == "GPU-5,6"
-    assert "SERVICE_API_KEYS" not in environment(["cpu"])
+    assert "SERVICE_HTTP__API_KEYS" not in environment(["cpu"])
 
 
 PATIENT = """
