@@ -14,7 +14,7 @@ from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.models import attention
 from distill.models.device import fast_bfloat16, resolve_device
 from distill.models.sd3 import load_transformer, velocity
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
-    spec, count = read_spec(arguments.teacher), arguments.batch
+    spec, count = SD3Folder.read(arguments.teacher), arguments.batch
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def main() -> None:
     cond = TextCondition(normal(*spec.text_shape), normal(spec.pooled_dim))
     models = {}
     for name in ("sdpa", "math"):
-        models[name] = load_transformer(arguments.teacher, torch.float32, device).requires_grad_(True)
+        models[name] = load_transformer(SD3Folder.read(arguments.teacher), torch.float32, device).requires_grad_(True)
         attention.use(name, models[name])
 
     def step(precision: str, kernel: str) -> float:

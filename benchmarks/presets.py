@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from distill.config import load_config
 from distill.models.geometry import Geometry, read_geometry
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.plan.estimate import GIB, PlanInput
 from distill.run import accelerator
 from distill.worlds.tokenizer import build_clip_tokenizer
@@ -69,7 +69,7 @@ def main() -> None:
         subprocess.run([*command, *(word for each in sets for word in ("--set", each))], check=True)
         seconds = time.monotonic() - started
         metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        student = read_spec(out / "student")  # whole, or an error
+        student = SD3Folder.read(out / "student")  # whole, or an error
 
     turns = {moment: planned for moment, planned in plan.stages.items() if moment.endswith("turn")}
     whole = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

@@ -27,7 +27,7 @@ from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult
 from distill.evaluate.sampler import Setting, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, cell, figure_names
 from distill.files import check_replaceable, write_aside
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, read_student
 from distill.report.picture import labeled_grid, save_png
 from distill.report.run_folder import read_run
@@ -111,7 +111,7 @@ def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -
         link.symlink_to(Path("..") / owner / "embeddings")
 
 
-def is_finished(variant: Variant, out: Path) -> bool:
+def is_finished(variant: Variant, out: Path, teacher: SD3Folder) -> bool:
     """Whether its run lies there whole: of this configuration, to this budget, with its student.
 
     Raises ConfigError when the run has gone beyond the budget, which would favor it.
@@ -126,7 +126,7 @@ def is_finished(variant: Variant, out: Path) -> bool:
             f"{folder} has seen {found.images} images, more than the {config.images} of this comparison; "
             "give them all as many, or another --out"
         )
-    run.check_teacher(folder, read_spec(run.teacher_folder(config)))
+    run.check_teacher(folder, teacher)
     return (
         run.read_config(folder).identity() == config.identity()
         and found.state == "finished"
@@ -134,9 +134,9 @@ def is_finished(variant: Variant, out: Path) -> bool:
     )
 
 
-def within(seconds: float, variant: Variant, out: Path) -> Variant:
+def within(seconds: float, variant: Variant, out: Path, teacher: SD3Folder) -> Variant:
     """The variant with as many images as its training makes in so many seconds."""
-    images = images_within(seconds, variant.config, out / variant.name)
+    images = images_within(seconds, variant.config, out / variant.name, teacher)
     return replace(variant, config=variant.config.model_copy(update={"images": images}))
 
 
@@ -215,7 +215,7 @@ class Outcome:
 
 def is_scored(config: RunConfig) -> bool:
     """Whether there is a scorer for what a run makes: the small world's."""
-    return config.prompts.source == "scenes" and read_spec(run.teacher_folder(config)).image_size == SIZE
+    return config.prompts.source == "scenes" and run.read_teacher(config).image_size == SIZE
 
 
 def judged(
@@ -234,7 +234,7 @@ def judged(
     `diverged` and `failed` give the reasons for runs without a student, by name; they are copied to the outcome.
     """
     config = variants[0].config
-    teacher = run.teacher_folder(config)
+    teacher = run.read_teacher(config)
     students = {variant.name: out / variant.name / "student" for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
@@ -247,7 +247,7 @@ def judged(
     texts = list(islice(cycle(first), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)
-    setting = Setting(steps, sampler.spec.guidance)
+    setting = Setting(steps, sampler.folder.guidance)
     alone = [sampler.generate(setting, [text], [own]) for text, own in zip(texts, seeds, strict=True)]
     rows = [(f"teacher, {setting.nfe} NFE", np.concatenate(alone))]
     del sampler  # one model in memory at a time

@@ -21,7 +21,7 @@ from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
 from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
-from distill.models.sd3_folder import FORMAT, RECORD, read_json, read_spec
+from distill.models.sd3_folder import FORMAT, RECORD, SD3Folder, read_json
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.tiny_vae import load_tiny_vae
 from distill.models.two_times import load_second_time
@@ -70,33 +70,38 @@ class OneStepSpec:
 
 def read_student(folder: Path | str) -> OneStepSpec:
     """Check a student folder and read its record. Raises TeacherError if it is missing, incomplete or no student."""
-    spec = read_spec(folder)
-    record = read_json(spec.folder / RECORD) if (spec.folder / RECORD).exists() else {}
+    return _read_record(SD3Folder.read(folder))
+
+
+def _read_record(folder: SD3Folder) -> OneStepSpec:
+    """A student folder's record. Raises TeacherError for a folder that is no student."""
+    path = folder.path / RECORD
+    record = read_json(path) if path.exists() else {}
     if "start_time" not in record:
-        raise TeacherError(f"{spec.folder} is a teacher, not a one-step student; distill it with `distill run` first")
+        raise TeacherError(f"{folder.path} is a teacher, not a one-step student; distill it with `distill run` first")
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
-        raise TeacherError(f"{spec.folder}/{RECORD} is of another format; export the student again with this version")
+        raise TeacherError(f"{path} is of another format; export the student again with this version")
     try:
         native = int(record["image_size"])
         sizes = record.get("sizes", [[native, native]])  # students exported before sizes were a choice have one
         return OneStepSpec(
             name=str(record["name"]),
-            digest=spec.digest,
+            digest=folder.digest,
             sizes=tuple((int(width), int(height)) for width, height in sizes),
-            latent_channels=spec.latent_channels,
-            vae_scale_factor=spec.vae_scale_factor,
-            patch_size=spec.patch_size,
-            token_limit=spec.clip_length,
+            latent_channels=folder.latent_channels,
+            vae_scale_factor=folder.vae_scale_factor,
+            patch_size=folder.patch_size,
+            token_limit=folder.clip_length,
             max_sequence_length=int(record["max_sequence_length"]),
             teacher=str(record["teacher"]),
             method=str(record["method"]),
             images_seen=int(record["images_seen"]),
-            created=int((spec.folder / RECORD).stat().st_mtime),
+            created=int(path.stat().st_mtime),
             any_step=bool(record.get("any_step", False)),
-            has_t5=spec.has_t5,
+            has_t5=folder.has_t5,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise TeacherError(f"{spec.folder}/{RECORD} lacks or garbles {error}; export the student again") from None
+        raise TeacherError(f"{path} lacks or garbles {error}; export the student again") from None
 
 
 class OneStepPipeline:
@@ -144,19 +149,20 @@ class OneStepPipeline:
         Raises TeacherError if the folder is no complete student, ConfigError naming the option that the device, the
         student or the installation does not support.
         """
-        spec = read_student(folder)
+        read = SD3Folder.read(folder)
+        spec = _read_record(read)
         device = torch.device(device)
         runtime.check(options, device, spec.has_t5)
         dtype = runtime.compute_dtype(options, device)
-        text = SD3TextEncoder.load(folder, device, dtype, spec.max_sequence_length, options.t5)
-        transformer = load_transformer(folder, dtype, device)
+        text = SD3TextEncoder.load(read, device, dtype, spec.max_sequence_length, options.t5)
+        transformer = load_transformer(read, dtype, device)
         if spec.any_step:
-            load_second_time(transformer, Path(folder))
+            load_second_time(transformer, read.path)
         attention.use(options.attention, transformer)
         quantize.use(options.quantize, transformer)
         tiny = None
         if options.tiny_vae is None:
-            vae = load_vae(folder, dtype, device)
+            vae = load_vae(read, dtype, device)
         else:
             vae, tiny = load_tiny_vae(options.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
         if options.channels_last:

@@ -30,7 +30,7 @@ from distill.evaluate.side_by_side import SHIPPED_TEACHER
 from distill.flow import noise
 from distill.models.device import fast_bfloat16
 from distill.models.sd3 import check_parts, decode_in_parts, encode_images, load_vae
-from distill.models.sd3_folder import TeacherSpec, read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
@@ -56,14 +56,14 @@ JUDGED = 16  # prompts of each task that a student is judged on while it is trai
 _OWN = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS)  # rewritten by a run
 
 
-def teacher_folder(config: RunConfig) -> Path:
-    """The folder that `teacher` names; `scenes` is the one that ships with the package."""
-    return SHIPPED_TEACHER if config.teacher == "scenes" else Path(config.teacher)
+def read_teacher(config: RunConfig) -> SD3Folder:
+    """Check and read the folder that `teacher` names; `scenes` is the one that ships with the package."""
+    return SD3Folder.read(SHIPPED_TEACHER if config.teacher == "scenes" else config.teacher)
 
 
-def prepare(config: RunConfig, out: Path) -> TeacherSpec:
+def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
     """Write the resolved configuration, before anything is computed. Raises what `check_run` raises."""
-    spec = check_run(config, out)
+    check_run(config, out, teacher)
     kept = out / "config.yaml"
     if kept.exists():
         before = read_config(out)
@@ -71,63 +71,60 @@ def prepare(config: RunConfig, out: Path) -> TeacherSpec:
             (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
-    return spec
 
 
-def check_run(config: RunConfig, out: Path) -> TeacherSpec:
-    """Check teacher, start, sources and the run folder; nothing is written.
+def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
+    """Check the teacher's weights, start, sources and the run folder; nothing is written.
 
     Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations, CheckpointError if
     `out` holds a run of another configuration, and OutputError if a run would replace files there that belong to no
     run.
     """
-    spec = read_spec(teacher_folder(config))
-    latent_shapes(config, spec)
-    _check_patience(config, spec)
+    latent_shapes(config, teacher)
+    _check_patience(config, teacher)
     kept = out / "config.yaml"
     if kept.exists():
         before = read_config(out)
         if has_learnt(out):
             config.check_same(before.identity(), kept)
-            check_teacher(out, spec)
+            check_teacher(out, teacher)
     else:
         for name in _OWN:
             if (out / name).exists():
                 raise OutputError(f"{out} holds {name}, but no config.yaml of a run; give another --out")
-    check_place(out / "student", spec.folder)
+    check_place(out / "student", teacher.path)
     if not has_learnt(out):
-        check_parts(spec)
-        check_start(config, spec)
-        _check_sources(config, spec)
-    return spec
+        check_parts(teacher)
+        check_start(config, teacher)
+        _check_sources(config, teacher)
 
 
-def check_teacher(out: Path, spec: TeacherSpec) -> None:
+def check_teacher(out: Path, teacher: SD3Folder) -> None:
     """Raise CheckpointError if the run in `out` has learnt from a teacher with another digest."""
     path = out / SOURCES
     try:
-        kept = json.loads(path.read_text())["teacher"] if path.exists() else spec.digest
+        kept = json.loads(path.read_text())["teacher"] if path.exists() else teacher.digest
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
-    if kept != spec.digest:
+    if kept != teacher.digest:
         raise CheckpointError(
-            f"{out} has learnt from another teacher than {spec.folder}; give that one, at its place of now, or another "
-            "--out"
+            f"{out} was trained from another teacher than {teacher.path}; give the current path of its own teacher, or "
+            "another --out"
         )
 
 
-def _check_sources(config: RunConfig, spec: TeacherSpec) -> None:
+def _check_sources(config: RunConfig, teacher: SD3Folder) -> None:
     """Open caches, or read the first prompt and real image of other sources, to find errors before anything is made.
 
     Raises CacheError, PromptError, ImageError, or ConfigError for a column of a cache.
     """
     prompts, real = config.prompts, config.real
     if _is_cache(prompts, MANIFEST):
-        EmbeddingCache(Path(prompts.source), spec.folder)
+        EmbeddingCache(Path(prompts.source), teacher)
     elif _may_be_read_twice(prompts.source):
         next(iter(read_prompts(prompts.source, prompts.max_count, prompts.seed, prompts.column)), None)
     if real is not None and _is_cache(real, real_images.MANIFEST):
-        ImageCache(Path(real.source), spec.folder)
+        ImageCache(Path(real.source), teacher)
     elif real is not None and _may_be_read_twice(real.source):
         next(iter(read_examples(real.source, real.max_count, real.seed, real.column)), None)
 
@@ -171,22 +168,22 @@ def read_config(out: Path) -> RunConfig:
         ) from error
 
 
-def latent_shapes(config: RunConfig, spec: TeacherSpec) -> list[tuple[int, int, int]]:
+def latent_shapes(config: RunConfig, teacher: SD3Folder) -> list[tuple[int, int, int]]:
     """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
-    return [spec.latent_shape_of(*size) for size in config.sizes] or [spec.latent_shape]
+    return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
 
 
-def is_judged(config: RunConfig, spec: TeacherSpec) -> bool:
+def is_judged(config: RunConfig, teacher: SD3Folder) -> bool:
     """Whether students are evaluated during the run: only on the toy dataset, at its native size."""
-    size = config.sizes[0] if config.sizes else (spec.image_size, spec.image_size)
+    size = config.sizes[0] if config.sizes else (teacher.image_size, teacher.image_size)
     return "scenes" in (config.teacher, config.prompts.source) and size == (SIZE, SIZE)
 
 
-def _check_patience(config: RunConfig, spec: TeacherSpec) -> None:
+def _check_patience(config: RunConfig, teacher: SD3Folder) -> None:
     patience = config.early_stopping_patience
     if patience is None:
         return
-    if not is_judged(config, spec):
+    if not is_judged(config, teacher):
         raise ConfigError(
             "early_stopping_patience counts evaluations, and only students of the toy dataset are evaluated; "
             "set it to null"
@@ -200,7 +197,7 @@ def _check_patience(config: RunConfig, spec: TeacherSpec) -> None:
         )
 
 
-def embed(config: RunConfig, out: Path, device: torch.device) -> Iterator[Encoded]:
+def embed(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[Encoded]:
     """Encode the run's prompts, unless `prompts.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other prompts than the source holds now.
@@ -212,9 +209,9 @@ def embed(config: RunConfig, out: Path, device: torch.device) -> Iterator[Encode
     prompts = read_prompts(given.source, given.max_count, given.seed, given.column)
     if (folder / MANIFEST).exists():
         if not _is_gone(given.source, folder, out):
-            check_prompts(teacher_folder(config), prompts, folder)
+            check_prompts(teacher, prompts, folder)
     else:
-        yield from embed_prompts(teacher_folder(config), prompts, folder, device)
+        yield from embed_prompts(teacher, prompts, folder, device)
 
 
 def embeddings_folder(config: RunConfig, out: Path) -> Path:
@@ -223,7 +220,7 @@ def embeddings_folder(config: RunConfig, out: Path) -> Path:
     return source if (source / MANIFEST).exists() else out / "embeddings"
 
 
-def encode(config: RunConfig, out: Path, device: torch.device) -> Iterator[EncodedImages]:
+def encode(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[EncodedImages]:
     """Encode the run's real images, if it takes any, unless `real.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other images than the source holds now.
@@ -234,26 +231,26 @@ def encode(config: RunConfig, out: Path, device: torch.device) -> Iterator[Encod
     examples = read_examples(real.source, real.max_count, real.seed, real.column)
     if (folder / real_images.MANIFEST).exists():
         if not _is_gone(real.source, folder, out):
-            check_examples(teacher_folder(config), examples, folder)
+            check_examples(teacher, examples, folder)
     else:
-        yield from encode_examples(teacher_folder(config), examples, folder, device)
+        yield from encode_examples(teacher, examples, folder, device)
 
 
-def check_unchanged(config: RunConfig, out: Path) -> None:
+def check_unchanged(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
     """Raise CacheError or CheckpointError if prompts or real images have changed since the run encoded or used them.
 
     Nothing is encoded; sources without a cache are not checked.
     """
-    folder, real = teacher_folder(config), config.real
+    real = config.real
     if not (embeddings_folder(config, out) / MANIFEST).exists():
         return
     if real is not None and not (_images_folder(real, out) / real_images.MANIFEST).exists():
         return
-    list(embed(config, out, torch.device("cpu")))
-    list(encode(config, out, torch.device("cpu")))
-    reals = None if real is None else ImageCache(_images_folder(real, out), folder)
-    conditions = EmbeddingCache(embeddings_folder(config, out), folder)
-    _hold_to_sources(out, read_spec(folder), conditions, reals, write=False)
+    list(embed(config, out, teacher, torch.device("cpu")))
+    list(encode(config, out, teacher, torch.device("cpu")))
+    reals = None if real is None else ImageCache(_images_folder(real, out), teacher)
+    conditions = EmbeddingCache(embeddings_folder(config, out), teacher)
+    _hold_to_sources(out, teacher, conditions, reals, write=False)
 
 
 def _images_folder(real: RealImages, out: Path) -> Path:
@@ -274,31 +271,29 @@ def accelerator(config: RunConfig, out: Path) -> Accelerator:
     return machine
 
 
-def distill(config: RunConfig, out: Path, machine: Accelerator) -> Iterator[Progress]:
+def distill(config: RunConfig, out: Path, teacher: SD3Folder, machine: Accelerator) -> Iterator[Progress]:
     """Train to the budget with grids, judgments and checkpoints on the way; the student ends in `out/student`."""
     if _all_told(machine.is_main_process and _finished(config, out)):
         return
-    folder = teacher_folder(config)
-    spec = read_spec(folder)
-    conditions = EmbeddingCache(embeddings_folder(config, out), folder, machine.device, config.prompts.max_count)
+    conditions = EmbeddingCache(embeddings_folder(config, out), teacher, machine.device, config.prompts.max_count)
     reals = None
     if config.real is not None:
-        reals = ImageCache(_images_folder(config.real, out), folder, config.real.max_count, machine.device)
-    _hold_to_sources(out, spec, conditions, reals, machine.is_main_process)
+        reals = ImageCache(_images_folder(config.real, out), teacher, config.real.max_count, machine.device)
+    _hold_to_sources(out, teacher, conditions, reals, machine.is_main_process)
     dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
     # The watch first: it holds the text encoders for a moment, when no network takes up memory yet. Every process
     # looks where a sharded base needs all of them to generate; one writes.
     watch = None
     if machine.is_main_process or machine.is_fsdp2:
-        watch = _Watch(config, out, folder, spec, machine.device, dtype, machine.is_main_process)
+        watch = _Watch(config, out, teacher, machine.device, dtype, machine.is_main_process)
     torch.manual_seed(key_of(config.seed, "weights"))
     turns = config.method.turns()
     roles = tuple(sorted({turn.role for turn in turns}))
     two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-    networks = build(folder, config.networks, dtype, machine.device, roles, two_times, critic, mesh(machine))
+    networks = build(teacher, config.networks, dtype, machine.device, roles, two_times, critic, mesh(machine))
 
     last = None
-    rounds = train(config, out, networks, conditions, latent_shapes(config, spec), machine, reals)
+    rounds = train(config, out, networks, conditions, latent_shapes(config, teacher), machine, reals)
     for progress in () if _all_told(watch is not None and watch.over) else rounds:
         if watch is not None:
             watch.look(progress)
@@ -308,17 +303,17 @@ def distill(config: RunConfig, out: Path, machine: Accelerator) -> Iterator[Prog
         if progress.crosses(config.cadence.evaluate) and _all_told(watch is not None and watch.over):
             break
     if machine.is_main_process and (last is not None or not holds_student(out, config.images)):
-        export(out)
+        export(out, teacher=teacher)
     machine.wait_for_everyone()
 
 
 def _hold_to_sources(
-    out: Path, spec: TeacherSpec, conditions: EmbeddingCache, reals: ImageCache | None, write: bool
+    out: Path, teacher: SD3Folder, conditions: EmbeddingCache, reals: ImageCache | None, write: bool
 ) -> None:
     """Record the digests of what the run learns from. Raises CheckpointError if it has learnt from something else."""
     path = out / SOURCES
     digests = {"prompts": conditions.sha256, **({"real images": reals.sha256} if reals is not None else {})}
-    digests["teacher"] = spec.digest
+    digests["teacher"] = teacher.digest
     if path.exists() and has_learnt(out):
         kept = json.loads(path.read_text())
         for name, digest in digests.items():
@@ -358,24 +353,24 @@ def export(
     dtype: torch.dtype = torch.float16,
     max_shard_size: str = SHARD_SIZE,
     license: str | None = None,
-    teacher: Path | None = None,
+    teacher: SD3Folder | None = None,
 ) -> Path:
     """Write the student of a run folder, finished or not, to `student`, or to where the run itself leaves it.
 
     `which` is `best`, the averaged student that judged best, or the last where none was judged; `last`; or a number
-    of images seen, of a checkpoint that is still there. `teacher` is where the run's teacher is now, if it was moved.
+    of images seen, of a checkpoint that is still there. `teacher` is the run's teacher, already read or moved.
     Raises RunError when there is no such checkpoint, CheckpointError for another teacher.
     """
     run = read_run(out)
     config = read_config(out)
-    folder = teacher or teacher_folder(config)
-    try:
-        spec = read_spec(folder)
-    except TeacherError as error:
-        if folder.expanduser().exists():
-            raise
-        raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
-    check_teacher(out, spec)
+    if teacher is None:
+        try:
+            teacher = read_teacher(config)
+        except TeacherError as error:
+            if Path(config.teacher).expanduser().exists():
+                raise
+            raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
+    check_teacher(out, teacher)
     state = _state(out, which)
     weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
     images = int(state.name)
@@ -383,7 +378,7 @@ def export(
     manifest = embeddings_folder(config, out) / MANIFEST
     # A published record needs no paths of this machine.
     plain, source = config.as_dict(), Path(config.prompts.source).name
-    name = "scenes" if folder == SHIPPED_TEACHER else spec.name
+    name = "scenes" if teacher.path == SHIPPED_TEACHER.resolve() else teacher.name
     if config.real is not None:
         plain["real"]["source"] = Path(config.real.source).name
     if config.init_from is not None:
@@ -401,7 +396,7 @@ def export(
         "config": {**plain, "teacher": name, "prompts": {**plain["prompts"], "source": source}},
     }
     return export_student(
-        folder,
+        teacher,
         weights,
         student or out / "student",
         recipe,
@@ -446,8 +441,7 @@ class _Watch:
         self,
         config: RunConfig,
         out: Path,
-        folder: Path,
-        spec: TeacherSpec,
+        teacher: SD3Folder,
         device: torch.device,
         dtype: torch.dtype,
         write: bool,
@@ -455,7 +449,7 @@ class _Watch:
         self._config = config
         self._out = out
         self._write = write
-        self._shape = latent_shapes(config, spec)[0]
+        self._shape = latent_shapes(config, teacher)[0]
         self.over = False
         if write:
             newest = checkpoint.latest(out / "checkpoints")
@@ -466,9 +460,9 @@ class _Watch:
             for line in run.metrics:
                 self._alarms.see(line)
             self.over = ended_early(run.config, run.evaluations, run.best)
-        self._vae = load_vae(folder, device=device)
-        text = SD3TextEncoder.load(folder, device, dtype)
-        self._judged = is_judged(config, spec)
+        self._vae = load_vae(teacher, device=device)
+        text = SD3TextEncoder.load(teacher, device, dtype)
+        self._judged = is_judged(config, teacher)
         questions = SceneEvaluator().prompts(JUDGED, config.seed, held_out=False)
         self._questions = questions
         # Fewer prompts than a grid has places come round again, with seeds of their own.

@@ -34,15 +34,15 @@ def embed(
     from distill.data.conditions import embed_prompts
     from distill.data.prompts import read_prompts
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import read_spec
+    from distill.models.sd3_folder import SD3Folder
     from distill.training.checkpoint import claimed
 
     encoded = None
     where = resolve_device(device)
-    read_spec(teacher)  # before the folder is made
+    folder = SD3Folder.read(teacher)  # before the cache's folder is made
     with claimed(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
-        for encoded in embed_prompts(teacher, texts, out, where, shard_rows, processes):
+        for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
     assert encoded is not None  # a source without prompts is an error
     if encoded.truncated:
@@ -73,14 +73,14 @@ def encode(
     from distill.cli.console import image_bar
     from distill.data.images import SKIPPED, encode_examples, read_examples
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import read_spec
+    from distill.models.sd3_folder import SD3Folder
     from distill.training.checkpoint import claimed
 
     encoded = None
     where = resolve_device(device)
-    read_spec(teacher)  # before the folder is made
+    folder = SD3Folder.read(teacher)  # before the cache's folder is made
     with claimed(out), image_bar("images", count) as bar:
-        for encoded in encode_examples(teacher, read_examples(images, count, seed, column), out, where, shard_rows):
+        for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
     assert encoded is not None  # a source without images is an error
     if encoded.truncated:
@@ -100,8 +100,9 @@ def stats(
     """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
     from distill.cli.console import out, table
     from distill.data.prompts import prompt_stats
+    from distill.models.sd3_folder import SD3Folder
 
-    found = prompt_stats(source, teacher, column)
+    found = prompt_stats(source, None if teacher is None else SD3Folder.read(teacher), column)
     rows = []
     for name, spread in found.lengths.items():
         metrics = (spread.minimum, spread.median, spread.p95, spread.maximum)

@@ -48,7 +48,7 @@ def compare(
         within,
     )
     from distill.models.device import resolve_device
-    from distill.run import check_unchanged
+    from distill.run import check_unchanged, read_teacher
     from distill.worlds.scenes.evaluator import SceneEvaluator
 
     if images is not None and seconds is not None:
@@ -68,11 +68,12 @@ def compare(
     for variant in planned:
         try:
             share_embeddings(variant, planned, out)
+            teacher = read_teacher(variant.config)
             if seconds is not None:
-                encode_with_bars(variant.config, out / variant.name, where)
-                variant = within(seconds, variant, out)
-            if is_finished(variant, out):
-                check_unchanged(variant.config, out / variant.name)
+                encode_with_bars(variant.config, out / variant.name, teacher, where)
+                variant = within(seconds, variant, out, teacher)
+            if is_finished(variant, out, teacher):
+                check_unchanged(variant.config, out / variant.name, teacher)
             else:
                 distil_with_bars(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
             finished.append(variant)

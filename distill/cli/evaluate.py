@@ -43,6 +43,7 @@ def evaluate(
     from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison, overview, side_by_side
     from distill.files import check_replaceable
     from distill.models.device import resolve_device
+    from distill.models.sd3_folder import SD3Folder
     from distill.pipeline import SHIPPED_STUDENT
     from distill.report.picture import save_png
     from distill.worlds.scenes.evaluator import SceneEvaluator
@@ -51,7 +52,7 @@ def evaluate(
     settings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
     folder = student or SHIPPED_STUDENT
     students, where = {"student": folder}, resolve_device(device)
-    comparison = Comparison(teacher or SHIPPED_TEACHER, students, settings, where, student_steps)
+    comparison = Comparison(SD3Folder.read(teacher or SHIPPED_TEACHER), students, settings, where, student_steps)
     asked = {
         name: SceneEvaluator().prompts(per_task, seed, name == "held-out")
         for name in (("held-out", "seen") if split == "both" else (split,))
@@ -98,6 +99,7 @@ def geneval(
     from distill.evaluate.geneval import read_questions, render
     from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
+    from distill.models.sd3_folder import SD3Folder
     from distill.pipeline import OneStepPipeline
 
     if (student is None) == (teacher is None):
@@ -108,9 +110,9 @@ def geneval(
         pipeline = OneStepPipeline.load(student, where)
         generate, digest, setting = student_sampler(pipeline), pipeline.spec.digest, Setting(1, 1)
     else:
-        sampler = TeacherSampler(cast(Path, teacher), where)
-        setting = Setting(steps, sampler.spec.guidance if guidance is None else guidance)
-        generate, digest = partial(sampler.generate, setting), sampler.spec.digest
+        sampler = TeacherSampler(SD3Folder.read(cast(Path, teacher)), where)
+        setting = Setting(steps, sampler.folder.guidance if guidance is None else guidance)
+        generate, digest = partial(sampler.generate, setting), sampler.folder.digest
     made_with = {"model": digest, "steps": setting.steps, "guidance": setting.guidance}
     with image_bar("images", images * len(questions)) as bar:
         for done in render(questions, generate, made_with, images, seed, batch, out):

@@ -43,6 +43,7 @@ def generate(
     from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
+    from distill.models.sd3_folder import SD3Folder
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
     if student is not None and teacher is not None:
@@ -53,8 +54,8 @@ def generate(
     texts = list(islice(cycle(texts), count or len(texts)))
     where = resolve_device(device)
     if teacher is not None:
-        sampler = TeacherSampler(teacher, where)
-        setting = Setting(steps, sampler.spec.guidance if guidance is None else guidance)
+        sampler = TeacherSampler(SD3Folder.read(teacher), where)
+        setting = Setting(steps, sampler.folder.guidance if guidance is None else guidance)
         make: Generate = partial(sampler.generate, setting)
         truncated = sampler.truncated
     else:

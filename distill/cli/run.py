@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill.config import RunConfig
+    from distill.models.sd3_folder import SD3Folder
 
 
 def run(
@@ -58,21 +59,22 @@ def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: f
     from distill.training.speed import images_within
 
     machine = runs.accelerator(config, folder)
+    teacher = runs.read_teacher(config)
     console.quiet(not machine.is_main_process)
     if machine.is_main_process:
-        runs.check_run(config, folder)  # before the folder is made
+        runs.check_run(config, folder, teacher)  # before the folder is made
     with claimed(folder) if machine.is_main_process else nullcontext():
         if machine.is_main_process:
-            runs.prepare(config, folder)
+            runs.prepare(config, folder, teacher)
             typer.echo(heading)
-            encode_with_bars(config, folder, machine.device)
+            encode_with_bars(config, folder, teacher, machine.device)
         machine.wait_for_everyone()
         if seconds is not None:
-            config = config.model_copy(update={"images": images_within(seconds, config, folder)})
+            config = config.model_copy(update={"images": images_within(seconds, config, folder, teacher)})
             if machine.is_main_process:
-                runs.prepare(config, folder)
+                runs.prepare(config, folder, teacher)
         with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, asked_to_stop() as asked:
-            for progress in runs.distill(config, folder, machine):
+            for progress in runs.distill(config, folder, teacher, machine):
                 metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
                 bar.update(progress.images, metrics)
                 for note in progress.notes:
@@ -87,7 +89,7 @@ def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: f
     return bool(machine.is_main_process)
 
 
-def encode_with_bars(config: "RunConfig", folder: Path, device: "torch.device") -> None:
+def encode_with_bars(config: "RunConfig", folder: Path, teacher: "SD3Folder", device: "torch.device") -> None:
     """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
     from distill import run as runs
     from distill.cli.console import image_bar
@@ -95,11 +97,11 @@ def encode_with_bars(config: "RunConfig", folder: Path, device: "torch.device") 
 
     endless = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
     with image_bar("prompts", config.prompts.max_count if endless else None) as bar:
-        for encoded in runs.embed(config, folder, device):
+        for encoded in runs.embed(config, folder, teacher, device):
             bar.update(encoded.prompts, {"truncated": encoded.truncated})
     if config.real is not None:
         with image_bar("real images", config.real.max_count) as bar:
-            for images in runs.encode(config, folder, device):
+            for images in runs.encode(config, folder, teacher, device):
                 bar.update(images.images, {"skipped": images.skipped})
 
 
@@ -133,11 +135,13 @@ def export(
     import torch
 
     from distill.models.device import resolve_device
+    from distill.models.sd3_folder import SD3Folder
     from distill.run import export as export_run
     from distill.student.parity import TOLERANCE, check_parity
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    folder = export_run(run, out, checkpoint, kind, max_shard_size, license, teacher)
+    moved = None if teacher is None else SD3Folder.read(teacher)
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
     seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
     typer.echo(f"The student after {seen} images is in {folder}.")
     if check:

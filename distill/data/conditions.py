@@ -37,7 +37,7 @@ from distill.data.shards import (
 )
 from distill.errors import CacheError, PromptError
 from distill.models.device import fast_bfloat16
-from distill.models.sd3_folder import TeacherSpec, read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 
 MANIFEST = EMBEDDED
@@ -68,7 +68,7 @@ class _Shard:
 
 
 def embed_prompts(
-    teacher: Path | str,
+    teacher: SD3Folder,
     prompts: Iterable[str],
     out: Path,
     device: torch.device | str = "cpu",
@@ -85,14 +85,13 @@ def embed_prompts(
     Raises PromptError without prompts, CacheError when `out` holds a whole cache already, was begun with other
     prompts or another teacher, the disk refuses, or a process is killed.
     """
-    spec = read_spec(teacher)
     dtype = text_dtype(device)
     source = Distinct(prompts)
-    writer = ShardWriter(out, _layout(spec), dtype, source, {"prompts", "truncated", "repeated"})
+    writer = ShardWriter(out, _layout(teacher), dtype, source, {"prompts", "truncated", "repeated"})
     count, truncated = writer.count("prompts"), writer.count("truncated")
     yield Encoded(count, truncated, source.repeated)
 
-    row = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in text_shapes(spec).items()}
+    row = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in text_shapes(teacher).items()}
     shard_rows = rows_of_shard(shard_rows, row)
     first = writer.shards
 
@@ -118,9 +117,9 @@ def embed_prompts(
     yield Encoded(count, truncated, source.repeated)
 
 
-def check_prompts(teacher: Path | str, prompts: Iterable[str], folder: Path) -> None:
+def check_prompts(teacher: SD3Folder, prompts: Iterable[str], folder: Path) -> None:
     """Raise CacheError unless this is a complete cache of these prompts for this teacher."""
-    check_source(folder, _layout(read_spec(teacher)), Distinct(prompts))
+    check_source(folder, _layout(teacher), Distinct(prompts))
 
 
 def cached_prompts(folder: Path, count: int) -> list[str]:
@@ -140,7 +139,7 @@ def _devices(device: torch.device | str, processes: int) -> list[torch.device]:
 
 
 def _encoded(
-    shards: Iterable[_Shard], teacher: Path | str, devices: Sequence[torch.device], dtype: torch.dtype
+    shards: Iterable[_Shard], teacher: SD3Folder, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Iterator[tuple[_Shard, int]]:
     """Each shard, in order, once its file is written, and how many of its prompts were cut; a process a device."""
     if len(devices) == 1:
@@ -187,7 +186,7 @@ def _write(encoder: SD3TextEncoder, prompts: Sequence[str], path: Path) -> int:
 _own: SD3TextEncoder  # of a process that encodes
 
 
-def _begin(teacher: Path | str, free: Any, dtype: torch.dtype, processes: int) -> None:
+def _begin(teacher: SD3Folder, free: Any, dtype: torch.dtype, processes: int) -> None:
     """What such a process does first."""
     global _own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that began it ends the others
@@ -208,14 +207,14 @@ def _work(prompts: Sequence[str], path: Path) -> int:
     return _write(_own, prompts, path)
 
 
-def _layout(spec: TeacherSpec) -> Layout:
+def _layout(teacher: SD3Folder) -> Layout:
     """What a cache of prompts holds."""
-    return Layout("embedding", "embed", "prompts", MANIFEST, text_shapes(spec), spec)
+    return Layout("embedding", "embed", "prompts", MANIFEST, text_shapes(teacher), teacher)
 
 
-def text_shapes(spec: TeacherSpec) -> dict[str, tuple[int, ...]]:
+def text_shapes(teacher: SD3Folder) -> dict[str, tuple[int, ...]]:
     """Shapes of one encoded prompt, by tensor."""
-    return {"embeds": spec.text_shape, "pooled": (spec.pooled_dim,)}
+    return {"embeds": teacher.text_shape, "pooled": (teacher.pooled_dim,)}
 
 
 def text_dtype(device: torch.device | str) -> torch.dtype:
@@ -235,13 +234,13 @@ class EmbeddingCache:
     """
 
     def __init__(
-        self, folder: Path, teacher: Path | str, device: torch.device | None = None, count: int | None = None
+        self, folder: Path, teacher: SD3Folder, device: torch.device | None = None, count: int | None = None
     ) -> None:
         """Open and check; `count` are its first prompts alone. Small caches are held on the `device`, if one is given.
 
         Raises CacheError for a cache that is partial, damaged, or another teacher's.
         """
-        self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
+        self._reader = ShardReader(folder, _layout(teacher), device)
         self.null = TextCondition(**self._reader.only("null"))
         self._order = self._reader.only("order")["rows"][:count]
         self.sha256 = self._reader.sha256  # of the source's prompts

@@ -32,7 +32,7 @@ from distill.data.srgb import to_srgb
 from distill.errors import ImageError, PromptError
 from distill.methods.base import Real
 from distill.models.sd3 import encode_images, load_vae
-from distill.models.sd3_folder import TeacherSpec, read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_pixels
 
@@ -81,7 +81,7 @@ def read_examples(source: str, count: int | None = None, seed: int = 0, column: 
 
 
 def encode_examples(
-    teacher: Path | str,
+    teacher: SD3Folder,
     examples: Iterable[Example],
     out: Path,
     device: torch.device | str = "cpu",
@@ -98,20 +98,19 @@ def encode_examples(
     CacheError when `out` holds a whole cache already, was begun with other images or another teacher, or the disk
     refuses.
     """
-    spec = read_spec(teacher)
     dtype = text_dtype(device)
     source = _Counted(examples)
     names = ("images", "skipped", "truncated", "unused")
-    writer = ShardWriter(out, _layout(spec), dtype, source, set(names))
+    writer = ShardWriter(out, _layout(teacher), dtype, source, set(names))
     count, skipped, truncated, unused = map(writer.count, names)
     yield EncodedImages(count, skipped, truncated, unused)
 
     text = SD3TextEncoder.load(teacher, device, dtype)
     vae = load_vae(teacher, device=device)
-    row = {"latents": torch.empty(1, *spec.latent_shape), **tensors(text.encode([""]))}
+    row = {"latents": torch.empty(1, *teacher.latent_shape), **tensors(text.encode([""]))}
     shard_rows = rows_of_shard(shard_rows, row)
-    batch = max(1, min(BATCH, BATCH_PIXELS // spec.image_size**2))
-    decode = partial(_decode, side=spec.image_size)
+    batch = max(1, min(BATCH, BATCH_PIXELS // teacher.image_size**2))
+    decode = partial(_decode, side=teacher.image_size)
     passed: list[dict[str, str]] = []
     with ThreadPoolExecutor() as pool:
         more = True
@@ -156,28 +155,28 @@ def encode_examples(
     yield EncodedImages(count, skipped, truncated, unused)
 
 
-def check_examples(teacher: Path | str, examples: Iterable[Example], folder: Path) -> None:
+def check_examples(teacher: SD3Folder, examples: Iterable[Example], folder: Path) -> None:
     """Raise CacheError unless this is a complete cache of these images for this teacher."""
-    check_source(folder, _layout(read_spec(teacher)), _Counted(examples))
+    check_source(folder, _layout(teacher), _Counted(examples))
 
 
-def _layout(spec: TeacherSpec) -> Layout:
+def _layout(teacher: SD3Folder) -> Layout:
     """What a cache of images holds."""
-    shapes = {"latents": spec.latent_shape, **text_shapes(spec)}
-    return Layout("image", "encode", "images", MANIFEST, shapes, spec)
+    shapes = {"latents": teacher.latent_shape, **text_shapes(teacher)}
+    return Layout("image", "encode", "images", MANIFEST, shapes, teacher)
 
 
 class ImageCache:
     """A whole cache of one teacher's latents and captions, held on a device if small, else read from disk by row."""
 
     def __init__(
-        self, folder: Path, teacher: Path | str, count: int | None = None, device: torch.device | None = None
+        self, folder: Path, teacher: SD3Folder, count: int | None = None, device: torch.device | None = None
     ) -> None:
         """Open and check; `count` are its first rows alone. Small caches are held on the `device`, if one is given.
 
         Raises CacheError for a cache that is partial, damaged, or another teacher's.
         """
-        self._reader = ShardReader(folder, _layout(read_spec(teacher)), device)
+        self._reader = ShardReader(folder, _layout(teacher), device)
         self.sha256 = self._reader.sha256  # of the source's images
         self._count = len(self._reader) if count is None else min(count, len(self._reader))
 

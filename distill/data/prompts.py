@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import Any
 
 from distill.data.prompt_files import read_texts
 from distill.data.sources import PROMPT_SOURCES
 from distill.errors import PromptError
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 
 BLOCK = 1024  # prompts tokenized together
 
@@ -98,10 +97,10 @@ class PromptStats:
     lengths: dict[str, Spread]
 
 
-def prompt_stats(source: str, teacher: Path | str | None = None, column: str | None = None) -> PromptStats:
+def prompt_stats(source: str, teacher: SD3Folder | None = None, column: str | None = None) -> PromptStats:
     """Count a source, in tokens too when a teacher is given.
 
-    Raises PromptError for a source without prompts, TeacherError for a folder that is no teacher.
+    Raises PromptError for a source without prompts, TeacherError for unusable tokenizers.
     """
     tokenizers = {} if teacher is None else _tokenizers(teacher)
     lengths: dict[str, Counter[int]] = {name: Counter() for name in ("characters", *tokenizers)}
@@ -137,18 +136,17 @@ def _spread(counts: Mapping[int, int], limit: int | None) -> Spread:
     return Spread(ordered[0], percentile(50), percentile(95), ordered[-1], limit, over)
 
 
-def _tokenizers(teacher: Path | str) -> dict[str, tuple[Any, int]]:
+def _tokenizers(teacher: SD3Folder) -> dict[str, tuple[Any, int]]:
     """The tokenizers of a teacher with their limits; its encoders, gigabytes of them, stay on disk."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     from distill.models.text import load_tokenizer
 
-    spec = read_spec(teacher)
     kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
-    limits = {"tokenizer": spec.clip_length, "tokenizer_2": spec.clip_length}
-    if spec.has_t5 and spec.max_sequence_length > 0:
-        kinds["tokenizer_3"], limits["tokenizer_3"] = T5TokenizerFast, spec.max_sequence_length
-    return {name: (load_tokenizer(kind, spec.folder / name), limits[name]) for name, kind in kinds.items()}
+    limits = {"tokenizer": teacher.clip_length, "tokenizer_2": teacher.clip_length}
+    if teacher.has_t5 and teacher.max_sequence_length > 0:
+        kinds["tokenizer_3"], limits["tokenizer_3"] = T5TokenizerFast, teacher.max_sequence_length
+    return {name: (load_tokenizer(kind, teacher.path / name), limits[name]) for name, kind in kinds.items()}
 
 
 def _mark(prompt: str) -> bytes:

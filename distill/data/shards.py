@@ -25,7 +25,7 @@ from torch import Tensor
 from distill.errors import CacheError, OutputError
 from distill.files import sha256
 from distill.models.device import to_device
-from distill.models.sd3_folder import TeacherSpec
+from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 
 FORMAT = 2
@@ -43,7 +43,7 @@ class Layout:
     source: str
     manifest: str  # the index of a whole cache
     shapes: Mapping[str, tuple[int, ...]]
-    spec: TeacherSpec
+    teacher: SD3Folder
 
     @property
     def unfinished(self) -> str:
@@ -60,9 +60,9 @@ class Layout:
         """What rows are made with, and without which they are of no use."""
         return {
             "format": FORMAT,
-            "teacher_digest": self.spec.digest,
-            "clip_length": self.spec.clip_length,
-            "max_sequence_length": self.spec.max_sequence_length,
+            "teacher_digest": self.teacher.digest,
+            "clip_length": self.teacher.clip_length,
+            "max_sequence_length": self.teacher.max_sequence_length,
         }
 
     def damaged(self, path: Path) -> CacheError:
@@ -184,8 +184,8 @@ class ShardWriter:
         layout, path = self._layout, self._folder / self._layout.unfinished
         empty: dict[str, Any] = {
             **layout.pinned,
-            "teacher": layout.spec.name,
-            "t5": layout.spec.has_t5,
+            "teacher": layout.teacher.name,
+            "t5": layout.teacher.has_t5,
             "dtype": dtype,
             **dict.fromkeys(sorted(counts), 0),
             "source": {"read": 0, "sha256": hashlib.sha256().hexdigest()},
@@ -385,7 +385,7 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
         if index.get(key) != value:
             raise CacheError(
                 f"{path.parent} was made for teacher {index.get('teacher')!r} with {key} = {index.get(key)}, "
-                f"not {value} of {layout.spec.name!r}; remove it and {layout.verb} again"
+                f"not {value} of {layout.teacher.name!r}; remove it and {layout.verb} again"
             )
     if not index.keys() >= keys:
         raise layout.damaged(path)

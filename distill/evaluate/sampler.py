@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from distill.models.sd3 import (
     guided,
     load_transformer,
     load_vae,
-    read_spec,
     sample,
     velocity,
 )
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels
 from distill.pipeline import OneStepPipeline
@@ -52,9 +51,9 @@ def student_sampler(pipeline: OneStepPipeline, steps: int = 1) -> Generate:
 class TeacherSampler:
     """A teacher on a device. Text encoders and transformer are in bf16 on GPUs, the autoencoder always in fp32."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: SD3Folder, device: torch.device) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.spec = read_spec(folder)
+        self.folder = folder
         self._text = SD3TextEncoder.load(folder, device, dtype)
         self._vae = load_vae(folder, device=device)
         self._transformer = load_transformer(folder, dtype, device)
@@ -62,9 +61,9 @@ class TeacherSampler:
     @torch.no_grad()
     def generate(self, setting: Setting, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
         """Images (N, H, W, 3) at the teacher's native size."""
-        z = noise(seeds, self.spec.latent_shape).to(self._transformer.device)
+        z = noise(seeds, self.folder.latent_shape).to(self._transformer.device)
         u = guided(partial(velocity, self._transformer), self._text.encode([""]), setting.guidance)
-        latents = sample(u, z, self._text.encode(prompts), setting.steps, self.spec.shift)
+        latents = sample(u, z, self._text.encode(prompts), setting.steps, self.folder.shift)
         return to_images(decode_in_parts(self._vae, latents))
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:

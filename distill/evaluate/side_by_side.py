@@ -11,7 +11,7 @@ from PIL.Image import Image
 from distill.errors import SizeError
 from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult, Images, evaluate
 from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
 from distill.report.picture import labeled_grid
 from distill.worlds.scenes.render import SIZE
@@ -81,17 +81,16 @@ class Comparison:
 
     def __init__(
         self,
-        teacher: Path,
+        teacher: SD3Folder,
         students: Mapping[str, Path],
         settings: Sequence[tuple[int, float | None]],
         device: torch.device,
         student_steps: int = 1,
     ) -> None:
-        spec = read_spec(teacher)
-        if spec.image_size != SIZE:
+        if teacher.image_size != SIZE:
             raise SizeError(
-                f"{teacher} makes {spec.image_size} pixels a side; the scorer of the small world takes {SIZE}: judge "
-                "a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
+                f"{teacher.path} makes {teacher.image_size} pixels a side; the scorer of the toy dataset takes {SIZE}: "
+                "evaluate a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
             )
         for folder in students.values():
             student = read_student(folder)
@@ -101,7 +100,7 @@ class Comparison:
                     f"{folder} makes {student.sizes[0][0]} pixels a side; the scorer of the toy dataset takes {SIZE}: "
                     "evaluate a student of that size, or render images with `distill geneval` for another scorer"
                 )
-        scaled = (Setting(steps, spec.guidance if scale is None else scale) for steps, scale in settings)
+        scaled = (Setting(steps, teacher.guidance if scale is None else scale) for steps, scale in settings)
         self.settings = list(dict.fromkeys(scaled))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students

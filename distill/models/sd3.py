@@ -14,12 +14,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
 from distill.flow import shift_time
-from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
+from distill.models.sd3_folder import SD3Folder, find_weights
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite, check_shapes
 
 __all__ = [
-    "TeacherSpec",
     "Velocity",
     "check_parts",
     "decode_in_parts",
@@ -29,7 +28,6 @@ __all__ = [
     "guided",
     "load_transformer",
     "load_vae",
-    "read_spec",
     "sample",
     "velocity",
 ]
@@ -41,13 +39,13 @@ _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 trainin
 
 
 def load_transformer(
-    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: SD3Folder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SD3Transformer2DModel:
     """Load the transformer of a checked folder, in evaluation mode and frozen.
 
     Raises TeacherError for weights that are not finite or do not match its configuration.
     """
-    path = read_spec(folder).folder / "transformer"
+    path = folder.path / "transformer"
     check_shapes(SD3Transformer2DModel, path)
     model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
@@ -55,23 +53,23 @@ def load_transformer(
 
 
 def load_vae(
-    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: SD3Folder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> AutoencoderKL:
     """Load the autoencoder of a checked folder, in evaluation mode and frozen.
 
     Raises TeacherError for weights that are not finite or do not match its configuration.
     """
-    path = read_spec(folder).folder / "vae"
+    path = folder.path / "vae"
     check_shapes(AutoencoderKL, path)
     model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
 
 
-def check_parts(spec: TeacherSpec) -> None:
+def check_parts(folder: SD3Folder) -> None:
     """Raise TeacherError unless the weights of transformer and autoencoder match their configurations."""
-    check_shapes(SD3Transformer2DModel, spec.folder / "transformer")
-    check_shapes(AutoencoderKL, spec.folder / "vae")
+    check_shapes(SD3Transformer2DModel, folder.path / "transformer")
+    check_shapes(AutoencoderKL, folder.path / "vae")
 
 
 def _only_from(path: Path) -> dict[str, Any]:

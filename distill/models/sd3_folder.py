@@ -10,9 +10,9 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from distill.errors import SizeError, TeacherError
 
@@ -57,10 +57,14 @@ _STOCK_GUIDANCE = 7.0
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    """Numbers of an SD3 folder. Latent sizes are in latent pixels, image sizes in image pixels."""
+class SD3Folder:
+    """A checked SD3 folder and its numbers. Latent sizes are in latent pixels, image sizes in image pixels.
 
-    folder: Path
+    `read` costs milliseconds, whatever the model's size. A program reads a folder once and passes this value on.
+    """
+
+    path: Path
+    index: Mapping[str, Any] = field(repr=False)  # of model_index.json
     digest: str  # identity of the files that are loaded, wherever they are; for caches and cards
     parameters: int  # of the transformer
     latent_channels: int
@@ -78,15 +82,83 @@ class TeacherSpec:
     shift: float  # the scheduler's static time shift
     guidance: float  # scale to sample the teacher with
 
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Check a folder and read its numbers.
+
+        Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
+        settings that the sampler here does not follow.
+        """
+        folder = Path(path).expanduser().resolve()
+        if not folder.is_dir():
+            raise TeacherError(f"{folder} is not a folder; give the path of a {_PIPELINE} folder")
+        index = read_json(folder / "model_index.json")
+        if index.get("_class_name") != _PIPELINE:
+            raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
+        present = {name: kind for name, kind in {**MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
+        if ("text_encoder_3" in present) != ("tokenizer_3" in present):
+            raise TeacherError(
+                f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
+            )
+
+        identity = hashlib.sha256()
+        for file in sorted(file for name in present for file in setting_files(folder / name)):
+            content = file.read_bytes()
+            _check_pointer(content, file)
+            identity.update(file.relative_to(folder).as_posix().encode() + content)
+        for name in sorted(present.keys() & set(_WORDS)):
+            _check_words(folder / name)
+        parameters = {}
+        for name in sorted(present.keys() & MODELS.keys()):
+            parameters[name] = sum(_check_weights(path, identity) for path in find_weights(folder / name).files)
+
+        configs = {name: read_json(folder / name / "config.json") for name in present if name in MODELS}
+        for name, config in configs.items():
+            _check_class(folder / name / "config.json", config, name)
+        transformer, vae = configs["transformer"], configs["vae"]
+        scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
+        record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        try:
+            found = cls(
+                path=folder,
+                index=index,
+                digest=identity.hexdigest(),
+                parameters=parameters["transformer"],
+                latent_channels=int(transformer["in_channels"]),
+                sample_size=int(transformer["sample_size"]),
+                patch_size=int(transformer["patch_size"]),
+                pos_embed_max_size=int(transformer["pos_embed_max_size"]),
+                vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+                scaling_factor=float(vae["scaling_factor"]),
+                shift_factor=float(vae["shift_factor"]),
+                joint_dim=int(transformer["joint_attention_dim"]),
+                pooled_dim=int(transformer["pooled_projection_dim"]),
+                clip_length=int(read_json(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"]),
+                max_sequence_length=int(record.get("max_sequence_length", _STOCK_SEQUENCE_LENGTH)),
+                has_t5="text_encoder_3" in present,
+                shift=float(scheduler["shift"]),
+                guidance=float(record.get("guidance", _STOCK_GUIDANCE)),
+            )
+            _check_numbers(found, configs)
+            return found
+        except KeyError as missing:
+            raise TeacherError(
+                f"{folder}: a component's configuration lacks {missing}; save the pipeline again"
+            ) from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TeacherError(
+                f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
+            ) from None
+
     @property
     def name(self) -> str:
         """The model's name: the folder's, or what the hub's cache calls the model of a revision."""
-        owner = self.folder.parent.parent.name
-        if self.folder.parent.name == "snapshots" and owner.startswith("models--"):
+        owner = self.path.parent.parent.name
+        if self.path.parent.name == "snapshots" and owner.startswith("models--"):
             return owner.rpartition("--")[2]
-        if re.fullmatch(r"[0-9a-f]{40}", self.folder.name):  # a revision by itself
-            return f"sd3-{self.folder.name[:8]}"
-        return self.folder.name
+        if re.fullmatch(r"[0-9a-f]{40}", self.path.name):  # a revision by itself
+            return f"sd3-{self.path.name[:8]}"
+        return self.path.name
 
     @property
     def image_size(self) -> int:
@@ -117,71 +189,6 @@ def check_size(width: int, height: int, unit: int, patches: int, name: str) -> N
                 f"{name} cannot make images of {width}x{height}: a side must be a multiple of {unit} up to "
                 f"{unit * patches}"
             )
-
-
-def read_spec(folder: Path | str) -> TeacherSpec:
-    """Check the folder and read its numbers; costs milliseconds, whatever the model's size.
-
-    Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
-    settings that the sampler here does not follow.
-    """
-    folder = Path(folder).expanduser().resolve()
-    if not folder.is_dir():
-        raise TeacherError(f"{folder} is not a folder; give the path of a {_PIPELINE} folder")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != _PIPELINE:
-        raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
-    present = {name: kind for name, kind in {**MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
-    if ("text_encoder_3" in present) != ("tokenizer_3" in present):
-        raise TeacherError(
-            f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
-        )
-
-    identity = hashlib.sha256()
-    for path in sorted(path for name in present for path in setting_files(folder / name)):
-        content = path.read_bytes()
-        _check_pointer(content, path)
-        identity.update(path.relative_to(folder).as_posix().encode() + content)
-    for name in sorted(present.keys() & set(_WORDS)):
-        _check_words(folder / name)
-    parameters = {}
-    for name in sorted(present.keys() & MODELS.keys()):
-        parameters[name] = sum(_check_weights(path, identity) for path in find_weights(folder / name).files)
-
-    configs = {name: read_json(folder / name / "config.json") for name in present if name in MODELS}
-    for name, config in configs.items():
-        _check_class(folder / name / "config.json", config, name)
-    transformer, vae = configs["transformer"], configs["vae"]
-    scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    try:
-        spec = TeacherSpec(
-            folder=folder,
-            digest=identity.hexdigest(),
-            parameters=parameters["transformer"],
-            latent_channels=int(transformer["in_channels"]),
-            sample_size=int(transformer["sample_size"]),
-            patch_size=int(transformer["patch_size"]),
-            pos_embed_max_size=int(transformer["pos_embed_max_size"]),
-            vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-            scaling_factor=float(vae["scaling_factor"]),
-            shift_factor=float(vae["shift_factor"]),
-            joint_dim=int(transformer["joint_attention_dim"]),
-            pooled_dim=int(transformer["pooled_projection_dim"]),
-            clip_length=int(read_json(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"]),
-            max_sequence_length=int(record.get("max_sequence_length", _STOCK_SEQUENCE_LENGTH)),
-            has_t5="text_encoder_3" in present,
-            shift=float(scheduler["shift"]),
-            guidance=float(record.get("guidance", _STOCK_GUIDANCE)),
-        )
-        _check_numbers(spec, configs)
-        return spec
-    except KeyError as missing:
-        raise TeacherError(f"{folder}: a component's configuration lacks {missing}; save the pipeline again") from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TeacherError(
-            f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
-        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -243,7 +250,7 @@ def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
         raise TeacherError(f"{path} is of quantized weights, which cannot be distilled; give the plain model")
 
 
-def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_numbers(folder: SD3Folder, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError for impossible numbers and for components that do not fit together."""
     clips = [configs["text_encoder"], configs["text_encoder_2"]]  # a configuration omits default values
     hidden, pooled, positions = (
@@ -252,24 +259,31 @@ def _check_numbers(spec: TeacherSpec, configs: Mapping[str, Mapping[str, Any]]) 
     )
     vae, transformer = configs["vae"], configs["transformer"]
     out = transformer.get("out_channels")
-    t5 = int(configs["text_encoder_3"].get("d_model", 512)) if spec.has_t5 else spec.joint_dim
-    sizes = (spec.latent_channels, spec.sample_size, spec.patch_size, spec.joint_dim, spec.pooled_dim, spec.clip_length)
+    t5 = int(configs["text_encoder_3"].get("d_model", 512)) if folder.has_t5 else folder.joint_dim
+    sizes = (
+        folder.latent_channels,
+        folder.sample_size,
+        folder.patch_size,
+        folder.joint_dim,
+        folder.pooled_dim,
+        folder.clip_length,
+    )
     told = {
         "a size is not positive": min(sizes) > 0,
-        "scaling_factor is not a positive number": 0 < spec.scaling_factor < math.inf,
-        "shift_factor is not a number": math.isfinite(spec.shift_factor),
-        "the scheduler's shift is not a positive number": 0 < spec.shift < math.inf,
-        "guidance is not a number of at least 0": 0 <= spec.guidance < math.inf,
-        "max_sequence_length is negative": spec.max_sequence_length >= 0,
+        "scaling_factor is not a positive number": 0 < folder.scaling_factor < math.inf,
+        "shift_factor is not a number": math.isfinite(folder.shift_factor),
+        "the scheduler's shift is not a positive number": 0 < folder.shift < math.inf,
+        "guidance is not a number of at least 0": 0 <= folder.guidance < math.inf,
+        "max_sequence_length is negative": folder.max_sequence_length >= 0,
         "the vae's latent_channels are not the transformer's in_channels": vae.get("latent_channels", 4)
-        == spec.latent_channels,
-        "the transformer's out_channels are not its in_channels": out in (None, spec.latent_channels),
+        == folder.latent_channels,
+        "the transformer's out_channels are not its in_channels": out in (None, folder.latent_channels),
         "the vae's images are not RGB": (vae.get("in_channels", 3), vae.get("out_channels", 3)) == (3, 3),
-        "sample_size is over pos_embed_max_size": spec.sample_size <= spec.patch_size * spec.pos_embed_max_size,
-        "pooled_projection_dim is not the sum of the CLIPs' projection_dim": sum(pooled) == spec.pooled_dim,
-        "joint_attention_dim is less than the CLIPs' hidden_size": sum(hidden) <= spec.joint_dim,
-        "joint_attention_dim is not T5's d_model": t5 == spec.joint_dim,
-        "the tokenizer's model_max_length is over the CLIPs' positions": spec.clip_length <= min(positions),
+        "sample_size is over pos_embed_max_size": folder.sample_size <= folder.patch_size * folder.pos_embed_max_size,
+        "pooled_projection_dim is not the sum of the CLIPs' projection_dim": sum(pooled) == folder.pooled_dim,
+        "joint_attention_dim is less than the CLIPs' hidden_size": sum(hidden) <= folder.joint_dim,
+        "joint_attention_dim is not T5's d_model": t5 == folder.joint_dim,
+        "the tokenizer's model_max_length is over the CLIPs' positions": folder.clip_length <= min(positions),
     }
     for what, holds in told.items():
         if not holds:

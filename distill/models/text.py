@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from distill.errors import PromptError, TeacherError
 from distill.models import quantize
 from distill.models.device import fast_bfloat16, to_device
-from distill.models.sd3_folder import find_weights, read_spec
+from distill.models.sd3_folder import SD3Folder, find_weights
 from distill.models.weights import check_finite, check_loading_info
 
 
@@ -101,30 +101,29 @@ class SD3TextEncoder:
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        folder: SD3Folder,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_sequence_length: int | None = None,
         t5: Literal["full", "int8", "cpu", "none"] = "full",
     ) -> Self:
-        """Load from a teacher or student folder; `max_sequence_length` None takes the folder's own length.
+        """Load from the folder of a teacher or student; `max_sequence_length` None takes the folder's own length.
 
         T5 can be left out, stored in 8 bits, or computed on the CPU. Raises TeacherError for a folder that is not a
         complete SD3 pipeline, or whose weights are not finite or do not match its configurations.
         """
-        spec = read_spec(folder)
 
         def load(name: str) -> Any:
-            return _load(CLIPTextModelWithProjection, spec.folder / name, dtype).to(device).eval()
+            return _load(CLIPTextModelWithProjection, folder.path / name, dtype).to(device).eval()
 
-        has_t5 = spec.has_t5 and t5 != "none"
+        has_t5 = folder.has_t5 and t5 != "none"
         return cls(
             [load(name) for name in ("text_encoder", "text_encoder_2")],
-            [load_tokenizer(CLIPTokenizer, spec.folder / name) for name in ("tokenizer", "tokenizer_2")],
-            _load_t5(spec.folder / "text_encoder_3", torch.device(device), dtype, t5) if has_t5 else None,
-            load_tokenizer(T5TokenizerFast, spec.folder / "tokenizer_3") if has_t5 else None,
-            spec.joint_dim,
-            spec.max_sequence_length if max_sequence_length is None else max_sequence_length,
+            [load_tokenizer(CLIPTokenizer, folder.path / name) for name in ("tokenizer", "tokenizer_2")],
+            _load_t5(folder.path / "text_encoder_3", torch.device(device), dtype, t5) if has_t5 else None,
+            load_tokenizer(T5TokenizerFast, folder.path / "tokenizer_3") if has_t5 else None,
+            folder.joint_dim,
+            folder.max_sequence_length if max_sequence_length is None else max_sequence_length,
         )
 
     @torch.no_grad()

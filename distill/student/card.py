@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from distill.models.sd3_folder import RECORD, TeacherSpec
+from distill.models.sd3_folder import RECORD, SD3Folder
 
 _LICENSE = ("license", "license_name", "license_link")  # the hub's own fields
 
@@ -24,7 +24,7 @@ def license_of(folder: Path) -> dict[str, str]:
     return {key: str(header[key]) for key in _LICENSE if key in header} if isinstance(header, dict) else {}
 
 
-def card(record: Mapping[str, Any], spec: TeacherSpec, license: Mapping[str, str], adapter: bool) -> str:
+def card(record: Mapping[str, Any], folder: SD3Folder, license: Mapping[str, str], adapter: bool) -> str:
     """The card as text: a YAML header for the hub, then Markdown. `adapter` says whether the folder holds one too."""
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **license}
     width, height = record["sizes"][0]
@@ -35,11 +35,11 @@ def card(record: Mapping[str, Any], spec: TeacherSpec, license: Mapping[str, str
 A one-step student of `{record["teacher"]}`, distilled with {record["method"]} over {record["images_seen"]:,} images.
 It makes {width}x{height} pixels in one call of the network, without guidance.
 
-{"".join((*_use(record, spec, adapter), *_made_of(record), *_metrics(record), *_license(record, license)))}"""
+{"".join((*_use(record, folder, adapter), *_made_of(record), *_metrics(record), *_license(record, license)))}"""
 
 
-def _use(record: Mapping[str, Any], spec: TeacherSpec, adapter: bool) -> Iterator[str]:
-    absent = "" if spec.has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+def _use(record: Mapping[str, Any], folder: SD3Folder, adapter: bool) -> Iterator[str]:
+    absent = "" if folder.has_t5 else ", text_encoder_3=None, tokenizer_3=None"
     name, (width, height), length = record["name"], record["sizes"][0], record["max_sequence_length"]
     yield f"""## Use
 

@@ -22,10 +22,10 @@ from distill.models.sd3_folder import (
     FORMAT,
     MODELS,
     RECORD,
+    SD3Folder,
     Weights,
     find_weights,
     read_json,
-    read_spec,
     setting_files,
 )
 from distill.models.two_times import save_second_time, split
@@ -46,7 +46,7 @@ _WRITTEN = re.compile(
 
 
 def export_student(
-    teacher: Path | str,
+    teacher: SD3Folder,
     weights: Mapping[str, Tensor],
     out: Path,
     recipe: Mapping[str, Any],
@@ -67,44 +67,43 @@ def export_student(
     that are not finite, and CheckpointError if writing fails.
     """
     check_size(max_shard_size)
-    spec = read_spec(teacher)
-    check_place(out, spec.folder)
+    check_place(out, teacher.path)
     if (name := first_nonfinite(weights)) is not None:
         raise DivergedError(f"the student's {name} is not finite; export an earlier checkpoint with --checkpoint")
     weights, second = split(weights)
-    named = license_of(spec.folder) if license is None else {"license": license}
+    named = license_of(teacher.path) if license is None else {"license": license}
     record = {
         "format": FORMAT,
         "start_time": 1.0,
-        "image_size": spec.image_size,
-        "sizes": [[spec.image_size, spec.image_size]],
-        "latent_shape": list(spec.latent_shape),
-        "vae_scale_factor": spec.vae_scale_factor,
-        "scaling_factor": spec.scaling_factor,
-        "shift_factor": spec.shift_factor,
-        "clip_length": spec.clip_length,
-        "max_sequence_length": spec.max_sequence_length,
+        "image_size": teacher.image_size,
+        "sizes": [[teacher.image_size, teacher.image_size]],
+        "latent_shape": list(teacher.latent_shape),
+        "vae_scale_factor": teacher.vae_scale_factor,
+        "scaling_factor": teacher.scaling_factor,
+        "shift_factor": teacher.shift_factor,
+        "clip_length": teacher.clip_length,
+        "max_sequence_length": teacher.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "any_step": bool(second),
-        "teacher": spec.name,
-        "teacher_digest": spec.digest,
+        "teacher": teacher.name,
+        "teacher_digest": teacher.digest,
         **recipe,
         "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
     }
     try:
         with aside(out) as made:
-            _copy_frozen(spec.folder, made)
-            transformer = _transformer(spec.folder, weights, lora, made).to(dtype)
+            _copy_frozen(teacher, made)
+            transformer = _transformer(teacher, weights, lora, made).to(dtype)
             if (name := first_nonfinite(transformer.state_dict())) is not None:
                 raise DivergedError(f"the student's {name} is too large for {dtype}; export it with --dtype bf16")
             transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
             # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
-            shutil.copyfile(spec.folder / "transformer" / "config.json", made / "transformer" / "config.json")
+            shutil.copyfile(teacher.path / "transformer" / "config.json", made / "transformer" / "config.json")
             if second:
                 save_second_time(second, made)
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            (made / "README.md").write_text(card(record, spec, named, lora is not None), encoding="utf-8")
-            check_place(out, spec.folder)  # again, because files may have been added meanwhile
+            (made / "README.md").write_text(card(record, teacher, named, lora is not None), encoding="utf-8")
+            check_place(out, teacher.path)  # again, because files may have been added meanwhile
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
     return out
@@ -154,27 +153,27 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _copy_frozen(teacher: Path, made: Path) -> None:
+def _copy_frozen(teacher: SD3Folder, made: Path) -> None:
     """Copy what the student shares with its teacher: the files that are loaded, except the transformer's.
 
     A variant becomes the plain file, so that the student is loaded without naming one.
     """
     made.mkdir()
-    index = {name: kind for name, kind in read_json(teacher / "model_index.json").items() if name != "_name_or_path"}
+    index = {name: kind for name, kind in teacher.index.items() if name != "_name_or_path"}
     for name, kind in index.items():
         if isinstance(kind, list) and (name not in COMPONENTS or kind[-1] is None):
             index[name] = [None, None]  # a component of another program, which is not loaded
         elif isinstance(kind, list) and name != "transformer":
             (made / name).mkdir()
-            weights = find_weights(teacher / name) if name in MODELS else Weights(())
+            weights = find_weights(teacher.path / name) if name in MODELS else Weights(())
             ending = f".{weights.variant}"
-            for path in (*setting_files(teacher / name), *weights.files):
+            for path in (*setting_files(teacher.path / name), *weights.files):
                 renamed = weights.index in (None, path)
                 shutil.copyfile(path, made / name / (path.name.replace(ending, "") if renamed else path.name))
     (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _transformer(folder: Path, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:
+def _transformer(folder: SD3Folder, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:
     """The student's transformer in fp32, adapter merged; writes the adapter beside it."""
     transformer = load_transformer(folder)
     if lora is None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +32,7 @@ from distill.methods.base import Critic, Velocity
 from distill.models import attention
 from distill.models.critic import Head, logits
 from distill.models.sd3 import load_transformer, velocity
+from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import add_second_time
 
 ROLES = ("fake", "student")
@@ -285,7 +285,7 @@ def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
 
 
 def build(
-    folder: Path | str,
+    folder: SD3Folder,
     kind: Full | Lora,
     dtype: torch.dtype,
     device: torch.device,

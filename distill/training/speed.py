@@ -14,13 +14,14 @@ from distill import run
 from distill.config import Cadence, RunConfig
 from distill.errors import RunError
 from distill.files import write_aside
+from distill.models.sd3_folder import SD3Folder
 from distill.run import SPEED
 
 WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds
 
 
-def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
+def images_within(seconds: float, config: RunConfig, folder: Path, teacher: SD3Folder) -> int:
     """Images, in whole batches, that training makes in so many seconds in this run folder; its prompts are encoded.
 
     Rates decay by images, so a run must know how many it will see: its speed is measured in a scratch folder that
@@ -28,7 +29,7 @@ def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
     """
     kept = folder / SPEED
     speed = _read_speed(kept) if kept.exists() else None
-    speed = broadcast_object_list([speed])[0] or _measure(config, folder)
+    speed = broadcast_object_list([speed])[0] or _measure(config, folder, teacher)
     return max(1, int(speed * seconds / config.batch)) * config.batch
 
 
@@ -43,7 +44,7 @@ def _read_speed(path: Path) -> float:
     return speed
 
 
-def _measure(config: RunConfig, folder: Path) -> float:
+def _measure(config: RunConfig, folder: Path, teacher: SD3Folder) -> float:
     """Images a second of a run's rounds, from its own beginning."""
     scratch = folder / ".speed"
     never = 10**12
@@ -53,12 +54,12 @@ def _measure(config: RunConfig, folder: Path) -> float:
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
-        run.prepare(endless, scratch)
+        run.prepare(endless, scratch, teacher)
         for cache in ("embeddings", "images"):
             if (folder / cache).exists():
                 (scratch / cache).symlink_to(Path("..") / cache)
     machine.wait_for_everyone()
-    rounds = run.distill(endless, scratch, machine)
+    rounds = run.distill(endless, scratch, teacher, machine)
     times = []
     for count in (WARM, TIMED):
         for _ in islice(rounds, count):

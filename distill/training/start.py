@@ -2,7 +2,7 @@
 
 from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
-from distill.models.sd3_folder import TeacherSpec, find_weights, read_spec
+from distill.models.sd3_folder import SD3Folder, find_weights
 from distill.models.two_times import split
 from distill.models.weights import tensor_shapes
 from distill.training import checkpoint
@@ -11,14 +11,14 @@ _Shapes = dict[str, tuple[int, ...]]
 _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
-def check_start(config: RunConfig, spec: TeacherSpec) -> None:
+def check_start(config: RunConfig, teacher: SD3Folder) -> None:
     """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
     if config.init_from is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
     student = (config.init_from / "model_index.json").exists()
     given, second = split(_of_student(config) if student else _of_run(config))
-    if given != _expected(config, spec) or bool(second) is not two_times:
+    if given != _expected(config, teacher) or bool(second) is not two_times:
         raise ConfigError(
             f"init_from: {config.init_from} has other weights for the student; networks and teacher must be alike"
         )
@@ -32,7 +32,7 @@ def _of_student(config: RunConfig) -> _Shapes:
             f"init_from: {config.init_from} is a student's folder, which only full copies start from; give the run "
             "that made it, or set networks.kind to full"
         )
-    return _shapes_of(read_spec(config.init_from))
+    return _shapes_of(SD3Folder.read(config.init_from))
 
 
 def _of_run(config: RunConfig) -> _Shapes:
@@ -50,9 +50,9 @@ def _of_run(config: RunConfig) -> _Shapes:
     return checkpoint.shapes(newest, "student")
 
 
-def _expected(config: RunConfig, spec: TeacherSpec) -> _Shapes:
+def _expected(config: RunConfig, teacher: SD3Folder) -> _Shapes:
     """The shapes of the student's weights in this run, without those of a second time."""
-    base = _shapes_of(spec)
+    base = _shapes_of(teacher)
     if not isinstance(config.networks, Lora):
         return base
     rank, targets = config.networks.rank, config.networks.targets
@@ -65,9 +65,9 @@ def _expected(config: RunConfig, spec: TeacherSpec) -> _Shapes:
     return shapes
 
 
-def _shapes_of(spec: TeacherSpec) -> _Shapes:
+def _shapes_of(folder: SD3Folder) -> _Shapes:
     shapes: _Shapes = {}
-    for path in find_weights(spec.folder / "transformer").files:
+    for path in find_weights(folder.path / "transformer").files:
         shapes |= tensor_shapes(path)
     shapes.pop(_POSITIONS, None)
     return shapes

@@ -40,6 +40,7 @@ from distill.methods.base import Turn, Velocities
 from distill.models import attention
 from distill.models.device import resolve_device
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.student.graphs import Graphed
 from distill.training import checkpoint, optimizers
@@ -414,7 +415,7 @@ def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str
     Optimizers and data begin anew. Raises ConfigError when there are no weights, or they are of other networks.
     """
     if (start / "model_index.json").exists():
-        student = load_transformer(start).state_dict()
+        student = load_transformer(SD3Folder.read(start)).state_dict()
         found = {part: {name: student[name] for name in average if name in student} for part in ("student", "average")}
     else:
         newest = checkpoint.latest(start / "checkpoints")

@@ -18,6 +18,7 @@ from distill.errors import ConfigError
 from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.training import trainer
@@ -48,7 +49,7 @@ class Prompts:
 def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
     """A base with adapters that matter, and differ: they would start as zero maps."""
     torch.manual_seed(0)
-    networks = build(teacher, Lora(rank=4, alpha=8, **kind), torch.float32, CPU, ROLES, mesh=mesh)
+    networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=8, **kind), torch.float32, CPU, ROLES, mesh=mesh)
     for role in ROLES:
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)

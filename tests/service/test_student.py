@@ -19,6 +19,7 @@ from running import metric, serving, until
 from safetensors.torch import load_file, save_file
 
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student
@@ -36,8 +37,8 @@ RECIPE = {"name": "tiny-student", "method": "fgm", "images_seen": 0}
 
 @pytest.fixture(scope="module")
 def student(teacher, tmp_path_factory):
-    weights = load_transformer(teacher).state_dict()
-    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "tiny", RECIPE)
+    weights = load_transformer(SD3Folder.read(teacher)).state_dict()
+    return export_student(SD3Folder.read(teacher), weights, tmp_path_factory.mktemp("students") / "tiny", RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,12 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
 @pytest.fixture(scope="module")
 def any_step_student(teacher, tmp_path_factory):
     torch.manual_seed(5)
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     add_second_time(transformer)
     for parameter in transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     weights = dict(transformer.named_parameters())
-    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "any-step", RECIPE)
+    return export_student(SD3Folder.read(teacher), weights, tmp_path_factory.mktemp("students") / "any-step", RECIPE)
 
 
 def test_an_any_step_student_takes_steps_over_rest(any_step_student, url, connect):

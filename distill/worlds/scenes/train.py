@@ -32,7 +32,7 @@ from distill.files import aside, write_aside
 from distill.flow import noise
 from distill.models.device import autocast, fast_bfloat16
 from distill.models.sd3 import decode_in_parts, guided, sample
-from distill.models.sd3_folder import RECORD, read_spec
+from distill.models.sd3_folder import RECORD, SD3Folder
 from distill.models.vae import to_images
 from distill.models.weights import check_finite
 from distill.philox import Draw, key_of
@@ -120,7 +120,7 @@ def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
 
 def check_start(folder: Path) -> None:
     """Raise TeacherError unless a teacher folder can be started from: 64x64 images on small patches, our vocabulary."""
-    spec = read_spec(folder)
+    spec = SD3Folder.read(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     ours = build_clip_tokenizer(vocabulary(), TOKENS)
     if (spec.image_size, spec.patch_size, spec.latent_channels) != (SIZE, FINE, CHANNELS):

@@ -13,6 +13,7 @@ from distill.data import shards
 from distill.data.conditions import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
 from distill.data.prompts import read_prompts
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 
 UNFINISHED = "embeddings.unfinished.json"
@@ -27,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def begin(teacher: Path, out: Path, texts: list[str]) -> None:
     """A call that ends without warning after its first shard of 8."""
-    killed = embed_prompts(teacher, texts, out, shard_rows=8)
+    killed = embed_prompts(SD3Folder.read(teacher), texts, out, shard_rows=8)
     while not (out / UNFINISHED).exists():
         next(killed)
     killed.close()
@@ -35,16 +36,16 @@ def begin(teacher: Path, out: Path, texts: list[str]) -> None:
 
 @pytest.fixture
 def cache(teacher, tmp_path):
-    list(embed_prompts(teacher, [*PROMPTS, PROMPTS[0]], tmp_path / "cache"))
+    list(embed_prompts(SD3Folder.read(teacher), [*PROMPTS, PROMPTS[0]], tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["from disk", "held"])
 def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, teacher, device):
-    opened = EmbeddingCache(cache, teacher, device)
+    opened = EmbeddingCache(cache, SD3Folder.read(teacher), device)
     assert len(opened) == len(PROMPTS) + 1
     assert json.loads((cache / MANIFEST).read_text())["prompts"] == len(PROMPTS)  # a repetition is encoded once
-    encoder = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu"))
+    encoder = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu"))
     rows = opened.rows(torch.tensor([2, 0, 1, len(PROMPTS)]))
     expected = encoder.encode([PROMPTS[i] for i in (2, 0, 1, 0)])
     torch.testing.assert_close(rows.embeds, expected.embeds)
@@ -58,17 +59,17 @@ def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, 
 def test_a_cache_is_held_only_within_the_memory_for_it(cache, teacher, monkeypatch):
     monkeypatch.setattr(shards, "RESIDENT_BYTES", 1)
     shard = cache / "shard-00000.safetensors"
-    opened = EmbeddingCache(cache, teacher, torch.device("cpu"))
+    opened = EmbeddingCache(cache, SD3Folder.read(teacher), torch.device("cpu"))
     shard.write_bytes(shard.read_bytes()[:-4] + b"\0\1\2\3")
     with pytest.raises(CacheError, match="shard-00000"):  # it is read now, not before
         opened.rows(torch.tensor([0]))
     monkeypatch.undo()
     with pytest.raises(CacheError, match="shard-00000"):
-        EmbeddingCache(cache, teacher, torch.device("cpu"))
+        EmbeddingCache(cache, SD3Folder.read(teacher), torch.device("cpu"))
 
 
 def test_cut_prompts_are_counted(teacher, tmp_path):
-    *_, last = embed_prompts(teacher, ["a red circle", "a " * 30], tmp_path / "cache")
+    *_, last = embed_prompts(SD3Folder.read(teacher), ["a red circle", "a " * 30], tmp_path / "cache")
     assert (last.prompts, last.truncated) == (2, 1)
     assert json.loads((tmp_path / "cache" / MANIFEST).read_text())["truncated"] == 1
 
@@ -76,31 +77,31 @@ def test_cut_prompts_are_counted(teacher, tmp_path):
 def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path):
     other = make_teacher(tmp_path / "other", seed=5)
     with pytest.raises(CacheError, match="teacher_digest"):
-        EmbeddingCache(cache, other)
+        EmbeddingCache(cache, SD3Folder.read(other))
     shard = cache / "shard-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4] + b"\0\1\2\3")
-    damaged = EmbeddingCache(cache, teacher)
+    damaged = EmbeddingCache(cache, SD3Folder.read(teacher))
     with pytest.raises(CacheError, match="shard-00000"):
         damaged.rows(torch.tensor([0]))
     shard.write_bytes(whole[:-4])
     with pytest.raises(CacheError, match="shard-00000"):
-        EmbeddingCache(cache, teacher)
+        EmbeddingCache(cache, SD3Folder.read(teacher))
     shard.unlink()
     with pytest.raises(CacheError, match="shard-00000"):
-        EmbeddingCache(cache, teacher)
+        EmbeddingCache(cache, SD3Folder.read(teacher))
     shard.write_bytes(whole)
-    assert len(EmbeddingCache(cache, teacher).rows(torch.tensor([0]))) == 1
+    assert len(EmbeddingCache(cache, SD3Folder.read(teacher)).rows(torch.tensor([0]))) == 1
     (cache / MANIFEST).unlink()
     with pytest.raises(CacheError, match="not a whole"):
-        EmbeddingCache(cache, teacher)
+        EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
 def test_no_prompts_is_an_error_and_an_old_cache_is_not_overwritten(cache, teacher, tmp_path):
     with pytest.raises(PromptError):
-        list(embed_prompts(teacher, [], tmp_path / "empty"))
+        list(embed_prompts(SD3Folder.read(teacher), [], tmp_path / "empty"))
     with pytest.raises(CacheError, match="already"):
-        list(embed_prompts(teacher, PROMPTS, cache))
+        list(embed_prompts(SD3Folder.read(teacher), PROMPTS, cache))
 
 
 @pytest.mark.parametrize(
@@ -111,45 +112,48 @@ def test_an_index_that_is_not_of_its_files_is_refused(change, cache, teacher):
     index = json.loads((cache / MANIFEST).read_text())
     (cache / MANIFEST).write_text(json.dumps({**index, **change}))
     with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
-        EmbeddingCache(cache, teacher)
+        EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
 def test_an_index_that_is_nested_without_end_is_refused(cache, teacher):
     (cache / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
-        EmbeddingCache(cache, teacher)
+        EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
 def test_the_lengths_that_rows_were_made_with_are_recorded_and_held_to(teacher_t5, tmp_path):
-    list(embed_prompts(teacher_t5, PROMPTS, tmp_path / "cache"))
+    list(embed_prompts(SD3Folder.read(teacher_t5), PROMPTS, tmp_path / "cache"))
     path = tmp_path / "cache" / MANIFEST
     index = json.loads(path.read_text())
     assert (index["clip_length"], index["max_sequence_length"], index["t5"]) == (8, 6, True)
-    assert EmbeddingCache(tmp_path / "cache", teacher_t5).rows(torch.tensor([0])).embeds.shape == (1, 14, 48)
+    opened = EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher_t5))
+    assert opened.rows(torch.tensor([0])).embeds.shape == (1, 14, 48)
     path.write_text(json.dumps({**index, "max_sequence_length": 5}))
     with pytest.raises(CacheError, match="max_sequence_length = 5, not 6"):
-        EmbeddingCache(tmp_path / "cache", teacher_t5)
+        EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher_t5))
 
 
 def test_rows_are_found_across_shards_and_none_beyond(teacher, tmp_path):
     texts = ["a", "red", "blue", "circle", "square"]
-    list(embed_prompts(teacher, texts, tmp_path / "cache", shard_rows=2))
-    opened = EmbeddingCache(tmp_path / "cache", teacher)
+    list(embed_prompts(SD3Folder.read(teacher), texts, tmp_path / "cache", shard_rows=2))
+    opened = EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 3
-    expected = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode([texts[4], texts[1], texts[2]])
+    expected = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu")).encode(
+        [texts[4], texts[1], texts[2]]
+    )
     torch.testing.assert_close(opened.rows(torch.tensor([4, 1, 2])).pooled, expected.pooled)
     with pytest.raises(IndexError):
         opened.rows(torch.tensor([5]))
 
 
 def test_a_call_killed_before_its_first_shard_leaves_nothing_that_binds(teacher, tmp_path):
-    killed = embed_prompts(teacher, ["a", "red"], tmp_path / "cache")
+    killed = embed_prompts(SD3Folder.read(teacher), ["a", "red"], tmp_path / "cache")
     next(killed)
     killed.close()
     with pytest.raises(CacheError, match="not a whole"):
-        EmbeddingCache(tmp_path / "cache", teacher)
-    list(embed_prompts(teacher, ["a", "red", "blue"], tmp_path / "cache"))
-    assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 3
+        EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))
+    list(embed_prompts(SD3Folder.read(teacher), ["a", "red", "blue"], tmp_path / "cache"))
+    assert len(EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))) == 3
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "shard-00000.safetensors", "null.safetensors", "mine.jsonl"])
@@ -157,7 +161,7 @@ def test_a_cache_replaces_no_file_of_another(name, teacher, tmp_path):
     (tmp_path / name).write_text('{"prompt": "mine"}\n')
     for _ in range(2):
         with pytest.raises(OutputError, match=f"{name} is not a part of a cache"):
-            list(embed_prompts(teacher, ["a"], tmp_path))
+            list(embed_prompts(SD3Folder.read(teacher), ["a"], tmp_path))
     assert contents(tmp_path) == {name: b'{"prompt": "mine"}\n'}
 
 
@@ -193,7 +197,7 @@ def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
         repeated = len(TEXTS) - DIFFERENT
         assert f"{DIFFERENT} prompts are in {folder}; {repeated} more were repetitions of them" in done.output
     assert kept.stat().st_mtime_ns == written
-    assert len(EmbeddingCache(out, teacher)) == len(TEXTS)
+    assert len(EmbeddingCache(out, SD3Folder.read(teacher))) == len(TEXTS)
     assert contents(out) == contents(whole)
 
 
@@ -205,8 +209,8 @@ def test_what_a_kill_leaves_half_written_changes_no_byte(teacher, tmp_path):
     (out / ".shard-00001.safetensors.partial").write_bytes(b"half")
     (out / f".{UNFINISHED}.distill-partial").write_text("{")
     (out / "shard-00001.safetensors").write_bytes(b"renamed, but not in the index")
-    list(embed_prompts(teacher, TEXTS, out, shard_rows=8))
-    list(embed_prompts(teacher, TEXTS, tmp_path / "whole", shard_rows=8))
+    list(embed_prompts(SD3Folder.read(teacher), TEXTS, out, shard_rows=8))
+    list(embed_prompts(SD3Folder.read(teacher), TEXTS, tmp_path / "whole", shard_rows=8))
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -214,9 +218,9 @@ def test_several_processes_leave_the_bytes_of_one_also_after_a_kill(teacher, tmp
     out = tmp_path / "several"
     begin(teacher, out, TEXTS)
     kept = (out / "shard-00000.safetensors").stat().st_mtime_ns
-    *_, last = embed_prompts(teacher, TEXTS, out, shard_rows=8, processes=2)
+    *_, last = embed_prompts(SD3Folder.read(teacher), TEXTS, out, shard_rows=8, processes=2)
     assert (last.prompts, last.repeated) == (DIFFERENT, len(TEXTS) - DIFFERENT)
-    list(embed_prompts(teacher, TEXTS, tmp_path / "one", shard_rows=8))
+    list(embed_prompts(SD3Folder.read(teacher), TEXTS, tmp_path / "one", shard_rows=8))
     assert contents(out) == contents(tmp_path / "one")
     assert (out / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
@@ -226,16 +230,16 @@ def test_another_source_does_not_continue_a_cache(texts, teacher, tmp_path):
     begin(teacher, tmp_path / "cache", TEXTS)
     before = contents(tmp_path / "cache")
     with pytest.raises(CacheError, match="cache was begun with other prompts; give those again, or remove it"):
-        list(embed_prompts(teacher, texts, tmp_path / "cache"))
+        list(embed_prompts(SD3Folder.read(teacher), texts, tmp_path / "cache"))
     assert contents(tmp_path / "cache") == before
 
 
 def test_a_source_that_has_grown_continues_a_cache(teacher, tmp_path):
     begin(teacher, tmp_path / "cache", TEXTS[:20])
-    *_, last = embed_prompts(teacher, TEXTS, tmp_path / "cache")
+    *_, last = embed_prompts(SD3Folder.read(teacher), TEXTS, tmp_path / "cache")
     assert (last.prompts, last.repeated) == (DIFFERENT, len(TEXTS) - DIFFERENT)
-    rows = EmbeddingCache(tmp_path / "cache", teacher).rows(torch.arange(len(TEXTS)))
-    expected = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode(TEXTS)
+    rows = EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher)).rows(torch.arange(len(TEXTS)))
+    expected = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu")).encode(TEXTS)
     torch.testing.assert_close(rows.embeds, expected.embeds)
     lines = (tmp_path / "cache" / "prompts.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(dict.fromkeys(TEXTS))
@@ -245,21 +249,21 @@ def test_what_was_begun_is_refused_when_it_is_damaged_or_foreign(teacher, tmp_pa
     out = tmp_path / "cache"
     begin(teacher, out, TEXTS)
     with pytest.raises(CacheError, match="teacher_digest"):
-        list(embed_prompts(make_teacher(tmp_path / "other", seed=5), TEXTS, out))
+        list(embed_prompts(SD3Folder.read(make_teacher(tmp_path / "other", seed=5)), TEXTS, out))
     index = (out / UNFINISHED).read_text()
     (out / UNFINISHED).write_text(index.replace('"float32"', '"another"').replace('"bfloat16"', '"another"'))
     with pytest.raises(CacheError, match="begun in another, and this device computes in"):
-        list(embed_prompts(teacher, TEXTS, out))
+        list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
     (out / UNFINISHED).write_text(index[:-20])
     with pytest.raises(CacheError, match=f"{UNFINISHED} is damaged; remove"):
-        list(embed_prompts(teacher, TEXTS, out))
+        list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
     (out / UNFINISHED).write_text(index)
     shard = out / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CacheError, match="shard-00000"):
-        list(embed_prompts(teacher, TEXTS, out))
+        list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
     with pytest.raises(CacheError, match=r"not a whole embedding cache .*embed again, which continues it"):
-        EmbeddingCache(out, teacher)
+        EmbeddingCache(out, SD3Folder.read(teacher))
 
 
 def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
@@ -268,7 +272,7 @@ def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
     result = invoke(*words, "--device", "cpu")
     assert result.exit_code == 0
     assert "1 prompts are over the token limit" in result.output
-    assert len(EmbeddingCache(tmp_path / "cache", teacher)) == 2
+    assert len(EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))) == 2
 
 
 def test_a_cache_is_not_read_as_a_folder_of_prompt_files(cache, teacher, tmp_path):

@@ -19,6 +19,7 @@ from distill.data.conditions import text_dtype
 from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
 from distill.errors import CacheError, ConfigError, ImageError
 from distill.models.sd3 import encode_images, load_vae
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_pixels
 from distill.training import checkpoint
@@ -77,7 +78,7 @@ def tar(path: Path, files: list[tuple[str, bytes | str]]) -> Path:
 
 
 def last(teacher: Path, source: Path | str, out: Path, **options: int) -> EncodedImages:
-    *_, encoded = encode_examples(teacher, read_examples(str(source)), out, **options)
+    *_, encoded = encode_examples(SD3Folder.read(teacher), read_examples(str(source)), out, **options)
     return encoded
 
 
@@ -91,10 +92,12 @@ def test_rows_are_what_the_encoders_make(write, teacher, tmp_path):
     source.mkdir()
     write(source)
     assert last(teacher, source, tmp_path / "cache", shard_rows=2) == EncodedImages(3, 0, 0)
-    rows = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([2, 0, 1]))
+    rows = ImageCache(tmp_path / "cache", SD3Folder.read(teacher)).rows(torch.tensor([2, 0, 1]))
     pixels = to_pixels(np.stack([np.asarray(picture(i)) for i in (2, 0, 1)]))
-    torch.testing.assert_close(rows.x_0, encode_images(load_vae(teacher), pixels))
-    cond = SD3TextEncoder.load(teacher, dtype=text_dtype("cpu")).encode([CAPTIONS[i] for i in (2, 0, 1)])
+    torch.testing.assert_close(rows.x_0, encode_images(load_vae(SD3Folder.read(teacher)), pixels))
+    cond = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu")).encode(
+        [CAPTIONS[i] for i in (2, 0, 1)]
+    )
     torch.testing.assert_close(rows.cond.embeds, cond.embeds)
     torch.testing.assert_close(rows.cond.pooled, cond.pooled)
 
@@ -116,12 +119,12 @@ def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
     last(teacher, tmp_path, tmp_path / "cache")
     expected = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "white", "blue")]
     expected[2].paste("green", (0, SIDE // 2, SIDE, SIDE))
-    rows = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([0, 1]))
+    rows = ImageCache(tmp_path / "cache", SD3Folder.read(teacher)).rows(torch.tensor([0, 1]))
     pixels = to_pixels(np.stack([np.asarray(image) for image in expected]))
-    latents = encode_images(load_vae(teacher), pixels)
+    latents = encode_images(load_vae(SD3Folder.read(teacher)), pixels)
     torch.testing.assert_close(rows.x_0, latents[:2], atol=1e-4, rtol=1e-3)
-    third = ImageCache(tmp_path / "cache", teacher).rows(torch.tensor([2])).x_0
-    away = encode_images(load_vae(teacher), to_pixels(np.asarray(expected[2])[None, ::-1].copy()))
+    third = ImageCache(tmp_path / "cache", SD3Folder.read(teacher)).rows(torch.tensor([2])).x_0
+    away = encode_images(load_vae(SD3Folder.read(teacher)), to_pixels(np.asarray(expected[2])[None, ::-1].copy()))
     assert (third - latents[2:]).abs().mean() < 0.2 * (third - away).abs().mean()
 
 
@@ -206,13 +209,13 @@ def test_images_that_were_changed_in_place_are_known(write, teacher, tmp_path):
     source.mkdir()
     write(source)
     last(teacher, source, tmp_path / "cache")
-    check_examples(teacher, read_examples(str(source)), tmp_path / "cache")
+    check_examples(SD3Folder.read(teacher), read_examples(str(source)), tmp_path / "cache")
     path = next(path for path in sorted(source.iterdir()) if path.suffix in (".png", ".tar"))
     data = bytearray(path.read_bytes())
     data[data.index(b"IDAT") + 20] ^= 1
     path.write_bytes(data)
     with pytest.raises(CacheError, match="made of other images than the source holds now"):
-        check_examples(teacher, read_examples(str(source)), tmp_path / "cache")
+        check_examples(SD3Folder.read(teacher), read_examples(str(source)), tmp_path / "cache")
 
 
 def test_what_cannot_be_used_is_named_and_passed_over(teacher, tmp_path):
@@ -228,7 +231,7 @@ def test_what_cannot_be_used_is_named_and_passed_over(teacher, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["1.png", "2.png", "3.jpg"]
     assert "caption" in lines[1]["reason"]
-    assert len(ImageCache(tmp_path / "cache", teacher)) == 1
+    assert len(ImageCache(tmp_path / "cache", SD3Folder.read(teacher))) == 1
 
 
 def test_too_many_that_cannot_be_used_are_an_error(teacher, tmp_path):
@@ -267,25 +270,25 @@ def test_sources_that_are_none_are_named(teacher, tmp_path):
 
 def test_a_killed_call_continues_to_the_same_bytes(teacher, tmp_path):
     out = tmp_path / "killed"
-    killed = encode_examples(teacher, read_examples("scenes", 9), out, shard_rows=4)
+    killed = encode_examples(SD3Folder.read(teacher), read_examples("scenes", 9), out, shard_rows=4)
     while not (out / "images.unfinished.json").exists():
         next(killed)
     killed.close()
     with pytest.raises(CacheError, match=r"not a whole image cache .*encode again, which continues it"):
-        ImageCache(out, teacher)
+        ImageCache(out, SD3Folder.read(teacher))
     with pytest.raises(CacheError, match="begun with other images"):
-        list(encode_examples(teacher, read_examples("scenes", 9, seed=1), out, shard_rows=4))
+        list(encode_examples(SD3Folder.read(teacher), read_examples("scenes", 9, seed=1), out, shard_rows=4))
     first = (out / "shard-00000.safetensors").stat().st_mtime_ns
     for folder in (out, tmp_path / "whole"):
-        list(encode_examples(teacher, read_examples("scenes", 9), folder, shard_rows=4))
+        list(encode_examples(SD3Folder.read(teacher), read_examples("scenes", 9), folder, shard_rows=4))
     assert (out / "shard-00000.safetensors").stat().st_mtime_ns == first
     assert contents(out) == contents(tmp_path / "whole")
-    assert len(ImageCache(out, teacher)) == 9
-    assert len(ImageCache(out, teacher, count=5)) == 5
+    assert len(ImageCache(out, SD3Folder.read(teacher))) == 9
+    assert len(ImageCache(out, SD3Folder.read(teacher), count=5)) == 5
     with pytest.raises(CacheError, match="teacher_digest"):
-        ImageCache(out, make_teacher(tmp_path / "other", seed=5))
+        ImageCache(out, SD3Folder.read(make_teacher(tmp_path / "other", seed=5)))
     with pytest.raises(CacheError, match="holds images already"):
-        list(encode_examples(teacher, [], out))
+        list(encode_examples(SD3Folder.read(teacher), [], out))
 
 
 def test_a_scene_is_the_same_however_many_are_asked_for():

@@ -18,6 +18,7 @@ from distill.cli import app
 from distill.data.prompt_files import FORMATS
 from distill.data.prompts import Distinct, Spread, prompt_stats, read_prompts
 from distill.errors import PromptError
+from distill.models.sd3_folder import SD3Folder
 from service.jobs.fine_tuning.run_folder import READABLE
 
 PROMPTS = ["a red circle", "a blue, “odd” square", "zwölf Kreise"]
@@ -286,7 +287,7 @@ def test_a_source_is_counted_with_its_repetitions_and_gaps(tmp_path: Path) -> No
 def test_tokens_are_counted_as_the_teacher_sees_them(teacher_t5: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("a\na red circle\n" + "a " * 6 + "\n" + "a " * 7)
-    found = prompt_stats(str(source), teacher_t5)
+    found = prompt_stats(str(source), SD3Folder.read(teacher_t5))
     # CLIP has start and end and 8 tokens of room; T5 has only the end, and 6.
     assert found.lengths["tokenizer"] == found.lengths["tokenizer_2"] == Spread(3, 5, 9, 9, 8, 1)
     assert found.lengths["tokenizer_3"] == Spread(2, 4, 8, 8, 6, 2)

@@ -13,6 +13,7 @@ from distill.cli import app
 from distill.errors import ConfigError, DistillError, OutputError, PromptError
 from distill.evaluate.generate import generate_images
 from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
 TEXTS = ["a red circle", "a blue square", "ein grüner Kreis – “naïve” 円", "two circles", "a star"]
@@ -125,7 +126,7 @@ def test_prompts_come_round_to_as_many_images_as_asked_for(teacher: Path, tmp_pa
         with Image.open(path) as image:
             pictures[image.info["seed"]] = (image.info["prompt"], np.asarray(image).astype(int))
     assert [pictures[seed][0] for seed in "012"] == ["a red circle", "a blue square", "a red circle"]
-    sampler = TeacherSampler(teacher, torch.device("cpu"))
+    sampler = TeacherSampler(SD3Folder.read(teacher), torch.device("cpu"))
     for seed, (prompt, pixels) in pictures.items():
         alone = sampler.generate(Setting(2, 1.0), [prompt], [int(seed)])[0]
         assert abs(alone - pixels).max() <= 1  # a teacher rounds differently in a batch

@@ -25,6 +25,7 @@ from distill.evaluate.metrics import (
 )
 from distill.evaluate.sampler import Setting
 from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT
 from distill.worlds.scenes.captions import TASKS
 from distill.worlds.scenes.evaluator import SceneEvaluator
@@ -153,7 +154,7 @@ def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
 
 
 def test_guidance_is_the_folders_where_none_is_asked_and_costs_two_calls_a_step() -> None:
-    comparison = Comparison(SHIPPED_TEACHER, {}, [(4, None), (4, 1.0)], torch.device("cpu"))
+    comparison = Comparison(SD3Folder.read(SHIPPED_TEACHER), {}, [(4, None), (4, 1.0)], torch.device("cpu"))
     guided, free = (Setting(4, json.loads((SHIPPED_TEACHER / "onestep.json").read_text())["guidance"]), Setting(4, 1))
     assert comparison.settings == [guided, free]
     assert (guided.nfe, free.nfe) == (8, 4)
@@ -162,7 +163,7 @@ def test_guidance_is_the_folders_where_none_is_asked_and_costs_two_calls_a_step(
 def test_a_teacher_of_another_size_is_named_before_it_is_loaded(tmp_path: Path) -> None:
     small = make_teacher(tmp_path / "small")
     with pytest.raises(SizeError, match="distill geneval"):
-        Comparison(small, {"student": SHIPPED_STUDENT}, [(1, None)], torch.device("cpu"))
+        Comparison(SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [(1, None)], torch.device("cpu"))
 
 
 def test_splits_share_no_combination() -> None:

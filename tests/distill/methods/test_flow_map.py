@@ -18,6 +18,7 @@ from distill.methods.base import Loss, TrainingBatch, Velocities
 from distill.methods.flow_map import OBJECTIVES, FlowMapConfig
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3 import load_transformer, velocity
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.two_times import FILE, add_second_time, split
 from distill.philox import Draw
@@ -95,13 +96,13 @@ def test_where_jumps_start_and_end():
 
 @pytest.fixture(scope="module")
 def cond(teacher: Path):
-    return SD3TextEncoder.load(teacher).encode(PROMPTS)
+    return SD3TextEncoder.load(SD3Folder.read(teacher)).encode(PROMPTS)
 
 
 def moved(teacher: Path, kind: Full | Lora):
     """Networks whose student of two times is no longer its teacher, in any of its weights."""
     torch.manual_seed(3)
-    networks = build(teacher, kind, torch.float32, CPU, ("student",), two_times=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, ("student",), two_times=True)
     weights = networks.trainable("student")
     for tensor in weights.values():
         tensor.data += 0.05 * torch.randn(tensor.shape)
@@ -110,7 +111,7 @@ def moved(teacher: Path, kind: Full | Lora):
 
 @pytest.mark.parametrize("kind", [Full(), Lora(rank=4, alpha=8, gradient_checkpointing=True)])
 def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, teacher, cond):
-    networks = build(teacher, kind, torch.float32, CPU, ("student",), two_times=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, ("student",), two_times=True)
     student, x = networks.velocity("student"), noise(range(4), SHAPE)
     t, s = torch.tensor([1.0, 1.0, 0.6, 0.3]), torch.tensor([0.0, 0.7, 0.5, 0.1])
     expected = networks.velocity("teacher")(x, t, cond)
@@ -162,9 +163,9 @@ def test_the_exported_student_is_plain_in_one_step_and_takes_any_number(kind, te
     networks = moved(teacher, kind)
     weights = networks.trainable("student")
     lora = kind if isinstance(kind, Lora) else None
-    out = export_student(teacher, weights, tmp_path / "out", RECIPE, lora, torch.float32)
+    out = export_student(SD3Folder.read(teacher), weights, tmp_path / "out", RECIPE, lora, torch.float32)
     z, student = noise(range(4), SHAPE), networks.velocity("student")
-    plain = load_transformer(out)  # as stock diffusers loads it: every key is known to it
+    plain = load_transformer(SD3Folder.read(out))  # as stock diffusers loads it: every key is known to it
     with torch.no_grad():
         own = one_step(student, z, cond)
         stock = one_step(lambda x, t, cond: velocity(plain, x, t, cond), z, cond)
@@ -180,9 +181,9 @@ def test_the_exported_student_is_plain_in_one_step_and_takes_any_number(kind, te
 
 
 def test_steps_that_a_student_was_not_made_for_are_refused(teacher, cond, tmp_path):
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     add_second_time(transformer)
-    out = export_student(teacher, dict(transformer.named_parameters()), tmp_path / "out", RECIPE)
+    out = export_student(SD3Folder.read(teacher), dict(transformer.named_parameters()), tmp_path / "out", RECIPE)
     with pytest.raises(ConfigError, match="from 1, not 0"):
         OneStepPipeline.load(out).latents(cond, range(4), steps=0)
     single = shutil.copytree(out, tmp_path / "single")

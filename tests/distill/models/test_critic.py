@@ -11,6 +11,7 @@ from distill.methods.base import Real, TrainingBatch, Velocities
 from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.policies import Guidance
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.philox import Draw
 from distill.training.networks import FullCopies, SharedBase, build
@@ -23,12 +24,12 @@ Networks = FullCopies | SharedBase
 
 @pytest.fixture(scope="module")
 def cond(teacher: Path) -> TextCondition:
-    return SD3TextEncoder.load(teacher).encode(["a red circle", "a blue square", "circle"])
+    return SD3TextEncoder.load(SD3Folder.read(teacher)).encode(["a red circle", "a blue square", "circle"])
 
 
 def made(teacher: Path, kind: Full | Lora) -> Networks:
     torch.manual_seed(0)
-    networks = build(teacher, kind, torch.float32, CPU, critic=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, critic=True)
     for role in networks.roles:  # adapters and the critic start as zero maps; make them matter, and differ
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)
@@ -72,7 +73,7 @@ def test_the_gradient_into_images_is_that_of_a_plain_composition(teacher, cond, 
     assert all(tensor.grad is None for tensor in networks.trainable("fake").values())
 
     weights = networks.trainable("fake")
-    model = load_transformer(teacher)
+    model = load_transformer(SD3Folder.read(teacher))
     model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False)
     last: list[Tensor] = []
     model.transformer_blocks[-1].register_forward_hook(lambda block, inputs, outputs: last.append(outputs[1]))
@@ -89,7 +90,7 @@ _LAYERS = ("norm", "token", "logit")
 
 
 def test_a_fresh_critic_moves_nobody_and_is_the_fake_s_alone(teacher, cond):
-    networks = build(teacher, Full(), torch.float32, CPU, critic=True)
+    networks = build(SD3Folder.read(teacher), Full(), torch.float32, CPU, critic=True)
     x_t = torch.randn(3, *SHAPE, requires_grad=True)
     logits = networks.critic(False)(x_t, torch.full((3,), 0.5), cond)
     assert torch.equal(logits, torch.zeros(3))

@@ -20,33 +20,32 @@ from distill.models.sd3 import (
     guided,
     load_transformer,
     load_vae,
-    read_spec,
     sample,
     velocity,
 )
-from distill.models.sd3_folder import MODELS
+from distill.models.sd3_folder import MODELS, SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.plan.meter import Meter
 from distill.student.export import export_student
 
 
 def test_the_spec_has_the_folders_numbers(teacher: Path, teacher_t5: Path) -> None:
-    spec = read_spec(teacher)
+    spec = SD3Folder.read(teacher)
     assert (spec.latent_shape, spec.image_size, spec.text_shape) == ((4, 8, 8), 16, (8, 48))
     assert (spec.max_sequence_length, spec.has_t5, spec.shift) == (0, False, 3.0)
     assert (spec.scaling_factor, spec.shift_factor, spec.guidance) == (1.5, 0.06, 7.0)
-    assert spec.parameters == sum(p.numel() for p in load_transformer(teacher).state_dict().values())
-    assert read_spec(teacher_t5).text_shape == (14, 48)
+    assert spec.parameters == sum(p.numel() for p in load_transformer(SD3Folder.read(teacher)).state_dict().values())
+    assert SD3Folder.read(teacher_t5).text_shape == (14, 48)
 
 
 def test_a_folder_without_a_record_takes_the_stock_length(tmp_path: Path) -> None:
-    assert read_spec(make_teacher(tmp_path, max_sequence_length=None)).max_sequence_length == 256
+    assert SD3Folder.read(make_teacher(tmp_path, max_sequence_length=None)).max_sequence_length == 256
 
 
 def test_the_digest_follows_the_weights_and_not_the_place(teacher: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(teacher, tmp_path / "copy")
-    assert read_spec(copy).digest == read_spec(teacher).digest
-    assert read_spec(make_teacher(tmp_path / "other", seed=1)).digest != read_spec(teacher).digest
+    assert SD3Folder.read(copy).digest == SD3Folder.read(teacher).digest
+    assert SD3Folder.read(make_teacher(tmp_path / "other", seed=1)).digest != SD3Folder.read(teacher).digest
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (1, 3.0), (4, 1.0), (28, 3.0)])
@@ -60,11 +59,11 @@ def test_times_are_the_schedulers(steps: int, shift: float) -> None:
 @pytest.mark.parametrize("name", ["teacher", "teacher_t5"])
 def test_sampling_is_the_stock_pipelines(name: str, steps: int, scale: float, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
-    spec = read_spec(folder)
+    spec = SD3Folder.read(folder)
     z = torch.randn(len(PROMPTS), *spec.latent_shape, generator=torch.Generator().manual_seed(1))
 
-    encoder = SD3TextEncoder.load(folder)
-    transformer = load_transformer(folder)
+    encoder = SD3TextEncoder.load(SD3Folder.read(folder))
+    transformer = load_transformer(SD3Folder.read(folder))
     u = guided(lambda x_t, t, cond: velocity(transformer, x_t, t, cond), encoder.encode([""]), scale)
     ours = sample(u, z, encoder.encode(PROMPTS), steps, spec.shift)
 
@@ -77,16 +76,16 @@ def test_sampling_is_the_stock_pipelines(name: str, steps: int, scale: float, re
 
 
 def test_velocity_is_fp32_from_any_weights(teacher: Path) -> None:
-    encoder = SD3TextEncoder.load(teacher)
+    encoder = SD3TextEncoder.load(SD3Folder.read(teacher))
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.25, 1.0])
-    exact = velocity(load_transformer(teacher), x_t, t, encoder.encode(PROMPTS[:2]))
-    coarse = velocity(load_transformer(teacher, torch.bfloat16), x_t, t, encoder.encode(PROMPTS[:2]))
+    exact = velocity(load_transformer(SD3Folder.read(teacher)), x_t, t, encoder.encode(PROMPTS[:2]))
+    coarse = velocity(load_transformer(SD3Folder.read(teacher), torch.bfloat16), x_t, t, encoder.encode(PROMPTS[:2]))
     assert exact.dtype == coarse.dtype == torch.float32
     assert torch.allclose(exact, coarse, atol=0.05)
 
 
 def test_latents_are_scaled_as_stock_does(teacher: Path) -> None:
-    vae, stock = load_vae(teacher), stock_pipeline(teacher)
+    vae, stock = load_vae(SD3Folder.read(teacher)), stock_pipeline(teacher)
     latents = torch.randn(2, 4, 8, 8)
     stock_pixels = stock.vae.decode(latents / 1.5 + 0.06, return_dict=False)[0]
     assert torch.equal(decode_latents(vae, latents), stock_pixels)
@@ -96,7 +95,10 @@ def test_latents_are_scaled_as_stock_does(teacher: Path) -> None:
 
 
 def test_decoding_in_parts_gives_the_same_images_and_holds_less(teacher: Path) -> None:
-    vae, latents = load_vae(teacher), torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    vae, latents = (
+        load_vae(SD3Folder.read(teacher)),
+        torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad(), Meter() as whole:
         expected = decode_latents(vae, latents)
     with torch.no_grad(), Meter() as parts:
@@ -173,7 +175,7 @@ def test_a_setting_that_is_not_followed_is_refused(name, change, sentence, teach
     folder = shutil.copytree(teacher, tmp_path / "other")
     _edit(folder / name, **change)
     with pytest.raises(TeacherError, match=sentence):
-        read_spec(folder)
+        SD3Folder.read(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
@@ -183,7 +185,7 @@ def test_quantized_weights_are_refused(dtype: torch.dtype, teacher: Path, tmp_pa
     tensors = load_file(path)
     save_file({**tensors, "proj_out.weight": tensors["proj_out.weight"].to(dtype)}, path)
     with pytest.raises(TeacherError, match=r"holds quantized weights .*; give the plain model"):
-        read_spec(folder)
+        SD3Folder.read(folder)
 
 
 def test_only_files_that_are_loaded_count_and_are_copied(teacher: Path, tmp_path: Path) -> None:
@@ -206,9 +208,11 @@ def test_only_files_that_are_loaded_count_and_are_copied(teacher: Path, tmp_path
     for name in ("text_encoder", "text_encoder_2"):  # transformers takes the whole file before an index
         (folder / name / "model.safetensors.index.json").write_text('{"weight_map": {"a": "nowhere.safetensors"}}')
     _edit(folder / "model_index.json", safety_checker=["elsewhere", "Checker"], image_encoder=["transformers", "X"])
-    assert read_spec(folder).digest == read_spec(teacher).digest
-    weights = dict(load_transformer(folder).named_parameters())
-    out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    assert SD3Folder.read(folder).digest == SD3Folder.read(teacher).digest
+    weights = dict(load_transformer(SD3Folder.read(folder)).named_parameters())
+    out = export_student(
+        SD3Folder.read(folder), weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1}
+    )
     plain = {path.relative_to(teacher) for path in teacher.rglob("*") if path.is_file()}
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == plain | {Path("README.md")}
     stock_pipeline(out)
@@ -219,7 +223,7 @@ def test_every_file_that_is_loaded_counts(name: str, teacher: Path, tmp_path: Pa
     folder = shutil.copytree(teacher, tmp_path / "changed")
     (path,) = (path for path in (folder / name).iterdir() if path.name in ("config.json", "tokenizer.json"))
     path.write_text(path.read_text() + " ")
-    assert read_spec(folder).digest != read_spec(teacher).digest
+    assert SD3Folder.read(folder).digest != SD3Folder.read(teacher).digest
 
 
 def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Path, tmp_path: Path) -> None:
@@ -232,16 +236,21 @@ def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Pat
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(encoder / "model.fp16-00001-of-00001.safetensors"),
                                                          "model.fp16-00001-of-00001.safetensors")}  # fmt: skip
     (encoder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
-    encoded = SD3TextEncoder.load(folder).encode(PROMPTS)
-    expected = SD3TextEncoder.load(teacher_t5).encode(PROMPTS)
+    encoded = SD3TextEncoder.load(SD3Folder.read(folder)).encode(PROMPTS)
+    expected = SD3TextEncoder.load(SD3Folder.read(teacher_t5)).encode(PROMPTS)
     assert encoded.embeds.equal(expected.embeds)
-    weights = load_transformer(folder).state_dict()
-    assert all(weights[name].equal(tensor) for name, tensor in load_transformer(teacher_t5).state_dict().items())
+    weights = load_transformer(SD3Folder.read(folder)).state_dict()
+    assert all(
+        weights[name].equal(tensor)
+        for name, tensor in load_transformer(SD3Folder.read(teacher_t5)).state_dict().items()
+    )
     for _ in range(2):  # the second replaces the first
-        out = export_student(folder, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+        out = export_student(
+            SD3Folder.read(folder), weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1}
+        )
     assert not list(out.rglob("*fp16.*"))
-    assert SD3TextEncoder.load(out).encode(PROMPTS).embeds.equal(expected.embeds)
-    assert load_vae(out).config.scaling_factor == load_vae(folder).config.scaling_factor
+    assert SD3TextEncoder.load(SD3Folder.read(out)).encode(PROMPTS).embeds.equal(expected.embeds)
+    assert load_vae(SD3Folder.read(out)).config.scaling_factor == load_vae(SD3Folder.read(folder)).config.scaling_factor
     stock_pipeline(out)
 
 
@@ -250,9 +259,9 @@ def test_a_t5_that_was_not_fetched_is_named_with_what_to_do(teacher_t5: Path, tm
     for name in ("text_encoder_3", "tokenizer_3"):
         shutil.rmtree(folder / name)
         with pytest.raises(TeacherError, match=r"fetch it, or set .* to \[null, null\] in model_index.json"):
-            read_spec(folder)
+            SD3Folder.read(folder)
     _edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
-    assert not read_spec(folder).has_t5
+    assert not SD3Folder.read(folder).has_t5
 
 
 @pytest.mark.parametrize(
@@ -263,7 +272,7 @@ def test_a_pointer_of_git_lfs_is_named(name: str, teacher: Path, tmp_path: Path)
     folder = shutil.copytree(teacher, tmp_path / "cloned")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(TeacherError, match=f"{name} is a pointer of Git LFS .*`git lfs pull`"):
-        read_spec(folder)
+        SD3Folder.read(folder)
 
 
 def test_a_revision_of_the_hub_s_cache_has_the_model_s_name(teacher: Path, tmp_path: Path) -> None:
@@ -271,9 +280,11 @@ def test_a_revision_of_the_hub_s_cache_has_the_model_s_name(teacher: Path, tmp_p
     snapshot = tmp_path / "models--stabilityai--stable-diffusion-3-medium-diffusers" / "snapshots" / revision
     shutil.copytree(teacher, snapshot)
     (tmp_path / "link").symlink_to(snapshot)
-    assert read_spec(snapshot).name == read_spec(tmp_path / "link").name == "stable-diffusion-3-medium-diffusers"
-    assert read_spec(shutil.copytree(teacher, tmp_path / revision)).name == "sd3-b1148b40"
-    assert read_spec(shutil.copytree(teacher, tmp_path / "mine")).name == "mine"
+    assert (
+        SD3Folder.read(snapshot).name == SD3Folder.read(tmp_path / "link").name == "stable-diffusion-3-medium-diffusers"
+    )
+    assert SD3Folder.read(shutil.copytree(teacher, tmp_path / revision)).name == "sd3-b1148b40"
+    assert SD3Folder.read(shutil.copytree(teacher, tmp_path / "mine")).name == "mine"
 
 
 @pytest.mark.parametrize("sentence", DAMAGE)
@@ -281,7 +292,7 @@ def test_a_folder_that_is_not_whole_is_refused(sentence: str, teacher: Path, tmp
     folder = shutil.copytree(teacher, tmp_path / "damaged")
     DAMAGE[sentence](folder)
     with pytest.raises(TeacherError, match=sentence) as caught:
-        read_spec(folder)
+        SD3Folder.read(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -314,9 +325,9 @@ def test_weights_that_a_configuration_does_not_call_for_are_refused(sentence: st
     folder = shutil.copytree(teacher, tmp_path / "teacher")
     UNFIT[sentence](folder)
     with pytest.raises(TeacherError, match=sentence):
-        check_parts(read_spec(folder))
+        check_parts(SD3Folder.read(folder))
     with pytest.raises(TeacherError, match=sentence):
-        load_transformer(folder) if "transformer" in sentence else load_vae(folder)
+        load_transformer(SD3Folder.read(folder)) if "transformer" in sentence else load_vae(SD3Folder.read(folder))
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
@@ -325,7 +336,7 @@ def test_no_weights_of_a_text_encoder_are_made_up(name: str, teacher_t5: Path, t
     path = folder / name / "model.safetensors"
     _without(path, lost := sorted(load_file(path))[-2])
     with pytest.raises(TeacherError, match=f"{name} lack {lost}"):
-        SD3TextEncoder.load(folder)
+        SD3TextEncoder.load(SD3Folder.read(folder))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
@@ -334,12 +345,12 @@ def test_a_tokenizer_without_words_is_refused(name: str, teacher_t5: Path, tmp_p
     words = folder / name / "tokenizer.json"
     words.write_text("{}")
     with pytest.raises(TeacherError, match=f"{name} holds no usable tokenizer"):
-        SD3TextEncoder.load(folder)
+        SD3TextEncoder.load(SD3Folder.read(folder))
     words.unlink()
     with pytest.raises(TeacherError, match=f"{name} has neither tokenizer.json nor"):
-        read_spec(folder)
+        SD3Folder.read(folder)
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="is not a folder"):
-        read_spec(tmp_path / "nothing")
+        SD3Folder.read(tmp_path / "nothing")

@@ -8,6 +8,7 @@ from tiny import CLIP_LENGTH, PROMPTS, WORDS, make_teacher, stock_pipeline
 from transformers import CLIPTokenizer
 
 from distill.errors import PromptError
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.worlds.tokenizer import build_clip_tokenizer
 
@@ -39,7 +40,7 @@ def test_a_word_that_cannot_be_one_token_is_refused(word: str) -> None:
 @pytest.mark.parametrize(("t5", "length"), [(False, 0), (False, 5), (True, 6)])
 def test_encoding_is_the_stock_pipelines(t5: bool, length: int, tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "teacher", t5=t5, max_sequence_length=length)
-    condition = SD3TextEncoder.load(folder).encode(PROMPTS)
+    condition = SD3TextEncoder.load(SD3Folder.read(folder)).encode(PROMPTS)
     stock = stock_pipeline(folder)
     with torch.no_grad():
         embeds, _, pooled, _ = stock.encode_prompt(
@@ -51,20 +52,28 @@ def test_encoding_is_the_stock_pipelines(t5: bool, length: int, tmp_path: Path) 
 
 
 def test_a_length_can_be_given_instead_of_the_folders_own(teacher_t5: Path) -> None:
-    assert SD3TextEncoder.load(teacher_t5).encode(["a"]).embeds.shape[1] == CLIP_LENGTH + 6
-    assert SD3TextEncoder.load(teacher_t5, max_sequence_length=0).encode(["a"]).embeds.shape[1] == CLIP_LENGTH
+    assert SD3TextEncoder.load(SD3Folder.read(teacher_t5)).encode(["a"]).embeds.shape[1] == CLIP_LENGTH + 6
+    assert (
+        SD3TextEncoder.load(SD3Folder.read(teacher_t5), max_sequence_length=0).encode(["a"]).embeds.shape[1]
+        == CLIP_LENGTH
+    )
 
 
 def test_truncation_is_told_for_each_encoder(teacher: Path, teacher_t5: Path) -> None:
     fits = " ".join(WORDS[:1] * (CLIP_LENGTH - 2))  # start and end take two
-    assert SD3TextEncoder.load(teacher).truncated([fits, fits + " a", "a", ""]) == [False, True, False, False]
-    six = SD3TextEncoder.load(teacher_t5)  # CLIP's 8 tokens would do, T5's 6 with one end mark do not
+    assert SD3TextEncoder.load(SD3Folder.read(teacher)).truncated([fits, fits + " a", "a", ""]) == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    six = SD3TextEncoder.load(SD3Folder.read(teacher_t5))  # CLIP's 8 tokens would do, T5's 6 with one end mark do not
     assert six.truncated(["a a a a a", "a a a a a a"]) == [False, True]
 
 
 def test_half_of_a_character_is_refused_by_the_prompt_that_holds_it(teacher: Path) -> None:
     with pytest.raises(PromptError, match=r"the prompt 'cut \\ud83d' holds half of a character"):
-        SD3TextEncoder.load(teacher).encode(["a", "cut \ud83d"])
+        SD3TextEncoder.load(SD3Folder.read(teacher)).encode(["a", "cut \ud83d"])
 
 
 def test_conditions_are_sliced_joined_and_repeated() -> None:

@@ -18,6 +18,7 @@ from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.geometry import NAMES, read_geometry
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan import estimate as plans
@@ -107,10 +108,10 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
 @pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
 def test_the_networks_of_a_plan_are_those_of_a_run(teacher, kind):
     made = setting(teacher, kind)
-    real = build(teacher, kind, made.dtype, CPU)
+    real = build(SD3Folder.read(teacher), kind, made.dtype, CPU)
     _, models = plans.build(made.geometry, kind, made.dtype)
     assert nbytes(held(models_of(real))) == nbytes(held(models))
-    assert made.plan().parameters == sum(x.numel() for x in load_transformer(teacher).parameters())
+    assert made.plan().parameters == sum(x.numel() for x in load_transformer(SD3Folder.read(teacher)).parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
@@ -118,7 +119,7 @@ def test_what_is_kept_is_what_autograd_saves(teacher, kind):
     """In fp32, where the networks that a run builds and those of a plan compute alike; autograd is asked itself."""
     made = setting(teacher, kind)
     z, cond = inputs(made)
-    networks = build(teacher, kind, torch.float32, CPU)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU)
     own = {x.untyped_storage()._cdata for x in [*held(models_of(networks)), z, cond.embeds, cond.pooled]}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -165,7 +166,7 @@ def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
     roles, critic = tuple(sorted({turn.role for turn in turns})), any(turn.critic for turn in turns)
     two_times = any(turn.two_times for turn in turns)
     made = setting(teacher, Full(), method=method)
-    plan, networks = made.plan(), build(teacher, Full(), made.dtype, CPU, roles, two_times, critic)
+    plan, networks = made.plan(), build(SD3Folder.read(teacher), Full(), made.dtype, CPU, roles, two_times, critic)
     own = {role: nbytes(networks.trainable(role).values()) for role in roles}
     assert [plan.resident[f"{role} weights"] for role in roles] == list(own.values())
     assert plan.resident["fake weights"] == own.get("fake", 0)
@@ -195,7 +196,7 @@ def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
 
 
 def test_eight_bits_are_a_byte_for_each_moment_and_a_scale_for_each_block(teacher):
-    sizes = [x.numel() for x in load_transformer(teacher).parameters()]
+    sizes = [x.numel() for x in load_transformer(SD3Folder.read(teacher)).parameters()]
     moment = sum(size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes)
     plan = setting(teacher, Full(), method=PATH, optimizer="adam-8bit").plan()  # where the student alone learns
     assert plan.resident["optimizer states"] == 2 * moment
@@ -220,7 +221,7 @@ def test_checkpointing_lowers_activations_and_costs_arithmetic(teacher, kind):
 
 def test_lora_keeps_one_base_and_full_three(teacher):
     lora, full = (setting(teacher, kind).plan() for kind in (Lora(rank=4), Full()))
-    tables = nbytes(load_transformer(teacher).buffers())  # of positions, which no role learns
+    tables = nbytes(load_transformer(SD3Folder.read(teacher)).buffers())  # of positions, which no role learns
     assert lora.resident["base weights"] == 4 * lora.parameters + tables
     assert lora.resident["student weights"] == 4 * lora.trainable < full.resident["student weights"]
     assert full.resident["student weights"] == full.resident["fake weights"] == 4 * full.parameters

@@ -10,6 +10,7 @@ from tiny import stock_pipeline
 
 from distill.errors import TeacherError
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.student.adapters import FILE, Merger, read_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "proj_out")
@@ -18,7 +19,7 @@ MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "p
 @pytest.fixture(scope="module")
 def adapter_folder(teacher, tmp_path_factory):
     torch.manual_seed(3)
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     factors = {}
     for rank, module in enumerate(MODULES, 2):
         out, width = transformer.get_submodule(module).weight.shape
@@ -37,7 +38,7 @@ def output(transformer):
 
 
 def test_merged_is_what_diffusers_computes_beside_the_weights(teacher, adapter_folder):
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     adapter = read_adapter(adapter_folder, transformer)
     merger = Merger(transformer)
     untouched = output(transformer)
@@ -51,7 +52,7 @@ def test_merged_is_what_diffusers_computes_beside_the_weights(teacher, adapter_f
 
 
 def test_weights_depend_on_nothing_that_was_merged_before(teacher, adapter_folder):
-    transformer = load_transformer(teacher, torch.bfloat16)
+    transformer = load_transformer(SD3Folder.read(teacher), torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     adapter, merger = read_adapter(adapter_folder, transformer), Merger(transformer)
     merger.merge(adapter, 0.7)
@@ -66,7 +67,7 @@ def test_weights_depend_on_nothing_that_was_merged_before(teacher, adapter_folde
 
 
 def test_alpha_counts_from_either_place(teacher, adapter_folder, tmp_path):
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     factors = load_file(adapter_folder / FILE)
     name = MODULES[0]
     plain, _ = read_adapter(adapter_folder, transformer).factors[name]
@@ -88,7 +89,7 @@ def test_an_rslora_adapter_has_the_scale_that_peft_gives_it(beside, teacher, ada
     if beside:
         save_file(factors, tmp_path / FILE)
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    transformer = load_transformer(teacher)
+    transformer = load_transformer(SD3Folder.read(teacher))
     adapter = read_adapter(tmp_path, transformer)
     Merger(transformer).merge(adapter)
     torch.testing.assert_close(output(transformer), output(stock.transformer), atol=1e-4, rtol=1e-4)
@@ -112,19 +113,19 @@ def test_an_adapter_that_is_merged_in_another_way_is_refused_by_name(setting, ma
     shutil.copyfile(adapter_folder / FILE, tmp_path / FILE)
     (tmp_path / "adapter_config.json").write_text(json.dumps(setting))
     with pytest.raises(TeacherError, match=match):
-        read_adapter(tmp_path, load_transformer(teacher))
+        read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))
     told = {f"transformer.{name}": value for name, value in setting.items()}
     save_file(load_file(adapter_folder / FILE), tmp_path / FILE, {"lora_adapter_metadata": json.dumps(told)})
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(TeacherError, match=match):
-        read_adapter(tmp_path, load_transformer(teacher))
+        read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))
 
 
 def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folder, tmp_path):
     (tmp_path / FILE).write_bytes((adapter_folder / FILE).read_bytes())
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(TeacherError, match="damaged"):
-        read_adapter(tmp_path, load_transformer(teacher))
+        read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folde
 def test_what_is_no_adapter_of_it_is_refused(teacher, adapter_folder, tmp_path, change, match):
     save_file(load_file(adapter_folder / FILE) | change, tmp_path / FILE)
     with pytest.raises(TeacherError, match=match):
-        read_adapter(tmp_path, load_transformer(teacher))
+        read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))
     (tmp_path / FILE).write_bytes(b"no tensors")
     with pytest.raises(TeacherError, match="damaged"):
-        read_adapter(tmp_path, load_transformer(teacher))
+        read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))

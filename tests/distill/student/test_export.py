@@ -23,7 +23,7 @@ from distill.errors import (
 )
 from distill.flow import noise, one_step
 from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.pipeline import OneStepPipeline
 from distill.student import parity
@@ -40,8 +40,12 @@ RECIPE = {"name": "tiny-one-step", "method": "fgm", "images_seen": 12}
 def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every weight of the teacher moved a little."""
     torch.manual_seed(1)
-    weights = {name: p + 0.02 * torch.randn_like(p) for name, p in load_transformer(teacher).named_parameters()}
-    return export_student(teacher, weights, tmp_path_factory.mktemp("students") / "full", RECIPE, dtype=torch.float32)
+    weights = {
+        name: p + 0.02 * torch.randn_like(p) for name, p in load_transformer(SD3Folder.read(teacher)).named_parameters()
+    }
+    return export_student(
+        SD3Folder.read(teacher), weights, tmp_path_factory.mktemp("students") / "full", RECIPE, dtype=torch.float32
+    )
 
 
 def stock_latents(pipeline, prompts, z, length):
@@ -69,14 +73,14 @@ def test_stock_diffusers_makes_the_same_latents_in_one_step(student):
 def adapted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedBase, Path]:
     """An adapter whose alpha is twice its rank, and the student that it was exported to."""
     torch.manual_seed(2)
-    networks = build(teacher, Lora(rank=4, alpha=8), torch.float32, CPU)
+    networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=8), torch.float32, CPU)
     assert isinstance(networks, SharedBase)
     for role in ROLES:
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)
     out = tmp_path_factory.mktemp("students") / "lora"
     return networks, export_student(
-        teacher, networks.trainable("student"), out, RECIPE, Lora(rank=4, alpha=8), torch.float32
+        SD3Folder.read(teacher), networks.trainable("student"), out, RECIPE, Lora(rank=4, alpha=8), torch.float32
     )
 
 
@@ -104,7 +108,7 @@ def test_an_adapter_file_is_what_comfyui_loads(adapted, teacher):
         lora = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     names = {found[1] for found in map(known.fullmatch, lora) if found}
     assert len(lora) == 2 * len(names)
-    merged, base = (load_transformer(folder).state_dict() for folder in (out, teacher))
+    merged, base = (load_transformer(SD3Folder.read(folder)).state_dict() for folder in (out, teacher))
     for name in names:
         a, b = (lora[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
         torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + b @ a)
@@ -113,29 +117,31 @@ def test_an_adapter_file_is_what_comfyui_loads(adapted, teacher):
 
 
 def test_a_big_transformer_is_cut_into_shards_that_are_checked(teacher, student, tmp_path):
-    weights = dict(load_transformer(student).named_parameters())
-    out = export_student(teacher, weights, tmp_path / "cut", RECIPE, dtype=torch.float32, max_shard_size="100KB")
+    weights = dict(load_transformer(SD3Folder.read(student)).named_parameters())
+    out = export_student(
+        SD3Folder.read(teacher), weights, tmp_path / "cut", RECIPE, dtype=torch.float32, max_shard_size="100KB"
+    )
     shards = sorted((out / "transformer").glob("*.safetensors"))
     assert len(shards) > 2
     assert (out / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
     whole, cut = OneStepPipeline.load(student), OneStepPipeline.load(out)
-    assert read_spec(out).parameters == read_spec(student).parameters
+    assert SD3Folder.read(out).parameters == SD3Folder.read(student).parameters
     assert torch.equal(cut.latents(cut.encode(PROMPTS), range(4)), whole.latents(whole.encode(PROMPTS), range(4)))
     assert check_parity(out) < 1e-4
 
-    before = read_spec(out).digest
+    before = SD3Folder.read(out).digest
     with shards[1].open("r+b") as file:
         header = int.from_bytes(file.read(8), "little")
         file.seek(8 + header)  # the first number of the first tensor
         file.write(b"\x01\x02\x03\x04")
-    assert read_spec(out).digest != before
+    assert SD3Folder.read(out).digest != before
     shards[1].unlink()
     with pytest.raises(TeacherError, match=shards[1].name):
-        read_spec(out)
+        SD3Folder.read(out)
     index = out / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
     with pytest.raises(TeacherError, match="files beside it"):
-        read_spec(out)
+        SD3Folder.read(out)
 
 
 def test_a_folder_that_stock_diffusers_runs_otherwise_fails_the_check(student, monkeypatch):
@@ -145,10 +151,12 @@ def test_a_folder_that_stock_diffusers_runs_otherwise_fails_the_check(student, m
 
 
 def test_the_card_bears_a_license(teacher, tmp_path):
-    weights = dict(load_transformer(teacher).named_parameters())
+    weights = dict(load_transformer(SD3Folder.read(teacher)).named_parameters())
 
     def header(**options):
-        text = (export_student(teacher, weights, tmp_path / "student", RECIPE, **options) / "README.md").read_text()
+        text = (
+            export_student(SD3Folder.read(teacher), weights, tmp_path / "student", RECIPE, **options) / "README.md"
+        ).read_text()
         return yaml.safe_load(text.split("---")[1])
 
     assert "license" not in header()
@@ -157,25 +165,25 @@ def test_the_card_bears_a_license(teacher, tmp_path):
     named = {"license": "other", "license_name": "community", "license_link": "LICENSE.md"}
     (shared / "README.md").write_text(f"---\n{yaml.safe_dump(named)}---\n# Teacher\n")
     assert license_of(shared) == named
-    out = export_student(shared, weights, tmp_path / "of-shared", RECIPE)
+    out = export_student(SD3Folder.read(shared), weights, tmp_path / "of-shared", RECIPE)
     assert license_of(out) == named
 
 
 def test_a_size_of_shards_that_is_none_is_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match="5GB"):
-        export_student(teacher, {}, tmp_path / "student", RECIPE, max_shard_size="big")
+        export_student(SD3Folder.read(teacher), {}, tmp_path / "student", RECIPE, max_shard_size="big")
 
 
 def test_weights_that_are_not_finite_are_not_exported(teacher, tmp_path):
-    weights = {name: p.detach().clone() for name, p in load_transformer(teacher).named_parameters()}
+    weights = {name: p.detach().clone() for name, p in load_transformer(SD3Folder.read(teacher)).named_parameters()}
     weights["proj_out.bias"][1] = float("nan")
     with pytest.raises(DivergedError, match=r"proj_out\.bias is not finite"):
-        export_student(teacher, weights, tmp_path / "student", RECIPE)
+        export_student(SD3Folder.read(teacher), weights, tmp_path / "student", RECIPE)
     weights["proj_out.bias"][1] = 1e5
     with pytest.raises(DivergedError, match=r"proj_out\.bias is too large for torch\.float16; .*bf16"):
-        export_student(teacher, weights, tmp_path / "student", RECIPE)
+        export_student(SD3Folder.read(teacher), weights, tmp_path / "student", RECIPE)
     assert list(tmp_path.iterdir()) == []
-    export_student(teacher, weights, tmp_path / "student", RECIPE, dtype=torch.bfloat16)
+    export_student(SD3Folder.read(teacher), weights, tmp_path / "student", RECIPE, dtype=torch.bfloat16)
 
 
 PARTS = {
@@ -228,12 +236,12 @@ def test_what_is_no_student_or_no_size_is_refused(teacher, student, tmp_path):
 
 
 def test_export_replaces_a_student_only_by_a_whole_one(teacher, tmp_path):
-    weights = dict(load_transformer(teacher).named_parameters())
-    out = export_student(teacher, weights, tmp_path / "student", RECIPE)
-    export_student(teacher, weights, out, {**RECIPE, "images_seen": 13})
+    weights = dict(load_transformer(SD3Folder.read(teacher)).named_parameters())
+    out = export_student(SD3Folder.read(teacher), weights, tmp_path / "student", RECIPE)
+    export_student(SD3Folder.read(teacher), weights, out, {**RECIPE, "images_seen": 13})
     assert OneStepPipeline.load(out).spec.images_seen == 13
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    assert SD3TextEncoder.load(out).encode([""]).embeds.shape == (1, 8, 48)
+    assert SD3TextEncoder.load(SD3Folder.read(out)).encode([""]).embeds.shape == (1, 8, 48)
 
 
 def _documents(folder: Path, teacher: Path, student: Path) -> Path:
@@ -297,21 +305,23 @@ def test_an_export_replaces_nothing_but_a_student(make, teacher, student, tmp_pa
 
     before = contents()
     with pytest.raises(OutputError, match=re.escape(str(out))):
-        export_student(teacher, dict(load_transformer(teacher).named_parameters()), out, RECIPE)
+        export_student(
+            SD3Folder.read(teacher), dict(load_transformer(SD3Folder.read(teacher)).named_parameters()), out, RECIPE
+        )
     assert contents() == before
 
 
 def test_an_export_goes_to_an_empty_folder_and_through_a_link_and_never_onto_its_teacher(teacher, student, tmp_path):
-    weights = dict(load_transformer(teacher).named_parameters())
+    weights = dict(load_transformer(SD3Folder.read(teacher)).named_parameters())
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     for images in (1, 2):
-        export_student(teacher, weights, tmp_path / "link", {**RECIPE, "images_seen": images})
+        export_student(SD3Folder.read(teacher), weights, tmp_path / "link", {**RECIPE, "images_seen": images})
         assert OneStepPipeline.load(tmp_path / "empty").spec.images_seen == images
     assert (tmp_path / "link").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"}
     with pytest.raises(OutputError, match="folder of the teacher"):
-        export_student(tmp_path / "empty", weights, tmp_path / "link", RECIPE)
+        export_student(SD3Folder.read(tmp_path / "empty"), weights, tmp_path / "link", RECIPE)
     assert OneStepPipeline.load(tmp_path / "empty").spec.images_seen == 2
 
 
@@ -320,8 +330,8 @@ def test_only_what_stock_loads_is_copied_and_no_path_of_this_machine_with_it(tea
     (crowded / "whole_model.safetensors").write_bytes(b"twice the size")
     (crowded / "text_encoder" / "model.fp16.safetensors").write_bytes(b"a variant")
     (crowded / "teacher-state").mkdir()
-    weights = dict(load_transformer(crowded).named_parameters())
-    out = export_student(crowded, weights, tmp_path / "student", RECIPE)
+    weights = dict(load_transformer(SD3Folder.read(crowded)).named_parameters())
+    out = export_student(SD3Folder.read(crowded), weights, tmp_path / "student", RECIPE)
 
     def files(folder):
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -336,4 +346,4 @@ def test_only_what_stock_loads_is_copied_and_no_path_of_this_machine_with_it(tea
 def test_a_disk_that_refuses_is_told_in_one_sentence(teacher, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="could not write the student"):
-        export_student(teacher, {}, tmp_path / "file" / "student", RECIPE)
+        export_student(SD3Folder.read(teacher), {}, tmp_path / "file" / "student", RECIPE)

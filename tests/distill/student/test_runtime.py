@@ -11,6 +11,7 @@ from tiny import PROMPTS, stock_pipeline
 
 from distill.errors import ConfigError
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, RuntimeOptions
 from distill.student.export import export_student
 from distill.student.runtime import fingerprint
@@ -21,8 +22,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def exported(teacher: Path, folder: Path) -> Path:
-    weights = dict(load_transformer(teacher).named_parameters())
-    return export_student(teacher, weights, folder, {"name": "tiny", "method": "fgm", "images_seen": 0})
+    weights = dict(load_transformer(SD3Folder.read(teacher)).named_parameters())
+    return export_student(SD3Folder.read(teacher), weights, folder, {"name": "tiny", "method": "fgm", "images_seen": 0})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from distill.config import Full, Lora
 from distill.errors import ConfigError
 from distill.methods.base import Velocities
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.training.networks import ROLES, FullCopies, build
 
 
@@ -56,14 +57,14 @@ def test_compiled_blocks_have_the_same_gradients_and_compile_once(teacher, trace
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_full_copies_pass_gradient_on_and_keep_none(teacher, checkpointing):
-    networks = build(teacher, Full(gradient_checkpointing=checkpointing), torch.float32, CPU)
+    networks = build(SD3Folder.read(teacher), Full(gradient_checkpointing=checkpointing), torch.float32, CPU)
     assert isinstance(networks, FullCopies)
     found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
     assert all(tensor.grad is None for tensor in networks.trainable("fake").values())
     assert all(tensor.requires_grad for tensor in networks.trainable("fake").values())
 
-    copies = [load_transformer(teacher) for _ in range(2)]
-    again = build(teacher, Full(), torch.float32, CPU)
+    copies = [load_transformer(SD3Folder.read(teacher)) for _ in range(2)]
+    again = build(SD3Folder.read(teacher), Full(), torch.float32, CPU)
     plain = [
         lambda x, t, cond, model=model: model(x, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
         for model in copies
@@ -73,7 +74,7 @@ def test_full_copies_pass_gradient_on_and_keep_none(teacher, checkpointing):
 
 
 def test_weights_that_are_held_keep_no_activations(teacher):
-    networks = build(teacher, Full(), torch.float32, CPU)
+    networks = build(SD3Folder.read(teacher), Full(), torch.float32, CPU)
     x, t, cond = torch.randn(2, *SHAPE, requires_grad=True), torch.full((2,), 0.5), Prompts().rows([0, 1])
 
     def kept(velocity):
@@ -87,17 +88,17 @@ def test_weights_that_are_held_keep_no_activations(teacher):
 
 def test_full_copies_are_not_sharded(teacher):
     with pytest.raises(ConfigError, match=r"networks\.kind full"):
-        build(teacher, Full(), torch.float32, CPU, mesh=object())
+        build(SD3Folder.read(teacher), Full(), torch.float32, CPU, mesh=object())
 
 
 def test_targets_that_the_teacher_has_not_are_named(teacher):
     with pytest.raises(ConfigError, match=r"networks\.targets: the teacher has no layer 'to_kk'"):
-        build(teacher, Lora(targets=("to_q", "to_kk")), torch.float32, CPU)
+        build(SD3Folder.read(teacher), Lora(targets=("to_q", "to_kk")), torch.float32, CPU)
 
 
 def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher):
     cond = Prompts().rows(range(3))
-    networks = build(teacher, Lora(rank=4, alpha=4), torch.bfloat16, CPU)
+    networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=4), torch.bfloat16, CPU)
     x, t = torch.randn(3, *SHAPE), torch.tensor([0.2, 0.5, 1.0])
     expected = networks.velocity("teacher")(x, t, cond)
     for role in ROLES:

@@ -15,6 +15,7 @@ from distill.data import batches
 from distill.errors import CacheError, ConfigError, DivergedError, RunError
 from distill.methods.base import Real
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.training import checkpoint, trainer
 from distill.training.networks import build
@@ -120,7 +121,7 @@ def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_o
 
     def end(out, critic, **more):
         config = parity.run(images=IMAGES, **{"networks.kind": "full", "optimizer.warmup_images": 10**12, **more})
-        networks = build(teacher, config.networks, torch.float32, parity.CPU, critic=critic)
+        networks = build(SD3Folder.read(teacher), config.networks, torch.float32, parity.CPU, critic=critic)
         reals = Reals() if critic else None
         list(trainer.train(config, out, networks, Prompts(), [SHAPE], Accelerator(cpu=True), reals))
         return networks.trainable("fake")
@@ -140,10 +141,10 @@ def test_a_run_starts_from_a_student_folder(teacher, tmp_path):
     config = parity.run(
         init_from=student, images=IMAGES, **{"networks.kind": "full", "optimizer.warmup_images": 10**12}
     )
-    networks = build(teacher, config.networks, torch.float32, parity.CPU)
+    networks = build(SD3Folder.read(teacher), config.networks, torch.float32, parity.CPU)
     (progress,) = trainer.train(config, tmp_path / "out", networks, Prompts(), [SHAPE], Accelerator(cpu=True))
     for role, folder in (("student", student), ("fake", teacher)):
-        expected = load_transformer(folder).state_dict()
+        expected = load_transformer(SD3Folder.read(folder)).state_dict()
         for name, tensor in networks.trainable(role).items():
             torch.testing.assert_close(tensor.detach(), expected[name])
     for name, tensor in progress.average.items():
@@ -235,7 +236,7 @@ def test_seeds_have_64_bits(teacher, tmp_path):
 def test_a_round_as_a_cuda_graph_is_the_same_round(kind, teacher, tmp_path):
     def end(graph):
         config = parity.run(images=8 * IMAGES, **{"networks.kind": kind, "networks.cuda_graph": graph})
-        networks = build(teacher, config.networks, torch.float32, torch.device("cuda"))
+        networks = build(SD3Folder.read(teacher), config.networks, torch.float32, torch.device("cuda"))
         machine = Accelerator()
         *_, last = trainer.train(config, tmp_path / str(graph), networks, Prompts(), [SHAPE], machine)
         return last

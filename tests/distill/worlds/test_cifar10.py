@@ -14,7 +14,7 @@ from distill.cli import app
 from distill.data.images import ImageCache, encode_examples, read_examples
 from distill.errors import ImageError, OutputError
 from distill.models.sd3 import decode_latents, encode_images
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.models.vae import to_pixels
 from distill.worlds.cifar10.data import CLASSES, read_images, write_images
 from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
@@ -89,7 +89,7 @@ def test_the_whole_path_runs_on_its_files(data: Path, clip_folder: Path, tmp_pat
     teacher, out, made, real = (tmp_path / name for name in ("teacher", "run", "made", "real"))
     small = ["--images", 8, "--batch", 4, "--layers", 1, "--heads", 1, "--device", "cpu"]
     invoke("cifar10", "teacher", data, "--out", teacher, *small)
-    assert read_spec(teacher).latent_shape == (3, 32, 32)
+    assert SD3Folder.read(teacher).latent_shape == (3, 32, 32)
     assert (teacher / "prompts.txt").read_text() == "image\n"
 
     settings = {"teacher": teacher, "prompts.source": teacher / "prompts.txt", "images": 8, "batch": 4}
@@ -135,8 +135,8 @@ def test_a_conditional_teacher_and_real_images_know_the_classes(data: Path, tmp_
     invoke("cifar10", "images", data, "--out", tmp_path / "real", "--test", "--conditional")
     examples = list(read_examples(str(tmp_path / "real")))
     assert [example.caption for example in examples] == [CLASSES[label] for label in labels]
-    list(encode_examples(tmp_path / "teacher", examples, tmp_path / "cache"))
-    spec = read_spec(tmp_path / "teacher")
+    list(encode_examples(SD3Folder.read(tmp_path / "teacher"), examples, tmp_path / "cache"))
+    spec = SD3Folder.read(tmp_path / "teacher")
     expected = (to_pixels(images) - spec.shift_factor) * spec.scaling_factor
-    found = ImageCache(tmp_path / "cache", tmp_path / "teacher").rows(torch.arange(3)).x_0
+    found = ImageCache(tmp_path / "cache", SD3Folder.read(tmp_path / "teacher")).rows(torch.arange(3)).x_0
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # the folder's weights are fp16

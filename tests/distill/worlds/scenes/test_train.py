@@ -20,7 +20,7 @@ from tiny import make_teacher, stock_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.errors import CacheError, CheckpointError, OutputError, TeacherError
-from distill.models.sd3_folder import read_spec
+from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.state import Progress
 from distill.worlds.denoiser import LOWEST_RATE, rate, tokenize, training_step
@@ -103,7 +103,7 @@ def test_a_stopped_training_ends_with_the_same_bits(trained: Path, tmp_path: Pat
 
 
 def test_the_folder_runs_in_stock_diffusers_as_our_reader_describes_it(trained: Path) -> None:
-    spec = read_spec(trained)
+    spec = SD3Folder.read(trained)
     pipeline = stock_pipeline(trained).to(torch.float32)
     image = pipeline("a red circle", num_inference_steps=2, max_sequence_length=spec.max_sequence_length).images[0]
     assert image.size == (spec.image_size, spec.image_size) == (64, 64)
