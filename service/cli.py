@@ -97,7 +97,7 @@ def serve(
 
         served = create_app(settings, workers)
         if served.state.jobs:
-            served.state.jobs.check()  # before the server starts, so that a wrong database is one sentence
+            served.state.jobs.prepare()  # before the server starts, so that a wrong database is one sentence
         ready = starting.result()[0].ready
     settings.check_aliases([loaded.info.name for loaded in ready.models])
     configure(settings.observability.log_format, settings.observability.log_level)

@@ -1,4 +1,4 @@
-"""`Jobs`: what the server keeps over a restart, and the threads that look after it."""
+"""`Jobs`: files, batches and fine-tuning jobs, which survive a restart, and their periodic tasks."""
 
 import asyncio
 import logging
@@ -31,29 +31,26 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-PeriodicTask = Callable[[int], None]  # of the time in seconds
+PeriodicTask = Callable[[int], None]  # called with the time in seconds
 SECRET_BYTES = 32  # of the secret that signs links
 WRITERS = 8  # requests that write to the database at once
-STOP_SECONDS = 10  # that a thread which waits for the database gets at the end; it is left behind then
+STOP_SECONDS = 10  # that a shutdown waits for a thread, which may itself wait for the database
 
 
 class Jobs:
-    """The database, files, workflows, and the chores that are done every few seconds.
-
-    Every method but `write` blocks.
-    """
+    """The durable part of the server. Every method but `write` blocks."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        """Makes the data folder. Raises StartError if it cannot be made or written."""
+        """Creates the data folder. Raises StartError if it cannot be created or written."""
         self.folder = folder.absolute()
         for needed in (self.folder, self.folder / "files"):
             try:
                 make_writable(needed)
             except OSError as error:
                 raise StartError(
-                    f"data: the folder {needed} cannot be made or written ({error.strerror}); make it writable for the "
-                    "user that the server runs as, or name another one with --data, or `none` to serve without files, "
-                    "batches and jobs"
+                    f"data: the folder {needed} cannot be created or written ({error.strerror}); make it writable for "
+                    "the user that the server runs as, or name another one with --data, or `none` to serve without "
+                    "files, batches and jobs"
                 ) from None
         given = settings.jobs.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
@@ -77,25 +74,26 @@ class Jobs:
             self.batches.begin_lost,
             workflow.begin_waiting,
             workflow.remove_deleted,
-        ]  # each must be harmless to repeat, and to do in several servers at once
+        ]  # each may run again, and in several servers at once
         self._period = settings.jobs.takeover_seconds / LOOKS
         self._ended = threading.Event()
-        # The pulse has a thread of its own: a chore may wait for long, and nobody is to think the server dead.
+        self._prepared = False
+        # The heartbeat has its own thread: a task may wait for long, and the server must not seem dead meanwhile.
         beat = [lambda now: self.workflows.beat()]
         self._threads = [
             threading.Thread(target=self._repeat, args=(periodic_tasks,), name=f"jobs-{name}", daemon=True)
-            for name, periodic_tasks in (("pulse", beat), ("keeper", self.periodic_tasks))
+            for name, periodic_tasks in (("heartbeat", beat), ("tasks", self.periodic_tasks))
         ]
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs-write")
         self._open = False
 
     @property
     def open(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self._open
 
     def secret(self) -> bytes:
-        """Random bytes that are drawn once and kept, so that signed links outlast the server.
+        """Return random bytes, created once and kept so that signed links stay valid after a restart.
 
         Raises StartError for an empty or damaged file, because anyone could sign with its contents.
         """
@@ -108,26 +106,28 @@ class Jobs:
             secret = path.read_bytes()
         except OSError as error:
             raise StartError(
-                f"{path}, which signs links to images, cannot be read or made ({error.strerror}); give it and "
+                f"{path}, which signs links to images, cannot be read or created ({error.strerror}); give it and "
                 f"{path.name}.lock to the user that the server runs as"
             ) from None
         if len(secret) < SECRET_BYTES or not any(secret):
             raise StartError(
                 f"{path}, which signs links to images, is damaged; restore it from a backup, or delete it: the server "
-                "then draws a new secret, and links given before are no longer valid"
+                "then creates a new secret, and earlier links are no longer valid"
             )
         return secret
 
-    def check(self) -> None:
-        """Check the databases and bring them up to date. Raises StartError if they cannot be used."""
+    def prepare(self) -> None:
+        """Check the databases and migrate them. Raises StartError if they cannot be used."""
         if self.database.is_sqlite:
             check_sqlite(Path(self.database.url.database or ""))
             check_sqlite(self.folder / "workflows.sqlite")
         self.database.migrate()
+        self._prepared = True
 
     def start(self) -> None:
-        """Bring the database up to date and run workflows. Raises StartError."""
-        self.database.migrate()
+        """Run workflows and periodic tasks, after `prepare` if it was not called yet. Raises StartError."""
+        if not self._prepared:
+            self.prepare()
         self.workflows.start()
         for thread in self._threads:
             thread.start()
@@ -142,7 +142,7 @@ class Jobs:
         return await asyncio.get_running_loop().run_in_executor(self._writers, call)
 
     def stop(self) -> None:
-        """Leave what is unfinished to the next start."""
+        """Stop. The next start continues what is unfinished."""
         self._open = False
         self._writers.shutdown(wait=False, cancel_futures=True)
         self._ended.set()
@@ -158,8 +158,8 @@ class Jobs:
                 try:
                     task(int(time.time()))
                 except ServiceError as error:
-                    log.warning("put off: %s", error.message)
+                    log.warning("a periodic task is tried again: %s", error.message)
                 except Exception:
-                    log.exception("a chore failed; it is tried again")
+                    log.exception("a periodic task failed; it is tried again")
             if self._ended.wait(self._period):
                 return

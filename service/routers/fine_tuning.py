@@ -35,7 +35,7 @@ async def create(body: JobRequest, jobs: JobsDep, caller: JobsCaller) -> JobObje
         caller.owner,
         model=body.model,
         training_file=body.training_file,
-        asked=_options_of(body),
+        options=_options_of(body),
         suffix=body.suffix,
         seed=body.seed,
         metadata=body.metadata,
@@ -115,17 +115,17 @@ def _options_of(body: JobRequest) -> DistillationOptions:
     within = body.method.distillation if body.method else None
     if body.distillation and within:
         raise InvalidRequest("distillation and method.distillation are both given; give one", "distillation")
-    asked = body.distillation or within or DistillationOptions()
+    options = body.distillation or within or DistillationOptions()
     supervised = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
     if body.hyperparameters and supervised:
         message = "hyperparameters and method.supervised.hyperparameters are both given; give one"
         raise InvalidRequest(message, "hyperparameters")
     given = body.hyperparameters or supervised
     if given is None or not isinstance(given.batch_size, int):
-        return asked
-    if asked.batch is not None:
+        return options
+    if options.batch is not None:
         raise InvalidRequest("batch_size and distillation.batch are both given; give one", "batch_size")
-    return asked.model_copy(update={"batch": given.batch_size})
+    return options.model_copy(update={"batch": given.batch_size})
 
 
 def _job_object(job: tables.JobRow) -> JobObject:

@@ -118,7 +118,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
         assert len(list(client.files.list())) == 3  # the job's, the batch's, and its output: none of what was refused
 
         job = until(client, job, lambda now: now.images_seen > job.images_seen)
-        assert (job.status, [words for words in told(client, job) if "broke off" in words]) == ("running", [])
+        assert (job.status, [words for words in told(client, job) if "crashed" in words]) == ("running", [])
         client.fine_tuning.jobs.cancel(job.id)
         until(client, job, lambda job: job.status == "cancelled")
 

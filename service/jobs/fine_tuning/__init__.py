@@ -1,1 +1,1 @@
-"""Distillation jobs: `distill run` in a process of its own, in the format of OpenAI's fine-tuning jobs."""
+"""Distillation jobs: `distill run` in its own process, in the format of OpenAI's fine-tuning jobs."""

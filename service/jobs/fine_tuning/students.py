@@ -1,9 +1,10 @@
-"""The students that jobs have made, in the engine: what the database says is loaded, the newest first."""
+"""`Students`: loads the newest students of jobs into the engine."""
 
 import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +17,12 @@ from service.engine.loaded_models import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
 from service.jobs.fine_tuning.events import Level, record_event
+from service.jobs.fine_tuning.job_folder import JobFolder
 from service.jobs.tables import JobRow
 
 log = logging.getLogger(__name__)
 
-PERIOD = 2.0  # seconds after which the student of another server's job is served here too
+PERIOD = 2.0  # seconds after which this server loads the student of another server's job
 
 
 class _Failure(NamedTuple):
@@ -31,8 +33,16 @@ class _Failure(NamedTuple):
     due: float  # on the clock
 
 
+class _Event(NamedTuple):
+    """An event that is not recorded yet."""
+
+    job: str
+    message: str
+    level: Level
+
+
 class Students:
-    """Keeps the engine at what the jobs have made, at most so many students at a time."""
+    """Keeps the newest students of the database loaded, at most so many at a time."""
 
     def __init__(
         self, database: Database, data: Path, at_most: int, clock: Callable[[], float] = time.monotonic
@@ -43,12 +53,13 @@ class Students:
         self._clock = clock
         self._served: set[str] = set()
         self._failures: dict[str, _Failure] = {}
+        self._events: deque[_Event] = deque()
         self._syncing = asyncio.Lock()
         self._started = threading.Event()
         self._following: asyncio.Task[None] | None = None
 
     async def start(self, engine: Engine) -> None:
-        """Load the students that there are, and look for new ones from now on."""
+        """Load the newest students now, and new ones from now on."""
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         await self._sync()
@@ -56,13 +67,13 @@ class Students:
         self._started.set()
 
     async def stop(self) -> None:
-        """Look no more."""
+        """Load no further students."""
         if self._following is not None:
             self._following.cancel()
             await asyncio.wait([self._following])
 
     def serve(self) -> None:
-        """Load what has just been made, and wait for it. From threads other than the event loop's."""
+        """Load a new student and wait for it. Call this from threads other than the event loop's."""
         self._started.wait()
         asyncio.run_coroutine_threadsafe(self._sync(), self._loop).result()
 
@@ -72,30 +83,36 @@ class Students:
             try:
                 await self._sync()
             except Exception:
-                log.exception("the students could not be looked at; it is tried again")
+                log.exception("students could not be updated; trying again")
 
     async def _sync(self) -> None:
-        """Unload students that are gone or no longer among the newest; load new ones, and failed ones that are due."""
+        """Unload students that are deleted or no longer among the newest; load new ones, and failed ones that are due.
+
+        Events that cannot be recorded, because the database is unavailable, are recorded by a later call.
+        """
         async with self._syncing:
             try:
                 wanted = await asyncio.to_thread(self._newest)
                 for name in self._served - wanted.keys():
-                    with suppress(NotFound):  # an administrator was faster
+                    with suppress(NotFound):  # an administrator has unloaded it
                         await self._engine.unload(name)
                     self._served.discard(name)
                 self._failures = {name: failure for name, failure in self._failures.items() if name in wanted}
                 for name, job in wanted.items():
                     if name not in self._served:
                         await self._load(job, name)
+                while self._events:
+                    await asyncio.to_thread(self._record, self._events[0])
+                    self._events.popleft()
             except ServiceError as error:
-                log.warning("put off: %s", error.message)
+                log.warning("students are updated later: %s", error.message)
 
     async def _load(self, job: str, name: str) -> None:
-        """Load a student if its next attempt is due, and report the outcome in the events of its job."""
+        """Load a student if its next attempt is due. Its job gets an event for a failure, and for success after one."""
         failed = self._failures.get(name)
         if failed is not None and self._clock() < failed.due:
             return
-        folder = student_folder(self._data, job)
+        folder = JobFolder.of(self._data, job).student
         try:
             await self._engine.load(folder, name)
         except ServiceError as error:
@@ -105,34 +122,25 @@ class Students:
             if failed is None or failed.reason != error.message:
                 reason = error.message.replace(str(folder), "its folder")
                 message = f"The student could not be loaded and is not served yet; loading is tried again: {reason}"
-                await asyncio.to_thread(self._tell, job, message, "warn")
+                self._events.append(_Event(job, message, "warn"))
             return
         self._served.add(name)
         if self._failures.pop(name, None) is not None:
-            await asyncio.to_thread(self._tell, job, "The student is loaded and served now.", "info")
+            self._events.append(_Event(job, "The student is loaded and served now.", "info"))
 
-    def _tell(self, job: str, message: str, level: Level) -> None:
+    def _record(self, event: _Event) -> None:
         with self._database.begin() as session:
-            record_event(session, session.get_one(JobRow, job, with_for_update=True), message, level)
+            job = session.get_one(JobRow, event.job, with_for_update=True)
+            record_event(session, job, event.message, event.level)
 
     def _newest(self) -> dict[str, str]:
-        """Jobs whose students to serve, by the student's name: those made last; a job ends a moment after that."""
+        """Return the students to serve and their jobs. The newest is that of a job that is about to end, if any."""
         with self._database.read() as session:
-            made = (
+            newest = (
                 select(JobRow.id, JobRow.fine_tuned_model)
                 .where(JobRow.fine_tuned_model.is_not(None), JobRow.deleted_at.is_(None))
                 .order_by(JobRow.finished_at.desc().nulls_first(), JobRow.created_at.desc(), JobRow.id)
                 .limit(self._at_most)
             )
-            rows = session.execute(made).all()
+            rows = session.execute(newest).all()
         return {name: job for job, name in rows if name}
-
-
-def run_folder(data: Path, job: str) -> Path:
-    """Where a job runs."""
-    return data / "distillations" / job / "run"
-
-
-def student_folder(data: Path, job: str) -> Path:
-    """Where its student is."""
-    return run_folder(data, job) / "student"

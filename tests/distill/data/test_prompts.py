@@ -19,7 +19,7 @@ from distill.data.prompt_files import FORMATS
 from distill.data.prompts import Distinct, Spread, prompt_stats, read_prompts
 from distill.errors import PromptError
 from distill.models.sd3_folder import SD3Folder
-from service.jobs.fine_tuning.run_folder import READABLE
+from service.jobs.fine_tuning.job_folder import READABLE
 
 PROMPTS = ["a red circle", "a blue, “odd” square", "zwölf Kreise"]
 

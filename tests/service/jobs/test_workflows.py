@@ -152,7 +152,7 @@ def test_a_database_that_cannot_be_is_named(url):
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "/proc", "/dev/null"])
 def test_a_folder_that_cannot_be_made_or_written_is_named(folder):
-    with pytest.raises(StartError, match=f"the folder {folder} cannot be made or written"):
+    with pytest.raises(StartError, match=f"the folder {folder} cannot be created or written"):
         Jobs(Path(folder), Settings())
 
 
@@ -173,15 +173,15 @@ def _overwrite(path: Path) -> None:
 @pytest.mark.parametrize("name", ["jobs.sqlite", "workflows.sqlite"])
 def test_a_damaged_database_is_named_before_anything_starts(tmp_path, name, damage):
     jobs = Jobs(tmp_path, Settings())
-    jobs.check()
+    jobs.prepare()
     jobs.database.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "workflows.sqlite")) as workflows:
         workflows.execute("CREATE TABLE steps (name TEXT)")
-    jobs.check()
+    jobs.prepare()
     jobs.database.close()
     damage(tmp_path / name)
     with pytest.raises(StartError, match=f"{name} cannot be used"):
-        jobs.check()
+        jobs.prepare()
 
 
 def test_what_a_killed_process_began_another_one_ends_and_repeats_no_step(jobs_of, tmp_path):

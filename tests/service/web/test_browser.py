@@ -16,7 +16,7 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
 from service.jobs.fine_tuning.events import record_event, record_log_lines
-from service.jobs.fine_tuning.run_folder import LogLine
+from service.jobs.fine_tuning.run_log import LogLine
 from service.jobs.jobs import Jobs
 from service.jobs.tables import JobRow
 from service.settings import Settings

@@ -29,8 +29,10 @@ from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import worker_threads
-from service.http.keys import Key
-from service.jobs.fine_tuning.students import Students, student_folder
+from service.http.keys import ApiKey
+from service.jobs.fine_tuning.job_folder import JobFolder
+from service.jobs.fine_tuning.run_process import SUPERVISOR
+from service.jobs.fine_tuning.students import Students
 from service.jobs.jobs import Jobs
 from service.jobs.tables import FileRow, JobRow
 from service.settings import Settings
@@ -173,7 +175,7 @@ def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
 
 def _distills(process: psutil.Process) -> bool:
     words = process.cmdline()
-    return "distill.cli" in words and "service.jobs.fine_tuning.process_supervisor" not in words
+    return "distill.cli" in words and SUPERVISOR not in words
 
 
 def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
@@ -184,7 +186,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
         first = submit(client, file, ENDLESS)
         until(client, first, lambda job: job.status == "running")
         second, third = (submit(client, file, ENDLESS) for _ in range(2))
-        with pytest.raises(openai.RateLimitError, match="3 jobs") as refused:
+        with pytest.raises(openai.RateLimitError, match="3 of your jobs") as refused:
             submit(client, file, ENDLESS)
         assert refused.value.code == "job_quota_exceeded"
         assert [job.id for job in jobs.list(limit=1)] == [third.id, second.id, first.id]
@@ -211,7 +213,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
             error = until(client, job, lambda job: job.status == "failed").error
             assert (error.code, error.param) == ("invalid_training_file", "training_file")
             assert error.message.startswith("prompts.jsonl line 2 is not JSON")
-            assert "The job runs." not in told(client, job)
+            assert "The job is running." not in told(client, job)
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
@@ -219,7 +221,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
     url = serve(data=tmp_path, http={"api_keys": KEYS})
     ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
-    made(jobs, 1, "succeeded", owner=Key.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
+    made(jobs, 1, "succeeded", owner=ApiKey.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
     student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
     student.mkdir(parents=True)
     assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
@@ -260,8 +262,8 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
     record = "onestep.json"
     for number in (1, 2):
         name = made(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
-        student_folder(jobs.folder, name).mkdir()
-    (student_folder(jobs.folder, name) / record).write_text(json.dumps({"name": "any"}))
+        JobFolder.of(jobs.folder, name).student.mkdir()
+    (JobFolder.of(jobs.folder, name).student / record).write_text(json.dumps({"name": "any"}))
     now = 0.0
     students = Students(jobs.database, jobs.folder, 2, lambda: now)
 
@@ -276,7 +278,7 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
         assert level == "warn"
         assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
         assert str(jobs.folder) not in message
-        folder = student_folder(jobs.folder, "ftjob-1")
+        folder = JobFolder.of(jobs.folder, "ftjob-1").student
         pauses = []
         for _ in range(9):  # each pause is twice the one before, up to the longest
             pauses.append(students._failures["student 1"].pause)

@@ -1,0 +1,41 @@
+"""The `distill` commands of a job, as words for this Python."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from service.errors import NotFound, quoted
+from service.jobs.fine_tuning.options import DistillationOptions
+from service.settings import SHIPPED_TEACHER
+
+DISTILL = (sys.executable, "-m", "distill.cli")
+
+
+def find_teacher(teachers: Mapping[str, str], model: str) -> str:
+    """Return the argument of `distill run` for a teacher of the server. Raises NotFound."""
+    teacher = teachers.get(model)
+    if teacher is None:
+        known = ", ".join(teachers) or "none"
+        raise NotFound(f"there is no teacher {quoted(model)}; this server has {known}", "model", "model_not_found")
+    if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
+        raise NotFound(f"the folder of the teacher {model!r} does not exist on the server", "model", "model_gone")
+    return teacher
+
+
+def run_command(options: DistillationOptions, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
+    """Return the command of a run. The same command resumes it."""
+    assert options.preset is not None
+    words = [*DISTILL, "run", options.preset, "--out", str(folder)]
+    if options.method is not None:
+        words += ["--method", options.method]
+    if options.seconds is not None:
+        words += ["--seconds", str(options.seconds)]
+    sets = [f"teacher={json.dumps(teacher)}", f"prompts.source={json.dumps(str(prompts))}", f"seed={seed}"]
+    return words + [part for each in (*sets, *options.overrides()) for part in ("--set", each)]
+
+
+def prompts_command(options: DistillationOptions, prompts: Path) -> list[str]:
+    """Return the command that validates a file of prompts. Its errors are those of a run."""
+    column = [] if options.column is None else [f"--column={options.column}"]
+    return [*DISTILL, "prompts", "stats", str(prompts), *column]
