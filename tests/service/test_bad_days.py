@@ -21,6 +21,7 @@ from engines import Gate
 from fine_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
 from fine_tuning import submit as submit_job
 from fsspec.implementations.memory import MemoryFileSystem
+from old_database import add_old_job, check_upgraded
 from running import serving
 from sqlalchemy import create_engine, select, text
 
@@ -192,6 +193,14 @@ def test_tables_are_made_once_by_servers_that_start_at_once(empty):
         assert session.scalars(select(FileRow)).all() == []
     for database in databases:
         database.close()
+
+
+def test_a_job_of_an_old_database_survives_the_migration(empty):
+    tables = Database(empty)
+    add_old_job(tables.url.render_as_string(hide_password=False))
+    tables.migrate()
+    check_upgraded(tables)
+    tables.close()
 
 
 def test_two_servers_that_start_at_once_on_an_empty_database_share_it(empty, tmp_path, connect):

@@ -1,5 +1,8 @@
-"""the action that a client has requested for a running job, under its new name"""
+"""new names: requested actions of jobs, and fields of their `distillation`"""
 
+from collections.abc import Mapping
+
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
@@ -7,14 +10,34 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
+OPTIONS = {
+    "checkpointing": "gradient_checkpointing",
+    "prompts": "max_prompts",
+    "guidance": "guidance_scale",
+    "student_rate": "student_lr",
+    "fake_rate": "fake_lr",
+    "warmup": "warmup_images",
+    "decay": "decay_images",
+    "patience": "early_stopping_patience",
+}
+
 
 def upgrade() -> None:
     """To this revision."""
-    with op.batch_alter_table("jobs") as jobs:
-        jobs.alter_column("wish", new_column_name="requested_action")
+    # No batch mode: it replaces the table, and SQLite then deletes the events and checkpoints that refer to its rows.
+    op.execute("ALTER TABLE jobs RENAME COLUMN wish TO requested_action")
+    _rename(OPTIONS)
 
 
 def downgrade() -> None:
     """Back from it."""
-    with op.batch_alter_table("jobs") as jobs:
-        jobs.alter_column("requested_action", new_column_name="wish")
+    _rename({new: old for old, new in OPTIONS.items()})
+    op.execute("ALTER TABLE jobs RENAME COLUMN requested_action TO wish")
+
+
+def _rename(names: Mapping[str, str]) -> None:
+    connection = op.get_bind()
+    jobs = sa.table("jobs", sa.column("id", sa.Text()), sa.column("distillation", sa.JSON()))
+    for job_id, options in connection.execute(sa.select(jobs.c.id, jobs.c.distillation)).all():
+        renamed = {names.get(name, name): value for name, value in options.items()}
+        connection.execute(jobs.update().where(jobs.c.id == job_id).values(distillation=renamed))

@@ -30,7 +30,7 @@ EVERYTHING = {
 
 def test_every_option_is_a_key_of_a_run():
     assert EVERYTHING.keys() == KEYS.keys()
-    options = DistillationOptions(**EVERYTHING, networks="lora", rank=4, checkpointing=True)
+    options = DistillationOptions(**EVERYTHING, networks="lora", rank=4, gradient_checkpointing=True)
     run = load_config("scenes-debug", options.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.max_count) == (64, 4, 2, 8)
     assert run.prompts.column == "words"
@@ -44,7 +44,7 @@ def test_every_option_is_a_key_of_a_run():
         "checkpoint": 16,
         "evaluate": 32,
     }
-    assert (run.networks.kind, run.networks.rank, run.networks.checkpointing) == ("lora", 4, True)
+    assert (run.networks.kind, run.networks.rank, run.networks.gradient_checkpointing) == ("lora", 4, True)
     assert load_config("sd3-medium-lora", DistillationOptions(rank=8).overrides()).networks.rank == 8
     assert load_config("sd3-medium-lora", DistillationOptions(networks="full").overrides()).networks.kind == "full"
 
