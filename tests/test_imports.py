@@ -68,3 +68,42 @@ def test_the_server_imports_no_torch_and_only_the_options_of_the_distilling_half
 def test_torch_is_not_imported_by(statement: str) -> None:
     code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+ABOVE_MODELS = (
+    "config",
+    "data",
+    "training",
+    "student",
+    "evaluate",
+    "report",
+    "plan",
+    "worlds",
+    "run",
+    "pipeline",
+    "cli",
+)
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("distill/models", ("methods", *ABOVE_MODELS)),
+        ("distill/methods", ABOVE_MODELS),
+        ("service/engine", ("http", "images", "jobs", "routers", "ray", "app")),
+        ("service/observability", ("http", "images", "jobs", "routers", "ray", "app")),
+        ("service/images", ("jobs", "routers", "ray", "app")),
+        ("service/jobs", ("routers", "ray", "app")),
+        ("service/http", ("routers", "ray", "app")),
+    ],
+)
+def test_a_package_imports_nothing_above_it(package: str, forbidden: tuple[str, ...]) -> None:
+    root = package.partition("/")[0]
+    files = {file for module in forbidden for file in importers(package, f"{root}.{module}")}
+    assert files == set()
+
+
+def test_only_the_app_imports_routers_and_nobody_imports_commands() -> None:
+    outside = {file for file in importers("service", "service.routers") if not file.startswith("service/routers/")}
+    assert outside == {"service/app.py"}
+    assert {file for file in importers("distill", "distill.cli") if not file.startswith("distill/cli/")} == set()
