@@ -21,7 +21,7 @@ from PIL.Image import Image
 
 from distill import methods, run
 from distill.config import RunConfig, load_config
-from distill.data.conditions import cached_prompts
+from distill.data.embedding_cache import cached_prompts
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult
 from distill.evaluate.sampler import Setting, TeacherSampler

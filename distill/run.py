@@ -19,9 +19,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distill.config import Lora, Prompts, RealImages, RunConfig, load_config
-from distill.data import images as real_images
-from distill.data.conditions import MANIFEST, EmbeddingCache, Encoded, cached_prompts, check_prompts, embed_prompts
-from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
+from distill.data import image_cache
+from distill.data.embedding_cache import (
+    MANIFEST,
+    EmbeddingCache,
+    EmbedProgress,
+    cached_prompts,
+    check_prompts,
+    embed_prompts,
+)
+from distill.data.image_cache import EncodeProgress, ImageCache, check_examples, encode_examples
+from distill.data.images import read_examples
 from distill.data.prompts import read_prompts
 from distill.data.sources import PROMPT_SOURCES
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
@@ -123,7 +131,7 @@ def _check_sources(config: RunConfig, teacher: SD3Folder) -> None:
         EmbeddingCache(Path(prompts.source), teacher)
     elif _may_be_read_twice(prompts.source):
         next(iter(read_prompts(prompts.source, prompts.max_count, prompts.seed, prompts.column)), None)
-    if real is not None and _is_cache(real, real_images.MANIFEST):
+    if real is not None and _is_cache(real, image_cache.MANIFEST):
         ImageCache(Path(real.source), teacher)
     elif real is not None and _may_be_read_twice(real.source):
         next(iter(read_examples(real.source, real.max_count, real.seed, real.column)), None)
@@ -197,7 +205,7 @@ def _check_patience(config: RunConfig, teacher: SD3Folder) -> None:
         )
 
 
-def embed(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[Encoded]:
+def embed(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[EmbedProgress]:
     """Encode the run's prompts, unless `prompts.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other prompts than the source holds now.
@@ -220,7 +228,7 @@ def embeddings_folder(config: RunConfig, out: Path) -> Path:
     return source if (source / MANIFEST).exists() else out / "embeddings"
 
 
-def encode(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[EncodedImages]:
+def encode(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.device) -> Iterator[EncodeProgress]:
     """Encode the run's real images, if it takes any, unless `real.source` is a cache.
 
     Raises CacheError when the run's own cache was made of other images than the source holds now.
@@ -229,7 +237,7 @@ def encode(config: RunConfig, out: Path, teacher: SD3Folder, device: torch.devic
     if real is None or (folder := _images_folder(real, out)) == Path(real.source):
         return
     examples = read_examples(real.source, real.max_count, real.seed, real.column)
-    if (folder / real_images.MANIFEST).exists():
+    if (folder / image_cache.MANIFEST).exists():
         if not _is_gone(real.source, folder, out):
             check_examples(teacher, examples, folder)
     else:
@@ -244,7 +252,7 @@ def check_unchanged(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
     real = config.real
     if not (embeddings_folder(config, out) / MANIFEST).exists():
         return
-    if real is not None and not (_images_folder(real, out) / real_images.MANIFEST).exists():
+    if real is not None and not (_images_folder(real, out) / image_cache.MANIFEST).exists():
         return
     list(embed(config, out, teacher, torch.device("cpu")))
     list(encode(config, out, teacher, torch.device("cpu")))
@@ -256,7 +264,7 @@ def check_unchanged(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
 def _images_folder(real: RealImages, out: Path) -> Path:
     """Where the cache of real images is: `real.source`, if that is one, else in the run."""
     source = Path(real.source)
-    return source if (source / real_images.MANIFEST).exists() else out / "images"
+    return source if (source / image_cache.MANIFEST).exists() else out / "images"
 
 
 def accelerator(config: RunConfig, out: Path) -> Accelerator:

@@ -31,7 +31,7 @@ def embed(
     whole are kept, if the source still begins with the prompts that they hold.
     """
     from distill.cli.console import image_bar
-    from distill.data.conditions import embed_prompts
+    from distill.data.embedding_cache import embed_prompts
     from distill.data.prompts import read_prompts
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
@@ -71,7 +71,8 @@ def encode(
     stopped or killed: files that are whole are kept, if the source still begins with the images that they hold.
     """
     from distill.cli.console import image_bar
-    from distill.data.images import SKIPPED, encode_examples, read_examples
+    from distill.data.image_cache import SKIPPED, encode_examples
+    from distill.data.images import read_examples
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
     from distill.training.checkpoint import claimed
@@ -99,7 +100,7 @@ def stats(
 ) -> None:
     """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
     from distill.cli.console import out, table
-    from distill.data.prompts import prompt_stats
+    from distill.data.prompt_stats import prompt_stats
     from distill.models.sd3_folder import SD3Folder
 
     found = prompt_stats(source, None if teacher is None else SD3Folder.read(teacher), column)

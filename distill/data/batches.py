@@ -1,7 +1,7 @@
-"""What each turn of a run learns from, micro-batch by micro-batch: images by index, their prompts and real images.
+"""Micro-batches of a run: images by index, conditions of their prompts, and real images.
 
-All of it is a function of (seed, purpose, image index), so that a run needs no generator's state to continue, and
-devices share one global batch.
+All is a function of (seed, purpose, image index), so a run resumes without generator state, and devices share one
+global batch.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -41,9 +41,9 @@ class Reals(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The images of one forward by their indices (B,), with conditions of their prompts, and real images if asked for.
+    """The input of one forward pass: image indices (B,), conditions of their prompts, and real images if needed.
 
-    `shape` (C, h, w) is that of their latents, and `purpose` names the random numbers that are drawn for them.
+    `shape` (C, h, w) is the shape of the latents. `purpose` names the stream of random numbers.
     """
 
     purpose: str
@@ -53,32 +53,32 @@ class MicroBatch:
     real: Real | None
 
     def batch(self, seed: int) -> TrainingBatch:
-        """The batch that a loss takes, its noise drawn where the indices are."""
+        """Make the input of a loss; noise is generated on the device of the indices."""
         draw = Draw(seed, self.purpose, self.images)
         return TrainingBatch(draw.normal(self.shape), self.cond, draw, self.real)
 
     def tensors(self) -> list[Tensor]:
-        """Everything that changes from one micro-batch of a purpose to the next."""
+        """List the tensors, which are all that differs between micro-batches of one purpose."""
         real = [self.real.x_0, self.real.cond.embeds, self.real.cond.pooled] if self.real else []
         return [self.images, self.cond.embeds, self.cond.pooled, *real]
 
     def with_tensors(self, images: Tensor, embeds: Tensor, pooled: Tensor, *real: Tensor) -> Self:
-        """The same of other values, in the order of `tensors`."""
+        """Replace the tensors, in the order of `tensors`."""
         others = Real(real[0], TextCondition(real[1], real[2])) if real else None
         return type(self)(self.purpose, self.shape, images, TextCondition(embeds, pooled), others)
 
     def pin_memory(self) -> Self:
-        """The same where a GPU fetches it by itself; what is on a GPU stays there."""
+        """Copy to pinned memory; tensors on a GPU stay there."""
         pinned = (x if x.is_cuda else x.pin_memory() for x in self.tensors())
         return self.with_tensors(*pinned)
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, which fetches it without being waited for."""
+        """Copy to a device without waiting."""
         return self.with_tensors(*(x.to(device, non_blocking=True) for x in self.tensors()))
 
 
-def micro(config: RunConfig, local: int) -> int:
-    """Images in one forward, of a process's share of a batch."""
+def micro_batch_size(config: RunConfig, local: int) -> int:
+    """Images in one forward pass of a process that has `local` images of a batch."""
     return min(config.micro_batch or local, local)
 
 
@@ -92,37 +92,34 @@ def batches(
     pinned: bool,
     reals: Reals | None = None,
 ) -> Generator[MicroBatch]:
-    """The micro-batches of all turns to come: of each batch the `local` images from `offset` on."""
+    """Yield the micro-batches of all turns to come; a process has the `local` images from `offset` of each batch."""
     for first in range(images, config.images, config.batch):
         for turn in config.method.turns():
             for step in range(turn.steps):
                 purpose = f"{turn.role} {step}"
                 shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).integers(len(shapes)))]
                 start, stop = first + offset, first + offset + local
-                for row in range(start, stop, micro(config, local)):
-                    rows = range(row, min(row + micro(config, local), stop))
+                for row in range(start, stop, micro_batch_size(config, local)):
+                    rows = range(row, min(row + micro_batch_size(config, local), stop))
                     cond = conditions.rows(_rows(config.seed, "prompts", rows, len(conditions)))
                     real = None
                     if turn.real and reals is not None:
                         real = reals.rows(_rows(config.seed, "real images", rows, len(reals)))
-                    made = MicroBatch(purpose, shape, torch.arange(rows.start, rows.stop), cond, real)
-                    yield made.pin_memory() if pinned else made
+                    part = MicroBatch(purpose, shape, torch.arange(rows.start, rows.stop), cond, real)
+                    yield part.pin_memory() if pinned else part
 
 
-def ahead(items: Iterator[T]) -> Generator[T]:
-    """The same items, each made in a thread while the one before it is used."""
+def prefetch(items: Iterator[T]) -> Generator[T]:
+    """Yield the items, making each in a thread while the caller uses the one before."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
             yield item
 
 
 def _rows(seed: int, purpose: str, images: range, count: int) -> Tensor:
-    """Which prompt, or real image, each image gets, as indices (B,).
-
-    Every epoch is a permutation of its own, found from the image index alone.
-    """
+    """Indices (B,) of the prompts, or real images, of some images. Each epoch is another permutation."""
     parts = []
     start = images.start
     while start < images.stop:

@@ -1,7 +1,7 @@
 """Readers of prompt files: text, JSON, JSON lines, CSV, TSV, Parquet and saved data sets, compressed or not.
 
-The ending of the name decides the format, in any letter case. An unknown ending is an error, so that a table is never
-read as plain text.
+The ending of the name, in any letter case, decides the format. An unknown ending is an error, so that no table is read
+as plain text.
 """
 
 import bz2
@@ -25,7 +25,7 @@ _TYPES = {bool: "a truth value", int: "a number", float: "a number", dict: "an o
 
 
 def read_texts(source: str, column: str | None = None) -> Iterator[str]:
-    """All texts, including blank ones, of a file, a folder or `-` (standard input); of a table, of the named `column`.
+    """Read all texts, blank ones too, of a file, a folder or `-` (standard input); `column` names a table's column.
 
     Raises PromptError for a source that is missing or does not have the format of its name.
     """
@@ -44,7 +44,7 @@ def read_texts(source: str, column: str | None = None) -> Iterator[str]:
 
 
 def text_of(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    """The first of some columns of a row that holds text, or the first text of a list there; None if all are null.
+    """Find the first of some columns of a row with a text, or a list's first text; None if all are null.
 
     Raises PromptError for a value that is not text.
     """
@@ -71,7 +71,7 @@ def text_of(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str |
 
 
 def columns_of(where: str, names: Sequence[str], column: str | None = None) -> list[str]:
-    """The columns that may hold the text: the named one, or those of COLUMNS. Raises PromptError for none or two."""
+    """Find the columns with the text: the named one, or those of COLUMNS. Raises PromptError for none or two."""
     found: list[str] = []
     for wanted in COLUMNS if column is None else (column,):
         same = [name for name in names if name == wanted]

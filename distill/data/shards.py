@@ -1,8 +1,8 @@
-"""Rows of tensors in a folder: files of bounded size that grow under an index, and the reader of a whole folder.
+"""Caches of encoded rows: a folder of safetensors shards of bounded size with an index, its writer and its reader.
 
-A cache that is being written has an index of its own name; the index takes its final name last, so a folder with a
-manifest is whole. It says what the rows were made with, and what each file's bytes must add up to. What prompts and
-real images are kept in differs by its `Layout` alone.
+While a cache is written, its index has another name; it is renamed last, so a folder with a manifest is complete. The
+index records what the rows depend on and the checksum of each file. Caches of prompts and of real images differ only in
+their `Layout`.
 """
 
 import hashlib
@@ -30,34 +30,34 @@ from distill.training import checkpoint
 
 FORMAT = 2
 SHARD_ROWS = 4096
-SHARD_BYTES = 1 << 30  # a prompt of a model with T5 takes megabytes, and a shard is built in memory
-RESIDENT_BYTES = 1 << 30  # of all rows of a cache, up to which a reader holds them in memory
+SHARD_BYTES = 1 << 30  # a shard is built in memory, and a prompt takes megabytes with T5
+RESIDENT_BYTES = 1 << 30  # largest cache that a reader loads to memory
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a cache holds: a `noun` for a row, the `verb` that makes it of a `source`, its shapes by tensor."""
+    """A kind of cache: the `noun` of a row, the `verb` that encodes a `source`, and a row's shapes by tensor."""
 
     noun: str
     verb: str
     source: str
-    manifest: str  # the index of a whole cache
+    manifest: str  # the index of a complete cache
     shapes: Mapping[str, tuple[int, ...]]
     teacher: SD3Folder
 
     @property
     def unfinished(self) -> str:
-        """The index while shards are still being added."""
+        """Name of the index while shards are added."""
         return f"{Path(self.manifest).stem}.unfinished.json"
 
     @property
     def begun(self) -> str:
-        """An empty file, which marks the folder until the cache is whole."""
+        """Name of an empty file that marks the folder until the cache is complete."""
         return f".{Path(self.manifest).stem}.begun"
 
     @property
-    def pinned(self) -> dict[str, Any]:
-        """What rows are made with, and without which they are of no use."""
+    def cache_key(self) -> dict[str, Any]:
+        """The cache key: what encoded rows depend on."""
         return {
             "format": FORMAT,
             "teacher_digest": self.teacher.digest,
@@ -66,33 +66,33 @@ class Layout:
         }
 
     def damaged(self, path: Path) -> CacheError:
-        """The error of a file that is not what was written."""
+        """The error of a file that differs from what was written."""
         return CacheError(f"{path} is damaged; remove {path.parent} and {self.verb} again")
 
 
 def rows_of_shard(most: int, row: Mapping[str, Tensor]) -> int:
-    """How many rows like this one a shard takes: at most `most`, and SHARD_BYTES of them."""
+    """Rows per shard: at most `most`, and SHARD_BYTES in all."""
     return max(1, min(most, SHARD_BYTES // sum(tensor.nbytes for tensor in row.values())))
 
 
 def check_rows(indices: Tensor, count: int) -> None:
-    """Raise IndexError unless all indices are those of `count` rows."""
+    """Raise IndexError unless all indices are within `count` rows."""
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < count:
         raise IndexError(f"rows {indices.tolist()} of {count}")
 
 
 def shard_name(number: int) -> str:
-    """Of a shard's file, without its ending."""
+    """A shard's file name, without its ending."""
     return f"shard-{number:05d}"
 
 
 def write_rows(rows: Mapping[str, Tensor], path: Path) -> None:
-    """A file of rows by tensor. Raises what the disk raises."""
+    """Write a file of rows by tensor. Raises OSError or SafetensorError."""
     save_file({key: tensor.contiguous() for key, tensor in rows.items()}, path)
 
 
 class Source(Protocol):
-    """What rows are made of, read in order; it knows how much was read, and what that was."""
+    """The data that rows are made from, read in order, with the count and the digest of what was read."""
 
     @property
     def read(self) -> int: ...
@@ -104,14 +104,13 @@ class Source(Protocol):
 
 
 class ShardWriter:
-    """Adds shards to a cache, from where a killed call left it; `counts` are metrics that the index keeps."""
+    """Adds shards to a cache, or resumes one; `counts` names the counters that the index keeps."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, source: Source, counts: Set[str]) -> None:
-        """Open the folder, and pass over what its shards were made of.
+        """Open the folder, and skip the part of the source that its shards hold.
 
-        Raises CacheError when it holds a whole cache already, was begun with another source, teacher, dtype or
-        format, lacks a file that its index names, or the disk refuses; OutputError when it holds files of no cache that
-        a cache would replace.
+        Raises CacheError when it holds a complete cache, was begun with another source, teacher, dtype or format, lacks
+        a file of its index, or cannot be written; OutputError when it holds other files that a cache could replace.
         """
         if (folder / layout.manifest).exists():
             raise CacheError(f"{folder} holds {layout.noun}s already; remove it or give another folder")
@@ -120,23 +119,23 @@ class ShardWriter:
         source.skip(self._index["source"]["read"])
         if self._index["source"] != self.read_so_far():
             raise CacheError(
-                f"{folder} was begun with other {layout.source}; give those again, or remove it to begin anew"
+                f"{folder} was begun with other {layout.source}; give those again, or remove it to start over"
             )
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self._claim()
 
     def count(self, name: str) -> int:
-        """A figure, as the last shard left it."""
+        """A counter, as of the last shard."""
         return int(self._index[name])
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         return len(self._index["shards"])
 
     def partial(self, name: str) -> Path:
-        """Where another process writes the rows of a file that is yet to be added."""
+        """Path to which another process writes the rows of a file that will be added."""
         return self._folder / f".{name}.safetensors.partial"
 
     def add(
@@ -147,9 +146,9 @@ class ShardWriter:
         /,
         **counts: int,
     ) -> None:
-        """Keep rows, or a `partial` file of them, as the next shard, and lines of JSON, for people, in files beside it.
+        """Add rows, or a `partial` file of them, as the next shard, and lines of JSON for people to files beside it.
 
-        `read` is what `read_so_far` said when the rows had been read; None is now.
+        `read` is the value of `read_so_far` after the rows were read; None takes the current one.
         """
         with self._writing():
             self._index["shards"].append(self._save(shard_name(self.shards), rows))
@@ -158,7 +157,7 @@ class ShardWriter:
     def finish(
         self, files: Mapping[str, Mapping[str, Tensor] | Path], lines: Mapping[str, Sequence[Any]], **counts: int
     ) -> None:
-        """Keep further tensors, each group in a file of its name, and make the index final."""
+        """Add further tensors, each group in a file of its name, and rename the index to the manifest."""
         with self._writing():
             for name, rows in files.items():
                 self._index[name] = self._save(name, rows)
@@ -168,9 +167,9 @@ class ShardWriter:
             checkpoint.flush(self._folder)
 
     def _claim(self) -> None:
-        """Mark the folder as a cache. Raises OutputError if a cache would replace files that do not belong to one.
+        """Mark the folder as a cache. Raises OutputError if it holds other files that a cache could replace.
 
-        A call that is killed before its first index leaves files under the mark.
+        The mark covers files of a call that was killed before it wrote an index.
         """
         mark = self._folder / self._layout.begun
         if not (mark.exists() or (self._folder / self._layout.unfinished).exists()):
@@ -180,10 +179,10 @@ class ShardWriter:
         mark.touch()
 
     def _begun(self, dtype: str, counts: Set[str]) -> dict[str, Any]:
-        """The index of the shards that a killed call left, or one of none."""
+        """Read the index of an incomplete cache, or make an empty one."""
         layout, path = self._layout, self._folder / self._layout.unfinished
         empty: dict[str, Any] = {
-            **layout.pinned,
+            **layout.cache_key,
             "teacher": layout.teacher.name,
             "t5": layout.teacher.has_t5,
             "dtype": dtype,
@@ -208,7 +207,7 @@ class ShardWriter:
         return index
 
     def read_so_far(self) -> dict[str, Any]:
-        """How much of the source has been read, and what that was, as the index keeps it."""
+        """The count and digest of what was read of the source, as in the index."""
         return {"read": self._source.read, "sha256": self._source.sha256}
 
     def _keep(
@@ -226,7 +225,7 @@ class ShardWriter:
         checkpoint.write_aside(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
 
     def _save(self, name: str, rows: Mapping[str, Tensor] | Path) -> dict[str, Any]:
-        """Write rows whole or not at all, and return their entry in the index."""
+        """Write rows atomically; returns their entry in the index."""
         made, path = self.partial(name), self._folder / f"{name}.safetensors"
         if not isinstance(rows, Path):
             write_rows(rows, made)
@@ -239,7 +238,7 @@ class ShardWriter:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what a disk says into our error."""
+        """Raise errors of the disk as CacheError."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -250,7 +249,7 @@ class ShardWriter:
 
 
 def check_source(folder: Path, layout: Layout, source: Source) -> None:
-    """Raise CacheError unless this is a complete cache of what the source holds now."""
+    """Raise CacheError unless this is a complete cache of the source as it is now."""
     index = _read_index(folder / layout.manifest, layout, {"source"})
     source.skip(sys.maxsize)
     if index["source"] != {"read": source.read, "sha256": source.sha256}:
@@ -261,16 +260,16 @@ def check_source(folder: Path, layout: Layout, source: Source) -> None:
 
 
 class ShardReader:
-    """A whole cache, whose rows are read from disk when they are asked for, or held on a device.
+    """A complete cache; rows are read from disk on demand, or loaded to a device at once.
 
-    That every shard is there, and of its size, is checked when the cache is opened; its checksum before its first row
-    is given out. A large model's cache is terabytes, which no start and no process of many should have to read through.
+    Opening checks that every shard exists with its size. A shard's checksum is checked before its first row is
+    returned, because the cache of a large model has terabytes, too much to read at each start of each process.
     """
 
     def __init__(self, folder: Path, layout: Layout, device: torch.device | None = None) -> None:
-        """Open and check; rows of RESIDENT_BYTES or less are held on the `device`, if one is given.
+        """Open and check; a cache of RESIDENT_BYTES or less is loaded to the `device`, if one is given.
 
-        Raises CacheError for a cache that is partial, damaged, or another teacher's.
+        Raises CacheError for a cache that is incomplete, damaged, or of another teacher.
         """
         path = folder / layout.manifest
         if not path.exists():
@@ -290,9 +289,9 @@ class ShardReader:
         return self._starts[-1]
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
-        """The rows of some indices (B,) by tensor, in that order, where they are held or else on the CPU.
+        """Read the rows at indices (B,) by tensor, on the device they are loaded to, or on the CPU.
 
-        Raises IndexError for one that is not there, CacheError for one in a damaged shard.
+        Raises IndexError for an index out of range, CacheError for a damaged shard.
         """
         check_rows(indices, len(self))
         if self._table is not None:
@@ -311,11 +310,8 @@ class ShardReader:
         except (KeyError, TypeError):
             raise self._layout.damaged(self._path) from None
 
-    def only(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file beside the shards.
-
-        Raises CacheError when the cache has none of the name, or it is not what was written.
-        """
+    def extra(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors of a file beside the shards. Raises CacheError if it is missing or damaged."""
         try:
             path = self._path.parent / self._index[name]["name"]
             if sha256(path) == self._index[name]["sha256"]:
@@ -326,7 +322,7 @@ class ShardReader:
 
 
 class _Shard:
-    """A file of rows, of which the header is checked at once and the bytes at the first row."""
+    """A file of rows; its header is checked when it is opened, its checksum at the first row."""
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], layout: Layout) -> None:
         self.rows: int = entry["rows"]
@@ -346,12 +342,12 @@ class _Shard:
         self.bytes = self._path.stat().st_size
 
     def row(self, row: int) -> dict[str, Tensor]:
-        """One row, as a batch, by tensor. Raises CacheError when the file is not what was written."""
+        """Read one row by tensor, as a batch. Raises CacheError for a damaged file."""
         self._check()
         return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
 
     def whole(self) -> dict[str, Tensor]:
-        """All rows by tensor. Raises CacheError when the file is not what was written."""
+        """Read all rows by tensor. Raises CacheError for a damaged file."""
         self._check()
         return {name: self._file.get_tensor(name) for name in self._layout.shapes}
 
@@ -371,9 +367,9 @@ class _Shard:
 
 
 def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
-    """A manifest, or the beginning of one, with at least these keys.
+    """Read a manifest or the index of an incomplete cache, with at least these keys.
 
-    Raises CacheError when it cannot be read or is not of this teacher.
+    Raises CacheError when it cannot be read or is of another teacher.
     """
     try:
         index = json.loads(path.read_text())
@@ -381,7 +377,7 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
         raise layout.damaged(path) from None
     if not isinstance(index, dict):
         raise layout.damaged(path)
-    for key, value in layout.pinned.items():
+    for key, value in layout.cache_key.items():
         if index.get(key) != value:
             raise CacheError(
                 f"{path.parent} was made for teacher {index.get('teacher')!r} with {key} = {index.get(key)}, "
@@ -393,7 +389,7 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
 
 
 def _shards(path: Path, entries: Iterable[Mapping[str, Any]], layout: Layout) -> list[_Shard]:
-    """The files that the index at `path` names. Raises CacheError when one is not there or its entry is not one."""
+    """Open the files of the index at `path`. Raises CacheError for a missing file or a damaged entry."""
     try:
         return [_Shard(path.parent, entry, layout) for entry in entries]
     except (KeyError, TypeError):
@@ -401,7 +397,7 @@ def _shards(path: Path, entries: Iterable[Mapping[str, Any]], layout: Layout) ->
 
 
 def _append(path: Path, at: int, values: Iterable[Any]) -> int:
-    """Write lines from a byte on, over what a killed call may have left there, and return where they end."""
+    """Write lines from a byte offset on, over leftovers of a killed call; returns the offset of their end."""
     with path.open("r+b" if at else "wb") as file:
         file.truncate(at)
         file.seek(at)

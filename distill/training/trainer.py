@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill.config import RunConfig
-from distill.data.batches import Conditions, MicroBatch, Reals, ahead, batches, micro
+from distill.data.batches import Conditions, MicroBatch, Reals, batches, micro_batch_size, prefetch
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
@@ -189,7 +189,7 @@ def train(
     null = conditions.null.to(device)
     asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
-    parts = -(-local // micro(config, local))  # micro-batches of a step
+    parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
     most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # at any time of this process
     share = torch.zeros((), device=device)  # of the new weights in the average
@@ -245,7 +245,7 @@ def train(
     run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
     coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
     # On a CPU the thread would take the cores that the step itself runs on; a graph is recorded without company.
-    with closing(coming if device.type == "cpu" or graphed else ahead(coming)) as made:
+    with closing(coming if device.type == "cpu" or graphed else prefetch(coming)) as made:
         fed = _fed(made, device, log)
         while images < config.images:
             started = time.perf_counter()

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tiny import make_teacher
 
 from distill.config import load_config
-from distill.data.conditions import text_dtype
-from distill.data.images import EncodedImages, ImageCache, check_examples, encode_examples, read_examples
+from distill.data.embedding_cache import text_dtype
+from distill.data.image_cache import EncodeProgress, ImageCache, check_examples, encode_examples
+from distill.data.images import read_examples
 from distill.errors import CacheError, ConfigError, ImageError
 from distill.models.sd3 import encode_images, load_vae
 from distill.models.sd3_folder import SD3Folder
@@ -77,7 +78,7 @@ def tar(path: Path, files: list[tuple[str, bytes | str]]) -> Path:
     return path
 
 
-def last(teacher: Path, source: Path | str, out: Path, **options: int) -> EncodedImages:
+def last(teacher: Path, source: Path | str, out: Path, **options: int) -> EncodeProgress:
     *_, encoded = encode_examples(SD3Folder.read(teacher), read_examples(str(source)), out, **options)
     return encoded
 
@@ -91,7 +92,7 @@ def test_rows_are_what_the_encoders_make(write, teacher, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     write(source)
-    assert last(teacher, source, tmp_path / "cache", shard_rows=2) == EncodedImages(3, 0, 0)
+    assert last(teacher, source, tmp_path / "cache", shard_rows=2) == EncodeProgress(3, 0, 0)
     rows = ImageCache(tmp_path / "cache", SD3Folder.read(teacher)).rows(torch.tensor([2, 0, 1]))
     pixels = to_pixels(np.stack([np.asarray(picture(i)) for i in (2, 0, 1)]))
     torch.testing.assert_close(rows.x_0, encode_images(load_vae(SD3Folder.read(teacher)), pixels))
@@ -198,7 +199,7 @@ def test_texts_without_an_image_are_named_and_hidden_files_are_not_read(teacher,
     (source / "2.5 b.TXT").write_text("a circle")
     (source / "3.bmp").write_bytes(b"BM")
     (source / "3.txt").write_text("a circle")
-    assert last(teacher, source, tmp_path / "cache") == EncodedImages(4, 1, 0)
+    assert last(teacher, source, tmp_path / "cache") == EncodeProgress(4, 1, 0)
     assert '"name": "3.txt"' in (tmp_path / "cache" / "skipped.jsonl").read_text()
 
 
@@ -227,7 +228,7 @@ def test_what_cannot_be_used_is_named_and_passed_over(teacher, tmp_path):
     (source / "2.txt").unlink()
     (source / "3.jpg").write_text("no image")
     (source / "3.txt").write_text("a circle")
-    assert last(teacher, source, tmp_path / "cache") == EncodedImages(1, 3, 0)
+    assert last(teacher, source, tmp_path / "cache") == EncodeProgress(1, 3, 0)
     lines = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["1.png", "2.png", "3.jpg"]
     assert "caption" in lines[1]["reason"]
@@ -247,7 +248,7 @@ def test_too_many_that_cannot_be_used_are_an_error(teacher, tmp_path):
 
 def test_the_error_of_images_none_of_which_can_be_used_says_why(teacher, tmp_path):
     shard = tar(tmp_path / "0.tar", [("0.left.jpg", b"x"), ("0.right.jpg", b"x"), ("0.txt", b"both")])
-    with pytest.raises(ImageError, match=r"3 were passed over, the last of them 0\.tar/0: it has no image"):
+    with pytest.raises(ImageError, match=r"3 were skipped, the last of them 0\.tar/0: it has no image"):
         last(teacher, shard, tmp_path / "cache")
 
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.data.prompt_files import FORMATS
-from distill.data.prompts import Distinct, Spread, prompt_stats, read_prompts
+from distill.data.prompt_stats import LengthStats, prompt_stats
+from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.errors import PromptError
 from distill.models.sd3_folder import SD3Folder
 from service.jobs.fine_tuning.job_folder import READABLE
@@ -259,11 +260,11 @@ def test_a_data_set_cut_off_is_refused_by_its_file(tmp_path: Path) -> None:
 
 
 def test_each_different_prompt_comes_once_and_a_beginning_is_known_again() -> None:
-    whole, skipped = Distinct(["a", "b", "a", "c", "b"]), Distinct(["a", "b", "a", "d", "b"])
+    whole, skipped = DistinctPrompts(["a", "b", "a", "c", "b"]), DistinctPrompts(["a", "b", "a", "d", "b"])
     assert list(whole) == ["a", "b", "c"]
     assert (whole.read, whole.repeated) == (5, 2)
     skipped.skip(3)
-    beginning = Distinct(["a", "b", "a"])
+    beginning = DistinctPrompts(["a", "b", "a"])
     beginning.skip(9)
     assert (skipped.read, skipped.sha256) == (beginning.read, beginning.sha256) == (3, beginning.sha256)
     assert list(skipped) == ["d"]
@@ -276,7 +277,7 @@ def test_a_source_is_counted_with_its_repetitions_and_gaps(tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("\n".join(lines))
     found = prompt_stats(str(tmp_path / "a.txt"))
     assert (found.prompts, found.repeated, found.empty) == (42, 2, 2)
-    assert found.lengths == {"characters": Spread(1, 20, 38, 40, None, 0)}
+    assert found.lengths == {"characters": LengthStats(1, 20, 38, 40, None, 0)}
     (tmp_path / "a.csv").write_text("text\n" + "\n".join(lines))
     assert prompt_stats(str(tmp_path / "a.csv")) == found
     (tmp_path / "empty.txt").write_text("\n")
@@ -289,8 +290,8 @@ def test_tokens_are_counted_as_the_teacher_sees_them(teacher_t5: Path, tmp_path:
     source.write_text("a\na red circle\n" + "a " * 6 + "\n" + "a " * 7)
     found = prompt_stats(str(source), SD3Folder.read(teacher_t5))
     # CLIP has start and end and 8 tokens of room; T5 has only the end, and 6.
-    assert found.lengths["tokenizer"] == found.lengths["tokenizer_2"] == Spread(3, 5, 9, 9, 8, 1)
-    assert found.lengths["tokenizer_3"] == Spread(2, 4, 8, 8, 6, 2)
+    assert found.lengths["tokenizer"] == found.lengths["tokenizer_2"] == LengthStats(3, 5, 9, 9, 8, 1)
+    assert found.lengths["tokenizer_3"] == LengthStats(2, 4, 8, 8, 6, 2)
     result = CliRunner().invoke(app, ["prompts", "stats", str(source), "--teacher", str(teacher_t5)])
     assert result.exit_code == 0
     assert "4 prompts, 4 different, 0 repeated; 0 empty lines passed over." in result.output

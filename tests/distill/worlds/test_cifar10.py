@@ -11,7 +11,8 @@ from tiny import stock_pipeline
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.data.images import ImageCache, encode_examples, read_examples
+from distill.data.image_cache import ImageCache, encode_examples
+from distill.data.images import read_examples
 from distill.errors import ImageError, OutputError
 from distill.models.sd3 import decode_latents, encode_images
 from distill.models.sd3_folder import SD3Folder

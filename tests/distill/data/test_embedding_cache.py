@@ -10,7 +10,7 @@ from commands import invoke, start, until
 from tiny import PROMPTS, WORDS, make_teacher
 
 from distill.data import shards
-from distill.data.conditions import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
+from distill.data.embedding_cache import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
 from distill.data.prompts import read_prompts
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
 from distill.models.sd3_folder import SD3Folder

@@ -1,6 +1,6 @@
-"""Prompts encoded once: `embed_prompts` writes a folder of shards, `EmbeddingCache` reads it while training.
+"""Prompts encoded once: `embed_prompts` writes a folder of shards, `EmbeddingCache` reads it in training.
 
-The text encoders, most of a large teacher's memory, are gone by then.
+So training needs no text encoders, which are most of a large teacher's memory.
 """
 
 import json
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.data.prompt_files import EMBEDDED
-from distill.data.prompts import Distinct
+from distill.data.prompts import DistinctPrompts
 from distill.data.shards import (
     SHARD_ROWS,
     Layout,
@@ -46,10 +46,10 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Progress of `embed_prompts`: prompts encoded, how many of them were cut to the token limit, and repetitions.
+class EmbedProgress:
+    """Progress of `embed_prompts`: distinct prompts encoded, prompts cut to the token limit, and repetitions.
 
-    A repeated prompt is encoded once, and `repeated` counts its further occurrences.
+    A repeated prompt is encoded once; `repeated` counts its further occurrences.
     """
 
     prompts: int
@@ -59,7 +59,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Prompts of a file that is to be written, and how far the source had been read when they were read."""
+    """Prompts of a shard to write, and the position in the source after reading them."""
 
     prompts: list[str]
     path: Path
@@ -74,22 +74,22 @@ def embed_prompts(
     device: torch.device | str = "cpu",
     shard_rows: int = SHARD_ROWS,
     processes: int = 1,
-) -> Iterator[Encoded]:
-    """Encode each different prompt, in order, into `out`, and the empty prompt and the order of all beside them.
+) -> Iterator[EmbedProgress]:
+    """Encode the distinct prompts, in order, into `out`, with the empty prompt and the order of all prompts.
 
-    Computed and kept in bf16 where the device is fast in it, else in fp32. A shard has at most `shard_rows` rows and
-    SHARD_BYTES bytes. Several `processes` hold encoders of their own, on a GPU each where there are as many, and
-    encode a shard each; files and their order are those of one. In a folder that a killed call left, whole shards are
-    kept: the prompts they were made of are read again and passed over, and must be the same.
+    Dtype is bf16 where the device is fast in it, else fp32. A shard has at most `shard_rows` rows and SHARD_BYTES
+    bytes. With several `processes`, each has its own encoders, on its own GPU if there are enough, and encodes whole
+    shards; the files are the same. A call that was killed is resumed: its complete shards are kept, and their prompts
+    are read again and must be the same.
 
-    Raises PromptError without prompts, CacheError when `out` holds a whole cache already, was begun with other
-    prompts or another teacher, the disk refuses, or a process is killed.
+    Raises PromptError without prompts, CacheError when `out` holds a complete cache, was begun with other prompts or
+    another teacher, cannot be written, or when a process is killed.
     """
     dtype = text_dtype(device)
-    source = Distinct(prompts)
+    source = DistinctPrompts(prompts)
     writer = ShardWriter(out, _layout(teacher), dtype, source, {"prompts", "truncated", "repeated"})
     count, truncated = writer.count("prompts"), writer.count("truncated")
-    yield Encoded(count, truncated, source.repeated)
+    yield EmbedProgress(count, truncated, source.repeated)
 
     row = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in text_shapes(teacher).items()}
     shard_rows = rows_of_shard(shard_rows, row)
@@ -107,19 +107,19 @@ def embed_prompts(
         if shard is null:
             continue
         count, truncated = count + len(shard.prompts), truncated + cut
-        metrics = {"prompts": count, "truncated": truncated, "repeated": shard.repeated}
-        writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **metrics)
-        yield Encoded(count, truncated, shard.repeated)
+        counts = {"prompts": count, "truncated": truncated, "repeated": shard.repeated}
+        writer.add(shard.path, {TEXTS: shard.prompts}, shard.read, **counts)
+        yield EmbedProgress(count, truncated, shard.repeated)
     if not count:
         raise PromptError("there are no prompts to encode; give a source that holds some")
     order = {"rows": torch.tensor(source.order)}
     writer.finish({"null": null.path, "order": order}, {}, repeated=source.repeated)
-    yield Encoded(count, truncated, source.repeated)
+    yield EmbedProgress(count, truncated, source.repeated)
 
 
 def check_prompts(teacher: SD3Folder, prompts: Iterable[str], folder: Path) -> None:
     """Raise CacheError unless this is a complete cache of these prompts for this teacher."""
-    check_source(folder, _layout(teacher), Distinct(prompts))
+    check_source(folder, _layout(teacher), DistinctPrompts(prompts))
 
 
 def cached_prompts(folder: Path, count: int) -> list[str]:
@@ -132,7 +132,7 @@ def cached_prompts(folder: Path, count: int) -> list[str]:
 
 
 def _devices(device: torch.device | str, processes: int) -> list[torch.device]:
-    """A device for each process: the one that is named, or all GPUs in turn where it is just `cuda`."""
+    """A device for each process: the named one, or for plain `cuda` all GPUs in rotation."""
     if processes > 1 and str(device) == "cuda":
         return [torch.device("cuda", i % torch.cuda.device_count()) for i in range(processes)]
     return [torch.device(device)] * processes
@@ -141,7 +141,7 @@ def _devices(device: torch.device | str, processes: int) -> list[torch.device]:
 def _encoded(
     shards: Iterable[_Shard], teacher: SD3Folder, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Iterator[tuple[_Shard, int]]:
-    """Each shard, in order, once its file is written, and how many of its prompts were cut; a process a device."""
+    """Encode shards in one process per device; yields each in order, with the number of prompts that were cut."""
     if len(devices) == 1:
         encoder = SD3TextEncoder.load(teacher, devices[0], dtype)
         for shard in shards:
@@ -152,11 +152,11 @@ def _encoded(
     for device in devices:
         free.put(device)
     running: deque[tuple[_Shard, Future[int]]] = deque()
-    with ProcessPoolExecutor(len(devices), context, _begin, (teacher, free, dtype, len(devices))) as pool:
+    with ProcessPoolExecutor(len(devices), context, _initialize, (teacher, free, dtype, len(devices))) as pool:
         try:
             for shard in shards:
-                running.append((shard, pool.submit(_work, shard.prompts, shard.path)))
-                if len(running) > 2 * len(devices):  # so that none waits for a slow one
+                running.append((shard, pool.submit(_encode_shard, shard.prompts, shard.path)))
+                if len(running) > 2 * len(devices):  # so that no process waits for a slow one
                     done, cut = running.popleft()
                     yield done, cut.result()
             while running:
@@ -172,7 +172,7 @@ def _encoded(
 
 
 def _write(encoder: SD3TextEncoder, prompts: Sequence[str], path: Path) -> int:
-    """Encode prompts into a file, and return how many were cut."""
+    """Encode prompts into a file; returns how many were cut."""
     parts = [encoder.encode(prompts[start : start + BATCH]).to("cpu") for start in range(0, len(prompts), BATCH)]
     try:
         write_rows(tensors(TextCondition.cat(parts)), path)
@@ -183,32 +183,32 @@ def _write(encoder: SD3TextEncoder, prompts: Sequence[str], path: Path) -> int:
     return sum(encoder.truncated(prompts))
 
 
-_own: SD3TextEncoder  # of a process that encodes
+_encoder: SD3TextEncoder  # of an encoding process
 
 
-def _begin(teacher: SD3Folder, free: Any, dtype: torch.dtype, processes: int) -> None:
-    """What such a process does first."""
-    global _own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that began it ends the others
-    Thread(target=_follow, daemon=True).start()
+def _initialize(teacher: SD3Folder, free: Any, dtype: torch.dtype, processes: int) -> None:
+    """Set up an encoding process."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
+    Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    _own = SD3TextEncoder.load(teacher, free.get(), dtype)
+    _encoder = SD3TextEncoder.load(teacher, free.get(), dtype)
 
 
-def _follow() -> None:
-    """End with the process that began this one, also when that is killed."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends, also if it is killed."""
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _work(prompts: Sequence[str], path: Path) -> int:
-    return _write(_own, prompts, path)
+def _encode_shard(prompts: Sequence[str], path: Path) -> int:
+    return _write(_encoder, prompts, path)
 
 
 def _layout(teacher: SD3Folder) -> Layout:
-    """What a cache of prompts holds."""
+    """The layout of a cache of prompts."""
     return Layout("embedding", "embed", "prompts", MANIFEST, text_shapes(teacher), teacher)
 
 
@@ -218,40 +218,40 @@ def text_shapes(teacher: SD3Folder) -> dict[str, tuple[int, ...]]:
 
 
 def text_dtype(device: torch.device | str) -> torch.dtype:
-    """What prompts are encoded and kept in: bf16 where the device is fast in it, else fp32."""
+    """The dtype of encoded prompts: bf16 where the device is fast in it, else fp32."""
     return torch.bfloat16 if fast_bfloat16(torch.device(device)) else torch.float32
 
 
 def tensors(cond: TextCondition) -> dict[str, Tensor]:
-    """Conditions by tensor, on the CPU."""
+    """The tensors of conditions by name, on the CPU."""
     return {"embeds": cond.embeds.cpu(), "pooled": cond.pooled.cpu()}
 
 
 class EmbeddingCache:
-    """A whole cache of one teacher's text conditions, held on a device if it is small, else read from disk by row.
+    """A complete cache of one teacher's text conditions: on a device if it is small, else read from disk by row.
 
-    A prompt that its source repeats has an index for each time, so that training sees it as often.
+    A prompt that its source repeats has as many indices, so that training sees it as often.
     """
 
     def __init__(
         self, folder: Path, teacher: SD3Folder, device: torch.device | None = None, count: int | None = None
     ) -> None:
-        """Open and check; `count` are its first prompts alone. Small caches are held on the `device`, if one is given.
+        """Open and check; `count` limits it to its first prompts. A small cache is loaded to the `device`, if given.
 
-        Raises CacheError for a cache that is partial, damaged, or another teacher's.
+        Raises CacheError for a cache that is incomplete, damaged, or of another teacher.
         """
         self._reader = ShardReader(folder, _layout(teacher), device)
-        self.null = TextCondition(**self._reader.only("null"))
-        self._order = self._reader.only("order")["rows"][:count]
+        self.null = TextCondition(**self._reader.extra("null"))
+        self._order = self._reader.extra("order")["rows"][:count]
         self.sha256 = self._reader.sha256  # of the source's prompts
 
     def __len__(self) -> int:
         return len(self._order)
 
     def rows(self, indices: Tensor) -> TextCondition:
-        """The conditions of the prompts of some indices (B,), in that order.
+        """Read the conditions of the prompts at indices (B,).
 
-        Raises IndexError for one that is not there, CacheError for one in a damaged shard.
+        Raises IndexError for an index out of range, CacheError for a damaged shard.
         """
         check_rows(indices, len(self))
         return TextCondition(**self._reader.rows(self._order[indices]))
