@@ -26,7 +26,7 @@ from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult
 from distill.evaluate.sampler import Setting, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, cell, figure_names
-from distill.files import check_replaceable, write_aside
+from distill.files import atomic_write_text, check_replaceable
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, read_student
 from distill.report.picture import labeled_grid, save_png
@@ -198,7 +198,7 @@ class Outcome:
     def save(self, out: Path, record: Mapping[str, Any]) -> None:
         """`compare.json`, `compare.md` and `compare.png`; `record` says what was compared and with which command."""
         values = json.dumps({**record, **self.as_dict()}, indent=2)
-        write_aside(out / "compare.json", values + "\n")
+        atomic_write_text(out / "compare.json", values + "\n")
         header, lines = self.table()
         rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -209,7 +209,7 @@ class Outcome:
             text += "".join(f"\n{name} {how}: {why}.\n" for name, why in without.items())
         text += f"\n```sh\n{record['command']}\n```\n\nEach run by itself:\n\n```sh\n"
         text += "".join(f"{command}\n" for command in self.commands.values())
-        write_aside(out / "compare.md", f"{text}```\n")
+        atomic_write_text(out / "compare.md", f"{text}```\n")
         save_png(self.picture, out / "compare.png")
 
 

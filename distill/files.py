@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place, flushed, renamed into it."""
+"""Atomic writes of files and folders: to a temporary path beside the final one, flushed, and renamed."""
 
 import errno
 import hashlib
@@ -16,12 +16,13 @@ NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file syst
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Where to write the file or folder `path`: it takes that name when the block ends well, and vanishes otherwise.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which is flushed and renamed to `path` if the block succeeds and removed if it fails.
 
-    A link is followed. An older file or folder is replaced: code that takes `path` from a user first checks that it may
-    be. A folder cannot be renamed over another, so an older one is put aside first; a kill between the two renames
-    leaves it where `put_back` finds it. Raises OSError, and FileExistsError if a file is in the folder's place.
+    The path is written as a file or a folder. A link is followed. An older file or folder is replaced: code that takes
+    `path` from a user checks first that it may be. A folder cannot be renamed over another, so an older one is renamed
+    first; if the process is killed between the two renames, `recover` restores it. Raises OSError, and FileExistsError
+    if a file is in the folder's place.
     """
     path = path.resolve()
     made, old = _hidden(path, "partial"), _hidden(path, "old")
@@ -46,9 +47,9 @@ def aside(path: Path) -> Iterator[Path]:
     _remove(old)
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    with aside(path) as made:
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_write(path) as made:
         made.write_text(text, encoding="utf-8")
 
 
@@ -65,10 +66,10 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
                 raise OutputError(f"{path} exists and was not written by this program; name another file, or move it")
 
 
-def put_back(folder: Path) -> None:
-    """Give what a kill left between two renames, in a folder or one below it, its name again.
+def recover(folder: Path) -> None:
+    """Restore what a killed process left between two renames, in a folder or a folder directly below it.
 
-    For one process alone, since another may be between the two.
+    The caller must be the only process that writes to the folder.
     """
     for old in (*folder.glob(_hidden(Path("*"), "old").name), *folder.glob(f"*/{_hidden(Path('*'), 'old')}")):
         path = old.with_name(old.name.removeprefix(".").removesuffix(_suffix("old")))

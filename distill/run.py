@@ -35,6 +35,7 @@ from distill.data.sources import PROMPT_SOURCES
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
 from distill.evaluate.base import Generate, Images, evaluate
 from distill.evaluate.side_by_side import SHIPPED_TEACHER
+from distill.files import atomic_write_text
 from distill.flow import noise
 from distill.models.device import fast_bfloat16
 from distill.models.sd3 import check_parts, decode_in_parts, encode_images, load_vae
@@ -78,7 +79,7 @@ def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
         if (before.teacher, before.identity()) != (config.teacher, config.identity()):
             (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_aside(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    atomic_write_text(kept, yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
 def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
@@ -331,7 +332,7 @@ def _hold_to_sources(
                     "another --out folder"
                 )
     elif write:
-        checkpoint.write_aside(path, json.dumps(digests, indent=2) + "\n")
+        atomic_write_text(path, json.dumps(digests, indent=2) + "\n")
 
 
 def has_learnt(out: Path) -> bool:

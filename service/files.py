@@ -16,7 +16,7 @@ NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file syst
 
 
 @contextlib.contextmanager
-def aside(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """What to write the file `path` into: it takes that name when the block ends well, and vanishes otherwise.
 
     Several may write the same file side by side; the last one stays. `mode` is less the process's umask. Raises what

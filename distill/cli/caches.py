@@ -35,12 +35,12 @@ def embed(
     from distill.data.prompts import read_prompts
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
-    from distill.training.checkpoint import claimed
+    from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
     folder = SD3Folder.read(teacher)  # before the cache's folder is made
-    with claimed(out), image_bar("prompts", count) as bar:
+    with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
@@ -75,12 +75,12 @@ def encode(
     from distill.data.images import read_examples
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
-    from distill.training.checkpoint import claimed
+    from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
     folder = SD3Folder.read(teacher)  # before the cache's folder is made
-    with claimed(out), image_bar("images", count) as bar:
+    with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
     assert encoded is not None  # a source without images is an error

@@ -31,12 +31,12 @@ def teacher(
     The same command continues a training that was stopped, a larger budget continues a finished one.
     """
     from distill.models.device import resolve_device
-    from distill.training.checkpoint import claimed
+    from distill.training.run_lock import run_lock
     from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
 
     recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
     check_teacher_folder(out)
-    with claimed(out):
+    with run_lock(out):
         train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
     typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distills it.")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distill.files import aside
+from distill.files import atomic_write
 
 PROMPT = "a photo of a red circle to the left of a blue square"
 SHOWN = (PROMPT, "three green stars", "a purple heart", "a yellow ring above a pink cross", "a star and a diamond")
@@ -57,7 +57,7 @@ def main() -> int:
     if not (picture.exists() and metrics.exists()):
         asked = ("--per-task", str(arguments.per_task), "--steps", str(arguments.steps))
         evaluation = (*asked, "--picture", str(picture))
-        with aside(metrics) as made, made.open("w") as file:
+        with atomic_write(metrics) as made, made.open("w") as file:
             _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
     print(metrics.read_text())
 

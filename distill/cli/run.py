@@ -55,7 +55,7 @@ def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: f
     from distill.cli import console
     from distill.cli.console import SHOWN, image_bar
     from distill.report.run_folder import whole_batches
-    from distill.training.checkpoint import claimed
+    from distill.training.run_lock import run_lock
     from distill.training.speed import images_within
 
     machine = runs.accelerator(config, folder)
@@ -63,7 +63,7 @@ def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: f
     console.quiet(not machine.is_main_process)
     if machine.is_main_process:
         runs.check_run(config, folder, teacher)  # before the folder is made
-    with claimed(folder) if machine.is_main_process else nullcontext():
+    with run_lock(folder) if machine.is_main_process else nullcontext():
         if machine.is_main_process:
             runs.prepare(config, folder, teacher)
             typer.echo(heading)

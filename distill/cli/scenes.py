@@ -59,7 +59,7 @@ def teacher(
 
     from distill.cli.console import image_bar
     from distill.models.device import resolve_device
-    from distill.training.checkpoint import claimed
+    from distill.training.run_lock import run_lock
     from distill.worlds.scenes.train import (
         TeacherRecipe,
         check_start,
@@ -92,7 +92,7 @@ def teacher(
     if start is not None:
         check_start(start)
     check_teacher_folder(recipe, out)
-    with claimed(out):
+    with run_lock(out):
         check_states(recipe, out)  # before another autoencoder takes the place of the one that they were trained on
         if recipe.vae_images is not None:
             autoencoder = VaeRecipe(images=recipe.vae_images, seed=seed)

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import CacheError, OutputError
-from distill.files import sha256
+from distill.files import atomic_write_text, flush, sha256
 from distill.models.device import to_device
 from distill.models.sd3_folder import SD3Folder
-from distill.training import checkpoint
 
 FORMAT = 2
 SHARD_ROWS = 4096
@@ -164,7 +163,7 @@ class ShardWriter:
             self._keep(lines, counts)
             (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
             (self._folder / self._layout.begun).unlink()
-            checkpoint.flush(self._folder)
+            flush(self._folder)
 
     def _claim(self) -> None:
         """Mark the folder as a cache. Raises OutputError if it holds other files that a cache could replace.
@@ -222,7 +221,7 @@ class ShardWriter:
             at = self._index["lines_bytes"].get(name, 0)
             self._index["lines_bytes"][name] = _append(self._folder / name, at, values)
         self._index.update(counts, source=self.read_so_far() if read is None else read)
-        checkpoint.write_aside(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
+        atomic_write_text(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
 
     def _save(self, name: str, rows: Mapping[str, Tensor] | Path) -> dict[str, Any]:
         """Write rows atomically; returns their entry in the index."""
@@ -231,9 +230,9 @@ class ShardWriter:
             write_rows(rows, made)
         with safe_open(made, "pt") as file:
             count = file.get_slice(next(iter(file.keys()))).get_shape()[0]
-        checkpoint.flush(made)
+        flush(made)
         made.replace(path)
-        checkpoint.flush(self._folder)
+        flush(self._folder)
         return {"name": path.name, "rows": count, "sha256": sha256(path)}
 
     @contextmanager

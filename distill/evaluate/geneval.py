@@ -17,7 +17,7 @@ from PIL import Image
 from distill.errors import OutputError, PromptError, RunError
 from distill.evaluate.base import Generate
 from distill.evaluate.generate import save_image
-from distill.files import write_aside
+from distill.files import atomic_write_text
 
 RECORD = "images.json"
 
@@ -71,7 +71,7 @@ def render(
     _record({**made_with, "seed": seed, "prompts": [question.line for question in questions]}, out / RECORD)
     for i, question in enumerate(questions):
         if not (_folder(out, i) / "metadata.jsonl").exists():
-            write_aside(_folder(out, i) / "metadata.jsonl", question.line + "\n")
+            atomic_write_text(_folder(out, i) / "metadata.jsonl", question.line + "\n")
 
     every = list(product(range(len(questions)), range(images)))
     missing = [(i, k) for i, k in every if not _sample(out, i, k).exists()]
@@ -103,7 +103,7 @@ def _record(record: Mapping[str, Any], path: Path) -> None:
             raise OutputError(
                 f"{path.parent} holds images, and no {RECORD} that says what made them; give another --out"
             )
-        write_aside(path, json.dumps(record, indent=2) + "\n")
+        atomic_write_text(path, json.dumps(record, indent=2) + "\n")
         return
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

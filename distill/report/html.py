@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from distill.errors import RunError
-from distill.files import MARK, check_replaceable, write_aside
+from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report.alarms import Metrics
 from distill.report.run_folder import Clock, RunFolder, read_clock
 
@@ -77,7 +77,7 @@ def write_report(run: RunFolder, out: Path) -> None:
     Raises RunError if a file of the run has another format, and OutputError if `out` is a file but not a report.
     """
     check_replaceable(out)
-    write_aside(out, render_report(run))
+    atomic_write_text(out, render_report(run))
 
 
 def render_report(run: RunFolder) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from distill.files import MARK, aside, check_replaceable
+from distill.files import MARK, atomic_write, check_replaceable
 
 TILE = 128  # pixels
 GAP = 6
@@ -57,5 +57,5 @@ def save_png(image: Image.Image, path: Path, words: Mapping[str, str] = MappingP
     texts = PngImagePlugin.PngInfo()
     for name, text in {"Software": MARK, **words}.items():
         texts.add_itxt(name, text)  # iTXt, because the older tEXt holds Latin-1 only
-    with aside(path) as made:
+    with atomic_write(path) as made:
         image.save(made, format="PNG", pnginfo=texts)

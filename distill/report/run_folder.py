@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from filelock import FileLock, Timeout
 
 from distill.errors import RunError
 from distill.models.sd3_folder import RECORD
 from distill.report.alarms import Alarm, Metrics
+from distill.training.run_lock import is_locked
 
 State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
@@ -76,7 +76,7 @@ def read_run(folder: Path) -> RunFolder:
     checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
-    if _claimed(folder):
+    if is_locked(folder):
         state: State = "running"
     elif not images:
         state = "never started"
@@ -183,16 +183,3 @@ def _metrics(text: str) -> Metrics:
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return {}
-
-
-def _claimed(folder: Path) -> bool:
-    """Whether a live process holds the claim of `checkpoint.claimed`."""
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # somebody else's folder: it cannot be known
-        return False

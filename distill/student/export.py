@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.config import Lora
 from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
-from distill.files import aside
+from distill.files import atomic_write
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import (
     COMPONENTS,
@@ -91,7 +91,7 @@ def export_student(
         "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
     }
     try:
-        with aside(out) as made:
+        with atomic_write(out) as made:
             _copy_frozen(teacher, made)
             transformer = _transformer(teacher, weights, lora, made).to(dtype)
             if (name := first_nonfinite(transformer.state_dict())) is not None:

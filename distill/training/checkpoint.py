@@ -1,55 +1,30 @@
 """States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, written completely or not at all.
 
-A state is a folder, written by `files.aside`: what bears a final name is complete.
+A state is a folder, written by `files.atomic_write`: what bears a final name is complete.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.errors import CheckpointError, ClaimedError, DivergedError, OutputError
-from distill.files import aside, put_back, sha256
-from distill.files import flush as flush
-from distill.files import write_aside as write_aside
+from distill.errors import CheckpointError, DivergedError
+from distill.files import atomic_write, atomic_write_text, sha256
 from distill.models.weights import first_nonfinite, tensor_shapes
 from distill.report.run_folder import images_of
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Nobody else writes to the run folder meanwhile; a claim ends with its process, however that ends.
-
-    What a killed process left between two renames is put right first.
-    Raises ClaimedError when another live process has claimed it, OutputError when it cannot be written.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise ClaimedError(f"another run is writing to {folder}; wait for it, or give another --out") from error
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
-    try:
-        put_back(folder)
-        yield
-    finally:
-        lock.release()
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -67,7 +42,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
         if path.name not in (_TENSORS, _RECORD):
             raise CheckpointError(f"{path} is in the place of a checkpoint and not a part of one; move it away")
     try:
-        with aside(folder) as made:
+        with atomic_write(folder) as made:
             made.mkdir()
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
             checked = {**record, "sha256": sha256(made / _TENSORS)}
@@ -186,7 +161,7 @@ def trim_lines(path: Path, images: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
         ends = zip(lines, map(images_of, lines), strict=True)
-        write_aside(path, "".join(line for line, end in ends if end is not None and end <= images))
+        atomic_write_text(path, "".join(line for line, end in ends if end is not None and end <= images))
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from distill import run
 from distill.config import Cadence, RunConfig
 from distill.errors import RunError
-from distill.files import write_aside
+from distill.files import atomic_write_text
 from distill.models.sd3_folder import SD3Folder
 from distill.run import SPEED
 
@@ -71,6 +71,6 @@ def _measure(config: RunConfig, folder: Path, teacher: SD3Folder) -> float:
     speed = float(broadcast_object_list([speed])[0])  # one number of images for all
     if machine.is_main_process:
         shutil.rmtree(scratch)
-        write_aside(folder / SPEED, json.dumps({"images_per_second": speed}) + "\n")
+        atomic_write_text(folder / SPEED, json.dumps({"images_per_second": speed}) + "\n")
     machine.wait_for_everyone()
     return speed

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from service.engine.engine import Engine
 from service.errors import InvalidRequest, ServiceError, StartError, quoted
-from service.files import aside
+from service.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class LoadedModelStore:
             now = self.read()
             new = change(now)
             if new != now:
-                with aside(self._path) as file:
+                with atomic_write(self._path) as file:
                     file.write(msgspec.json.format(msgspec.json.encode(new), indent=1))
 
 

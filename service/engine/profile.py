@@ -11,7 +11,7 @@ import msgspec
 
 from service.engine.backend import Backend, ModelInfo, Timing
 from service.errors import StartError
-from service.files import aside
+from service.files import atomic_write
 
 REPEATS = 3  # of which the median counts; the first run of a size, which pays for what is made once, does not
 
@@ -88,7 +88,7 @@ def read_profile(path: Path) -> Profile:
 def write_profile(path: Path, profile: Profile) -> None:
     """Write it whole or not at all; workers that start side by side may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as file:
+    with atomic_write(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
 
 

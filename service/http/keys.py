@@ -21,7 +21,7 @@ import msgspec
 from filelock import FileLock
 
 from service.errors import StartError, Unavailable
-from service.files import PRIVATE, aside
+from service.files import PRIVATE, atomic_write
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ class KeyFile:
 
     def _write(self, keys: Iterable[ApiKey]) -> None:
         records = [asdict(key) | {"scopes": sorted(key.scopes)} for key in keys]
-        with aside(self._path, PRIVATE) as file:
+        with atomic_write(self._path, PRIVATE) as file:
             file.write(json.dumps({"keys": records}, indent=1).encode())
 
 

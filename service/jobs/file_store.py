@@ -15,7 +15,7 @@ from sqlalchemy import Select, delete, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound, quoted
-from service.files import aside
+from service.files import atomic_write
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, BatchRow, FileRow, JobRow
 
@@ -89,7 +89,7 @@ class FileStore:
 
     def writing(self, file_id: str) -> AbstractContextManager[IO[bytes]]:
         """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
-        return aside(self.path(file_id))
+        return atomic_write(self.path(file_id))
 
     def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
         """A file. Raises NotFound for one that is not there, has expired, or is another's."""

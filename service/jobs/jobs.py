@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock
 
 from service.errors import ServiceError, StartError
-from service.files import PRIVATE, aside, make_writable
+from service.files import PRIVATE, atomic_write, make_writable
 from service.jobs.batches.store import BatchStore
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
@@ -101,7 +101,7 @@ class Jobs:
         try:
             with FileLock(f"{path}.lock"):  # another server may start at the same time
                 if not path.exists():
-                    with aside(path, PRIVATE) as file:
+                    with atomic_write(path, PRIVATE) as file:
                         file.write(secrets.token_bytes(SECRET_BYTES))
             secret = path.read_bytes()
         except OSError as error:

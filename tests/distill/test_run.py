@@ -30,12 +30,13 @@ from distill.errors import (
     SizeError,
     TeacherError,
 )
-from distill.files import aside, flush, write_aside
+from distill.files import atomic_write, atomic_write_text, flush
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline
 from distill.report.run_folder import read_clock, read_run
 from distill.run import check_run, embed, export, prepare, read_config, read_teacher
 from distill.training import checkpoint
+from distill.training.run_lock import run_lock
 from distill.training.trainer import accelerator_for
 
 ARGUMENTS = (
@@ -358,7 +359,7 @@ def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
     checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
     folder.rename(folder.with_name(f".{folder.name}.distill-old"))
-    with checkpoint.claimed(tmp_path):
+    with run_lock(tmp_path):
         assert checkpoint.latest(folder.parent) == folder
     checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -371,8 +372,8 @@ def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path)
     for path in others:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
-    with checkpoint.claimed(tmp_path):
-        write_aside(tmp_path / "notes", "notes")
+    with run_lock(tmp_path):
+        atomic_write_text(tmp_path / "notes", "notes")
         for images in (2, 3, 4):
             checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(images), {}, {"images": images})
         checkpoint.prune(tmp_path / "checkpoints", 1)
@@ -385,10 +386,10 @@ def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path)
 def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_place(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    write_aside(tmp_path / "link", "new")
+    atomic_write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "new"
-    with pytest.raises(FileExistsError), aside(tmp_path / "target") as made:
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "target") as made:
         made.mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
 
@@ -417,9 +418,9 @@ def test_a_file_system_that_cannot_flush_folders_is_no_error():
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    write_aside(tmp_path / "a.txt", "old")
+    atomic_write_text(tmp_path / "a.txt", "old")
     with pytest.raises(UnicodeEncodeError):
-        write_aside(tmp_path / "a.txt", "new \udcff")
+        atomic_write_text(tmp_path / "a.txt", "new \udcff")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
@@ -624,7 +625,7 @@ def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
     teacher, prompts, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sys, "argv", ["distill", *command(teacher, prompts, tmp_path)])
-    with checkpoint.claimed(tmp_path), pytest.raises(SystemExit) as ended:
+    with run_lock(tmp_path), pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == os.EX_TEMPFAIL
     assert "another run is writing" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.files import PRIVATE, aside, flush_folder
+from service.files import PRIVATE, atomic_write, flush_folder
 
 
 @pytest.mark.parametrize(("mode", "kept"), [(0o666, 0o640), (PRIVATE, 0o600)])
@@ -15,7 +15,7 @@ def test_a_file_is_replaced_as_a_whole_and_has_its_mode(tmp_path, mode, kept):
     path.write_text("old")
     before = os.umask(0o027)
     try:
-        with aside(path, mode) as file:
+        with atomic_write(path, mode) as file:
             file.write(b"new")
             file.flush()
             assert path.read_text() == "old"
@@ -35,7 +35,7 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
     path.write_text("old")
 
     def fill():
-        with aside(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
             raise OSError("the disk is full")
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from distill.data.images import METADATA
 from distill.errors import ImageError, OutputError
-from distill.files import write_aside
+from distill.files import atomic_write_text
 from distill.report.picture import save_png
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -53,7 +53,7 @@ def write_images(folder: Path, out: Path, conditional: bool, test: bool = False)
         for i, (name, image) in enumerate(zip(names, images, strict=True), 1):
             save_png(Image.fromarray(image), out / name)
             yield i
-        write_aside(out / METADATA, listed)
+        atomic_write_text(out / METADATA, listed)
     except OSError as error:
         raise ImageError(f"could not write images to {out}: {error}; make room and run the same command") from error
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from distill.files import write_aside
+from distill.files import atomic_write_text
 from distill.models.sd3_folder import RECORD
 from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
@@ -78,9 +78,9 @@ def train_teacher(
 
     yield from fit(model, average, sample, null, recipe, folder / STATE, device, compiled)
     save_pipeline(average, vae, tokenizer, folder)
-    write_aside(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
+    atomic_write_text(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
     record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": asdict(recipe)}
-    write_aside(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _denoiser(recipe: TeacherRecipe, tokenizer: CLIPTokenizer) -> Denoiser:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from distill.errors import CacheError, TeacherError
-from distill.files import aside, write_aside
+from distill.files import atomic_write, atomic_write_text
 from distill.flow import noise
 from distill.models.device import autocast, fast_bfloat16
 from distill.models.sd3 import decode_in_parts, guided, sample
@@ -154,7 +154,7 @@ def _holds_autoencoder(folder: Path, start: Path) -> bool:
 
 def copy_autoencoder(start: Path, folder: Path) -> None:
     """Copy a teacher's autoencoder; what is copied can be written, whatever the original allows."""
-    with aside(folder / "vae") as made:
+    with atomic_write(folder / "vae") as made:
         made.mkdir()
         for path in (start / "vae").iterdir():
             if path.is_file():
@@ -179,7 +179,7 @@ def encode_scenes(
         yield len(texts) // WORDINGS
     latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
     ids = tokenize(build_clip_tokenizer(vocabulary(), TOKENS), texts).view(-1, WORDINGS, TOKENS)
-    with aside(folder / SCENES) as made:
+    with atomic_write(folder / SCENES) as made:
         save_file({"latents": latents.contiguous(), "ids": ids}, made, {"key": key})
 
 
@@ -292,7 +292,7 @@ def train_teacher(
     save_pipeline(best, vae, tokenizer, folder)
     scores = [evaluate(best, vae, seen, null, scale, 28)["overall"] for scale in scales]
     record = {"max_sequence_length": T5_TOKENS, "guidance": scales[int(np.argmax(scores))], "recipe": asdict(recipe)}
-    write_aside(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _eval_prompts(tokenizer: CLIPTokenizer, per_task: int, held_out: bool, device: torch.device) -> EvalPrompts:

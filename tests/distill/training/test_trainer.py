@@ -254,10 +254,10 @@ def test_what_is_read_ahead_comes_in_order_with_its_errors_and_leaves_no_thread(
         raise CacheError("shard 7")
 
     before = threading.active_count()
-    ahead, found = batches.ahead(damaged()), []
+    ahead, found = batches.prefetch(damaged()), []
     with pytest.raises(CacheError, match="shard 7"):
         found.extend(ahead)
-    stopped = batches.ahead(iter(range(1, 9)))
+    stopped = batches.prefetch(iter(range(1, 9)))
     assert (found, next(stopped)) == ([1, 2, 3], 1)
     stopped.close()
     assert threading.active_count() == before
