@@ -207,7 +207,9 @@ def ray(
     min_replicas: Annotated[int, typer.Option(min=1, help="Replicas at least.")] = 1,
     max_replicas: Annotated[int | None, typer.Option(min=1, help="Replicas at most [as many as at least].")] = None,
     cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray counts for each replica.")] = 1.0,
-    patience: Annotated[float, typer.Option(min=0.01, help="Seconds in which they should make what waits.")] = 2.0,
+    target_queue_seconds: Annotated[
+        float, typer.Option(min=0.01, help="Seconds in which they should make what waits.")
+    ] = 2.0,
     up_after: Annotated[float, typer.Option(min=0, help="Seconds of need before replicas are added.")] = 30.0,
     down_after: Annotated[float, typer.Option(min=0, help="The same before they are taken away.")] = 600.0,
     guests: Annotated[
@@ -234,7 +236,7 @@ def ray(
 
     configure(settings.observability.log_format, settings.observability.log_level)
     most = max(min_replicas, max_replicas or 0)
-    scale = cluster.Scale(min_replicas, most, cpus, patience, up_after, down_after, guests)
+    scale = cluster.Scale(min_replicas, most, cpus, target_queue_seconds, up_after, down_after, guests)
     cluster.run(settings, scale, address)
 
 

@@ -17,7 +17,7 @@ Resource = dict[str, Any]
 
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 300.0  # that a server may be away while a job is followed
+RECONNECT_SECONDS = 300.0  # that a server may be away while a job is followed
 AWAY = (502, 503, 504)  # what a server says that is busy or starts, and a proxy in front of one that does not answer
 
 
@@ -90,7 +90,7 @@ class Server:
                 job = self.job(name)  # before its events: what an ended job told is all there
                 events = self.events(name, last)
             except AwayError:
-                if time.monotonic() - heard > PATIENCE_SECONDS:
+                if time.monotonic() - heard > RECONNECT_SECONDS:
                     raise
             else:
                 heard = time.monotonic()

@@ -48,7 +48,7 @@ from distill.training.ema import average_into, new_share
 from distill.training.metrics import Log, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
 
-PATIENCE = timedelta(days=1)  # of processes for the first, which encodes all prompts; NCCL's own ends at ten minutes
+PROCESS_GROUP_TIMEOUT = timedelta(days=1)  # the first process encodes all prompts meanwhile
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
 _ENGINES = "cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2"
 GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels take longer than their launches
@@ -94,7 +94,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
             package = name.replace("_", "-")
             raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
     folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
-    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    waiting = InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)
     try:
         return Accelerator(
             mixed_precision=precision,

@@ -180,8 +180,8 @@ class KeyReader:
             self._reading = asyncio.wrap_future(_in_thread(self._attempt))
             self._since = time.monotonic()
         reading = self._reading
-        patience = READ_SECONDS if self._last is not None else START_SECONDS
-        await asyncio.wait([reading], timeout=max(0.0, self._since + patience - time.monotonic()))
+        limit = READ_SECONDS if self._last is not None else START_SECONDS
+        await asyncio.wait([reading], timeout=max(0.0, self._since + limit - time.monotonic()))
         found = reading.result() if reading.done() else TimeoutError(f"{self._file} does not answer")
         if isinstance(found, tuple):
             self._last, self._logged = found, ""

@@ -47,7 +47,7 @@ class Scale:
     least: int = 1
     most: int = 1
     cpus: float = 1.0  # cores that Ray counts for each
-    patience: float = 2.0  # seconds in which the replicas should make what waits
+    target_queue_seconds: float = 2.0  # seconds in which the replicas should make what waits
     up_after: float = 30.0  # seconds for which more must be needed before more are started
     down_after: float = 600.0  # the same for fewer
     guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
@@ -215,7 +215,7 @@ def _application(settings: Settings, scale: Scale) -> Any:
             "downscale_delay_s": scale.down_after,
             "policy": {
                 "policy_function": "service.ray.autoscaling.ByQueueSeconds",
-                "policy_kwargs": {"patience": scale.patience},
+                "policy_kwargs": {"target_queue_seconds": scale.target_queue_seconds},
             },
         },
         graceful_shutdown_timeout_s=settings.http.drain_seconds,

@@ -79,7 +79,7 @@ def test_what_the_server_refuses_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_proxy_whose_server_starts_again_is_waited_for(status, monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     with receiving(status) as proxy:
         away = distill("cancel", "ftjob-1", "--server", proxy.url)
     assert isinstance(away.exception, AwayError)
@@ -87,7 +87,7 @@ def test_a_proxy_whose_server_starts_again_is_waited_for(status, monkeypatch):
 
 
 def test_a_server_that_is_away_is_waited_for_and_then_named(monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     for words in (["jobs"], ["logs", "ftjob-1", "--follow"]):
         for url in ("http://127.0.0.1:1", "127.0.0.1"):
             away = distill(*words, "--server", url)
