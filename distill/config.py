@@ -1,4 +1,4 @@
-"""A distillation run as one typed, frozen value: from a preset or a YAML file, with overrides, checked by name."""
+"""`RunConfig`, the typed configuration of a distillation run, and its reader: presets, YAML files and overrides."""
 
 import difflib
 import json
@@ -18,39 +18,39 @@ from distill.frozen_model import FrozenModel
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
 _Positive = Annotated[float, Field(gt=0)]
-_Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for the home folder, or a built-in name
+_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or a built-in name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(FrozenModel):
-    """Where prompts come from: `scenes`, a file, or a folder that docs/data.md describes; at most `max_count` of them.
+    """The source of prompts: `scenes`, a file, or a folder as in docs/data.md; at most `max_count` prompts.
 
-    `column` names the column of the prompts, if it is not `prompt`, `caption` or `text`.
+    `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`.
     """
 
-    source: _Place = "scenes"
+    source: _Path = "scenes"
     column: str | None = None
     max_count: _Count = 20_000
     seed: Seed = 0
 
 
 class RealImages(FrozenModel):
-    """Where real images with captions come from, for methods that learn from them too.
+    """The source of real images with captions, for methods that use them.
 
     `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `max_count`.
-    `column` names the captions' key in JSON, where it is not `prompt`, `caption` or `text`.
+    `column` is the key of captions in JSON, if it is not `prompt`, `caption` or `text`.
     """
 
-    source: _Place
+    source: _Path
     max_count: _Count | None = None
-    seed: Seed = 0  # of scenes
+    seed: Seed = 0  # of `scenes`
     column: str | None = None
 
 
 class _Networks(FrozenModel):
-    """How the networks compute. A run may go on with another choice: only rounding differs.
+    """How the networks are computed. A run may be resumed with other values: only rounding differs.
 
     `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block. `attention`
     names the kernel: `auto` is `math`, two matrix products and a softmax, for bf16 on CPUs, where the backward of
@@ -65,13 +65,13 @@ class _Networks(FrozenModel):
 
 
 class Full(_Networks):
-    """Fake and student as whole copies of the teacher, in fp32."""
+    """Fake and student are full copies of the teacher, in fp32."""
 
     kind: Literal["full"] = "full"
 
 
 class Lora(_Networks):
-    """Fake and student as adapters on the teacher; memory is one base. Adapters are fp32 whatever the base is in."""
+    """Fake and student are LoRA adapters, in fp32, on one frozen copy of the teacher."""
 
     kind: Literal["lora"] = "lora"
     rank: _Count = 64
@@ -85,7 +85,7 @@ class Lora(_Networks):
 class Optimizer(FrozenModel):
     """Adam for both roles. Learning rates rise over `warmup_images` and fall to 0 over the last `decay_images`.
 
-    `adam-8bit` (bitsandbytes, CUDA only) holds Adam's two moments in a byte each instead of four. A step whose gradient
+    `adam-8bit` (bitsandbytes, CUDA only) stores Adam's two moments in 1 byte each instead of 4. A step whose gradient
     is not finite is skipped and counted; more than `max_skipped_steps` in a row end the run.
     """
 
@@ -111,9 +111,9 @@ class Cadence(FrozenModel):
 
 
 class RunConfig(FrozenModel):
-    """Everything that a run depends on."""
+    """All that a run depends on."""
 
-    teacher: _Place = "scenes"
+    teacher: _Path = "scenes"
     # Folder of a run (its newest checkpoint) or a student for the initial weights; null takes the teacher's.
     init_from: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     prompts: Prompts = Prompts()
@@ -123,9 +123,9 @@ class RunConfig(FrozenModel):
     optimizer: Optimizer = Optimizer()
     images: _Count = 100_000
     batch: _Count = 128
-    micro_batch: _Count | None = None  # images in one forward; a step sums the gradients of a whole batch
-    sizes: tuple[tuple[_Count, _Count], ...] = ()  # (width, height) to draw from, step by step; none is the teacher's
-    ema_half_life: Annotated[float, Field(ge=0)] = 20_000  # images after which weights count half in the average
+    micro_batch: _Count | None = None  # images in one forward pass; a step sums the gradients of a batch
+    sizes: tuple[tuple[_Count, _Count], ...] = ()  # (width, height), sampled per step; empty is the teacher's size
+    ema_half_life: Annotated[float, Field(ge=0)] = 20_000  # images after which weights count half in the EMA
     seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cadence: Cadence = Cadence()
@@ -134,20 +134,22 @@ class RunConfig(FrozenModel):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _method(cls, value: Any) -> Any:
+    def _validate_method(cls, value: Any) -> Any:
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, dict):
-            raise ValueError("must be a method's name or its settings, as {name: fgm, alpha: 1}")
+            raise ValueError("must be a method's name or its settings, such as {name: fgm, alpha: 1}")
         name = value.get("name", "fgm")
         if name not in methods.names():
             raise ValueError(f"no method {name!r}; there are {', '.join(methods.names())}")
         return methods.config_class(name).model_validate(value)
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _check_batch(self) -> Self:
         if self.images < self.batch:
-            raise ValueError(f"images {self.images} is less than a batch of {self.batch}, and a step is never cut")
+            raise ValueError(
+                f"images {self.images} is less than one batch of {self.batch}; raise images or lower batch"
+            )
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take one of its divisors"
@@ -155,18 +157,20 @@ class RunConfig(FrozenModel):
         return self
 
     @model_validator(mode="after")
-    def _real_where_it_is_used(self) -> Self:
+    def _check_real(self) -> Self:
         used = any(turn.real for turn in self.method.turns())
         if used and self.real is None:
-            raise ValueError(f"real.source: this {self.method.name} learns from real images too; say where they are")
+            raise ValueError(f"real.source: this {self.method.name} needs real images; give their source")
         if self.real is not None and not used:
             raise ValueError(f"real: this {self.method.name} takes no real images; leave the key out")
         if self.real is not None and self.sizes:
-            raise ValueError("sizes: real images are kept at the teacher's native size alone; leave sizes or real out")
+            raise ValueError(
+                "sizes: real images are encoded at the teacher's native size only; leave sizes or real out"
+            )
         return self
 
     @model_validator(mode="after")
-    def _differentiable(self) -> Self:
+    def _check_forward_mode(self) -> Self:
         kernel = self.networks.attention
         if kernel in ("flash", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
             raise ValueError(
@@ -176,14 +180,14 @@ class RunConfig(FrozenModel):
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML takes them."""
+        """Plain values, for YAML."""
         plain = self.model_dump(mode="json", exclude={"method"})
         return {**plain, "method": self.method.model_dump(mode="json")}
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues it: all but budget, cadence and trackers, flat.
+        """The keys, flat, in which a checkpoint and a run that resumes it must agree; not budget, cadence or trackers.
 
-        The teacher may have been moved; it is identified by its digest in `sources.json`.
+        The teacher may be moved; its digest in `sources.json` identifies it.
         """
         plain = self.as_dict()
         for free in ("cadence", "early_stopping_patience", "images", "micro_batch", "teacher", "trackers"):
@@ -193,7 +197,7 @@ class RunConfig(FrozenModel):
         return dict(_flat(plain))
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
-        """Raise CheckpointError when `identity`, as `where` keeps it, is that of another run; names the first field."""
+        """Raise CheckpointError, naming the first key, unless `identity`, read from `where`, is this run's."""
         for key, value in json.loads(json.dumps(self.identity())).items():
             if identity.get(key) != value:
                 raise CheckpointError(
@@ -203,9 +207,9 @@ class RunConfig(FrozenModel):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a preset's name or a YAML file, with `a.b=value` overrides on top.
+    """Load a preset or a YAML file, and apply `a.b=value` overrides.
 
-    Raises ConfigError that names the preset, file or key at fault.
+    Raises ConfigError that names the wrong preset, file or key.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.exists():
@@ -216,11 +220,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a preset or a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}; mend the place that is named") from error
+        raise ConfigError(f"{path} is not YAML: {error}; correct it there") from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} must hold keys and values, not a {type(values).__name__}; write it as the presets are"
-        )
+        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}; write it like the presets")
     for group, tag in _KINDS.items():
         if isinstance(values.get(group), str):
             values[group] = {tag: values[group]}
@@ -247,7 +249,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set each key to its last value. Kinds are set first, so the keys of a kind may precede it."""
+    """Set each key to its last value. Kinds are set first, so keys of a kind may be given before it."""
     given: dict[str, tuple[Any, str]] = {}
     for override in overrides:
         key, value = parse_override(override)
@@ -298,7 +300,7 @@ def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
 
 
 def _explain(error: ValidationError) -> str:
-    """One of pydantic's errors as a sentence; of a union's members, the error of the deepest key."""
+    """Turn a pydantic error into a sentence; of a union's members, that of the deepest key."""
     first = max(error.errors(), key=lambda each: len(each["loc"]))
     where = _keys_of(first["loc"])
     if first["type"] == "extra_forbidden":
@@ -318,7 +320,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys_of(place: Sequence[int | str]) -> list[str]:
-    """The keys in the path of a pydantic error. The path also names the members of unions; these are left out."""
+    """The keys in the path of a pydantic error, without the names of union members."""
     keys: list[str] = []
     for part in place:
         if isinstance(part, int) or part in _keys_beside([*keys, part]):
@@ -327,7 +329,7 @@ def _keys_of(place: Sequence[int | str]) -> list[str]:
 
 
 def _keys_beside(where: Sequence[str]) -> list[str]:
-    """The keys that are known in the place of a key."""
+    """The keys that are valid in place of a key."""
     models: list[Any] = [RunConfig]
     for field in where[:-1]:
         models = [kind for model in models for kind in _models_of(model, field)]

@@ -1,8 +1,8 @@
-"""Rectified-flow maths, and nothing else: no model, no framework.
+"""Rectified-flow math, without models.
 
 Convention (Stable Diffusion 3's and diffusers'): t in [0, 1], t = 1 is noise, x_t = (1 - t) x_0 + t eps, and networks
 predict the velocity w = eps - x_0 = dx_t/dt. The FGM paper runs time the other way; t here is 1 - t there.
-Batches are (B, ...) and times (B,).
+Batches are (B, ...), times (B,).
 """
 
 import operator
@@ -18,29 +18,29 @@ from distill.philox import Draw
 Cond = TypeVar("Cond")
 
 
-def _as(t: Tensor, x: Tensor) -> Tensor:
-    """Times (B,) shaped to multiply a batch (B, ...)."""
+def _expand(t: Tensor, x: Tensor) -> Tensor:
+    """Reshape times (B,) to multiply a batch (B, ...)."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def interpolate(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x_0 + t eps."""
-    t = _as(t, x_0)
+    t = _expand(t, x_0)
     return (1 - t) * x_0 + t * eps
 
 
 def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_0 = x_t - t v."""
-    return x_t - _as(t, x_t) * v
+    return x_t - _expand(t, x_t) * v
 
 
 def shift_time(t: Tensor, s: float) -> Tensor:
-    """t' = s t / (1 + (s - 1) t): adds ln s to logit(t), which moves mass towards noise for s > 1."""
+    """t' = s t / (1 + (s - 1) t), which adds ln s to logit(t); s > 1 shifts times towards noise."""
     return s * t / (1 + (s - 1) * t)
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal (len(seeds), *shape), fp32 on the CPU: one stream a seed, the same alone and in any batch.
+    """Standard normal noise (len(seeds), *shape), fp32 on the CPU; a seed's noise does not depend on the other seeds.
 
     Seeds are integers from 0 to 2^64 - 1, each with different noise; raises ValueError for other values. Seeds below
     2^32 use torch's generator, which ignores all higher bits; larger ones use Philox.
@@ -63,17 +63,17 @@ def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond
 
 
 def between(t: Tensor, s: Tensor) -> Tensor:
-    """Times (B, 2) that ask a student of two times for its mean velocity from t to s."""
+    """Times (B, 2) for which a student of two times returns its mean velocity from t to s."""
     return torch.stack([t, s], 1)
 
 
 def jump(velocity: Callable[[Tensor, Tensor, Cond], Tensor], x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """X_{t,s}(x_t) = x_t + (s - t) v(x_t, t, s): the flow map of a velocity that takes times (B, 2)."""
-    return x_t + _as(s - t, x_t) * velocity(x_t, between(t, s), cond)
+    return x_t + _expand(s - t, x_t) * velocity(x_t, between(t, s), cond)
 
 
 def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """f and its directional derivative, by forward mode; neither fused attention nor compiled blocks have one."""
+    """f and its directional derivative in forward mode, which fused attention and compiled blocks do not support."""
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
     return pair
