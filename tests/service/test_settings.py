@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,7 +12,9 @@ import pytest
 from service.engine.launch import serving_devices
 from service.errors import StartError
 from service.observability.logs import JsonFormatter
-from service.settings import read_settings
+from service.settings import keys, read_settings
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypatch):
@@ -57,6 +61,20 @@ def test_a_wrong_key_is_named(tmp_path, text, named):
     file = tmp_path / "service.toml"
     file.write_text(text)
     with pytest.raises(StartError, match=named):
+        read_settings({}, file)
+
+
+def test_the_documentation_lists_every_setting_once():
+    rows = re.findall(r"^\| (`.*?) \| ", (DOCS / "operations.md").read_text(), re.MULTILINE)
+    listed = [key for row in rows for key in re.findall(r"`([a-z0-9_.]+)`", row) if "." in key or key in keys()]
+    assert sorted(listed) == sorted(keys())
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_settings_files_in_the_documentation_are_valid(page, tmp_path):
+    for number, block in enumerate(re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block)
         read_settings({}, file)
 
 
