@@ -1,4 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed, renamed into it."""
+"""Atomic writes: a file is complete or absent, also after a crash.
+
+`distill.files` has its own writer, which also writes folders; neither package imports the other. Of the libraries for
+this, atomicwrites is archived, and boltons does not flush the folder.
+"""
 
 import contextlib
 import errno
@@ -9,33 +13,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-PRIVATE = 0o600  # for its owner alone
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the disk raises when there is no room
+PRIVATE = 0o600  # readable by its owner only
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)  # another user's, read-only or broken
 NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that cannot flush folders
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """What to write the file `path` into: it takes that name when the block ends well, and vanishes otherwise.
+    """Open a temporary file that replaces `path` when the block ends, and is deleted if the block raises.
 
-    Several may write the same file side by side; the last one stays. `mode` is less the process's umask. Raises what
-    the disk raises.
+    With concurrent writers, the last one wins. The umask applies to `mode`. Raises OSError.
     """
-    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        made.replace(path)
+        temporary.replace(path)
     finally:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     flush_folder(path.parent)
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder if it is missing, and check that it can be written. Raises OSError."""
+    """Create a folder if it is missing, and check that it can be written. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 

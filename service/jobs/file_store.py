@@ -1,4 +1,4 @@
-"""Files: rows in the database, bytes in a folder under their ids. A row means that the bytes are whole and on disk."""
+"""`FileStore`: rows in the database, bytes in a folder under their ids. A row implies complete bytes."""
 
 import contextlib
 import os
@@ -19,18 +19,18 @@ from service.files import atomic_write
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, BatchRow, FileRow, JobRow
 
-ORPHAN_SECONDS = 86_400  # bytes without a row are an upload under way, or after so long the remains of one
+ORPHAN_SECONDS = 86_400  # after which bytes without a row are not an upload in progress, but the remains of one
 _PIECE = 1 << 20
-_OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # names made here; other files are left alone
+_OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # other files are never deleted
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody guesses, and that sorts by time as text does."""
+    """Return an unguessable id. Ids sort by their time of creation."""
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 def page(rows: Select[Any], table: Any, after: Any, order: Literal["asc", "desc"], limit: int) -> Select[Any]:
-    """Rows of a list, from behind `after`; one more than asked for, which tells that there are more."""
+    """Select a page of rows after the row `after`, and one more row, which shows whether there are more pages."""
     key = tuple_(table.created_at, table.id)
     if after is not None:
         start = tuple_(after.created_at, after.id)
@@ -40,25 +40,25 @@ def page(rows: Select[Any], table: Any, after: Any, order: Literal["asc", "desc"
 
 
 class FileStore:
-    """The files of all owners; nobody is told of another's. Every method blocks: call them off the event loop."""
+    """The files of all owners; each owner sees only its own. Every method blocks: call them off the event loop."""
 
     def __init__(self, database: Database, folder: Path, max_bytes: int, quota_bytes: int) -> None:
-        """`folder` is made; `quota_bytes` bound what one owner keeps, `max_bytes` one upload."""
+        """Creates `folder`. `quota_bytes` limits the files of one owner, `max_bytes` one upload."""
         self._database = database
         self._folder = folder
         self._max_bytes = max_bytes
         self._quota_bytes = quota_bytes
-        self._orphans_sought = 0
+        self._orphans_swept_at = 0
         folder.mkdir(exist_ok=True)
 
     def path(self, file_id: str) -> Path:
-        """Where the bytes of a file are."""
+        """Return the path of the bytes of a file."""
         return self._folder / file_id
 
     def add(
         self, source: BinaryIO, *, owner: str, purpose: str, filename: str, now: int, lifetime: int | None
     ) -> FileRow:
-        """Keep an upload. Raises BodyTooLarge, Forbidden beyond the quota, InvalidRequest for an empty file."""
+        """Store an upload. Raises BodyTooLarge, Forbidden over the quota, InvalidRequest for an empty file."""
         size = source.seek(0, os.SEEK_END)
         source.seek(0)
         if size == 0:
@@ -71,7 +71,7 @@ class FileStore:
             id=new_id("file-"),
             owner=owner,
             purpose=purpose,
-            filename=_tame(filename),
+            filename=_sanitized(filename),
             bytes=size,
             created_at=now,
             expires_at=None if lifetime is None else now + lifetime,
@@ -88,19 +88,19 @@ class FileStore:
         return file
 
     def writing(self, file_id: str) -> AbstractContextManager[IO[bytes]]:
-        """Write the bytes of a file that gets its row afterwards. They appear whole, or not at all."""
+        """Write the bytes of a file atomically, before its row is added."""
         return atomic_write(self.path(file_id))
 
     def get(self, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
-        """A file. Raises NotFound for one that is not there, has expired, or is another's."""
+        """Return a file. Raises NotFound if it does not exist, has expired, or has another owner."""
         with self._database.read() as session:
             return self.own(session, owner, file_id, now, param)
 
     def index(
         self, owner: str, purpose: str | None, after: str | None, order: Literal["asc", "desc"], limit: int, now: int
     ) -> tuple[Sequence[FileRow], bool]:
-        """Files in the order of their making, and whether there are more."""
-        rows = select(FileRow).where(FileRow.owner == owner, _lasting(now))
+        """Return a page of files by time of creation, and whether there are more."""
+        rows = select(FileRow).where(FileRow.owner == owner, _unexpired(now))
         if purpose is not None:
             rows = rows.where(FileRow.purpose == purpose)
         with self._database.read() as session:
@@ -109,25 +109,23 @@ class FileStore:
         return found[:limit], len(found) > limit
 
     def remove(self, owner: str, file_id: str, now: int) -> None:
-        """Delete a file. Raises NotFound, and InvalidRequest while something unfinished needs it."""
+        """Delete a file. Raises NotFound, and InvalidRequest while an unfinished batch or job needs it."""
         with self._database.begin() as session:
             file = self.own(session, owner, file_id, now)
             if session.scalar(select(func.count()).where(FileRow.id == file_id, _needed())):
-                raise InvalidRequest(
-                    "an unfinished batch or job needs this file; cancel that first", code="file_in_use"
-                )
+                raise InvalidRequest("an unfinished batch or job needs this file; cancel it first", code="file_in_use")
             session.delete(file)
         self.path(file_id).unlink(missing_ok=True)
 
     def sweep(self, now: int) -> None:
-        """Delete files that have expired, and the remains of uploads that never ended."""
+        """Delete expired files, and the remains of interrupted uploads."""
         with self._database.begin() as session:
             expired = delete(FileRow).where(FileRow.expires_at <= now, ~_needed()).returning(FileRow.id)
             gone = list(session.scalars(expired))
         for file_id in gone:
             self.path(file_id).unlink(missing_ok=True)
-        if now - self._orphans_sought >= ORPHAN_SECONDS:
-            self._orphans_sought = now
+        if now - self._orphans_swept_at >= ORPHAN_SECONDS:
+            self._orphans_swept_at = now
             for path in self._folder.iterdir():
                 if _OURS.fullmatch(path.name):
                     self._sweep_orphan(path, now)
@@ -141,7 +139,7 @@ class FileStore:
                     path.unlink()
 
     def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
-        """`get`, within a transaction that relies on the file."""
+        """Like `get`, within a transaction that relies on the file."""
         file = session.get(FileRow, file_id) if file_id.isascii() and file_id.isprintable() else None
         if file is None or file.owner != owner or (file.expires_at is not None and file.expires_at <= now):
             raise NotFound(f"there is no file {quoted(file_id)}; GET /v1/files lists yours", param, "file_not_found")
@@ -157,7 +155,7 @@ class FileStore:
             )
 
 
-def _lasting(now: int) -> Any:
+def _unexpired(now: int) -> Any:
     return or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
 
 
@@ -170,7 +168,7 @@ def _needed() -> Any:
     return or_(batch.exists(), job.exists())
 
 
-def _tame(filename: str) -> str:
-    """The last part of a name, without what would not be shown; never a path."""
+def _sanitized(filename: str) -> str:
+    """Return the last part of a path, without unprintable characters."""
     name = "".join(letter for letter in filename.replace("\\", "/").rsplit("/", 1)[-1] if letter.isprintable())
     return name[-255:] or "file"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from service.files import PRIVATE, atomic_write, flush_folder
 
 
 @pytest.mark.parametrize(("mode", "kept"), [(0o666, 0o640), (PRIVATE, 0o600)])
-def test_a_file_is_replaced_as_a_whole_and_has_its_mode(tmp_path, mode, kept):
+def test_a_file_is_replaced_atomically_and_has_its_mode(tmp_path, mode, kept):
     path = tmp_path / "file"
     path.write_text("old")
     before = os.umask(0o027)
@@ -26,11 +26,11 @@ def test_a_file_is_replaced_as_a_whole_and_has_its_mode(tmp_path, mode, kept):
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_system_that_cannot_flush_folders_is_no_error():
+def test_a_file_system_that_cannot_flush_folders_is_accepted():
     flush_folder(Path("/proc"))
 
 
-def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
