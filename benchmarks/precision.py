@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from distill.evaluate.side_by_side import SHIPPED_TEACHER
+from distill.data.sources import TEACHERS
 from distill.models import attention
 from distill.models.device import fast_bfloat16, resolve_device
 from distill.models.sd3 import load_transformer, velocity
@@ -20,7 +20,9 @@ from distill.models.text import TextCondition
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", default=str(SHIPPED_TEACHER), help="teacher folder; the shipped one if not given")
+    parser.add_argument(
+        "--teacher", default=str(TEACHERS["scenes"]), help="teacher folder; the shipped one if not given"
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")

@@ -1,11 +1,11 @@
-"""Everything that `distill` raises on purpose. The command line prints the message and exits with 2.
+"""The exceptions of `distill`. The command line prints their message and exits with status 2.
 
-Each message names the file, field or flag at fault and how to mend it.
+Each message names the file, field or flag and the fix.
 """
 
 
 class DistillError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(DistillError):
@@ -33,36 +33,36 @@ class CheckpointError(DistillError):
 
 
 class ClaimedError(CheckpointError):
-    """A run folder that another live process writes to. The command line exits with 75: try again later."""
+    """A run folder that another process writes to. The command line exits with status 75: try again later."""
 
 
 class DivergedError(DistillError):
-    """Training, or a student at work, produced a number that is not finite."""
+    """A number that is not finite, in training or in a student's output."""
 
 
 class SizeError(DistillError):
-    """An image size that the model was not made for."""
+    """An image size that the model does not support."""
 
 
 class ScorerError(DistillError):
-    """A package or weights that a figure needs and that are not there, or images that it cannot be taken of."""
+    """A missing package or weights file of a metric, or images that it cannot score."""
 
 
 class OutputError(DistillError):
-    """The place of an output holds a file or folder that this program did not write; it is left unchanged."""
+    """An output path with a file or folder that this program did not write; it is left unchanged."""
 
 
 class RunError(DistillError):
-    """A folder that holds no run, or a file in it that is in another form."""
+    """A folder without a run, or with a file in another format."""
 
 
 class ParityError(DistillError):
-    """A student folder of which stock diffusers makes something else than we do."""
+    """A student folder whose images differ between stock diffusers and this package."""
 
 
 class RemoteError(DistillError):
-    """A server that refuses what it was asked."""
+    """A request that a server refused."""
 
 
-class AwayError(RemoteError):
-    """A server that does not answer, or not now."""
+class ServerUnavailableError(RemoteError):
+    """A server that does not answer, or is temporarily unavailable."""

@@ -31,10 +31,9 @@ from distill.data.embedding_cache import (
 from distill.data.image_cache import EncodeProgress, ImageCache, check_examples, encode_examples
 from distill.data.images import read_examples
 from distill.data.prompts import read_prompts
-from distill.data.sources import PROMPT_SOURCES
+from distill.data.sources import PROMPT_SOURCES, TEACHERS
 from distill.errors import CheckpointError, ConfigError, OutputError, RunError, TeacherError
-from distill.evaluate.base import Generate, Images, evaluate
-from distill.evaluate.side_by_side import SHIPPED_TEACHER
+from distill.evaluate.base import EvalPrompts, Evaluator, Generate, Images, evaluate, find_evaluator
 from distill.files import atomic_write_text
 from distill.flow import noise
 from distill.models.device import fast_bfloat16
@@ -44,18 +43,16 @@ from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
 from distill.report.alarms import Alarms
-from distill.report.picture import labeled_grid, save_png
+from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, ended_early, holds_student, read_run
 from distill.student.export import SHARD_SIZE, check_place, export_student
 from distill.training import checkpoint
 from distill.training.networks import build
 from distill.training.start import check_start
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
-from distill.worlds.scenes.evaluator import SceneEvaluator
-from distill.worlds.scenes.render import SIZE
 
-with suppress(ModuleNotFoundError):  # the package of toy datasets may be deleted
-    from distill import worlds  # noqa: F401  adds their sources of prompts and images
+with suppress(ImportError):  # the folder of toy datasets may be deleted
+    from distill import worlds  # noqa: F401  registers their sources
 
 SOURCES = "sources.json"  # digests of the prompts and real images that a run learns from
 SPEED = "speed.json"  # what `distill.training.speed` measured
@@ -66,8 +63,8 @@ _OWN = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIO
 
 
 def read_teacher(config: RunConfig) -> SD3Folder:
-    """Check and read the folder that `teacher` names; `scenes` is the one that ships with the package."""
-    return SD3Folder.read(SHIPPED_TEACHER if config.teacher == "scenes" else config.teacher)
+    """Read and check the folder that `teacher` names: a built-in teacher or a path."""
+    return SD3Folder.read(TEACHERS.get(config.teacher, config.teacher))
 
 
 def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
@@ -182,17 +179,17 @@ def latent_shapes(config: RunConfig, teacher: SD3Folder) -> list[tuple[int, int,
     return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
 
 
-def is_judged(config: RunConfig, teacher: SD3Folder) -> bool:
-    """Whether students are evaluated during the run: only on the toy dataset, at its native size."""
+def evaluator_of(config: RunConfig, teacher: SD3Folder) -> Evaluator | None:
+    """The evaluator of the run's students: that of its teacher's or its prompts' name, if it fits the image size."""
     size = config.sizes[0] if config.sizes else (teacher.image_size, teacher.image_size)
-    return "scenes" in (config.teacher, config.prompts.source) and size == (SIZE, SIZE)
+    return find_evaluator((config.teacher, config.prompts.source), size)
 
 
 def _check_patience(config: RunConfig, teacher: SD3Folder) -> None:
     patience = config.early_stopping_patience
     if patience is None:
         return
-    if not is_judged(config, teacher):
+    if evaluator_of(config, teacher) is None:
         raise ConfigError(
             "early_stopping_patience counts evaluations, and only students of the toy dataset are evaluated; "
             "set it to null"
@@ -387,7 +384,7 @@ def export(
     manifest = embeddings_folder(config, out) / MANIFEST
     # A published record needs no paths of this machine.
     plain, source = config.as_dict(), Path(config.prompts.source).name
-    name = "scenes" if teacher.path == SHIPPED_TEACHER.resolve() else teacher.name
+    name = next((name for name, path in TEACHERS.items() if path.resolve() == teacher.path), teacher.name)
     if config.real is not None:
         plain["real"]["source"] = Path(config.real.source).name
     if config.init_from is not None:
@@ -467,17 +464,16 @@ class _Watch:
             run = read_run(out)
             self._alarms = Alarms()
             for line in run.metrics:
-                self._alarms.see(line)
+                self._alarms.add(line)
             self.over = ended_early(run.config, run.evaluations, run.best)
         self._vae = load_vae(teacher, device=device)
         text = SD3TextEncoder.load(teacher, device, dtype)
-        self._judged = is_judged(config, teacher)
-        questions = SceneEvaluator().prompts(JUDGED, config.seed, held_out=False)
-        self._questions = questions
+        evaluator = evaluator_of(config, teacher)
+        self._prompts = None if evaluator is None else evaluator.prompts(JUDGED, config.seed, held_out=False)
         # Fewer prompts than a grid has places come round again, with seeds of their own.
         few = cached_prompts(embeddings_folder(config, out), min(GRID, config.prompts.max_count))
         self._texts = list(islice(cycle(few), GRID))
-        every = dict.fromkeys([*self._texts, *(questions.texts if self._judged else ())])
+        every = dict.fromkeys([*self._texts, *(self._prompts.texts if self._prompts else ())])
         self._conditions = {prompt: text.encode([prompt]) for prompt in every}
 
     def look(self, progress: Progress) -> None:
@@ -496,19 +492,19 @@ class _Watch:
             if self._write:
                 path = self._out / "samples" / f"{progress.images:012d}.png"
                 save_png(labeled_grid([("student", images)], self._texts), path)
-        if self._judged and (progress.crosses(self._config.cadence.evaluate) or finished):
-            self._judge(progress, generate)
+        if self._prompts and (progress.crosses(self._config.cadence.evaluate) or finished):
+            self._evaluate(progress, self._prompts, generate)
 
     def _heed(self, progress: Progress) -> None:
         """Alarms of the line that was just logged."""
-        for alarm in self._alarms.see({"images": progress.images, **progress.metrics}):
-            progress.notes.append(f"alarm, {alarm.name}: {alarm.says}")
+        for alarm in self._alarms.add({"images": progress.images, **progress.metrics}):
+            progress.notes.append(f"alarm, {alarm.name}: {alarm.message}")
             with (self._out / ALARMS).open("a") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
 
-    def _judge(self, progress: Progress, generate: Generate) -> None:
+    def _evaluate(self, progress: Progress, prompts: EvalPrompts, generate: Generate) -> None:
         encode = torch.no_grad()(lambda images: encode_images(self._vae, to_pixels(images)))
-        result, _ = evaluate(self._questions, generate, 1, encode, self._config.seed)
+        result, _ = evaluate(prompts, generate, 1, encode, self._config.seed)
         names = ("overall", "frechet", "recall", "diversity")
         metrics: dict[str, float] = {name: getattr(result, name) for name in names}
         progress.metrics.update(metrics)

@@ -1,4 +1,4 @@
-"""`distill embed`, `encode` and `prompts stats`: what a run reads, made and looked at beforehand."""
+"""`distill embed`, `encode` and `prompts stats`: caches of prompts and images for runs, and statistics of prompts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +8,8 @@ import typer
 from distill.cli.options import LAST_SEED, MOST, SOURCE, Column, Device
 
 _IMAGES = (
-    "Folder of images, each with a .txt caption beside it or all in metadata.jsonl; folder of WebDataset .tar shards, "
-    "or one of them; or `scenes`."
+    "A folder of images with .txt captions or a metadata.jsonl, a folder of WebDataset .tar shards, one such shard, "
+    "or `scenes`."
 )
 
 
@@ -17,18 +17,21 @@ def embed(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     prompts: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
-    count: Annotated[int | None, typer.Option(help="Prompts to take at most.", min=1, max=MOST)] = None,
+    count: Annotated[int | None, typer.Option(help="Maximum number of prompts.", min=1, max=MOST)] = None,
     column: Column = None,
-    shard_rows: Annotated[int, typer.Option(help="Prompts of one file at most; it stays under 1 GiB.", min=1)] = 4096,
+    shard_rows: Annotated[int, typer.Option(help="Maximum prompts per file; files stay under 1 GiB.", min=1)] = 4096,
     processes: Annotated[
-        int, typer.Option(help="Processes with encoders of their own; with cuda they take the GPUs in turn.", min=1)
+        int,
+        typer.Option(
+            help="Number of processes, each with its own encoders; with cuda they use the GPUs in turn.", min=1
+        ),
     ] = 1,
     device: Device = "auto",
 ) -> None:
-    """Encode prompts once, so that training holds no text encoder.
+    """Encode prompts into a cache, so that training needs no text encoder.
 
-    A repeated prompt is encoded once. The same command continues one that was stopped or killed: files that are
-    whole are kept, if the source still begins with the prompts that they hold.
+    A repeated prompt is encoded once. Run the same command again to resume: complete files are kept if the source still
+    begins with their prompts.
     """
     from distill.cli.console import image_bar
     from distill.data.embedding_cache import embed_prompts
@@ -39,15 +42,15 @@ def embed(
 
     encoded = None
     where = resolve_device(device)
-    folder = SD3Folder.read(teacher)  # before the cache's folder is made
+    folder = SD3Folder.read(teacher)  # before the cache's folder is created
     with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
-    assert encoded is not None  # a source without prompts is an error
+    assert encoded is not None  # a source without prompts raises an error
     if encoded.truncated:
-        typer.echo(f"{encoded.truncated} prompts are over the token limit; the model sees their beginnings.")
-    repeated = f"; {encoded.repeated} more were repetitions of them" if encoded.repeated else ""
+        typer.echo(f"{encoded.truncated} prompts are longer than the token limit and were cut.")
+    repeated = f"; {encoded.repeated} repeated prompts were skipped" if encoded.repeated else ""
     typer.echo(f"The embeddings of {encoded.prompts} prompts are in {out}{repeated}.")
 
 
@@ -55,20 +58,20 @@ def encode(
     teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
     images: Annotated[str, typer.Argument(help=_IMAGES)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
-    count: Annotated[int | None, typer.Option(help="Images to take at most.", min=1, max=MOST)] = None,
+    count: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1, max=MOST)] = None,
     seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0, max=LAST_SEED)] = 0,
     column: Annotated[
         str | None,
-        typer.Option(help="Key of the captions in JSON; the first of prompt, caption and text if not given."),
+        typer.Option(help="Key of the captions in JSON. Default: the first of prompt, caption and text."),
     ] = None,
-    shard_rows: Annotated[int, typer.Option(help="Images of one file at most; it stays under 1 GiB.", min=1)] = 4096,
+    shard_rows: Annotated[int, typer.Option(help="Maximum images per file; files stay under 1 GiB.", min=1)] = 4096,
     device: Device = "auto",
 ) -> None:
-    """Encode real images and their captions once, for methods that learn from them too: RealUID, DMD2's GAN.
+    """Encode real images and their captions into a cache, for methods that train on real images: RealUID, DMD2's GAN.
 
-    Images are scaled and cut to the teacher's native size. One that cannot be used is passed over and named in
-    skipped.jsonl; more than 10 that are more than 1 in 100 end the command. The same command continues one that was
-    stopped or killed: files that are whole are kept, if the source still begins with the images that they hold.
+    Images are scaled and cropped to the teacher's native size. Unusable images are skipped and listed in skipped.jsonl;
+    the command fails if they are more than 10 and more than 1 %. Run the same command again to resume: complete files
+    are kept if the source still begins with their images.
     """
     from distill.cli.console import image_bar
     from distill.data.image_cache import SKIPPED, encode_examples
@@ -79,26 +82,26 @@ def encode(
 
     encoded = None
     where = resolve_device(device)
-    folder = SD3Folder.read(teacher)  # before the cache's folder is made
+    folder = SD3Folder.read(teacher)  # before the cache's folder is created
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
-    assert encoded is not None  # a source without images is an error
+    assert encoded is not None  # a source without images raises an error
     if encoded.truncated:
-        typer.echo(f"{encoded.truncated} captions are over the token limit; the model sees their beginnings.")
+        typer.echo(f"{encoded.truncated} captions are longer than the token limit and were cut.")
     if encoded.skipped:
-        typer.echo(f"{encoded.skipped} images could not be used; {out / SKIPPED} names them.")
+        typer.echo(f"{encoded.skipped} images are unusable; {out / SKIPPED} lists them.")
     if encoded.unused:
-        typer.echo(f"{encoded.unused} files of shards belong to no image; {out / SKIPPED} names them.")
-    typer.echo(f"The latents of {encoded.images} images are in {out}; real.source={out} in a run takes them.")
+        typer.echo(f"{encoded.unused} files of shards belong to no image; {out / SKIPPED} lists them.")
+    typer.echo(f"The latents of {encoded.images} images are in {out}; use them in a run with real.source={out}.")
 
 
 def stats(
     source: Annotated[str, typer.Argument(help=SOURCE)],
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, to count in its tokens too.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, whose tokenizers also measure lengths.")] = None,
     column: Column = None,
 ) -> None:
-    """Count a source's prompts, its repetitions and empty lines, and how long its different prompts are."""
+    """Count the prompts, repetitions and empty lines of a source, and show the lengths of its distinct prompts."""
     from distill.cli.console import out, table
     from distill.data.prompt_stats import prompt_stats
     from distill.models.sd3_folder import SD3Folder
@@ -111,6 +114,6 @@ def stats(
         rows.append((name, *map(str, metrics), over))
     out.print(table("lengths", ("", "min", "median", "p95", "max", "over the limit"), rows))
     out.print(
-        f"{found.prompts} prompts, {found.prompts - found.repeated} different, {found.repeated} repeated; "
-        f"{found.empty} empty lines passed over."
+        f"{found.prompts} prompts, {found.prompts - found.repeated} distinct, {found.repeated} repeated; "
+        f"{found.empty} empty lines skipped."
     )

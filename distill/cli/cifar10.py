@@ -1,4 +1,4 @@
-"""`distill cifar10 teacher` and `images`: CIFAR-10 in pixels."""
+"""`distill cifar10 teacher` and `images`: CIFAR-10 in pixel space."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,33 +8,33 @@ import typer
 from distill.cli.options import LAST_SEED, Compiled, Device
 from distill.cli.stopping import train_with_bar
 
-_CIFAR10 = "Folder of CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."
-_CONDITIONAL = "Captions are the classes' names; without, one word for all."
+_CIFAR10 = "Folder of CIFAR-10's binary version, with data_batch_1.bin to data_batch_5.bin and test_batch.bin."
+_CONDITIONAL = "Class names as captions. Default: the same word for all images."
 
 
 def teacher(
     data: Annotated[Path, typer.Argument(help=_CIFAR10)],
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and of its training state.", file_okay=False)] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the teacher and its training state.", file_okay=False)] = Path(
         "runs/cifar10-teacher"
     ),
-    images: Annotated[int, typer.Option(help="Images that it is trained on.", min=1)] = 51_200_000,
-    batch: Annotated[int, typer.Option(help="Images of a step.", min=1)] = 128,
+    images: Annotated[int, typer.Option(help="Budget in training images.", min=1)] = 51_200_000,
+    batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 128,
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
-    layers: Annotated[int, typer.Option(help="Blocks of the transformer.", min=1)] = 12,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.", min=1)] = 12,
     heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=LAST_SEED)] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=LAST_SEED)] = 1,
     device: Device = "auto",
     compiled: Compiled = False,
 ) -> None:
-    """Train a pixel-space teacher of CIFAR-10 from nothing, in Stable Diffusion 3's own format.
+    """Train a pixel-space teacher of CIFAR-10 in Stable Diffusion 3's format.
 
-    The same command continues a training that was stopped, a larger budget continues a finished one.
+    Run the same command again to resume. A larger budget continues a finished training.
     """
     from distill.models.device import resolve_device
     from distill.training.run_lock import run_lock
-    from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
+    from distill.worlds.cifar10.teacher import Cifar10Recipe, check_teacher_folder, train_teacher
 
-    recipe = TeacherRecipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
+    recipe = Cifar10Recipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
     check_teacher_folder(out)
     with run_lock(out):
         train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
@@ -43,11 +43,11 @@ def teacher(
 
 def images(
     data: Annotated[Path, typer.Argument(help=_CIFAR10)],
-    out: Annotated[Path, typer.Option(help="Folder of the images and their captions.", file_okay=False)],
-    test: Annotated[bool, typer.Option("--test", help="Those of the test batch.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the images and their captions.", file_okay=False)],
+    test: Annotated[bool, typer.Option("--test", help="Use the test images.")] = False,
     conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
 ) -> None:
-    """Write its images as PNG with their captions: for `distill score --reference`, and as `real.source` of a run."""
+    """Write the images as PNG files with captions, for `distill score --reference` and as `real.source` of a run."""
     from distill.cli.console import image_bar
     from distill.worlds.cifar10.data import write_images
 

@@ -1,4 +1,4 @@
-"""What the commands print: one progress bar and one table, alike everywhere."""
+"""Output of the commands: progress and tables."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,35 +19,43 @@ from rich.table import Table
 from rich.text import Text
 
 out = Console(soft_wrap=True)
-_bars = Console(stderr=True, soft_wrap=True)  # standard output holds results alone
+_bars = Console(stderr=True, soft_wrap=True)  # standard output holds results only
 
-SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # metrics beside a bar
-EVERY = 30.0  # seconds between two lines where there is no terminal
+SHOWN = (
+    "gap",
+    "flow_matching",
+    "regression",
+    "residual",
+    "overall",
+    "frechet",
+    "diversity",
+)  # metrics shown with progress
+EVERY = 30.0  # seconds between two lines without a terminal
 
 
 def quiet(silent: bool) -> None:
-    """Print nothing, as all processes but the first do."""
+    """Suppress all output, as in all processes but the first."""
     out.quiet = _bars.quiet = silent
 
 
 class ImageProgress(Protocol):
-    """How a command tells how far it is."""
+    """Progress of a command, as a bar or as lines."""
 
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
-        """It is at `seen` images; metrics, when given, stand beside it; a `total` that was unknown is known now."""
+        """Set the number of images done, the metrics shown and the total; None leaves them unchanged."""
 
     def advance(self, images: int) -> None:
-        """It is `images` further."""
+        """Add to the number of images done."""
 
-    def say(self, note: str) -> None:
-        """A sentence that stays."""
+    def print(self, note: str) -> None:
+        """Print a permanent line."""
 
 
 @contextmanager
 def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator[ImageProgress]:
-    """Progress over images seen, with images/s and the time left; no `total` when it is unknown.
+    """Show progress in images, images/s and remaining time; `total` is None if it is unknown.
 
-    A bar on a terminal; elsewhere (nohup, container logs, schedulers) a line every EVERY seconds and one at the end.
+    On a terminal it is a bar; otherwise (nohup, container logs, schedulers) a line every EVERY seconds and at the end.
     """
     if not _bars.is_terminal:
         lines = ImageLines(what, total, seen, _plain, time.monotonic)
@@ -58,7 +66,7 @@ def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator[ImageProg
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(),
+        _Speed(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}"),
@@ -71,8 +79,8 @@ def _plain(line: str) -> None:
     _bars.print(line, markup=False, highlight=False)
 
 
-class _Rate(ProgressColumn):
-    """Images a second."""
+class _Speed(ProgressColumn):
+    """Images per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -80,7 +88,7 @@ class _Rate(ProgressColumn):
 
 
 class _ImageBar:
-    """A running bar."""
+    """Progress as a bar."""
 
     def __init__(self, progress: Progress, task: int) -> None:
         self._progress = progress
@@ -89,19 +97,19 @@ class _ImageBar:
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
         self._progress.update(self._task, completed=seen, total=total)
         if metrics:
-            self._progress.update(self._task, metrics=_words(metrics))
+            self._progress.update(self._task, metrics=_format(metrics))
 
     def advance(self, images: int) -> None:
         self._progress.advance(self._task, images)
 
-    def say(self, note: str) -> None:
-        _plain(note)  # rich puts it above the bar
+    def print(self, note: str) -> None:
+        _plain(note)  # rich prints it above the bar
 
 
 class ImageLines:
-    """Progress as lines of text, with the speed since the line before; `clock` counts seconds.
+    """Progress as lines of text, with the speed since the previous line; `clock` returns seconds.
 
-    Where it stands when it first hears of images is where it begins: what came before was another start's.
+    Speed counts from the first update, because earlier images belong to an earlier start of the run.
     """
 
     def __init__(
@@ -110,57 +118,57 @@ class ImageLines:
         self._what, self._total, self._seen = what, total, seen
         self._write, self._clock = write, clock
         self._metrics = ""
-        self._begun: tuple[float, int] | None = None
+        self._start: tuple[float, int] | None = None
         self._shown = (clock(), seen)
 
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
         self._seen = seen
         self._total = self._total if total is None else total
         if metrics:
-            self._metrics = _words(metrics)
-        if self._begun is None:
-            self._begun = self._shown = (self._clock(), seen)
+            self._metrics = _format(metrics)
+        if self._start is None:
+            self._start = self._shown = (self._clock(), seen)
         elif self._clock() - self._shown[0] >= EVERY:
-            self._line(self._shown)
+            self._write_line(self._shown)
 
     def advance(self, images: int) -> None:
         self.update(self._seen + images)
 
-    def say(self, note: str) -> None:
+    def print(self, note: str) -> None:
         self._write(note)
 
     def end(self) -> None:
-        """The last line, with the speed over all; none where nothing was done."""
-        if self._begun is not None:
-            self._line(self._begun)
+        """Write the last line, with the overall speed, if there was progress."""
+        if self._start is not None:
+            self._write_line(self._start)
 
-    def _line(self, since: tuple[float, int]) -> None:
+    def _write_line(self, since: tuple[float, int]) -> None:
         now, images = self._clock(), self._seen - since[1]
         parts = [f"{self._what} {self._seen}" + ("" if self._total is None else f"/{self._total}")]
         if images > 0 and now > since[0]:
             speed = images / (now - since[0])
             parts.append(f"{speed:.3g} images/s")
             if self._total is not None and self._seen < self._total:
-                parts.append(f"{_clock_face((self._total - self._seen) / speed)} left")
+                parts.append(f"{_format_duration((self._total - self._seen) / speed)} left")
         self._write("  ".join([*parts, self._metrics]).rstrip())
         self._shown = (now, self._seen)
 
 
-def _words(metrics: Mapping[str, float]) -> str:
+def _format(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
 
-def _clock_face(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}"
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """First column left, the others right."""
-    made = Table(title=title, title_justify="left")
+    """Build a table with the first column aligned left and the others right."""
+    built = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i == 0 else "right")
+        built.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
-        made.add_row(*row)
-    return made
+        built.add_row(*row)
+    return built

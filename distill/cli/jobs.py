@@ -1,4 +1,4 @@
-"""`distill submit`, `jobs`, `logs` and `cancel`: distillations that a server does."""
+"""`distill submit`, `jobs`, `logs` and `cancel`: distillation jobs of a server."""
 
 import json
 from pathlib import Path
@@ -9,33 +9,34 @@ import typer
 from distill.cli.options import Seconds
 
 if TYPE_CHECKING:
-    from distill.cli.remote import Server as Remote
+    from distill.cli.remote import JobsClient
 
 Server = Annotated[str, typer.Option("--server", envvar="DISTILL_SERVER", help="Address of the server.")]
 ServerKey = Annotated[
-    str | None, typer.Option("--api-key", envvar="DISTILL_API_KEY", help="Key with the scope jobs, if it wants one.")
+    str | None,
+    typer.Option("--api-key", envvar="DISTILL_API_KEY", help="API key with the scope jobs, if the server needs one."),
 ]
 LOOPBACK = "http://127.0.0.1:8000"
 
 
 def submit(
     prompts: Annotated[Path, typer.Argument(help="Prompts: a txt, json, jsonl, csv, tsv or parquet file.")],
-    teacher: Annotated[str, typer.Option(help="Teacher, by the name that the server has for it.")] = "scenes",
-    preset: Annotated[str | None, typer.Option(help="Preset; scenes for that teacher if not given.")] = None,
-    method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
-    images: Annotated[int | None, typer.Option(help="Budget in images; the preset's.", min=1)] = None,
+    teacher: Annotated[str, typer.Option(help="Name of the teacher on the server.")] = "scenes",
+    preset: Annotated[str | None, typer.Option(help="Preset. Default for the teacher scenes: scenes.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method that replaces the preset's: fgm, dmd, ...")] = None,
+    images: Annotated[int | None, typer.Option(help="Budget in training images. Default: the preset's.", min=1)] = None,
     seconds: Seconds = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, as rank=16.")
+        list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, such as rank=16.")
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="For the student's name, ft:TEACHER:SUFFIX:ID.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the run; drawn if not given.", min=0)] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Stay and watch it to its end.")] = False,
+    suffix: Annotated[str | None, typer.Option(help="Part of the student's name, ft:TEACHER:SUFFIX:ID.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: random.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show progress until the job ends.")] = False,
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """Let a server distill one of its teachers, and serve the student."""
-    from distill.cli.remote import Server as Remote
+    """Create a job on a server, which distills one of its teachers and then serves the student."""
+    from distill.cli.remote import JobsClient
     from distill.config import parse_override
     from distill.errors import ConfigError
 
@@ -45,51 +46,51 @@ def submit(
         try:
             given[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError):
-            raise ConfigError(f"--set {override}: the value is no text and no finite number") from None
-    asked = {name: value for name, value in given.items() if value is not None}
-    with Remote(server, api_key) as remote:
-        fields = {"model": teacher, "suffix": suffix, "seed": seed, "distillation": asked}
-        job = remote.submit(prompts, fields)
-        typer.echo(f"{job['id']} is {job['status']}; `distill logs {job['id']}` tells how it goes.")
+            raise ConfigError(f"--set {override}: the value is neither text nor a finite number") from None
+    distillation = {name: value for name, value in given.items() if value is not None}
+    with JobsClient(server, api_key) as client:
+        fields = {"model": teacher, "suffix": suffix, "seed": seed, "distillation": distillation}
+        job = client.submit(prompts, fields)
+        typer.echo(f"{job['id']} is {job['status']}; `distill logs {job['id']}` shows its progress.")
         if follow:
-            _follow(remote, job["id"])
+            _follow(client, job["id"])
 
 
 def jobs(
-    limit: Annotated[int, typer.Option(help="How many at most, the newest.", min=1, max=100)] = 20,
+    limit: Annotated[int, typer.Option(help="Maximum number of jobs, newest first.", min=1, max=100)] = 20,
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """List a server's distillation jobs: id, status, progress, creation time, teacher, student."""
+    """List the distillation jobs of a server: id, status, images seen / budget, creation time, teacher, student."""
     import time
 
-    from distill.cli.remote import Server as Remote
-    from distill.report.html import si
+    from distill.cli.remote import JobsClient
+    from distill.report.units import si
 
-    with Remote(server, api_key) as remote:
-        found = remote.jobs(limit)
+    with JobsClient(server, api_key) as client:
+        found = client.jobs(limit)
     for job in found:
         seen = f"{si(job['images_seen'])} / {si(job['images_total'])}" if job["images_total"] else "-"
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
-        words = (job["id"], job["status"], seen, made, job["model"], job["fine_tuned_model"] or "-")
-        typer.echo("\t".join(words))
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
+        cells = (job["id"], job["status"], seen, created, job["model"], job["fine_tuned_model"] or "-")
+        typer.echo("\t".join(cells))
 
 
 def logs(
     job: Annotated[str, typer.Argument(help="Id of the job.")],
-    follow: Annotated[bool, typer.Option("--follow", help="Stay and watch it to its end.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show progress until the job ends.")] = False,
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """Print what a job has told: progress, metrics, alarms."""
-    from distill.cli.remote import Server as Remote
+    """Print the events of a job: progress, metrics, alarms."""
+    from distill.cli.remote import JobsClient
 
-    with Remote(server, api_key) as remote:
+    with JobsClient(server, api_key) as client:
         if follow:
-            _follow(remote, job)
+            _follow(client, job)
             return
-        for event in remote.events(job):
-            typer.echo(_told(event))
+        for event in client.events(job):
+            typer.echo(_line(event))
 
 
 def cancel(
@@ -97,22 +98,22 @@ def cancel(
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """End a job; what it has learnt is not kept."""
-    from distill.cli.remote import Server as Remote
+    """Cancel a job. Its training result is discarded."""
+    from distill.cli.remote import JobsClient
 
-    with Remote(server, api_key) as remote:
-        status = remote.cancel(job)["status"]
-    typer.echo(f"{job} is still running, and ends now." if status == "running" else f"{job} is {status}.")
+    with JobsClient(server, api_key) as client:
+        status = client.cancel(job)["status"]
+    typer.echo(f"{job} is still running and will stop." if status == "running" else f"{job} is {status}.")
 
 
-def _follow(remote: "Remote", name: str) -> None:
-    """A job's events and a bar, to its end; a job that fails ends the command with status 1."""
+def _follow(client: "JobsClient", name: str) -> None:
+    """Show the events and the progress of a job until it ends. Exit with status 1 if it fails."""
     from distill.cli.console import image_bar
 
     with image_bar("distilling", None) as bar:
-        for job, events in remote.follow(name):
+        for job, events in client.follow(name):
             for event in events:
-                bar.say(_told(event))
+                bar.print(_line(event))
             bar.update(job["images_seen"], total=job["images_total"])
     if job["status"] != "succeeded":
         error = job["error"]
@@ -121,8 +122,8 @@ def _follow(remote: "Remote", name: str) -> None:
     typer.echo(f"The student is {job['fine_tuned_model']}.")
 
 
-def _told(event: dict[str, Any]) -> str:
-    """An event as a line: when, what, and the metrics that people follow."""
+def _line(event: dict[str, Any]) -> str:
+    """Format an event as a line: time, message and the most important metrics."""
     import time
 
     from distill.cli.console import SHOWN
@@ -130,5 +131,4 @@ def _told(event: dict[str, Any]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["created_at"]))
     data = event["data"] or {}
     metrics = [f"{name} {data[name]:.3g}" for name in SHOWN if isinstance(data.get(name), int | float)]
-    words = [when, event["message"], *metrics]
-    return "  ".join(words)
+    return "  ".join([when, event["message"], *metrics])

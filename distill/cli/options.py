@@ -1,4 +1,4 @@
-"""Options that several commands share, each by its name."""
+"""Options that several commands share."""
 
 import math
 from typing import Annotated
@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 SOURCE = (
-    "txt, json, jsonl, csv, tsv or parquet file, folder of such files or of a saved data set, `scenes`, or - for stdin."
+    "A txt, json, jsonl, csv, tsv or parquet file, a folder of such files, a saved dataset, `scenes`, or - for stdin."
 )
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
-LAST_SEED = 2**63 - 1  # highest first seed; further seeds count up from it
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
+LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
 MOST = 10**10  # upper bound of options that count something
 
 
 def finite(value: float | None) -> float | None:
-    """The value of an option. Raises BadParameter for nan and inf, which range checks accept."""
+    """Return the value of an option. Raises BadParameter for nan and inf, which range checks accept."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
@@ -24,16 +24,22 @@ def finite(value: float | None) -> float | None:
 Seconds = Annotated[
     float | None,
     typer.Option(
-        help="Budget in seconds of training; a measured speed makes images of it.", min=1, max=MOST, callback=finite
+        help="Budget in seconds of training, converted to images by the measured speed.",
+        min=1,
+        max=MOST,
+        callback=finite,
     ),
 ]
 Guidance = Annotated[
     float | None,
     typer.Option(
-        help="Teacher's scale, 1 for none; what its folder says if not given.", min=1, max=100, callback=finite
+        help="Guidance scale of the teacher; 1 is unguided. Default: the scale that its folder names.",
+        min=1,
+        max=100,
+        callback=finite,
     ),
 ]
 Column = Annotated[
-    str | None, typer.Option(help="Column of the prompts; the first of prompt, caption and text if not given.")
+    str | None, typer.Option(help="Column of the prompts. Default: the first of prompt, caption and text.")
 ]
-Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer first.")]
+Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")]

@@ -12,12 +12,16 @@ def plan(
     teacher: Annotated[
         str, typer.Argument(help="Teacher folder, or sd3-medium, sd3.5-medium, sd3.5-large.")
     ] = "sd3-medium",
-    device_memory: Annotated[
-        float, typer.Option(help="Memory of the device in GiB.", min=0, max=1e6, callback=finite)
-    ] = 80,
-    mode: Annotated[Literal["lora", "full"], typer.Option(help="Adapters on one base, or three models.")] = "lora",
-    batch: Annotated[int, typer.Option(help="Images of one forward; `micro_batch` of a run.", min=1, max=1 << 20)] = 4,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels; native if not given.", min=1)] = None,
+    device_memory: Annotated[float, typer.Option(help="Device memory in GiB.", min=0, max=1e6, callback=finite)] = 80,
+    mode: Annotated[
+        Literal["lora", "full"], typer.Option(help="lora: adapters on one base model. full: three models.")
+    ] = "lora",
+    batch: Annotated[
+        int, typer.Option(help="Images per forward pass; `micro_batch` of a run.", min=1, max=1 << 20)
+    ] = 4,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels. Default: the native size.", min=1)
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distill.cli.options import Seconds
-from distill.cli.stopping import agreed, asked_to_stop, stopped
+from distill.cli.stopping import agreed, stop_signals, stopped
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +73,12 @@ def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: f
             config = config.model_copy(update={"images": images_within(seconds, config, folder, teacher)})
             if machine.is_main_process:
                 runs.prepare(config, folder, teacher)
-        with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, asked_to_stop() as asked:
+        with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, stop_signals() as asked:
             for progress in runs.distill(config, folder, teacher, machine):
                 metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
                 bar.update(progress.images, metrics)
                 for note in progress.notes:
-                    bar.say(note)
+                    bar.print(note)
                 if signals := agreed(asked, machine):
                     if machine.is_main_process:
                         progress.save()

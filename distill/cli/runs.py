@@ -1,4 +1,4 @@
-"""`distill runs` and `distill report`: run folders, listed and shown."""
+"""`distill runs` and `distill report`: list run folders, and show one as a page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +9,12 @@ import typer
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html in the run folder if not given.", dir_okay=False)
+        Path | None, typer.Option(help="HTML file. Default: report.html in the run folder.", dir_okay=False)
     ] = None,
 ) -> None:
-    """Show a run in one HTML file: its state, curves, samples, evaluations, cost and configuration.
+    """Write a report of a run: one HTML file with its state, curves, samples, evaluations, cost and configuration.
 
-    The file needs nothing beside it. Runs that are going on or were stopped are shown as far as they are.
+    The file is self-contained. Running and stopped runs have a report too.
     """
     from distill.report.html import write_report
     from distill.report.run_folder import read_run
@@ -25,20 +25,20 @@ def report(
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that the run folders are in.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder that contains the run folders.")] = Path("runs"),
 ) -> None:
-    """List runs: progress in images, the best score, alarms, and whether a run is finished."""
+    """List runs: images seen / budget, best score, alarms, and state."""
     import time
 
     from rich.markup import escape
 
     from distill.cli.console import out, table
-    from distill.report.html import si
     from distill.report.run_folder import read_runs
+    from distill.report.units import si
 
     found = read_runs(folder)
     if not found:
-        typer.echo(f"There is no run in {folder}; `distill run scenes-debug` makes one in runs.")
+        typer.echo(f"There is no run in {folder}. `distill run scenes-debug` creates one in the folder runs.")
         return
     rows = []
     for each in found:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training at the end of a step, which is saved."""
+"""Ctrl-C and SIGTERM stop a training after the current step, whose state is saved."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -14,50 +14,50 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM is noted, so that a step can end and be saved; the second ends at once."""
-    asked: list[int] = []
+def stop_signals() -> Iterator[list[int]]:
+    """Record the first Ctrl-C or SIGTERM, so that the step can end and be saved; the second one stops at once."""
+    signals: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
+    def record(number: int, _: object) -> None:
+        signals.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
-        signal.signal(number, ask)
+        signal.signal(number, record)
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def agreed(asked: list[int], machine: "Accelerator") -> list[int]:
-    """The signal that any process of a run received, the same in all of them. All call this after each round."""
+def agreed(signals: list[int], machine: "Accelerator") -> list[int]:
+    """Return the signal that any process of the run received. All processes call this after each round."""
     if machine.num_processes == 1:
-        return asked
+        return signals
     import torch
 
-    number = torch.tensor(max(asked, default=0), device=machine.device)
+    number = torch.tensor(max(signals, default=0), device=machine.device)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return [found] if (found := int(number)) else []
 
 
-def stopped(images: int, asked: list[int]) -> typer.Exit:
-    """Say so, and with which status the command ends."""
+def stopped(images: int, signals: list[int]) -> typer.Exit:
+    """Print that training stopped, and return the exit status."""
     from distill.cli.console import out
 
-    out.print(f"Stopped after {images} images, which are saved; the same command continues.", highlight=False)
-    return typer.Exit(128 + asked[0])
+    out.print(f"Stopped after {images} images, which are saved. Run the same command again to resume.", highlight=False)
+    return typer.Exit(128 + signals[0])
 
 
 def train_with_bar(name: str, images: int, training: "Iterable[Progress]") -> None:
-    """Train a teacher to its end, with a bar. Ends the command when asked to stop."""
+    """Train a teacher with a progress bar. Exit the command after a stop signal."""
     from distill.cli.console import image_bar
 
-    with image_bar(name, images) as bar, asked_to_stop() as asked:
+    with image_bar(name, images) as bar, stop_signals() as signals:
         for progress in training:
             bar.update(progress.images, progress.metrics)
-            if asked:
+            if signals:
                 progress.save()
-                raise stopped(progress.images, asked)
+                raise stopped(progress.images, signals)

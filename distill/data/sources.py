@@ -1,10 +1,15 @@
-"""Built-in sources of prompts and of captioned images, by the name that a configuration gives.
+"""Built-in sources of prompts, captioned images, teachers and evaluators, by the name that a configuration gives.
 
-A world adds its sources when it is imported. Everything else is read from files, by `prompts.py` and `images.py`.
+A world registers its sources when it is imported. `prompts.py` and `images.py` read all other sources from files.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill.evaluate.base import Evaluator
 
 
 @dataclass(frozen=True)
@@ -27,3 +32,6 @@ class Example:
 # Functions of (count, seed); a count of None is the source's own default.
 PROMPT_SOURCES: dict[str, Callable[[int | None, int], Iterable[str]]] = {}
 IMAGE_SOURCES: dict[str, Callable[[int | None, int], Iterable[Example]]] = {}
+
+TEACHERS: dict[str, Path] = {}  # folders that ship with the package
+EVALUATORS: dict[str, Callable[[], "Evaluator"]] = {}

@@ -1,1 +1,1 @@
-"""How good a student is beside its teacher: `metrics` are the numbers, `judge` runs both, `picture` shows them."""
+"""Evaluation of teachers and students: `base` defines evaluators, `metrics` the statistics, `side_by_side` compares."""

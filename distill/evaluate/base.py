@@ -6,7 +6,7 @@ features of the teacher's own autoencoder: latents of the final 8-bit images, av
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from distill.data.sources import EVALUATORS
 from distill.evaluate import metrics
 from distill.evaluate.metrics import Features, Interval
 
@@ -62,6 +63,12 @@ class Evaluator(Protocol):
     def prompts(self, per_task: int, seed: int, held_out: bool = True) -> EvalPrompts:
         """Draw `per_task` prompts of each task, from combinations that training never sees or from those it sees."""
         ...
+
+
+def find_evaluator(names: Iterable[str], size: tuple[int, int]) -> Evaluator | None:
+    """Return the first registered evaluator among `names` that scores images of a size, or None."""
+    evaluators = (EVALUATORS[name]() for name in names if name in EVALUATORS)
+    return next((evaluator for evaluator in evaluators if evaluator.size == size), None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A CLIP model from a local folder, as a pair of functions from images and texts to embeddings of length 1."""
+"""A CLIP model from a local folder: normalized embeddings of images and texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +17,15 @@ BATCH = 64
 
 
 class Clip:
-    """CLIP with its own preprocessing. Which model it is changes every figure, so tables must name it."""
+    """CLIP with its own preprocessing. Every score depends on the model, so tables must name it."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Load from safetensors. Raises ScorerError for a folder that is not a CLIP model's."""
-        own: dict[str, Any] = {"local_files_only": True}
+        """Load from safetensors. Raises ScorerError if the folder holds no CLIP model."""
+        local: dict[str, Any] = {"local_files_only": True}
         try:
-            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, **own).to(device).eval()
-            self._processor = CLIPImageProcessorPil.from_pretrained(folder, **own)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, **own)
+            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, **local).to(device).eval()
+            self._processor = CLIPImageProcessorPil.from_pretrained(folder, **local)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
         except (OSError, ValueError) as error:
             raise ScorerError(
                 f"{folder} is not a CLIP model with safetensors weights, preprocessor_config.json and tokenizer; "
@@ -34,7 +34,7 @@ class Clip:
 
     @torch.no_grad()
     def images(self, paths: Sequence[Path]) -> Features:
-        """Embeddings (N, D) of image files."""
+        """Embed image files: (N, D)."""
         parts = []
         for start in range(0, len(paths), BATCH):
             pixels = self._processor([read_pixels(path) for path in paths[start : start + BATCH]], return_tensors="pt")
@@ -44,7 +44,7 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Features:
-        """Embeddings (N, D) of texts, cut to the model's length."""
+        """Embed texts, cut to the model's length: (N, D)."""
         parts = []
         for start in range(0, len(texts), BATCH):
             batch = self._tokenizer(

@@ -1,4 +1,4 @@
-"""Images for people: a model, prompts and seeds in, PNG files out that say what they were made of."""
+"""Images as PNG files that hold their prompt and seed: what `distill generate` writes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from PIL import Image
 from distill.errors import DistillError
 from distill.evaluate.base import Generate
 from distill.files import check_replaceable
-from distill.report.picture import labeled_grid, save_png
+from distill.report.grid import labeled_grid, save_png
 
-GRID = 64  # images in a grid at most; they are held in memory for it
+GRID = 64  # maximum number of images in a grid; they are held in memory
 
 
 def generate_images(
@@ -22,11 +22,11 @@ def generate_images(
     out: Path,
     grid: Path | None = None,
 ) -> Iterator[int]:
-    """Write `<index>-<seed>.png` for each prompt, seeds counting up from `seed`, and yield how many are written.
+    """Write `<index>-<seed>.png` for each prompt, with seeds counting up from `seed`; yield the number written.
 
-    A student's image depends on its prompt and its seed alone: `batch` changes nothing in it, and its seed given with
-    its prompt makes it again. Raises OutputError, before anything is made, when other files are in the places of
-    images or grid, and DistillError when the disk refuses; nothing half-written keeps a final name.
+    A student's image depends only on its prompt and its seed, not on `batch`. Files are written atomically. Raises
+    OutputError, before anything is generated, if other files are at the paths of the images or the grid, and
+    DistillError if writing fails.
     """
     paths = [out / f"{i:05d}-{seed + i}.png" for i in range(len(prompts))]
     for path in (*paths, *([grid] if grid is not None else ())):
@@ -36,8 +36,8 @@ def generate_images(
         texts = prompts[start : start + batch]
         seeds = range(seed + start, seed + start + len(texts))
         images = generate(texts, seeds)
-        for i, (text, own, image) in enumerate(zip(texts, seeds, images, strict=True), start):
-            save_image(Image.fromarray(image), text, own, paths[i])
+        for i, (text, image_seed, image) in enumerate(zip(texts, seeds, images, strict=True), start):
+            save_image(Image.fromarray(image), text, image_seed, paths[i])
         if grid is not None:
             shown.append(images[: max(0, GRID - start)])
         yield start + len(texts)
@@ -50,7 +50,7 @@ def generate_images(
 
 
 def save_image(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
-    """Write an image with its origin, whole or not at all."""
+    """Write an image with its prompt and seed, atomically. Raises DistillError if writing fails."""
     try:
         save_png(image, path, {"prompt": prompt, "seed": str(seed)})
     except OSError as error:

@@ -1,8 +1,8 @@
-"""GenEval's prompts as images in the folders that its scorer reads (Ghosh et al., arXiv 2310.11513).
+"""Images of GenEval's prompts, in the folders that its scorer reads (Ghosh et al., arXiv 2310.11513).
 
-OUT/00000/metadata.jsonl     the prompt's own line of the prompts file
-OUT/00000/samples/0000.png   and on, one an image
-OUT/images.json              what made the images, so that no others are added to them
+OUT/00000/metadata.jsonl     the line of the prompt in the prompts file
+OUT/00000/samples/0000.png   the images of the prompt, numbered from 0
+OUT/images.json              model, settings, seed and prompts, so that a later call adds only matching images
 """
 
 import json
@@ -23,26 +23,26 @@ RECORD = "images.json"
 
 
 @dataclass(frozen=True)
-class Question:
-    """A line of the prompts file as it stands, and its prompt."""
+class GenevalPrompt:
+    """A line of the prompts file, unchanged, and its prompt."""
 
     line: str
     prompt: str
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The lines of GenEval's `evaluation_metadata.jsonl`. Raises PromptError for a file that is not of its form."""
+def read_geneval_prompts(path: Path) -> list[GenevalPrompt]:
+    """Read the lines of GenEval's `evaluation_metadata.jsonl`. Raises PromptError for another file."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read ({error}); give GenEval's evaluation_metadata.jsonl") from error
-    questions = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
+    prompts = [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
         raise PromptError(f"{path} holds no prompts; give GenEval's evaluation_metadata.jsonl")
-    return questions
+    return prompts
 
 
-def _question(line: str, where: str) -> Question:
+def _parse_line(line: str, where: str) -> GenevalPrompt:
     try:
         prompt = json.loads(line)["prompt"]
         prompt.encode()
@@ -50,58 +50,58 @@ def _question(line: str, where: str) -> Question:
         prompt = None
     if not isinstance(prompt, str):
         raise PromptError(f'{where}: not a JSON object with a "prompt"; give GenEval\'s evaluation_metadata.jsonl')
-    return Question(line, prompt)
+    return GenevalPrompt(line, prompt)
 
 
-def render(
-    questions: Sequence[Question],
+def generate_geneval_images(
+    prompts: Sequence[GenevalPrompt],
     generate: Generate,
-    made_with: Mapping[str, Any],
+    settings: Mapping[str, Any],
     images: int,
     seed: int,
     batch: int,
     out: Path,
 ) -> Iterator[int]:
-    """Write `images` of each question, and yield how many are there; those that are there already are kept.
+    """Write `images` images of each prompt, except those that exist; yield the number of images that exist.
 
-    Image k of question i has the seed `seed + k * questions + i`: it stays the same when more images are asked for.
-    Raises RunError when `out` holds images of another model, setting, seed or file of prompts, OutputError when it does
-    not say what made them.
+    Image k of prompt i has the seed `seed + k * len(prompts) + i`, so that it does not depend on `images`. Raises
+    RunError if `out` holds images of another model, setting, seed or prompts file, and OutputError if it holds images
+    without a record of them.
     """
-    _record({**made_with, "seed": seed, "prompts": [question.line for question in questions]}, out / RECORD)
-    for i, question in enumerate(questions):
+    _check_record({**settings, "seed": seed, "prompts": [prompt.line for prompt in prompts]}, out / RECORD)
+    for i, prompt in enumerate(prompts):
         if not (_folder(out, i) / "metadata.jsonl").exists():
-            atomic_write_text(_folder(out, i) / "metadata.jsonl", question.line + "\n")
+            atomic_write_text(_folder(out, i) / "metadata.jsonl", prompt.line + "\n")
 
-    every = list(product(range(len(questions)), range(images)))
+    every = list(product(range(len(prompts)), range(images)))
     missing = [(i, k) for i, k in every if not _sample(out, i, k).exists()]
     done = len(every) - len(missing)
     yield done
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
-        prompts = [questions[i].prompt for i, _ in part]
-        seeds = [seed + k * len(questions) + i for i, k in part]
-        made = generate(prompts, seeds)
-        for (i, k), prompt, own, image in zip(part, prompts, seeds, made, strict=True):
-            save_image(Image.fromarray(image), prompt, own, _sample(out, i, k))
+        texts = [prompts[i].prompt for i, _ in part]
+        seeds = [seed + k * len(prompts) + i for i, k in part]
+        generated = generate(texts, seeds)
+        for (i, k), text, image_seed, image in zip(part, texts, seeds, generated, strict=True):
+            save_image(Image.fromarray(image), text, image_seed, _sample(out, i, k))
         done += len(part)
         yield done
 
 
-def _folder(out: Path, question: int) -> Path:
-    return out / f"{question:05d}"
+def _folder(out: Path, prompt: int) -> Path:
+    return out / f"{prompt:05d}"
 
 
-def _sample(out: Path, question: int, image: int) -> Path:
-    return _folder(out, question) / "samples" / f"{image:04d}.png"
+def _sample(out: Path, prompt: int, image: int) -> Path:
+    return _folder(out, prompt) / "samples" / f"{image:04d}.png"
 
 
-def _record(record: Mapping[str, Any], path: Path) -> None:
-    """Keep what makes the images, or hold it against what made those that are there."""
+def _check_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write the record of the images, or compare it with the record of those that exist."""
     if not path.exists():
         if any(path.parent.glob("[0-9]" * 5)):
             raise OutputError(
-                f"{path.parent} holds images, and no {RECORD} that says what made them; give another --out"
+                f"{path.parent} holds images, but no {RECORD} with their model and settings; give another --out"
             )
         atomic_write_text(path, json.dumps(record, indent=2) + "\n")
         return
@@ -109,7 +109,7 @@ def _record(record: Mapping[str, Any], path: Path) -> None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         different = [key for key in record if kept[key] != record[key]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read as what made the images beside it; give another --out") from error
+        raise RunError(f"{path} is not the record of the images in its folder; give another --out") from error
     if different:
         raise RunError(
             f"{path.parent} holds images made with another {different[0]}; set it back, or give another --out"

@@ -1,4 +1,4 @@
-"""Image files in folders, as metrics are taken of them."""
+"""Image files in folders, read for metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ KINDS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files in a folder and below it, but for grids. Raises ScorerError when there are not two."""
+    """Find the image files in a folder and its subfolders, except grids. Raises ScorerError for fewer than two."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in KINDS and not path.name.startswith("."))
     found = sorted(path for path in files if path.stem != "grid")
     if len(found) < 2:
@@ -24,26 +24,26 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """An image in sRGB (H, W, 3), upright and on white. Raises ScorerError for one that cannot be decoded."""
+    """Read an image in sRGB (H, W, 3), upright and on white. Raises ScorerError if it cannot be decoded."""
     with _opened(path) as image:
         return np.array(to_srgb(image))
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of the upright image, by the file's header. Raises ScorerError for one that is none."""
+    """Read width and height of the upright image from the header. Raises ScorerError if it cannot be decoded."""
     with _opened(path) as image:
         width, height = image.size
-        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        return (height, width) if is_on_its_side else (width, height)
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return (height, width) if rotated else (width, height)
 
 
 def prompt_of(path: Path) -> str:
-    """The prompt that `distill generate` and `distill geneval` wrote into an image; ScorerError when it has none."""
+    """Read the prompt that `distill generate` or `distill geneval` wrote into an image, or raise ScorerError."""
     with _opened(path) as image:
         prompt = image.info.get("prompt")
     if not isinstance(prompt, str):
         raise ScorerError(
-            f"{path} does not hold its prompt; CLIP score takes images of `distill generate` or `distill geneval`"
+            f"{path} does not contain its prompt; CLIP score needs images of `distill generate` or `distill geneval`"
         )
     return prompt
 
@@ -54,4 +54,4 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ScorerError(f"{path} cannot be decoded ({error}); make or fetch it again, or leave it out") from error
+        raise ScorerError(f"{path} cannot be decoded ({error}); replace or remove it") from error

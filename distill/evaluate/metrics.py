@@ -1,7 +1,7 @@
-"""Distances between sets of images, on features (N, D) in float64. No framework, no model.
+"""Distances between sets of images on features (N, D) in float64, with NumPy and SciPy only.
 
-Sets of `made` images are held against sets of `real` ones, which are whatever the caller takes as the truth. All
-pairs of distances are held at once: 10 000 images a set take about a gigabyte.
+`made` images are compared with `real` ones, the reference. All pairwise distances are in memory at once: two sets of
+10 000 images take about a gigabyte.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ CONFIDENCE = 0.95
 
 
 def frechet(a: Features, b: Features) -> float:
-    """Frechet distance between Gaussians fitted to two feature sets: |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^1/2).
+    """Compute the Frechet distance of Gaussians fitted to two sets: |mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^1/2).
 
-    The trace of the root comes from the eigenvalues of A^1/2 B A^1/2, which is symmetric, so that covariances of
-    few samples (singular ones) give no complex numbers. Biased upwards for few samples: compare equal counts only.
+    The trace of the root comes from the eigenvalues of the symmetric A^1/2 B A^1/2, so that singular covariances of few
+    samples give real numbers. The estimate is biased upwards for few samples: compare equal counts only.
     """
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = linalg.eigh(np.atleast_2d(cov_a))
@@ -33,17 +33,17 @@ def frechet(a: Features, b: Features) -> float:
 
 
 def kernel(made: Features, real: Features) -> float:
-    """Kernel distance: MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401), without bias.
+    """Compute the kernel distance: unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401).
 
-    Its expectation is 0 for equal distributions at any sample size, so single values may lie below.
+    Its expectation is 0 for equal distributions at any sample size, so that single values may be negative.
     """
     return float(_mmd(*_cubic(made, real), np.ones((1, len(made))), np.ones((1, len(real))))[0])
 
 
 def kernel_interval(made: Features, real: Features, seed: int) -> Interval:
-    """Bootstrap interval of `kernel`; both sets are resampled, each on its own.
+    """Compute the bootstrap interval of `kernel`; both sets are resampled independently.
 
-    An image drawn twice makes no pair with itself, which would look like a closeness that is not there.
+    An image that is drawn twice is not paired with itself, which would bias the distance.
     """
     rng = np.random.default_rng(seed)
     counts = [rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float) for n in (len(made), len(real))]
@@ -51,10 +51,10 @@ def kernel_interval(made: Features, real: Features, seed: int) -> Interval:
 
 
 def cmmd(made: Features, real: Features) -> float:
-    """CMMD: 1000 MMD^2 with the kernel exp(-|x - y|^2 / (2 10^2)) (Jayasumana et al., arXiv 2401.09603).
+    """Compute CMMD: 1000 MMD^2 with the kernel exp(-|x - y|^2 / (2 10^2)) (Jayasumana et al., arXiv 2401.09603).
 
-    For CLIP embeddings of length 1. As in the authors' code the pairs of an image with itself count too, so that it
-    is 0 for a set against itself, and for few images larger than the distance it stands for.
+    It takes CLIP embeddings of length 1. As in the authors' code, pairs of an image with itself count. The distance of
+    a set to itself is therefore 0, and the estimate is biased upwards for few images.
     """
 
     def k(x: Features, y: Features) -> float:
@@ -64,49 +64,50 @@ def cmmd(made: Features, real: Features) -> float:
 
 
 def precision_recall(made: Features, real: Features, k: int = 3) -> tuple[float, float]:
-    """Share of made images within the real ones' reach, and of real within the made ones'.
+    """Compute precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
-    An image's reach is the distance to its k-th nearest neighbor in its own set (Kynkaanniemi et al., arXiv
-    1904.06991).
+    Precision is the share of made images within the radius of a real one, recall the reverse. The radius of an image is
+    the distance to its k-th nearest neighbor in its own set.
     """
     between = cdist(made, real)
-    precision = (between <= _reach(real, k)).any(axis=1).mean()
-    recall = (_reach(made, k) >= between.T).any(axis=1).mean()
+    precision = (between <= _radii(real, k)).any(axis=1).mean()
+    recall = (_radii(made, k) >= between.T).any(axis=1).mean()
     return float(precision), float(recall)
 
 
 def density_coverage(made: Features, real: Features, k: int = 5) -> tuple[float, float]:
-    """How many real images reach a made one, over k; and the share of real images that reach a made one.
+    """Compute density and coverage (Naeem et al., arXiv 2002.09797).
 
-    Naeem et al., arXiv 2002.09797: density may exceed 1, and one far real image no longer makes everything precise.
+    Density is the mean number of real images whose radius holds a made one, divided by k; it may exceed 1. Coverage is
+    the share of real images whose radius holds a made one. Both are robust to outliers among the real images.
     """
-    reached = cdist(made, real) <= _reach(real, k)
-    return float(reached.sum(axis=1).mean() / k), float(reached.any(axis=0).mean())
+    within = cdist(made, real) <= _radii(real, k)
+    return float(within.sum(axis=1).mean() / k), float(within.any(axis=0).mean())
 
 
 def diversity(groups: NDArray[np.float64]) -> float:
-    """Mean distance between two images of the same prompt, for features (prompts, seeds, D).
+    """Compute the mean distance between two images of the same prompt, for features (prompts, seeds, D).
 
-    Euclidean, divided by sqrt(D): the root mean square difference per feature. 0 when a seed changes nothing.
+    The distance is Euclidean, divided by sqrt(D): the root mean square difference per feature.
     """
     return float(np.mean(spreads(groups)))
 
 
 def spreads(groups: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The `diversity` of each prompt (prompts,)."""
+    """Compute the diversity of each prompt: (prompts,)."""
     means = np.array([pdist(group).mean() for group in groups])
     return np.asarray(means / np.sqrt(groups.shape[-1]))
 
 
 def saturation(images: NDArray[np.uint8]) -> float:
-    """Share of 8-bit values at an end of their range: where a channel is fully off or on."""
+    """Compute the share of 8-bit values that are 0 or 255."""
     return float(np.mean((images == 0) | (images == 255)))
 
 
 def interval(groups: Sequence[NDArray[np.float64]], seed: int) -> Interval:
-    """Bootstrap interval of the mean of the groups' means; every group is resampled on its own.
+    """Compute the bootstrap interval of the mean of the groups' means; each group is resampled independently.
 
-    One value a prompt. Values that are all alike give an interval without width, whatever their number.
+    A group holds one value per prompt. Equal values give an interval of width 0.
     """
     rng = np.random.default_rng(seed)
     means = [rng.choice(group, (RESAMPLES, len(group))).mean(axis=1) for group in groups]
@@ -114,7 +115,7 @@ def interval(groups: Sequence[NDArray[np.float64]], seed: int) -> Interval:
 
 
 def _quantiles(values: NDArray[np.float64]) -> Interval:
-    """The middle CONFIDENCE of resampled values."""
+    """Central interval of the resampled values at the level CONFIDENCE."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -129,7 +130,7 @@ def _cubic(made: Features, real: Features) -> tuple[Features, Features, Features
 
 
 def _mmd(aa: Features, bb: Features, ab: Features, a: Features, b: Features) -> NDArray[np.float64]:
-    """Unbiased MMD^2 (R,) where image i of the one set counts a[r, i] times, of the other b[r, i] times."""
+    """Unbiased MMD^2 (R,), in which image i of the sets counts a[r, i] and b[r, i] times."""
 
     def within(kernel: Features, counts: Features) -> NDArray[np.float64]:
         pairs = ((counts @ kernel) * counts).sum(axis=1) - counts**2 @ np.diag(kernel)
@@ -139,7 +140,7 @@ def _mmd(aa: Features, bb: Features, ab: Features, a: Features, b: Features) -> 
     return np.asarray(within(aa, a) + within(bb, b) - 2 * between)
 
 
-def _reach(points: Features, k: int) -> NDArray[np.float64]:
-    """Distance (N,) of each to its k-th nearest neighbor in the set, the farthest if it has fewer."""
-    distances = np.sort(squareform(pdist(points)), axis=1)  # the first of each row is the point itself
+def _radii(points: Features, k: int) -> NDArray[np.float64]:
+    """Distance (N,) of each point to its k-th nearest neighbor in the set, or to the farthest if there are fewer."""
+    distances = np.sort(squareform(pdist(points)), axis=1)  # column 0 is the point itself
     return np.asarray(distances[:, min(k, len(points) - 1)])

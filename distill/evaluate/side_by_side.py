@@ -1,6 +1,6 @@
-"""One teacher folder and its students, judged alike: what `distill evaluate` and `distill compare` run."""
+"""A teacher and its students on the same prompts and seeds: what `distill evaluate` and `distill compare` run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -9,14 +9,11 @@ import torch
 from PIL.Image import Image
 
 from distill.errors import SizeError
-from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult, Images, evaluate
-from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
+from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult, Evaluator, Images, Report, evaluate
+from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
 from distill.models.sd3_folder import SD3Folder
-from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, read_student
-from distill.report.picture import labeled_grid
-from distill.worlds.scenes.render import SIZE
-
-SHIPPED_TEACHER = SHIPPED_STUDENT.with_name("teacher")
+from distill.pipeline import OneStepPipeline, read_student
+from distill.report.grid import labeled_grid
 
 PICTURED = 4  # prompts of each task in the picture
 DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "diversity", "saturation")
@@ -24,109 +21,110 @@ COST = ("nfe", "seconds_per_image")
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A result, and the images that it was made from."""
+class SideBySide:
+    """Results and images of a teacher, sampled in one or more ways, and of students by name.
 
-    result: EvalResult
-    images: Images
-
-
-@dataclass(frozen=True)
-class Result:
-    """Answers of one teacher in one or more settings, the first of which is the measure, and of students by name."""
+    Students are compared with the teacher's first sampling.
+    """
 
     prompts: EvalPrompts
-    teachers: dict[Setting, Answers]
-    students: dict[str, Answers]
+    teachers: dict[Sampling, tuple[EvalResult, Images]]
+    students: dict[str, tuple[EvalResult, Images]]
 
     @property
     def teacher(self) -> EvalResult:
-        """The teacher that students are measured by."""
-        return next(iter(self.teachers.values())).result
+        """The teacher's result that students are compared with."""
+        return next(iter(self.teachers.values()))[0]
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values: `teacher`, one entry for each student under its name, `teachers` in their further settings."""
+        """Plain values: `teacher`, each student under its name, and `teachers` for further samplings."""
         others = list(self.teachers.items())[1:]
         return {
             "features": FEATURES,
             "teacher": self.teacher.as_dict(),
-            **{name: answers.result.as_dict() for name, answers in self.students.items()},
-            "teachers": [{**asdict(setting), **answers.result.as_dict()} for setting, answers in others],
+            **{name: result.as_dict() for name, (result, _) in self.students.items()},
+            "teachers": [{**asdict(sampling), **result.as_dict()} for sampling, (result, _) in others],
         }
 
-    def models(self) -> dict[str, EvalResult]:
-        """The results of all models, by their names in tables."""
-        teachers = {f"teacher, {setting.name}": answers.result for setting, answers in self.teachers.items()}
-        return teachers | {name: answers.result for name, answers in self.students.items()}
+    def overview(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table with one model per row, without the tasks."""
+        names = ["overall", *DISTANCES, *COST]
+        results = {f"teacher, {sampling.name}": result for sampling, (result, _) in self.teachers.items()}
+        results |= {name: result for name, (result, _) in self.students.items()}
+        return ["", *names], [[model, *(cell(result, name) for name in names)] for model, result in results.items()]
 
     def picture(self) -> Image:
-        """The first prompts of each task: the teacher over the students, wordings under the tiles."""
+        """Draw the images of the first prompts of each task: the teacher above the students, captions below."""
         tasks = self.prompts.tasks
-        chosen = [i for i, task in enumerate(tasks) if i - tasks.index(task) < PICTURED]
-        nfe = self.teacher.nfe
-        rows = [(f"teacher, {nfe} NFE", next(iter(self.teachers.values())).images[chosen])]
-        rows += [
-            (f"{name}, {answers.result.nfe} NFE", answers.images[chosen]) for name, answers in self.students.items()
-        ]
-        texts = [self.prompts.texts[i] for i in chosen]
-        return labeled_grid(rows, texts, columns=2 * PICTURED)
+        shown = [i for i, task in enumerate(tasks) if i - tasks.index(task) < PICTURED]
+        models = {"teacher": next(iter(self.teachers.values())), **self.students}
+        rows = [(f"{name}, {result.nfe} NFE", images[shown]) for name, (result, images) in models.items()]
+        return labeled_grid(rows, [self.prompts.texts[i] for i in shown], columns=2 * PICTURED)
 
 
 class Comparison:
-    """A teacher in several settings, and students by name; students are in memory one at a time.
+    """Evaluates a teacher, sampled in several ways, and students by name. One student is in memory at a time.
 
-    `settings` are pairs of steps and guidance, None for the scale that the teacher's folder names; a repeated one is
-    judged once.
+    `samplings` are pairs of steps and guidance scale; a scale of None is the one that the teacher's folder names. A
+    repeated pair is evaluated once.
     """
 
     def __init__(
         self,
         teacher: SD3Folder,
         students: Mapping[str, Path],
-        settings: Sequence[tuple[int, float | None]],
+        samplings: Sequence[tuple[int, float | None]],
+        evaluator: Evaluator,
         device: torch.device,
         student_steps: int = 1,
     ) -> None:
-        if teacher.image_size != SIZE:
-            raise SizeError(
-                f"{teacher.path} makes {teacher.image_size} pixels a side; the scorer of the toy dataset takes {SIZE}: "
-                "evaluate a teacher of that size, or render its images with `distill geneval` and hand them to a scorer"
-            )
+        """Check all models and load the teacher. Raises SizeError for a model of another size than the evaluator's."""
+        _check_size(teacher.path, (teacher.image_size, teacher.image_size), evaluator)
         for folder in students.values():
             student = read_student(folder)
             student.check_steps(student_steps)
-            if student.sizes[0] != (SIZE, SIZE):
-                raise SizeError(
-                    f"{folder} makes {student.sizes[0][0]} pixels a side; the scorer of the toy dataset takes {SIZE}: "
-                    "evaluate a student of that size, or render images with `distill geneval` for another scorer"
-                )
-        scaled = (Setting(steps, teacher.guidance if scale is None else scale) for steps, scale in settings)
-        self.settings = list(dict.fromkeys(scaled))
+            _check_size(folder, student.sizes[0], evaluator)
+        scaled = (Sampling(steps, teacher.guidance if scale is None else scale) for steps, scale in samplings)
+        self.samplings = list(dict.fromkeys(scaled))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
         self._device = device
         self._student_steps = student_steps
 
     def count(self, prompts: EvalPrompts) -> int:
-        """Images that all make together."""
-        return (len(self.settings) + len(self._students)) * prompts.count
+        """Images that all models generate together."""
+        return (len(self.samplings) + len(self._students)) * prompts.count
 
-    def run(self, prompts: EvalPrompts, seed: int, report: Callable[[int], None]) -> Result:
-        """Judge the teacher, then the students; `report` hears of every batch."""
+    def run(self, prompts: EvalPrompts, seed: int, report: Report) -> SideBySide:
+        """Evaluate the teacher, then the students; `report` is called after every batch."""
         encode = self._teacher.encode
         teachers = {}
-        for setting in self.settings:
-            generate = partial(self._teacher.generate, setting)
-            teachers[setting] = Answers(*evaluate(prompts, generate, setting.nfe, encode, seed, report))
+        for sampling in self.samplings:
+            generate = partial(self._teacher.generate, sampling)
+            teachers[sampling] = evaluate(prompts, generate, sampling.nfe, encode, seed, report)
         students = {}
         for name, folder in self._students.items():
-            student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
-            students[name] = Answers(*evaluate(prompts, student, self._student_steps, encode, seed, report))
-        return Result(prompts, teachers, students)
+            generate_student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
+            students[name] = evaluate(prompts, generate_student, self._student_steps, encode, seed, report)
+        return SideBySide(prompts, teachers, students)
+
+
+def _check_size(folder: Path, size: tuple[int, int], evaluator: Evaluator) -> None:
+    if size != evaluator.size:
+        scored = "x".join(map(str, evaluator.size))
+        raise SizeError(
+            f"{folder} makes images of {size[0]}x{size[1]} pixels, and the evaluator scores {scored}; evaluate a model "
+            "of that size, or generate images with `distill geneval` for another scorer"
+        )
+
+
+def metric_names(result: EvalResult) -> list[str]:
+    """Names of all metrics that `cell` shows, in the order of tables."""
+    return ["overall", *result.tasks, *DISTANCES, *COST]
 
 
 def cell(result: EvalResult, name: str) -> str:
-    """A figure or a task's score as tables have it, with half of its interval's width where it has one."""
+    """Format a metric or a task's score for tables, with half of its interval's width if it has an interval."""
     value = _value(result, name)
     if name not in result.intervals:
         return f"{value:.4g}"
@@ -134,24 +132,13 @@ def cell(result: EvalResult, name: str) -> str:
     return f"{value:.4g} ± {(high - low) / 2:.2g}"
 
 
-def figure_names(result: EvalResult) -> list[str]:
-    """Everything that `cell` can be asked for, in the order of tables."""
-    return ["overall", *result.tasks, *DISTANCES, *COST]
-
-
-def side_by_side(teacher: EvalResult, student: EvalResult) -> list[tuple[str, str, str, str]]:
-    """Every figure, one a line: its name, the teacher's, the student's, and the ratio of the two."""
-    lines = []
-    for name in figure_names(teacher):
+def ratio_table(teacher: EvalResult, student: EvalResult) -> list[tuple[str, str, str, str]]:
+    """Rows of a table with one metric per row: name, teacher, student, and student / teacher."""
+    rows = []
+    for name in metric_names(teacher):
         a, b = _value(teacher, name), _value(student, name)
-        lines.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
-    return lines
-
-
-def overview(models: Mapping[str, EvalResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table with one model a line, without the tasks."""
-    names = ["overall", *DISTANCES, *COST]
-    return ["", *names], [[model, *(cell(result, name) for name in names)] for model, result in models.items()]
+        rows.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
+    return rows
 
 
 def _value(result: EvalResult, name: str) -> float:

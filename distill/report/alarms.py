@@ -1,7 +1,7 @@
-"""What a run's metrics say when it goes wrong, in one sentence each with what to try. No torch.
+"""Alarms: rules that detect a failing run in its metrics, each with a sentence on the cause and the fix. No torch.
 
-A rule looks at means of the last WINDOW lines of the log, and at the lowest and highest such means so far; it is a
-pure function of the three. An alarm is raised once, by the first line at which its rule holds.
+A rule is a pure function of the means over the last WINDOW lines of the log, and of the lowest and highest such means
+so far. An alarm is raised once, at the first line at which its rule applies.
 """
 
 from collections import deque
@@ -9,26 +9,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Metrics = dict[str, float]
-Rule = Callable[[Metrics, Metrics, Metrics], str | None]  # now, lowest, highest -> what to say
+Rule = Callable[[Metrics, Metrics, Metrics], str | None]  # now, lowest, highest -> message
 
 WINDOW = 3  # lines of the log
-COLLAPSED = 0.5  # of the highest diversity so far
-OVERSATURATED = 0.1  # of the latents' numbers; healthy runs stay below 0.05
+COLLAPSED = 0.5  # share of the highest diversity so far
+OVERSATURATED = 0.1  # share of the latents' values; healthy runs stay below 0.05
 STALLED = 2.0  # times the lowest error of the fake so far
-TOO_FAST = 0.05  # |update| / |weights| of one round; healthy runs stay below 0.01
+TOO_FAST = 0.05  # |update| / |weights| of a round; healthy runs stay below 0.01
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """`name` of the rule, images seen when it first held, and what to tell people."""
+    """An alarm: the name of the rule, the images seen when it was raised, and the message."""
 
     name: str
     images: int
-    says: str
+    message: str
 
 
 class Alarms:
-    """A run's log, line by line."""
+    """Applies the rules to a log, line by line."""
 
     def __init__(self) -> None:
         self._recent: deque[Metrics] = deque(maxlen=WINDOW)
@@ -36,8 +36,8 @@ class Alarms:
         self._highest: Metrics = {}
         self._raised: set[str] = set()
 
-    def see(self, line: Metrics) -> list[Alarm]:
-        """The alarms that this line, the next of the log, raises."""
+    def add(self, line: Metrics) -> list[Alarm]:
+        """Add the next line of the log and return the alarms that it raises."""
         self._recent.append(line)
         if len(self._recent) < WINDOW:
             return []
@@ -49,64 +49,64 @@ class Alarms:
             self._highest[name] = max(value, self._highest.get(name, value))
         raised = []
         for name, rule in RULES.items():
-            says = None if name in self._raised else rule(now, self._lowest, self._highest)
-            if says is not None:
+            message = None if name in self._raised else rule(now, self._lowest, self._highest)
+            if message is not None:
                 self._raised.add(name)
-                raised.append(Alarm(name, int(line["images"]), says))
+                raised.append(Alarm(name, int(line["images"]), message))
         return raised
 
 
 def alarms(history: Iterable[Metrics]) -> list[Alarm]:
-    """Every alarm of a log."""
-    seen = Alarms()
-    return [alarm for line in history for alarm in seen.see(line)]
+    """Return all alarms of a log."""
+    rules = Alarms()
+    return [alarm for line in history for alarm in rules.add(line)]
 
 
 def collapse(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
-    """Images of a batch grow alike. Diversity rises from a blurred start, so its highest so far is the mark."""
+    """The images of a batch become alike. Diversity rises from a blurred start, so its maximum is the reference."""
     diversity, most = now.get("latent/diversity"), highest.get("latent/diversity", 0.0)
     if diversity is None or diversity >= COLLAPSED * most:
         return None
     return (
-        f"the images of a batch differ by {diversity:.2g} where it was {most:.2g}: the student collapses; "
+        f"the diversity of a batch fell from {most:.2g} to {diversity:.2g}: the student collapses; "
         "lower optimizer.student_lr, raise method.fake_steps, or lower the teacher's guidance"
     )
 
 
 def oversaturation(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
-    """Latents run out of the range that the autoencoder knows."""
+    """Latents leave the range of the autoencoder."""
     share = now.get("latent/saturated")
     if share is None or share <= OVERSATURATED:
         return None
     return (
-        f"{share:.0%} of the student's latents are beyond three standard deviations: its images over-saturate; "
+        f"{share:.0%} of the student's latents exceed three standard deviations: its images are over-saturated; "
         "lower the teacher's guidance or optimizer.student_lr, or raise batch"
     )
 
 
 def stalled_fake(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
-    """The fake loses the student, or never knew it: the student then learns from a wrong field."""
+    """The fake does not model the student's images, so that the student learns from a wrong velocity field."""
     error, least = now.get(_FAKE), lowest.get(_FAKE, 0.0)
     if error is None or error <= STALLED * least:
         return None
     return (
-        f"the fake's error is {error:.2g} of what no answer at all would have, and was {least:.2g}: "
-        "it does not keep up with the student; raise method.fake_steps or optimizer.fake_lr, "
+        f"the fake's error, relative to that of v = 0, rose from {least:.2g} to {error:.2g}: "
+        "it does not follow the student; raise method.fake_steps or optimizer.fake_lr, "
         "or lower optimizer.student_lr"
     )
 
 
 def too_fast(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
-    """Steps so large that they undo what the teacher's weights know."""
+    """Steps are so large that they destroy the teacher's weights."""
     found = {role: now.get(f"update_ratio/{role}", 0.0) for role in ("student", "fake")}
     role = max(found, key=found.__getitem__)
     if found[role] <= TOO_FAST:
         return None
-    return f"one round moves the {role}'s weights by {found[role]:.1%} of their size; lower optimizer.{role}_lr"
+    return f"one round changes the {role}'s weights by {found[role]:.1%} of their norm; lower optimizer.{role}_lr"
 
 
 def not_finite(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
-    """Steps are being passed over; `optimizer.max_skipped_steps` of them in a row end the run."""
+    """Steps are skipped; more than `optimizer.max_skipped_steps` in a row end the run."""
     found = {role: now.get(f"skipped/{role}", 0.0) for role in ("student", "fake")}
     role = max(found, key=found.__getitem__)
     if not found[role]:
@@ -129,9 +129,9 @@ _FAKE = "flow_matching/relative"
 
 
 def _relative_error(now: Metrics) -> Metrics:
-    """|v - w|^2 against E|w|^2 = 1 + E|x_0|^2, the error of v = 0.
+    """The fake's error |v - w|^2 relative to that of v = 0, which is E|w|^2 = 1 + E|x_0|^2.
 
-    The error itself follows the student's contrast, which triples in a healthy run; the ratio does not.
+    The error itself grows with the student's contrast, which triples in a healthy run; the ratio does not.
     """
     if "flow_matching" not in now or "latent/std" not in now:
         return {}

@@ -1,4 +1,4 @@
-"""The model card of a student, written from its record: what it was made of, how good it was found, how to use it."""
+"""The model card of a student, written from its record: use, training, metrics and license."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ import yaml
 
 from distill.models.sd3_folder import RECORD, SD3Folder
 
-_LICENSE = ("license", "license_name", "license_link")  # the hub's own fields
+_LICENSE = ("license", "license_name", "license_link")  # fields of the Hugging Face Hub
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """The license that a model folder's card names, in the hub's fields; nothing without a card or a license."""
+    """Read the license from the card of a model folder, in the hub's fields; empty without a card or a license."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if not text.startswith("---\n"):
@@ -25,17 +25,17 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def card(record: Mapping[str, Any], folder: SD3Folder, license: Mapping[str, str], adapter: bool) -> str:
-    """The card as text: a YAML header for the hub, then Markdown. `adapter` says whether the folder holds one too."""
+    """Write the card: a YAML header for the hub, then Markdown. `adapter`: the folder also holds the adapter."""
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", **license}
     width, height = record["sizes"][0]
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {record["name"]}
 
-A one-step student of `{record["teacher"]}`, distilled with {record["method"]} over {record["images_seen"]:,} images.
-It makes {width}x{height} pixels in one call of the network, without guidance.
+A one-step student of `{record["teacher"]}`, distilled with {record["method"]} on {record["images_seen"]:,} samples.
+It generates {width}x{height} pixels in one network evaluation, without guidance.
 
-{"".join((*_use(record, folder, adapter), *_made_of(record), *_metrics(record), *_license(record, license)))}"""
+{"".join((*_use(record, folder, adapter), *_training(record), *_metrics(record), *_license(record, license)))}"""
 
 
 def _use(record: Mapping[str, Any], folder: SD3Folder, adapter: bool) -> Iterator[str]:
@@ -49,7 +49,7 @@ from distill.pipeline import OneStepPipeline
 images = OneStepPipeline.load("{name}")(["a prompt"], seeds=[0])  # uint8 (1, {height}, {width}, 3)
 ```
 
-The same in stock diffusers, where the text length must be given:
+Stock diffusers gives the same images. It needs the text length:
 
 ```python
 from diffusers import StableDiffusion3Pipeline
@@ -60,45 +60,45 @@ image = pipeline(
 ).images[0]
 ```
 
-Prompts of more than {record["clip_length"]} CLIP tokens, start and end included, are cut.
+Prompts are cut to {record["clip_length"]} CLIP tokens, including the start and end tokens.
 """
     if record.get("any_step"):
         yield """
-It takes any number of steps, through this package alone: call it with `steps=4`.
+With this package, the student also samples in several steps, for example with `steps=4`.
 """
     if adapter:
         yield """
-`pytorch_lora_weights.safetensors` is the same student as an adapter of its teacher, for `load_lora_weights` and for
-ComfyUI's LoRA loader at strength 1; one step, no guidance.
+`pytorch_lora_weights.safetensors` is the same student as a LoRA adapter for its teacher. Load it with
+`load_lora_weights` or with ComfyUI's LoRA loader at strength 1, and sample one step without guidance.
 """
 
 
-def _made_of(record: Mapping[str, Any]) -> Iterator[str]:
+def _training(record: Mapping[str, Any]) -> Iterator[str]:
     prompts, config = record.get("prompts"), record.get("config")
-    yield "\n## How it was made\n\n"
+    yield "\n## Training\n\n"
     if prompts:
-        count = "" if prompts["count"] is None else f"{prompts['count']:,} different "
-        yield f"Data: {count}prompts of `{prompts['source']}`.\n"
+        count = "" if prompts["count"] is None else f"{prompts['count']:,} distinct "
+        yield f"Data: {count}prompts from `{prompts['source']}`.\n"
     if config:
         chosen = {key: config[key] for key in ("method", "networks", "optimizer", "batch", "ema_half_life", "seed")}
         yield f"Settings:\n\n```yaml\n{yaml.safe_dump(chosen, sort_keys=False)}```\n"
-    yield f"Everything else about it, with the whole recipe, is in `{RECORD}`.\n"
+    yield f"`{RECORD}` contains the complete configuration.\n"
 
 
 def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     metrics = record.get("metrics")
     if not metrics:
         return
-    yield "\n## Metrics\n\nAs it was judged while it was trained, on few prompts; a Frechet distance is better low.\n\n"
-    yield "| figure | value |\n|---|---|\n"
+    yield "\n## Metrics\n\nMeasured during training on a small set of prompts. A lower Frechet distance is better.\n\n"
+    yield "| metric | value |\n|---|---|\n"
     for name, value in metrics.items():
         yield f"| {name.replace('_', ' ')} | {value:.4g} |\n"
 
 
 def _license(record: Mapping[str, Any], license: Mapping[str, str]) -> Iterator[str]:
-    yield "\n## License\n\nA student is made of its teacher's weights: the teacher's license holds for it too. "
+    yield "\n## License\n\nThe student is derived from its teacher's weights, so the teacher's license applies to it. "
     if license:
         link = f", {license['license_link']}" if "license_link" in license else ""
-        yield f"This one is under {license.get('license_name', license.get('license', ''))}{link}.\n"
+        yield f"License: {license.get('license_name', license.get('license', ''))}{link}.\n"
     else:
-        yield f"See that of `{record['teacher']}`.\n"
+        yield f"See the license of `{record['teacher']}`.\n"

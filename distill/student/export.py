@@ -1,4 +1,4 @@
-"""The student folder: what stock diffusers runs in one step, and `onestep.json`, all that serving must know."""
+"""Export of a student: a folder that stock diffusers runs in one step, with the record `onestep.json` for serving."""
 
 import json
 import re
@@ -55,16 +55,16 @@ def export_student(
     max_shard_size: str = SHARD_SIZE,
     license: str | None = None,
 ) -> Path:
-    """Write the student of `teacher` to `out`, completely or not at all. Only an older student is replaced.
+    """Write the student of `teacher` to `out` atomically. Only an older student is replaced.
 
-    `weights` is the transformer's state, or, with `lora`, the adapter's in peft's naming: then the folder holds the
-    merged transformer and, beside it, the adapter that `load_lora_weights` takes. Weights of a second time become a
-    file of their own, which one step does not need. A transformer of more than `max_shard_size` becomes several files.
-    `recipe` goes into `onestep.json`: name, method and images_seen, and if known prompts, metrics and config. The
-    license is the one that the teacher's card names unless another is given.
+    `weights` is the state of the transformer or, with `lora`, of the adapter in peft's naming. With `lora` the folder
+    holds the merged transformer, and also the adapter for `load_lora_weights`. Weights of a second time are written to
+    their own file, which one-step sampling does not need. Files larger than `max_shard_size` are split.
+    `recipe` is copied to `onestep.json`: name, method and images_seen, and if known prompts, metrics and config. The
+    license is that of the teacher's model card unless another is given.
 
-    Raises ConfigError for an invalid size, OutputError if `out` holds anything but a student, DivergedError for weights
-    that are not finite, and CheckpointError if writing fails.
+    Raises ConfigError for an invalid size, OutputError if `out` holds other files than a student, DivergedError for
+    weights that are not finite, and CheckpointError if writing fails.
     """
     check_size(max_shard_size)
     check_place(out, teacher.path)
@@ -97,30 +97,29 @@ def export_student(
             if (name := first_nonfinite(transformer.state_dict())) is not None:
                 raise DivergedError(f"the student's {name} is too large for {dtype}; export it with --dtype bf16")
             transformer.save_pretrained(made / "transformer", max_shard_size=max_shard_size)
-            # diffusers writes the path it loaded from into the configuration; the teacher's own is the same without it.
+            # diffusers writes the teacher's path into the configuration; the teacher's own file does not contain it.
             shutil.copyfile(teacher.path / "transformer" / "config.json", made / "transformer" / "config.json")
             if second:
                 save_second_time(second, made)
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             (made / "README.md").write_text(card(record, teacher, named, lora is not None), encoding="utf-8")
-            check_place(out, teacher.path)  # again, because files may have been added meanwhile
+            check_place(out, teacher.path)  # again, because files may have been added in the meantime
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write the student to {out}: {error}; make room and export again") from error
+        raise CheckpointError(
+            f"could not write the student to {out}: {error}; free disk space and export again"
+        ) from error
     return out
 
 
 def check_size(max_shard_size: str) -> None:
-    """Raise ConfigError for text that is not a size of weight files."""
+    """Raise ConfigError for text that is not a file size."""
     size = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT])B", max_shard_size)
     if not size or float(size[1]) * 1000 ** "KMGT".index(size[2]) < 1:
-        raise ConfigError(f"max_shard_size {max_shard_size!r} is no size of at least 1KB; write it as 5GB or 500MB")
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size of at least 1KB; write it as 5GB or 500MB")
 
 
 def check_place(out: Path, teacher: Path) -> None:
-    """Raise OutputError unless a student may be written to `out`: it is absent, empty, or an exported student.
-
-    A folder that holds a student and other files, or the teacher itself, is left as it is.
-    """
+    """Raise OutputError unless `out` is absent, empty, or an exported student without other files."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -136,17 +135,17 @@ def check_place(out: Path, teacher: Path) -> None:
         ours = False
     if not ours:
         raise OutputError(
-            f"{out} holds other files ({held[0].relative_to(out)}) and no student that was exported; name a new folder"
+            f"{out} holds other files ({held[0].relative_to(out)}) but no exported student; name a new folder"
         )
     for path in held:
         if not _WRITTEN.fullmatch(path.relative_to(out).as_posix()):
             raise OutputError(
-                f"{out} holds {path.relative_to(out)} beside a student; move that file away, or name another folder"
+                f"{out} holds {path.relative_to(out)} in addition to a student; move that file, or name another folder"
             )
 
 
 def _version(package: str) -> str:
-    """Of an installed package; this one may also run from its checkout."""
+    """Version of a package; this package can also run from its checkout, not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -154,15 +153,15 @@ def _version(package: str) -> str:
 
 
 def _copy_frozen(teacher: SD3Folder, made: Path) -> None:
-    """Copy what the student shares with its teacher: the files that are loaded, except the transformer's.
+    """Copy the teacher's files that the student shares: all that are loaded, except the transformer.
 
-    A variant becomes the plain file, so that the student is loaded without naming one.
+    Variant files lose their suffix, so that the student is loaded without a variant.
     """
     made.mkdir()
     index = {name: kind for name, kind in teacher.index.items() if name != "_name_or_path"}
     for name, kind in index.items():
         if isinstance(kind, list) and (name not in COMPONENTS or kind[-1] is None):
-            index[name] = [None, None]  # a component of another program, which is not loaded
+            index[name] = [None, None]  # a component that is not loaded
         elif isinstance(kind, list) and name != "transformer":
             (made / name).mkdir()
             weights = find_weights(teacher.path / name) if name in MODELS else Weights(())
@@ -174,11 +173,11 @@ def _copy_frozen(teacher: SD3Folder, made: Path) -> None:
 
 
 def _transformer(folder: SD3Folder, weights: Mapping[str, Tensor], lora: Lora | None, made: Path) -> Any:
-    """The student's transformer in fp32, adapter merged; writes the adapter beside it."""
+    """Build the student's transformer in fp32 with the adapter merged; also write the adapter to `made`."""
     transformer = load_transformer(folder)
     if lora is None:
         state = {**transformer.state_dict(), **{name: tensor.float() for name, tensor in weights.items()}}
-        transformer.load_state_dict(state)  # buffers are the teacher's
+        transformer.load_state_dict(state)  # buffers come from the teacher
         return transformer
     adapter = _scaled(weights, lora)
     StableDiffusion3Pipeline.save_lora_weights(made, transformer_lora_layers=adapter)
@@ -190,10 +189,10 @@ def _transformer(folder: SD3Folder, weights: Mapping[str, Tensor], lora: Lora | 
 
 
 def _scaled(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """The adapter with alpha / rank taken into B, so that its scale is 1.
+    """Multiply B by alpha / rank, so that the adapter's scale is 1.
 
-    diffusers keeps alpha in the file's metadata, ComfyUI looks for `.alpha` tensors and reads no metadata; without
-    either both take alpha for the rank, and so does everything else that reads the file.
+    diffusers stores alpha in the file's metadata, and ComfyUI reads `.alpha` tensors but no metadata. If both are
+    absent, every reader of the file assumes alpha = rank.
     """
     scale = lora.alpha / lora.rank
     return {

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors recorded once for each shape, so that replaying it costs the CPU one call."""
+"""CUDA graphs: a function of tensors is captured once per shape, and each replay is a single launch."""
 
 import threading
 from collections import Counter
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WARM_UPS = 3  # before recording, for what libraries set up at their first calls
-_recording = threading.Lock()  # torch allows one recording of a process at a time
+_WARM_UPS = 3  # calls before the capture, in which libraries initialize themselves
+_recording = threading.Lock()  # torch allows one capture at a time in a process
 
 _Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -22,12 +22,11 @@ class _Recording:
 
 
 class Graphed:
-    """A function that stays the same but for its arguments' values and for tensors that change in place.
+    """A function that is replayed as a CUDA graph. Only its arguments and tensors changed in place may vary.
 
-    Its recordings share one pool of memory, as no two of them run at once: use it from one thread and one stream at a
-    time.
-    A function with `effects`, such as a training step, runs exactly once a call: the first calls run without a graph
-    and warm up. Any other is warmed up and recorded by its first call.
+    The graphs of all shapes share one memory pool, so use an instance from one thread and one stream at a time.
+    A function with `effects`, such as a training step, runs exactly once per call: its first calls run without a graph
+    and serve as warm-up. Any other function is warmed up and captured in its first call.
     """
 
     def __init__(self, function: Callable[..., Tensor], effects: bool = False) -> None:
@@ -39,23 +38,23 @@ class Graphed:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """What the function gives for tensors on the GPU; a shape that is new is recorded first."""
+        """Return the function's result for tensors on the GPU; capture a graph first for new shapes."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(given[0].device)  # type: ignore[no-untyped-call]
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in given)
         self._calls[shapes] += 1
         if self._effects and self._calls[shapes] <= _WARM_UPS:
-            return self._aside(self._stream, given)
+            return self._run_eagerly(self._stream, given)
         if shapes not in self._recordings:
             self._recordings[shapes] = self._record(self._stream, given)
         recording = self._recordings[shapes]
-        for mine, theirs in zip(recording.inputs, given, strict=True):
-            mine.copy_(theirs)
+        for static, value in zip(recording.inputs, given, strict=True):
+            static.copy_(value)
         recording.graph.replay()
         return recording.output.clone()
 
-    def _aside(self, stream: torch.cuda.Stream, given: tuple[Tensor, ...]) -> Tensor:
-        """Run the function on the stream that will record it: autograd remembers the stream of each weight."""
+    def _run_eagerly(self, stream: torch.cuda.Stream, given: tuple[Tensor, ...]) -> Tensor:
+        """Run the function on the stream of the capture, because autograd remembers the stream of each weight."""
         here = torch.cuda.current_stream(stream.device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
@@ -69,7 +68,7 @@ class Graphed:
             for _ in range(_WARM_UPS):
                 self._function(*inputs)
         graph = torch.cuda.CUDAGraph()
-        # Other stages go on in their threads meanwhile, and may ask the driver for memory.
+        # Other threads keep running during the capture and may allocate memory.
         with _recording, torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             output = self._function(*inputs)
         return _Recording(graph, inputs, output)

@@ -1,4 +1,4 @@
-"""Whether stock diffusers makes of a student folder what we make of it: what `distill export --check` runs."""
+"""Parity of stock diffusers and this package on a student folder: what `distill export --check` runs."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from distill.flow import noise
 from distill.pipeline import OneStepPipeline, RuntimeOptions
 
 PROMPTS = ("a red circle left of a blue square", "a photograph of a lighthouse at night, seen from the sea", "")
-TOLERANCE = 1e-3  # of latents whose standard deviation is about 1, computed in fp32 on both sides
+TOLERANCE = 1e-3  # of latents with a standard deviation of about 1, computed in fp32 by both
 
 
 def check_parity(student: Path, device: torch.device | str = "cpu") -> float:
-    """The largest difference between latents of the stock pipeline and ours, over PROMPTS and as many seeds.
+    """Return the largest difference between the latents of the stock pipeline and ours, over PROMPTS and seeds.
 
-    Both compute in fp32, whatever the folder's files are in. Raises ParityError beyond TOLERANCE.
+    Both compute in fp32, whatever the precision of the files. Raises ParityError above TOLERANCE.
     """
     ours = OneStepPipeline.load(student, device, RuntimeOptions(precision="fp32"))
     spec, seeds = ours.spec, range(len(PROMPTS))
@@ -42,7 +42,7 @@ def check_parity(student: Path, device: torch.device | str = "cpu") -> float:
     largest = float((found - expected).abs().max())
     if not largest <= TOLERANCE:
         raise ParityError(
-            f"stock diffusers makes latents of {student} that differ by {largest:.2g}, more than {TOLERANCE:g}; "
-            "its schedule or text length is not what onestep.json says, so export the student again"
+            f"the latents of {student} in stock diffusers differ by {largest:.2g}, more than {TOLERANCE:g}; "
+            "its schedule or text length does not match onestep.json, so export the student again"
         )
     return largest

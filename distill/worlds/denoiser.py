@@ -1,7 +1,7 @@
-"""A teacher that is trained here: transformer and text encoders as one module, its training, and its folder.
+"""A small teacher: transformer and text encoders as one module, its training, and its folder.
 
-Flow matching in Stable Diffusion 3's own parts: x_t = (1 - t) x_0 + t eps, |v(x_t, t, c) - (eps - x_0)|^2, logit-normal
-t, some captions dropped so that guidance has its null prompt, and an exponential moving average of all weights.
+Flow matching with the components of Stable Diffusion 3: x_t = (1 - t) x_0 + t eps, loss |v(x_t, t, c) - (eps - x_0)|^2,
+logit-normal t, caption dropout for classifier-free guidance, and an exponential moving average (EMA) of all weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,15 +34,15 @@ from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
 from distill.training.state import Progress, load_state, save_state
 
-REPORT = 12_800  # images between two metrics, which are means over them
-LOWEST_RATE = 0.02  # share of the peak learning rate that the decay ends at
+LOG_EVERY = 12_800  # images between two log lines; metrics are means over them
+FINAL_LR = 0.02  # final learning rate, as a share of the peak
 
 Sample = Callable[[Draw], tuple[Tensor, Tensor]]  # latents x_0 (B, C, h, w) and token ids (B, L) of their captions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a teacher is trained. Warm-up, decay, half-life and cadences are counted in images."""
+class TrainingRecipe:
+    """How a teacher is trained. Warm-up, decay, half-life and intervals are counted in images."""
 
     images: int
     batch: int
@@ -61,9 +61,9 @@ class Recipe:
 
 
 class Denoiser(nn.Module):
-    """Transformer and two small CLIP text encoders as one module: prompts' token ids in, velocity out.
+    """Transformer and two small CLIP text encoders as one module: token ids in, velocity out.
 
-    The encoders' width sets the transformer's: joint attention sees both side by side.
+    The transformer's `joint_attention_dim` is twice the encoders' `width`, because their states are concatenated.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, width: int, layers: int, transformer: Mapping[str, Any]) -> None:
@@ -87,34 +87,34 @@ class Denoiser(nn.Module):
         )
 
     def encode(self, ids: Tensor) -> TextCondition:
-        """Token ids (B, L) to what SD3 makes of them: penultimate states side by side, pooled projections."""
+        """Encode token ids (B, L) as SD3 does: concatenated penultimate states, and pooled projections."""
         outputs = [e(ids, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
         embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return TextCondition(embeds, torch.cat([output.text_embeds for output in outputs], dim=-1))
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-        """Velocity (B, C, h, w), in fp32, at x_t and t in [0, 1]."""
+        """Return the velocity (B, C, h, w) in fp32 at x_t and t in [0, 1]."""
         out: Tensor = self.transformer(x_t, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
         return out.float()
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Velocity for token ids."""
+        """Return the velocity for token ids."""
         return self.velocity(x_t, t, self.encode(ids))
 
     def start_from(self, folder: Path) -> None:
-        """Take the weights of a teacher folder. Raises TeacherError unless it has this architecture."""
+        """Load the weights of a teacher folder. Raises TeacherError if its architecture differs."""
         for name in ("transformer", "text_encoder", "text_encoder_2"):
-            mine: Any = getattr(self, name)
-            model = type(mine).from_pretrained(folder / name, use_safetensors=True, local_files_only=True)
+            module: Any = getattr(self, name)
+            model = type(module).from_pretrained(folder / name, use_safetensors=True, local_files_only=True)
             check_finite(model, folder / name)
-            given = model.state_dict()
-            if {key: value.shape for key, value in given.items()} != _shapes(mine):
-                raise TeacherError(f"{folder / name} has another architecture than the one that is trained here")
-            mine.load_state_dict(given)
+            weights = model.state_dict()
+            if {key: value.shape for key, value in weights.items()} != _shapes(module):
+                raise TeacherError(f"{folder / name} has another architecture; start from a teacher of this training")
+            module.load_state_dict(weights)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, L), of the tokenizer's own length; each distinct text is tokenized once."""
+    """Tokenize to ids (B, L), padded to the tokenizer's length. Each distinct text is tokenized once."""
     distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     ids: Tensor = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids[[distinct[text] for text in texts]]
@@ -127,12 +127,12 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     sample: Sample,
     null: Tensor,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
 ) -> Callable[[Tensor], Tensor]:
-    """A training step as a function of the indices (B,) of its images, to its loss and its gradient's norm (2,).
+    """Build a training step: from image indices (B,) to loss and gradient norm (2,).
 
-    `share` () is that of the new weights in the average, `null` (L,) the token ids of the empty caption. The step reads
-    nothing from the device and sends nothing to it, so that a CUDA graph of it holds for every step.
+    `share` () is the weight of the new weights in the EMA, `null` (L,) holds the token ids of the empty caption. The
+    step never synchronizes the host with the device, so that one CUDA graph serves every step.
     """
 
     def step(images: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def training_step(
             v = model(interpolate(x_0, eps, t), t, ids)
         loss = F.mse_loss(v, eps - x_0)
 
-        # 3. step, and average
+        # 3. optimizer step and EMA
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
@@ -165,17 +165,17 @@ def fit(
     average: Denoiser,
     sample: Sample,
     null: Tensor,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     state: Path,
     device: torch.device,
     compiled: bool,
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[Progress]:
-    """Train from `first` images seen to `last`, which is the recipe's end, continuing from the newest state.
+    """Train from `first` images seen to `last` (default: the recipe's budget), continuing from the newest state.
 
-    `average` is a copy of the model. A step is a function of weights, optimizer and image indices, so that a resumed
-    training ends with the same bits. On a GPU it is replayed as one CUDA graph.
+    `average` is a copy of the model and receives the EMA. A step depends only on weights, optimizer state and image
+    indices, so that a resumed training is bit-identical to an uninterrupted one. On a GPU a step is one CUDA graph.
     """
     last = recipe.images if last is None else last
     cuda = device.type == "cuda"
@@ -191,7 +191,7 @@ def fit(
     images = max(first, load_state(state, modules, optimizer, recipe))
     kernel = attention.resolve("auto", torch.bfloat16 if fast_bfloat16(device) else torch.float32, device)
     attention.use(kernel, model.transformer)
-    if kernel == "math":  # the text encoders' name for the same
+    if kernel == "math":  # transformers' name for the same kernel
         for encoder in (model.text_encoder, model.text_encoder_2):
             encoder.set_attn_implementation("eager")
     if compiled:
@@ -199,19 +199,19 @@ def fit(
             block.compile(fullgraph=True)
     share = torch.zeros((), device=device)
     step = training_step(model, average, share, optimizer, sample, null, recipe)
-    take = Graphed(step, effects=True) if cuda else step
+    run_step = Graphed(step, effects=True) if cuda else step
 
     sums, steps = torch.zeros(2, device=device), 0
     while images < last:
-        set_rate(optimizer, recipe.learning_rate * rate(recipe, images - first, last - first))
+        set_rate(optimizer, recipe.learning_rate * lr_factor(recipe, images - first, last - first))
         share.fill_(new_share(recipe.ema_half_life, images - first + recipe.batch, recipe.batch))
-        sums += take(torch.arange(images, images + recipe.batch, device=device))
+        sums += run_step(torch.arange(images, images + recipe.batch, device=device))
         before, images, steps = images, images + recipe.batch, steps + 1
 
         save = partial(save_state, state, modules, optimizer, images, recipe)
         progress = Progress(before, images, recipe.images, {}, save)
         finished = images >= last
-        if finished or progress.crosses(REPORT):
+        if finished or progress.crosses(LOG_EVERY):
             loss, norm = (sums / steps).tolist()
             progress.metrics.update(loss=loss, gradient=norm)
             sums, steps = torch.zeros_like(sums), 0
@@ -220,11 +220,11 @@ def fit(
         yield progress
 
 
-def rate(recipe: Recipe, seen: int, budget: int) -> float:
-    """Share of the peak learning rate after `seen` images of a budget: a linear rise, a plateau, a linear fall."""
-    rise = min(1.0, (seen + recipe.batch) / max(recipe.warmup, 1))
+def lr_factor(recipe: TrainingRecipe, seen: int, budget: int) -> float:
+    """Return the share of the peak learning rate after `seen` images: linear warm-up, plateau, linear decay."""
+    warmup = min(1.0, (seen + recipe.batch) / max(recipe.warmup, 1))
     left = min(1.0, (budget - seen) / max(min(recipe.decay, budget), 1))
-    return rise * (LOWEST_RATE + (1 - LOWEST_RATE) * left)
+    return warmup * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -232,9 +232,9 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def save_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the pipeline folder, fp16 safetensors, as stock diffusers loads it."""
+    """Write the pipeline folder in fp16 safetensors, as stock diffusers loads it."""
     vae = deepcopy(vae)
-    vae.register_to_config(_name_or_path="")  # else the folder it was trained in travels along
+    vae.register_to_config(_name_or_path="")  # else the file names the folder of this machine
     pipeline = StableDiffusion3Pipeline(
         transformer=deepcopy(model.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),

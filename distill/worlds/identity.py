@@ -1,17 +1,17 @@
-"""An autoencoder that changes nothing, in AutoencoderKL's own format: with it a pixel-space model is a latent one."""
+"""An identity autoencoder in AutoencoderKL's format, with which a pixel-space model is handled as a latent model."""
 
 import torch
 from diffusers import AutoencoderKL
 
-_ANCHOR = 256.0  # far beyond any pixel; a number of every floating point format
+_ANCHOR = 256.0  # far beyond any pixel value; exact in every floating point format
 
 
 def identity_autoencoder(side: int, shift: float, scale: float) -> AutoencoderKL:
-    """Latents are the pixels (3, side, side), which lie in [-1, 1], less `shift`, times `scale`.
+    """Build an autoencoder whose latents are (pixels - shift) * scale, for pixels (3, side, side) in [-1, 1].
 
-    AutoencoderKL ends in a group norm and a SiLU. Each color enters its group as x and -x beside the constants A and
-    -A: the mean is 0, and the variance A^2 / 2 whatever the image (to x^2 / A^2, a hundred-thousandth), so that the
-    norm's gain undoes it; and SiLU(x) - SiLU(-x) = x. Everything between adds nothing.
+    AutoencoderKL ends in a group norm and a SiLU. Each color channel x has its own group, of x, -x, A and -A. Its mean
+    is 0, and its variance is A^2 / 2 for any image (with a relative error of x^2 / A^2, about 1e-5), which the gain of
+    the norm undoes. Then SiLU(x) - SiLU(-x) = x. All layers between have zero weights in their residual branches.
     """
     vae = AutoencoderKL(
         in_channels=3,

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer for a small vocabulary: the words of a world are one token each, all else falls back to bytes."""
+"""A CLIP tokenizer for a small vocabulary: each of its words is one token, other text is split into bytes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ Pair = tuple[str, str]
 
 
 def build_clip_tokenizer(words: Sequence[str], model_max_length: int) -> CLIPTokenizer:
-    """A lower-casing byte-level BPE tokenizer in which each of `words` is exactly one token.
+    """Build a lower-casing byte-level BPE tokenizer in which each of `words` is exactly one token.
 
-    Saved and loaded like any `CLIPTokenizer`. Ids: the 256 bytes, the 256 bytes that end a word, the merges, then
-    start and end of text; the end of text is the highest id and also the padding, as in CLIP. Raises ValueError for
-    a word that CLIP's rules split before any merge ("it's", "two words", "x2").
+    It is saved and loaded like any `CLIPTokenizer`. The ids are: 256 bytes, 256 bytes that end a word, the merges, and
+    start and end of text. As in CLIP, the end of text has the highest id and is also the padding. Raises ValueError for
+    a word that CLIP splits before any merge ("it's", "two words", "x2").
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [symbol + _WORD_END for symbol in alphabet]
@@ -26,8 +26,8 @@ def build_clip_tokenizer(words: Sequence[str], model_max_length: int) -> CLIPTok
     for word in words:
         parts = bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(word))
         if len(parts) != 1:
-            raise ValueError(f"{word!r} cannot be one token: CLIP's rules make {len(parts)} pieces of it")
-        # A merge that is appended ranks last, so it cannot disturb a word that already ends as one token.
+            raise ValueError(f"{word!r} cannot be one token: CLIP's rules split it into {len(parts)} pieces")
+        # An appended merge ranks last, so it does not change words that are already one token.
         while len(pieces := _apply(merges, parts[0][0])) > 1:
             merges[pieces[0], pieces[1]] = len(merges)
     return _tokenizer(symbols + ["".join(pair) for pair in merges], list(merges), model_max_length)
@@ -39,7 +39,7 @@ def _tokenizer(symbols: Sequence[str], merges: Sequence[Pair], model_max_length:
 
 
 def _apply(merges: Mapping[Pair, int], word: str) -> list[str]:
-    """Byte-pair encoding of one word: the pair of lowest rank joins first."""
+    """Apply byte-pair encoding to one word: the pair of lowest rank is merged first."""
     pieces = [*word[:-1], word[-1] + _WORD_END]
     while True:
         ranked = [(merges[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]

@@ -1,4 +1,4 @@
-"""`distill compare`: what variants mean, equal budgets, nothing done twice, and what is written of it."""
+"""`distill compare`: the meaning of variants, equal budgets, no repeated runs, and the files that it writes."""
 
 import json
 import shlex
@@ -14,11 +14,11 @@ from typer.testing import CliRunner, Result
 from distill.cli import app
 from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.experiments import Cost, Variant, is_finished, judged, read_variants, within
+from distill.experiments import Cost, Variant, evaluate_variants, is_finished, read_variants, with_time_budget
 from distill.pipeline import SHIPPED_STUDENT
 from distill.run import read_teacher
 from distill.training import checkpoint
-from distill.worlds.scenes.evaluator import SceneEvaluator
+from distill.worlds.scenes.evaluator import ScenesEvaluator
 
 
 def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_the_command_of_a_variant_makes_the_same_run_by_itself() -> None:
     ("texts", "message"),
     [
         (["fgn"], "no method 'fgn'; there are dmd, "),
-        (["fgm", "fgm"], "two variants are called 'fgm'"),
+        (["fgm", "fgm"], "two variants are named 'fgm'"),
         (["fgm", "dmd,teacher=elsewhere"], "teacher differs between variants"),
         (["fgm,method.alpah=1"], "did you mean 'alpha'"),
-        (["fgm,method=dmd"], "fgm,method=dmd is set to the method dmd; give that name as the variant"),
+        (["fgm,method=dmd"], "fgm,method=dmd sets the method dmd; name that method as the variant"),
     ],
 )
-def test_what_cannot_be_compared_is_told(texts: list[str], message: str) -> None:
+def test_variants_that_cannot_be_compared_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_variants(texts, "scenes", [], None)
 
@@ -90,10 +90,13 @@ def compare(teacher: Path, prompts: Path, out: Path, *arguments: str) -> dict:
     return json.loads((out / "compare.json").read_text())
 
 
-def test_runs_get_equal_images_share_embeddings_and_are_not_done_again(teacher, prompts, tmp_path) -> None:
+def test_runs_get_equal_images_share_embeddings_and_are_not_repeated(teacher, prompts, tmp_path) -> None:
     prompts = shutil.copy(prompts, tmp_path / "prompts.txt")
     found = compare(teacher, prompts, tmp_path, "--images", "8")
-    assert {name: (run["images"], run["kept"]) for name, run in found["runs"].items()} == {"fgm": (8, 8), "dmd": (8, 8)}
+    assert {name: (run["images"], run["exported"]) for name, run in found["runs"].items()} == {
+        "fgm": (8, 8),
+        "dmd": (8, 8),
+    }
     assert all(run["seconds"] > 0 for run in found["runs"].values())
     table = (tmp_path / "compare.md").read_text()
     assert "| fgm | 8 |" in table
@@ -142,7 +145,7 @@ def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
     folder = tmp_path / "fgm"
     checkpoint.save(folder / "checkpoints" / checkpoint.state_name(12), {}, {"images": 12})
     (folder / "config.yaml").write_text("teacher: scenes\nimages: 12\n")
-    with pytest.raises(ConfigError, match="has seen 12 images, more than the 8"):
+    with pytest.raises(ConfigError, match="has seen 12 images, more than the budget of 8"):
         is_finished(Variant("fgm", config, "scenes-debug", ()), tmp_path, read_teacher(config))
 
 
@@ -151,7 +154,8 @@ def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path)
     (tmp_path / "fgm").mkdir()
     (tmp_path / "fgm" / "speed.json").write_text('{"images_per_second": 10.0}')
     teacher = read_teacher(variant.config)
-    assert [within(seconds, variant, tmp_path, teacher).config.images for seconds in (0.1, 2.5, 60)] == [8, 24, 600]
+    budgets = [with_time_budget(seconds, variant, tmp_path, teacher).config.images for seconds in (0.1, 2.5, 60)]
+    assert budgets == [8, 24, 600]
 
 
 @pytest.mark.parametrize("text", ["garbage", "{}", '{"images_per_second": -1}', '{"images_per_second": NaN}', "[]"])
@@ -160,7 +164,7 @@ def test_a_speed_that_is_none_is_named(text, tmp_path) -> None:
     (tmp_path / "fgm").mkdir()
     (tmp_path / "fgm" / "speed.json").write_text(text)
     with pytest.raises(RunError, match=r"speed\.json holds no speed; remove it"):
-        within(5, variant, tmp_path, read_teacher(variant.config))
+        with_time_budget(5, variant, tmp_path, read_teacher(variant.config))
 
 
 def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, prompts, tmp_path) -> None:
@@ -172,7 +176,7 @@ def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, pro
     assert {name: run["images"] for name, run in found["runs"].items()} == {"fgm": 8, "dmd": 4}
 
 
-def test_students_of_the_small_world_are_judged_in_one_table(tmp_path) -> None:
+def test_students_of_the_toy_dataset_are_evaluated_in_one_table(tmp_path) -> None:
     variants = read_variants(["fgm", "dmd"], "scenes", ["batch=8"], 8)
     for variant in variants:
         folder = tmp_path / variant.name
@@ -181,12 +185,12 @@ def test_students_of_the_small_world_are_judged_in_one_table(tmp_path) -> None:
         )
         (folder / "student").symlink_to(SHIPPED_STUDENT)
     counts: list[int] = []
-    outcome = judged(variants, tmp_path, SceneEvaluator().prompts(1, 0), 1, 0, torch.device("cpu"), counts.append)
-    assert sum(counts) == 3 * SceneEvaluator().prompts(1, 0).count
+    outcome = evaluate_variants(variants, tmp_path, ScenesEvaluator(), 1, 1, 0, torch.device("cpu"), counts.append)
+    assert sum(counts) == 3 * ScenesEvaluator().prompts(1, 0).count
     first, second = outcome.students.values()
-    assert first.frechet == second.frechet  # the same student on the same questions
+    assert first.frechet == second.frechet  # the same student on the same prompts
     header, lines = outcome.table()
-    assert header[:5] == ["", "images", "seconds", "kept", "overall"]
+    assert header[:5] == ["", "images", "seconds", "exported", "overall"]
     assert [line[0] for line in lines] == ["teacher", "fgm", "dmd"]
     assert all(len(line) == len(header) for line in lines)
     assert outcome.costs["fgm"] == Cost(

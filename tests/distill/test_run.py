@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_teacher
 
 from distill.cli import main
-from distill.cli.stopping import asked_to_stop, stopped
+from distill.cli.stopping import stop_signals, stopped
 from distill.config import load_config
 from distill.errors import (
     CacheError,
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     assert record["prompts"] == {"source": "prompts.txt", "count": 5}
     card = (tmp_path / "student" / "README.md").read_text()
     assert "license: mit" in card
-    assert "5 different prompts of `prompts.txt`" in card
+    assert "5 distinct prompts from `prompts.txt`" in card
     assert f"kind: {kind}" in card
     for path in (out / "student", tmp_path / "student"):
         assert all("/prompts.txt" not in (path / name).read_text() for name in ("onestep.json", "README.md"))
@@ -223,9 +223,9 @@ def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_is_asked_to_stop_learns_it_and_says_so_in_the_status(number):
+def test_who_is_stop_signals_learns_it_and_says_so_in_the_status(number):
     before = signal.getsignal(number)
-    with asked_to_stop() as asked:
+    with stop_signals() as asked:
         signal.raise_signal(number)
         assert signal.getsignal(number) is before  # the second ends at once
     assert asked == [number]
@@ -350,7 +350,7 @@ def test_a_full_disk_under_any_command_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: [Errno 28] No space left on device; make room and give the same command again, it continues\n"
+        == "error: [Errno 28] No space left on device; free disk space and run the same command again to resume\n"
     )
 
 
@@ -582,7 +582,7 @@ def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_pa
     raised = read_run(out).alarms
     assert "too-fast" in {alarm.name for alarm in raised}
     assert len({alarm.name for alarm in raised}) == len(raised)
-    assert all(done.stderr.count(alarm.says) == 1 for alarm in raised)
+    assert all(done.stderr.count(alarm.message) == 1 for alarm in raised)
     assert "distilling 64/64" in done.stderr
     assert not (out / "tensorboard").exists()
 

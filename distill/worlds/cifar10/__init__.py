@@ -1,5 +1,5 @@
-"""CIFAR-10 in pixel space, the FGM paper's first experiment: its data, its teacher, and a preset of the same name.
+"""CIFAR-10 in pixel space, the first experiment of the FGM paper: data and teacher. The preset has the same name.
 
-Pixels are latents of an autoencoder that changes nothing, and an unconditional model is one with a single caption; so
-its teacher is a folder like any other, and all that distills, exports, serves and judges takes it as it is.
+An identity autoencoder makes pixels the latents, and an unconditional model has a single caption. The teacher is
+therefore a model folder like any other: the same code distills, exports, serves and evaluates it.
 """

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary version: records of a label and 3072 bytes, the red, green and blue planes of 32 x 32 pixels."""
+"""The binary version of CIFAR-10: records of a label and 3072 bytes (red, green and blue planes of 32 x 32 pixels)."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from PIL import Image
 from distill.data.images import METADATA
 from distill.errors import ImageError, OutputError
 from distill.files import atomic_write_text
-from distill.report.picture import save_png
+from distill.report.grid import save_png
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANY = "image"  # the caption of every image for an unconditional model
@@ -23,9 +23,9 @@ _RECORD = 1 + 3 * SIDE**2
 
 
 def read_images(folder: Path, test: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (N, 32, 32, 3) and labels (N,), of training or of the test batch.
+    """Read images (N, 32, 32, 3) and labels (N,) of the training batches or of the test batch.
 
-    Raises ImageError for a file that is missing, cut off, or of something else.
+    Raises ImageError for a file that is missing, cut off, or in another format.
     """
     records = np.concatenate([_records(folder / name) for name in (_TEST if test else _TRAIN)])
     planes = records[:, 1:].reshape(-1, 3, SIDE, SIDE)
@@ -33,15 +33,15 @@ def read_images(folder: Path, test: bool = False) -> tuple[NDArray[np.uint8], ND
 
 
 def captions(labels: NDArray[np.uint8], conditional: bool) -> list[str]:
-    """Each image's class, or the one caption of all."""
+    """Return the class name of each image, or the same caption for all."""
     return [CLASSES[label] if conditional else ANY for label in labels]
 
 
 def write_images(folder: Path, out: Path, conditional: bool, test: bool = False) -> Iterator[int]:
-    """Write each image as PNG and their captions as metadata.jsonl, and yield how many are written.
+    """Write the images as PNG files and their captions as metadata.jsonl; yield the number of images written.
 
-    A folder that `distill encode` and `distill score --reference` take. Raises OutputError when `out` holds other
-    images, ImageError when the disk refuses.
+    `distill encode` and `distill score --reference` read such a folder. Raises OutputError when `out` holds other
+    images, ImageError when writing fails.
     """
     images, labels = read_images(folder, test)
     names = [f"{i:05d}.png" for i in range(len(images))]
@@ -60,15 +60,15 @@ def write_images(folder: Path, out: Path, conditional: bool, test: bool = False)
 
 def _records(path: Path) -> NDArray[np.uint8]:
     try:
-        found = np.fromfile(path, np.uint8)
+        values = np.fromfile(path, np.uint8)
     except OSError as error:
         raise ImageError(
             f"{path} cannot be read ({error.strerror}); give the folder of CIFAR-10's binary version, "
             "cifar-10-batches-bin"
         ) from None
-    if not len(found) or len(found) % _RECORD:
-        raise ImageError(f"{path} is {len(found)} bytes, not records of {_RECORD}; it is cut off, so fetch it again")
-    records = found.reshape(-1, _RECORD)
+    if not len(values) or len(values) % _RECORD:
+        raise ImageError(f"{path} is {len(values)} bytes, not records of {_RECORD}; it is cut off; download it again")
+    records = values.reshape(-1, _RECORD)
     if records[:, 0].max() >= len(CLASSES):
         raise ImageError(f"{path} holds a label of {records[:, 0].max()}; CIFAR-10's are 0 to {len(CLASSES) - 1}")
     return records

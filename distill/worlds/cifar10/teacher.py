@@ -1,7 +1,7 @@
-"""`distill cifar10 teacher`: a pixel-space teacher of CIFAR-10 in Stable Diffusion 3's own format, from nothing.
+"""`distill cifar10 teacher`: trains a pixel-space teacher of CIFAR-10 in Stable Diffusion 3's own format.
 
-An MM-DiT of the size of the U-Nets that are usual for these images. Text is one word an image: its class, or the same
-word for all.
+The model is an MM-DiT of the size of the usual U-Nets for these images. A caption is one word: the image's class, or
+the same word for all images.
 """
 
 import json
@@ -20,19 +20,19 @@ from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
 from distill.training.state import Progress, check_folder
 from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
-from distill.worlds.denoiser import Denoiser, Recipe, fit, save_pipeline, tokenize
+from distill.worlds.denoiser import Denoiser, TrainingRecipe, fit, save_pipeline, tokenize
 from distill.worlds.identity import identity_autoencoder
 from distill.worlds.tokenizer import build_clip_tokenizer
 
-PROMPTS = "prompts.txt"  # in the teacher's folder: all there is to ask for
+PROMPTS = "prompts.txt"  # in the teacher's folder: every possible prompt
 STATE = "state"  # in the teacher's folder: the state that training resumes from
-TOKENS = 3  # of a prompt: a word, start and end
-HEAD = 64  # channels of an attention head
+TOKENS = 3  # of a prompt: start, one word, end
+HEAD_DIM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherRecipe(Recipe):
-    """How it is trained, by default as suits 51 200 000 images, mirrored ones among them."""
+class Cifar10Recipe(TrainingRecipe):
+    """How the teacher is trained. The defaults suit 51 200 000 images, mirrored copies included."""
 
     conditional: bool
     layers: int
@@ -45,17 +45,17 @@ class TeacherRecipe(Recipe):
 
 
 def check_teacher_folder(folder: Path) -> None:
-    """Raise OutputError if training would replace files that it did not write."""
+    """Raise OutputError if training would replace files of another program."""
     check_folder(folder, (STATE,), (PROMPTS,))
 
 
 def train_teacher(
-    data: Path, recipe: TeacherRecipe, folder: Path, device: torch.device, compiled: bool = False
+    data: Path, recipe: Cifar10Recipe, folder: Path, device: torch.device, compiled: bool = False
 ) -> Iterator[Progress]:
-    """Train on the images in `data` until the budget is seen, continuing from the folder's state.
+    """Train on the images in `data` to the budget, continuing from the folder's state.
 
-    At the end `folder` holds the whole pipeline, with EMA weights, and its prompts beside it. Raises ImageError for
-    data that is not CIFAR-10's.
+    At the end `folder` holds the whole pipeline with EMA weights, and a file of its prompts. Raises ImageError if
+    `data` is not CIFAR-10.
     """
     images, labels = read_images(data)
     pixels = to_pixels(images)
@@ -83,7 +83,7 @@ def train_teacher(
     atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _denoiser(recipe: TeacherRecipe, tokenizer: CLIPTokenizer) -> Denoiser:
+def _denoiser(recipe: Cifar10Recipe, tokenizer: CLIPTokenizer) -> Denoiser:
     return Denoiser(
         tokenizer,
         width=64,
@@ -95,8 +95,8 @@ def _denoiser(recipe: TeacherRecipe, tokenizer: CLIPTokenizer) -> Denoiser:
             "out_channels": 3,
             "num_layers": recipe.layers,
             "num_attention_heads": recipe.heads,
-            "attention_head_dim": HEAD,
-            "caption_projection_dim": recipe.heads * HEAD,
+            "attention_head_dim": HEAD_DIM,
+            "caption_projection_dim": recipe.heads * HEAD_DIM,
             "pos_embed_max_size": SIDE // 2,
         },
     )

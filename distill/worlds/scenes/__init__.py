@@ -1,5 +1,5 @@
-"""A toy dataset of colored shapes after GenEval's six tasks, in which text-to-image quality is exact.
+"""A toy dataset of colored shapes with GenEval's six tasks, on which text-to-image quality is measured exactly.
 
-`shapes` are its alphabet, `captions` its prompts; `render` draws scenes for them and `score` evaluates images. `data`
-makes the training scenes, and `train` the teacher.
+`shapes` defines shapes and colors, `captions` the prompts; `render` draws scenes and `score` scores images. `data`
+renders the training scenes, `vae` and `teacher` train the teacher.
 """

@@ -1,8 +1,8 @@
-"""What the world may be asked for: prompts after GenEval's six tasks, their wordings, and the held-out split.
+"""Prompts of the toy dataset: GenEval's six tasks, their wordings, and the held-out split.
 
-A *combination* is what a prompt asks for, apart from its wording: the relation and the (shape, color) of each
-object. One combination in eight, chosen by a hash, is held out: training sees neither it nor a prompt that says
-the same and adds colors. Every shape, color and relation is seen in training, in other company.
+A *combination* is the content of a prompt without its wording: the relation, and shape and color of each object. One
+combination in eight, chosen by a hash, is held out: training sees neither it nor a prompt that adds colors to it.
+Training sees every shape, color and relation in other combinations.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _JOINING_WORDS = ("and", "with", "next to")
 
 @dataclass(frozen=True)
 class Thing:
-    """An object that a prompt names; `color` None when the prompt leaves it open."""
+    """An object that a prompt names; `color` is None if the prompt names none."""
 
     shape: str
     color: str | None = None
@@ -41,10 +41,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to the model: what must be in the image for GenEval's verdict to be yes.
+    """What an image must show for GenEval's verdict to be positive.
 
-    `things` are the one or two named objects, `count` how often the only one stands, `relation` where the first
-    stands seen from the second.
+    `things` are the one or two objects. `count` is how often a single object appears. `relation` is the position of the
+    first object relative to the second.
     """
 
     task: str
@@ -53,7 +53,7 @@ class Prompt:
     relation: str | None = None
 
     def combination(self, colors: bool = True) -> str:
-        """The identity that the held-out split goes by."""
+        """Return the key of the held-out split."""
         names = [f"{t.color if colors else None} {t.shape}" for t in self.things]
         relation = self.relation or ("and" if len(names) == 2 else "coloured" if self.task == "colors" else "alone")
         if relation in _MIRRORED:  # "a right of b" is "b left of a"
@@ -64,19 +64,19 @@ class Prompt:
 
     @property
     def held_out(self) -> bool:
-        """Whether training must not see it: its combination, or that without the colors, is held out."""
+        """Whether the prompt is held out: its combination, or the same without colors, is held out."""
         keys = {self.combination()}
-        if self.task != "colors":  # else every color of a shape would leave training with "a heart"
+        if self.task != "colors":  # holding out "a heart" must not hold out all colors of it
             keys.add(self.combination(colors=False))
-        return any(_chosen(key) for key in keys)
+        return any(_is_held_out(key) for key in keys)
 
 
-def _chosen(combination: str) -> bool:
+def _is_held_out(combination: str) -> bool:
     return hashlib.blake2b(b"held-out 65 " + combination.encode(), digest_size=1).digest()[0] % 8 == 0
 
 
-def everything(task: str) -> Iterator[Prompt]:
-    """Every combination of a task, as GenEval words it: colors only where the task is about colors."""
+def all_prompts(task: str) -> Iterator[Prompt]:
+    """Yield every combination of a task. As in GenEval, only the tasks about colors name colors."""
     things = [Thing(shape) for shape in SHAPES]
     colored = [Thing(shape, color) for shape, color in product(SHAPES, COLORS)]
     match task:
@@ -100,20 +100,20 @@ def everything(task: str) -> Iterator[Prompt]:
 
 
 def evaluation_prompts(per_task: int, seed: int, held_out: bool = True) -> list[Prompt]:
-    """`per_task` prompts of each task, every combination as often as any other; held out, or seen in training."""
+    """Draw `per_task` prompts of each task from one split, held out or seen; combinations are drawn equally often."""
     rng = np.random.default_rng(seed)
     chosen: list[Prompt] = []
     for task in TASKS:
-        pool = [prompt for prompt in everything(task) if prompt.held_out is held_out]
+        pool = [prompt for prompt in all_prompts(task) if prompt.held_out is held_out]
         order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-per_task // len(pool)))])
         chosen += [pool[i] for i in order[:per_task]]
     return chosen
 
 
 def parse_task_weights(text: str | None) -> dict[str, float]:
-    """Shares of the tasks, which sum to 1, from text such as "counting=2,position=1"; equal ones from None.
+    """Parse task shares such as "counting=2,position=1" and normalize them to sum 1; None gives equal shares.
 
-    A task that the text does not name has no share. Raises ConfigError for text of another form.
+    A task that the text does not name gets 0. Raises ConfigError for invalid text.
     """
     if text is None:
         return dict.fromkeys(TASKS, 1 / len(TASKS))
@@ -135,26 +135,26 @@ def parse_task_weights(text: str | None) -> dict[str, float]:
 
 
 def sample_prompt(rng: np.random.Generator, task_weights: Mapping[str, float] | None = None) -> Prompt:
-    """A prompt for training; counting and position name the colors half of the time.
+    """Draw a training prompt. Half of the counting and position prompts name colors.
 
-    `task_weights` are the tasks' shares. Without them all tasks are drawn alike, but those with more held-out
-    combinations are a little rarer.
+    `task_weights` are the shares of the tasks. Without them tasks are drawn uniformly before held-out prompts are
+    rejected, so that tasks with more held-out combinations are slightly rarer.
     """
     task = None
     if task_weights is not None:
         task = TASKS[rng.choice(len(TASKS), p=[task_weights[task] for task in TASKS])]
     while True:
-        prompt = _sample_any(rng, task)
+        prompt = _sample_unfiltered(rng, task)
         if not prompt.held_out:
             return prompt
 
 
-def _sample_any(rng: np.random.Generator, task: str | None) -> Prompt:
+def _sample_unfiltered(rng: np.random.Generator, task: str | None) -> Prompt:
     task = task or TASKS[rng.integers(len(TASKS))]
     names = rng.choice(len(SHAPES), 2, replace=False)
-    tints = rng.choice(len(COLORS), 2, replace=False)
+    colors = rng.choice(len(COLORS), 2, replace=False)
     colored = task in ("colors", "color_attr") or (task in ("counting", "position") and rng.random() < 0.5)
-    a, b = (Thing(SHAPES[s], COLORS[c] if colored else None) for s, c in zip(names, tints, strict=True))
+    a, b = (Thing(SHAPES[s], COLORS[c] if colored else None) for s, c in zip(names, colors, strict=True))
     match task:
         case "single_object" | "colors":
             return Prompt(task, (a,))
@@ -167,7 +167,7 @@ def _sample_any(rng: np.random.Generator, task: str | None) -> Prompt:
 
 
 def wording(prompt: Prompt, rng: np.random.Generator) -> str:
-    """One of the phrasings of a prompt: "a photo of a red circle to the left of a blue star"."""
+    """Draw a wording of a prompt, such as "a photo of a red circle to the left of a blue star"."""
 
     def pick(choices: tuple[str, ...]) -> str:
         return choices[rng.integers(len(choices))]
@@ -193,13 +193,13 @@ def _with_article(thing: Thing) -> str:
 
 
 def training_prompts(count: int, seed: int) -> list[str]:
-    """`count` worded prompts that training may see."""
+    """Draw `count` training prompts, each in one wording."""
     rng = np.random.default_rng(seed)
     return [wording(sample_prompt(rng), rng) for _ in range(count)]
 
 
 def vocabulary() -> list[str]:
-    """Every word that a wording can hold."""
+    """Return every word of all wordings."""
     plain = " ".join([*_OPENINGS, *_JOINING_WORDS, *sum(_RELATION_WORDS.values(), ()), "a an"])
     plurals = [_name(Thing(shape), plural=True) for shape in SHAPES]
     return sorted({*plain.split(), *NUMBERS.values(), *SHAPES, *plurals, *COLORS})

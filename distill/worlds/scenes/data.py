@@ -1,7 +1,7 @@
-"""Training scenes in chunks: for each scene a few wordings of its prompt, and its pixels.
+"""Training scenes in chunks: the pixels of each scene, and a few wordings of its prompt.
 
-Several processes render them. A chunk is a pure function of its arguments, so their number changes nothing. This file
-imports no torch, so that the processes start fast.
+Several processes render chunks. A chunk depends only on its arguments, so the number of processes changes no result.
+This file does not import torch, so that the processes start fast.
 """
 
 import os
@@ -28,14 +28,14 @@ WORDINGS = 3  # of each scene's prompt
 
 @dataclass(frozen=True)
 class Chunk:
-    """`texts` are the wordings, WORDINGS of each scene in turn; `images` are the pixels (n, SIZE, SIZE, 3)."""
+    """Rendered scenes: `images` (n, SIZE, SIZE, 3), and WORDINGS consecutive `texts` for each."""
 
     texts: list[str]
     images: NDArray[np.uint8]
 
 
 def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[str, float]) -> Chunk:
-    """The first `count` scenes of a chunk."""
+    """Render the first `count` scenes of a chunk."""
     rng = np.random.default_rng((seed, 1, index))
     texts, scenes = [], []
     for _ in range(count):
@@ -48,34 +48,36 @@ def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[str, flo
 def make_chunks(
     seed: int, count: int, task_weights: Mapping[str, float], processes: int | None = None
 ) -> Generator[Chunk]:
-    """`count` scenes in order; `processes` None takes a process for each core."""
+    """Render `count` scenes in order, by default with one process per core."""
     work = [(seed, i, min(CHUNK, count - start), task_weights) for i, start in enumerate(range(0, count, CHUNK))]
     processes = min(len(work), processes or os.cpu_count() or 1)
     if processes <= 1:
         yield from (make_chunk(*arguments) for arguments in work)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _initialize)
     try:
         submitted = (pool.submit(make_chunk, *arguments) for arguments in work)
-        running = deque(islice(submitted, 2 * processes))  # a bound, since chunks wait in memory for the encoder
+        running = deque(
+            islice(submitted, 2 * processes)
+        )  # bounded, because finished chunks wait in memory for the encoder
         while running:
             yield running.popleft().result()
             running.extend(islice(submitted, 1))
     except BrokenProcessPool as error:
         raise CacheError(
-            "a process that renders scenes was killed, perhaps for memory; run the same command again"
+            "a process that renders scenes was killed, possibly out of memory; run the same command again"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
-    """Leave Ctrl-C to the process that started this one, and end when it ends, also when it is killed."""
+def _initialize() -> None:
+    """Leave Ctrl-C to the parent process, and exit when the parent exits, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_follow, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -27,7 +27,7 @@ class ScenePrompts(EvalPrompts):
         return render([place(prompt, rng) for prompt in self.prompts])
 
 
-class SceneEvaluator:
+class ScenesEvaluator:
     """The evaluator of the toy dataset."""
 
     size = (SIZE, SIZE)

@@ -1,4 +1,4 @@
-"""Prompts to scenes to pixels: 64x64 RGB, anti-aliased, plain ground, seeded; thousands a second on one core."""
+"""Renderer: prompts to scenes to 64x64 RGB images, anti-aliased plain background, thousands per second on a core."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from distill.worlds.scenes.captions import Prompt
 from distill.worlds.scenes.shapes import COLORS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage
 
 SIZE = 64  # pixels
-MARGIN = 2  # pixels kept free round each object, so that two objects never touch
+MARGIN = 2  # free pixels around each object, so that objects never touch
 SMALLEST, LARGEST = 8.0, 11.0  # radii, pixels
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object in an image: center and radius in pixels, x right and y down from the upper left corner."""
+    """An object in an image: center and radius in pixels; x points right and y down from the upper left corner."""
 
     shape: str
     color: str
@@ -29,17 +29,17 @@ Scene = tuple[Object, ...]
 
 
 def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """A scene that answers the prompt, with what the prompt leaves open drawn at random.
+    """Draw a scene that matches the prompt.
 
-    Each object stands anywhere in a cell of its own: the whole image, a half of it, or a quarter.
+    Each object is placed at random in a cell of its own: the whole image, a half of it, or a quarter.
     """
     if prompt.count > 1:
         things = [prompt.things[0]] * prompt.count
     else:
         things = list(prompt.things)
     n = len(things)
-    # Copies of one thing share their color; two different things differ in it.
-    tints = rng.permutation(len(COLORS))
+    # Copies of one object share a color; two different objects have different colors.
+    colors = rng.permutation(len(COLORS))
     radii = np.round(rng.uniform(SMALLEST, LARGEST, n) / STEP) * STEP
 
     if n == 1:
@@ -56,24 +56,24 @@ def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
         reach = radii[i] + MARGIN
         x = left + _on_grid(rng.uniform(reach, width - reach))
         y = top + _on_grid(rng.uniform(reach, height - reach))
-        tint = COLORS[tints[0 if prompt.count > 1 else i]]
-        objects.append(Object(thing.shape, thing.color or tint, x, y, float(radii[i])))
+        color = COLORS[colors[0 if prompt.count > 1 else i]]
+        objects.append(Object(thing.shape, thing.color or color, x, y, float(radii[i])))
     return tuple(objects)
 
 
 def _halves(relation: str | None, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
-    """Upper left corners and sizes of two cells side by side, the first one `relation` of the second.
+    """Return upper left corners and sizes of two adjacent cells, the first one `relation` of the second.
 
-    With a relation, both cells are cut to one band, so that the offset is clearly along the axis that is asked.
+    With a relation, both cells are cut to one band, so that the offset is clearly along the axis of the relation.
     """
-    relation_drawn = relation or ("left", "right", "above", "below")[rng.integers(4)]
+    drawn = relation or ("left", "right", "above", "below")[rng.integers(4)]
     band = 36 if relation else SIZE
     start = _on_grid(rng.uniform(0, SIZE - band))
     cells: list[tuple[float, float]] = [(0.0, start), (SIZE / 2, start)]
     size = (SIZE // 2, band)
-    if relation_drawn in ("above", "below"):
+    if drawn in ("above", "below"):
         cells, size = [(y, x) for x, y in cells], (band, SIZE // 2)
-    if relation_drawn in ("right", "below"):
+    if drawn in ("right", "below"):
         cells.reverse()
     return cells, [size, size]
 
@@ -83,7 +83,7 @@ def _on_grid(value: float) -> float:
 
 
 def render(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
-    """Pixels (N, SIZE, SIZE, 3). Objects lie on the quarter-pixel grid; one pass per place in the scene."""
+    """Render pixels (N, SIZE, SIZE, 3). The n-th objects of all scenes are drawn in one pass."""
     pad = WINDOW // 2
     side = SIZE + 2 * pad
     canvas = np.zeros((len(scenes), side, side, 3), np.float32)

@@ -1,7 +1,7 @@
-"""Pixels in, objects out, and GenEval's verdict on them. Exact on rendered scenes; strict on anything else.
+"""Scorer: detects the objects in images and returns GenEval's verdicts. It is exact on rendered scenes.
 
-An object is a connected region that differs from the ground. Its color is the palette's nearest to its core, its
-shape the one whose anti-aliased template, fitted to the region's bounds, overlaps it best.
+An object is a connected region that differs from the background. Its color is the palette color nearest to its core.
+Its shape is the one whose anti-aliased template, fitted to the region's bounds, overlaps it best.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from distill.worlds.scenes.captions import TASKS, Prompt, Thing
 from distill.worlds.scenes.render import SIZE, Object, Scene
 from distill.worlds.scenes.shapes import COLORS, GROUND_RGB, RADII, RGB, SHAPES, STEP, WINDOW, coverage, extents
 
-CONTRAST = 40.0  # RGB distance from the ground at which a pixel belongs to an object
-SMALLEST_AREA = 40  # pixels; specks below are neither objects nor errors
-COLOR_TOLERANCE = 70.0  # RGB distance from the palette beyond which a color is nobody's
-OVERLAP = 0.75  # soft intersection over union below which a shape is nobody's
+CONTRAST = 40.0  # RGB distance from the background above which a pixel belongs to an object
+SMALLEST_AREA = 40  # pixels; smaller regions are ignored
+COLOR_TOLERANCE = 70.0  # RGB distance from the palette above which a region is no object
+OVERLAP = 0.75  # soft intersection over union below which a region is no object
 POSITION_THRESHOLD = 0.1  # GenEval's: share of the objects' sizes that an offset must exceed
 
 
 def detect(images: NDArray[np.uint8]) -> list[Scene]:
-    """The objects in each image of (N, 64, 64, 3). A region without a clear shape and color is no object."""
+    """Detect the objects in images (N, 64, 64, 3). A region without a clear shape and color is no object."""
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
         raise ValueError(f"scenes are scored as uint8 (N, {SIZE}, {SIZE}, 3), not {images.dtype} {images.shape}")
     return [_detect_one(image.astype(np.float32)) for image in images]
@@ -43,19 +43,19 @@ def _detect_one(image: NDArray[np.float32]) -> Scene:
 
 
 def _identify(offset: NDArray[np.float32], left: int, top: int) -> Object | None:
-    """The object whose offset from the ground is `offset` (h, w, 3), zero outside of it; None if it is none."""
+    """Identify the object whose RGB offset from the background is `offset` (h, w, 3); None if there is none."""
     contrast = np.linalg.norm(offset, axis=-1)
     core = offset[contrast >= np.quantile(contrast[contrast > 0], 0.5)]
     distances = np.linalg.norm(RGB - GROUND_RGB - np.median(core, axis=0), axis=-1)
     color = int(distances.argmin())
     if distances[color] > COLOR_TOLERANCE:
         return None
-    tint = RGB[color] - GROUND_RGB
-    alpha = np.clip(offset @ tint / (tint @ tint), 0, 1)  # (h, w): how much of the object each pixel holds
+    hue = RGB[color] - GROUND_RGB
+    alpha = np.clip(offset @ hue / (hue @ hue), 0, 1)  # (h, w): share of each pixel that the object covers
     if max(alpha.shape) > WINDOW:
         return None
 
-    # Bounds to a fraction of a pixel, from the outermost row and column where the object covers any at all.
+    # Sub-pixel bounds, from the outermost rows and columns that the object covers.
     x0, x1 = _bounds(alpha.max(axis=0))
     y0, y1 = _bounds(alpha.max(axis=1))
     if x1 <= x0 or y1 <= y0:
@@ -81,7 +81,7 @@ def _bounds(profile: NDArray[np.float32]) -> tuple[float, float]:
 
 
 def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius: float) -> float:
-    """Best soft intersection over union of `alpha` with a template near the fitted center and radius."""
+    """Return the best soft intersection over union of `alpha` with templates near the fitted center and radius."""
     if not RADII[0] - 1 <= radius <= RADII[-1] + 1:
         return 0.0
     height, width = alpha.shape
@@ -92,7 +92,7 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
             for dx in (-1, 1):
                 qx, qy = round(x / STEP) + dx, round(y / STEP) + dy
                 canvas = np.zeros((WINDOW, WINDOW), np.float32)
-                # Where the region's upper left corner falls in the template's window.
+                # Position of the region's upper left corner in the template's window.
                 cx, cy = WINDOW // 2 - qx // 4, WINDOW // 2 - qy // 4
                 if cx < 0 or cy < 0 or cx + width > WINDOW or cy + height > WINDOW:
                     continue
@@ -103,7 +103,7 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
 
 
 def verdict(prompt: Prompt, scene: Scene) -> bool:
-    """GenEval's: every named thing is there, as often, colored and placed as asked; counting is exact."""
+    """Return GenEval's verdict: objects, counts (exact), colors and relation match the prompt."""
     matches = [[o for o in scene if _matches(o, thing)] for thing in prompt.things]
     if prompt.task == "counting":
         return len(matches[0]) == prompt.count
@@ -119,7 +119,7 @@ def _matches(found: Object, thing: Thing) -> bool:
 
 
 def _relations(a: Object, b: Object) -> set[str]:
-    """Where `a` stands seen from `b`, by GenEval's rule on the centers' offset, shortened by the sizes."""
+    """Return the relations of `a` to `b` by GenEval's rule: the offset of the centers, shortened by the sizes."""
     offset = np.array([a.x - b.x, a.y - b.y])
     slack = POSITION_THRESHOLD * 2 * (a.radius + b.radius)
     shortened = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)
@@ -131,13 +131,13 @@ def _relations(a: Object, b: Object) -> set[str]:
 
 
 def verdicts(prompts: Sequence[Prompt], images: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
-    """For each task present the verdicts on its images, 1 for a right one, in the prompts' order."""
+    """Return the verdicts for each task that occurs, 1 for a correct image, in the order of the prompts."""
     found = [verdict(prompt, scene) for prompt, scene in zip(prompts, detect(images), strict=True)]
     by_task = {task: [right for right, p in zip(found, prompts, strict=True) if p.task == task] for task in TASKS}
     return {task: np.array(right, float) for task, right in by_task.items() if right}
 
 
 def score(prompts: Sequence[Prompt], images: NDArray[np.uint8]) -> dict[str, float]:
-    """Share of right images for each task present, and `overall`, the mean of the tasks, all in [0, 1]."""
+    """Return the share of correct images for each task that occurs, and `overall`, the mean over tasks."""
     by_task = {task: float(right.mean()) for task, right in verdicts(prompts, images).items()}
     return {"overall": float(np.mean(list(by_task.values()))), **by_task}

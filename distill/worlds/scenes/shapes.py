@@ -1,7 +1,7 @@
-"""The alphabet of the world: eight shapes as signed distances, ten colors, one ground.
+"""Shapes and colors of the toy dataset: eight shapes as signed distances, ten colors, one background.
 
-A shape lives in its own frame, x right and y down, inside the square [-1, 1]^2. `coverage` holds each shape
-anti-aliased at quarter-pixel sizes and offsets; the renderer pastes from it and the scorer matches against it.
+A shape is defined in the square [-1, 1]^2, x right and y down. `coverage` holds each shape anti-aliased at
+quarter-pixel sizes and offsets: the renderer copies from it, and the scorer matches against it.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 GROUND = (128, 128, 128)
-# GenEval's ten colors, spread so that no two are nearer than 90 of 255 in RGB.
+# GenEval's ten colors, at least 90 of 255 apart in RGB.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
     "orange": (255, 140, 0),
@@ -36,7 +36,7 @@ WINDOW = 28  # pixels: side of the patch that holds the largest shape at any off
 
 
 def _polygon(vertices: NDArray[np.float64]) -> Callable[[Floats, Floats], Floats]:
-    """Signed distance to a closed polygon; negative inside (even-odd rule)."""
+    """Build the signed distance to a closed polygon; negative inside (even-odd rule)."""
 
     def distance(x: Floats, y: Floats) -> Floats:
         nearest = np.full(x.shape, np.inf)
@@ -85,9 +85,9 @@ SHAPES = tuple(_DISTANCE)
 
 @lru_cache(maxsize=1)
 def coverage() -> Floats:
-    """Share of each pixel that a shape covers, (shape, radius, y offset, x offset, WINDOW, WINDOW) in [0, 1].
+    """Return the share of each pixel that each shape covers, (shape, radius, y offset, x offset, WINDOW, WINDOW).
 
-    The shape's center lies `offset * STEP` pixels right of and below the center of the window.
+    The center of the shape lies `offset * STEP` pixels right of and below the center of the window.
     """
     offsets = np.arange(round(1 / STEP), dtype=np.float32) * STEP
     pixels = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW / 2
@@ -101,7 +101,7 @@ def coverage() -> Floats:
 
 @lru_cache(maxsize=1)
 def extents() -> Floats:
-    """Left, right, top and bottom of each shape in its own frame, (shape, 4), from the distances themselves."""
+    """Return left, right, top and bottom of each shape in its own frame: (shape, 4)."""
     axis = np.linspace(-1.1, 1.1, 441, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     rows = []

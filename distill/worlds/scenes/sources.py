@@ -1,24 +1,28 @@
-"""The toy dataset as a source of prompts and of captioned images."""
+"""The sources that the toy dataset registers: prompts, captioned images and an evaluator."""
 
 from collections.abc import Iterator
 from functools import partial
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING
 
 from distill.data.sources import Example
 
-COUNT = 20_000  # prompts or images where no count is given
+if TYPE_CHECKING:
+    from distill.worlds.scenes.evaluator import ScenesEvaluator
+    from distill.worlds.scenes.render import Scene
+
+COUNT = 20_000  # prompts or images if no count is given
 
 
 def scene_prompts(count: int | None, seed: int) -> list[str]:
-    """Prompts that training may see."""
+    """Draw training prompts."""
     from distill.worlds.scenes.captions import training_prompts
 
     return training_prompts(COUNT if count is None else count, seed)
 
 
 def scene_images(count: int | None, seed: int) -> Iterator[Example]:
-    """Captioned scenes; each is a function of the seed and its index alone, and is rendered when it is read."""
+    """Draw captioned scenes. Each depends only on the seed and its index, and is rendered when it is read."""
     import numpy as np
 
     from distill.worlds.scenes.captions import sample_prompt, wording
@@ -31,7 +35,14 @@ def scene_images(count: int | None, seed: int) -> Iterator[Example]:
         yield Example(f"scene {index} of seed {seed}", caption, 0, partial(_png, scene), bytes)
 
 
-def _png(scene: Any) -> bytes:
+def scene_evaluator() -> "ScenesEvaluator":
+    """Return the evaluator of scenes."""
+    from distill.worlds.scenes.evaluator import ScenesEvaluator
+
+    return ScenesEvaluator()
+
+
+def _png(scene: "Scene") -> bytes:
     from PIL import Image
 
     from distill.worlds.scenes.render import render

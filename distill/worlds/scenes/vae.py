@@ -1,7 +1,7 @@
-"""The autoencoder of the toy dataset: 64x64 RGB to 16x16 latents of 4 channels and back, trained from nothing.
+"""The autoencoder of the toy dataset: 64x64 RGB images to 16x16 latents of 4 channels and back.
 
-The autoencoder bounds the quality of everything after it, so it is trained first, on scenes of many objects, and
-evaluated by how many of its round trips still score as right.
+It bounds the quality of the teacher, so it is trained first, on scenes of many objects. Its metric is the score of
+images after encoding and decoding.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from distill.worlds.scenes.render import SIZE, place, render
 from distill.worlds.scenes.score import score
 from distill.worlds.scenes.shapes import SHAPES
 
-REPORT = 800  # images between two metrics
-STATE = "vae-state"  # in the teacher's folder: the state that training resumes from
+LOG_EVERY = 800  # images between two log lines
+STATE = "vae-state"  # in the teacher's folder: the training state
 
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """How the autoencoder is trained; `images` is the budget that the learning rate decays over."""
+    """How the autoencoder is trained; the learning rate decays over the budget of `images`."""
 
     images: int
     seed: int
@@ -42,12 +42,12 @@ class VaeRecipe:
     warmup: int = 320  # images
     kl_weight: float = 1e-6
     ema_half_life: float = 2_200  # images
-    evaluated: int = 1024  # fresh scenes that its round trip is evaluated on and that set the latents' scale
+    evaluated: int = 1024  # new scenes for the round-trip score and for the scale of the latents
     checkpoint_every: int = 8_000  # images
 
 
 def make_vae() -> AutoencoderKL:
-    """An untrained autoencoder: f4, 4 channels, no attention, in AutoencoderKL's own format."""
+    """Build an untrained autoencoder: downsampling by 4, 4 channels, no attention, in AutoencoderKL's format."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -62,7 +62,7 @@ def make_vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    # A posterior that starts wide drowns the code in noise, and the decoder settles on the ground color.
+    # With a wide initial posterior the latents are mostly noise, and the decoder collapses to the background color.
     with torch.no_grad():
         vae.encoder.conv_out.weight[4:] = 0
         vae.encoder.conv_out.bias[4:] = -6
@@ -70,7 +70,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Scenes of one to four different objects, mostly four: more to learn from an image than the prompts' own mix."""
+    """Render scenes of one to four different objects, mostly four, which teach more than the mix of the prompts."""
     scenes = []
     for n in rng.choice([1, 2, 3, 4], count, p=[0.15, 0.15, 0.2, 0.5]):
         names = rng.choice(len(SHAPES), n)
@@ -79,7 +79,7 @@ def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[Progress]:
-    """Train until the budget is seen, continuing from the folder's state if any; the average ends in its `vae`."""
+    """Train to the budget, continuing from the folder's state; save the EMA weights in `folder/vae`."""
     torch.manual_seed(key_of(recipe.seed, "autoencoder weights"))
     vae = make_vae().to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
@@ -88,7 +88,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     images = load_state(folder / STATE, modules, optimizer, recipe)
 
     while images < recipe.images:
-        # 1. data: every step from its own seed, so that a resumed run draws the same scenes
+        # 1. data: each step has its own seed, so that a resumed run draws the same scenes
         rng = np.random.default_rng((recipe.seed, images))
         torch.manual_seed(key_of(recipe.seed, f"autoencoder {images}"))
         pixels = to_pixels(crowded_scenes(recipe.batch, rng), device)
@@ -97,11 +97,11 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
 
-        # 3. loss: absolute error keeps edges sharp, the squared one colors exact
+        # 3. loss: the absolute error keeps edges sharp, the squared error keeps colors exact
         error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
         loss = error + recipe.kl_weight * posterior.kl().mean()
 
-        # 4. step: a short rise of the rate, then half a cosine
+        # 4. step: learning rate warm-up, then cosine decay
         warm = min(1.0, (images + recipe.batch) / recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * images / recipe.images))
@@ -112,11 +112,11 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         before, images = images, images + recipe.batch
         average_into(average.parameters(), vae.parameters(), new_share(recipe.ema_half_life, images, recipe.batch))
 
-        # 5. report and save
+        # 5. log and save
         save = partial(save_state, folder / STATE, modules, optimizer, images, recipe)
         progress = Progress(before, images, recipe.images, {}, save)
         finished = images >= recipe.images
-        if finished or progress.crosses(REPORT):
+        if finished or progress.crosses(LOG_EVERY):
             progress.metrics["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))
         if finished or progress.crosses(recipe.checkpoint_every):
             progress.metrics["round_trip"] = round_trip(average, recipe.evaluated, seed=0, device=device)
@@ -124,13 +124,13 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         yield progress
 
     set_latent_scale(average, recipe.evaluated, recipe.seed, device)
-    # In the precision of the teacher's folder, so that the scenes are encoded by the weights that are published.
+    # In the precision of the teacher's folder, so that scenes are encoded by the published weights.
     deepcopy(average).half().save_pretrained(folder / "vae")
 
 
 @torch.no_grad()
 def set_latent_scale(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> None:
-    """Set `shift_factor` and `scaling_factor` so that latents have mean 0 and standard deviation 1, as SD3's."""
+    """Set `shift_factor` and `scaling_factor` so that latents have mean 0 and standard deviation 1, as in SD3."""
     rng = np.random.default_rng((seed, 10**9))
     scenes = [place(sample_prompt(rng), rng) for _ in range(count)]
     latents = encode_mean(vae, render(scenes), device)
@@ -139,7 +139,7 @@ def set_latent_scale(vae: AutoencoderKL, count: int, seed: int, device: torch.de
 
 @torch.no_grad()
 def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.device, batch: int = 128) -> Tensor:
-    """Posterior means (N, 4, 16, 16), unscaled, in fp32 on the device."""
+    """Encode images to posterior means (N, 4, 16, 16), unscaled, in fp32 on the device."""
     means = []
     with autocast(device):
         for start in range(0, len(images), batch):
@@ -150,7 +150,7 @@ def encode_mean(vae: AutoencoderKL, images: NDArray[np.uint8], device: torch.dev
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, count: int, seed: int, device: torch.device) -> float:
-    """Overall score of `count` fresh training scenes after encoding and decoding, in [0, 1]: a teacher's ceiling."""
+    """Score `count` new training scenes after encoding and decoding, in [0, 1]: an upper bound for the teacher."""
     rng = np.random.default_rng((seed, count))
     prompts = [sample_prompt(rng) for _ in range(count)]
     latents = encode_mean(vae, render([place(prompt, rng) for prompt in prompts]), device)

@@ -56,7 +56,7 @@ def record_checkpoint(session: Session, job: JobRow, images: int, metrics: dict[
 
 def _line_event(job: JobRow, number: int, line: LogLine) -> JobEventRow:
     if line.kind == "alarm":
-        return _event(job, number, line.key, f"Alarm {line.values['name']}: {line.values['says']}", "warn")
+        return _event(job, number, line.key, f"Alarm {line.values['name']}: {line.values['message']}", "warn")
     metrics = {"step": line.images, "total_steps": job.images_total, **line.values}
     message = "Student evaluated" if line.kind == "evaluation" else "Images seen"
     return _event(job, number, line.key, f"{message}: {line.images} of {job.images_total}", data=metrics)

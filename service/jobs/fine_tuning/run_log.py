@@ -82,7 +82,9 @@ class RunLog:
         for line in lines:
             try:
                 values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is not JSON
-                named = self._kind != "alarm" or (isinstance(values["name"], str) and isinstance(values["says"], str))
+                named = self._kind != "alarm" or (
+                    isinstance(values["name"], str) and isinstance(values["message"], str)
+                )
                 if named and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
                     yield LogLine(self._kind, values["images"], values)
             except (ValueError, TypeError, KeyError, RecursionError):

@@ -10,7 +10,7 @@ from running import serving
 from typer.testing import CliRunner, Result
 
 from distill.cli import app, remote
-from distill.errors import AwayError, RemoteError
+from distill.errors import RemoteError, ServerUnavailableError
 from service.app import create_app
 from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
@@ -37,13 +37,13 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
         listed = distill("jobs").output
         assert name in listed
         assert "16 / 16" in listed
-        told = distill("logs", name).output.splitlines()
-        assert [line.split("  ")[1] for line in told if "gap" in line] == [
+        lines = distill("logs", name).output.splitlines()
+        assert [line.split("  ")[1] for line in lines if "gap" in line] == [
             "Images seen: 8 of 16",
             "Images seen: 16 of 16",
         ]
         said = ("Validating the file", "The job is queued.", "The job is running.")
-        assert all(words in line for line, words in zip(told, said, strict=False))
+        assert all(words in line for line, words in zip(lines, said, strict=False))
         refused = distill("cancel", name)
         assert isinstance(refused.exception, RemoteError)
         assert "succeeded already (400)" in str(refused.exception)
@@ -51,14 +51,14 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
         endless = ["--teacher", "tiny", "--preset", "scenes-debug", "--images", "1000000"]
         name = re.match(r"ftjob-\w+", distill("submit", str(prompts), *endless).output)[0]
         said = distill("cancel", name).output
-        assert said in (f"{name} is cancelled.\n", f"{name} is still running, and ends now.\n")
+        assert said in (f"{name} is cancelled.\n", f"{name} is still running and will stop.\n")
         followed = distill("logs", name, "--follow")
         assert followed.exit_code == 1
         assert f"error: {name} cancelled" in followed.output
         assert "The job is cancelled." in followed.output
 
 
-def test_what_the_server_refuses_is_one_sentence(tmp_path):
+def test_a_refusal_of_the_server_is_one_sentence(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     settings = Settings(data=tmp_path / "data", http={"api_keys": (KEY,)})
@@ -74,23 +74,23 @@ def test_what_the_server_refuses_is_one_sentence(tmp_path):
             assert isinstance(refused.exception, RemoteError), refused.output
             assert said in str(refused.exception)
         kept = httpx.get(f"{url}/v1/files", headers={"authorization": f"Bearer {KEY}"}).json()
-        assert kept["data"] == []  # of what was refused, no file stays
+        assert kept["data"] == []  # no file of a refused job remains
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
-def test_a_proxy_whose_server_starts_again_is_waited_for(status, monkeypatch):
+def test_requests_are_retried_while_a_proxy_has_no_server(status, monkeypatch):
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     with receiving(status) as proxy:
-        away = distill("cancel", "ftjob-1", "--server", proxy.url)
-    assert isinstance(away.exception, AwayError)
-    assert f"status {status}" in str(away.exception)
+        refused = distill("cancel", "ftjob-1", "--server", proxy.url)
+    assert isinstance(refused.exception, ServerUnavailableError)
+    assert f"status {status}" in str(refused.exception)
 
 
-def test_a_server_that_is_away_is_waited_for_and_then_named(monkeypatch):
+def test_an_unavailable_server_is_retried_and_then_named(monkeypatch):
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     for words in (["jobs"], ["logs", "ftjob-1", "--follow"]):
         for url in ("http://127.0.0.1:1", "127.0.0.1"):
-            away = distill(*words, "--server", url)
-            assert isinstance(away.exception, AwayError)
-            assert f"no server answers at {url}" in str(away.exception)
-    assert "is no address" in str(distill("jobs", "--server", "http://[::").exception)
+            refused = distill(*words, "--server", url)
+            assert isinstance(refused.exception, ServerUnavailableError)
+            assert f"no server answers at {url}" in str(refused.exception)
+    assert "is not a server address" in str(distill("jobs", "--server", "http://[::").exception)

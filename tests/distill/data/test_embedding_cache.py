@@ -271,7 +271,7 @@ def test_the_command_warns_of_prompts_over_the_limit(teacher, tmp_path):
     words = ["embed", str(teacher), str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "cache")]
     result = invoke(*words, "--device", "cpu")
     assert result.exit_code == 0
-    assert "1 prompts are over the token limit" in result.output
+    assert "1 prompts are longer than the token limit" in result.output
     assert len(EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))) == 2
 
 

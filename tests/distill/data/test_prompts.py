@@ -294,5 +294,5 @@ def test_tokens_are_counted_as_the_teacher_sees_them(teacher_t5: Path, tmp_path:
     assert found.lengths["tokenizer_3"] == LengthStats(2, 4, 8, 8, 6, 2)
     result = CliRunner().invoke(app, ["prompts", "stats", str(source), "--teacher", str(teacher_t5)])
     assert result.exit_code == 0
-    assert "4 prompts, 4 different, 0 repeated; 0 empty lines passed over." in result.output
+    assert "4 prompts, 4 distinct, 0 repeated; 0 empty lines skipped." in result.output
     assert "2 over 6" in result.output

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import ConfigError, DistillError, OutputError, PromptError
 from distill.evaluate.generate import generate_images
-from distill.evaluate.sampler import Setting, TeacherSampler, student_sampler
+from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
@@ -96,11 +96,11 @@ def test_a_full_disk_leaves_the_image_that_was_there(tmp_path: Path) -> None:
 
 def test_cut_prompts_are_told(tmp_path: Path) -> None:
     result = generate("a red circle", "circle " * 40, "--out", tmp_path)
-    assert "1 prompts are over the token limit" in result.output
+    assert "1 prompts are longer than the token limit" in result.output
 
 
 def test_nothing_to_make_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="give prompts, or --file"):
+    with pytest.raises(PromptError, match="give prompts or --file"):
         generate("--out", tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_prompts_come_round_to_as_many_images_as_asked_for(teacher: Path, tmp_pa
     assert [pictures[seed][0] for seed in "012"] == ["a red circle", "a blue square", "a red circle"]
     sampler = TeacherSampler(SD3Folder.read(teacher), torch.device("cpu"))
     for seed, (prompt, pixels) in pictures.items():
-        alone = sampler.generate(Setting(2, 1.0), [prompt], [int(seed)])[0]
+        alone = sampler.generate(Sampling(2, 1.0), [prompt], [int(seed)])[0]
         assert abs(alone - pixels).max() <= 1  # a teacher rounds differently in a batch
-    with pytest.raises(ConfigError, match="one model makes the images"):
+    with pytest.raises(ConfigError, match="are both given; give one of them"):
         generate("a star", "--teacher", teacher, "--student", SHIPPED_STUDENT, "--out", tmp_path)

@@ -1,18 +1,9 @@
-"""Distances against closed forms and independent implementations; what `distill evaluate` prints and writes."""
-
-import json
-from pathlib import Path
+"""Distances agree with closed forms and independent implementations."""
 
 import numpy as np
 import pytest
-import torch
 from scipy import linalg, stats
-from tiny import make_teacher
-from typer.testing import CliRunner
 
-from distill.cli import app
-from distill.errors import SizeError
-from distill.evaluate.base import FEATURES
 from distill.evaluate.metrics import (
     density_coverage,
     diversity,
@@ -23,12 +14,6 @@ from distill.evaluate.metrics import (
     precision_recall,
     saturation,
 )
-from distill.evaluate.sampler import Setting
-from distill.evaluate.side_by_side import SHIPPED_TEACHER, Comparison
-from distill.models.sd3_folder import SD3Folder
-from distill.pipeline import SHIPPED_STUDENT
-from distill.worlds.scenes.captions import TASKS
-from distill.worlds.scenes.evaluator import SceneEvaluator
 
 
 def gaussian(count: int, width: int = 4, mean: float = 0, std: float = 1, seed: int = 0) -> np.ndarray:
@@ -124,48 +109,3 @@ def test_intervals_agree_with_scipy_and_need_no_spread() -> None:
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.03)
     assert ours == interval(groups, seed=0) != interval(groups, seed=1)
     assert interval([np.ones(1)], seed=0) == (1, 1)
-
-
-def evaluate(picture: Path, *arguments: str) -> str:
-    """What the command prints of one prompt a task, against an unguided teacher of one step."""
-    words = ["evaluate", "--per-task", "1", "--steps", "1", "--guidance", "1", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*words, "--picture", str(picture), *arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    assert picture.stat().st_size
-    return result.stdout
-
-
-def test_json_holds_every_figure_and_teachers_in_further_settings(tmp_path: Path) -> None:
-    found = json.loads(evaluate(tmp_path / "picture.png", "--json", "--teacher-steps", "1,2"))
-    assert found["features"] == FEATURES
-    assert found["split"] == "held-out"
-    assert list(found["teacher"])[:6] == ["overall", "tasks", "frechet", "diversity", "nfe", "seconds_per_image"]
-    assert found["student"].keys() == found["teacher"].keys() >= {"kernel", "recall", "coverage", "saturation"}
-    assert found["student"]["intervals"].keys() == {"overall", *TASKS, "kernel", "diversity"}
-    # The measure itself, one step, is not repeated.
-    assert [(each["steps"], each["guidance"], each["nfe"]) for each in found["teachers"]] == [(2, 1, 2)]
-
-
-def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
-    text = evaluate(tmp_path / "picture.png", "--split", "both")
-    assert text.index("held-out prompts") < text.index("seen prompts")
-    assert FEATURES in text
-    assert "±" in text
-
-
-def test_guidance_is_the_folders_where_none_is_asked_and_costs_two_calls_a_step() -> None:
-    comparison = Comparison(SD3Folder.read(SHIPPED_TEACHER), {}, [(4, None), (4, 1.0)], torch.device("cpu"))
-    guided, free = (Setting(4, json.loads((SHIPPED_TEACHER / "onestep.json").read_text())["guidance"]), Setting(4, 1))
-    assert comparison.settings == [guided, free]
-    assert (guided.nfe, free.nfe) == (8, 4)
-
-
-def test_a_teacher_of_another_size_is_named_before_it_is_loaded(tmp_path: Path) -> None:
-    small = make_teacher(tmp_path / "small")
-    with pytest.raises(SizeError, match="distill geneval"):
-        Comparison(SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [(1, None)], torch.device("cpu"))
-
-
-def test_splits_share_no_combination() -> None:
-    seen, held_out = (SceneEvaluator().prompts(20, 0, split) for split in (False, True))
-    assert not {p.combination() for p in seen.prompts} & {p.combination() for p in held_out.prompts}

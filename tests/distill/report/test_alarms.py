@@ -1,4 +1,4 @@
-"""Each alarm is raised by the log that deserves it, once, and by no healthy one."""
+"""Each alarm is raised once by a log of its failure, and by no healthy log."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_each_rule_is_raised_once_and_says_what_to_try(name: str, metrics: dict[
     log = worsened(**metrics)
     (alarm,) = alarms(log)
     assert alarm.name == name
-    assert words in alarm.says
+    assert words in alarm.message
     assert 640 * len(STD) < alarm.images <= 640 * (len(STD) + WINDOW)
     assert alarms(log[: alarm.images // 640 - 1]) == []
 
@@ -71,6 +71,6 @@ def test_a_method_without_a_fake_has_no_fake_to_stall() -> None:
 
 
 def test_line_by_line_is_the_whole_log() -> None:
-    log, seen = worsened(**{"latent/diversity": 0.1, "latent/saturated": 0.5}), Alarms()
-    assert [alarm for line in log for alarm in seen.see(line)] == alarms(log)
+    log, rules = worsened(**{"latent/diversity": 0.1, "latent/saturated": 0.5}), Alarms()
+    assert [alarm for line in log for alarm in rules.add(line)] == alarms(log)
     assert {alarm.name for alarm in alarms(log)} == {"collapse", "oversaturation"}

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from distill.cli import app, console
 from distill.errors import OutputError, RunError
-from distill.report.html import GRIDS, POINTS, duration, render_report, si, write_report
-from distill.report.picture import labeled_grid, save_png
+from distill.report.grid import labeled_grid, save_png
+from distill.report.html import GRIDS, POINTS, render_report, write_report
 from distill.report.run_folder import read_clock, read_run, read_runs
+from distill.report.units import si
 
 SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.5", "gradient_norm/fake", "gradient_norm/student", "latent/std")
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
@@ -135,7 +136,7 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     page = Page(text)
     assert not {"script", "em", "u"} & {tag for tag, _ in page.tags}
     assert page.all("i") == [{}] * len(page.all("i"))  # the legend's own
-    assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;quoted&quot;") == 2
+    assert text.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34;") == 2
     assert "<b>odd" not in text
     assert HOSTILE in page.text
     assert "<em>teacher</em>" in page.text
@@ -291,7 +292,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alarms_are_shown_and_counted(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 3200)
     assert "Alarms" not in page_of(folder).text
-    lines = [{"name": name, "images": 1920, "says": f"{name} <b>is bad</b>"} for name in ("collapse", "too-fast")]
+    lines = [{"name": name, "images": 1920, "message": f"{name} <b>is bad</b>"} for name in ("collapse", "too-fast")]
     (folder / "alarms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"na')
     page = page_of(folder)
     assert "After 1.92 k images: collapse <b>is bad</b>." in page.text
@@ -378,15 +379,3 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.0625, "0.0625"), (-0.5, "−0.5"), (999, "999"), (999.9, "1 k"), (38_400, "38.4 k"), (2.5e6, "2.5 M")],
-)
-def test_figures_have_si_prefixes(value: float, text: str) -> None:
-    assert si(value) == text
-
-
-def test_durations_read_as_people_say_them() -> None:
-    assert [duration(seconds) for seconds in (42, 682, 11_100)] == ["42 s", "11 min 22 s", "3 h 05 min"]

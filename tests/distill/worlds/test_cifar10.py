@@ -18,7 +18,7 @@ from distill.models.sd3 import decode_latents, encode_images
 from distill.models.sd3_folder import SD3Folder
 from distill.models.vae import to_pixels
 from distill.worlds.cifar10.data import CLASSES, read_images, write_images
-from distill.worlds.cifar10.teacher import TeacherRecipe, check_teacher_folder, train_teacher
+from distill.worlds.cifar10.teacher import Cifar10Recipe, check_teacher_folder, train_teacher
 from distill.worlds.identity import identity_autoencoder
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_other_images_and_models_are_not_replaced(data: Path, teacher: Path, tmp
 
 
 def test_a_conditional_teacher_and_real_images_know_the_classes(data: Path, tmp_path: Path) -> None:
-    recipe = TeacherRecipe(images=4, batch=4, conditional=True, layers=1, heads=1, seed=1)
+    recipe = Cifar10Recipe(images=4, batch=4, conditional=True, layers=1, heads=1, seed=1)
     list(train_teacher(data, recipe, tmp_path / "teacher", CPU))
     assert (tmp_path / "teacher" / "prompts.txt").read_text().split() == list(CLASSES)
 

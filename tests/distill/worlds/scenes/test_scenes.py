@@ -10,14 +10,15 @@ from distill.worlds.scenes.captions import (
     TASKS,
     Prompt,
     Thing,
+    all_prompts,
     evaluation_prompts,
-    everything,
     parse_task_weights,
     sample_prompt,
     training_prompts,
     vocabulary,
     wording,
 )
+from distill.worlds.scenes.evaluator import ScenesEvaluator
 from distill.worlds.scenes.render import SIZE, Object, place, render
 from distill.worlds.scenes.score import detect, score, verdict
 from distill.worlds.scenes.shapes import COLORS, GROUND, PALETTE, SHAPES
@@ -90,7 +91,7 @@ def test_position_holds_one_way_only(relation):
 def test_training_never_sees_what_is_held_out():
     rng = np.random.default_rng(5)
     seen = [sample_prompt(rng) for _ in range(4000)]
-    held_out = {prompt.combination() for task in TASKS for prompt in everything(task) if prompt.held_out}
+    held_out = {prompt.combination() for task in TASKS for prompt in all_prompts(task) if prompt.held_out}
     assert not held_out & {prompt.combination() for prompt in seen}
     assert not held_out & {prompt.combination(colors=False) for prompt in seen if prompt.task != "colors"}
     assert {t.shape for p in seen for t in p.things} == set(SHAPES)
@@ -144,3 +145,8 @@ def test_shapes_are_anti_aliased_and_cover_their_area():
 def test_other_sizes_are_refused_by_the_scorer():
     with pytest.raises(ValueError, match="64"):
         detect(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_splits_share_no_combination() -> None:
+    seen, held_out = (ScenesEvaluator().prompts(20, 0, split) for split in (False, True))
+    assert not {p.combination() for p in seen.prompts} & {p.combination() for p in held_out.prompts}

@@ -15,7 +15,7 @@ def test_a_line_is_recorded_once_and_an_evaluation_is_added_to_its_checkpoint(tm
     facts = {"seed": 1, "hyperparameters": {}, "distillation": {}, "result_files": [], "created_at": 1}
     early = [LogLine("metrics", images, {"images": images, "gap": 2.0}) for images in (8, 16)]
     late = [LogLine("evaluation", images, {"images": images, "overall": images / 32}) for images in (16, 24)]
-    alarm = LogLine("alarm", 16, {"images": 16, "name": "collapse", "says": "less guidance"})
+    alarm = LogLine("alarm", 16, {"images": 16, "name": "collapse", "message": "less guidance"})
     with database.begin() as session:
         job = JobRow(id="ftjob-1", **texts, **facts, images_seen=0, images_total=32)
         session.add(job)

@@ -20,7 +20,7 @@ def test_a_line_is_returned_once_though_a_resumed_run_writes_it_again(tmp_path):
     folder = run_in(tmp_path)
     log = folder.run / "metrics.jsonl"
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"imag')
-    (folder.run / "alarms.jsonl").write_text('{"name": "collapse", "images": 16, "says": "less guidance"}\n')
+    (folder.run / "alarms.jsonl").write_text('{"name": "collapse", "images": 16, "message": "less guidance"}\n')
     found = list(folder.new_lines())
     assert [(line.kind, line.images) for line in found] == [("metrics", 8), ("metrics", 16), ("alarm", 16)]
     assert list(folder.new_lines()) == []
@@ -33,7 +33,7 @@ def test_a_line_is_returned_once_though_a_resumed_run_writes_it_again(tmp_path):
 
 def test_invalid_lines_of_a_log_are_skipped(tmp_path):
     folder = run_in(tmp_path)
-    whole = {"metrics": {"gap": 1}, "evaluations": {"overall": 0.5}, "alarms": {"name": "collapse", "says": "less"}}
+    whole = {"metrics": {"gap": 1}, "evaluations": {"overall": 0.5}, "alarms": {"name": "collapse", "message": "less"}}
     for name, values in whole.items():
         line = json.dumps({"images": 8, **values}).encode() + b"\n"
         (folder.run / f"{name}.jsonl").write_bytes(

@@ -23,21 +23,18 @@ from distill.errors import CacheError, CheckpointError, OutputError, TeacherErro
 from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.state import Progress
-from distill.worlds.denoiser import LOWEST_RATE, rate, tokenize, training_step
+from distill.worlds.denoiser import FINAL_LR, lr_factor, tokenize, training_step
 from distill.worlds.scenes.captions import parse_task_weights, training_prompts, vocabulary
 from distill.worlds.scenes.data import CHUNK, make_chunks
-from distill.worlds.scenes.train import (
+from distill.worlds.scenes.latents import SCENES, TOKENS, Scenes, encode_scenes
+from distill.worlds.scenes.recipe import ScenesRecipe
+from distill.worlds.scenes.teacher import (
     COARSE,
     FINE,
-    SCENES,
-    TOKENS,
-    Scenes,
-    TeacherRecipe,
-    check_start,
+    check_start_folder,
     check_states,
     check_teacher_folder,
     copy_autoencoder,
-    encode_scenes,
     make_denoiser,
     refine,
     train_teacher,
@@ -46,7 +43,7 @@ from distill.worlds.scenes.vae import VaeRecipe, train_vae
 from distill.worlds.tokenizer import build_clip_tokenizer
 
 VAE = VaeRecipe(images=32, seed=1, batch=16, evaluated=8)
-RECIPE = TeacherRecipe(
+RECIPE = ScenesRecipe(
     start=None,
     vae_images=32,
     images=32,
@@ -233,11 +230,11 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
 
 def test_the_rate_rises_holds_and_falls_and_the_average_follows() -> None:
     recipe = replace(RECIPE, batch=10, warmup=100, decay=500)
-    assert rate(recipe, 0, 1000) == pytest.approx(0.1)
-    assert rate(recipe, 90, 1000) == rate(recipe, 500, 1000) == 1
-    assert rate(recipe, 750, 1000) == pytest.approx((1 + LOWEST_RATE) / 2)
-    assert rate(recipe, 990, 1000) == pytest.approx(LOWEST_RATE, abs=0.02)
-    assert rate(replace(recipe, warmup=0, decay=0), 0, 1000) == rate(replace(recipe, decay=0), 990, 1000) == 1
+    assert lr_factor(recipe, 0, 1000) == pytest.approx(0.1)
+    assert lr_factor(recipe, 90, 1000) == lr_factor(recipe, 500, 1000) == 1
+    assert lr_factor(recipe, 750, 1000) == pytest.approx((1 + FINAL_LR) / 2)
+    assert lr_factor(recipe, 990, 1000) == pytest.approx(FINAL_LR, abs=0.02)
+    assert lr_factor(replace(recipe, warmup=0, decay=0), 0, 1000) == lr_factor(replace(recipe, decay=0), 990, 1000) == 1
 
 
 def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> None:
@@ -309,7 +306,7 @@ def test_a_training_replaces_no_model_that_was_not_trained_there(teacher: Path, 
 
 def test_a_teacher_of_another_architecture_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="images of 16 pixels"):
-        check_start(make_teacher(tmp_path))
+        check_start_folder(make_teacher(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +316,7 @@ def test_a_teacher_of_another_architecture_is_no_start(tmp_path: Path) -> None:
         ("--task-weights counting=-1", "'counting=-1' is negative"),
         ("--task-weights counting=many", "'counting=many' is not task=number"),
         ("--task-weights counting=0", "all are 0"),
-        ("--start somewhere --coarse-images 8", "from nothing"),
+        ("--start somewhere --coarse-images 8", "has no large patches"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(options: str, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Grids of images with words: rows of models over columns of prompts, captions wrapped under the tiles."""
+"""Grids of images with labels: rows of models, columns of prompts, captions wrapped below the tiles."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def labeled_grid(
     rows: Sequence[tuple[str, NDArray[np.uint8]]], captions: Sequence[str], columns: int = 8
 ) -> Image.Image:
-    """Each row's images (N, H, W, 3) over one another, the row's name at the left, the prompt under each column.
+    """Draw a grid: each row is a name and images (N, H, W, 3), and the captions stand below the columns.
 
-    Longer rows break into bands of `columns`.
+    Rows of more than `columns` images are split into bands.
     """
     font = ImageFont.load_default(11)
     left = 12 + max(int(font.getlength(name)) for name, _ in rows)
@@ -48,14 +48,14 @@ def labeled_grid(
     return page
 
 
-def save_png(image: Image.Image, path: Path, words: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write a PNG completely or not at all, with `words` as its texts by name.
+def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write a PNG file atomically; `texts` are its text fields.
 
-    Raises OutputError if the path holds anything but a picture written by this program, and OSError.
+    Raises OutputError if the path holds another file than a picture of this program, and OSError if writing fails.
     """
     check_replaceable(path)
-    texts = PngImagePlugin.PngInfo()
-    for name, text in {"Software": MARK, **words}.items():
-        texts.add_itxt(name, text)  # iTXt, because the older tEXt holds Latin-1 only
-    with atomic_write(path) as made:
-        image.save(made, format="PNG", pnginfo=texts)
+    fields = PngImagePlugin.PngInfo()
+    for name, text in {"Software": MARK, **texts}.items():
+        fields.add_itxt(name, text)  # iTXt holds Unicode; tEXt only Latin-1
+    with atomic_write(path) as partial:
+        image.save(partial, format="PNG", pnginfo=fields)

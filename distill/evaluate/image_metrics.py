@@ -1,4 +1,4 @@
-"""Metrics of images in folders, by models that the user has: CLIP score, CMMD and FID."""
+"""Metrics of image folders by models that the user provides: CLIP score, CMMD and FID."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ from distill.evaluate.metrics import Interval, cmmd, interval
 def score_images(
     folder: Path, clip: Path | None, reference: Path | None, inception: Path | None, device: torch.device
 ) -> dict[str, object]:
-    """Every figure that the given models allow, after what they are taken of and with.
+    """Compute every metric that the given models allow; also name the number of images and the CLIP model.
 
-    Raises ScorerError for a folder without images, an image that is damaged, and a model or package that is not there.
+    Raises ScorerError for a folder without images, a damaged image, and a missing model or package.
     """
     made = find_images(folder)
     real = None if reference is None else find_images(reference)
@@ -38,9 +38,9 @@ def score_images(
 
 
 def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
-    """100 max(cos(image, prompt), 0), averaged over each prompt's images and then over prompts, and its interval.
+    """Compute 100 max(cos(image, prompt), 0), averaged per prompt and then over prompts, and its interval.
 
-    Hessel et al., arXiv 2104.08718, on the scale that is usual for text to image.
+    Hessel et al., arXiv 2104.08718, on the usual scale of text-to-image papers.
     """
     prompts = [prompt_of(path) for path in paths]
     cosines = (clip.images(paths) * clip.texts(prompts)).sum(axis=1)
@@ -50,35 +50,35 @@ def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float,
 
 
 def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:
-    """FID by torch-fidelity, with its Inception weights converted to safetensors.
+    """Compute FID with torch-fidelity and its Inception weights, converted to safetensors.
 
-    Raises ScorerError when the package cannot be imported or the weights are others.
+    Raises ScorerError if the package cannot be imported or the weights are different ones.
     """
     weights = _inception_weights(inception)
     try:
         from torch_fidelity import calculate_metrics
-    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
         raise ScorerError(
             f"FID needs torch-fidelity, which cannot be imported ({error}); run pip install "
             "'flow-generator-matching[evaluation]', with torchvision from where torch is from"
         ) from error
     sets = _Files(made), _Files(real)
     with TemporaryDirectory() as folder:
-        # It unpickles the file that it is given, so it gets one that was written here.
+        # torch-fidelity unpickles its weights file, so it gets a file that is written here.
         pickled = Path(folder) / "inception.pth"
         torch.save(weights, pickled)
-        metrics = calculate_metrics(
+        scores = calculate_metrics(
             input1=sets[0],
             input2=sets[1],
             fid=True,
             feature_extractor_weights_path=str(pickled),
             batch_size=64 if len(sets[0].sizes | sets[1].sizes) == 1 else 1,
             cuda=device.type == "cuda",
-            save_cpu_ram=device.type == "cpu",  # no readers beside the network, which takes all cores
+            save_cpu_ram=device.type == "cpu",  # no reader processes, because the network uses all cores
             cache=False,
             verbose=False,
         )
-    return float(metrics["frechet_inception_distance"])
+    return float(scores["frechet_inception_distance"])
 
 
 def _inception_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -89,16 +89,16 @@ def _inception_weights(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a safetensors file ({error}); docs/evaluation.md says how to convert the weights"
         ) from error
     head = weights.get("fc.weight")
-    if head is None or head.shape != (1008, 2048):  # other trainings of the same network have 1000 classes
+    if head is None or head.shape != (1008, 2048):  # other Inception weights have 1000 classes
         raise ScorerError(
-            f"{path} does not hold the Inception that FID is defined by, whose fc.weight is 1008 x 2048; "
+            f"{path} does not hold the Inception network that defines FID, whose fc.weight is 1008 x 2048; "
             "docs/evaluation.md says which file to convert"
         )
     return weights
 
 
 class _Files(Dataset[torch.Tensor]):
-    """Image files as uint8 (3, H, W), as torch-fidelity takes them; `sizes` are those that occur."""
+    """Image files as uint8 (3, H, W) for torch-fidelity; `sizes` is the set of image sizes."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths

@@ -1,0 +1,220 @@
+"""`distill teacher`: trains the teacher of the toy dataset in Stable Diffusion 3's own format.
+
+The autoencoder (`vae.py`) is trained first. Then the transformer is trained together with two small CLIP text encoders
+(`denoiser.py`) on latents that are encoded once (`latents.py`).
+
+Training from random weights goes from coarse to fine. On large patches an image is 16 tokens, and the model learns
+cheaply which words mean which colors and positions. Then the same blocks continue on small patches, 64 tokens, and
+learn exact shapes. Training that starts from another teacher uses small patches only.
+"""
+
+import filecmp
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from distill.errors import TeacherError
+from distill.files import atomic_write, atomic_write_text
+from distill.flow import noise
+from distill.models.device import autocast
+from distill.models.sd3 import decode_in_parts, guided, sample
+from distill.models.sd3_folder import RECORD, SD3Folder
+from distill.models.vae import to_images
+from distill.philox import key_of
+from distill.training.state import Progress, check_folder, check_state
+from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
+from distill.worlds.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
+from distill.worlds.scenes.latents import SCENES, TOKENS, load_vae, read_scenes
+from distill.worlds.scenes.recipe import ScenesRecipe
+from distill.worlds.scenes.render import SIZE
+from distill.worlds.scenes.score import score
+from distill.worlds.scenes.vae import STATE as VAE_STATE
+from distill.worlds.tokenizer import build_clip_tokenizer
+
+T5_TOKENS = 0  # there is no T5; padding of its length would outweigh the 64 image tokens
+COARSE, FINE = 4, 2  # sides of a patch, in latent pixels
+CHANNELS = 4  # of the latents
+GUIDANCE = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # candidates for the teacher's guidance scale
+EVAL_BATCH = 256  # images
+
+
+def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
+    """Build the untrained model; `patch` is the side of its patches."""
+    return Denoiser(
+        tokenizer,
+        width=96,
+        layers=2,
+        transformer={
+            "sample_size": 16,
+            "patch_size": patch,
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "num_layers": 4,
+            "num_attention_heads": 11,
+            "attention_head_dim": 16,
+            "caption_projection_dim": 176,
+            "pos_embed_max_size": 8,
+        },
+    )
+
+
+def check_start_folder(folder: Path) -> None:
+    """Raise TeacherError unless training can start from a teacher folder: its image size, patches and vocabulary."""
+    spec = SD3Folder.read(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    ours = build_clip_tokenizer(vocabulary(), TOKENS)
+    if (spec.image_size, spec.patch_size, spec.latent_channels) != (SIZE, FINE, CHANNELS):
+        raise TeacherError(
+            f"{folder} makes images of {spec.image_size} pixels from {spec.latent_channels} channels on patches of "
+            f"{spec.patch_size}, not {SIZE}, {CHANNELS} and {FINE}; start from a folder that `distill teacher` made"
+        )
+    if tokenizer.get_vocab() != ours.get_vocab():
+        raise TeacherError(f"{folder} has another vocabulary; start from a folder that `distill teacher` made")
+
+
+def check_teacher_folder(recipe: ScenesRecipe, folder: Path) -> None:
+    """Raise OutputError if training would replace files of another program."""
+    states = [_state_folder(folder, patch).name for patch in (COARSE, FINE)]
+    if recipe.vae_images is not None:
+        states.append(VAE_STATE)
+    elif recipe.start is not None and _holds_autoencoder(folder, Path(recipe.start)):
+        return  # an earlier start stopped after copying the autoencoder
+    check_folder(folder, states, (SCENES,))
+
+
+def _holds_autoencoder(folder: Path, start: Path) -> bool:
+    """Return whether the folder holds a copy of a teacher's autoencoder and no pipeline yet."""
+    if (folder / "model_index.json").exists() or not (folder / "vae").is_dir():
+        return False
+    names = {path.name for path in (start / "vae").iterdir() if path.is_file()}
+    if names != {path.name for path in (folder / "vae").iterdir()}:
+        return False
+    return all(filecmp.cmp(start / "vae" / name, folder / "vae" / name, shallow=False) for name in names)
+
+
+def copy_autoencoder(start: Path, folder: Path) -> None:
+    """Copy a teacher's autoencoder. The copies are writable even if the originals are read-only."""
+    with atomic_write(folder / "vae") as partial:
+        partial.mkdir()
+        for path in (start / "vae").iterdir():
+            if path.is_file():
+                shutil.copyfile(path, partial / path.name)
+
+
+def check_states(recipe: ScenesRecipe, folder: Path) -> None:
+    """Raise CheckpointError when the transformer in this folder was trained with another recipe."""
+    for patch in (COARSE, FINE):
+        check_state(_state_folder(folder, patch), recipe)
+
+
+def _state_folder(folder: Path, patch: int) -> Path:
+    return folder / f"patch-{patch}-state"
+
+
+def refine(coarse: Denoiser, fine: Denoiser) -> None:
+    """Initialize a fine denoiser from a coarse one: each patch becomes four.
+
+    The input projection of a fine patch is the mean over the four quadrants of the coarse one, times two, because a
+    quarter of the pixels carries half of the norm. The output projection is the mean over the quadrants. Position
+    embeddings stay the fine model's own; all other weights are copied.
+    """
+    ratio = COARSE // FINE
+    w_in, w_out = "transformer.pos_embed.proj.weight", "transformer.proj_out."
+    weights = coarse.state_dict()
+    del weights["transformer.pos_embed.pos_embed"]
+    quadrants = weights[w_in].unflatten(2, (ratio, FINE)).unflatten(4, (ratio, FINE))  # (width, C, y, FINE, x, FINE)
+    weights[w_in] = ratio * quadrants.mean(dim=(2, 4))
+    for name in (w_out + "weight", w_out + "bias"):
+        quadrants = weights[name].unflatten(0, (ratio, FINE, ratio, FINE, CHANNELS))
+        weights[name] = quadrants.mean(dim=(0, 2)).flatten(0, 2)
+    fine.load_state_dict({**fine.state_dict(), **weights})
+
+
+def train_teacher(
+    recipe: ScenesRecipe,
+    folder: Path,
+    device: torch.device,
+    compiled: bool = False,
+    scales: Sequence[float] = GUIDANCE,
+) -> Iterator[Progress]:
+    """Train to the budget, continuing from the folder's states. `folder/vae` and the encoded scenes must exist.
+
+    At the end `folder` holds the whole pipeline in the layout of `StableDiffusion3Pipeline`, with EMA weights. Its
+    record names the guidance of `scales` that scores highest on seen prompts; held-out prompts are not used for that.
+    """
+    torch.manual_seed(key_of(recipe.seed, "weights"))
+    vae = load_vae(folder, device)
+    tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
+    scenes = read_scenes(recipe, folder, vae, device)
+    null = tokenize(tokenizer, [""])[0].to(device)
+    held_out, seen = (_eval_prompts(tokenizer, recipe.per_task, split, device) for split in (True, False))
+
+    average: Any = None
+    stages = [(COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)]
+    for patch, first, last in stages if recipe.coarse_images else stages[1:]:
+        model = make_denoiser(tokenizer, patch)
+        if average is not None:
+            refine(average, model)
+        elif recipe.start is not None:
+            model.start_from(Path(recipe.start))
+        model.to(device)
+        average = deepcopy(model)
+        state = _state_folder(folder, patch)
+        for progress in fit(model, average, scenes.sample, null, recipe, state, device, compiled, first, last):
+            if progress.images >= last or progress.crosses(recipe.evaluate_every):
+                progress.metrics.update(evaluate(average, vae, *held_out, null, 2.5, 16))
+            yield progress
+
+    save_pipeline(average, vae, tokenizer, folder)
+    scores = [evaluate(average, vae, *seen, null, scale, 28)["overall"] for scale in scales]
+    record = {"max_sequence_length": T5_TOKENS, "guidance": scales[int(np.argmax(scores))], "recipe": asdict(recipe)}
+    atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _eval_prompts(
+    tokenizer: CLIPTokenizer, per_task: int, held_out: bool, device: torch.device
+) -> tuple[list[Prompt], Tensor]:
+    """Prompts of an evaluation, and their token ids (N, TOKENS)."""
+    prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
+    rng = np.random.default_rng(0)
+    return prompts, tokenize(tokenizer, [wording(prompt, rng) for prompt in prompts]).to(device)
+
+
+def evaluate(
+    model: Denoiser,
+    vae: AutoencoderKL,
+    prompts: Sequence[Prompt],
+    ids: Tensor,
+    null: Tensor,
+    guidance: float,
+    steps: int,
+) -> dict[str, float]:
+    """Score guided samples, by task and overall, from the seeds 0 to N - 1."""
+    return score(prompts, generate(model, vae, ids, null, guidance, steps))
+
+
+@torch.no_grad()
+def generate(
+    model: Denoiser, vae: AutoencoderKL, ids: Tensor, null: Tensor, guidance: float, steps: int
+) -> NDArray[np.uint8]:
+    """Generate images (N, 64, 64, 3) for token ids (N, TOKENS); `null` (TOKENS,) holds the ids of the empty caption."""
+    images = []
+    for start in range(0, len(ids), EVAL_BATCH):
+        part = ids[start : start + EVAL_BATCH]
+        z = noise(range(start, start + len(part)), (CHANNELS, SIZE // 4, SIZE // 4)).to(ids.device)
+        with autocast(ids.device):
+            velocity = guided(model.velocity, model.encode(null[None]), guidance)
+            latents = sample(velocity, z, model.encode(part), steps)
+        images.append(to_images(decode_in_parts(vae, latents)))
+    return np.concatenate(images)
