@@ -27,7 +27,7 @@ LONG = (
     "test_estimate",
     "test_experiments",
     "test_student",
-    "test_conditions",
+    "test_embedding_cache",
     "test_train",
     "test_browser",
     "test_drills",

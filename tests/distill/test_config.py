@@ -148,7 +148,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_a_budget_of_less_than_a_step_is_refused():
-    with pytest.raises(ConfigError, match="images 511 is less than a batch of 512"):
+    with pytest.raises(ConfigError, match="images 511 is less than one batch of 512"):
         load_config("scenes", ["images=511"])
 
 
