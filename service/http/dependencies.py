@@ -32,7 +32,7 @@ def _from_app(name: str) -> Any:
 
 SettingsDep = Annotated[Settings, _from_app("settings")]
 MetricsDep = Annotated[Metrics, _from_app("metrics")]
-AnyEngineDep = Annotated[Engine, _from_app("engine")]  # also while it starts or drains
+UncheckedEngineDep = Annotated[Engine, _from_app("engine")]  # also while it starts or drains
 ImagesDep = Annotated[ImageService, _from_app("images")]
 RealtimeDep = Annotated[RealtimeSessions, _from_app("realtime")]
 LoadedModelsDep = Annotated[LoadedModelStore, _from_app("loaded_models")]
@@ -41,7 +41,7 @@ IdempotencyDep = Annotated[IdempotencyStore, _from_app("idempotency")]
 AuthenticatorDep = Annotated[Authenticator, _from_app("authenticator")]
 
 
-async def _engine(engine: AnyEngineDep) -> Engine:
+async def _engine(engine: UncheckedEngineDep) -> Engine:
     engine.check_open()
     return engine
 
@@ -93,8 +93,8 @@ JobsCaller = Annotated[Caller, Depends(RequireScope("jobs"))]
 AdminCaller = Annotated[Caller, Depends(RequireScope("admin"))]
 
 
-async def bring(caller: ImagesCaller) -> None:
-    """Load what a request names in its headers, for as long as it lasts: nothing, but under Ray (service.cluster)."""
+async def load_on_demand(caller: ImagesCaller) -> None:
+    """Load the model that the headers of a request name, while it runs. Only service/ray does, by an override."""
 
 
-Brought = Annotated[None, Depends(bring)]
+OnDemandModel = Annotated[None, Depends(load_on_demand)]

@@ -29,7 +29,7 @@ from service.engine.guest import Guest, Guests
 from service.engine.launch import worker_processes
 from service.engine.worker_handle import SLOTS
 from service.errors import StartError
-from service.http.dependencies import Caller, ImagesCaller, bring
+from service.http.dependencies import Caller, ImagesCaller, load_on_demand
 from service.observability.logs import configure
 from service.settings import Settings
 
@@ -83,7 +83,9 @@ class Replica:
         self._app = create_app(settings, pool)
         self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
         self._engine: Engine = self._app.state.engine
-        self._app.dependency_overrides[bring] = _bringing(Guests(self._engine, settings.models_folder), guests)
+        self._app.dependency_overrides[load_on_demand] = _loading_on_demand(
+            Guests(self._engine, settings.models_folder), guests
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -93,10 +95,10 @@ class Replica:
         return {"busy": self._engine.busy, "queue_seconds": self._engine.queue_seconds}
 
 
-def _bringing(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[None]]:
-    """Takes the place of `bring`: loads what a request names in the header that Ray routes by, and keeps it meanwhile.
+def _loading_on_demand(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[None]]:
+    """Return the override of `load_on_demand`, which keeps the model of the header that Ray routes by loaded meanwhile.
 
-    The body may name something else; that is served if it is loaded.
+    The body may name another model; it is served if it is loaded.
     """
 
     async def load(text: str) -> Guest:  # Ray hangs its cache on the function
@@ -104,13 +106,13 @@ def _bringing(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[
 
     loaded: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=at_most)
 
-    async def brought(caller: ImagesCaller) -> AsyncIterator[None]:
+    async def on_demand(caller: ImagesCaller) -> AsyncIterator[None]:
         text = serve.get_multiplexed_model_id()
         wanted = text and await guests.wish(text)
         with (await loaded(text)).kept() if wanted else contextlib.nullcontext():
             yield
 
-    return brought
+    return on_demand
 
 
 def run(settings: Settings, scale: Scale, address: str) -> None:

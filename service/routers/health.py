@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.errors import Unavailable
-from service.http.dependencies import AnyEngineDep, MetricsDep
+from service.http.dependencies import MetricsDep, UncheckedEngineDep
 
 router = APIRouter(tags=["operations"])
 
@@ -16,7 +16,7 @@ async def alive() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def ready(engine: AnyEngineDep) -> dict[str, str]:
+async def ready(engine: UncheckedEngineDep) -> dict[str, str]:
     """Readiness: a worker has run its models once and takes requests; 503 otherwise."""
     if not engine.ready:
         raise Unavailable("the server is starting or shutting down, or its workers are being replaced")

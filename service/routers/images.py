@@ -12,11 +12,11 @@ from pydantic import SkipValidation, ValidationError
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
 from service.http.dependencies import (
-    Brought,
     EngineDep,
     IdempotencyDep,
     ImagesCaller,
     ImagesDep,
+    OnDemandModel,
     RateLimiterDep,
     SettingsDep,
 )
@@ -68,7 +68,7 @@ async def generate(
     idempotency: IdempotencyDep,
     engine: EngineDep,
     caller: ImagesCaller,
-    brought: Brought,
+    on_demand: OnDemandModel,
     body: Validated,
     accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,

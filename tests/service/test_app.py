@@ -1,4 +1,4 @@
-"""The wire: what the real OpenAI client sees, and what everything that goes wrong looks like."""
+"""The whole app with the real OpenAI client: images, models, limits, errors."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ def picture(answer, i=0) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(answer.data[i].b64_json)))
 
 
-def test_the_openai_client_gets_images_of_its_seeds(serve, connect):
+def test_the_openai_client_gets_the_images_of_its_seeds(serve, connect):
     client = connect(serve())
     answer = client.images.generate(prompt="a red circle", n=3, size="auto", extra_body={"seed": 7})
     assert [item.seed for item in answer.data] == [7, 8, 9]
@@ -61,7 +61,7 @@ def test_models_are_listed_and_shown(serve, connect):
 @pytest.mark.parametrize(
     "path", ["/", "/jobs", "/healthz", "/metrics", "/openapi.json", "/v1/models", "/v1/models/simulator"]
 )
-def test_a_path_is_served_with_and_without_a_slash_and_to_head(api, path):
+def test_paths_are_served_with_and_without_a_slash_and_for_head(api, path):
     slashed = httpx.get(f"{api}{path.rstrip('/')}/")
     plain, head = httpx.get(f"{api}{path}"), httpx.head(f"{api}{path}")
     assert [answer.status_code for answer in (plain, slashed, head)] == [200] * 3
@@ -70,11 +70,11 @@ def test_a_path_is_served_with_and_without_a_slash_and_to_head(api, path):
     assert head.headers["content-type"] == slashed.headers["content-type"] == plain.headers["content-type"]
 
 
-def test_other_methods_take_a_slash_too(api):
+def test_a_trailing_slash_is_accepted_for_every_method(api):
     assert httpx.post(f"{api}/v1/images/generations/", json={"prompt": "a"}).status_code == 200
 
 
-def test_links_can_be_looked_at_before_they_are_fetched(api):
+def test_head_of_a_link_returns_the_headers(api):
     link = httpx.post(f"{api}/v1/images/generations", json={"prompt": "a", "response_format": "url"}).json()["data"][0]
     image, head = httpx.get(link["url"]), httpx.head(link["url"])
     assert (head.status_code, head.content) == (200, b"")
@@ -94,7 +94,7 @@ def test_paths_are_served_below_a_prefix(path, tmp_path):
     assert answer.status_code == (404 if "nothing" in path else 200)
 
 
-def test_a_page_finds_its_parts_with_and_without_a_slash(api):
+def test_a_page_finds_its_assets_with_and_without_a_slash(api):
     for path in ("/", "/jobs", "/jobs/", "/batches/"):
         page = httpx.URL(f"{api}{path}")
         html = httpx.get(page).text
@@ -109,13 +109,13 @@ def api():
         yield url
 
 
-def test_neutral_values_of_other_fields_are_taken(api):
+def test_neutral_values_of_other_fields_are_accepted(api):
     neutral = {"quality": "auto", "background": "opaque", "moderation": "low", "stream": False, "partial_images": 0}
     body = {"prompt": "a", "n": None, "style": None, "response_format": "b64_json", "user": "me"} | neutral
     assert httpx.post(f"{api}/v1/images/generations", json=body).status_code == 200
 
 
-def test_bodies_over_the_limit_are_refused_declared_or_not(api, connect):
+def test_bodies_over_the_limit_are_refused_with_and_without_content_length(api, connect):
     with pytest.raises(openai.APIStatusError) as caught:
         connect(api).images.generate(prompt="x" * 5_000_000)
     assert caught.value.status_code == 413
@@ -124,7 +124,7 @@ def test_bodies_over_the_limit_are_refused_declared_or_not(api, connect):
     assert answer.status_code == 413
 
 
-def test_a_bug_of_ours_is_an_error_object_with_the_request_id_and_no_more(serve, caplog):
+def test_an_unexpected_exception_is_an_error_object_with_the_request_id(serve, caplog):
     broken = Simulator(0, 0)
     broken.info = replace(broken.info, pixels_per_token=0)
     answer = httpx.post(f"{serve(broken)}/v1/images/generations", json={"prompt": "secret"})
@@ -136,14 +136,14 @@ def test_a_bug_of_ours_is_an_error_object_with_the_request_id_and_no_more(serve,
     assert answer.headers["x-request-id"] in caplog.text
 
 
-def test_a_long_prompt_is_cut_and_the_answer_says_so(api):
+def test_a_long_prompt_is_truncated_with_a_warning(api):
     answer = httpx.post(f"{api}/v1/images/generations", json={"prompt": "word " * 90}).json()
     assert "77 tokens" in answer["warnings"][0]
     assert answer["usage"]["input_tokens"] == 77
     assert "warnings" not in httpx.post(f"{api}/v1/images/generations", json={"prompt": "word"}).json()
 
 
-def test_keys_are_asked_for_where_they_are_set(serve, connect):
+def test_keys_are_required_if_they_are_set(serve, connect):
     url = serve(http={"api_keys": ("the-first-of-two-keys", "the-second-of-two-keys")})
     assert connect(url, "the-second-of-two-keys").models.list().data
     for key in ("wrong", "the-second-of-two-key"):
@@ -154,7 +154,7 @@ def test_keys_are_asked_for_where_they_are_set(serve, connect):
     assert httpx.get(f"{url}/readyz").status_code == 200
 
 
-def test_the_health_check_of_containers_goes_by_no_proxy(serve, monkeypatch):
+def test_the_container_health_check_uses_no_proxy(serve, monkeypatch):
     url = serve()
     monkeypatch.setenv("SERVICE_HTTP__PORT", url.rpartition(":")[2])
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -175,7 +175,7 @@ def test_concurrent_clients_share_batches(serve, connect):
     assert metric(url, "batch_images_count") - before == 4  # of 1, 1, 16 and 14 images
 
 
-def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
+def test_a_full_queue_sends_retry_after(serve, connect):
     gate = Gate()
     url = serve(gate, engine={"max_queued_images": 10, "max_batch": 10})
     client = connect(url)
@@ -196,7 +196,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(serve, connect):
         assert all(len(done.result().data) == 10 for done in running)
 
 
-def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
+def test_a_queued_request_of_a_disconnected_client_is_dropped(serve, connect):
     gate = Gate()
     url = serve(gate, engine={"max_batch": 1})
     client = connect(url)
@@ -217,7 +217,7 @@ def test_a_request_whose_client_left_is_dropped_before_it_runs(serve, connect):
     assert "leaves" not in gate.prompts
 
 
-def test_a_request_says_how_long_it_would_wait(serve, connect):
+def test_a_request_may_set_its_timeout(serve, connect):
     gate = Gate()
     client = connect(serve(gate, engine={"max_batch": 1}))
     with ThreadPoolExecutor(1) as pool:
@@ -230,7 +230,7 @@ def test_a_request_says_how_long_it_would_wait(serve, connect):
         running.result()
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_with_the_time_that_lacks(serve, connect):
+def test_an_unreachable_deadline_is_refused_with_the_missing_time(serve, connect):
     gate = Gate()
     gate.slow = 0.2  # seconds of an image, as the warm-up finds it
     client = connect(serve(gate, engine={"max_batch": 1}))

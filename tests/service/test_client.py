@@ -1,4 +1,4 @@
-"""The real OpenAI client through every kind of call: plain, raw, streamed, asynchronous; and what the server lacks."""
+"""The real OpenAI client: plain, raw, streamed and asynchronous calls, and unsupported routes."""
 
 import asyncio
 import time
@@ -23,12 +23,12 @@ def api():
         yield url
 
 
-def test_every_error_of_ours_has_its_place_in_the_table():
+def test_every_error_class_has_an_http_status():
     known = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)}
     assert set(HTTP_STATUS) == known
 
 
-def test_headers_are_read_beside_the_answer(api, connect):
+def test_the_raw_client_reads_headers(api, connect):
     raw = connect(api).images.with_raw_response.generate(prompt="a", extra_body={"seed": 1})
     assert "model;dur=" in raw.headers["server-timing"]
     answer = raw.parse()
@@ -38,7 +38,7 @@ def test_headers_are_read_beside_the_answer(api, connect):
         assert streamed.parse().data[0].b64_json == answer.data[0].b64_json
 
 
-def test_the_asynchronous_client_gets_the_same(api, connect):
+def test_the_asynchronous_client_gets_the_same_images(api, connect):
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{api}/v1", api_key="none", max_retries=0) as client:
             answers = [client.images.generate(prompt="a", extra_body={"seed": seed}) for seed in range(4)]
@@ -52,8 +52,8 @@ def test_the_asynchronous_client_gets_the_same(api, connect):
     assert asyncio.run(ask()) == [item.b64_json for item in answer.data]
 
 
-def test_types_of_the_client_are_all_there(api, connect):
-    """Models are built without validation, so that a field that lacks is missed only when it is read."""
+def test_responses_have_every_field_of_the_clients_types(api, connect):
+    """The client validates nothing, so a missing field would be noticed only when it is read."""
     before = int(time.time())
     answer = connect(api).images.generate(prompt="a", model="dall-e-3", size="128x64", quality="standard")
     assert before <= answer.created <= time.time()
@@ -80,14 +80,14 @@ def test_types_of_the_client_are_all_there(api, connect):
         lambda client: client.models.delete("simulator"),
     ],
 )
-def test_what_the_server_lacks_is_an_error_of_the_client(api, connect, call):
+def test_unsupported_routes_are_errors_of_the_client(api, connect, call):
     with pytest.raises(openai.NotFoundError) as caught:
         call(connect(api))
     assert caught.value.type == "invalid_request_error"
     assert caught.value.request_id.startswith("req_")
 
 
-def test_the_clients_own_retry_comes_when_it_was_told_to(serve):
+def test_the_client_retries_after_retry_after(serve):
     url = serve(Simulator(0, 0), http={"rate_limit": "1/second"})
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
         for _ in range(3):

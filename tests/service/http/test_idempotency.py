@@ -7,7 +7,7 @@ from running import generate, metric
 from service.engine.backend import Simulator
 
 
-def test_a_retry_with_its_key_gets_the_same_answer_and_makes_nothing(serve):
+def test_a_repeated_key_gets_the_stored_response(serve):
     api = serve(Simulator(0, 0))
     before = metric(api, "images_total")
     with ThreadPoolExecutor(4) as pool:
@@ -20,7 +20,7 @@ def test_a_retry_with_its_key_gets_the_same_answer_and_makes_nothing(serve):
     assert generate(api, {"idempotency-key": "k1"}, n=2).json()["error"]["param"] == "Idempotency-Key"
 
 
-def test_a_failure_is_not_remembered(serve):
+def test_an_error_is_not_stored(serve):
     url = serve(Simulator(0, 0, fails_on="poison"))
     for _ in range(2):
         answer = generate(url, {"idempotency-key": "k"}, prompt="poison")
@@ -28,7 +28,7 @@ def test_a_failure_is_not_remembered(serve):
         assert "idempotent-replayed" not in answer.headers
 
 
-def test_remembered_answers_are_bounded(serve):
+def test_stored_responses_are_limited_in_size(serve):
     url = serve(Simulator(0, 0), http={"idempotency_cache_bytes": 1})
     bodies = {generate(url, {"idempotency-key": "k"}).content for _ in range(2)}
     assert len(bodies) == 2

@@ -1,4 +1,4 @@
-"""API keys: how they are kept, what they open, and that no server is open by accident."""
+"""API keys: their storage and scopes, and the checks of a server without keys."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from service.http.keys import ApiKey, KeyFile, find
 SCOPES = ("generate", "jobs", "admin")
 
 
-def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
+def test_a_key_is_found_by_its_token_and_stored_as_a_hash(tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     token = file.create("ann", ["generate", "admin"])
     other = file.create("bob", ["jobs"])
@@ -40,7 +40,7 @@ def test_a_key_is_found_by_its_token_and_kept_as_a_hash(tmp_path):
         file.create("ann", ["generate"])
 
 
-def test_a_server_follows_its_file_and_minds_scopes(serve, tmp_path):
+def test_a_server_reloads_its_key_file_and_checks_scopes(serve, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     tokens = {scope: file.create(scope, [scope]) for scope in ("generate", "jobs")}
     url = serve(data=tmp_path, http={"keys_file": tmp_path / "keys.json"})
@@ -87,7 +87,7 @@ def contents(key, **other):
         '{"keys": [], "more": ' + "[" * 100_000,
     ],
 )
-def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
+def test_an_invalid_key_file_is_named(tmp_path, text):
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(StartError, match=r"keys\.json is not a file of API keys"):
         KeyFile(tmp_path / "keys.json").read()
@@ -130,7 +130,7 @@ def test_a_request_without_a_credential_is_refused(serve, tmp_path, header):
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_a_key_file_without_keys_lets_nobody_in(serve, tmp_path):
+def test_an_empty_key_file_refuses_every_request(serve, tmp_path):
     url = serve(http={"keys_file": tmp_path / "keys.json"})
     assert httpx.get(f"{url}/v1/models").status_code == 401
     token = KeyFile(tmp_path / "keys.json").create("ann", SCOPES)
@@ -156,14 +156,14 @@ def test_keys_are_managed_from_the_command_line(tmp_path):
     assert run("list") == ""
 
 
-def test_without_keys_it_listens_on_the_loopback_alone():
+def test_without_keys_the_server_listens_on_the_loopback_only():
     command = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--host", "0.0.0.0"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "--open-to-all" in ended.stderr
 
 
-def test_open_to_all_does_not_stand_in_for_the_keys_of_a_file(tmp_path):
+def test_open_to_all_does_not_replace_the_keys_of_a_file(tmp_path):
     file = str(tmp_path / "keys.json")
     done = CliRunner().invoke(cli.app, ["serve", "--host", "0.0.0.0", "--open-to-all", "--keys-file", file])
     assert isinstance(done.exception, StartError)
@@ -179,7 +179,7 @@ def test_open_to_all_does_not_stand_in_for_the_keys_of_a_file(tmp_path):
         ({"host": "evil.example"}, "host_not_allowed"),
     ],
 )
-def test_without_keys_no_page_from_elsewhere_is_let_in(serve, tmp_path, headers, code):
+def test_without_keys_pages_of_other_origins_are_refused(serve, tmp_path, headers, code):
     url = serve(data=tmp_path)
     form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.txt", b"a red circle\n")}}
     refused = httpx.post(f"{url}/v1/files", headers=headers, **form)
@@ -187,7 +187,7 @@ def test_without_keys_no_page_from_elsewhere_is_let_in(serve, tmp_path, headers,
     assert httpx.post(f"{url}/v1/files", headers={"origin": url}, **form).status_code == 200
 
 
-def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve):
+def test_a_key_is_read_from_the_headers_of_other_clients(serve):
     key = "a-key-for-these-tests"
     url = serve(http={"api_keys": [key]})
     for headers, status in (
@@ -206,7 +206,7 @@ def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve):
             assert "`api-key: KEY`" in answer.json()["error"]["message"]
 
 
-def test_pages_and_names_that_the_settings_know_are_let_in(serve):
+def test_origins_and_hosts_of_the_settings_are_accepted(serve):
     url = serve(http={"cors_origins": ["https://friend.example"], "public_url": "https://images.example/"})
     for headers in (
         {"origin": "https://friend.example"},

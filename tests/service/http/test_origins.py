@@ -8,7 +8,7 @@ from running import generate
 from service.engine.backend import Simulator
 
 
-def test_pages_of_other_origins_are_let_in_by_setting_alone(serve):
+def test_pages_of_other_origins_are_accepted_only_by_setting(serve):
     api = serve(http={"cors_origins": ("https://studio.example",)})
     asks = {
         "origin": "https://studio.example",
@@ -24,7 +24,7 @@ def test_pages_of_other_origins_are_let_in_by_setting_alone(serve):
     assert "access-control-allow-origin" not in closed.headers
 
 
-def test_pages_of_other_origins_can_read_every_failure(serve):
+def test_pages_of_accepted_origins_can_read_every_error(serve):
     broken = Simulator(0, 0)
     broken.info = replace(broken.info, pixels_per_token=0)
     url = serve(
@@ -37,7 +37,7 @@ def test_pages_of_other_origins_can_read_every_failure(serve):
         assert "x-request-id" in failed.headers["access-control-expose-headers"]
 
 
-def test_a_star_in_the_host_of_an_allowed_origin_stands_for_any_name(serve):
+def test_a_star_in_an_allowed_origin_matches_any_name(serve):
     url = serve(http={"cors_origins": ["chrome-extension://*", "https://*.example.com", "http://LOCALHOST:*"]})
     inside = ["chrome-extension://abcdefghijklmnop", "https://a.b.example.com", "http://localhost:5173"]
     outside = ["https://example.com", "https://evilexample.com", "https://a.example.com.evil.com", "null"]

@@ -1,4 +1,4 @@
-"""What a client does outside of bodies: heads too large or too slow, no HTTP at all, answers that it does not take."""
+"""Connections: heads that are too large or slow, data that is not HTTP, clients that read nothing."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ LIMIT = HttpProtocol.max_head_bytes
 
 
 class Hasty(HttpProtocol):
-    """Waits for nobody; long enough for a client on a busy machine."""
+    """Short timeouts, but long enough for a client on a busy machine."""
 
     head_seconds = 1.0
     stall_seconds = 0.5
@@ -46,7 +46,7 @@ def dial(url: str) -> socket.socket:
 
 
 def rest(line: socket.socket) -> bytes:
-    """All that comes until the server hangs up."""
+    """Return all data until the server closes the connection."""
     said = b""
     with contextlib.suppress(ConnectionError):
         while piece := line.recv(1 << 16):
@@ -96,7 +96,7 @@ def test_a_refused_head_has_an_error_object(patient):
 
 
 @pytest.mark.parametrize("text", [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"])
-def test_what_is_no_http_is_told_so(patient, text):
+def test_data_that_is_not_http_gets_an_error(patient, text):
     with dial(patient) as line:
         before = closed_connections(patient, "invalid_http")
         line.sendall(text)
@@ -120,7 +120,7 @@ FRAMED = {
 
 @pytest.mark.parametrize("framed", FRAMED)
 @pytest.mark.parametrize("offer", OFFERS)
-def test_an_offer_of_another_protocol_is_ignored(patient, offer, framed):
+def test_an_upgrade_offer_is_ignored(patient, offer, framed):
     request = HEAD + OFFERS[offer] + FRAMED[framed]
     with dial(patient) as line:
         line.sendall(request + request + LINE + b"connection: close\r\n\r\n")
@@ -129,7 +129,7 @@ def test_an_offer_of_another_protocol_is_ignored(patient, offer, framed):
     assert answers.count(b'"seed":7') == 2
 
 
-def test_a_body_that_comes_after_its_head_and_an_offer_is_read(patient):
+def test_a_body_after_an_upgrade_offer_is_read(patient):
     head, body = (HEAD + b"expect: 100-continue\r\n" + OFFERS["h2c"] + FRAMED["length"]).split(b"\r\n\r\n")
     with dial(patient) as line:
         line.sendall(head.replace(b"Upgrade,", b"Upgrade, close,") + b"\r\n\r\n")
@@ -138,7 +138,7 @@ def test_a_body_that_comes_after_its_head_and_an_offer_is_read(patient):
         assert rest(line).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_tunnel_is_refused(patient):
+def test_connect_is_refused(patient):
     with dial(patient) as line:
         line.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost:80\r\n\r\n")
         assert refused(rest(line), 400)["code"] == "invalid_http"
@@ -149,7 +149,7 @@ def test_a_tunnel_is_refused(patient):
     [b"[::1", b"[zz]", b"::1]", b"a b", b"a/b", b"a@b", b"a:b", b"a:999999", b"\xff", b"localhost\r\nhost: localhost"],
 )
 @pytest.mark.parametrize("path", [b"/healthz", b"/v1/models", b"/v1/nothing"])
-def test_a_broken_host_is_refused(patient, host, path):
+def test_an_invalid_host_is_refused(patient, host, path):
     with dial(patient) as line:
         line.sendall(b"GET %s HTTP/1.1\r\nconnection: close\r\nhost: %s\r\n\r\n" % (path, host))
         head, _, body = rest(line).partition(b"\r\n\r\n")
@@ -173,19 +173,19 @@ SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PE
         b"host: localhost\r\norigin: ",
     ],
 )
-def test_a_websocket_of_a_broken_host_or_origin_is_refused(patient, headers):
+def test_a_websocket_with_an_invalid_host_or_origin_is_refused(patient, headers):
     with dial(patient) as line:
         line.sendall(b"GET /v1/realtime/images HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (headers, SHAKE))
         assert rest(line).startswith(b"HTTP/1.1 403 ")
 
 
 @pytest.mark.parametrize("origin", ["http://[::1", "http://[zz]:1", "http://a:b", "\xff", "", "null"])
-def test_a_broken_origin_is_a_foreign_one(patient, origin):
+def test_an_invalid_origin_is_a_foreign_one(patient, origin):
     refused = httpx.get(f"{patient}/v1/models", headers={"origin": origin.encode("latin-1")})
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
 
 
-def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(patient):
+def test_an_idle_connection_stays_open_for_keep_alive_seconds(patient):
     settings = Settings(data=None, http={"keep_alive_seconds": 1})
     assert Settings(data=None).http.keep_alive_seconds > 60  # proxies keep theirs for so long
     with (
@@ -205,7 +205,7 @@ def test_a_connection_stays_open_between_requests_for_the_time_of_the_setting(pa
 @pytest.mark.parametrize(
     ("path", "kind"), [("/v1/files", "multipart/form-data; boundary=x"), ("/v1/images/generations", "application/json")]
 )
-def test_a_client_that_leaves_during_its_upload_is_no_failure(hasty, caplog, path, kind):
+def test_a_client_that_disconnects_during_its_upload_is_not_a_server_error(hasty, caplog, path, kind):
     before = metric(hasty, "requests_total", status="499")
     with caplog.at_level("INFO"):
         with dial(hasty) as line:
@@ -220,7 +220,7 @@ def test_a_client_that_leaves_during_its_upload_is_no_failure(hasty, caplog, pat
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
-def test_a_head_that_does_not_end_is_not_waited_for(hasty):
+def test_an_incomplete_head_times_out(hasty):
     with dial(hasty) as line:
         line.sendall(LINE)
         assert "within 1 s" in refused(rest(line), 408)["message"]
@@ -228,13 +228,13 @@ def test_a_head_that_does_not_end_is_not_waited_for(hasty):
 
 
 @pytest.mark.parametrize("said", [b"", b"\r\n"])
-def test_a_connection_that_asks_nothing_is_closed(hasty, said):
+def test_a_connection_without_a_request_is_closed(hasty, said):
     with dial(hasty) as line:
         line.sendall(said)
         assert rest(line) == b""
 
 
-def test_bytes_behind_an_answer_are_not_waited_for(hasty):
+def test_incomplete_bytes_after_a_response_time_out(hasty):
     with dial(hasty) as line:
         line.sendall(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
         assert line.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
@@ -242,14 +242,14 @@ def test_bytes_behind_an_answer_are_not_waited_for(hasty):
         assert rest(line) == b""
 
 
-def test_a_websocket_lasts(hasty):
+def test_a_websocket_has_no_head_timeout(hasty):
     with connect(hasty.replace("http", "ws") + "/v1/realtime/images") as session:
         with pytest.raises(ConnectionClosed) as closed:
             session.recv(30)
         assert closed.value.rcvd.code == 1000  # after two seconds, by the session itself
 
 
-def test_an_answer_that_nobody_takes_is_given_up(hasty):
+def test_a_connection_whose_client_reads_nothing_is_closed(hasty):
     size = 24 << 20
     file = {"file": ("large.jsonl", bytes(size)), "purpose": (None, "batch")}
     uploaded = httpx.post(f"{hasty}/v1/files", files=file, timeout=60).json()

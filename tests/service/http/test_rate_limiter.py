@@ -11,7 +11,7 @@ from service.http.rate_limiter import RateLimiter
 from service.observability.metrics import Metrics
 
 
-def test_a_refusal_by_rate_says_when_so_many_images_fit(monkeypatch):
+def test_retry_after_is_the_time_until_so_many_images_fit(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
     limiter = RateLimiter("10/10 seconds; 15/minute", Metrics())
@@ -37,7 +37,7 @@ def test_a_refusal_by_rate_says_when_so_many_images_fit(monkeypatch):
     assert wait(10) == pytest.approx(42)
 
 
-def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
+def test_the_rate_limit_counts_images_and_sends_retry_after(serve):
     url = serve(Simulator(0, 0), http={"rate_limit": "5/hour"})
     assert generate(url, n=6).json()["error"]["param"] == "n"
     assert generate(url, n=4).status_code == 200
@@ -48,7 +48,7 @@ def test_the_rate_limit_counts_images_and_says_when_to_come_back(serve):
     assert metric(url, "refusals_total", reason="rate_limit") == 1
 
 
-def test_callers_are_told_apart_behind_a_proxy_that_is_trusted(serve):
+def test_callers_behind_a_trusted_proxy_have_separate_limits(serve):
     url = serve(Simulator(0, 0), http={"rate_limit": "1/hour"})
     for client, status in (("203.0.113.7", 200), ("203.0.113.8", 200), ("203.0.113.7", 429)):
         assert generate(url, {"x-forwarded-for": client}).status_code == status

@@ -50,7 +50,7 @@ def test_images_expire_and_are_swept(tmp_path):
     same.close()
 
 
-def test_a_sweep_finds_nothing_where_an_object_store_shows_no_folder():
+def test_a_sweep_of_an_object_store_without_the_folder_finds_nothing():
     clock = Clock()
     store = ArtifactStore("memory://links", b"secret", 100, clock)
     files = fsspec.filesystem("memory")
@@ -67,7 +67,7 @@ def test_a_sweep_finds_nothing_where_an_object_store_shows_no_folder():
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"half of it", bytes(32)])
-def test_a_damaged_secret_signs_no_links(tmp_path, content):
+def test_a_damaged_secret_is_refused(tmp_path, content):
     (tmp_path / "secret").write_bytes(content)
     with pytest.raises(StartError, match=r"secret, which signs links to images, is damaged"):
         create_app(Settings(data=tmp_path), worker_threads(Simulator()))

@@ -1,4 +1,4 @@
-"""Images say where they come from, and can be signed."""
+"""Metadata and signatures of images."""
 
 import base64
 import datetime
@@ -26,7 +26,7 @@ ORIGIN = Provenance("scenes-student", "d1ge57", 7, 'a "red" <circle> & \x00 a æ˜
 
 
 def _attributes(data: bytes) -> dict[str, str]:
-    """The XMP's fields, by a parser that knows nothing of how they were written."""
+    """Return the XMP's fields, read by an independent parser."""
     packet = Image.open(io.BytesIO(data)).info["xmp"]
     description = next(
         iter(ElementTree.fromstring(packet).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"))
@@ -35,7 +35,7 @@ def _attributes(data: bytes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_every_format_tells_its_origin_and_keeps_its_pixels(output_format):
+def test_metadata_is_readable_and_keeps_the_pixels(output_format):
     data, plain = encode(PIXELS, output_format, 90, ORIGIN), encode(PIXELS, output_format, 90)
     fields = _attributes(data)
     assert fields["CreatorTool"].startswith("flow-generator-matching ")
@@ -50,7 +50,7 @@ def test_every_format_tells_its_origin_and_keeps_its_pixels(output_format):
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_the_longest_prompt_fits(output_format):
+def test_the_longest_prompt_fits_in_the_metadata(output_format):
     data = encode(PIXELS, output_format, 90, Provenance("m", "d", 0, '"' * 32_000))
     assert _attributes(data)["AIPromptInformation"] == '"' * MAX_PROMPT_CHARACTERS
 
@@ -58,7 +58,7 @@ def test_the_longest_prompt_fits(output_format):
 @pytest.mark.parametrize(
     ("policy", "told", "prompt"), [("none", False, False), ("origin", True, False), ("prompt", True, True)]
 )
-def test_the_policy_says_what_is_told(serve, connect, policy, told, prompt):
+def test_the_setting_chooses_the_metadata(serve, connect, policy, told, prompt):
     client = connect(serve(images={"provenance": policy}))
     answer = client.images.generate(prompt="a secret", n=2, extra_body={"seed": 5})
     datas = [base64.b64decode(each.b64_json) for each in answer.data]
@@ -70,7 +70,7 @@ def test_the_policy_says_what_is_told(serve, connect, policy, told, prompt):
 
 @pytest.fixture(scope="module")
 def credentials(tmp_path_factory):
-    """Certificate chain and key, as an authority of our own would issue them."""
+    """Return a certificate chain and key of a test authority."""
     folder = tmp_path_factory.mktemp("credentials")
     authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     chain = _certificate("leaf", own, authority, False) + _certificate("authority", authority, authority, True)
@@ -104,7 +104,7 @@ def _certificate(
     return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def test_signatures_hold_in_every_format_and_break_with_the_image(serve, connect, credentials):
+def test_signatures_are_valid_until_the_image_changes(serve, connect, credentials):
     client = connect(serve(images=credentials))
     for output_format in FORMATS:
         answer = client.images.generate(prompt="x", n=4, output_format=output_format, extra_body={"seed": 1})
@@ -122,7 +122,7 @@ def test_signatures_hold_in_every_format_and_break_with_the_image(serve, connect
                 assert reader.get_validation_state() == "Invalid"
 
 
-def test_credentials_that_cannot_sign_keep_the_server_from_starting(credentials, tmp_path):
+def test_credentials_that_cannot_sign_are_refused_at_start(credentials, tmp_path):
     with pytest.raises(StartError, match="one of them is missing"):
         create_app(Settings(images={"c2pa_key": credentials["c2pa_key"]}))
     with pytest.raises(StartError, match="cannot sign"):

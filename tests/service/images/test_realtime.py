@@ -1,4 +1,4 @@
-"""Realtime sessions over a real server and a client that is not ours."""
+"""Realtime sessions over a real server and an independent WebSocket client."""
 
 import base64
 import contextlib
@@ -37,7 +37,7 @@ def hear(socket) -> dict:
     return json.loads(socket.recv(30))
 
 
-def test_an_image_is_that_of_the_other_route(serve, connect):
+def test_images_equal_those_of_the_rest_route(serve, connect):
     url = serve(Simulator(0, 0))
     with session(url) as socket:
         ask(socket, id="first", prompt="a red circle", seed=7, n=2)
@@ -61,7 +61,7 @@ def test_an_any_step_model_takes_steps(serve, connect):
         assert hear(socket)["error"]["param"] == "steps"
 
 
-def test_frames_come_as_bytes_where_they_are_wanted(serve):
+def test_binary_frames_follow_the_message(serve):
     with session(serve(Simulator(0, 0))) as socket:
         say(socket, type="session.start", frames="binary")
         assert hear(socket) == {"type": "session.started"}
@@ -72,7 +72,7 @@ def test_frames_come_as_bytes_where_they_are_wanted(serve):
         assert hear(socket)["type"] == "images.completed"
 
 
-def test_the_latest_prompt_takes_the_place_of_those_that_wait_and_what_runs_is_shown(serve):
+def test_the_latest_request_supersedes_waiting_ones_but_not_the_running_one(serve):
     gate = Gate()
     with session(serve(gate)) as socket:
         ask(socket, id="runs", prompt="runs")
@@ -88,7 +88,7 @@ def test_the_latest_prompt_takes_the_place_of_those_that_wait_and_what_runs_is_s
     assert gate.prompts == ["runs", "d"]
 
 
-def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
+def test_a_queued_request_is_superseded(serve, connect):
     gate = Gate()
     url = serve(gate, engine={"max_batch": 1})
     posting = threading.Thread(target=lambda: connect(url).images.generate(prompt="other", n=3))
@@ -120,7 +120,7 @@ def test_what_waits_for_others_work_in_the_queue_gives_way_too(serve, connect):
         ('{"type": "images.generate", "prompt": "a", "model": "other"}', "model"),
     ],
 )
-def test_a_bad_message_is_answered_and_the_session_goes_on(serve, text, param):
+def test_an_invalid_message_gets_an_error_and_the_session_continues(serve, text, param):
     with session(serve(Simulator(0, 0))) as socket:
         socket.send(text)
         answer = hear(socket)
@@ -130,7 +130,7 @@ def test_a_bad_message_is_answered_and_the_session_goes_on(serve, text, param):
         assert hear(socket)["type"] == "images.completed"
 
 
-def test_keys_are_asked_for_and_asked_again(serve, tmp_path):
+def test_keys_are_checked_for_every_message(serve, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     token = file.create("ann", ["generate"])
     url = serve(Simulator(0, 0), http={"keys_file": tmp_path / "keys.json"})
@@ -161,14 +161,14 @@ def test_the_path_may_end_with_a_slash(serve):
 
 
 @pytest.mark.parametrize("header", ["api-key", "x-api-key"])
-def test_a_key_is_taken_from_the_headers_of_other_clients_too(serve, header):
+def test_a_key_is_read_from_the_headers_of_other_clients(serve, header):
     key = "a-key-for-these-tests"
     with session(serve(Simulator(0, 0), http={"api_keys": [key]}), additional_headers={header: key}) as socket:
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
 
 
-def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(serve):
+def test_with_warnings_an_unsupported_field_is_ignored_and_named(serve):
     with session(serve(Simulator(0, 0), images={"unsupported_fields": "warn"})) as socket:
         ask(socket, prompt="a", quality="medium", seed=-1, extra_body={}, partial_images=2, size="1024x1024")
         answer = hear(socket)
@@ -177,7 +177,7 @@ def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(serve)
         assert hear(socket)["error"]["param"] == "response_format"
 
 
-def test_pages_of_other_origins_and_sessions_beyond_the_limit_are_refused(serve):
+def test_other_origins_and_sessions_over_the_limit_are_refused(serve):
     url = serve(Simulator(0, 0), http={"cors_origins": ["https://friend.example"], "max_realtime_sessions": 1})
     own = httpx.URL(url)
     for origin in ("https://evil.example", "null", f"http://{own.host}:1"):
@@ -202,7 +202,7 @@ def test_pages_of_other_origins_and_sessions_beyond_the_limit_are_refused(serve)
         ('{"type": "images.generate"', "not JSON"),
     ],
 )
-def test_a_wrong_message_is_refused_with_the_reason_and_little_of_its_text(serve, message, reason):
+def test_the_error_of_a_message_has_the_reason_and_little_of_its_text(serve, message, reason):
     with session(serve(Simulator(0, 0))) as socket:
         socket.send(message)
         answer = socket.recv(30)
@@ -210,7 +210,7 @@ def test_a_wrong_message_is_refused_with_the_reason_and_little_of_its_text(serve
         assert "x" * 201 not in answer
 
 
-def test_who_says_nothing_or_too_much_is_sent_away(serve):
+def test_idle_sessions_and_large_messages_close_the_connection(serve):
     url = serve(Simulator(0, 0), http={"realtime_idle_seconds": 0.2, "max_body_bytes": 200})
     with session(url) as socket, pytest.raises(ConnectionClosed) as closed:
         socket.recv(30)
@@ -223,7 +223,7 @@ def test_who_says_nothing_or_too_much_is_sent_away(serve):
             assert closed.value.rcvd.code == code
 
 
-def test_limits_of_a_key_hold_and_say_when_to_come_back(serve):
+def test_rate_limits_apply_to_sessions(serve):
     with session(serve(Simulator(0, 0), http={"rate_limit": "2/minute"})) as socket:
         ask(socket, prompt="a", n=2)
         assert len(base64.b64decode(hear(socket)["data"][0]["b64_json"])) > 0

@@ -1,4 +1,4 @@
-"""Images that must not be shown are not, where the server is told to look."""
+"""The safety check of generated images."""
 
 import numpy as np
 import openai
@@ -12,13 +12,13 @@ from service.settings import Settings
 
 
 class Bright:
-    """A checker: refuses bright images, and when it is to be lenient only the brightest."""
+    """A check that blocks bright images, and with lenient moderation only the brightest."""
 
     def __call__(self, pixels, moderation):
         return "glare" if pixels.mean() > {"auto": 100, "low": 200}[moderation] else None
 
 
-def test_a_refused_image_is_an_error_that_clients_know(serve, connect):
+def test_a_blocked_image_is_a_moderation_error(serve, connect):
     url = serve(images={"safety": f"{__name__}:Bright"})
     client = connect(url)
     brightness = {seed: np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8).mean() for seed in range(200)}
@@ -33,13 +33,13 @@ def test_a_refused_image_is_an_error_that_clients_know(serve, connect):
     assert metric(url, "stage_seconds_count", stage="safety") == 3
 
 
-def test_the_reference_checker_lets_plain_images_pass():
+def test_nudenet_passes_plain_images():
     check = NudeNet()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert [check(image, "auto") for image in (noise, np.full_like(noise, 127))] == [None, None]
 
 
-def test_the_reference_checker_goes_by_class_and_score(monkeypatch):
+def test_nudenet_blocks_by_class_and_score(monkeypatch):
     check = NudeNet()
     image = np.zeros((64, 64, 3), np.uint8)
     found = [{"class": "BUTTOCKS_EXPOSED", "score": 0.5, "box": [0, 0, 1, 1]}, {"class": "FACE_MALE", "score": 0.9}]
@@ -53,10 +53,10 @@ def test_the_reference_checker_goes_by_class_and_score(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["nothing.here:SafetyChecker", "service.images.safety:Nobody", "service.images.safety"]
 )
-def test_a_checker_that_cannot_be_had_keeps_the_server_from_starting(name):
+def test_a_check_that_cannot_be_loaded_is_refused_at_start(name):
     with pytest.raises(StartError, match="safety"):
         create_app(Settings(images={"safety": name}))
 
 
-def test_without_a_checker_there_is_none():
+def test_there_is_no_check_by_default():
     assert load_checker(None) is None

@@ -1,4 +1,4 @@
-"""One trace a request, one span a batch, links between them, and nothing at all where no collector is named."""
+"""Traces of requests and batches, their links, and no tracing without a collector."""
 
 import contextlib
 import http.server
@@ -28,14 +28,14 @@ STAGES = ["queue", "text", "model", "vae"]
 
 
 class Anything:
-    """A checker that refuses nothing."""
+    """A check that blocks nothing."""
 
     def __call__(self, pixels, moderation):
         return None
 
 
 class Spans:
-    """What a server recorded; whole once it is drained."""
+    """The spans of a server; complete after it is drained."""
 
     def __init__(self):
         self.exporter = InMemorySpanExporter()
@@ -67,7 +67,7 @@ def linked(span):
     return {link.context.span_id for link in span.links}
 
 
-def test_a_request_is_a_server_span_with_its_stages_below_it():
+def test_a_request_is_a_server_span_with_child_spans_for_stages():
     spans = Spans()
     with traced(spans, images={"safety": f"{__name__}:Anything"}) as url:
         answer = httpx.post(url, json={"prompt": "a secret owl", "n": 2, "size": "128x64"})
@@ -111,7 +111,7 @@ def test_requests_that_share_a_batch_are_linked_to_it():
         assert all(linked(stage) == {batch.context.span_id} for stage in (queue, *rest))
 
 
-def test_an_image_at_hand_has_no_stages_but_its_encoding():
+def test_a_cached_image_has_only_the_encoding_stage():
     spans = Spans()
     with traced(spans) as url:
         for _ in range(2):
@@ -132,7 +132,7 @@ def test_a_request_continues_its_clients_trace(flags, recorded):
     assert all(f"{span.parent.span_id:016x}" == parent for span in mine if span.kind == SpanKind.SERVER)
 
 
-def test_a_batch_that_failed_says_so_and_so_does_its_request():
+def test_a_failed_batch_and_its_request_have_the_error_status():
     spans = Spans()
     with traced(spans, Simulator(0, 0, fails_on="bad")) as url:
         httpx.post(url, json={"prompt": "bad"})
@@ -187,7 +187,7 @@ def test_spans_reach_a_collector_before_the_server_ends(monkeypatch):
     assert sent == {"POST /v1/images/generations", "batch", "encode", *STAGES}
 
 
-def test_without_a_collector_nothing_of_it_is_imported():
+def test_without_a_collector_the_sdk_is_not_imported():
     code = """
 import sys
 from starlette.testclient import TestClient
@@ -203,7 +203,7 @@ sys.exit("service.observability.tracing" in sys.modules or "opentelemetry.sdk" i
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_collector_without_the_sdk_is_one_sentence(monkeypatch):
+def test_a_collector_without_the_sdk_is_refused_at_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "service.observability.tracing", None)  # as where the extra is not installed
     with pytest.raises(StartError, match=r"otlp_endpoint: .*\[tracing\]"):
         create_app(Settings(observability={"otlp_endpoint": "http://localhost:4318"}))

@@ -1,4 +1,4 @@
-"""Models loaded and unloaded by their administrator, over HTTP."""
+"""`/v1/admin`: models that are loaded and unloaded at run time."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ def students(tmp_path):
     return tmp_path / "students"
 
 
-def test_a_student_comes_serves_and_goes(serve, connect, students):
+def test_a_student_is_loaded_served_and_unloaded(serve, connect, students):
     url = serve(models_folder=students)
     models = f"{url}/v1/admin/models"
     listed = httpx.get(models).json()
@@ -41,7 +41,7 @@ def test_a_student_comes_serves_and_goes(serve, connect, students):
     assert [model.id for model in client.models.list()] == ["simulator", "student-one"]
 
 
-def test_an_adapter_comes_is_asked_for_and_goes(serve, connect, students):
+def test_an_adapter_is_loaded_used_and_unloaded(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
     url = serve(models_folder=students)
     assert httpx.get(f"{url}/v1/admin/models").json()["adapter_folders"] == ["none"]
@@ -76,14 +76,14 @@ def pixel(answer):
         ({}, "folder"),
     ],
 )
-def test_what_is_no_student_of_ours_is_refused(serve, students, body, param):
+def test_an_unknown_folder_is_refused(serve, students, body, param):
     url = serve(models_folder=students)
     answer = httpx.post(f"{url}/v1/admin/models", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert len(httpx.get(f"{url}/v1/models").json()["data"]) == 1
 
 
-def test_only_keys_of_the_scope_may(serve, students, tmp_path):
+def test_only_keys_with_the_admin_scope_are_accepted(serve, students, tmp_path):
     keys = KeyFile(tmp_path / "keys.json")
     url = serve(models_folder=students, http={"keys_file": tmp_path / "keys.json"})
     for scope, status in (("generate", 403), ("jobs", 403), ("admin", 200)):
@@ -102,7 +102,7 @@ def shell(url, *words, key=None):
     return done.output
 
 
-def test_models_come_and_go_from_the_shell(serve, connect, students):
+def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
     url = serve(aliases={"gpt-image-1": "simulator"}, models_folder=students)
     assert shell(url, "load", "one") == "student-one is served.\n"
@@ -125,7 +125,7 @@ def test_models_come_and_go_from_the_shell(serve, connect, students):
     assert [model.id for model in connect(url).models.list()] == ["simulator", "new", "gpt-image-1"]
 
 
-def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
+def test_an_error_of_the_server_is_one_sentence_on_the_command_line(serve, students):
     url = serve(models_folder=students)
     for said, *words in (
         (r"no folder 'other' with onestep.json; there are \['one', 'two'\]", "load", "other"),
@@ -138,7 +138,7 @@ def test_what_the_server_refuses_is_one_sentence_in_the_shell(serve, students):
             shell(url, *words)
 
 
-def test_the_shell_names_the_key_and_the_server_that_it_lacks(serve, students, tmp_path):
+def test_the_command_line_names_a_missing_key_and_an_unreachable_server(serve, students, tmp_path):
     keys = KeyFile(tmp_path / "keys.json")
     url = serve(models_folder=students, http={"keys_file": tmp_path / "keys.json"})
     assert shell(url, "list", key=keys.create("root", ["admin"])).startswith("student")

@@ -30,7 +30,7 @@ def param(answer):
     return answer.json()["error"]["param"]
 
 
-def test_links_lead_to_the_images(api, connect):
+def test_links_return_the_images(api, connect):
     answer = connect(api).images.generate(prompt="a", n=2, response_format="url", extra_body={"seed": 4})
     assert [item.b64_json for item in answer.data] == [None, None]
     plain = connect(api).images.generate(prompt="a", n=2, extra_body={"seed": 4})
@@ -40,7 +40,7 @@ def test_links_lead_to_the_images(api, connect):
         assert got.headers["content-type"] == "image/png"
 
 
-def test_a_link_with_another_signature_or_name_is_not_found(api):
+def test_a_link_with_a_wrong_signature_or_name_is_not_found(api):
     url = generate(api, response_format="url").json()["data"][0]["url"]
     for wrong in (
         url[:-1],
@@ -64,19 +64,19 @@ def test_a_stream_is_one_completed_event(api, connect):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_bytes_are_answered_to_who_accepts_them(api, kind):
+def test_clients_that_accept_images_get_the_bytes(api, kind):
     answer = generate(api, {"accept": f"image/{kind};q=0.9"}, seed=5)
     assert answer.headers["content-type"] == f"image/{kind}"
     assert answer.headers["x-seed"] == "5"
     assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
 
 
-def test_accept_may_be_several_headers(api):
+def test_several_accept_headers_are_combined(api):
     headers = [("accept", "image/png;q=0.5"), ("accept", "application/json;q=0.1")]
     assert generate(api, headers).headers["content-type"] == "image/png"
 
 
-def test_what_contradicts_itself_is_refused_by_name(api):
+def test_contradicting_fields_are_refused_by_name(api):
     raw = {"accept": "image/png"}
     assert param(generate(api, raw, n=2)) == "n"
     assert param(generate(api, raw, response_format="url")) == "response_format"
@@ -113,7 +113,7 @@ def test_steps_that_the_model_does_not_support_are_refused_by_name(api, any_step
         assert reason in answer.json()["error"]["message"]
 
 
-def test_stages_are_timed_in_a_header(api):
+def test_a_header_has_the_time_of_each_stage(api):
     def stages(**body) -> list[str]:
         timed = dict(part.split(";dur=") for part in generate(api, **body).headers["server-timing"].split(", "))
         assert all(float(duration) >= 0 for duration in timed.values())
@@ -125,7 +125,7 @@ def test_stages_are_timed_in_a_header(api):
     assert stages(prompt="timed", seed=1, n=2) == every
 
 
-def test_links_are_https_behind_a_proxy_that_is_trusted(serve):
+def test_links_are_https_behind_a_trusted_proxy(serve):
     headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.7"}
     for trusted, scheme in (
         (("127.0.0.0/8",), "https"),
@@ -160,7 +160,7 @@ def warning():
         ("seed", -1),
     ],
 )
-def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(warning, api, field, value):
+def test_with_warnings_an_unsupported_field_is_ignored_and_named(warning, api, field, value):
     answer = generate(warning, **{field: value})
     assert answer.status_code == 200, answer.text
     (said,) = answer.json()["warnings"]
@@ -169,7 +169,7 @@ def test_an_unsupported_field_is_ignored_and_named_where_the_server_warns(warnin
     assert param(generate(api, **{field: value})) == field
 
 
-def test_all_that_is_not_done_as_requested_is_named_in_every_form_of_answer(warning):
+def test_every_response_format_names_all_ignored_fields(warning):
     unsupported = {"quality": "high", "style": "vivid", "size": "1792x1024", "seed": -1, "a\r\nb: ü": 1}
     answer = generate(warning, n=2, output_format="webp", user="ann", **unsupported).json()
     assert (len(answer["data"]), answer["output_format"]) == (2, "webp")
@@ -201,11 +201,11 @@ def test_all_that_is_not_done_as_requested_is_named_in_every_form_of_answer(warn
         ("lora", {"name": "style", "path": "x"}),
     ],
 )
-def test_what_changes_the_images_or_the_answer_is_refused_even_where_the_server_warns(warning, field, value):
+def test_with_warnings_fields_that_change_the_images_or_the_response_are_still_refused(warning, field, value):
     assert param(generate(warning, quality="hd", **{field: value})).startswith(field)
 
 
-def test_the_message_for_a_wrong_field_says_what_to_do(api):
+def test_the_error_of_an_invalid_field_names_the_fix(api):
     def message(**body) -> str:
         return generate(api, **body).json()["error"]["message"]
 

@@ -1,4 +1,4 @@
-"""The OpenAPI description is true: requests drawn from it, and around it, meet no 5xx and no answer beyond it."""
+"""The OpenAPI description: generated requests, valid and invalid, get no 5xx and no undocumented response."""
 
 import pytest
 import schemathesis
@@ -16,7 +16,7 @@ KEY = "sk-a-key-for-tests"
 
 # The threads of the server, which is in this process, draw from `random` meanwhile; its requests are not drawn from it.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_no_request_breaks_the_description(tmp_path):
+def test_responses_match_the_openapi_description(tmp_path):
     quick = settings(
         max_examples=20,
         deadline=None,

@@ -1,4 +1,4 @@
-"""Bad requests: each is refused with the right status and a complete error object, and none reaches the model."""
+"""Invalid requests: each gets the right status and a complete error object, and none reaches the model."""
 
 import gzip
 import json
@@ -219,18 +219,18 @@ def refused(answer, status):
 
 
 @pytest.mark.parametrize(("field", "value"), FIELDS)
-def test_a_bad_field_is_named(api, field, value):
+def test_an_invalid_field_is_named(api, field, value):
     error = refused(api.post(PATH, json={"prompt": "a", field: value}), 400)
     assert error["param"] == field
 
 
 @pytest.mark.parametrize(("fields", "param"), TOGETHER)
-def test_what_does_not_go_together_is_named(api, fields, param):
+def test_an_invalid_combination_of_fields_is_named(api, fields, param):
     assert refused(api.post(PATH, json={"prompt": "a", **fields}), 400)["param"] == param
 
 
 @pytest.mark.parametrize(("fields", "param"), ACCEPTING)
-def test_what_contradicts_the_accept_header_is_named(api, fields, param):
+def test_a_field_that_contradicts_the_accept_header_is_named(api, fields, param):
     answer = api.post(PATH, json={"prompt": "a", **fields}, headers={"accept": "image/png"})
     assert refused(answer, 400)["param"] == param
 
@@ -241,12 +241,12 @@ def test_an_unknown_model_is_not_found(api):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_bad_body_is_refused(api, body):
+def test_an_invalid_body_is_refused(api, body):
     refused(api.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
 
 
 @pytest.mark.parametrize("body", ["{}", '{"prompt": "\\ud800"}'])  # none, and half of a surrogate pair
-def test_a_body_that_is_wrong_in_its_prompt_names_it(api, body):
+def test_an_invalid_prompt_is_named(api, body):
     error = refused(api.post(PATH, content=body, headers={"content-type": "application/json"}), 400)
     assert error["param"] == "prompt"
 
@@ -268,14 +268,14 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("body", "headers", "param", "reason"), UNREADABLE)
-def test_a_body_that_cannot_be_read_is_refused_with_the_reason(api, body, headers, param, reason):
+def test_an_unreadable_body_is_refused_with_the_reason(api, body, headers, param, reason):
     error = refused(api.post(PATH, content=body, headers={"content-type": "application/json", **headers}), 400)
     assert error["param"] == param
     assert error["code"]
     assert reason in error["message"]
 
 
-def test_a_stream_of_plain_bytes_is_refused_with_the_reason(api):
+def test_a_stream_of_raw_images_is_refused_with_the_reason(api):
     answer = api.post(PATH, json={"prompt": "a", "stream": True, "n": 2}, headers={"accept": "image/png"})
     error = refused(answer, 400)
     assert error["param"] == "stream"
@@ -285,7 +285,7 @@ def test_a_stream_of_plain_bytes_is_refused_with_the_reason(api):
 @pytest.mark.parametrize(
     "content", [{"files": {"file": (None, "hello")}}, {"data": {"file": "a"}}, {"json": {"file": "a"}}]
 )
-def test_text_in_the_place_of_a_file_is_refused_with_the_reason(api, content):
+def test_text_instead_of_a_file_is_refused_with_the_reason(api, content):
     error = refused(api.post("/v1/files", **content), 400)
     assert error["param"] == "file"
     assert "file=@" in error["message"]
@@ -329,32 +329,32 @@ def long_requests(api):
             yield method, plain, {"json": whole | {LONG: 1}}
 
 
-def test_no_error_repeats_much_of_a_request(api):
+def test_errors_repeat_little_text_of_the_request(api):
     for method, path, content in long_requests(api):
         answer = api.request(method, path, **content)
         assert answer.is_success or LONG[:201] not in answer.text + str(answer.headers), (path[:99], str(content)[:99])
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
-def test_another_kind_of_body_is_refused(api, kind):
+def test_a_body_of_another_media_type_is_refused(api, kind):
     error = refused(api.post(PATH, content=json.dumps({"prompt": "a"}), headers={"content-type": kind}), 400)
     assert "application/json" in error["message"]
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
-def test_a_bad_idempotency_key_is_refused(api, key):
+def test_an_invalid_idempotency_key_is_refused(api, key):
     error = refused(api.post(PATH, json={"prompt": "a"}, headers={"idempotency-key": key}), 400)
     assert error["param"].lower() == "idempotency-key"
 
 
 @pytest.mark.parametrize(("method", "path", "status"), PATHS)
-def test_a_bad_path_is_refused(api, method, path, status):
+def test_an_unknown_path_or_method_is_refused(api, method, path, status):
     answer = api.request(method, path)
     refused(answer, status)
     assert ("allow" in answer.headers) == (status == 405)
 
 
-def test_all_methods_of_a_path_are_named(api):
+def test_all_allowed_methods_of_a_path_are_named(api):
     answer = api.put("/v1/models/simulator")
     assert answer.headers["allow"] == "HEAD, GET, DELETE"
     assert "takes HEAD, GET, DELETE only" in refused(answer, 405)["message"]
@@ -362,13 +362,13 @@ def test_all_methods_of_a_path_are_named(api):
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), POSTS)
-def test_a_bad_body_of_another_route_is_refused(api, path, body, status, param):
+def test_an_invalid_body_of_another_route_is_refused(api, path, body, status, param):
     error = refused(api.post(path, json=body), status)
     assert param in (None, error["param"])
 
 
 @pytest.mark.parametrize(("fields", "param"), UPLOADS)
-def test_a_bad_upload_is_refused(api, fields, param):
+def test_an_invalid_upload_is_refused(api, fields, param):
     error = refused(api.post("/v1/files", data=fields, files={"file": ("a.jsonl", b"{}\n")}), 400)
     assert param in (None, error["param"])
 
@@ -385,10 +385,10 @@ def test_a_bad_upload_is_refused(api, fields, param):
     ],
     ids=["no file", "empty", "text", "json", "broken", "no boundary"],
 )
-def test_what_is_no_upload_is_refused(api, content):
+def test_a_body_that_is_not_an_upload_is_refused(api, content):
     refused(api.post("/v1/files", **content), 400)
 
 
 @pytest.mark.parametrize(("path", "status"), GETS)
-def test_what_is_not_there_is_told(api, path, status):
+def test_unknown_resources_and_invalid_queries_are_refused(api, path, status):
     refused(api.get(path), status)

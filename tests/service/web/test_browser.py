@@ -33,13 +33,13 @@ def opened():
 
 @pytest.fixture
 def page(opened):
-    """A page that nothing was complained of yet."""
+    """A page without errors in its console."""
     yield opened
     opened.driver.get("about:blank")  # it may ask a server that is gone
     opened.errors()
 
 
-def test_images_appear_while_typing_and_history_brings_them_back(page, tmp_path):
+def test_images_appear_while_typing_and_are_restored_from_the_history(page, tmp_path):
     with serving(create_app(Settings(), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
@@ -107,7 +107,7 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
         assert page.errors() == []
 
 
-def test_keys_draw_and_themes_and_phones_have_their_form(page):
+def test_keyboard_shortcuts_themes_and_small_screens(page):
     with serving(create_app(Settings(data=None), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(url)
         page.until(lambda: page.find("#model option"))
@@ -152,7 +152,7 @@ def test_a_key_is_asked_for_where_it_is_needed(page):
         page.errors()  # of what was asked without the key
 
 
-def test_a_file_of_requests_is_begun_watched_and_fetched(page, tmp_path):
+def test_a_batch_is_started_watched_and_downloaded(page, tmp_path):
     body = {"prompt": "a red circle", "seed": 1}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": body}
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
@@ -179,7 +179,7 @@ def metrics(images: int, gap: float) -> LogLine:
     return LogLine("metrics", images, {"images": images, "gap": gap})
 
 
-def test_a_long_job_is_drawn_from_its_beginning_and_a_student_that_is_gone_is_not_offered(page, tmp_path):
+def test_a_long_job_is_drawn_whole_and_a_deleted_student_is_not_offered(page, tmp_path):
     jobs = Jobs(tmp_path, Settings())
     jobs.database.migrate()
     grid = tmp_path / "distillations" / "ftjob-1" / "run" / "samples" / "000001608.png"
