@@ -211,7 +211,7 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
 def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole, tmp_path):
     done = invoke("evaluate", "--student", str(whole[1] / "student"), "--picture", str(tmp_path / "picture.png"))
     assert isinstance(done.exception, SizeError)
-    assert "makes 16 pixels a side" in str(done.exception)
+    assert "makes images of 16x16 pixels" in str(done.exception)
 
 
 def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
@@ -223,13 +223,13 @@ def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_is_stop_signals_learns_it_and_says_so_in_the_status(number):
+def test_a_stop_signal_is_recorded_and_sets_the_exit_status(number):
     before = signal.getsignal(number)
-    with stop_signals() as asked:
+    with stop_signals() as received:
         signal.raise_signal(number)
-        assert signal.getsignal(number) is before  # the second ends at once
-    assert asked == [number]
-    assert stopped(8, asked).exit_code == 128 + number
+        assert signal.getsignal(number) is before  # the second stops at once
+    assert received == [number]
+    assert stopped(8, received).exit_code == 128 + number
 
 
 def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
