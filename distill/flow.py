@@ -7,7 +7,7 @@ Batches are (B, ...), times (B,).
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,20 @@ def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond: Cond) -> Tensor:
     """x_0 = z - v(z, 1, cond): one Euler step from pure noise to data; differentiable in the velocity's weights."""
     return z - velocity(z, torch.ones(len(z), device=z.device), cond)
+
+
+def guided_velocity(
+    velocity: Callable[[Tensor, Tensor, Any], Tensor], null: Any, x_t: Tensor, t: Tensor, cond: Any, scale: Any
+) -> Tensor:
+    """v_null + scale (v - v_null) in one batched call, with one scale or a scale per image (B,).
+
+    `null` is the condition of the empty prompt, one row. With a scale of None, v_null is not computed.
+    """
+    if scale is None:
+        return velocity(x_t, t, cond)
+    both = type(cond).cat([null.expand(len(x_t)), cond])
+    v_null, v = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return v_null + (_expand(scale, x_t) if isinstance(scale, Tensor) else scale) * (v - v_null)
 
 
 def between(t: Tensor, s: Tensor) -> Tensor:

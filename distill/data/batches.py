@@ -19,24 +19,24 @@ from distill.models.text import TextCondition
 from distill.philox import Draw, key_of
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Conditions(Protocol):
-    """Encoded prompts, as the trainer reads them."""
+class Rows(Protocol[T_co]):
+    """Encoded prompts or real images, as the trainer reads them."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Tensor) -> T_co: ...
+
+
+class Conditions(Rows[TextCondition], Protocol):
+    """Encoded prompts, with the empty one."""
 
     null: TextCondition
 
-    def __len__(self) -> int: ...
 
-    def rows(self, indices: Tensor) -> TextCondition: ...
-
-
-class Reals(Protocol):
-    """Encoded real images, as the trainer reads them."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Tensor) -> Real: ...
+Reals = Rows[Real]
 
 
 @dataclass(frozen=True)

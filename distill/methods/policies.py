@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill.flow import interpolate, one_step, shift_time, x_0_from_velocity
+from distill.flow import guided_velocity, interpolate, one_step, shift_time, x_0_from_velocity
 from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Velocities, Velocity
 from distill.philox import Draw
@@ -127,15 +127,6 @@ def add_noise(times: Times, x_0: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Te
     t = times.sample(draw).to(x_0.device)
     eps = draw.normal(x_0.shape[1:]).to(x_0.device)
     return interpolate(x_0, eps, t), t, eps
-
-
-def guided_velocity(velocity: Velocity, null: Any, x_t: Tensor, t: Tensor, cond: Any, scale: Tensor | None) -> Tensor:
-    """v_null + scale (v - v_null), with a scale per image (B,). Without a scale, v_null is not computed."""
-    if scale is None:
-        return velocity(x_t, t, cond)
-    both = type(cond).cat([null.expand(len(x_t)), cond])
-    v_null, v = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return v_null + scale.view(-1, *[1] * (x_t.ndim - 1)) * (v - v_null)
 
 
 def guided_velocities(

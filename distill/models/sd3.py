@@ -13,24 +13,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.flow import shift_time
+from distill.flow import guided_velocity, shift_time
 from distill.models.sd3_folder import SD3Folder, find_weights
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite, check_shapes
-
-__all__ = [
-    "Velocity",
-    "check_parts",
-    "decode_in_parts",
-    "decode_latents",
-    "encode_images",
-    "euler_times",
-    "guided",
-    "load_transformer",
-    "load_vae",
-    "sample",
-    "velocity",
-]
 
 Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
 
@@ -41,27 +27,21 @@ _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 trainin
 def load_transformer(
     folder: SD3Folder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SD3Transformer2DModel:
-    """Load the transformer of a checked folder, in evaluation mode and frozen.
-
-    Raises TeacherError for weights that are not finite or do not match its configuration.
-    """
-    path = folder.path / "transformer"
-    check_shapes(SD3Transformer2DModel, path)
-    model = SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
-    check_finite(model, path)
-    return model.to(device).eval().requires_grad_(False)
+    """Load the transformer of a folder, frozen. Raises TeacherError for non-finite or mismatched weights."""
+    return _load(SD3Transformer2DModel, folder.path / "transformer", dtype, device)
 
 
 def load_vae(
     folder: SD3Folder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> AutoencoderKL:
-    """Load the autoencoder of a checked folder, in evaluation mode and frozen.
+    """Load the autoencoder of a folder, frozen. Raises TeacherError for non-finite or mismatched weights."""
+    return _load(AutoencoderKL, folder.path / "vae", dtype, device)
 
-    Raises TeacherError for weights that are not finite or do not match its configuration.
-    """
-    path = folder.path / "vae"
-    check_shapes(AutoencoderKL, path)
-    model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, **_only_from(path))
+
+def _load(kind: Any, path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+    check_shapes(kind, path)
+    own = {"use_safetensors": True, "local_files_only": True, "variant": find_weights(path).variant}
+    model = kind.from_pretrained(path, torch_dtype=dtype, **own)
     check_finite(model, path)
     return model.to(device).eval().requires_grad_(False)
 
@@ -70,11 +50,6 @@ def check_parts(folder: SD3Folder) -> None:
     """Raise TeacherError unless the weights of transformer and autoencoder match their configurations."""
     check_shapes(SD3Transformer2DModel, folder.path / "transformer")
     check_shapes(AutoencoderKL, folder.path / "vae")
-
-
-def _only_from(path: Path) -> dict[str, Any]:
-    """Arguments of the loaders: the weights of this folder, in safetensors."""
-    return {"use_safetensors": True, "local_files_only": True, "variant": find_weights(path).variant}
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
@@ -112,19 +87,10 @@ def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: T
 
 
 def guided(unguided: Velocity, null: TextCondition, scale: float) -> Velocity:
-    """Classifier-free guidance, u = u_null + scale (u_c - u_null), in one batched call.
-
-    `null` is the encoded empty prompt, one row. At a scale of 1, u_null is not computed.
-    """
+    """A velocity with classifier-free guidance; `null` is the encoded empty prompt, one row."""
     if scale == 1:
         return unguided
-
-    def u(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-        both = TextCondition.cat([null.expand(len(cond)), cond])
-        u_null, u_c = unguided(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return u_null + scale * (u_c - u_null)
-
-    return u
+    return lambda x_t, t, cond: guided_velocity(unguided, null, x_t, t, cond, scale)
 
 
 def euler_times(steps: int, shift: float) -> Tensor:

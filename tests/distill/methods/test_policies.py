@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from distill.flow import shift_time
-from distill.methods.policies import TeacherGuidance, Times, guided_velocity
+from distill.flow import guided_velocity, shift_time
+from distill.methods.policies import TeacherGuidance, Times
 from distill.philox import Draw
 
 COUNT = 20_000
