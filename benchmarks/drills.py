@@ -1,14 +1,14 @@
-"""What the server promises when it goes badly, tried on a real one, over HTTP, for as long as you like.
+"""Test a real server over HTTP under overload, sustained load and killed workers.
 
-    python benchmarks/drills.py overload [--seconds 60]               ten times what it can take
-    python benchmarks/drills.py soak [--seconds 3600] [--device cpu]  full load, and what becomes of its memory
+    python benchmarks/drills.py overload [--seconds 60]               ten times its capacity
+    python benchmarks/drills.py soak [--seconds 3600] [--device cpu]  full load; memory must not grow
     python benchmarks/drills.py chaos [--kills 20] [--device cpu]     workers killed at random under load
-    python benchmarks/drills.py fleet [--seconds 10] [--clients 64]   eight devices of 20 ms a batch behind one process
+    python benchmarks/drills.py fleet [--seconds 10] [--clients 64]   eight devices with 20 ms per batch
 
-`overload` and `fleet` use simulated devices. `soak` and `chaos` compare every image, bit by bit, with the one that an
-undisturbed server made. Each prints what it found, and ends with status 1 when a promise was broken: a request lost or
-answered in another way than with its image or a refusal that says when to come back, a queue beyond its bound, memory
-that grows. Rates and latencies are printed beside their bounds and judged by the reader, who knows the machine.
+`overload` and `fleet` use simulated devices. `soak` and `chaos` compare every image bit by bit with that of an
+undisturbed server. Each test prints its results, and exits with status 1 if a request is lost or gets neither its image
+nor a refusal with Retry-After, if the queue exceeds its limit, or if memory grows. Rates and latencies are only printed
+beside their bounds, because they depend on the machine.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from service.observability.metrics import Metrics
 from service.settings import EngineSettings, Settings
 
 OVERLOAD = 10  # times the capacity
-QUEUE = 40  # images that may wait then
-CALL_SECONDS = 0.1  # of a batch of the device that is overloaded
-DISTINCT = 8  # requests of each client that a soak or chaos repeats
-GROWTH = 0.02  # share of its memory that a server may grow by over the second half of a soak
-BATCH_SECONDS = 0.02  # of the fleet's devices
+QUEUE = 40  # images that may wait
+CALL_SECONDS = 0.1  # per batch of the overloaded device
+DISTINCT = 8  # requests that each client of soak and chaos repeats
+GROWTH = 0.02  # maximum growth of memory in the second half of a soak, as a share
+BATCH_SECONDS = 0.02  # per batch of the fleet's devices
 
 
 class Answer(NamedTuple):
-    """What a server said, and after how long."""
+    """A response and its time."""
 
     seconds: float
     status: int
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Asks a server, by a connection of each thread's own."""
+    """An HTTP client with one connection per thread."""
 
     def __init__(self, url: str) -> None:
         self._host = url.removeprefix("http://")
@@ -68,7 +68,7 @@ class Client:
         self._connections: list[http.client.HTTPConnection] = []
 
     def ask(self, prompt: str, seed: int) -> Answer:
-        """Ask for an image."""
+        """Request an image."""
         if not hasattr(self._own, "connection"):
             self._own.connection = http.client.HTTPConnection(self._host, timeout=120)
             self._connections.append(self._own.connection)
@@ -81,13 +81,13 @@ class Client:
         return Answer(time.perf_counter() - began, answer.status, headers, data)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for connection in self._connections:
             connection.close()
 
 
 def pixels(answer: Answer) -> str:
-    """What an image looks like, to the bit; or what came in its place."""
+    """Return a digest of the pixels of an image, or a description of another response."""
     if answer.status != 200:
         return f"status {answer.status}"
     image = Image.open(io.BytesIO(base64.b64decode(json.loads(answer.body)["data"][0]["b64_json"])))
@@ -96,7 +96,7 @@ def pixels(answer: Answer) -> str:
 
 @contextlib.contextmanager
 def serving(device: str, **settings: object) -> Iterator[tuple[str, int]]:
-    """A server of our own, with settings: its URL and its process."""
+    """Run a server with settings. Yields its URL and process id."""
     port = free_port()
     command = [sys.executable, "-m", "service.cli", "serve", "--device", device, "--port", str(port)]
     given = {"data": "none", **settings}
@@ -107,24 +107,24 @@ def serving(device: str, **settings: object) -> Iterator[tuple[str, int]]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, by any of its threads."""
+    """Return the child processes of all threads of a process."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def rss_mb(pid: int) -> float:
-    """Memory of a process in MB."""
+    """Return the memory of a process in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def open_files(pid: int) -> int:
-    """Files and connections that a process has open."""
+    """Return the number of open files and connections of a process."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def simulated(folder: str, seconds: float) -> Path:
-    """A profile of a model whose batches of any size take so long."""
+    """Return a profile of a model whose batches of any size take so many seconds."""
     card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, 1)
     times = {"text": 0.0, "model": seconds, "vae": 0.0}
     path = Path(folder) / "simulated.json"
@@ -133,7 +133,7 @@ def simulated(folder: str, seconds: float) -> Path:
 
 
 def malformed(answer: Answer) -> str | None:
-    """What a refusal lacks of what a client needs."""
+    """Return what is wrong with a refusal, if anything."""
     try:
         error = json.loads(answer.body)["error"]
         wait, milliseconds = int(answer.headers["retry-after"]), int(answer.headers["retry-after-ms"])
@@ -146,13 +146,13 @@ def malformed(answer: Answer) -> str | None:
     ):
         return f"the error {error}"
     if not 1 <= wait == math.ceil(milliseconds / 1000) or not 0 <= position <= QUEUE:
-        return f"come back after {wait} s or {milliseconds} ms, at place {position}"
+        return f"retry after {wait} s or {milliseconds} ms, at queue position {position}"
     return None
 
 
 @dataclass(frozen=True)
 class Overload:
-    """What came of offering too much."""
+    """The results of an overload."""
 
     capacity: float  # images/s
     offered: float
@@ -160,23 +160,23 @@ class Overload:
     accepted: Sequence[float]
     refused: Sequence[float]
     others: Sequence[int]  # statuses
-    malformed: Sequence[str]  # faults of refusals
-    waiting: Sequence[int]  # images in the queue, seen now and again
+    malformed: Sequence[str]  # errors of refusals
+    waiting: Sequence[int]  # samples of the number of queued images
     memory: Sequence[float]  # MB
 
-    def complaints(self) -> Iterator[str]:
-        """Promises that were broken."""
+    def errors(self) -> Iterator[str]:
+        """Yield what must not happen."""
         if self.others:
-            yield f"{len(self.others)} requests were answered otherwise: {sorted(set(self.others))}"
+            yield f"{len(self.others)} requests got other statuses: {sorted(set(self.others))}"
         if self.malformed:
-            yield f"{len(self.malformed)} refusals are not as they should be, the first: {self.malformed[0]}"
+            yield f"{len(self.malformed)} refusals are invalid, the first: {self.malformed[0]}"
         if not self.accepted or not self.refused:
-            yield "it was no overload: nothing was made, or nothing refused"
+            yield "there was no overload: no image was generated, or no request was refused"
         if max(self.waiting) > QUEUE:
-            yield f"{max(self.waiting)} images waited, over the bound of {QUEUE}"
+            yield f"{max(self.waiting)} images waited, over the limit of {QUEUE}"
 
     def show(self) -> None:
-        """All of it, beside the bounds."""
+        """Print everything beside its bounds."""
         bound = 2 * self.unloaded_p99 + QUEUE / self.capacity
         print(f"capacity {self.capacity:.1f}/s, offered {self.offered:.1f}/s")
         print(f"accepted {len(self.accepted)}: p99 {quantile(self.accepted, 0.99):.2f} s, bound {bound:.2f} s")
@@ -187,7 +187,7 @@ class Overload:
 
 
 def overload(seconds: float, clients: int = 64) -> Overload:
-    """Offer ten times the capacity from many connections at a steady pace."""
+    """Send ten times the capacity over many connections at a constant rate."""
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(
@@ -235,10 +235,10 @@ def overload(seconds: float, clients: int = 64) -> Overload:
 
 
 class Load:
-    """Clients that ask all the time for the same images, and compare each with the one that they got first."""
+    """Clients that request the same images all the time, and compare each with the first one."""
 
     def __init__(self, url: str, clients: int) -> None:
-        """Asks for every image once; nothing has gone wrong yet, and no other load is there."""
+        """Requests every image once, before anything else uses the server."""
         self._client = Client(url)
         self._clients = clients
         self._distinct = DISTINCT * clients
@@ -251,8 +251,8 @@ class Load:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Ask for as long as the block runs."""
-        asking = [self._pool.submit(self._go_on, number) for number in range(self._clients)]
+        """Send requests while the block runs."""
+        asking = [self._pool.submit(self._request_all, number) for number in range(self._clients)]
         try:
             yield
         finally:
@@ -262,8 +262,8 @@ class Load:
             self._client.close()
         self.answers = sum(counts)
 
-    def complaints(self) -> Iterator[str]:
-        """Promises that were broken."""
+    def errors(self) -> Iterator[str]:
+        """Yield what must not happen."""
         if self.lost:
             yield f"{len(self.lost)} requests are lost: {sorted(set(self.lost))}"
         if self.wrong:
@@ -272,7 +272,7 @@ class Load:
     def _ask(self, i: int) -> str:
         return pixels(self._client.ask(f"drill {i}", i))
 
-    def _go_on(self, number: int) -> int:
+    def _request_all(self, number: int) -> int:
         for asked in itertools.count():
             if self._stop.is_set():
                 return asked
@@ -282,39 +282,39 @@ class Load:
                 self.lost.append(answer)
             elif answer != self._expected[i]:
                 self.wrong.append(answer)
-        raise AssertionError("counting has no end")
+        raise AssertionError("itertools.count ended")
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What became of a server under full load."""
+    """The results of a sustained load."""
 
     load: Load
     seconds: float
-    times: Sequence[float]  # at which memory was looked at
+    times: Sequence[float]  # of the samples of memory
     memory: Sequence[float]  # MB, of the server and its workers
     files: Sequence[int]  # open in the server
 
     @property
     def growth(self) -> float:
-        """MB by which memory grew over the second half, by the slope of a line through it."""
+        """MB by which memory grew in the second half, by linear regression."""
         half = len(self.times) // 2
         slope: float = np.polyfit(self.times[half:], self.memory[half:], 1)[0]
         return slope * (self.times[-1] - self.times[half])
 
     @property
     def bound(self) -> float:
-        """MB by which it may."""
+        """MB by which memory may grow."""
         return GROWTH * float(np.median(self.memory))
 
-    def complaints(self) -> Iterator[str]:
-        """Promises that were broken, but for memory: what a soak of seconds sees of it is its warm-up."""
-        yield from self.load.complaints()
+    def errors(self) -> Iterator[str]:
+        """Yield what must not happen. Growth of memory is not included, because short tests only see the warm-up."""
+        yield from self.load.errors()
         if not self.load.answers:
             yield "nothing was answered"
 
     def show(self) -> None:
-        """All of it, beside the bounds."""
+        """Print everything beside its bounds."""
         rate = self.load.answers / self.seconds
         print(f"{self.load.answers} requests in {self.seconds:.0f} s, {rate:.1f}/s")
         print(f"lost {len(self.load.lost)}, wrong {len(self.load.wrong)}")
@@ -325,7 +325,7 @@ class Soak:
 
 
 def soak(seconds: float, device: str = "simulator", clients: int = 16, looks: int = 120) -> Soak:
-    """Load a server fully, and look at its memory from time to time. Its result cache is off, so that devices work."""
+    """Load a server fully and sample its memory. Its result cache is off, so that the devices compute."""
     times: list[float] = []
     memory: list[float] = []
     files: list[int] = []
@@ -343,24 +343,24 @@ def soak(seconds: float, device: str = "simulator", clients: int = 16, looks: in
 
 @dataclass(frozen=True)
 class Chaos:
-    """What came of killing workers."""
+    """The results of killed workers."""
 
     load: Load
     kills: int
     restarts: int  # of workers that were ready
 
-    def complaints(self) -> Iterator[str]:
-        """Promises that were broken."""
-        yield from self.load.complaints()
+    def errors(self) -> Iterator[str]:
+        """Yield what must not happen."""
+        yield from self.load.errors()
 
     def show(self) -> None:
-        """All of it."""
+        """Print everything."""
         print(f"{self.kills} kills, {self.restarts} restarts of ready workers, {self.load.answers} requests")
         print(f"lost {len(self.load.lost)}, wrong {len(self.load.wrong)}")
 
 
 def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 0) -> Chaos:
-    """Kill workers of a server that is asked all the time."""
+    """Kill workers of a server under load."""
     chance = random.Random(seed)
     with serving(device, engine__workers_per_device=2, engine__result_cache_bytes=0) as (url, pid):
         load = Load(url, clients)
@@ -368,7 +368,7 @@ def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 
             killed = 0
             while killed < kills:
                 time.sleep(chance.uniform(0.1, 0.5))
-                if len(workers := children(pid)) > 1:  # one of two at a time, also while another one starts
+                if len(workers := children(pid)) > 1:  # never both workers at the same time
                     os.kill(chance.choice(workers), signal.SIGKILL)
                     killed += 1
         restarts = sum(value for name, value in samples(url).items() if name.startswith("fgm_worker_restarts_total"))
@@ -377,7 +377,7 @@ def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Rates of many devices, and the share of their time that they compute: behind the engine alone, and the server."""
+    """Rates and utilization of many devices, behind the engine alone and behind the server."""
 
     devices: int
     ready: int  # workers of the server
@@ -387,21 +387,21 @@ class Fleet:
     server_busy: float
     refused: int
 
-    def complaints(self) -> Iterator[str]:
-        """Promises that were broken."""
+    def errors(self) -> Iterator[str]:
+        """Yield what must not happen."""
         if self.ready != self.devices:
             yield f"{self.ready} of {self.devices} workers are ready"
         if self.refused:
-            yield f"{self.refused} requests were answered without an image"
+            yield f"{self.refused} requests got no image"
 
     def show(self) -> None:
-        """All of it."""
+        """Print everything."""
         print(f"engine   {self.engine_rate:7.1f} images/s, devices busy {self.engine_busy:.2f}")
         print(f"service  {self.server_rate:7.1f} images/s, devices busy {self.server_busy:.2f}")
 
 
 def fleet(seconds: float, clients: int = 64, devices: int = 8) -> Fleet:
-    """Keep many devices of short batches busy from one process."""
+    """Keep many devices with short batches busy from one process."""
     model = 'fgm_stage_seconds_sum{stage="model"}'
     with tempfile.TemporaryDirectory() as folder:
         profile = simulated(folder, BATCH_SECONDS)
@@ -427,12 +427,12 @@ def fleet(seconds: float, clients: int = 64, devices: int = 8) -> Fleet:
 
 
 def quantile(seconds: Sequence[float], share: float) -> float:
-    """Seconds within which this share was answered; NaN when nothing was."""
+    """Return the quantile of response times, or NaN if there are none."""
     return float(np.quantile(seconds, share)) if seconds else math.nan
 
 
 def main() -> None:
-    """Run the drill that is named, and say what came of it."""
+    """Run the test that is named, and print its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drill", choices=("overload", "soak", "chaos", "fleet"))
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -453,11 +453,11 @@ def main() -> None:
         case _:
             found = fleet(arguments.seconds, many)
     found.show()
-    complaints = list(found.complaints())
+    errors = list(found.errors())
     if isinstance(found, Soak) and found.growth > found.bound:
-        complaints.append("its memory grows; a run of less than ten minutes sees the warm-up alone")
-    if complaints:
-        sys.exit("\n".join(complaints))
+        errors.append("memory grows; a run of less than ten minutes only sees the warm-up")
+    if errors:
+        sys.exit("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Kill servers, runs and the database at random moments of a batch and of jobs, and see that nothing is lost or twice.
+"""Kill servers, runs and the database at random moments of a batch and jobs, and check that each result exists once.
 
 python benchmarks/soak_jobs.py [--kills 20] [--lines 4000] [--servers 1] [--jobs 2 [--images 640]]
                                [--postgres [--outages 2] [--outage 60] | --database URL] [--out runs/soak-jobs]
 
-The servers are `fgm-service` processes over the simulator that share one data folder and, if named, one database; with
-PostgreSQL there can be several, and `--postgres` starts one of its own, from Debian's packages. Jobs distill a shipped
-teacher in small. Troubles are spread over the work: each waits for a random share of it, and a random moment more.
+The servers are `fgm-service` processes with the simulator that share one data folder and one database. With PostgreSQL
+there can be several servers; `--postgres` starts a PostgreSQL from Debian's packages. Jobs distill the shipped teacher
+with a small budget. Faults are spread over the work: each waits for a random share of it, and a random time more.
 
-A kill is SIGKILL, so nothing can be tidied up: of a server, which is started again at once, or of the process of a job
-that runs. An outage stops PostgreSQL, every other time by SIGKILL, for `--outage` seconds; meanwhile whatever needs it
-must be refused with 503 and Retry-After, and single images must be made. Then nothing is done by hand but to start it.
+A kill is SIGKILL: of a server, which is started again at once, or of the process of a running job. An outage stops
+PostgreSQL for `--outage` seconds, every second time by SIGKILL. During an outage, requests that need it must be refused
+with 503 and Retry-After, and single images must be generated. Everything else must recover without help.
 
-Ends with status 1 when a line is missing, is there twice, came out with another seed, or has a link without an image;
-when a job has no student that draws, or an event is missing, is there twice or out of order; or when a server refused
-in another way than it should.
+Exits with status 1 if a line is missing, occurs twice, has another seed, or has a link without an image; if the student
+of a job generates no image, or an event is missing, occurs twice or is out of order; or if a server refuses a request
+in another way.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from postgres import Postgres, programs, running
 
 ENDPOINT = "/v1/images/generations"
 IMAGE = {"prompt": "a red circle"}
-STEP = 16  # of a job, in images
+STEP = 16  # batch size of a job
 DISTILLATION = {
     "preset": "scenes-debug",
     "batch": STEP,
@@ -45,11 +45,11 @@ DISTILLATION = {
     "checkpoint_every": 2 * STEP,
 }
 SUPERVISOR = "service.jobs.fine_tuning.process_supervisor"
-LONGEST = 1800.0  # seconds without an answer, an image or a status more, after which something hangs
+LONGEST = 1800.0  # seconds without progress after which the test gives up
 
 
 class Server:
-    """One process, killed and started again on the same port."""
+    """A server process that is killed and started again on the same port."""
 
     def __init__(self, out: Path, database: str | None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -60,14 +60,14 @@ class Server:
             "SERVICE_DATA": str(out / "data"),
             "SERVICE_JOBS__TAKEOVER_SECONDS": "2",
             "SERVICE_JOBS__NICE": "0",
-            "SERVICE_ENGINE__MAX_BATCH": "1",  # so that the batch lasts for all the kills
+            "SERVICE_ENGINE__MAX_BATCH": "1",  # so that the batch takes long enough
             "SERVICE_HTTP__PUBLIC_URL": self.url,
             **({"SERVICE_JOBS__DATABASE": database} if database else {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """A new process, ready."""
+        """Start a process and wait until it is ready."""
         command = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--port", str(self.port)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stderr=log)
@@ -80,16 +80,16 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End the process as no process can expect."""
+        """Kill the process."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def run(self) -> psutil.Process | None:
-        """The process of the job that it carries out at this moment, if there is one."""
+        """Return the process of its running job, if there is one."""
         assert self._process is not None
         for child in psutil.Process(self._process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it has ended since
+            with contextlib.suppress(psutil.Error):  # it has exited since
                 words = child.cmdline()
                 if "distill.cli" in words and "run" in words and SUPERVISOR not in words:
                     return child
@@ -97,10 +97,10 @@ class Server:
 
 
 class Work:
-    """A batch and jobs, submitted by their making; what became of them, asked of one server."""
+    """A batch and jobs, and their results, which one server is asked for."""
 
     def __init__(self, client: openai.OpenAI, lines: int, jobs: int, images: int) -> None:
-        """`images` is the budget of each job."""
+        """Submits them. `images` is the budget of each job."""
         self._client, self._lines, self._images = client, lines, images
         bodies = [IMAGE | {"seed": number} if number % 2 else IMAGE for number in range(lines)]  # half with seeds
         text = "\n".join(
@@ -110,14 +110,14 @@ class Work:
         file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch")
         self.batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h").id
         prompts = client.files.create(file=("prompts.txt", b"a red circle\na blue square\n"), purpose="fine-tune")
-        asked = {"distillation": DISTILLATION | {"images": images, "sample_every": images, "evaluate_every": images}}
+        options = {"distillation": DISTILLATION | {"images": images, "sample_every": images, "evaluate_every": images}}
         self._jobs = [
-            client.fine_tuning.jobs.create(model="scenes", training_file=prompts.id, seed=number, extra_body=asked).id
+            client.fine_tuning.jobs.create(model="scenes", training_file=prompts.id, seed=number, extra_body=options).id
             for number in range(jobs)
         ]
 
     def share(self) -> tuple[float, str]:
-        """How much is done, from 0 to 1, a batch counting as much as a job; and the same in words."""
+        """Return the completed share, in which the batch counts as one job, and a description."""
         batch = self._client.batches.retrieve(self.batch)
         jobs = [self._client.fine_tuning.jobs.retrieve(name) for name in self._jobs]
         counts = batch.request_counts
@@ -128,7 +128,7 @@ class Work:
         return sum(done) / len(done), "; ".join(words)
 
     def reach(self, share: float) -> str:
-        """Wait until so much is done; says how far it is. Ends the program when nothing goes on."""
+        """Wait for a completed share, and return a description. Exits if there is no progress."""
         furthest, moved = -1.0, time.monotonic()
         while True:
             done, words = self.share()
@@ -137,22 +137,22 @@ class Work:
             if done > furthest:
                 furthest, moved = done, time.monotonic()
             if time.monotonic() - moved > LONGEST:
-                sys.exit(f"nothing goes on: {words}")
+                sys.exit(f"no progress: {words}")
             time.sleep(0.2)
 
     def checkpoints(self) -> int:
-        """How many checkpoints the jobs have written."""
+        """Return the number of checkpoints of all jobs."""
         return sum(len(list(self._client.fine_tuning.jobs.checkpoints.list(name))) for name in self._jobs)
 
-    def complaints(self) -> Iterator[str]:
-        """What is wrong with all of it at its end."""
+    def errors(self) -> Iterator[str]:
+        """Yield everything that is wrong with the results."""
         if len(list(self._client.batches.list())) != 1:
-            yield "there is another batch than the one that was taken in"
-        yield from self._batch_complaints()
+            yield "there is more than one batch"
+        yield from self._batch_errors()
         for name in self._jobs:
-            yield from (f"{name}: {complaint}" for complaint in self._job_complaints(name))
+            yield from (f"{name}: {error}" for error in self._job_errors(name))
 
-    def _batch_complaints(self) -> Iterator[str]:
+    def _batch_errors(self) -> Iterator[str]:
         batch = self._client.batches.retrieve(self.batch)
         if batch.status != "completed" or batch.output_file_id is None:
             yield f"the batch is {batch.status}: {batch.errors}"
@@ -170,40 +170,40 @@ class Work:
                 yield f"line {number} has another seed"
         for answer in answers[:: max(1, lines // 20)]:
             if httpx.get(answer["response"]["body"]["data"][0]["url"]).status_code != 200:
-                yield f"the link of line {answer['custom_id']} leads nowhere"
+                yield f"the link of line {answer['custom_id']} does not work"
 
-    def _job_complaints(self, name: str) -> Iterator[str]:
+    def _job_errors(self, name: str) -> Iterator[str]:
         job = self._client.fine_tuning.jobs.retrieve(name)
         if job.status != "succeeded" or job.fine_tuned_model is None:
             yield f"it is {job.status}: {job.error}"
             return
         if not self._client.images.generate(model=job.fine_tuned_model, **IMAGE).data:
-            yield "its student draws nothing"
+            yield "its student generates no image"
         events = list(self._client.fine_tuning.jobs.list_events(name, limit=100))[::-1]  # the oldest first
         times = [event.created_at for event in events]
         if times != sorted(times):
             yield "its events are not in the order of their times"
         steps = [event.message for event in events if event.message.startswith("Images seen")]
         if steps != [f"Images seen: {seen} of {self._images}" for seen in range(STEP, self._images + 1, STEP)]:
-            yield f"its metrics are not each there once and in order: {steps}"
+            yield f"its metrics are not complete and in order: {steps}"
         if [event.message for event in events].count(f"The student is {job.fine_tuned_model}.") != 1:
-            yield "its end is not told once"
+            yield "its last event does not occur once"
 
 
-class Troubles:
-    """What is done to servers and database, at moments that are drawn elsewhere."""
+class Faults:
+    """Kills and outages of servers and database."""
 
     def __init__(
         self, servers: list[Server], postgres: Postgres | None, work: Work, moments: random.Random, outage: float
     ) -> None:
         self._servers, self._postgres, self._work = servers, postgres, work
         self._moments, self._outage = moments, outage
-        self._checkpoints = -1  # at the last kill of a run: several without a checkpoint between them fail a job
+        self._checkpoints = -1  # at the last kill of a run; repeated kills without a checkpoint would fail a job
         self._outages = 0
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
 
     def kill(self) -> str:
-        """Kill a server, or a run; says which."""
+        """Kill a server or a run. Returns a description."""
         runs = [run for server in self._servers if (run := server.run())]
         written = self._work.checkpoints()
         if runs and written > self._checkpoints and self._moments.random() < 0.5:
@@ -217,7 +217,7 @@ class Troubles:
         return "killed a server"
 
     def outage(self) -> str:
-        """The database away for a while; says how it went."""
+        """Stop the database for a while. Returns a description."""
         assert self._postgres is not None
         self._outages += 1
         hard = self._outages % 2 == 0
@@ -225,14 +225,14 @@ class Troubles:
         until = time.monotonic() + self._outage
         while time.monotonic() < until:
             for server in self._servers:
-                self.complaints += _refusals(server.url, self._work.batch)
+                self.errors += _refusals(server.url, self._work.batch)
             time.sleep(1)
         self._postgres.start()
         return f"{'killed' if hard else 'stopped'} PostgreSQL for {self._outage:g} s"
 
 
 def main() -> None:
-    """Submit, trouble, wait, compare, say so."""
+    """Submit the work, inject faults, and check the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of servers and runs")
     parser.add_argument("--lines", type=int, default=4000)
@@ -241,10 +241,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=640, help=f"budget of each job, a multiple of {STEP}")
     database = parser.add_mutually_exclusive_group()
     database.add_argument("--database", help="PostgreSQL URL; SQLite if neither is given")
-    database.add_argument("--postgres", action="store_true", help="a PostgreSQL of its own")
+    database.add_argument("--postgres", action="store_true", help="start a PostgreSQL")
     parser.add_argument("--outages", type=int, default=0, help="of that PostgreSQL")
     parser.add_argument("--outage", type=float, default=60.0, help="seconds of each")
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds that a kill waits at most")
+    parser.add_argument("--longest", type=float, default=1.0, help="maximum random delay of a fault in seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/soak-jobs"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
@@ -263,29 +263,29 @@ def main() -> None:
             stack.callback(server.kill)
         client = openai.OpenAI(base_url=f"{servers[0].url}/v1", api_key="none", max_retries=0)
         work = Work(client, arguments.lines, arguments.jobs, arguments.images)
-        troubles = Troubles(servers, postgres, work, moments, arguments.outage)
-        kinds: list[Callable[[], str]] = [troubles.kill] * arguments.kills + [troubles.outage] * arguments.outages
+        faults = Faults(servers, postgres, work, moments, arguments.outage)
+        kinds: list[Callable[[], str]] = [faults.kill] * arguments.kills + [faults.outage] * arguments.outages
         moments.shuffle(kinds)
-        for share, trouble in zip(sorted(moments.random() for _ in kinds), kinds, strict=True):
+        for share, fault in zip(sorted(moments.random() for _ in kinds), kinds, strict=True):
             met = work.reach(share)
             time.sleep(moments.uniform(0, arguments.longest))
-            print(f"{trouble()}; before it: {met}", flush=True)
+            print(f"{fault()}; before it: {met}", flush=True)
         work.reach(1.0)
-        if complaints := [*troubles.complaints, *work.complaints()]:
-            sys.exit("\n".join(complaints))
+        if errors := [*faults.errors, *work.errors()]:
+            sys.exit("\n".join(errors))
     lived = f"{arguments.kills} kills and {arguments.outages} outages"
     students = f"; {arguments.jobs} jobs: each has its student" if arguments.jobs else ""
     print(f"{lived}, {arguments.lines} lines: each is there once{students}")
 
 
 def _refusals(url: str, batch: str) -> Iterator[str]:
-    """What is wrong with how a server answers while its database is away."""
+    """Yield wrong answers of a server while its database is unavailable."""
     again = {"input_file_id": "file-any", "endpoint": ENDPOINT, "completion_window": "24h"}
     for answer in (httpx.get(f"{url}/v1/batches/{batch}"), httpx.post(f"{url}/v1/batches", json=again)):
         if answer.status_code != 503 or "retry-after" not in answer.headers:
-            yield f"{answer.request.method} while the database was away: {answer.status_code} {answer.text}"
+            yield f"{answer.request.method} during an outage: {answer.status_code} {answer.text}"
     if (answer := httpx.post(f"{url}{ENDPOINT}", json=IMAGE, timeout=60)).status_code != 200:
-        yield f"an image while the database was away: {answer.status_code} {answer.text}"
+        yield f"an image during an outage: {answer.status_code} {answer.text}"
 
 
 def _programs() -> Path:

@@ -1,4 +1,4 @@
-"""The database of files, batches and jobs: SQLite in one file, or PostgreSQL by URL."""
+"""`Database`: transactions on SQLite in one file, or on PostgreSQL by URL."""
 
 import logging
 import random
@@ -21,20 +21,20 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-MIGRATION_LOCK = 0x66676D  # any numbers that every server of ours agrees on
+MIGRATION_LOCK = 0x66676D  # arbitrary keys of advisory locks, the same in every server
 OWNERS_LOCK = 0x66676E
-LONGEST_PAUSE = 5.0  # seconds between two attempts while the database is away
+LONGEST_PAUSE = 5.0  # seconds between two attempts while the database is unavailable
 
 
 class Stopping(BaseException):
-    """Raised inside a workflow when the server shuts down. No `Exception`, so that the workflow is left unfinished."""
+    """Raised in a workflow if the server shuts down. Not an `Exception`, so that the workflow stays unfinished."""
 
 
 class Database:
     """Transactions on the tables of `service.jobs.tables`. Every method blocks: call them off the event loop."""
 
     def __init__(self, url: str) -> None:
-        """`url` as SQLAlchemy has it. Nothing is connected yet. Raises StartError for one that is none."""
+        """`url` is one of SQLAlchemy. Nothing is connected yet. Raises StartError for an invalid one."""
         try:
             self.url = make_url(url)
             self.is_sqlite = self.url.get_backend_name() == "sqlite"
@@ -42,9 +42,9 @@ class Database:
                 self._file = sqlite.file_of(self.url)
                 self._engine, self._readers = sqlite.writers(self.url), sqlite.readers(self.url)
             elif self.url.get_backend_name() == "postgresql":
-                from service.jobs import postgres  # imports psycopg, which SQLite does without
+                from service.jobs import postgres  # imports psycopg, which SQLite does not need
 
-                self.url = postgres.watched(self.url)
+                self.url = postgres.with_keepalives(self.url)
                 self._engine = self._readers = postgres.engine(self.url)
             else:
                 raise ArgumentError(f"{self.url.drivername} is neither SQLite nor PostgreSQL")
@@ -54,7 +54,7 @@ class Database:
         self._reading = sessionmaker(self._readers, expire_on_commit=False)
 
     def migrate(self) -> None:
-        """Bring the tables to this version's shape. Servers that start together take turns. Raises StartError."""
+        """Migrate the tables to this version, one server at a time. Raises StartError."""
         from alembic import command
         from alembic.config import Config
         from alembic.util import CommandError
@@ -78,25 +78,25 @@ class Database:
 
     @contextmanager
     def begin(self, owner: str | None = None) -> Iterator[Session]:
-        """A transaction: committed at the end, rolled back by an exception. Raises Unavailable while it is away.
+        """Begin a transaction: committed at the end, rolled back by an exception. Raises Unavailable.
 
-        Those of the same `owner` take turns, so that each may count what there is before it adds to it.
+        Transactions of the same `owner` run one after another, so that each can count rows before it adds one.
         """
         with self._transaction(self._writing) as session:
-            if owner is not None and not self.is_sqlite:  # in SQLite all writers take turns anyway
+            if owner is not None and not self.is_sqlite:  # SQLite has one writer at a time anyway
                 lock = text("SELECT pg_advisory_xact_lock(:space, hashtext(:owner))")
                 session.execute(lock, {"space": OWNERS_LOCK, "owner": owner})
             yield session
 
     def read(self) -> AbstractContextManager[Session]:
-        """A read-only transaction, which waits for no writer. Raises Unavailable while the database does not answer."""
+        """Begin a read-only transaction, which does not wait for writers. Raises Unavailable."""
         return self._transaction(self._reading)
 
     def retry_transaction(self, work: Callable[[Session], T], stopping: threading.Event, *, read: bool = False) -> T:
-        """What `work` returns in a transaction, tried again while the database is away. Raises Stopping.
+        """Return the result of `work` in a transaction, retried while the database is unavailable. Raises Stopping.
 
-        For workflows, which have time. `work` may run again after a commit whose answer was lost, so it must be
-        written to find its own traces. `read` is for work that only reads.
+        This is for workflows, which can wait. `work` may run again after a commit whose confirmation was lost, so it
+        must tolerate its own traces. `read` is for work that only reads.
         """
         pause = 0.1
         while True:
@@ -109,7 +109,7 @@ class Database:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close all connections."""
         self._engine.dispose()
         self._readers.dispose()
 

@@ -1,6 +1,6 @@
-"""Connections to PostgreSQL that give up on a server that is silent: a host that is lost, a process that is stopped.
+"""Connections to PostgreSQL with a deadline for every answer, for hosts that are lost and processes that are suspended.
 
-TCP alone waits for minutes, and for ever where the other side still acknowledges.
+TCP alone waits for minutes, or without end if the other side still acknowledges packets.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ from psycopg.abc import RV, PQGen
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 
-ANSWER_SECONDS = 15.0  # that a statement gets
-POOL_SECONDS = 10.0  # that a connection is waited for while all are in use
-# Of libpq, in its units; what the URL itself says wins. TCP's are for DBOS, whose statements have no deadline.
+ANSWER_SECONDS = 15.0  # deadline of a statement
+POOL_SECONDS = 10.0  # that a transaction waits for a connection while all are in use
+# Parameters of libpq, in its units; those of the URL win. Those of TCP are for DBOS, which sets no deadlines.
 PARAMETERS = {
     "connect_timeout": "5",
     "keepalives_idle": "10",
@@ -23,27 +23,27 @@ PARAMETERS = {
 
 
 class DeadlineConnection(psycopg.Connection[Any]):
-    """A connection on which nothing waits for an answer longer than `answer_seconds`; None is as long as it takes."""
+    """A connection that waits at most `answer_seconds` for an answer; None sets no limit."""
 
     answer_seconds: float | None = ANSWER_SECONDS
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        """What psycopg sends and receives by. Raises OperationalError for an answer that does not come."""
+        """Send and receive, as psycopg does. Raises OperationalError if there is no answer in time."""
         try:
             return super().wait(gen, interval, self.answer_seconds if timeout is None else timeout)
         except psycopg.OperationalError:
             if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                self.close()  # the answer may come after all, and would be taken for the next statement's
+                self.close()  # a late answer would be read as that of the next statement
             raise
 
 
-def watched(url: URL) -> URL:
-    """The URL with psycopg as the driver, and with what makes libpq notice that a host is lost."""
+def with_keepalives(url: URL) -> URL:
+    """Return the URL with psycopg as the driver, and with parameters by which libpq detects a lost host."""
     return url.set(drivername="postgresql+psycopg").update_query_dict({**PARAMETERS, **url.query})
 
 
 def engine(url: URL) -> Engine:
-    """Over a URL that is watched, with a deadline for every statement."""
+    """Return an engine for a URL of `with_keepalives`, with a deadline for every statement."""
     made = create_engine(url, pool_pre_ping=True, pool_timeout=POOL_SECONDS)
     event.listen(
         made, "do_connect", lambda dialect, record, args, options: DeadlineConnection.connect(*args, **options)
@@ -52,7 +52,7 @@ def engine(url: URL) -> Engine:
 
 
 def remove_deadline(connection: Connection) -> None:
-    """Take a connection from the pool for good, for statements that may take as long as they need."""
+    """Detach a connection from the pool, and let its statements take as long as they need."""
     connection.detach()
     driver: Any = connection.connection.dbapi_connection
     driver.answer_seconds = None

@@ -1,4 +1,4 @@
-"""What files, batches and jobs look like on the wire: OpenAI's names and types."""
+"""Files, batches and jobs on the wire, with OpenAI's names and types."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -16,7 +16,7 @@ Metadata = Annotated[
         Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")],
         Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")],
     ],
-    Field(max_length=16, description="Up to 16 pairs that are kept and given back."),
+    Field(max_length=16, description="Up to 16 pairs, which responses return."),
 ]
 
 
@@ -45,7 +45,7 @@ class FileObject(BaseModel):
 
 
 class FileDeleted(BaseModel):
-    """That a file is gone."""
+    """A deleted file."""
 
     id: str
     object: Literal["file"] = "file"
@@ -53,7 +53,7 @@ class FileDeleted(BaseModel):
 
 
 class Expiry(BaseModel):
-    """How long something lasts."""
+    """The lifetime of a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,10 +68,10 @@ class BatchRequest(BaseModel):
 
     input_file_id: Annotated[str, Field(description="A file of purpose `batch`: one request a line.")]
     endpoint: Endpoint
-    completion_window: Annotated[Literal["24h"], Field(description="What is not made by then is reported as expired.")]
+    completion_window: Annotated[Literal["24h"], Field(description="Lines that are not answered by then expire.")]
     metadata: Metadata | None = None
     output_expires_after: Annotated[
-        Expiry | None, Field(description="How long the output and error files are kept; until deleted if not given.")
+        Expiry | None, Field(description="Lifetime of the output and error files; unlimited by default.")
     ] = None
 
 
@@ -96,14 +96,14 @@ class BatchError(BaseModel):
 
 
 class BatchErrors(BaseModel):
-    """All reasons, or the first hundred."""
+    """The first hundred errors of a batch."""
 
     object: Literal["list"] = "list"
     data: list[BatchError]
 
 
 class RequestCounts(BaseModel):
-    """Lines, answered lines, and lines that came to an error."""
+    """Numbers of lines: all, successful, and failed."""
 
     total: int
     completed: int
@@ -111,19 +111,19 @@ class RequestCounts(BaseModel):
 
 
 class CachedTokens(BaseModel):
-    """None are."""
+    """Always zero."""
 
     cached_tokens: int = 0
 
 
 class ReasoningTokens(BaseModel):
-    """None are."""
+    """Always zero."""
 
     reasoning_tokens: int = 0
 
 
 class BatchUsage(BaseModel):
-    """Text tokens in, latent patches out, over all lines so far."""
+    """Text tokens in and latent patches out, of all lines so far."""
 
     input_tokens: int
     input_tokens_details: CachedTokens = CachedTokens()
@@ -133,7 +133,7 @@ class BatchUsage(BaseModel):
 
 
 class BatchObject(BaseModel):
-    """A batch; its times are there once they have come."""
+    """A batch. Times are null until they are reached."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -162,19 +162,19 @@ class BatchObject(BaseModel):
 
 
 class Hyperparameters(BaseModel):
-    """OpenAI's own knobs; `distillation` has more."""
+    """OpenAI's hyperparameters; `distillation` has more."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     n_epochs: Annotated[Literal["auto"] | None, Field(description="The budget is `distillation.images`.")] = None
     learning_rate_multiplier: Annotated[
-        Literal["auto"] | None, Field(description="The rates are `distillation.student_lr` and `fake_lr`.")
+        Literal["auto"] | None, Field(description="See `distillation.student_lr` and `fake_lr`.")
     ] = None
 
 
 class Supervised(BaseModel):
-    """OpenAI's method, of which the batch size has a meaning here."""
+    """OpenAI's method, of which only the batch size is used."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -182,7 +182,7 @@ class Supervised(BaseModel):
 
 
 class JobMethod(BaseModel):
-    """How a job distills: another place for its hyperparameters or its `distillation` object."""
+    """The method of a job: another place for its hyperparameters or its `distillation` object."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -196,7 +196,7 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: Annotated[str, Field(description="A teacher that the server knows.", examples=["scenes"])]
+    model: Annotated[str, Field(description="A teacher of the server.", examples=["scenes"])]
     training_file: Annotated[str, Field(description="Prompts: a file of purpose `fine-tune`.")]
     validation_file: None = None
     suffix: Annotated[
@@ -221,7 +221,7 @@ class JobError(BaseModel):
 
 
 class JobHyperparameters(BaseModel):
-    """As they were chosen; `auto` is the preset's."""
+    """The hyperparameters of a job; `auto` is the value of the preset."""
 
     batch_size: int | Literal["auto"]
     n_epochs: Literal["auto"] = "auto"
@@ -229,7 +229,7 @@ class JobHyperparameters(BaseModel):
 
 
 class JobMade(BaseModel):
-    """The method of a job, with the knobs that it was given."""
+    """The method of a job with its options."""
 
     type: Literal["distillation"] = "distillation"
     distillation: dict[str, Any]
@@ -239,7 +239,7 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 
 
 class JobObject(BaseModel):
-    """A distillation job. `images_seen` and `images_total` are extensions: how far it is."""
+    """A distillation job. Its progress, `images_seen` of `images_total`, is an extension."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -256,7 +256,7 @@ class JobObject(BaseModel):
     method: JobMade
     model: str
     organization_id: Annotated[str, Field(description="The name of the API key.")]
-    result_files: Annotated[list[str], Field(description="Of a job that has succeeded: its metrics as CSV.")]
+    result_files: Annotated[list[str], Field(description="The metrics of a job that has succeeded, as CSV.")]
     seed: int
     status: JobStatus
     trained_tokens: None = None
@@ -265,7 +265,7 @@ class JobObject(BaseModel):
 
 
 class JobEventObject(BaseModel):
-    """Something that a job told; `data` are the metrics of a `metrics` event."""
+    """An event of a job. `data` has the metrics of a `metrics` event."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -277,7 +277,7 @@ class JobEventObject(BaseModel):
 
 
 class JobCheckpointObject(BaseModel):
-    """A checkpoint of a job with the metrics of then; the student is made of the best or the last one."""
+    """A checkpoint of a job with its metrics. The student is that of the best or the last one."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
@@ -292,7 +292,7 @@ Item = TypeVar("Item", FileObject, BatchObject, JobObject, JobEventObject, JobCh
 
 
 class Page(BaseModel, Generic[Item]):
-    """Some of a list; `after` = `last_id` asks for the rest while `has_more`."""
+    """A page of a list. If `has_more`, `after` = `last_id` requests the next one."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -302,7 +302,7 @@ class Page(BaseModel, Generic[Item]):
 
     @classmethod
     def of(cls, data: Sequence[Item], has_more: bool) -> "Page[Item]":
-        """A page of these."""
+        """Return a page."""
         return cls(
             data=list(data),
             first_id=data[0].id if data else None,

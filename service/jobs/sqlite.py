@@ -16,19 +16,19 @@ BUSY_SECONDS = 30.0  # how long a writer waits for another one
 
 
 def file_of(url: URL) -> Path:
-    """The file that a URL names. Raises ArgumentError for an in-memory database, which connections do not share."""
+    """Return the file of a URL. Raises ArgumentError for an in-memory database, which connections do not share."""
     if url.database in (None, "", ":memory:") or "uri" in url.query:
         raise ArgumentError(f"{url} names no file")
     return Path(str(url.database))
 
 
 def writers(url: URL) -> Engine:
-    """Connections whose transactions may write. They wait for each other at BEGIN, where a failure loses no work."""
+    """Return connections for writing. Transactions wait for each other at BEGIN, where a failure loses no work."""
     return _engine(url, _prepare, "BEGIN IMMEDIATE")
 
 
 def readers(url: URL) -> Engine:
-    """Connections whose transactions only read, in a pool that waiting writers do not use up."""
+    """Return connections for reading, in a pool that waiting writers do not exhaust."""
     return _engine(url, _prepare_reader, "BEGIN")
 
 
@@ -68,7 +68,7 @@ def check_sqlite(path: Path) -> None:
 
 
 def _lock(file: Path) -> FileLock:
-    """The lock that servers which start at the same time take in turn."""
+    """Return the lock that serializes servers which start at the same time."""
     return FileLock(f"{file}.lock")
 
 

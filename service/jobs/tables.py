@@ -1,15 +1,15 @@
-"""The tables of files, batches and jobs. Times are whole seconds since 1970; owners are the names of API keys."""
+"""Rows of files, batches and jobs. Times are whole seconds since 1970; owners are the names of API keys."""
 
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-ENDED = ("completed", "succeeded", "failed", "expired", "cancelled")  # statuses that batches and jobs do not leave
+ENDED = ("completed", "succeeded", "failed", "expired", "cancelled")  # final statuses of batches and jobs
 
 
 class Table(DeclarativeBase):
-    """What all tables share: names of constraints that migrations can rely on."""
+    """The base of all tables, with names of constraints for migrations."""
 
     metadata = MetaData(
         naming_convention={
@@ -42,7 +42,7 @@ class FileRow(Table):
 
 
 class BatchRow(Table):
-    """A bulk batch. Its counts change in the transactions that keep its lines' answers."""
+    """A bulk batch. Its counts change in the transactions that add answers."""
 
     __tablename__ = "batches"
     __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "status"))
@@ -53,9 +53,9 @@ class BatchRow(Table):
     endpoint: Mapped[str]
     input_file_id: Mapped[str]
     completion_window: Mapped[str]
-    links: Mapped[str]  # how its client reaches the server
-    output_seconds: Mapped[int | None]  # how long its files are kept
-    details: Mapped[dict[str, Any] | None]  # `metadata` on the wire, a name that SQLAlchemy keeps for itself
+    links: Mapped[str]  # the URL by which its client reaches the server
+    output_seconds: Mapped[int | None]  # lifetime of its files
+    details: Mapped[dict[str, Any] | None]  # `metadata` on the wire, which SQLAlchemy reserves
     model: Mapped[str | None]
     errors: Mapped[list[Any] | None]
     output_file_id: Mapped[str | None]
@@ -77,7 +77,7 @@ class BatchRow(Table):
 
 
 class AnswerRow(Table):
-    """The answer to one line of a batch; its key is what makes it exactly one. Gone when the files are written."""
+    """The answer to one line of a batch. Its key makes it unique. Deleted when the files are written."""
 
     __tablename__ = "batch_lines"
 
@@ -96,8 +96,8 @@ class JobRow(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
     status: Mapped[str]
-    requested_action: Mapped[str | None]  # pause or cancel, until the job has done it
-    starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first; each is a workflow of its own
+    requested_action: Mapped[str | None]  # pause or cancel, until it has happened
+    starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first one; each start is a workflow
     model: Mapped[str]
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
@@ -109,7 +109,7 @@ class JobRow(Table):
     details: Mapped[dict[str, Any] | None]  # `metadata` on the wire
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]
-    deleted_at: Mapped[int | None]  # when its student was; the name above goes once the files are gone too
+    deleted_at: Mapped[int | None]  # time of the student's deletion; the name above is removed with its files
     result_files: Mapped[list[Any]]
     created_at: Mapped[int]
     finished_at: Mapped[int | None]
@@ -119,17 +119,17 @@ class JobRow(Table):
 
     @property
     def stem(self) -> str:
-        """What the ids of all that it makes end in."""
+        """The part that the ids of its events, checkpoints and files share."""
         return self.id.removeprefix("ftjob-")
 
     @property
     def student(self) -> str:
-        """The name that its student gets."""
+        """The name of its student."""
         return f"ft:{self.model}:{self.suffix or ''}:{self.stem}"
 
 
 class JobEventRow(Table):
-    """Something that a job tells, in the order of `number`."""
+    """An event of a job. Events are ordered by `number`."""
 
     __tablename__ = "job_events"
     __table_args__ = (Index(None, "job_id", "number"),)
@@ -159,7 +159,7 @@ class JobCheckpointRow(Table):
 
 
 class DeliveryRow(Table):
-    """An event that an endpoint is told of. Written in the transaction that ends a batch or a job."""
+    """A webhook event for one endpoint, added in the transaction that ends a batch or job."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (Index(None, "next_at"),)
@@ -171,13 +171,13 @@ class DeliveryRow(Table):
     subject: Mapped[str]  # id of the batch or job
     created_at: Mapped[int]
     attempts: Mapped[int] = mapped_column(default=0)
-    next_at: Mapped[int | None]  # none when it is over
+    next_at: Mapped[int | None]  # None if delivery has ended
     delivered_at: Mapped[int | None]
     last_error: Mapped[str | None]
 
 
 class ExecutorRow(Table):
-    """A running server process. It counts up while it lives; one that no longer does has its workflows taken over."""
+    """A running server process. If `beats` stops increasing, other servers take over its workflows."""
 
     __tablename__ = "executors"
 

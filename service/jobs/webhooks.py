@@ -1,8 +1,8 @@
-"""Webhooks: tells other servers, signed, that a batch or job has ended.
+"""`Webhooks`: signed events for other servers when a batch or job has ended.
 
-What is to be told is a row, written in the transaction that ends the batch or job, so that neither is there without
-the other. It is told at least once: by a workflow for each attempt, with longer and longer pauses. A receiver knows an
-event that it is told twice by its `webhook-id`.
+An event is a row that is added in the transaction that ends the batch or job, so that neither exists without the other.
+It is delivered at least once: each attempt is a workflow, with growing pauses. A receiver detects duplicates by the
+`webhook-id`.
 """
 
 import json
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 PAUSES = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 TIMEOUT_SECONDS = 15
 SIDE_BY_SIDE = 4
-AT_ONCE = 100  # attempts that are begun in one look
-GONE = 410  # a receiver that wants to hear no more of it
+AT_ONCE = 100  # attempts that are started in one call
+GONE = 410  # the receiver does not want the event
 
 
 class Webhooks:
-    """The outbox, and what empties it. Every method blocks."""
+    """The outbox and its delivery. Every method blocks."""
 
     def __init__(self, database: Database, workflows: Workflows, endpoints: Sequence[WebhookEndpoint]) -> None:
-        """Defines its workflow, so before they start."""
+        """Defines its workflow, so create it before they start."""
         self._endpoints = {endpoint.url: endpoint for endpoint in endpoints}
         self._database = database
         self._workflows = workflows
         workflows.define("webhook", self._attempt, SIDE_BY_SIDE)
 
     def announce(self, session: Session, owner: str, kind: str, subject: str, now: int) -> None:
-        """Note, in the transaction that makes it true, that all endpoints are to be told of an event."""
+        """Add an event for every endpoint, in the caller's transaction."""
         for url in self._endpoints:
             session.add(
                 DeliveryRow(
@@ -59,7 +59,7 @@ class Webhooks:
             )
 
     def begin_due(self, now: int) -> None:
-        """Begin the attempts that are due. Harmless to repeat: each has a key of its own."""
+        """Start the attempts that are due. A second call has no effect, because each attempt has its own key."""
         with self._database.read() as session:
             rows = (
                 select(DeliveryRow.id, DeliveryRow.attempts)
@@ -71,17 +71,17 @@ class Webhooks:
             self._workflows.begin("webhook", f"{event}.{attempts}")
 
     def _attempt(self, key: str) -> None:
-        """One attempt at one delivery."""
+        """The workflow of one attempt."""
         event, _, attempts = key.partition(".")
         database, stopping = self._database, self._workflows.stopping
         delivery = database.retry_transaction(lambda session: session.get(DeliveryRow, event), stopping, read=True)
         if delivery is None or delivery.attempts != int(attempts) or delivery.next_at is None:
             return
         failure = self._send(delivery)
-        database.retry_transaction(lambda session: self._note(session, delivery, failure), stopping)
+        database.retry_transaction(lambda session: self._record(session, delivery, failure), stopping)
 
     def _send(self, delivery: DeliveryRow) -> str | None:
-        """Tell an endpoint; None when it has taken the event, else why it has not."""
+        """Send an event. Returns None if the endpoint has accepted it, else the reason."""
         endpoint = self._endpoints.get(delivery.url)
         if endpoint is None:
             return str(GONE)  # no longer in the settings
@@ -96,14 +96,14 @@ class Webhooks:
         }
         try:
             answer = httpx2.post(delivery.url, content=body, headers=headers, timeout=TIMEOUT_SECONDS)
-        except Exception as error:  # of whatever kind: the event stays due until an attempt is counted
+        except Exception as error:  # of any kind: the event stays due until an attempt is counted
             return f"{type(error).__name__}: {error}"
         return None if answer.is_success else str(answer.status_code)
 
-    def _note(self, session: Session, delivery: DeliveryRow, failure: str | None) -> None:
+    def _record(self, session: Session, delivery: DeliveryRow, failure: str | None) -> None:
         row = session.get(DeliveryRow, delivery.id)
         if row is None or row.attempts != delivery.attempts:
-            return  # noted by an attempt that was taken for dead
+            return  # recorded by an attempt of a server that was considered dead
         now = int(time.time())
         row.attempts += 1
         row.last_error = failure
@@ -111,7 +111,7 @@ class Webhooks:
             row.delivered_at, row.next_at = now, None
         elif failure == str(GONE) or row.attempts > len(PAUSES):
             row.next_at = None
-            log.error("%s was not told of %s %s: %s", row.url, row.type, row.subject, failure)
+            log.error("delivery to %s ended without success: %s %s: %s", row.url, row.type, row.subject, failure)
         else:
             row.next_at = now + PAUSES[row.attempts - 1]
-            log.warning("%s did not take %s of %s: %s", row.url, row.type, row.subject, failure)
+            log.warning("%s did not accept %s of %s: %s", row.url, row.type, row.subject, failure)

@@ -1,10 +1,10 @@
-"""Durable workflows: what was begun is finished, by this process or by the one that finds it unfinished.
+"""`Workflows`: durable workflows, which this or another process resumes after a crash.
 
-DBOS keeps them. A workflow is a function of one id, and the id is also its own: beginning it twice is beginning it
-once. It is made of steps; a step that has ended is not run again, one that was interrupted is, so a step must be
-written to find its own traces. Servers on one PostgreSQL share the work: each counts up a row of `executors`, and
-the workflows of one that stopped counting are begun again by the others. It has stopped when so many looks in a row
-have found the same count: clocks that jump or differ kill nobody, and neither does a database that was away.
+DBOS stores them. A workflow is a function of one key, which is also its id, so a second start has no effect. It has
+steps: a completed step never runs again, but an interrupted one does, so a step must tolerate its own traces. Servers
+on one PostgreSQL share the work. Each increments a counter in its row of `executors`. If a server finds a counter
+unchanged several times in a row, it considers that server dead and resumes its workflows. Clocks that jump or differ
+do not affect this, and neither does an outage of the database.
 """
 
 import contextlib
@@ -27,52 +27,52 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-VERSION = "1"  # of the workflows; another one leaves unfinished work of this one alone
+VERSION = "1"  # of the workflows; a server does not resume workflows of another version
 POLL_SECONDS = 0.5
-LOOKS = 5  # that find a server's count unchanged, until it is taken for dead
-_ONE = threading.Lock()  # DBOS is of a process
+LOOKS = 5  # in a row with an unchanged counter, after which a server is considered dead
+_ONE = threading.Lock()  # a process has one DBOS
 
 
 class Interrupted(BaseException):
-    """Raised inside a workflow when a step cannot be recorded; no `Exception`, so that it is left unfinished."""
+    """Raised in a workflow if a step cannot be recorded. Not an `Exception`, so that the workflow stays unfinished."""
 
 
 class Workflows:
     """The workflows of this process. Every method blocks: call them off the event loop."""
 
     def __init__(self, database: Database, folder: Path) -> None:
-        """Their state is in the PostgreSQL database, or in a file of its own beside SQLite's. Nothing runs yet."""
-        self.stopping = threading.Event()  # set when the server shuts down; what a workflow waits on
+        """Their state is in the PostgreSQL database, or in a file beside that of SQLite. Nothing runs yet."""
+        self.stopping = threading.Event()  # set when the server shuts down
         self._database = database
         beside = URL.create("sqlite", database=str(folder / "workflows.sqlite"))
         self._url = beside if database.is_sqlite else database.url
         self._executor = f"server-{secrets.token_hex(8)}"
-        self._others: dict[str, tuple[int, int]] = {}  # servers: their count, and looks since it changed
+        self._others: dict[str, tuple[int, int]] = {}  # counters of other servers, and looks since a change
         self._functions: dict[str, tuple[Callable[[str], None], int]] = {}
-        self._queues: list[str] = []  # of the workflows that this process runs
+        self._queues: list[str] = []  # workflows that this process runs
         self._durable: dict[str, Callable[[str], None]] = {}
-        self._interrupted: dict[str, str] = {}  # workflows of this process, to be begun again, and what they are
+        self._interrupted: dict[str, str] = {}  # keys and names of workflows to resume here
         self._active = 0
         self._changed = threading.Condition()
 
     def define(self, name: str, function: Callable[[str], None], side_by_side: int, runs: bool = True) -> None:
-        """A workflow, before the start: its function of an id, and how many of it each process runs at a time.
+        """Define a workflow before the start. Each process runs `side_by_side` of its kind at a time.
 
-        Without `runs`, this process leaves it to others; it begins it all the same.
+        Without `runs`, this process only starts such workflows, and other processes run them.
         """
         self._functions[name] = function, side_by_side
         if runs:
             self._queues.append(name)
 
     def start(self) -> None:
-        """Run workflows from now on: new ones, and those that a dead process left."""
-        # Here, and not above: a server that keeps nothing does not wait for this import.
+        """Run new workflows and those of dead processes. Raises StartError if this process runs workflows already."""
+        # Imported here, because it is slow and not needed without a data folder.
         from dbos import DBOS, DBOSPortableJSONSerializer
 
         if not _ONE.acquire(blocking=False):
             raise StartError("a process has one DBOS: only one of its servers can have a data folder")
         logger = logging.getLogger("dbos")
-        logger.addHandler(logging.NullHandler())  # keeps DBOS from writing beside the server's own log
+        logger.addHandler(logging.NullHandler())  # keeps DBOS from printing outside the server's log
         DBOS(
             config={
                 "name": "fgm-service",
@@ -85,7 +85,7 @@ class Workflows:
             }
         )
         for name, (function, _) in self._functions.items():
-            # Tried again for ever: steps are safe to repeat, and a job must not be lost to a bad day.
+            # Resumed without limit: steps are safe to repeat, and no job may be lost.
             durable = DBOS.workflow(name=name, max_recovery_attempts=None)(self._counted(name, function))
             self._durable[name] = durable
         DBOS.listen_queues(self._queues)
@@ -95,9 +95,9 @@ class Workflows:
             DBOS.register_queue(name, worker_concurrency=side_by_side, polling_interval_sec=POLL_SECONDS)
 
     def begin(self, name: str, key: str) -> None:
-        """Begin a workflow for an id, now or when there is room. Nothing happens when it was begun before.
+        """Start a workflow now or when there is room, unless it was started before.
 
-        Nothing happens either when it cannot be noted, on a disk that is full: chores begin again what has not begun.
+        If it cannot be recorded, for example on a full disk, a periodic task tries again.
         """
         from dbos import DBOS, SetWorkflowID
 
@@ -105,19 +105,19 @@ class Workflows:
             with SetWorkflowID(key):
                 DBOS.enqueue_workflow(name, self._durable[name], key)
         except OperationalError as error:
-            log.warning("%s is begun later: %s", key, error)
+            log.warning("%s starts later: %s", key, error)
 
     def step(self, name: str, work: Callable[[], T]) -> T:
-        """Inside a workflow: do this, or, when it was done before, return what it returned then. JSON values only."""
+        """Inside a workflow: call `work`, or return its recorded result. Results are JSON values."""
         from dbos import DBOS
 
         try:
             return DBOS.run_step({"name": name}, work)
-        except OperationalError as error:  # of DBOS: those of `work` are Unavailable. On a full disk, for one
+        except OperationalError as error:  # of DBOS, for example on a full disk; `work` raises Unavailable instead
             raise Interrupted from error
 
     def retrying_step(self, name: str, work: Callable[[], T]) -> T:
-        """A step that is tried again while the database, the disk or a store is away."""
+        """Like `step`, but `work` is retried while the database, the disk or a store is unavailable."""
         return self.step(name, lambda: self._retry(name, work))
 
     def _retry(self, name: str, work: Callable[[], T]) -> T:
@@ -126,12 +126,12 @@ class Workflows:
             try:
                 return work()
             except (Unavailable, OSError):
-                log.exception("%s is put off", name)
+                log.exception("%s is retried", name)
                 self.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def beat(self) -> None:
-        """Say that this process lives, and count out those that have gone silent. To be called every few seconds."""
+        """Increment this process's counter, and remove processes that are dead. Called every few seconds."""
         with self._database.begin() as session:
             counted = update(ExecutorRow).where(ExecutorRow.id == self._executor).values(beats=ExecutorRow.beats + 1)
             if session.execute(counted.returning(ExecutorRow.id)).first() is None:
@@ -145,14 +145,14 @@ class Workflows:
             looks = looks + 1 if beats == last else 0
             self._others[other] = beats, looks
             if looks >= LOOKS:
-                log.warning("%s has gone silent; its workflows are begun again", other)
+                log.warning("%s is dead; its workflows are resumed", other)
                 with self._database.begin() as session:
                     session.execute(delete(ExecutorRow).where(ExecutorRow.id == other, ExecutorRow.beats == beats))
 
     def adopt(self) -> None:
-        """Begin again every workflow that was interrupted here, or whose process is no longer counted.
+        """Resume every workflow that was interrupted here or whose process is dead.
 
-        Blocks while DBOS's database is away, and for a while after, so it must not hold up `beat`.
+        Blocks while the database of DBOS is unavailable, and for a while after, so it must not delay `beat`.
         """
         from dbos import DBOS
 
@@ -160,39 +160,39 @@ class Workflows:
             DBOS.resume_workflow(key, queue_name=name)
             del self._interrupted[key]
         pending = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
-        with self._database.read() as session:  # after the list: a server is counted before it takes anything
+        with self._database.read() as session:  # after the list: a server has a counter before it takes a workflow
             alive = {self._executor, *session.scalars(select(ExecutorRow.id))}
         if dead := {each.executor_id for each in pending if each.executor_id} - alive:
-            # Takes a workflow from a dead executor only, so that two servers that do this at once begin it once.
+            # Takes workflows only from dead executors, so that two concurrent calls resume each workflow once.
             DBOS._recover_pending_workflows(sorted(dead))
 
     def stop(self) -> None:
-        """Leave running workflows where they are, for the next start or another server."""
+        """Stop running workflows. The next start, or another server, resumes them."""
         from dbos import DBOS
 
         self.stopping.set()
         with self._changed:
             if not self._changed.wait_for(lambda: not self._active, timeout=30):
-                log.warning("%d workflows do not stop; they will be begun again", self._active)
+                log.warning("%d workflows do not stop; they will be resumed", self._active)
         DBOS.destroy(destroy_registry=True)
         _ONE.release()
-        with contextlib.suppress(Unavailable), self._database.begin() as session:  # else it is silent soon enough
+        with contextlib.suppress(Unavailable), self._database.begin() as session:  # or others consider it dead soon
             session.execute(delete(ExecutorRow).where(ExecutorRow.id == self._executor))
 
     def wait(self, seconds: float) -> None:
-        """Inside a workflow: let time pass. Raises Stopping when the server shuts down meanwhile."""
+        """Inside a workflow: sleep. Raises Stopping if the server shuts down meanwhile."""
         if self.stopping.wait(seconds):
             raise Stopping
 
     def _counted(self, name: str, function: Callable[[str], None]) -> Callable[[str], None]:
-        """The function, counted while it runs."""
+        """Return the function, counted while it runs."""
 
         def run(key: str) -> None:
             with self._running():
                 try:
                     function(key)
                 except Interrupted as interrupted:
-                    log.warning("%s is begun again later: %s", key, interrupted.__cause__)
+                    log.warning("%s is resumed later: %s", key, interrupted.__cause__)
                     self._interrupted[key] = name
                     raise
 

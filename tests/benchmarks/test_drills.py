@@ -17,7 +17,7 @@ from benchmarks import drills
 )
 def test_no_promise_is_broken(drill, capsys):
     found = drill()
-    assert list(found.complaints()) == []
+    assert list(found.errors()) == []
     found.show()
     assert "nan" not in capsys.readouterr().out
 

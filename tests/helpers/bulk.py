@@ -1,4 +1,4 @@
-"""Bulk batches by the real client: lines, submission, and what came of them."""
+"""Bulk batches with the real client: lines, submission and results."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ def submit(client: openai.OpenAI, lines, **options):
 
 
 def ended(client: openai.OpenAI, batch_id: str, *statuses: str):
-    """The batch once it has one of the statuses."""
+    """Wait until the batch has one of the statuses."""
     pause = threading.Event()
     for _ in range(600):
         batch = client.batches.retrieve(batch_id)
@@ -30,7 +30,7 @@ def ended(client: openai.OpenAI, batch_id: str, *statuses: str):
 
 
 def read(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
-    """The lines of an output or error file by custom_id; each is there once."""
+    """Return the lines of an output or error file by custom_id; each occurs once."""
     lines = [json.loads(text) for text in client.files.content(file_id).text.splitlines()]
     found = {each["custom_id"]: each for each in lines}
     assert len(found) == len(lines)

@@ -1,4 +1,4 @@
-"""Distillation jobs by the real client, on a server of this process."""
+"""Distillation jobs with the real client, on a server in this process."""
 
 import contextlib
 import sys
@@ -30,7 +30,7 @@ SERVE = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", 
 
 @contextlib.contextmanager
 def server(data: Path, teachers: dict[str, str], **jobs) -> Iterator[str]:
-    """A server of this process that loads real students beside a simulated one."""
+    """Run a server in this process that loads real students beside a simulated one."""
     settings = Settings(data=data, jobs={"teachers": teachers, "takeover_seconds": 1, "nice": 0, **jobs})
     with serving(create_app(settings, worker_threads(Simulator(), device="cpu"))) as url:
         yield url
@@ -45,19 +45,19 @@ def submit(client: openai.OpenAI, file: str, knobs: dict, **more):
 
 
 def until(client: openai.OpenAI, job, reached: Callable):
-    """The job once it has got there; another end fails."""
+    """Wait until the job has reached a state; fail if it ends in another one."""
     while not reached(job := client.fine_tuning.jobs.retrieve(job.id)):
         assert job.status not in ("succeeded", "failed", "cancelled"), job.error
         threading.Event().wait(0.5)
     return job
 
 
-def told(client: openai.OpenAI, job) -> list[str]:
+def event_messages(client: openai.OpenAI, job) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
 
 
-def made(jobs: Jobs, number: int, status: str, **more) -> str:
-    """A job in the database, and its folder; its id."""
+def add_job(jobs: Jobs, number: int, status: str, **more) -> str:
+    """Add a job to the database and create its folder. Returns its id."""
     facts = {
         "owner": "ann",
         "model": "tiny",

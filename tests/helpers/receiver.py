@@ -10,11 +10,11 @@ SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
 class Receiver:
-    """A web server that keeps what it is told, and answers with one status after another, the last for ever."""
+    """A web server that records webhooks. It answers with one status after another, and repeats the last."""
 
     def __init__(self, *statuses: int) -> None:
-        told: list[tuple[dict[str, str], bytes]] = []
-        heard = threading.Condition()
+        received: list[tuple[dict[str, str], bytes]] = []
+        arrived = threading.Condition()
         left = list(statuses)
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -22,21 +22,21 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 self.send_response(left.pop(0) if len(left) > 1 else left[0])
                 self.end_headers()
-                with heard:
-                    told.append((dict(self.headers), body))
-                    heard.notify_all()
+                with arrived:
+                    received.append((dict(self.headers), body))
+                    arrived.notify_all()
 
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.told, self._heard = told, heard
+        self.received, self._arrived = received, arrived
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
 
     def wait(self, count: int) -> None:
-        """Until it has been told so often."""
-        with self._heard:
-            assert self._heard.wait_for(lambda: len(self.told) >= count, timeout=60)
+        """Wait until it has received so many webhooks."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.received) >= count, timeout=60)
 
 
 @contextmanager

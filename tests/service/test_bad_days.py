@@ -18,7 +18,7 @@ import openai
 import pytest
 from bulk import ENDPOINT, ended, line, read, submit
 from engines import Gate
-from fine_tuning import ENDLESS, SERVE, TINY, made, server, told, until, upload
+from fine_tuning import ENDLESS, SERVE, TINY, add_job, event_messages, server, until, upload
 from fine_tuning import submit as submit_job
 from fsspec.implementations.memory import MemoryFileSystem
 from old_database import add_old_job, check_upgraded
@@ -119,7 +119,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
         assert len(list(client.files.list())) == 3  # the job's, the batch's, and its output: none of what was refused
 
         job = until(client, job, lambda now: now.images_seen > job.images_seen)
-        assert (job.status, [words for words in told(client, job) if "crashed" in words]) == ("running", [])
+        assert (job.status, [words for words in event_messages(client, job) if "crashed" in words]) == ("running", [])
         client.fine_tuning.jobs.cancel(job.id)
         until(client, job, lambda job: job.status == "cancelled")
 
@@ -127,7 +127,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
 def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, tmp_path):
     jobs = Jobs(tmp_path, Settings(jobs={"database": f"{empty}?options=-c%20lock_timeout%3D100"}))
     jobs.database.migrate()
-    name = made(jobs, 1, "running")
+    name = add_job(jobs, 1, "running")
     with jobs.database.begin() as session:
         session.get_one(JobRow, name, with_for_update=True)
         assert jobs.fine_tuning.get("ann", name).id == name
@@ -292,8 +292,8 @@ def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, c
         assert failed.error.code == "disk_full", failed.error
 
         lines = [line(str(number)) for number in range(500)]
-        made = "\n".join(map(json.dumps, lines)).encode()
-        file = client.files.create(file=("lines.jsonl", made), purpose="batch")
+        content = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("lines.jsonl", content), purpose="batch")
         fill(disk / "filler", leave=400 << 10)
         with pytest.raises(openai.InternalServerError) as refused:
             client.files.create(file=("large.jsonl", bytes(1 << 20)), purpose="batch")
@@ -314,7 +314,7 @@ def until_failed(client: openai.OpenAI, job):
         if (job := client.fine_tuning.jobs.retrieve(job.id)).status == "failed":
             return job
         pause.wait(0.2)
-    raise AssertionError(f"the job is {job.status}: {told(client, job)}")
+    raise AssertionError(f"the job is {job.status}: {event_messages(client, job)}")
 
 
 def free(disk: Path) -> int:
@@ -375,8 +375,8 @@ def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, tea
         file = upload(client)
         ids = {}
         for name in ("gone", "unknown"):
-            made = client.fine_tuning.jobs.create(model=name, training_file=file, extra_body={"distillation": TINY})
-            ids[name] = client.fine_tuning.jobs.pause(made.id).id
+            job = client.fine_tuning.jobs.create(model=name, training_file=file, extra_body={"distillation": TINY})
+            ids[name] = client.fine_tuning.jobs.pause(job.id).id
         folder.rmdir()
     with server(tmp_path / "data", {"gone": str(folder)}) as url:
         client = connect(url)

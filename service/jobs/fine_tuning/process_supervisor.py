@@ -2,13 +2,12 @@
 
 `python -m service.jobs.fine_tuning.process_supervisor SECONDS PROCESSES COMMAND...` runs the command in PROCESSES
 processes, which find each other by the environment variables that accelerate and torch read.
-What the first prints is shown; of the others only what one printed that ended them all. When one has ended badly the
-others may wait for it for ever, so they are killed a little later.
+The output of the first process is shown, and that of another one only if it caused the end. If a process fails, the
+others may wait for it without end, so they are killed shortly after.
 
-The server holds the other end of standard input. When that closes, because the server lets go or has died in whatever
-way, the command and all that it started are asked to stop by SIGTERM, and killed SECONDS later. This process leads
-their process group, so that killing the group leaves nothing behind. It exits with the command's status, 128 + N for
-one that died of signal N.
+The server holds the other end of standard input. If it closes that or dies, the command and its children get SIGTERM,
+and SIGKILL after SECONDS. This process leads their process group, so that a kill of the group ends them all. It exits
+with the status of the command, which is 128 + N if signal N ended it.
 """
 
 import contextlib
@@ -23,31 +22,31 @@ import tempfile
 import threading
 import time
 
-ALONE_SECONDS = 5.0  # that the other processes get to end by themselves when one has ended badly
-LOST = 1  # the status of a process that an exception ended, as one does whose fellow has gone
+REST_SECONDS = 5.0  # in which the other processes may exit by themselves if one has failed
+LOST = 1  # the status after an exception, which is also what a process raises that has lost another one
 
 
 def main() -> int:
-    """Run the command to its end."""
+    """Run the command until it exits."""
     seconds, number, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: None)  # meant for the command, which gets them too; not ignored: it inherits
+        signal.signal(each, lambda *_: None)  # the command gets them too; not SIG_IGN, which it would inherit
     printed = [None, *(tempfile.TemporaryFile() for _ in range(number - 1))]  # noqa: SIM115, open to the end
     processes = [
         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         for environment, output in zip(_environments(number), printed, strict=True)
     ]
     threading.Thread(target=_watch, args=(seconds,), daemon=True).start()
-    telling = _telling(processes)
-    if output := printed[telling]:
+    decisive = _decisive(processes)
+    if output := printed[decisive]:
         output.seek(0)
         shutil.copyfileobj(output, sys.stdout.buffer)
-    status = processes[telling].returncode
+    status = processes[decisive].returncode
     return 128 - status if status < 0 else status
 
 
 def _environments(number: int) -> list[dict[str, str]]:
-    """This process's environment for each of so many; one alone needs nothing more."""
+    """Return the environment of each process."""
     if number == 1:
         return [dict(os.environ)]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -60,23 +59,23 @@ def _environments(number: int) -> list[dict[str, str]]:
     ]
 
 
-def _telling(processes: list[subprocess.Popen[bytes]]) -> int:
-    """The rank of the process that tells how all ended, when they have: of one that ended badly by itself, if any did.
+def _decisive(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have exited. Returns the rank of the process whose status counts: one that failed, if any did.
 
-    One that says why comes before one that lost its fellows.
+    A process that reports an error comes before one that only lost the others.
     """
     statuses: queue.SimpleQueue[int] = queue.SimpleQueue()
     for process in processes:
-        threading.Thread(target=lambda ended=process: statuses.put(ended.wait()), daemon=True).start()
-    bad = False
+        threading.Thread(target=lambda exited=process: statuses.put(exited.wait()), daemon=True).start()
+    failed = False
     with contextlib.suppress(queue.Empty):
         for _ in processes:
-            bad = statuses.get(timeout=ALONE_SECONDS if bad else None) != 0 or bad
-    ended = [rank for rank, process in enumerate(processes) if process.poll()]
+            failed = statuses.get(timeout=REST_SECONDS if failed else None) != 0 or failed
+    failures = [rank for rank, process in enumerate(processes) if process.poll()]
     for process in processes:
         process.kill()
         process.wait()
-    return min(ended, key=lambda rank: processes[rank].returncode == LOST, default=0)
+    return min(failures, key=lambda rank: processes[rank].returncode == LOST, default=0)
 
 
 def _watch(seconds: float) -> None:
@@ -84,7 +83,7 @@ def _watch(seconds: float) -> None:
         while os.read(0, 4096):
             pass
     os.killpg(0, signal.SIGTERM)
-    time.sleep(seconds)  # this process is gone when its command is
+    time.sleep(seconds)  # this process has exited by then if its command has
     os.killpg(0, signal.SIGKILL)
 
 

@@ -50,7 +50,7 @@ def test_every_endpoint_is_told_what_the_real_client_unwraps(tmp_path):
         announce(jobs, 1_700_000_000)
         for receiver in (one, other):
             receiver.wait(1)
-            headers, body = receiver.told[0]
+            headers, body = receiver.received[0]
             event = openai.OpenAI(api_key="none").webhooks.unwrap(body, headers, secret=SECRET)
             assert (event.type, event.data.id, event.object) == ("fine_tuning.job.succeeded", "ftjob-1", "event")
             assert event.created_at == 1_700_000_000
@@ -70,13 +70,13 @@ def test_an_endpoint_that_fails_is_told_again_later_and_not_before(tmp_path):
             (row,) = deliveries(jobs)
             assert row.last_error == failure
             jobs.webhooks.begin_due(row.next_at - 1)
-            assert len(receiver.told) == attempt
+            assert len(receiver.received) == attempt
             jobs.webhooks.begin_due(row.next_at)
             jobs.webhooks.begin_due(row.next_at)  # begun once
             receiver.wait(attempt + 1)
         until(lambda: deliveries(jobs)[0].delivered_at)
-        assert len({headers["webhook-id"] for headers, _ in receiver.told}) == 1
-        assert len({body for _, body in receiver.told}) == 1
+        assert len({headers["webhook-id"] for headers, _ in receiver.received}) == 1
+        assert len({body for _, body in receiver.received}) == 1
 
 
 @pytest.mark.parametrize("attempts", [0, len(PAUSES)])

@@ -37,7 +37,7 @@ def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
     """Kind and subject of each event, as the real client reads it, once there are so many."""
     receiver.wait(count)
     unwrap = openai.OpenAI(api_key="none").webhooks.unwrap
-    events = [unwrap(body, headers, secret=SECRET) for headers, body in receiver.told]
+    events = [unwrap(body, headers, secret=SECRET) for headers, body in receiver.received]
     return [(event.type, event.data.id) for event in events]
 
 

@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 from engines import run
-from fine_tuning import ENDLESS, SERVE, TINY, made, server, submit, told, until, upload
+from fine_tuning import ENDLESS, SERVE, TINY, add_job, event_messages, server, submit, until, upload
 from PIL import Image
 from receiver import SECRET, receiving
 from running import serving
@@ -75,7 +75,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
         until(client, job, lambda job: job.images_seen)
         (run,) = [child for child in psutil.Process(process).children(recursive=True) if _distills(child)]
         run.kill()
-        until(client, job, lambda job: any("status 137" in message for message in told(client, job)))
+        until(client, job, lambda job: any("status 137" in message for message in event_messages(client, job)))
         seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
         until(client, job, lambda job: job.images_seen > seen)
 
@@ -113,7 +113,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
             assert float(rows[-1]["gap"]) == checkpoints[0].metrics.gap
 
             receiver.wait(1)
-            headers, body = receiver.told[0]
+            headers, body = receiver.received[0]
             event = client.webhooks.unwrap(body, headers, secret=SECRET)
             assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
     with server(data, teachers) as url:
@@ -205,7 +205,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
         until(client, first, lambda job: job.images_seen > paused.images_seen)
         jobs.cancel(first.id)
         until(client, first, lambda job: job.status == "cancelled")
-        assert told(client, first)[0] == "The job is cancelled."
+        assert event_messages(client, first)[0] == "The job is cancelled."
         assert len(list(client.models.list())) == 1
 
         for text in ('"a red circle"\n{"caption"', '"a red circle"\n' + "[" * 100_000):
@@ -213,7 +213,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
             error = until(client, job, lambda job: job.status == "failed").error
             assert (error.code, error.param) == ("invalid_training_file", "training_file")
             assert error.message.startswith("prompts.jsonl line 2 is not JSON")
-            assert "The job is running." not in told(client, job)
+            assert "The job is running." not in event_messages(client, job)
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
@@ -221,7 +221,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
     url = serve(data=tmp_path, http={"api_keys": KEYS})
     ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
-    made(jobs, 1, "succeeded", owner=ApiKey.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
+    add_job(jobs, 1, "succeeded", owner=ApiKey.of_settings(KEYS[0]).owner, fine_tuned_model="ft:tiny::1")
     student = tmp_path / "distillations" / "ftjob-1" / "run" / "student"
     student.mkdir(parents=True)
     assert ann.fine_tuning.jobs.retrieve("ftjob-1").fine_tuned_model == "ft:tiny::1"
@@ -250,18 +250,18 @@ def jobs(tmp_path) -> Iterator[Jobs]:
 
 
 def test_the_students_made_last_are_served_whenever_their_jobs_were(jobs):
-    made(jobs, 1, "succeeded", fine_tuned_model="paused for long", finished_at=90)
-    made(jobs, 2, "succeeded", fine_tuned_model="first", finished_at=20)
-    made(jobs, 3, "succeeded", fine_tuned_model="second", finished_at=30)
+    add_job(jobs, 1, "succeeded", fine_tuned_model="paused for long", finished_at=90)
+    add_job(jobs, 2, "succeeded", fine_tuned_model="first", finished_at=20)
+    add_job(jobs, 3, "succeeded", fine_tuned_model="second", finished_at=30)
     assert jobs.students._newest().keys() == {"paused for long", "second"}
-    made(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
+    add_job(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
     assert jobs.students._newest().keys() == {"paused for long", "about to end"}
 
 
 def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_say_so(jobs):
     record = "onestep.json"
     for number in (1, 2):
-        name = made(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
+        name = add_job(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
         JobFolder.of(jobs.folder, name).student.mkdir()
     (JobFolder.of(jobs.folder, name).student / record).write_text(json.dumps({"name": "any"}))
     now = 0.0
@@ -300,7 +300,7 @@ def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_
 
 def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
     for number, status in enumerate(("cancelled", "failed")):
-        name = made(jobs, number, "running", fine_tuned_model="made before the server died")
+        name = add_job(jobs, number, "running", fine_tuned_model="made before the server died")
         with jobs.database.begin() as session:
             jobs.fine_tuning._workflow.end(session, session.get_one(JobRow, name), status, "It ends.")
         assert jobs.fine_tuning.get("ann", name).fine_tuned_model is None
@@ -308,7 +308,7 @@ def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
 
 
 def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_at_its_next_start(jobs):
-    names = [made(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
+    names = [add_job(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
     for name in names:
         jobs.fine_tuning._workflow._run(f"{name}.0")
     left = [path.relative_to(jobs.folder / "distillations") for path in jobs.folder.glob("distillations/**/*/")]
@@ -317,7 +317,7 @@ def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_a
 
 
 def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
-    name = made(jobs, 1, "validating_files")
+    name = add_job(jobs, 1, "validating_files")
     facts = {"owner": "ann", "purpose": "fine-tune", "bytes": 1, "created_at": 1}
     with jobs.database.begin() as session:
         session.add(FileRow(id="file-1", filename="prompts.txt\0", **facts))  # no path can hold it
