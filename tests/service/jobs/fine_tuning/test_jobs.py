@@ -18,7 +18,6 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from engines import run
 from fine_tuning import ENDLESS, SERVE, TINY, add_job, event_messages, server, submit, until, upload
 from PIL import Image
 from receiver import SECRET, receiving
@@ -27,12 +26,9 @@ from running import serving
 from distill.pipeline import OneStepPipeline
 from service.app import create_app
 from service.engine.backend import Simulator
-from service.engine.engine import Engine
 from service.engine.launch import worker_threads
 from service.http.keys import ApiKey
-from service.jobs.fine_tuning.job_folder import JobFolder
 from service.jobs.fine_tuning.run_process import SUPERVISOR
-from service.jobs.fine_tuning.students import Students
 from service.jobs.jobs import Jobs
 from service.jobs.tables import FileRow, JobRow
 from service.settings import Settings
@@ -238,64 +234,6 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
         jobs.fine_tuning._workflow.remove_deleted(moment)
         assert student.exists() == left
     jobs.database.close()
-
-
-@pytest.fixture
-def jobs(tmp_path) -> Iterator[Jobs]:
-    """Jobs whose workflows are called by hand, and of which `made` has put some there."""
-    jobs = Jobs(tmp_path, Settings(jobs={"max_served_students": 2}))
-    jobs.database.migrate()
-    yield jobs
-    jobs.database.close()
-
-
-def test_the_students_made_last_are_served_whenever_their_jobs_were(jobs):
-    add_job(jobs, 1, "succeeded", fine_tuned_model="paused for long", finished_at=90)
-    add_job(jobs, 2, "succeeded", fine_tuned_model="first", finished_at=20)
-    add_job(jobs, 3, "succeeded", fine_tuned_model="second", finished_at=30)
-    assert jobs.students._newest().keys() == {"paused for long", "second"}
-    add_job(jobs, 4, "running", fine_tuned_model="about to end", created_at=0)
-    assert jobs.students._newest().keys() == {"paused for long", "about to end"}
-
-
-def test_a_student_that_could_not_be_loaded_is_tried_again_and_its_job_s_events_say_so(jobs):
-    record = "onestep.json"
-    for number in (1, 2):
-        name = add_job(jobs, number, "succeeded", fine_tuned_model=f"student {number}", finished_at=3 - number)
-        JobFolder.of(jobs.folder, name).student.mkdir()
-    (JobFolder.of(jobs.folder, name).student / record).write_text(json.dumps({"name": "any"}))
-    now = 0.0
-    students = Students(jobs.database, jobs.folder, 2, lambda: now)
-
-    def events() -> list[tuple[str, str]]:
-        return [(event.level, event.message) for event in jobs.fine_tuning.events("ann", "ftjob-1", None, 10)[0]]
-
-    async def test(engine: Engine) -> None:
-        nonlocal now
-        await students.start(engine)
-        assert [*engine.models] == ["simulator", "student 2"]  # one that fails keeps no other from its place
-        ((level, message),) = events()
-        assert level == "warn"
-        assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
-        assert str(jobs.folder) not in message
-        folder = JobFolder.of(jobs.folder, "ftjob-1").student
-        pauses = []
-        for _ in range(9):  # each pause is twice the one before, up to the longest
-            pauses.append(students._failures["student 1"].pause)
-            now += pauses[-1]
-            await students._sync()
-        assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
-        assert len(events()) == 1  # the same reason again is told once
-        (folder / record).write_text(json.dumps({"name": "any"}))
-        await students._sync()
-        assert "student 1" not in engine.models  # its next attempt is not due yet
-        now += 600
-        await students._sync()
-        assert "student 1" in engine.models
-        assert events()[0] == ("info", "The student is loaded and served now.")
-        await students.stop()
-
-    run(worker_threads(Simulator()), test)
 
 
 def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
