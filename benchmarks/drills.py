@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from service.commands.bench import free_port, load_engine, load_server, own_server, samples
+from service.commands.bench import free_port, measure_engine, measure_server, read_metrics, running_server
 from service.engine.backend import ModelInfo, Timing
 from service.engine.profile import Profile, write_profile
 from service.observability.metrics import Metrics
@@ -101,7 +101,7 @@ def serving(device: str, **settings: object) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "service.cli", "serve", "--device", device, "--port", str(port)]
     given = {"data": "none", **settings}
     variables = {f"SERVICE_{name.upper()}": str(value) for name, value in given.items()}
-    with own_server(command, port, variables) as url:
+    with running_server(command, port, variables) as url:
         ours = (pid for pid in children(os.getpid()) if f"\0{port}\0" in Path(f"/proc/{pid}/cmdline").read_text())
         yield url, next(ours)
 
@@ -198,8 +198,8 @@ def overload(seconds: float, clients: int = 64) -> Overload:
         ) as (url, pid),
     ):
         before = min(3.0, seconds)
-        unloaded = load_server(url, 1, before).quantile(0.99)
-        capacity = load_server(url, 8, before).rate
+        unloaded = measure_server(url, 1, before).quantile(0.99)
+        capacity = measure_server(url, 8, before).rate
         pause = clients / (OVERLOAD * capacity)
         memory, waiting = [rss_mb(pid)], [0]
         began = time.perf_counter()
@@ -218,7 +218,7 @@ def overload(seconds: float, clients: int = 64) -> Overload:
             while time.perf_counter() < began + seconds:
                 time.sleep(seconds / 10)
                 memory.append(rss_mb(pid))
-                waiting.append(int(samples(url)["fgm_queued_images"]))
+                waiting.append(int(read_metrics(url)["fgm_queued_images"]))
             answers = [answer for done in offering for answer in done.result()]
     refusals = [answer for answer in answers if answer.status == 429]
     return Overload(
@@ -371,7 +371,9 @@ def chaos(kills: int, device: str = "simulator", clients: int = 16, seed: int = 
                 if len(workers := children(pid)) > 1:  # never both workers at the same time
                     os.kill(chance.choice(workers), signal.SIGKILL)
                     killed += 1
-        restarts = sum(value for name, value in samples(url).items() if name.startswith("fgm_worker_restarts_total"))
+        restarts = sum(
+            value for name, value in read_metrics(url).items() if name.startswith("fgm_worker_restarts_total")
+        )
     return Chaos(load, killed, int(restarts))
 
 
@@ -409,12 +411,12 @@ def fleet(seconds: float, clients: int = 64, devices: int = 8) -> Fleet:
         options = {"simulated_profile": profile, "workers_per_device": devices}
         options |= {"max_batch": 1, "max_queued_images": 10_000}
         settings = Settings(data=None, engine=EngineSettings(devices="simulator", **options))
-        engine = load_engine(settings, clients, seconds, metrics)
+        engine = measure_engine(settings, clients, seconds, metrics)
         engine_busy = metrics.registry.get_sample_value("fgm_stage_seconds_sum", {"stage": "model"}) or 0.0
         with serving("simulator", **{f"engine__{name}": value for name, value in options.items()}) as (url, _):
-            before = samples(url).get(model, 0.0)
-            server = load_server(url, clients, seconds)
-            after = samples(url)
+            before = read_metrics(url).get(model, 0.0)
+            server = measure_server(url, clients, seconds)
+            after = read_metrics(url)
     return Fleet(
         devices,
         int(after["fgm_workers"]),

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.commands.bench import Load, free_port, load_engine, load_server, own_server
+from service.commands.bench import LoadResult, free_port, measure_engine, measure_server, running_server
 from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "student"
@@ -99,7 +99,7 @@ def litserve(model: str, port: int) -> None:
 OTHERS = {"naive": naive, "litserve": litserve}
 
 
-def metrics(load: Load) -> dict[str, float]:
+def metrics(load: LoadResult) -> dict[str, float]:
     """What is told of a load."""
     quantiles = {f"p{100 * share:.0f}_seconds": load.quantile(share) for share in (0.5, 0.95, 0.99)}
     return {"requests_per_second": load.rate, **quantiles}
@@ -120,7 +120,7 @@ def main() -> None:
         OTHERS[arguments.serve](arguments.model, arguments.port)
         return
     settings = Settings(models=(Path(arguments.model),))
-    results = {"engine": [metrics(load_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
+    results = {"engine": [metrics(measure_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
     for name in ("service", *arguments.beside):
         port = free_port()
         command = [sys.executable, "-m", "service.cli", "serve", "--model", arguments.model, "--port", str(port)]
@@ -128,9 +128,9 @@ def main() -> None:
             command = [sys.executable, os.path.abspath(__file__), "--serve", name]
             command += ["--model", arguments.model, "--port", str(port)]
         results[name] = []
-        with own_server(command, port) as url:
+        with running_server(command, port) as url:
             for clients in arguments.clients:
-                results[name].append(metrics(load_server(url, clients, arguments.seconds)))
+                results[name].append(metrics(measure_server(url, clients, arguments.seconds)))
                 print(f"{name}, {clients} clients: {results[name][-1]}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"clients": arguments.clients, **results}, indent=2))

@@ -1,8 +1,8 @@
-"""The `fgm-service` command. Imports no torch before it serves."""
+"""The `fgm-service` command: parse, call, print. Only the worker processes import torch."""
 
-from service.commands.signals import end_on_signals
+from service.signals import exit_on_signals
 
-end_on_signals()  # before the other imports: a container may be stopped while they run
+exit_on_signals()  # before the other imports: a container may be stopped while they run
 
 import json
 import os
@@ -19,16 +19,18 @@ from service.errors import StartError
 if TYPE_CHECKING:
     from service.settings import Settings
 
-# The libraries' progress bars and notices would run through the log, also of the worker processes.
+# Keep the libraries' progress bars and notices out of the log, also in worker processes.
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
     os.environ.setdefault(_name, "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 Config = Annotated[
-    Path | None, typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; flags and variables win over it.")
+    Path | None,
+    typer.Option(envvar="SERVICE_CONFIG", help="TOML file of settings; flags and SERVICE_ variables override it."),
 ]
 Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting, as engine.max_batch=8; repeat for more. Lists are JSON.")
+    list[str] | None,
+    typer.Option("--set", help="Any setting, for example engine.max_batch=8. Repeatable. Lists are JSON."),
 ]
 
 app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -39,34 +41,32 @@ app.add_typer(models.app, name="models")
 @app.command()
 def serve(
     model: Annotated[
-        list[Path] | None, typer.Option(help="Student folder; repeat for more, the first is the default.")
+        list[Path] | None, typer.Option(help="Student folder. Repeatable; the first is the default model.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [8000]; 0 picks a free one.")] = None,
     devices: Annotated[
         str | None, typer.Option("--devices", "--device", help="auto, cpu, simulator, or GPUs as cuda:0,cuda:1.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of files, batches and jobs; none to serve without them.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder for files, batches and jobs; `none` disables them.")] = None,
     job_devices: Annotated[
         str | None,
-        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, or none: others run them."),
+        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, or none for no jobs here."),
     ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")
     ] = None,
     open_to_all: Annotated[
-        bool | None, typer.Option("--open-to-all", help="Listen beyond this machine without any API key.")
+        bool | None, typer.Option("--open-to-all", help="Accept requests from other machines without API keys.")
     ] = None,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Serve students (the shipped one if none is named) in the OpenAI Images format, and a playground at `/`.
+    """Serve students by the OpenAI Images API, with a playground at `/`. Without --model, serve the shipped student.
 
-    docs/operations.md lists all settings. Each can be set by --set engine.max_batch=8, by the environment variable
-    SERVICE_ENGINE__MAX_BATCH=8, or in the TOML file. SIGTERM answers the accepted requests, then exits; a second
-    signal exits at once.
+    docs/operations.md lists all settings. Give one as --set engine.max_batch=8, as the environment variable
+    SERVICE_ENGINE__MAX_BATCH=8, or in a TOML file. At SIGTERM the server answers the accepted requests, then exits. A
+    second signal ends it at once.
     """
     import logging
     from concurrent.futures import ThreadPoolExecutor
@@ -92,12 +92,12 @@ def serve(
     _check_keys(settings)
     workers = worker_processes(settings)
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(workers.start)  # before the server does, so that a bad folder is one sentence
-        from service.app import create_app  # takes a second, in which the workers load their models
+        starting = pool.submit(workers.start)  # before the server, so that an invalid folder gives a one-line error
+        from service.app import create_app  # takes a second, while the workers load their models
 
         served = create_app(settings, workers)
         if served.state.jobs:
-            served.state.jobs.prepare()  # before the server starts, so that a wrong database is one sentence
+            served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
         ready = starting.result()[0].ready
     settings.check_aliases([loaded.info.name for loaded in ready.models])
     configure(settings.observability.log_format, settings.observability.log_level)
@@ -108,19 +108,19 @@ def serve(
     if not server.started:
         sys.exit(STARTUP_FAILURE)
     logging.shutdown()
-    os._exit(0)  # Python would wait for every thread, including one that waits forever for a store or a disk
+    os._exit(0)  # Python would wait for every thread, also for one that hangs on a store or a disk
 
 
 @app.command()
 def profile(
     out: Annotated[Path, typer.Argument(help="Folder of the profiles; engine.profiles_folder of the server.")],
-    model: Annotated[list[Path] | None, typer.Option(help="Student folder; repeat for more.")] = None,
-    devices: Annotated[str | None, typer.Option("--devices", "--device", help="As of `serve`.")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="Student folder. Repeatable.")] = None,
+    devices: Annotated[str | None, typer.Option("--devices", "--device", help="As for `serve`.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Largest batch to measure [16].")] = None,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Measure seconds by stage, and memory, of every size and batch of each model on each device.
+    """Measure the time of each stage, and memory, for every image size and batch size of each model on each device.
 
     A server with engine.profiles_folder only runs batch sizes that were measured, and knows from its first request on
     how long the queue takes. With engine.target_p95_seconds it also skips sizes that are too slow. Profiles that the
@@ -153,15 +153,17 @@ def profile(
 
 @app.command()
 def bench(
-    url: Annotated[str | None, typer.Option(help="A running server; none starts one of the shipped student.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="That ask at once, each again when it is answered.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time of the load.")] = 10.0,
+    url: Annotated[str | None, typer.Option(help="URL of a running server; by default, one is started.")] = None,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Concurrent clients; each sends its next request when it has a response.")
+    ] = 32,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration.")] = 10.0,
     key: Annotated[str | None, typer.Option(envvar="SERVICE_KEY", help="API key of the server.")] = None,
 ) -> None:
-    """Load a server with requests that no cache knows; print requests/s, latencies and batches.
+    """Run a load test with requests that miss all caches; print requests/s, latencies and batch sizes.
 
-    Without --url it starts a server of its own, with the SERVICE_ variables that are set, and before it the engine
-    alone: `share of the engine` is what is left of the engine's rate after HTTP and image formats.
+    Without --url, first measure the engine alone, then a server that is started with the SERVICE_ variables. `share of
+    the engine` is the server's rate divided by the engine's: the rest is HTTP and image encoding.
 
         fgm-service bench --clients 8 --seconds 20
 
@@ -169,20 +171,20 @@ def bench(
     """
     import contextlib
 
-    from service.commands.bench import free_port, load_engine, load_server, own_server, samples
+    from service.commands.bench import free_port, measure_engine, measure_server, read_metrics, running_server
     from service.settings import read_settings
 
     with contextlib.ExitStack() as stack:
         engine = None
         if url is None:
-            engine = load_engine(read_settings({}), clients, seconds)
+            engine = measure_engine(read_settings({}), clients, seconds)
             port = free_port()
             url = stack.enter_context(
-                own_server([sys.executable, "-m", "service.cli", "serve", "--port", str(port)], port)
+                running_server([sys.executable, "-m", "service.cli", "serve", "--port", str(port)], port)
             )
-        before = samples(url)
-        load = load_server(url, clients, seconds, key)
-        after = samples(url)
+        before = read_metrics(url)
+        load = measure_server(url, clients, seconds, key)
+        after = read_metrics(url)
         batches, images = (after[name] - before[name] for name in ("fgm_batch_images_count", "fgm_batch_images_sum"))
     print(f"clients              {clients}")
     print(f"requests/s           {load.rate:.1f}")
@@ -201,27 +203,29 @@ def ray(
         str,
         typer.Option(
             envvar="RAY_ADDRESS",
-            help="A Ray cluster; auto is the one that this machine belongs to, local starts one of this machine alone.",
+            help="Ray cluster: an address, auto for this machine's cluster, or local to start one on this machine.",
         ),
     ] = "local",
-    min_replicas: Annotated[int, typer.Option(min=1, help="Replicas at least.")] = 1,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="Replicas at most [as many as at least].")] = None,
-    cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray counts for each replica.")] = 1.0,
+    min_replicas: Annotated[int, typer.Option(min=1, help="Minimum number of replicas.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Maximum number of replicas [the minimum].")] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray reserves for each replica.")] = 1.0,
     target_queue_seconds: Annotated[
-        float, typer.Option(min=0.01, help="Seconds in which they should make what waits.")
+        float, typer.Option(min=0.01, help="Replicas are added if the queue takes longer than this.")
     ] = 2.0,
-    up_after: Annotated[float, typer.Option(min=0, help="Seconds of need before replicas are added.")] = 30.0,
-    down_after: Annotated[float, typer.Option(min=0, help="The same before they are taken away.")] = 600.0,
-    guests: Annotated[
-        int, typer.Option(min=1, help="Students and LoRA adapters in a replica at once because requests ask for them.")
+    scale_up_seconds: Annotated[float, typer.Option(min=0, help="Sustained load before replicas are added.")] = 30.0,
+    scale_down_seconds: Annotated[
+        float, typer.Option(min=0, help="Sustained lack of load before some are removed.")
+    ] = 600.0,
+    on_demand: Annotated[
+        int, typer.Option(min=1, help="Maximum number of students and adapters that a replica loads on demand.")
     ] = 3,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Serve as `serve` does, by replicas over the GPUs of one machine or of a Ray cluster.
+    """Serve by replicas on the GPUs of a machine or Ray cluster, as many as the load needs.
 
-    Each replica is a whole server on a GPU of its own, or on CPU cores; there are more of them while work waits.
-    docs/ray.md says what they share. SIGTERM finishes what was accepted, then ends.
+    Each replica is a complete server with its own GPU, or on CPU cores. docs/ray.md describes what they share. At
+    SIGTERM the accepted requests are answered before it exits.
     """
     import importlib.util
 
@@ -236,12 +240,14 @@ def ray(
 
     configure(settings.observability.log_format, settings.observability.log_level)
     most = max(min_replicas, max_replicas or 0)
-    scale = cluster.Scale(min_replicas, most, cpus, target_queue_seconds, up_after, down_after, guests)
+    scale = cluster.Scale(
+        min_replicas, most, cpus, target_queue_seconds, scale_up_seconds, scale_down_seconds, on_demand
+    )
     cluster.run(settings, scale, address)
 
 
 def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> dict[str, Any]:
-    """Settings given on the command line, by group: flags by key (None is not given), and `--set key=value`."""
+    """Return the settings of the command line as nested groups: flags by key, without None, then `--set key=value`."""
     given = {key: value for key, value in flags.items() if value is not None}
     for assignment in assignments or ():
         key, equals, text = assignment.partition("=")
@@ -259,7 +265,7 @@ def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> di
 
 
 def _check_keys(settings: "Settings") -> None:
-    """Raises StartError for a server that anyone may reach and use."""
+    """Raise StartError if the server would be open to other machines without API keys."""
     from service.http.keys import KeyFile
     from service.http.origins import is_loopback
 
@@ -274,13 +280,13 @@ def _check_keys(settings: "Settings") -> None:
         )
     if not (http.open_to_all or is_loopback(http.host)):
         raise StartError(
-            f"host {http.host} is reached from other machines and there is no API key; make one with "
-            "`fgm-service keys create` and name its file with --keys-file, or say --open-to-all"
+            f"http.host {http.host} is reachable from other machines and there is no API key; make one with "
+            "`fgm-service keys create` and pass its file with --keys-file, or pass --open-to-all"
         )
 
 
 def main() -> None:
-    """Entry point of the console command: what keeps the server from starting is one sentence and status 2."""
+    """Run the console command. An error that prevents the start is one line on stderr, with status 2."""
     try:
         app()
     except StartError as error:

@@ -1,1 +1,1 @@
-"""The groups of commands below `fgm-service`, a noun in each file."""
+"""Subcommands of `fgm-service`, and what they call."""

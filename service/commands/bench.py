@@ -1,4 +1,4 @@
-"""Load for a running server, and for the engine without one: requests/s, latencies, batches."""
+"""Load tests of a server, and of the engine without HTTP: requests/s, latencies, batch sizes."""
 
 import asyncio
 import contextlib
@@ -29,32 +29,32 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 120.0
-END_SECONDS = 40.0  # that a server gets to end
+EXIT_SECONDS = 40.0  # within which a server must exit after SIGTERM
 
 
 @dataclass(frozen=True)
-class Load:
-    """What so many clients got, each asking again as soon as it was answered."""
+class LoadResult:
+    """Result of a load test with clients that send their next request as soon as they have a response."""
 
     clients: int
-    seconds: float  # from the first question to the last answer
-    latencies: Sequence[float]  # seconds, of what was answered with images
-    refused: int  # answered otherwise
+    seconds: float  # from the first request to the last response
+    latencies: Sequence[float]  # seconds, of successful requests
+    refused: int  # unsuccessful requests
 
     @property
     def rate(self) -> float:
-        """Images per second."""
+        """Return images per second."""
         return len(self.latencies) / self.seconds
 
     def quantile(self, share: float) -> float:
-        """Seconds within which this share was answered; NaN when nothing was."""
+        """Return a quantile of the latencies in seconds; NaN if there are none."""
         return float(np.quantile(self.latencies, share)) if self.latencies else float("nan")
 
 
-def load_server(url: str, clients: int, seconds: float, key: str | None = None) -> Load:
-    """Ask a server for one image after another, each with a prompt and seed that no cache knows.
+def measure_server(url: str, clients: int, seconds: float, key: str | None = None) -> LoadResult:
+    """Measure a server with requests for one image each, whose prompts and seeds miss all caches.
 
-    Every client has a connection of its own, and asks once before the time starts. Raises StartError when the server
+    Every client has its own connection, and sends one request before the time starts. Raises StartError if the server
     cannot be reached.
     """
     parts = urlsplit(url)
@@ -79,7 +79,7 @@ def load_server(url: str, clients: int, seconds: float, key: str | None = None) 
 
             try:
                 ask(0)
-                connection.close()  # a server need not keep it open until the slowest client is here
+                connection.close()  # the server may close it before the slowest client is ready
                 start.wait()
                 for i in range(1, sys.maxsize):
                     if time.perf_counter() >= began[0] + seconds:
@@ -87,22 +87,22 @@ def load_server(url: str, clients: int, seconds: float, key: str | None = None) 
                     latency, status = ask(i)
                     (latencies if status == 200 else refused).append(latency)
             except (OSError, http.client.HTTPException) as error:
-                start.abort()  # for those that wait for this one
+                start.abort()  # for clients that wait for this one
                 raise StartError(
-                    f"{url} cannot be loaded: {type(error).__name__} {error}; is a server there?"
+                    f"{url} cannot be reached: {type(error).__name__} {error}; is a server running there?"
                 ) from None
 
     with ThreadPoolExecutor(clients) as pool:
         errors = [error for done in [pool.submit(client, i) for i in range(clients)] if (error := done.exception())]
     if errors:
         raise next((error for error in errors if isinstance(error, StartError)), errors[0])
-    return Load(clients, time.perf_counter() - began[0], latencies, len(refused))
+    return LoadResult(clients, time.perf_counter() - began[0], latencies, len(refused))
 
 
-def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metrics | None = None) -> Load:
-    """The same of the engine: batches and workers as in the server, without HTTP and without image formats."""
+def measure_engine(settings: Settings, clients: int, seconds: float, metrics: Metrics | None = None) -> LoadResult:
+    """Measure the engine with the workers and batches of the server, but without HTTP and image encoding."""
 
-    async def whole() -> Load:
+    async def whole() -> LoadResult:
         engine = Engine(worker_processes(settings), settings, metrics or Metrics())
         await engine.start()
         info = next(iter(engine.models.values()))
@@ -124,7 +124,7 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
             await engine.generate(request("a red circle", 0))
             began = time.perf_counter()
             await asyncio.gather(*(client(number) for number in range(clients)))
-            return Load(clients, time.perf_counter() - began, latencies, 0)
+            return LoadResult(clients, time.perf_counter() - began, latencies, 0)
         finally:
             await engine.drain()
 
@@ -132,10 +132,10 @@ def load_engine(settings: Settings, clients: int, seconds: float, metrics: Metri
 
 
 @contextlib.contextmanager
-def own_server(command: Sequence[str], port: int, variables: Mapping[str, str] | None = None) -> Iterator[str]:
-    """A server as a process, with further environment variables, while the block runs; yields its URL once it is ready.
+def running_server(command: Sequence[str], port: int, variables: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run a server process, with additional environment variables; yield its URL once it is ready.
 
-    Raises StartError when it ends.
+    Raises StartError if it exits before that.
     """
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
@@ -148,22 +148,22 @@ def own_server(command: Sequence[str], port: int, variables: Mapping[str, str] |
     try:
         while not _is_ready(port):
             if server.poll() is not None:
-                raise StartError(f"the server ended with status {server.returncode}; `{' '.join(command)}` shows why")
+                raise StartError(f"the server exited with status {server.returncode}; `{' '.join(command)}` shows why")
             time.sleep(0.1)
         yield url
     finally:
         server.terminate()
         try:
-            server.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:  # some servers keep their workers, and themselves, for ever
-            log.warning("the server has not ended in %d s; it is killed", END_SECONDS)
+            server.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:  # some servers never exit
+            log.warning("the server has not exited within %d s; killing it", EXIT_SECONDS)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # and whatever it has left behind
+            os.killpg(server.pid, signal.SIGKILL)  # and the processes that it left behind
         server.wait()
 
 
 def free_port() -> int:
-    """One that nothing listens on at this moment."""
+    """Return a port that nothing listens on at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
@@ -178,8 +178,8 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-def samples(url: str) -> dict[str, float]:
-    """A server's metrics by name and labels, as `/metrics` writes them. Raises StartError when it does not answer."""
+def read_metrics(url: str) -> dict[str, float]:
+    """Read `/metrics` of a server: values by name and labels. Raises StartError if it does not respond."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     with contextlib.closing(kind(parts.netloc, timeout=5)) as connection:
@@ -187,6 +187,6 @@ def samples(url: str) -> dict[str, float]:
             connection.request("GET", f"{parts.path.rstrip('/')}/metrics")
             text = connection.getresponse().read().decode()
         except (OSError, http.client.HTTPException) as error:
-            raise StartError(f"{url} does not answer: {error}") from None
+            raise StartError(f"{url} does not respond: {error}") from None
     lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}

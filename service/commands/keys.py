@@ -1,4 +1,4 @@
-"""`fgm-service keys`: the file of API keys."""
+"""`fgm-service keys`: manage the file of API keys."""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -9,16 +9,16 @@ import typer
 
 from service.http.keys import KeyFile
 
-app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 
 File = Annotated[
     Path,
-    typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys, as the server's --keys-file."),
+    typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys; --keys-file of the server."),
 ]
 
 
 class Scope(StrEnum):
-    """What a key is for. Typer takes lists of enums, not of literals."""
+    """Scopes of a key. Typer supports lists of enums, but not of literals."""
 
     generate = "generate"
     jobs = "jobs"
@@ -27,29 +27,29 @@ class Scope(StrEnum):
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is; logs and limits go by this name.")],
+    name: Annotated[str, typer.Argument(help="Owner of the key; logs and limits use this name.")],
     file: File,
-    scope: Annotated[list[Scope] | None, typer.Option(help="What it is for; repeat for more [generate].")] = None,
+    scope: Annotated[list[Scope] | None, typer.Option(help="Scope of the key. Repeatable [generate].")] = None,
 ) -> None:
-    """Make a key and print it. It is shown this once: the file holds its hash alone.
+    """Create a key and print it. It is shown only once: the file holds its hash.
 
         fgm-service keys create ann --file keys.json --scope generate --scope jobs
 
         fgm-service serve --host 0.0.0.0 --keys-file keys.json
 
-    A server that runs with the file takes the key from its next request on.
+    A running server with this file accepts the key from its next request on.
     """
     print(KeyFile(file).create(name, [each.value for each in scope or [Scope.generate]]))
 
 
 @app.command("list")
 def index(file: File) -> None:
-    """Name, scopes and age of every key."""
+    """Print owner, scopes and creation date of every key."""
     for key in KeyFile(file).read_at_start():
         print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
 
 
 @app.command()
-def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], file: File) -> None:
+def revoke(name: Annotated[str, typer.Argument(help="Owner of the key.")], file: File) -> None:
     """Delete a key. A running server refuses it from its next request on."""
     KeyFile(file).revoke(name)

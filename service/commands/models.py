@@ -1,4 +1,4 @@
-"""`fgm-service models`: the students and adapters of a running server."""
+"""`fgm-service models`: manage the students and adapters of a running server."""
 
 from typing import Annotated
 
@@ -7,18 +7,18 @@ import typer
 app = typer.Typer(help="List, load and unload the students and adapters of a running server.", no_args_is_help=True)
 
 LOCAL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option(help="The running server.")]
+Url = Annotated[str, typer.Option(help="URL of the running server.")]
 AdminKey = Annotated[
-    str | None, typer.Option(envvar="SERVICE_KEY", help="API key of the scope admin, where the server has keys.")
+    str | None, typer.Option(envvar="SERVICE_KEY", help="API key with the scope admin, if the server requires keys.")
 ]
-Student = Annotated[str, typer.Option(help="Student that the adapter is for; `models list` shows them.")]
+Student = Annotated[str, typer.Option(help="Student of the adapter, a name of `models list`.")]
 
 
 @app.command("list")
 def index(url: Url = LOCAL, key: AdminKey = None) -> None:
-    """Students that are served, the default one first, with their sizes, adapters and aliases; and what may be loaded.
+    """List the loaded students, the default one first, with sizes, adapters and aliases, and the folders to load from.
 
-    What may be loaded are the folders below the server's setting `students`, by their names.
+    These are the folders below the server's setting `models_folder`, by name.
 
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
@@ -39,41 +39,41 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 @app.command("load")
 def load(
     folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
-    name: Annotated[str | None, typer.Option(help="To serve it by [its own].")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name [the student's own].")] = None,
     url: Url = LOCAL,
     key: AdminKey = None,
 ) -> None:
-    """Load a student while the server goes on; ends when every worker has it and requests may name it.
+    """Load a student without interrupting the server; returns when requests may name it.
 
     fgm-service models load sd3-medium --name new
     """
     from service.commands.remote import RemoteServer
 
     with RemoteServer(url, key) as server:
-        print(f"{server.load(folder, name).id} is served.")
+        print(f"{server.load(folder, name).id} is loaded.")
 
 
 @app.command("unload")
 def unload(
-    name: Annotated[str, typer.Argument(help="The student, by its name.")], url: Url = LOCAL, key: AdminKey = None
+    name: Annotated[str, typer.Argument(help="Name of the student.")], url: Url = LOCAL, key: AdminKey = None
 ) -> None:
-    """Serve a student no more; ends when what was accepted for it is answered. Its files stay."""
+    """Unload a student; returns when its accepted requests are answered. Its files are kept."""
     from service.commands.remote import RemoteServer
 
     with RemoteServer(url, key) as server:
         server.unload(name)
-    print(f"{name} is served no more.")
+    print(f"{name} is unloaded.")
 
 
 @app.command("load-adapter")
 def load_adapter(
     folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
     model: Student,
-    name: Annotated[str | None, typer.Option(help="To ask for it by [the folder's].")] = None,
+    name: Annotated[str | None, typer.Option(help="Adapter name [the folder's].")] = None,
     url: Url = LOCAL,
     key: AdminKey = None,
 ) -> None:
-    """Load a LoRA adapter for a student; requests may then name it in `lora`.
+    """Load a LoRA adapter for a student; requests can then name it in `lora`.
 
     fgm-service models load-adapter sketches --model new --name sketch
 
@@ -83,19 +83,19 @@ def load_adapter(
 
     with RemoteServer(url, key) as server:
         loaded = server.load_adapter(model, folder, name or folder)
-    print(f"{loaded.id} has {', '.join(loaded.adapters)}.")
+    print(f"Adapters of {loaded.id}: {', '.join(loaded.adapters)}.")
 
 
 @app.command("unload-adapter")
 def unload_adapter(
-    name: Annotated[str, typer.Argument(help="The adapter, by its name.")],
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
     model: Student,
     url: Url = LOCAL,
     key: AdminKey = None,
 ) -> None:
-    """Take an adapter from a student; ends when what was accepted for it is answered. Its file stays."""
+    """Unload an adapter of a student; returns when its accepted requests are answered. Its file is kept."""
     from service.commands.remote import RemoteServer
 
     with RemoteServer(url, key) as server:
         server.unload_adapter(model, name)
-    print(f"{model} has {name} no more.")
+    print(f"{name} of {model} is unloaded.")

@@ -1,4 +1,4 @@
-"""The models of a running server: what `fgm-service models` asks of its admin routes."""
+"""Client of the admin routes of a running server, for `fgm-service models`."""
 
 from typing import Any, Self
 from urllib.parse import quote
@@ -8,13 +8,13 @@ import httpx2
 from service.errors import StartError
 from service.schemas import LoadedModel, LoadedModels
 
-LOADING_SECONDS = 1800.0  # that a server may take to read a model, or to finish what it has accepted for one
+LOADING_SECONDS = 1800.0  # that a server may need to load a model, or to answer the accepted requests of one
 
 
 class RemoteServer:
-    """A server at `url`, asked with an API key where it wants one; `with` closes the connection.
+    """Client of a server at `url`, with an API key if it requires one; `with` closes the connection.
 
-    Every method raises StartError with what the server says, or when it cannot be reached.
+    Every method raises StartError with the server's error, or if it cannot be reached.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
@@ -23,7 +23,7 @@ class RemoteServer:
         try:
             self._http = httpx2.Client(base_url=f"{url.rstrip('/')}/v1/admin/", headers=headers, timeout=timeout)
         except httpx2.InvalidURL as error:
-            raise StartError(f"{url} is no address of a server ({error}); write it as http://127.0.0.1:8000") from None
+            raise StartError(f"{url} is no valid URL ({error}); write it as http://127.0.0.1:8000") from None
         self._url = url
 
     def __enter__(self) -> Self:
@@ -33,36 +33,38 @@ class RemoteServer:
         self._http.close()
 
     def models(self) -> LoadedModels:
-        """What is served, and what may be loaded."""
-        return LoadedModels.model_validate(self._ask("GET", "models"))
+        """Return the loaded models, and the folders that can be loaded."""
+        return LoadedModels.model_validate(self._request("GET", "models"))
 
     def load(self, folder: str, name: str | None) -> LoadedModel:
-        """Load a student, by its own name if none is given."""
-        return LoadedModel.model_validate(self._ask("POST", "models", json={"folder": folder, "name": name}))
+        """Load a student, under its own name if none is given."""
+        return LoadedModel.model_validate(self._request("POST", "models", json={"folder": folder, "name": name}))
 
     def unload(self, name: str) -> None:
         """Unload a student."""
-        self._ask("DELETE", f"models/{quote(name, safe='')}")
+        self._request("DELETE", f"models/{quote(name, safe='')}")
 
     def load_adapter(self, model: str, folder: str, name: str) -> LoadedModel:
         """Load a LoRA adapter for a student."""
         given = {"model": model, "folder": folder, "name": name}
-        return LoadedModel.model_validate(self._ask("POST", "adapters", json=given))
+        return LoadedModel.model_validate(self._request("POST", "adapters", json=given))
 
     def unload_adapter(self, model: str, name: str) -> None:
-        """Take an adapter from a student."""
-        self._ask("DELETE", f"adapters/{quote(name, safe='')}", params={"model": model})
+        """Unload an adapter of a student."""
+        self._request("DELETE", f"adapters/{quote(name, safe='')}", params={"model": model})
 
-    def _ask(self, method: str, path: str, **content: Any) -> Any:
+    def _request(self, method: str, path: str, **content: Any) -> Any:
         try:
-            answer = self._http.request(method, path, **content)
-            said = answer.json()
-            if answer.is_success:
-                return said
-            reason = said["error"]["message"]
+            response = self._http.request(method, path, **content)
+            body = response.json()
+            if response.is_success:
+                return body
+            reason = body["error"]["message"]
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise StartError(f"{self._url} does not answer ({error}); is a server there? --url names another") from None
+            raise StartError(
+                f"{self._url} does not respond ({error}); is a server running there? --url selects another"
+            ) from None
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise StartError(f"{self._url} answers, but not as this server does; --url names another") from None
-        hint = "; --key names a key of the scope admin" if answer.status_code in (401, 403) else ""
-        raise StartError(f"{self._url} refuses: {reason}{hint}")
+            raise StartError(f"{self._url} responds, but is not this server; --url selects another") from None
+        hint = "; pass a key with the scope admin by --key" if response.status_code in (401, 403) else ""
+        raise StartError(f"{self._url} refused: {reason}{hint}")

@@ -24,7 +24,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from service.commands.signals import ENDING
 from service.engine.backend import Backend, DeviceLost, EncodedPrompts, Simulator, Timing
 from service.engine.embeddings import SharedEmbeddings
 from service.engine.messages import (
@@ -48,6 +47,7 @@ from service.engine.messages import (
 from service.engine.profile import measure, read_profile, recall
 from service.engine.shared_memory import write
 from service.errors import StartError
+from service.signals import EXIT_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _simulate(order: LoadModel, profile_path: str | None) -> Backend:
 
 def main() -> None:
     """Entry point of the process."""
-    for number in ENDING:  # the terminal sends them to the whole group; the server first finishes its work
+    for number in EXIT_SIGNALS:  # the terminal sends them to the whole group; the server first finishes its work
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))

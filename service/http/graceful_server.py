@@ -8,9 +8,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.commands.signals import end_at_once, handled
 from service.http.protocol import HttpProtocol
 from service.settings import Settings
+from service.signals import exit_at_once, handled_signals
 
 
 class GracefulServer(uvicorn.Server):
@@ -19,7 +19,7 @@ class GracefulServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals while the server runs. A drained server then ends by itself, with status 0."""
-        before = {number: signal.signal(number, self.handle_exit) for number in handled()}
+        before = {number: signal.signal(number, self.handle_exit) for number in handled_signals()}
         try:
             yield
         finally:
@@ -32,7 +32,7 @@ class GracefulServer(uvicorn.Server):
         Workers and jobs notice that the process is gone, and end too.
         """
         if self.should_exit or not hasattr(self, "servers"):
-            end_at_once(sig)
+            exit_at_once(sig)
         self.should_exit = True
 
 

@@ -23,7 +23,6 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
-from service.commands.signals import handled
 from service.engine.engine import Engine
 from service.engine.guest import Guest, Guests
 from service.engine.launch import worker_processes
@@ -32,6 +31,7 @@ from service.errors import StartError
 from service.http.dependencies import Caller, ImagesCaller, load_on_demand
 from service.observability.logs import configure
 from service.settings import Settings
+from service.signals import handled_signals
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class Scale:
     most: int = 1
     cpus: float = 1.0  # cores that Ray counts for each
     target_queue_seconds: float = 2.0  # seconds in which the replicas should make what waits
-    up_after: float = 30.0  # seconds for which more must be needed before more are started
-    down_after: float = 600.0  # the same for fewer
+    scale_up_seconds: float = 30.0  # of sustained load before replicas are added
+    scale_down_seconds: float = 600.0  # of sustained lack of load before some are removed
     guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
 
 
@@ -146,7 +146,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         folder = settings.images.artifacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artifacts-"))
         application = _application(_shared(settings, folder), scale)
         stopped = threading.Event()
-        for number in handled():
+        for number in handled_signals():
             signal.signal(number, lambda *_: stopped.set())
         _start_proxies(settings)
         try:
@@ -213,8 +213,8 @@ def _application(settings: Settings, scale: Scale) -> Any:
         autoscaling_config={
             "min_replicas": scale.least,
             "max_replicas": scale.most,
-            "upscale_delay_s": scale.up_after,
-            "downscale_delay_s": scale.down_after,
+            "upscale_delay_s": scale.scale_up_seconds,
+            "downscale_delay_s": scale.scale_down_seconds,
             "policy": {
                 "policy_function": "service.ray.autoscaling.ByQueueSeconds",
                 "policy_kwargs": {"target_queue_seconds": scale.target_queue_seconds},

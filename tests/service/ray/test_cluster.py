@@ -99,7 +99,16 @@ def of_both(ask) -> list[httpx.Response]:
 
 
 def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(students):
-    scale = ["--max-replicas", "2", "--target-queue-seconds", "0.05", "--up-after", "0", "--down-after", "15"]
+    scale = [
+        "--max-replicas",
+        "2",
+        "--target-queue-seconds",
+        "0.05",
+        "--scale-up-seconds",
+        "0",
+        "--scale-down-seconds",
+        "15",
+    ]
     settings = {
         "engine__devices": "simulator",
         "engine__max_batch": "1",

@@ -105,10 +105,10 @@ def shell(url, *words, key=None):
 def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
     url = serve(aliases={"gpt-image-1": "simulator"}, models_folder=students)
-    assert shell(url, "load", "one") == "student-one is served.\n"
-    assert shell(url, "load", "two", "--name", "new") == "new is served.\n"
-    assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "new has style.\n"
-    assert shell(url, "load-adapter", "none", "--model", "new") == "new has style, none.\n"
+    assert shell(url, "load", "one") == "student-one is loaded.\n"
+    assert shell(url, "load", "two", "--name", "new") == "new is loaded.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "Adapters of new: style.\n"
+    assert shell(url, "load-adapter", "none", "--model", "new") == "Adapters of new: style, none.\n"
     assert [line.split() for line in shell(url, "list").splitlines()] == [
         ["student", "sizes", "adapters", "aliases"],
         ["simulator", "64x64,128x64", "-", "gpt-image-1"],
@@ -120,8 +120,8 @@ def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, st
     known = {model.id: (model.sizes, model.adapters) for model in connect(url).models.list()}
     assert known["gpt-image-1"] == (["64x64", "128x64"], [])
     assert known["new"][1] == ["style", "none"]
-    assert shell(url, "unload-adapter", "style", "--model", "new") == "new has style no more.\n"
-    assert shell(url, "unload", "student-one") == "student-one is served no more.\n"
+    assert shell(url, "unload-adapter", "style", "--model", "new") == "style of new is unloaded.\n"
+    assert shell(url, "unload", "student-one") == "student-one is unloaded.\n"
     assert [model.id for model in connect(url).models.list()] == ["simulator", "new", "gpt-image-1"]
 
 
@@ -143,8 +143,8 @@ def test_the_command_line_names_a_missing_key_and_an_unreachable_server(serve, s
     url = serve(models_folder=students, http={"keys_file": tmp_path / "keys.json"})
     assert shell(url, "list", key=keys.create("root", ["admin"])).startswith("student")
     for key in (None, keys.create("ann", ["generate"])):
-        with pytest.raises(StartError, match="--key names a key of the scope admin"):
+        with pytest.raises(StartError, match="pass a key with the scope admin by --key"):
             shell(url, "list", key=key)
     for wrong in ("http://127.0.0.1:9", "http://", "nowhere"):
-        with pytest.raises(StartError, match=r"--url names another|no address"):
+        with pytest.raises(StartError, match=r"--url selects another|no valid URL"):
             shell(wrong, "list")

@@ -1,0 +1,26 @@
+"""Signals that end a command or a server."""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def exit_at_once(number: int, frame: FrameType | None = None) -> None:
+    """Run the signal's default action, which ends this process. Process 1 of a container has none, so it exits."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    os._exit(128 + number)
+
+
+def handled_signals() -> list[signal.Signals]:
+    """Return the signals that end this process, without SIGHUP if nohup made it ignored."""
+    return [each for each in EXIT_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
+def exit_on_signals() -> None:
+    """Exit at SIGTERM and SIGHUP, also as process 1. Python itself handles SIGINT."""
+    for each in handled_signals():
+        if each != signal.SIGINT:
+            signal.signal(each, exit_at_once)
