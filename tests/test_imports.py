@@ -90,6 +90,9 @@ ABOVE_MODELS = (
     [
         ("distill/models", ("methods", *ABOVE_MODELS)),
         ("distill/methods", ABOVE_MODELS),
+        ("distill/data", ("training", "student", "report", "plan", "worlds", "run", "cli")),
+        ("distill/evaluate", ("training", "worlds", "run", "cli")),
+        ("distill/report", ("evaluate", "worlds", "run", "cli")),
         ("service/engine", ("http", "images", "jobs", "routers", "ray", "app")),
         ("service/observability", ("http", "images", "jobs", "routers", "ray", "app")),
         ("service/images", ("jobs", "routers", "ray", "app")),
