@@ -24,6 +24,7 @@ LONG = (
     "test_demo",
     "test_soak_jobs",
     "test_distributed",
+    "test_docs",
     "test_estimate",
     "test_experiments",
     "test_student",
