@@ -207,8 +207,9 @@ def helps(command: click.Command, *names: str) -> Iterator[tuple[str, str]]:
         yield from helps(below, *names, name)
 
 
-@by_page
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_pages_use_the_terms_of_the_field(page):
+    """But the changelog, which has old names."""
     assert HOUSE_WORDS.findall(page.read_text(encoding="utf-8")) == []
 
 

@@ -61,7 +61,7 @@ def jobs(
     server: Server = LOOPBACK,
     api_key: ServerKey = None,
 ) -> None:
-    """List the distillation jobs of a server: id, status, images seen / budget, creation time, teacher, student."""
+    """List the distillation jobs of a server: id, status, images / budget, creation time, teacher, student."""
     import time
 
     from distill.cli.remote import JobsClient

@@ -27,7 +27,7 @@ def report(
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that contains the run folders.")] = Path("runs"),
 ) -> None:
-    """List runs: images seen / budget, best score, alarms, and state."""
+    """List runs: images / budget, best score, alarms, and state."""
     import time
 
     from rich.markup import escape
