@@ -79,13 +79,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await engine.start()
-        await loaded_models.restore(engine, settings.models_folder)
-        settings.check_aliases(engine.models)
+        await loaded_models.restore(engine.catalog, settings.models_folder)
+        settings.check_aliases(engine.catalog.models)
         if jobs:
             BatchWorkflow(images, jobs, settings, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
-            await jobs.students.start(engine)
-        retrying = asyncio.create_task(loaded_models.retry(engine, settings.models_folder))
+            await jobs.students.start(engine.catalog)
+        retrying = asyncio.create_task(loaded_models.retry(engine.catalog, settings.models_folder))
         sweeping = asyncio.create_task(artifacts.sweep_periodically())
         yield {"metrics": metrics}  # for the protocol, which rejects requests that never reach the app
         retrying.cancel()

@@ -146,7 +146,7 @@ def profile(
         for t in (timing for loaded in worker.ready.models for timing in loaded.timings):
             stages = "".join(f"{1000 * t.seconds[stage]:10.2f}" for stage in ("text", "model", "vae"))
             size = f"{t.width}x{t.height}"
-            rate, memory = t.batch / t.total, t.memory_bytes / 1e6
+            rate, memory = t.batch / t.total(), t.memory_bytes / 1e6
             print(f"{worker.name:11} {t.model:25} {size:10} {t.batch:5}{stages}{rate:10.1f}{memory:11.0f}")
         worker.end()
 
@@ -216,9 +216,6 @@ def ray(
     scale_down_seconds: Annotated[
         float, typer.Option(min=0, help="Sustained lack of load before some are removed.")
     ] = 600.0,
-    on_demand: Annotated[
-        int, typer.Option(min=1, help="Maximum number of students and adapters that a replica loads on demand.")
-    ] = 3,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
@@ -240,9 +237,7 @@ def ray(
 
     configure(settings.observability.log_format, settings.observability.log_level)
     most = max(min_replicas, max_replicas or 0)
-    scale = cluster.Scale(
-        min_replicas, most, cpus, target_queue_seconds, scale_up_seconds, scale_down_seconds, on_demand
-    )
+    scale = cluster.Scale(min_replicas, most, cpus, target_queue_seconds, scale_up_seconds, scale_down_seconds)
     cluster.run(settings, scale, address)
 
 

@@ -147,6 +147,10 @@ class EngineSettings(_Group):
     batching_window_seconds: Annotated[float, Field(ge=0)] = 0.0  # how long an idle worker waits for more images
     target_p95_seconds: _Seconds | None = None  # caps batches so that p95 latency holds when all workers are busy
     profiles_folder: _Path | None = None  # measured batch times; what is missing is measured at the start
+    on_demand_adapters: Annotated[int, Field(ge=0)] = (
+        8  # LoRA adapters of `models_folder` loaded when requests name them
+    )
+    on_demand_students: Annotated[int, Field(ge=0)] = 0  # the same of students
     simulated_profile: _Path | None = None  # profile that `devices = "simulator"` imitates
     max_queued_images: Annotated[int, Field(ge=10)] = 512  # the largest request must fit
     max_queued_images_per_key: Annotated[int, Field(ge=10)] | None = None

@@ -105,7 +105,7 @@ def measure_engine(settings: Settings, clients: int, seconds: float, metrics: Me
     async def whole() -> LoadResult:
         engine = Engine(worker_processes(settings), settings, metrics or Metrics())
         await engine.start()
-        info = next(iter(engine.models.values()))
+        info = next(iter(engine.catalog.models.values()))
         width, height = info.sizes[0]
         latencies: list[float] = []
 

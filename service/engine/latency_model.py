@@ -1,4 +1,4 @@
-"""How long workers need for images: as timed at first, then as a running mean over the batches that were made."""
+"""`LatencyModel`: how long a worker needs for images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,46 +6,46 @@ from collections.abc import Mapping, Sequence
 from service.engine.backend import ModelInfo, Timing
 from service.engine.batcher import BatchKey
 
-NEWEST_WEIGHT = 0.2  # weight of the last batch in the mean
+NEWEST_WEIGHT = 0.2  # of the last batch in the running mean
 
 
 class LatencyModel:
-    """Seconds of one worker, by model and size. Adapters change none of them."""
+    """A running mean over finished batches for each model, size and number of steps; it starts at profiled times."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, int] = {}  # images in each model's block, also where a batch holds fewer
+        self.batch_multiples: dict[str, int] = {}  # by model, also where a batch holds fewer images
         self._timings: dict[BatchKey, Timing] = {}  # of the largest batch, by model and size
-        self._seconds: dict[BatchKey, float] = {}  # for one image of a whole block, by model, size and steps
+        self._seconds: dict[BatchKey, float] = {}  # for each image of an unpadded batch
 
     def add(self, info: ModelInfo, timings: Mapping[BatchKey, Sequence[Timing]]) -> None:
-        """Take a model in, with what was timed of each of its sizes, batches growing."""
-        self.rows[info.name] = info.rows
+        """Add a model with the timings of its sizes, in order of batch size."""
+        self.batch_multiples[info.name] = info.batch_multiple
         self._timings |= {size: known[-1] for size, known in timings.items()}
 
     def forget(self, model: str) -> None:
-        """Let go of a model."""
-        del self.rows[model]
+        """Remove a model."""
+        del self.batch_multiples[model]
         self._timings = {size: timing for size, timing in self._timings.items() if size.model != model}
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
 
     def learn(self, key: BatchKey, images: int, seconds: float) -> None:
-        """A batch of so many images took so long."""
+        """Update the mean with a batch of so many images that took so long."""
         mean = self._per_image(key)
-        self._seconds[_variant(key)] = mean + NEWEST_WEIGHT * (seconds / self._padded(key, images) - mean)
+        self._seconds[_without_adapter(key)] = mean + NEWEST_WEIGHT * (seconds / self._padded(key, images) - mean)
 
     def seconds(self, images: Mapping[BatchKey, int]) -> float:
-        """What so many images of each key take, in whole blocks."""
+        """Return the seconds of one worker for so many images of each key, with padding."""
         return sum(self._padded(key, count) * self._per_image(key) for key, count in images.items())
 
     def _per_image(self, key: BatchKey) -> float:
         timing = self._timings[key.size]
-        return self._seconds.get(_variant(key), timing.total_of(key.steps) / timing.batch)
+        return self._seconds.get(_without_adapter(key), timing.total(key.steps) / timing.batch)
 
     def _padded(self, key: BatchKey, images: int) -> int:
-        rows = self.rows[key.model]
-        return math.ceil(images / rows) * rows
+        multiple = self.batch_multiples[key.model]
+        return math.ceil(images / multiple) * multiple
 
 
-def _variant(key: BatchKey) -> BatchKey:
-    """The key without its adapter, which changes no times."""
+def _without_adapter(key: BatchKey) -> BatchKey:
+    """Return the key without its adapter, which does not change times."""
     return key.size._replace(steps=key.steps)

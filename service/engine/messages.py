@@ -68,11 +68,11 @@ class RunBatch(msgspec.Struct, frozen=True, tag=True):
     batch: int
     model: str
     prompts: Sequence[str]
-    places: Sequence[EmbeddingSlot | None]  # of each prompt's embedding; None is not kept
+    embedding_slots: Sequence[EmbeddingSlot | None]  # of each prompt's embedding; None is not kept
     seeds: Sequence[int]
     width: int
     height: int
-    slot: int
+    pixel_slot: int
     adapter: str | None = None
     scale: float = 0.0
     steps: int = 1  # network evaluations per image
@@ -85,7 +85,7 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
     """
 
     info: ModelInfo
-    setup: str  # as the backend's
+    environment: str  # as the backend's
     text_bytes: int  # likewise
     timings: Sequence[Timing]
 

@@ -46,14 +46,14 @@ class StudentBackend:
             sizes=spec.sizes,
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
-            rows=self._pipeline.batch_buckets[0],
+            batch_multiple=self._pipeline.batch_buckets[0],
             max_steps=MAX_STEPS if spec.any_step else 1,
             runtime_fingerprint=self._pipeline.fingerprint,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
         )
-        self.setup = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
+        self.environment = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """Conditions on the device. All go through the host's memory, where `shared` has them."""

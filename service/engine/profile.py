@@ -20,7 +20,7 @@ class Profile(msgspec.Struct, frozen=True):
     """A model's times on one device, sizes as the card has them and batches growing."""
 
     format: Literal[1]
-    setup: str
+    environment: str
     info: ModelInfo
     timings: Sequence[Timing]
 
@@ -36,7 +36,7 @@ def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) ->
     A number that the device has too little memory for ends its size. Raises StartError when a run fails otherwise, or
     when not even the smallest number fits.
     """
-    rows = backend.info.rows
+    rows = backend.info.batch_multiple
     whole = sorted({-(-batch // rows) * rows for batch in (rows, *batches)})
     timings = []
     for width, height in backend.info.sizes:
@@ -60,20 +60,20 @@ def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence
         measure(backend, run, repeats=1)
         # A copy of a model under another name has the same digest.
         return [replace(timing, model=backend.info.name) for timing in read_profile(path).timings]
-    profile = Profile(1, backend.setup, backend.info, measure(backend, (*batches, *run)))
+    profile = Profile(1, backend.environment, backend.info, measure(backend, (*batches, *run)))
     write_profile(path, profile)
     return list(profile.timings)
 
 
 def batch_cap(timings: Sequence[Timing], seconds: float | None) -> int:
     """The largest batch that was measured of a size and takes no longer; the smallest if all do."""
-    inside = [timing.batch for timing in timings if seconds is None or timing.total <= seconds]
+    inside = [timing.batch for timing in timings if seconds is None or timing.total() <= seconds]
     return max(inside, default=min(timing.batch for timing in timings))
 
 
 def profile_path(folder: Path, backend: Backend) -> Path:
     """Where a backend's profile lies: its name tells the setup and the model's files."""
-    setup = re.sub(r"[^A-Za-z0-9]+", "-", backend.setup).strip("-")
+    setup = re.sub(r"[^A-Za-z0-9]+", "-", backend.environment).strip("-")
     return folder / f"{setup}.{backend.info.digest[:16]}.json"
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from service.engine.backend import Backend, DeviceLost, EncodedPrompts, Simulator, Timing
+from service.engine.backend import Backend, DeviceLost, EncodedPrompts, Timing
 from service.engine.embeddings import SharedEmbeddings
 from service.engine.messages import (
     BatchDone,
@@ -46,6 +46,7 @@ from service.engine.messages import (
 )
 from service.engine.profile import measure, read_profile, recall
 from service.engine.shared_memory import write
+from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.signals import EXIT_SIGNALS
 
@@ -122,7 +123,7 @@ def _add(backends: dict[str, Backend], order: LoadModel, load: ModelLoader, cloc
 
 
 def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> ModelLoaded:
-    return ModelLoaded(backend.info, backend.setup, backend.text_bytes, timings)
+    return ModelLoaded(backend.info, backend.environment, backend.text_bytes, timings)
 
 
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
@@ -138,7 +139,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
     """Read batches and pass them through the stages; a stage waits for the next one to be free."""
 
     def text(job: _Job) -> None:
-        places = zip(job.run.prompts, job.run.places, strict=True)
+        places = zip(job.run.prompts, job.run.embedding_slots, strict=True)
         shared = SharedEmbeddings(memory.embeddings, {prompt: place for prompt, place in places if place})
         job.text = job.backend.encode(job.run.prompts, shared)
         job.value = job.text.conditions
@@ -155,7 +156,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         if pixels.nbytes > SLOT_BYTES:
             raise MemoryError(f"the pixels are {pixels.nbytes} bytes; a slot holds {SLOT_BYTES}")
         try:
-            write(memory.pixels, pixels.data.cast("B"), job.run.slot * SLOT_BYTES)
+            write(memory.pixels, pixels.data.cast("B"), job.run.pixel_slot * SLOT_BYTES)
         except OSError as error:  # smaller batches may fit
             raise MemoryError(f"the shared memory does not take {pixels.nbytes} bytes: {error}") from error
 

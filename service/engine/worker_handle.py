@@ -1,4 +1,4 @@
-"""A worker at work, as the engine sees it on the event loop."""
+"""`WorkerHandle`: one worker that is ready, on the event loop."""
 
 import asyncio
 from collections import deque
@@ -23,22 +23,22 @@ from service.engine.messages import (
 )
 from service.errors import InvalidRequest, Unavailable
 
-AHEAD = 2  # batches of a worker that have not left its network: one in it, one behind
-SLOTS = AHEAD + 2  # those, one in the VAE and one before it
+BATCHES_AHEAD = 2  # batches of a worker before its VAE: one in the network, one ready behind it
+PIXEL_SLOTS = BATCHES_AHEAD + 2  # and one in the VAE, one after it
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A batch that is not answered."""
+    """A batch without an answer."""
 
     batch: ImageBatch
     slot: int
     time: float
-    held: Sequence[Allocation | None]  # places of its prompts' embeddings
+    allocations: Sequence[Allocation | None]  # of its prompts' embeddings
 
 
 class WorkerHandle:
-    """One worker: its models, its batches, its free slots, and when it was last heard of."""
+    """Sends commands to one worker and receives its replies. Knows its models, batches and free slots."""
 
     def __init__(
         self,
@@ -49,128 +49,145 @@ class WorkerHandle:
         threads: Executor,
     ) -> None:
         self.worker = worker
+        self.name = worker.name
         self._reader = reader
         self._writer = writer
         self._allocator = allocator
         self._threads = threads
         self._models = {loaded.info.name: loaded for loaded in worker.ready.models}
-        self._slots = list(range(SLOTS))
-        self._batches: dict[int, _Sent] = {}  # oldest first
-        self._ahead: set[int] = set()
+        self._slots = list(range(PIXEL_SLOTS))
+        self._sent: dict[int, _Sent] = {}  # by number, oldest first
+        self._ahead: set[int] = set()  # numbers of batches before the VAE
         self._last_answer = 0.0
         self._loading: deque[tuple[LoadModel | LoadAdapter, asyncio.Future[ModelLoaded]]] = deque()  # oldest first
 
     @property
-    def load(self) -> int:
+    def load_factor(self) -> int:
         """Batches before its VAE."""
         return len(self._ahead)
 
     @property
     def free(self) -> bool:
-        """Whether it takes one more batch."""
-        return len(self._ahead) < AHEAD and bool(self._slots)
+        """Whether it takes another batch."""
+        return len(self._ahead) < BATCHES_AHEAD and bool(self._slots)
 
-    def outstanding(self) -> list[ImageBatch]:
-        """What it has not answered."""
-        return [sent.batch for sent in self._batches.values()]
+    def batches(self) -> list[ImageBatch]:
+        """Return the batches without an answer, oldest first."""
+        return [sent.batch for sent in self._sent.values()]
 
     def send(self, number: int, batch: ImageBatch, now: float) -> None:
-        """Hand it a batch."""
+        """Send a batch."""
         slot = self._slots.pop()
-        for work in batch.work:
-            work.begun = True
-        prompts, seeds = [work.prompt for work in batch.work], [work.seed for work in batch.work]
-        model, width, height, adapter, scale, steps = batch.key
-        loaded = self._models[model]
-        kind = loaded.info.digest, loaded.setup, loaded.text_bytes  # workers of one kind encode to the same bits
-        held = [self._allocator.take((*kind, prompt), loaded.text_bytes) for prompt in prompts]
-        self._batches[number] = _Sent(batch, slot, now, held)
+        for image in batch.images:
+            image.begun = True
+        prompts, seeds = [image.prompt for image in batch.images], [image.seed for image in batch.images]
+        key, loaded = batch.key, self._models[batch.key.model]
+        encoder = loaded.info.digest, loaded.environment, loaded.text_bytes  # equal ones encode to the same bits
+        allocations = [self._allocator.allocate((*encoder, prompt), loaded.text_bytes) for prompt in prompts]
+        self._sent[number] = _Sent(batch, slot, now, allocations)
         self._ahead.add(number)
-        places = [each.place if each else None for each in held]
-        run = RunBatch(number, model, prompts, places, seeds, width, height, slot, adapter, scale, steps)
-        self._writer.write(messages.frame(run))
+        self._write(
+            RunBatch(
+                batch=number,
+                model=key.model,
+                prompts=prompts,
+                embedding_slots=[each.slot if each else None for each in allocations],
+                seeds=seeds,
+                width=key.width,
+                height=key.height,
+                pixel_slot=slot,
+                adapter=key.adapter,
+                scale=key.scale,
+                steps=key.steps,
+            )
+        )
 
-    def add(self, order: LoadModel | LoadAdapter) -> asyncio.Future[ModelLoaded]:
-        """Let it load something. The future raises InvalidRequest when it cannot, Unavailable when it ends first."""
+    def load(self, command: LoadModel | LoadAdapter) -> asyncio.Future[ModelLoaded]:
+        """Load a model or adapter. The future raises InvalidRequest when that fails, Unavailable if the worker ends."""
         waiting: asyncio.Future[ModelLoaded] = asyncio.get_running_loop().create_future()
-        self._loading.append((order, waiting))
-        self._writer.write(messages.frame(order))
+        self._loading.append((command, waiting))
+        self._write(command)
         return waiting
 
-    def remove(self, order: UnloadModel | UnloadAdapter) -> None:
-        """Let it unload a model or an adapter."""
-        self._writer.write(messages.frame(order))
+    def unload(self, command: UnloadModel | UnloadAdapter) -> None:
+        """Unload a model or an adapter."""
+        self._write(command)
 
     def loaded(self, reply: ModelLoaded | LoadFailed) -> None:
-        """It has done what `add` asked for; what nobody waits for any more goes again."""
-        order, waiting = self._loading.popleft()
+        """Handle the reply to the oldest `load`. What was cancelled meanwhile is unloaded again."""
+        command, waiting = self._loading.popleft()
         if isinstance(reply, ModelLoaded):
             self._models[reply.info.name] = reply
         match reply:
             case ModelLoaded() if waiting.cancelled():
-                self.remove(inverse(order, reply))
+                self.unload(inverse(command, reply))
             case ModelLoaded():
                 waiting.set_result(reply)
             case LoadFailed() if not waiting.cancelled():
                 waiting.set_exception(InvalidRequest(reply.reason, "folder", "model_not_loadable"))
 
     async def receive(self) -> Reply:
-        """What it says next. Raises EOFError or OSError when it is gone."""
+        """Receive the next reply. Raises EOFError or OSError when the worker is gone."""
         header = await self._reader.readexactly(messages.HEADER_BYTES)
         return messages.read_reply(await self._reader.readexactly(messages.length(header)))
 
-    def advanced(self, number: int) -> None:
-        """A batch has left the network."""
+    def network_done(self, number: int) -> None:
+        """Note that a batch has left the network."""
         self._ahead.discard(number)
 
     def pixels(self, number: int) -> Pixels:
-        """A copy of the images (B, H, W, 3) of a batch that is made. Safe from any thread.
+        """Copy the images (B, H, W, 3) of a finished batch. Safe from any thread.
 
         Raises EOFError or OSError if they are incomplete.
         """
-        sent = self._batches[number]
+        sent = self._sent[number]
         key = sent.batch.key
-        return self.worker.read(sent.slot, (len(sent.batch.work), key.height, key.width, 3))
+        return self.worker.read(sent.slot, (len(sent.batch.images), key.height, key.width, 3))
 
     def answered(self, number: int, now: float) -> tuple[ImageBatch, float, float]:
-        """Forget a batch: it, when it was sent, and the seconds that the worker needed for it beyond the one before."""
-        sent = self._batches.pop(number)
+        """Forget a batch. Returns it, the time it was sent, and the worker's seconds for it after the one before."""
+        sent = self._sent.pop(number)
         self._slots.append(sent.slot)
         self._ahead.discard(number)
-        self._let_go(sent)
-        needed = now - max(sent.time, self._last_answer)
+        self._release(sent)
+        seconds = now - max(sent.time, self._last_answer)
         self._last_answer = now
-        return sent.batch, sent.time, needed
+        return sent.batch, sent.time, seconds
 
     def longest(self, now: float) -> float:
-        """Seconds since its oldest batch could have begun."""
-        return max((now - max(sent.time, self._last_answer) for sent in self._batches.values()), default=0.0)
+        """Return the seconds since its oldest batch could begin."""
+        return max((now - max(sent.time, self._last_answer) for sent in self._sent.values()), default=0.0)
 
-    async def leave(self) -> None:
-        """Hang up, and end the worker."""
+    async def close(self) -> None:
+        """Close the connection and end the worker."""
         for _, waiting in self._loading:
             if not waiting.cancelled():
                 waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
         self._loading.clear()
         self._writer.transport.abort()
         await asyncio.get_running_loop().run_in_executor(self._threads, self.worker.end)
-        for sent in self._batches.values():  # a process that is dead writes no more
-            self._let_go(sent)
-        self._batches.clear()
+        for sent in self._sent.values():  # only now, because a live worker may still write to them
+            self._release(sent)
+        self._sent.clear()
+
+    def _write(self, command: messages.Command) -> None:
+        self._writer.write(messages.frame(command))
 
     @staticmethod
-    def _let_go(sent: _Sent) -> None:
-        for held in sent.held:
-            if held is not None:
-                held.batches -= 1
+    def _release(sent: _Sent) -> None:
+        for allocation in sent.allocations:
+            if allocation is not None:
+                allocation.batches -= 1
 
 
-def inverse(order: LoadModel | LoadAdapter, answer: ModelLoaded) -> UnloadModel | UnloadAdapter:
-    """What undoes an order that was carried out."""
-    return UnloadModel(answer.info.name) if isinstance(order, LoadModel) else UnloadAdapter(order.model, order.name)
+def inverse(command: LoadModel | LoadAdapter, reply: ModelLoaded) -> UnloadModel | UnloadAdapter:
+    """Return the command that undoes a successful load."""
+    if isinstance(command, LoadModel):
+        return UnloadModel(reply.info.name)
+    return UnloadAdapter(command.model, command.name)
 
 
 async def connect(worker: Worker, allocator: EmbeddingAllocator, threads: Executor) -> WorkerHandle:
-    """A worker that is ready, on the event loop; `threads` are for calls that block."""
+    """Return the handle of a worker that is ready. `threads` run its blocking calls."""
     worker.connection.setblocking(False)
     return WorkerHandle(worker, *await asyncio.open_connection(sock=worker.connection), allocator, threads)

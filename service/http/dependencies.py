@@ -91,10 +91,3 @@ class RequireScope:
 ImagesCaller = Annotated[Caller, Depends(RequireScope("generate"))]
 JobsCaller = Annotated[Caller, Depends(RequireScope("jobs"))]
 AdminCaller = Annotated[Caller, Depends(RequireScope("admin"))]
-
-
-async def load_on_demand(caller: ImagesCaller) -> None:
-    """Load the model that the headers of a request name, while it runs. Only service/ray does, by an override."""
-
-
-OnDemandModel = Annotated[None, Depends(load_on_demand)]

@@ -18,7 +18,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from service.engine.engine import RequestHandle
+from service.engine.dispatcher import RequestHandle
 from service.errors import (
     Forbidden,
     InvalidRequest,
@@ -185,9 +185,10 @@ class RealtimeSession:
         trace = server.tracing.request("GET", self._socket.headers) if server.tracing else None
         try:
             server.images.engine.check_open()
-            generation, output = server.images.resolve(request, owner)
-            server.rate_limiter.take(owner, len(generation.seeds))
-            images = await server.images.generate(generation, output, self._handle)
+            async with server.images.engine.catalog.use(request.model, request.lora.name if request.lora else None):
+                generation, output = server.images.resolve(request, owner)
+                server.rate_limiter.take(owner, len(generation.seeds))
+                images = await server.images.generate(generation, output, self._handle)
             head = {"type": "images.completed", "id": request.id, "request_id": request_id, "seconds": images.seconds}
             content = images.response(texts=() if self._binary else images.texts)
             return head | content.model_dump(exclude_none=True), images.encoded if self._binary else ()

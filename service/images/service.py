@@ -11,9 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from service.engine.backend import ModelInfo
-from service.engine.engine import Engine, GeneratedImage, RequestHandle
+from service.engine.dispatcher import GeneratedImage, RequestHandle
+from service.engine.engine import Engine
 from service.engine.request import GenerationRequest
-from service.errors import Blocked, no_model
+from service.errors import Blocked
 from service.images.artifacts import ArtifactStore
 from service.images.encode import encode
 from service.images.provenance import Provenance, Signer
@@ -86,19 +87,9 @@ class ImageService:
         self._tracing = tracing
         self._threads = ThreadPoolExecutor(settings.images.encode_threads, thread_name_prefix="encode")
 
-    def model(self, name: str | None) -> ModelInfo:
-        """Return the model of a name or alias, by default the first one. Raises NotFound."""
-        models = self.engine.models
-        if name is None:
-            return next(iter(models.values()))
-        info = models.get(self._settings.aliases.get(name, name))
-        if info is None:
-            raise no_model(name)
-        return info
-
     def resolve(self, body: ImageRequest, owner: str) -> tuple[GenerationRequest, OutputOptions]:
         """Check a request against its model and fill in the defaults. Raises NotFound or InvalidRequest."""
-        return resolve(body, self.model(body.model), owner)
+        return resolve(body, self.engine.catalog.get(body.model), owner)
 
     async def generate(
         self,
@@ -109,7 +100,7 @@ class ImageService:
         patient: bool = False,
     ) -> GeneratedImages:
         """Generate and encode images. Cancelling drops what still waits; raises the engine's errors, and Blocked."""
-        info = self.engine.info(request.model)
+        info = self.engine.catalog.get(request.model)
         trace = self._tracing.current if self._tracing else None
         if trace:
             count = len(request.seeds)

@@ -123,13 +123,13 @@ class Tracing:
     ) -> None:
         """Record a batch that a worker has answered, and its stages in each of its requests."""
         arrived: dict[RequestTrace, float] = {}  # the first of each one's images
-        for work in batch.work:
+        for work in batch.images:
             for request in work.traces:
                 arrived[request] = min(work.arrived, arrived.get(request, work.arrived))
         attributes: Attributes = {
             "gen_ai.request.model": batch.key.model,
             "fgm.size": f"{batch.key.width}x{batch.key.height}",
-            "fgm.images": len(batch.work),
+            "fgm.images": len(batch.images),
             "fgm.closed_by": batch.reason,
             "fgm.device": device,
         }

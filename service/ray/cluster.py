@@ -12,7 +12,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
+from service.engine.catalog import ModelCatalog
 from service.engine.engine import Engine
-from service.engine.guest import Guest, Guests
 from service.engine.launch import worker_processes
-from service.engine.worker_handle import SLOTS
+from service.engine.worker_handle import PIXEL_SLOTS
 from service.errors import StartError
-from service.http.dependencies import Caller, ImagesCaller, load_on_demand
 from service.observability.logs import configure
 from service.settings import Settings
 from service.signals import handled_signals
@@ -50,18 +48,25 @@ class Scale:
     target_queue_seconds: float = 2.0  # seconds in which the replicas should make what waits
     scale_up_seconds: float = 30.0  # of sustained load before replicas are added
     scale_down_seconds: float = 600.0  # of sustained lack of load before some are removed
-    guests: int = 3  # students and adapters that a replica has loaded at once because requests asked for them
 
 
-class Named:
-    """Outermost layer of a replica: its answers say which one it is."""
+class ReplicaMiddleware:
+    """Outermost layer of a replica. It names the replica in responses, and reports to Ray what requests had loaded.
 
-    def __init__(self, app: ASGIApp, name: str) -> None:
+    Ray sends requests with the header `serve-multiplexed-model-id` to a replica that reported its value.
+    """
+
+    def __init__(self, app: ASGIApp, name: str, catalog: ModelCatalog, limit: int) -> None:
+        async def loaded(model_id: str) -> str:  # Ray stores its own list of ids on the function
+            return model_id
+
         self._app = app
         self._name = name
+        self._catalog = catalog
+        self._report = serve.multiplexed(loaded, max_num_models_per_replica=limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let everything through."""
+        """Handle a request."""
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -69,22 +74,26 @@ class Named:
             await send(message)
 
         await self._app(scope, receive, named)
+        if scope["type"] != "lifespan" and (model_id := serve.get_multiplexed_model_id()) in self._catalog.on_demand:
+            await self._report(model_id)
 
 
 class Replica:
     """What Ray Serve calls of a replica, in a process of its own; it ends the app's lifespan when the replica goes."""
 
-    def __init__(self, options: dict[str, Any], guests: int) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         """`options` are all settings by name. Raises StartError when the workers cannot start."""
         settings = Settings(**options)
         configure(settings.observability.log_format, settings.observability.log_level)
         pool = worker_processes(settings)
         pool.start()  # before the app does, so that Ray reports what is wrong
         self._app = create_app(settings, pool)
-        self._app.add_middleware(Named, name=serve.get_replica_context().replica_tag)
         self._engine: Engine = self._app.state.engine
-        self._app.dependency_overrides[load_on_demand] = _loading_on_demand(
-            Guests(self._engine, settings.models_folder), guests
+        self._app.add_middleware(
+            ReplicaMiddleware,
+            name=serve.get_replica_context().replica_tag,
+            catalog=self._engine.catalog,
+            limit=max(1, settings.engine.on_demand_students + settings.engine.on_demand_adapters),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -92,27 +101,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Metrics for `ByQueueSeconds`; Ray asks every few seconds and averages them."""
-        return {"busy": self._engine.busy, "queue_seconds": self._engine.queue_seconds}
-
-
-def _loading_on_demand(guests: Guests, at_most: int) -> Callable[[Caller], AsyncIterator[None]]:
-    """Return the override of `load_on_demand`, which keeps the model of the header that Ray routes by loaded meanwhile.
-
-    The body may name another model; it is served if it is loaded.
-    """
-
-    async def load(text: str) -> Guest:  # Ray hangs its cache on the function
-        return await guests.load(text)
-
-    loaded: Callable[[str], Awaitable[Guest]] = serve.multiplexed(load, max_num_models_per_replica=at_most)
-
-    async def on_demand(caller: ImagesCaller) -> AsyncIterator[None]:
-        text = serve.get_multiplexed_model_id()
-        wanted = text and await guests.wish(text)
-        with (await loaded(text)).kept() if wanted else contextlib.nullcontext():
-            yield
-
-    return on_demand
+        return {"busy": self._engine.dispatcher.busy, "queue_seconds": self._engine.dispatcher.queue_seconds}
 
 
 def run(settings: Settings, scale: Scale, address: str) -> None:
@@ -202,7 +191,7 @@ def _application(settings: Settings, scale: Scale) -> Any:
     if device == "auto":
         device = "cuda:0" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
     # The maximum in the engine: interactive and bulk work may each fill the queue.
-    images = 2 * engine.max_queued_images + SLOTS * engine.max_batch * engine.workers_per_device
+    images = 2 * engine.max_queued_images + PIXEL_SLOTS * engine.max_batch * engine.workers_per_device
     deployment = serve.deployment(
         name="server",
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": int(device == "cuda:0")},
@@ -225,7 +214,7 @@ def _application(settings: Settings, scale: Scale) -> Any:
         max_constructor_retry_count=1,
     )
     options = dict(settings.model_copy(update={"engine": engine.model_copy(update={"devices": device})}))
-    return deployment(serve.ingress()(Replica)).bind(options, scale.guests)
+    return deployment(serve.ingress()(Replica)).bind(options)
 
 
 def _shared(settings: Settings, artifacts: str) -> Settings:

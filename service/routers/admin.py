@@ -9,8 +9,9 @@ import asyncio
 from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
-from service.engine.loaded_models import ADAPTER, STUDENT, StoredAdapter, StoredStudent, find, folders_of
-from service.http.dependencies import AdminCaller, EngineDep, ImagesDep, LoadedModelsDep, SettingsDep
+from service.engine.catalog import ADAPTER_FILE, STUDENT_FILE, find_folder, folders_with
+from service.engine.loaded_models import StoredAdapter, StoredStudent
+from service.http.dependencies import AdminCaller, EngineDep, LoadedModelsDep, SettingsDep
 from service.routers.models import model_object
 from service.schemas import (
     AdapterDeleted,
@@ -33,9 +34,9 @@ router = APIRouter(
 @router.get("/models")
 async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
     """All models, the default one first, and the folders that can be loaded."""
-    students = await asyncio.to_thread(folders_of, settings.models_folder, STUDENT)
-    adapters = await asyncio.to_thread(folders_of, settings.models_folder, ADAPTER)
-    data = [_loaded_model(settings, info) for info in engine.models.values()]
+    students = await asyncio.to_thread(folders_with, settings.models_folder, STUDENT_FILE)
+    adapters = await asyncio.to_thread(folders_with, settings.models_folder, ADAPTER_FILE)
+    data = [_loaded_model(settings, info) for info in engine.catalog.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
 
@@ -44,8 +45,8 @@ async def load(
     body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> LoadedModel:
     """Load a student. The response is sent when every worker has it and requests may name it."""
-    folder = await asyncio.to_thread(find, settings.models_folder, body.folder, STUDENT)
-    info = await engine.load(folder, body.name)
+    folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, STUDENT_FILE)
+    info = await engine.catalog.load(folder, body.name)
     await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
     return _loaded_model(settings, info)
 
@@ -53,7 +54,7 @@ async def load(
 @router.delete("/models/{model:path}")
 async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller) -> ModelDeleted:
     """Unload a model. The response is sent when its accepted requests are answered."""
-    await engine.unload(model)
+    await engine.catalog.unload(model)
     await asyncio.to_thread(loaded.remove, model)
     return ModelDeleted(id=model)
 
@@ -62,25 +63,24 @@ async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, caller:
 async def load_adapter(
     body: AdapterToLoad,
     settings: SettingsDep,
-    images: ImagesDep,
     engine: EngineDep,
     loaded: LoadedModelsDep,
     caller: AdminCaller,
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
-    folder = await asyncio.to_thread(find, settings.models_folder, body.folder, ADAPTER)
-    info = await engine.load_adapter(images.model(body.model).name, folder, body.name)
+    folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, ADAPTER_FILE)
+    info = await engine.catalog.load_adapter(engine.catalog.get(body.model).name, folder, body.name)
     await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
     return _loaded_model(settings, info)
 
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(
-    name: str, model: str, images: ImagesDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
+    name: str, model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
 ) -> AdapterDeleted:
     """Unload an adapter of a model. The response is sent when its accepted requests are answered."""
-    info = images.model(model)
-    await engine.unload_adapter(info.name, name)
+    info = engine.catalog.get(model)
+    await engine.catalog.unload_adapter(info.name, name)
     await asyncio.to_thread(loaded.remove, info.name, name)
     return AdapterDeleted(id=name)
 

@@ -16,7 +16,6 @@ from service.http.dependencies import (
     IdempotencyDep,
     ImagesCaller,
     ImagesDep,
-    OnDemandModel,
     RateLimiterDep,
     SettingsDep,
 )
@@ -68,7 +67,6 @@ async def generate(
     idempotency: IdempotencyDep,
     engine: EngineDep,
     caller: ImagesCaller,
-    on_demand: OnDemandModel,
     body: Validated,
     accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -82,28 +80,29 @@ async def generate(
     _check_consistency(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
-    generation, output = images.resolve(body, caller.owner)
-    request.state.user = body.user
-    request.state.prompt = body.prompt if settings.observability.log_prompts else None
+    async with engine.catalog.use(body.model, body.lora.name if body.lora else None):
+        generation, output = images.resolve(body, caller.owner)
+        request.state.user = body.user
+        request.state.prompt = body.prompt if settings.observability.log_prompts else None
 
-    async def answer() -> Response:
-        rate_limiter.take(caller.owner, len(generation.seeds))
-        generated = await _unless_disconnected(request, images.generate(generation, output))
-        headers = {"server-timing": generated.server_timing}
-        if raw is not None:
-            return Response(generated.encoded[0], headers=headers | _image_headers(generated), media_type=raw)
-        if body.stream:
-            return Response(_event(generated), headers=headers, media_type="text/event-stream")
-        if body.response_format == "url":
-            content = await images.links(generated, str(settings.http.public_url or request.base_url))
-        else:
-            content = generated.response(texts=generated.texts)
-        return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+        async def answer() -> Response:
+            rate_limiter.take(caller.owner, len(generation.seeds))
+            generated = await _unless_disconnected(request, images.generate(generation, output))
+            headers = {"server-timing": generated.server_timing}
+            if raw is not None:
+                return Response(generated.encoded[0], headers=headers | _image_headers(generated), media_type=raw)
+            if body.stream:
+                return Response(_event(generated), headers=headers, media_type="text/event-stream")
+            if body.response_format == "url":
+                content = await images.links(generated, str(settings.http.public_url or request.base_url))
+            else:
+                content = generated.response(texts=generated.texts)
+            return Response(content.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
-    if idempotency_key is None:
-        return await answer()
-    fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
-    return await idempotency.run_once(caller.owner, idempotency_key, fingerprint, answer)
+        if idempotency_key is None:
+            return await answer()
+        fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
+        return await idempotency.run_once(caller.owner, idempotency_key, fingerprint, answer)
 
 
 def _check_consistency(body: ImageRequest, raw: str | None) -> None:

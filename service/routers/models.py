@@ -15,22 +15,22 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"mod
 @router.get("")
 async def index(images: ImagesDep, settings: SettingsDep, caller: ImagesCaller) -> ModelList:
     """All models, the default one first, then the aliases."""
-    models = images.engine.models
+    models = images.engine.catalog.models
     names = [*models, *(alias for alias, name in settings.aliases.items() if name in models)]
-    return ModelList(data=[model_object(name, images.model(name)) for name in names])
+    return ModelList(data=[model_object(name, images.engine.catalog.get(name)) for name in names])
 
 
 @router.get("/{model:path}")
 async def show(model: str, images: ImagesDep, caller: ImagesCaller) -> Model:
     """One model."""
-    return model_object(model, images.model(model))
+    return model_object(model, images.engine.catalog.get(model))
 
 
 @router.delete("/{model:path}")
 def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
     """Delete a student of one of your jobs. The logs and samples of its run stay."""
     if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
-        images.model(model)
+        images.engine.catalog.get(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
             "model",

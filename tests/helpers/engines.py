@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import WorkerPool
 from service.engine.request import GenerationRequest
+from service.engine.simulator import Simulator
 from service.observability.metrics import Metrics
 from service.settings import Settings
 

@@ -10,8 +10,8 @@ import openai
 from running import serving
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.jobs.jobs import Jobs
 from service.jobs.tables import JobRow
 from service.settings import Settings

@@ -9,8 +9,9 @@ import pytest
 from running import serving
 
 from service.app import create_app
-from service.engine.backend import Backend, Simulator
+from service.engine.backend import Backend
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 

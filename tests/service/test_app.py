@@ -19,8 +19,8 @@ from PIL import Image
 from running import metric, serving, until
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 

@@ -27,8 +27,8 @@ from sqlalchemy import create_engine, select, text
 
 from benchmarks import postgres
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.errors import StartError, Unavailable
 from service.images.artifacts import THREADS
 from service.jobs.database import Database

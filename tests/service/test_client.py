@@ -9,8 +9,8 @@ from running import serving
 
 from service import errors
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.errors import HTTP_STATUS, ServiceError
 from service.settings import Settings
 

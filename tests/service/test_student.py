@@ -24,11 +24,12 @@ from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student
 from service.app import create_app
-from service.engine.backend import ModelInfo, Simulator
+from service.engine.backend import ModelInfo
 from service.engine.embeddings import EmbeddingAllocator, SharedEmbeddings
 from service.engine.engine import Engine
 from service.engine.launch import SharedMemory, WorkerPool, worker_processes, worker_threads
 from service.engine.model_loader import load_backend
+from service.engine.simulator import Simulator
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
 from service.settings import Settings
 
@@ -124,7 +125,7 @@ def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
     memory, allocator = SharedMemory(), EmbeddingAllocator(1 << 20)
 
     def shared(*prompts: str) -> SharedEmbeddings:
-        places = {prompt: allocator.take(prompt, one.text_bytes).place for prompt in prompts}
+        places = {prompt: allocator.allocate(prompt, one.text_bytes).slot for prompt in prompts}
         return SharedEmbeddings(memory.descriptor, places)
 
     made = one.encode(["a", "a red circle " * 9, "a"], shared("a", "a red circle " * 9))
@@ -140,7 +141,7 @@ def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
 def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
     options = {"precision": "bf16", "attention": "math", "channels_last": True, "batch_buckets": [2, 1]}
     runtime = Settings(runtime=options).runtime.model_dump(mode="json")
-    info, setup = (backend := load_backend(str(student), None, "cpu", runtime)).info, backend.setup
+    info, setup = (backend := load_backend(str(student), None, "cpu", runtime)).info, backend.environment
     assert info.runtime_fingerprint == "bf16-buckets-1-2-attention-math-channels_last"
     assert info.runtime_fingerprint in setup
     assert info.cache_key != load_backend(str(student), None, "cpu").info.cache_key
@@ -219,15 +220,15 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
             return (await make(engine, seed, "a red circle", **named(backend.info), **options)).pixels
 
         with pytest.raises(InvalidRequest, match="missing"):
-            await engine.load_adapter("tiny-student", tmp_path / "nowhere", "style")
-        await engine.load_adapter("tiny-student", tmp_path, "style")
+            await engine.catalog.load_adapter("tiny-student", tmp_path / "nowhere", "style")
+        await engine.catalog.load_adapter("tiny-student", tmp_path, "style")
         style = {"adapter": "style", "scale": 3.0}
         made = await asyncio.gather(
             one(1), one(1, **style), one(2), one(2, **style), one(1, adapter="style", scale=0.0)
         )
         for pixels, expected in zip(made, (plain[0], adapted[0], plain[1], adapted[1], plain[0]), strict=True):
             assert np.array_equal(pixels, expected)
-        await engine.unload_adapter("tiny-student", "style")
+        await engine.catalog.unload_adapter("tiny-student", "style")
         with pytest.raises(NotFound, match="style"):
             await one(1, **style)
         assert np.array_equal(await one(1), plain[0])
@@ -285,8 +286,8 @@ def test_a_student_is_loaded_beside_another_model_and_its_memory_given_back(stud
 
     async def test(engine: Engine) -> None:
         with pytest.raises(InvalidRequest, match="model_index"):
-            await engine.load(student.parent)
-        info = await engine.load(student)
+            await engine.catalog.load(student.parent)
+        info = await engine.catalog.load(student)
         image = await make(engine, 3, "a red circle", **named(info))
         assert np.array_equal(image.pixels, OneStepPipeline.load(student)(["a red circle"], [3])[0].numpy())
 

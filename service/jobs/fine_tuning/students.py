@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from service.engine.engine import Engine
+from service.engine.catalog import ModelCatalog
 from service.engine.loaded_models import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
@@ -58,9 +58,9 @@ class Students:
         self._started = threading.Event()
         self._following: asyncio.Task[None] | None = None
 
-    async def start(self, engine: Engine) -> None:
+    async def start(self, catalog: ModelCatalog) -> None:
         """Load the newest students now, and new ones from now on."""
-        self._engine = engine
+        self._catalog = catalog
         self._loop = asyncio.get_running_loop()
         await self._sync()
         self._following = asyncio.create_task(self._follow())
@@ -95,7 +95,7 @@ class Students:
                 wanted = await asyncio.to_thread(self._newest)
                 for name in self._served - wanted.keys():
                     with suppress(NotFound):  # an administrator has unloaded it
-                        await self._engine.unload(name)
+                        await self._catalog.unload(name)
                     self._served.discard(name)
                 self._failures = {name: failure for name, failure in self._failures.items() if name in wanted}
                 for name, job in wanted.items():
@@ -114,7 +114,7 @@ class Students:
             return
         folder = JobFolder.of(self._data, job).student
         try:
-            await self._engine.load(folder, name)
+            await self._catalog.load(folder, name)
         except ServiceError as error:
             pause = FIRST_PAUSE if failed is None else min(2 * failed.pause, LONGEST_PAUSE)
             self._failures[name] = _Failure(error.message, pause, self._clock() + pause)

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 from distill.cli import app, remote
 from distill.errors import RemoteError, ServerUnavailableError
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 KEY = "key-of-ann-in-tests"

@@ -2,7 +2,9 @@
 
 import asyncio
 
-from service.engine.admission import BulkAdmission
+from service.engine.admission import Admission
+from service.engine.batcher import BatchKey, Priority
+from service.observability.metrics import Metrics
 
 
 class Queue:
@@ -11,13 +13,19 @@ class Queue:
     def __init__(self, **limits: int) -> None:
         self.room, self.limits = 0, limits
         self.entered: list[str] = []
-        self.admission = BulkAdmission(lambda n, owner: n <= self.room and self.own(n, owner), self.own)
+        self.admission = Admission(self, lambda images: 0.0, Metrics())
 
-    def own(self, images: int, owner: str) -> bool:
-        return images <= self.limits.get(owner, 10)
+    def missing_room(self, images: int, owner: str, priority: Priority) -> int:
+        return max(images - self.room, self.missing_own_room(images, owner, priority))
+
+    def missing_own_room(self, images: int, owner: str, priority: Priority) -> int:
+        return max(0, images - self.limits.get(owner, 10))
+
+    def ahead_of(self, priority: Priority) -> dict[BatchKey, int]:
+        return {}
 
     async def request(self, images: int, owner: str) -> None:
-        await self.admission.enter(images, owner)
+        await self.admission.wait_for_room(images, owner)
         self.room -= images
         self.entered.append(owner)
 

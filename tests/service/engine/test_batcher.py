@@ -7,26 +7,26 @@ import pytest
 from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 
 A, B = BatchKey("a", 64, 64), BatchKey("b", 64, 64)
-ROWS = {"a": 1, "b": 1}
+MULTIPLES = {"a": 1, "b": 1}
 
 
-def work(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
+def image(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
     return QueuedImage(key, "prompt", seed, Future(), owner, priority)
 
 
-def batcher(max_batch=8, limit=100, owner_limit=100, rows=ROWS, linger=0.0) -> Batcher:
-    return Batcher(max_batch, limit, owner_limit, rows, linger)
+def batcher(max_batch=8, limit=100, owner_limit=100, multiples=MULTIPLES, linger=0.0) -> Batcher:
+    return Batcher(max_batch, limit, owner_limit, multiples, linger)
 
 
 def seeds(batch: ImageBatch | None) -> list[int]:
-    return [w.seed for w in batch.work] if batch else []
+    return [w.seed for w in batch.images] if batch else []
 
 
 def drain(queue: Batcher) -> list[list[int]]:
     """The seeds of all batches that an idle device is given."""
     batches = []
     while batch := queue.take(1e9, idle=True):
-        assert {w.key for w in batch.work} == {batch.key}
+        assert {w.key for w in batch.images} == {batch.key}
         batches.append(seeds(batch))
     assert len(queue) == 0
     return batches
@@ -35,33 +35,33 @@ def drain(queue: Batcher) -> list[list[int]]:
 def test_the_group_that_has_waited_longest_goes_first_and_in_order():
     queue = batcher(max_batch=3)
     for time, (key, seed) in enumerate([(A, 0), (B, 1), (A, 2), (A, 3), (A, 4)]):
-        queue.add(work(key, seed), time)
+        queue.add(image(key, seed), time)
     assert drain(queue) == [[0, 2, 3], [1], [4]]
 
 
 def test_a_batch_holds_one_model_and_one_size():
     queue = batcher()
     for i, key in enumerate([A, BatchKey("a", 128, 64), B] * 3):
-        queue.add(work(key, i), i)
+        queue.add(image(key, i), i)
     assert drain(queue) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
 
 def test_owners_take_turns_whatever_they_have_sent():
     queue = batcher(max_batch=4)
     for seed in range(8):
-        queue.add(work(A, seed, "greedy"), seed)
-    queue.add(work(A, 100, "modest"), 8)
-    queue.add(work(B, 101, "modest"), 9)
+        queue.add(image(A, seed, "greedy"), seed)
+    queue.add(image(A, 100, "modest"), 8)
+    queue.add(image(B, 101, "modest"), 9)
     assert drain(queue) == [[0, 100, 1, 2], [101], [3, 4, 5, 6], [7]]
 
 
 def test_bulk_work_waits_for_interactive_work_and_fills_its_batches_up():
     queue = batcher(max_batch=4)
     for seed in range(3):
-        queue.add(work(A, seed, priority=Priority.BATCH), 0)
-        queue.add(work(B, seed + 10, priority=Priority.BATCH), 0)
-    queue.add(work(A, 20), 5)
-    queue.add(work(A, 21, "other"), 6)
+        queue.add(image(A, seed, priority=Priority.BATCH), 0)
+        queue.add(image(B, seed + 10, priority=Priority.BATCH), 0)
+    queue.add(image(A, 20), 5)
+    queue.add(image(A, 21, "other"), 6)
     assert drain(queue) == [[20, 21, 0, 1], [2], [10, 11, 12]]
 
 
@@ -70,34 +70,34 @@ def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
     queue = batcher(max_batch=1)
     styled = BatchKey("a", 64, 64, "ink", 1.0)
     for seed, key in enumerate([A, styled, B]):
-        queue.add(work(key, seed, priority=Priority.BATCH), seed)
+        queue.add(image(key, seed, priority=Priority.BATCH), seed)
     for seed in (10, 11):
-        queue.add(work(B, seed), seed)
+        queue.add(image(B, seed), seed)
     queue.promote("a", adapter)
-    queue.add(work(B, 12, priority=Priority.BATCH), 12)
+    queue.add(image(B, 12, priority=Priority.BATCH), 12)
     assert [seed for batch in drain(queue) for seed in batch] == order
 
 
 def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
-    queue = batcher(max_batch=8, rows={"a": 4})
+    queue = batcher(max_batch=8, multiples={"a": 4})
     for seed in range(3):
-        queue.add(work(A, seed), 0)
+        queue.add(image(A, seed), 0)
     assert queue.take(1, idle=False) is None
     for seed in range(3, 7):
-        queue.add(work(A, seed), 0)
+        queue.add(image(A, seed), 0)
     whole = queue.take(1, idle=False)
-    assert (seeds(whole), whole.reason) == ([0, 1, 2, 3], "block")
+    assert (seeds(whole), whole.reason) == ([0, 1, 2, 3], "unpadded")
     rest = queue.take(1, idle=True)
     assert (seeds(rest), rest.reason) == ([4, 5, 6], "drained")
 
 
 def test_only_a_batcher_that_is_told_to_lingers_on_an_idle_device():
     queue = batcher(max_batch=2, linger=0.5)
-    queue.add(work(A, 0), 10.0)
+    queue.add(image(A, 0), 10.0)
     assert queue.take(10.4, idle=True) is None
     assert seeds(queue.take(10.5, idle=True)) == [0]
-    queue.add(work(A, 1), 11.0)
-    queue.add(work(A, 2), 11.0)
+    queue.add(image(A, 1), 11.0)
+    queue.add(image(A, 2), 11.0)
     full = queue.take(11.0, idle=True)
     assert (seeds(full), full.reason) == ([1, 2], "full")
 
@@ -105,7 +105,7 @@ def test_only_a_batcher_that_is_told_to_lingers_on_an_idle_device():
 def test_the_bounds_count_images_over_all_and_for_each_owner():
     queue = batcher(max_batch=2, limit=4, owner_limit=3)
     for i in range(3):
-        queue.add(work(A if i % 2 else B, owner="one"), i)
+        queue.add(image(A if i % 2 else B, owner="one"), i)
     for priority in Priority:
         assert queue.missing_room(1, "one", priority) == 1
         assert queue.missing_room(1, "two", priority) == 0
@@ -116,7 +116,7 @@ def test_the_bounds_count_images_over_all_and_for_each_owner():
 
 def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
     queue = batcher(limit=4, owner_limit=3)
-    bulk = [work(A, seed, "one", Priority.BATCH) for seed in range(4)]
+    bulk = [image(A, seed, "one", Priority.BATCH) for seed in range(4)]
     queue.retry(ImageBatch(A, bulk[:2], "retry"))
     for item in bulk[2:]:
         queue.add(item, 0)
@@ -130,7 +130,7 @@ def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
     queue.promote("a", None)
     check()
     for seed in range(3):
-        queue.add(work(A, seed, "one"), 1)
+        queue.add(image(A, seed, "one"), 1)
     assert queue.missing_room(1, "one", Priority.INTERACTIVE) == 1
     assert queue.missing_room(1, "two", Priority.INTERACTIVE) == 0
     assert queue.missing_room(1, "two", Priority.BATCH) == 4
@@ -138,7 +138,7 @@ def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
 
 def test_cancelled_work_is_dropped_and_frees_its_room():
     queue = batcher(limit=4)
-    items = [work(A, seed) for seed in range(4)]
+    items = [image(A, seed) for seed in range(4)]
     for item in items:
         queue.add(item, 0)
     items[1].reply.cancel()
@@ -150,10 +150,10 @@ def test_cancelled_work_is_dropped_and_frees_its_room():
 
 def test_retries_go_first_in_their_own_company_without_what_was_cancelled():
     queue = batcher()
-    queue.add(work(A, 9), 0)
-    failed = ImageBatch(A, [work(A, seed) for seed in range(5)], "full")
-    failed.work[0].reply.cancel()
-    failed.work[1].reply.cancel()
+    queue.add(image(A, 9), 0)
+    failed = ImageBatch(A, [image(A, seed) for seed in range(5)], "full")
+    failed.images[0].reply.cancel()
+    failed.images[1].reply.cancel()
     for half in failed.halves():
         queue.retry(half)
     assert len(queue) == 4
@@ -166,17 +166,17 @@ def test_a_lowered_cap_holds_for_its_size_alone(cap, sizes):
     queue.lower_cap(A, cap)
     queue.lower_cap(A, 100)  # caps never rise again
     for seed in range(9):
-        queue.add(work(A, seed), 0)
+        queue.add(image(A, seed), 0)
     assert [len(batch) for batch in drain(queue)] == sizes
     for seed in range(9):
-        queue.add(work(B, seed), 0)
+        queue.add(image(B, seed), 0)
     assert [len(batch) for batch in drain(queue)] == [9]
 
 
 def test_what_is_ahead_is_counted_by_priority():
     queue = batcher()
-    queue.add(work(A, priority=Priority.BATCH), 0)
-    queue.add(work(A), 0)
-    queue.add(work(B), 0)
+    queue.add(image(A, priority=Priority.BATCH), 0)
+    queue.add(image(A), 0)
+    queue.add(image(B), 0)
     assert queue.ahead_of(Priority.INTERACTIVE) == {A: 1, B: 1}
     assert queue.ahead_of(Priority.BATCH) == {A: 2, B: 1}

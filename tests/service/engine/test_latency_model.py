@@ -2,18 +2,19 @@
 
 import pytest
 
-from service.engine.backend import Simulator, Timing
+from service.engine.backend import Timing
 from service.engine.batcher import BatchKey
 from service.engine.latency_model import NEWEST_WEIGHT, LatencyModel
+from service.engine.simulator import Simulator
 
 
 def test_estimates_start_at_what_was_timed_and_follow_what_batches_take():
-    pace, key = LatencyModel(), BatchKey("simulator", 64, 64)
+    model, key = LatencyModel(), BatchKey("simulator", 64, 64)
     timing = Timing("simulator", 64, 64, 2, {"text": 0.5, "model": 1.0, "vae": 0.5}, 0)
-    pace.add(Simulator().info, {key: [timing]})
+    model.add(Simulator().info, {key: [timing]})
     adapted, four_steps = key._replace(adapter="ink", scale=1.0), key._replace(steps=4)
-    assert pace.seconds({key: 3, adapted: 1}) == pytest.approx(4)
-    assert pace.seconds({four_steps: 2}) == pytest.approx(5)  # three more model stages
-    pace.learn(four_steps, 1, 4.5)
-    assert pace.seconds({four_steps: 1}) == pytest.approx(2.5 + NEWEST_WEIGHT * (4.5 - 2.5))
-    assert pace.seconds({key: 1}) == pytest.approx(1)
+    assert model.seconds({key: 3, adapted: 1}) == pytest.approx(4)
+    assert model.seconds({four_steps: 2}) == pytest.approx(5)  # three more model stages
+    model.learn(four_steps, 1, 4.5)
+    assert model.seconds({four_steps: 1}) == pytest.approx(2.5 + NEWEST_WEIGHT * (4.5 - 2.5))
+    assert model.seconds({key: 1}) == pytest.approx(1)

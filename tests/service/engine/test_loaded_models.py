@@ -9,10 +9,10 @@ from engines import run
 from running import serving
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import worker_threads
 from service.engine.loaded_models import LoadedModelStore, StoredAdapter, StoredModels, StoredStudent
+from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.settings import Settings
 
@@ -54,14 +54,14 @@ def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
     loaded_models.add(StoredAdapter("late", "style", "a"))
 
     async def test(engine: Engine) -> None:
-        await loaded_models.restore(engine, students)
-        assert [*engine.models] == ["simulator", "one"]
-        trying = asyncio.create_task(loaded_models.retry(engine, students, pause=0.01))
+        await loaded_models.restore(engine.catalog, students)
+        assert [*engine.catalog.models] == ["simulator", "one"]
+        trying = asyncio.create_task(loaded_models.retry(engine.catalog, students, pause=0.01))
         loaded_models.remove("unloaded")
         (students / "one").rename(students / "late")
         await trying
-        assert [*engine.models] == ["simulator", "one", "late"]
-        assert [*engine.models["late"].adapters] == ["a"]
+        assert [*engine.catalog.models] == ["simulator", "one", "late"]
+        assert [*engine.catalog.models["late"].adapters] == ["a"]
 
     run(worker_threads(Simulator(0, 0)), test)
 

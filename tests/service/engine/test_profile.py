@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from service.engine.backend import ModelInfo, Simulator, Timing
+from service.engine.backend import ModelInfo, Timing
 from service.engine.launch import profiling
 from service.engine.messages import Profiling
 from service.engine.profile import Profile, batch_cap, growing_sizes, measure, profile_path, read_profile, recall
+from service.engine.simulator import Simulator
 from service.engine.worker import clock_of
 from service.errors import StartError
 from service.settings import Settings
@@ -28,9 +29,9 @@ class Blocks(Simulator):
         return super().denoise(conditions, seeds, width, height, steps)
 
 
-@pytest.mark.parametrize(("most", "ladder"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
-def test_the_ladder_ends_at_the_largest_batch(most, ladder):
-    assert growing_sizes(most) == ladder
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_the_sizes_ends_at_the_largest_batch(most, sizes):
+    assert growing_sizes(most) == sizes
 
 
 def test_every_size_is_timed_in_whole_blocks_as_far_as_memory_goes():
@@ -55,7 +56,7 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
     assert recall(again, [4], tmp_path) == [dataclasses.replace(timing, model="renamed") for timing in first]
     assert set(again.batches) == {(64, 2), (128, 2)}
     other = Blocks()
-    other.setup = "another device"
+    other.environment = "another device"
     recall(other, [4], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "simulator.0123456789abcdef.json",

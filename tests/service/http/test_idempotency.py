@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from running import generate, metric
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 
 
 def test_a_repeated_key_gets_the_stored_response(serve):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import httpx
 from running import generate
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 
 
 def test_pages_of_other_origins_are_accepted_only_by_setting(serve):

@@ -5,7 +5,7 @@ import time
 import pytest
 from running import generate, metric
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 from service.errors import Overloaded, to_openai
 from service.http.rate_limiter import RateLimiter
 from service.observability.metrics import Metrics

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.images.artifacts import ArtifactStore
 from service.settings import Settings

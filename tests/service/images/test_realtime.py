@@ -15,7 +15,7 @@ from running import metric, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as dial
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 from service.http.keys import KeyFile
 
 

@@ -18,8 +18,8 @@ from running import serving
 from websockets.sync.client import connect
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.observability.tracing import Tracing
 from service.settings import Settings
@@ -192,7 +192,7 @@ def test_without_a_collector_the_sdk_is_not_imported():
 import sys
 from starlette.testclient import TestClient
 from service.app import create_app
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 from service.engine.launch import worker_threads
 from service.settings import Settings
 

@@ -116,7 +116,7 @@ def test_replicas_come_with_the_queue_agree_and_leave_without_losing_a_request(s
         "data": "none",
         "engine__max_queued_images": "100",
     }
-    settings |= {"models_folder": str(students)}
+    settings |= {"models_folder": str(students), "engine__on_demand_students": "1", "engine__on_demand_adapters": "2"}
     settings |= dict.fromkeys(("engine__request_timeout_seconds", "engine__heartbeat_timeout_seconds"), "600")
     with serving(*scale, **settings) as (url, process), ThreadPoolExecutor(8) as pool:
         seeds = itertools.count(100, 10)

@@ -12,8 +12,8 @@ from PIL import Image
 from running import generate, serving
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 ANY_STEP = replace(Simulator().info, max_steps=4)

@@ -1,6 +1,6 @@
 """`/v1/models`: models and their aliases."""
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 
 
 def test_an_alias_names_a_model(serve, connect):

@@ -7,8 +7,8 @@ from running import serving
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 KEY = "sk-a-key-for-tests"

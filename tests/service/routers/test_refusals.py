@@ -9,8 +9,8 @@ import pytest
 from running import metric, serving
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.settings import Settings
 
 PATH = "/v1/images/generations"

@@ -13,8 +13,8 @@ from running import metric, serving
 from selenium.webdriver.common.keys import Keys
 
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.jobs.fine_tuning.events import record_event, record_log_lines
 from service.jobs.fine_tuning.run_log import LogLine
 from service.jobs.jobs import Jobs

@@ -15,7 +15,7 @@ from engines import Gate
 from receiver import SECRET, Receiver, receiving
 from running import until
 
-from service.engine.backend import Simulator
+from service.engine.simulator import Simulator
 from service.jobs.database import Database
 from service.jobs.tables import AnswerRow, BatchRow
 

@@ -25,8 +25,8 @@ from running import serving
 
 from distill.pipeline import OneStepPipeline
 from service.app import create_app
-from service.engine.backend import Simulator
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.http.keys import ApiKey
 from service.jobs.fine_tuning.run_process import SUPERVISOR
 from service.jobs.jobs import Jobs

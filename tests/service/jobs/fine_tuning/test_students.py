@@ -7,9 +7,9 @@ import sqlite3
 from engines import run
 from fine_tuning import add_job
 
-from service.engine.backend import Simulator
 from service.engine.engine import Engine
 from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.jobs import sqlite
 from service.jobs.fine_tuning.job_folder import JobFolder
 from service.jobs.fine_tuning.students import Students
@@ -40,8 +40,8 @@ def test_a_student_that_cannot_be_loaded_is_retried_and_its_job_has_events(jobs)
 
     async def test(engine: Engine) -> None:
         nonlocal now
-        await students.start(engine)
-        assert [*engine.models] == ["simulator", "student 2"]  # one that fails keeps no other from its place
+        await students.start(engine.catalog)
+        assert [*engine.catalog.models] == ["simulator", "student 2"]  # one that fails keeps no other from its place
         ((level, message),) = events()
         assert level == "warn"
         assert "could not be loaded and is not served yet; loading is tried again: its folder is no" in message
@@ -56,10 +56,10 @@ def test_a_student_that_cannot_be_loaded_is_retried_and_its_job_has_events(jobs)
         assert len(events()) == 1  # the same reason is reported once
         (folder / record).write_text(json.dumps({"name": "any"}))
         await students._sync()
-        assert "student 1" not in engine.models  # its next attempt is not due yet
+        assert "student 1" not in engine.catalog.models  # its next attempt is not due yet
         now += 600
         await students._sync()
-        assert "student 1" in engine.models
+        assert "student 1" in engine.catalog.models
         assert events()[0] == ("info", "The student is loaded and served now.")
         await students.stop()
 
@@ -78,7 +78,7 @@ def test_an_event_is_recorded_after_an_outage_of_the_database(tmp_path, monkeypa
     async def test(engine: Engine) -> None:
         with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")  # nobody else can write
-            await jobs.students.start(engine)
+            await jobs.students.start(engine.catalog)
             assert events() == []
         await jobs.students._sync()
         (message,) = events()

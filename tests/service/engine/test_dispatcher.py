@@ -1,12 +1,7 @@
-"""The engine without HTTP: failures, dead workers, caches, admission. Workers are simulators."""
+"""Requests, results and failures of batches, without HTTP. Workers are simulators."""
 
 import asyncio
-import os
-import random
 import resource
-import signal
-import tempfile
-import threading
 from dataclasses import replace
 from typing import ClassVar
 
@@ -14,63 +9,12 @@ import numpy as np
 import pytest
 from engines import Gate, is_of, is_whole, make, make_all, run, value
 
-from service.engine.backend import Simulator
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
-from service.engine.launch import WorkerPool, worker_processes, worker_threads
+from service.engine.launch import worker_threads
+from service.engine.simulator import Simulator
 from service.engine.worker import SLOT_BYTES
 from service.errors import GenerationFailed, InvalidRequest, Overloaded, TimedOut, Unavailable
-from service.settings import Settings
-
-
-def test_images_and_new_workers_need_no_thread_of_the_event_loop_s_own_executor():
-    pool, done = worker_processes(Settings(engine={"devices": "simulator"})), threading.Event()
-
-    async def test(engine: Engine) -> None:
-        busy = [asyncio.create_task(asyncio.to_thread(done.wait)) for _ in range(64)]  # more than it has threads
-        try:
-            assert is_of(await make(engine, 1), 1)
-            os.kill(engine.processes[0], signal.SIGKILL)
-            assert is_of(await make(engine, 2), 2)
-        finally:
-            done.set()
-            await asyncio.gather(*busy)
-
-    run(pool, test)
-
-
-def test_workers_killed_at_random_lose_nothing_and_change_nothing():
-    pool = worker_processes(Settings(engine={"devices": "simulator", "workers_per_device": 2}))
-    chance = random.Random(0)
-
-    async def test(engine: Engine) -> None:
-        async def killer() -> None:
-            for _ in range(3):
-                while not engine.ready:
-                    await asyncio.sleep(0.01)
-                killed = chance.choice(engine.processes)
-                os.kill(killed, signal.SIGKILL)
-                while killed in engine.processes:
-                    await asyncio.sleep(0.01)
-
-        async def one(seed: int) -> None:
-            assert is_of(await make(engine, seed), seed)
-
-        await asyncio.gather(killer(), *(one(seed) for seed in range(300)))
-
-    metrics = run(pool, test)
-    assert value(metrics, "worker_restarts_total", reason="died") == 3
-
-
-def test_a_worker_that_goes_silent_is_replaced():
-    pool = worker_processes(Settings(engine={"devices": "simulator"}))
-
-    async def test(engine: Engine) -> None:
-        os.kill(engine.processes[0], signal.SIGSTOP)
-        assert is_of(await make(engine, 3), 3)
-
-    metrics = run(pool, test, engine={"heartbeat_timeout_seconds": 3})
-    assert value(metrics, "worker_restarts_total", reason="silent") == 1
 
 
 def test_only_the_work_at_fault_fails_and_too_little_memory_lowers_the_cap():
@@ -149,18 +93,18 @@ def test_what_waits_is_told_in_seconds_and_who_computes_as_a_share():
     gate = Gate()
 
     async def test(engine: Engine) -> None:
-        assert (engine.busy, engine.queue_seconds) == (0, 0)
+        assert (engine.dispatcher.busy, engine.dispatcher.queue_seconds) == (0, 0)
         work = [asyncio.create_task(make(engine, seed)) for seed in range(6)]
         await asyncio.sleep(0)
-        assert engine.busy == 1
-        four_wait = engine.queue_seconds  # two are with the worker
+        assert engine.dispatcher.busy == 1
+        four_wait = engine.dispatcher.queue_seconds  # two are with the worker
         assert four_wait > 0
         work += [asyncio.create_task(make(engine, seed)) for seed in range(6, 10)]
         await asyncio.sleep(0)
-        assert engine.queue_seconds == pytest.approx(2 * four_wait)
+        assert engine.dispatcher.queue_seconds == pytest.approx(2 * four_wait)
         gate.open.set()
         await asyncio.gather(*work)
-        assert (engine.busy, engine.queue_seconds) == (0, 0)
+        assert (engine.dispatcher.busy, engine.dispatcher.queue_seconds) == (0, 0)
 
     run(worker_threads(gate), test, engine={"max_batch": 1})
 
@@ -280,6 +224,10 @@ def test_bulk_work_that_waits_for_room_ends_when_the_server_drains():
     run(worker_threads(gate), test, engine={"max_batch": 1, "max_queued_images": 10})
 
 
+IMAGE_BYTES = 64 * 64 * 3
+TOP_SLOT = 3 * SLOT_BYTES  # where the first batch goes
+
+
 def test_batches_keep_to_what_was_measured_fast_enough():
     class Counting(Simulator):
         sizes: ClassVar[list[int]] = []
@@ -294,10 +242,6 @@ def test_batches_keep_to_what_was_measured_fast_enough():
         assert max(Counting.sizes) == 1  # the only one that was timed
 
     run(worker_threads(Counting(0, 0)), test, engine={"target_p95_seconds": 1})
-
-
-IMAGE_BYTES = 64 * 64 * 3
-TOP_SLOT = 3 * SLOT_BYTES  # where the first batch goes
 
 
 @pytest.mark.parametrize("room", [IMAGE_BYTES, IMAGE_BYTES + 1, 4 * IMAGE_BYTES - 1])
@@ -319,31 +263,6 @@ def test_an_image_for_which_the_shared_memory_has_no_room_fails_and_is_not_kept(
         assert is_whole(await make(engine, 3), 3)
 
     run(worker_threads(Simulator(0, 0)), test)
-
-
-@pytest.mark.parametrize("kept", [0, 1, IMAGE_BYTES - 1])
-def test_a_worker_whose_pixels_are_not_all_there_is_replaced_and_its_batch_runs_again(kept):
-    pool = worker_threads(Simulator(0, 0))
-    start = pool.launches[0]
-    launched = []
-
-    def cut_off(models):
-        worker = start(models)
-        launched.append(worker)
-        if len(launched) == 1:
-            os.close(worker.memory)
-            with tempfile.TemporaryFile() as file:
-                file.truncate(TOP_SLOT + kept)
-                worker.memory = os.dup(file.fileno())
-        return worker
-
-    async def test(engine: Engine) -> None:
-        assert is_whole(await make(engine, 3), 3)
-        assert is_whole(await make(engine, 3), 3)
-
-    metrics = run(WorkerPool([cut_off], pool.models), test)
-    assert len(launched) == 2
-    assert value(metrics, "worker_restarts_total", reason="incomplete") == 1
 
 
 @pytest.mark.parametrize("wrong", [lambda p: p[:-1], lambda p: p[:, :-1], lambda p: p.astype(np.float32)])

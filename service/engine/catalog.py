@@ -1,0 +1,259 @@
+"""The model catalog: loads and unloads students and LoRA adapters while the engine serves."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from service.engine.backend import ModelInfo
+from service.engine.dispatcher import Dispatcher
+from service.engine.messages import LoadAdapter, LoadModel, ModelLoaded, UnloadAdapter, UnloadModel
+from service.engine.supervisor import Supervisor
+from service.errors import InvalidRequest, NotFound, ServiceError, no_model, quoted
+from service.settings import Settings
+
+STUDENT_FILE, ADAPTER_FILE = "onestep.json", "pytorch_lora_weights.safetensors"  # mark a student's or adapter's folder
+_Name = tuple[str, str | None]  # a model, or a model and its adapter
+
+
+@dataclass(eq=False)
+class _OnDemand:
+    """A student or adapter that a request had loaded. It may be unloaded to make room for another one."""
+
+    users: int = 0  # requests in progress
+    leaving: bool = False
+    unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ModelCatalog:
+    """The models that take requests, the default one first. One model or adapter is loaded or unloaded at a time."""
+
+    def __init__(self, settings: Settings, dispatcher: Dispatcher, supervisor: Supervisor) -> None:
+        self._settings = settings
+        self._dispatcher = dispatcher
+        self._supervisor = supervisor
+        self._models: dict[str, ModelInfo] = {}
+        self._leaving: _Name | None = None  # finishes its requests and takes no new ones
+        self._changing = asyncio.Lock()
+        self._on_demand: dict[_Name, _OnDemand] = {}  # least recently used first
+        self._making_room = asyncio.Lock()
+
+    @property
+    def models(self) -> Mapping[str, ModelInfo]:
+        """The models that take requests, by name."""
+        models = dict(self._models)
+        match self._leaving:
+            case model, None:
+                del models[model]
+            case model, str(adapter):
+                models[model] = models[model].without(adapter)
+        return models
+
+    @property
+    def on_demand(self) -> set[str]:
+        """What requests had loaded, as MODEL or MODEL+ADAPTER."""
+        return {"+".join(filter(None, name)) for name in self._on_demand}
+
+    def get(self, name: str | None = None) -> ModelInfo:
+        """Return the model of a name or alias, or the default one. Raises NotFound."""
+        models = self.models
+        if name is None:
+            return next(iter(models.values()))
+        info = models.get(self._settings.aliases.get(name, name))
+        if info is None:
+            raise no_model(name)
+        return info
+
+    def add(self, loaded: ModelLoaded) -> None:
+        """Take requests for a model that every worker has."""
+        self._models[loaded.info.name] = loaded.info
+        self._dispatcher.add_model(loaded)
+
+    async def load(self, folder: Path, name: str | None = None) -> ModelInfo:
+        """Load a student into every worker while they serve. `name` None is the student's own.
+
+        Raises InvalidRequest for a folder that cannot be loaded or a name that is taken, and then no worker keeps it;
+        Unavailable when a worker dies meanwhile or none is ready.
+        """
+        async with self._changing:
+            path = str(folder.absolute())
+            if name and self._keep((name, None), path):
+                return self._models[name]
+            self._check_free(name)
+            loaded = await self._supervisor.load(LoadModel(path, name))
+            try:
+                self._check_free(loaded.info.name)
+            except InvalidRequest:
+                self._supervisor.unload(UnloadModel(loaded.info.name))
+                raise
+            self.add(loaded)
+            self._supervisor.models[loaded.info.name] = LoadModel(path, loaded.info.name)
+            return loaded.info
+
+    async def unload(self, name: str) -> None:
+        """Take no more requests for a model, answer the accepted ones, then free its memory and drop its results.
+
+        Raises NotFound when it is not loaded, InvalidRequest when it is the only one.
+        """
+        async with self._changing:
+            info = self._named(name)
+            if len(self._models) == 1:
+                raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
+            await self._finish(name, None)
+            del self._models[name], self._supervisor.models[name]
+            self._on_demand = {key: entry for key, entry in self._on_demand.items() if key[0] != name}
+            self._dispatcher.remove_model(name)
+            if all(other.cache_key != info.cache_key for other in self._models.values()):
+                self._dispatcher.drop_results(info.cache_key)
+            self._supervisor.unload(UnloadModel(name))
+
+    async def load_adapter(self, model: str, folder: Path, name: str) -> ModelInfo:
+        """Load a LoRA adapter of a model into every worker, as `load` does, and return the model's new info."""
+        async with self._changing:
+            command = LoadAdapter(model, name, str(folder.absolute()))
+            if name in self._named(model).adapters:
+                if self._keep((model, name), command.folder):
+                    return self._models[model]
+                raise InvalidRequest(f"{model} has an adapter {name!r} already; unload it first", "name")
+            self._models[model] = (await self._supervisor.load(command)).info
+            self._set_adapters(model, {**self._supervisor.models[model].adapters, name: command.folder})
+            return self._models[model]
+
+    async def unload_adapter(self, model: str, name: str) -> None:
+        """Take no more requests with an adapter, answer the accepted ones, then free it. Raises NotFound."""
+        async with self._changing:
+            info = self._named(model)
+            if name not in info.adapters:
+                raise NotFound(f"{model} has no adapter {quoted(name)}", "name", "adapter_not_found")
+            await self._finish(model, name)
+            self._models[model] = info.without(name)
+            folders = self._supervisor.models[model].adapters
+            self._set_adapters(model, {other: folder for other, folder in folders.items() if other != name})
+            self._on_demand.pop((model, name), None)
+            self._dispatcher.drop_results(info.cache_key, info.adapters[name])
+            self._supervisor.unload(UnloadAdapter(model, name))
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None, adapter: str | None = None) -> AsyncIterator[ModelInfo]:
+        """Provide a model, with an adapter if one is named, and keep both loaded for the duration of a request.
+
+        What is not loaded and lies in the `models_folder` is loaded. If there are too many of its kind, the least
+        recently used one is unloaded once its requests are answered. Raises NotFound for a model that does not exist,
+        InvalidRequest for an adapter that does not exist or does not fit.
+        """
+        model = self.get().name if name is None else self._settings.aliases.get(name, name)
+        names: list[_Name] = [(model, None), (model, adapter)] if adapter else [(model, None)]
+        if not all(map(self._is_available, names)):
+            async with self._making_room:
+                for each in names:
+                    if not self._is_available(each):
+                        await self._load_on_demand(each)
+        used = [(each, self._on_demand.pop(each)) for each in names if each in self._on_demand]
+        for each, entry in used:
+            self._on_demand[each] = entry  # now the most recently used
+            entry.users += 1
+            entry.unused.clear()
+        try:
+            yield self.get(model)
+        finally:
+            for _, entry in used:
+                entry.users -= 1
+                if not entry.users:
+                    entry.unused.set()
+
+    def _is_available(self, name: _Name) -> bool:
+        model, adapter = name
+        entry, info = self._on_demand.get(name), self.models.get(model)
+        return info is not None and adapter in (None, *info.adapters) and not (entry and entry.leaving)
+
+    async def _load_on_demand(self, name: _Name) -> None:
+        """Load a student or adapter of the `models_folder`, and unload others of its kind that are too many."""
+        model, adapter = name
+        settings = self._settings
+        limit = settings.engine.on_demand_adapters if adapter else settings.engine.on_demand_students
+        file = ADAPTER_FILE if adapter else STUDENT_FILE
+        folders = await asyncio.to_thread(folders_with, settings.models_folder, file) if limit else {}
+        folder = folders.get(adapter or model)
+        if folder is None:
+            if adapter is None:
+                raise no_model(model)
+            known = sorted({*self.get(model).adapters, *folders})
+            raise InvalidRequest(
+                f"{model} has no adapter {quoted(adapter)}; it has {known}", "lora.name", "adapter_not_found"
+            )
+        while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(adapter)]) >= limit:
+            await self._make_room(loaded[0])
+        try:
+            if adapter:
+                await self.load_adapter(model, folder, adapter)
+            else:
+                await self.load(folder, model)
+        except InvalidRequest as error:
+            reason = error.message.replace(str(folder.absolute()), folder.name)
+            raise InvalidRequest(reason, "lora.name" if adapter else "model", error.code) from None
+        entry = self._on_demand[name] = _OnDemand()
+        entry.unused.set()
+
+    async def _make_room(self, name: _Name) -> None:
+        """Unload a student or adapter once no request uses it."""
+        model, adapter = name
+        entry = self._on_demand[name]
+        entry.leaving = True
+        try:
+            await entry.unused.wait()
+            with contextlib.suppress(ServiceError):  # an administrator was faster, or left no other model
+                await (self.unload_adapter(model, adapter) if adapter else self.unload(model))
+            self._on_demand.pop(name, None)
+        finally:
+            entry.leaving = False
+
+    def _keep(self, name: _Name, folder: str) -> bool:
+        """Let what a request had loaded from a folder stay, because an administrator loads the same."""
+        if name not in self._on_demand:
+            return False
+        model, adapter = name
+        command = self._supervisor.models[model]
+        if folder != (command.adapters[adapter] if adapter else command.folder):
+            return False
+        del self._on_demand[name]
+        return True
+
+    async def _finish(self, model: str, adapter: str | None) -> None:
+        self._leaving = model, adapter
+        try:
+            await self._dispatcher.finish(model, adapter)
+        finally:
+            self._leaving = None
+
+    def _named(self, name: str) -> ModelInfo:
+        """Return the model of a name, not an alias. Raises NotFound."""
+        info = self.models.get(name)
+        if info is None:
+            raise no_model(name)
+        return info
+
+    def _set_adapters(self, model: str, folders: Mapping[str, str]) -> None:
+        models = self._supervisor.models
+        models[model] = msgspec.structs.replace(models[model], adapters=folders)
+
+    def _check_free(self, name: str | None) -> None:
+        if name in self._models or name in self._settings.aliases:
+            raise InvalidRequest(f"the name {name!r} is taken; unload that model, or take another name", "name")
+
+
+def folders_with(students: Path | None, file: str) -> dict[str, Path]:
+    """Return the folders of the `models_folder` setting that hold a file, by name."""
+    if students is None or not students.is_dir():
+        return {}
+    return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
+
+
+def find_folder(students: Path | None, name: str, file: str) -> Path:
+    """Return the folder of a name that holds a file. Raises InvalidRequest where there is none."""
+    folders = folders_with(students, file)
+    if name not in folders:
+        raise InvalidRequest(f"there is no folder {quoted(name)} with {file}; there are {sorted(folders)}", "folder")
+    return folders[name]

@@ -1,0 +1,94 @@
+"""`Simulator`: a backend without a model, for load tests and clients under development."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service.engine.backend import EncodedPrompts, ModelInfo, Pixels, Timing
+from service.engine.embeddings import UNSHARED, SharedEmbeddings
+from service.errors import StartError
+
+
+class Simulator:
+    """Takes the time of a model, and paints each image in one color that depends on the seed.
+
+    The times are a constant for each run of the network and one for each image, or those of a profile.
+    """
+
+    environment = "simulator"
+    text_bytes = 0
+
+    def __init__(
+        self,
+        call_seconds: float = 0.01,
+        image_seconds: float = 0.002,
+        fails_on: str | None = None,
+        info: ModelInfo = ModelInfo("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1),
+        timings: Sequence[Timing] = (),
+    ) -> None:
+        """A batch with a prompt that contains `fails_on` fails."""
+        self.info = info
+        self._timings = timings
+        self._call_seconds = call_seconds
+        self._image_seconds = image_seconds
+        self._fails_on = fails_on
+        self._shift = 0
+
+    def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
+        """Count a token for each word, and two for start and end."""
+        self._sleep("text", len(prompts), *self.info.sizes[0])
+        words = [len(prompt.split()) + 2 for prompt in prompts]
+        limit = self.info.token_limit
+        return EncodedPrompts(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
+
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Accept a folder with a file of an adapter's name, whatever it contains."""
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        if not path.is_file():
+            raise StartError(f"{path} is missing")
+        self.info = replace(self.info, adapters=self.info.adapters | {name: f"adapter of {folder}"})
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter from the info."""
+        self.info = self.info.without(name)
+
+    def adapt(self, name: str | None, scale: float) -> None:
+        """Shift the seed, and with it the color, by the scale."""
+        self._shift = int(1000 * scale) if name else 0
+
+    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
+        """Sleep for every step."""
+        for _ in range(steps):
+            self._sleep("model", len(seeds), width, height)
+        if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
+            raise RuntimeError("simulated failure")
+        return [seed + self._shift + 10**6 * (steps - 1) for seed in seeds], width, height
+
+    def decode(self, latents: Any) -> Pixels:
+        """Return images of one color each."""
+        seeds, width, height = latents
+        self._sleep("vae", len(seeds), width, height)
+        colors = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
+        return np.stack([np.broadcast_to(color, (height, width, 3)) for color in colors])
+
+    def memory_bytes(self) -> int:
+        """Return 0, because there is no device."""
+        return 0
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _sleep(self, stage: str, images: int, width: int, height: int) -> None:
+        """Take a stage's time for so many images, with padding."""
+        known = [timing for timing in self._timings if (timing.width, timing.height) == (width, height)]
+        if known:
+            padded = math.ceil(images / self.info.batch_multiple) * self.info.batch_multiple
+            seconds = [timing.seconds[stage] for timing in known]
+            time.sleep(float(np.interp(padded, [timing.batch for timing in known], seconds)))
+        elif stage == "model":
+            time.sleep(self._call_seconds + self._image_seconds * images)
