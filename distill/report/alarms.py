@@ -7,6 +7,7 @@ so far. An alarm is raised once, at the first line at which its rule applies.
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 Metrics = dict[str, float]
 Rule = Callable[[Metrics, Metrics, Metrics], str | None]  # now, lowest, highest -> message
@@ -42,7 +43,7 @@ class Alarms:
         if len(self._recent) < WINDOW:
             return []
         names = {name for each in self._recent for name in each}
-        now = {name: _mean([each[name] for each in self._recent if name in each]) for name in names}
+        now = {name: fmean(each[name] for each in self._recent if name in each) for name in names}
         now |= _relative_error(now)
         for name, value in now.items():
             self._lowest[name] = min(value, self._lowest.get(name, value))
@@ -98,21 +99,19 @@ def stalled_fake(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
 
 def too_fast(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """Steps are so large that they destroy the teacher's weights."""
-    found = {role: now.get(f"update_ratio/{role}", 0.0) for role in ("student", "fake")}
-    role = max(found, key=found.__getitem__)
-    if found[role] <= TOO_FAST:
+    role, ratio = _highest_of_roles(now, "update_ratio")
+    if ratio <= TOO_FAST:
         return None
-    return f"one round changes the {role}'s weights by {found[role]:.1%} of their norm; lower optimizer.{role}_lr"
+    return f"one round changes the {role}'s weights by {ratio:.1%} of their norm; lower optimizer.{role}_lr"
 
 
 def not_finite(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """Steps are skipped; more than `optimizer.max_skipped_steps` in a row end the run."""
-    found = {role: now.get(f"skipped/{role}", 0.0) for role in ("student", "fake")}
-    role = max(found, key=found.__getitem__)
-    if not found[role]:
+    role, share = _highest_of_roles(now, "skipped")
+    if not share:
         return None
     return (
-        f"{found[role]:.1%} of the {role}'s steps had a gradient that was not finite and were skipped; "
+        f"{share:.1%} of the {role}'s steps had a gradient that was not finite and were skipped; "
         f"lower optimizer.{role}_lr, or train with precision fp32"
     )
 
@@ -138,5 +137,7 @@ def _relative_error(now: Metrics) -> Metrics:
     return {_FAKE: now["flow_matching"] / (1 + now["latent/std"] ** 2)}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _highest_of_roles(now: Metrics, metric: str) -> tuple[str, float]:
+    """The role, student or fake, with the higher value of a metric, and that value."""
+    values = {role: now.get(f"{metric}/{role}", 0.0) for role in ("student", "fake")}
+    return max(values.items(), key=lambda item: item[1])
