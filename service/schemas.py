@@ -28,6 +28,8 @@ FIELD_ADVICE = {
 MAX_NAMED_FIELDS = 16  # maximum number of unsupported fields that a warning names
 MAX_NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
+PriorityName = Literal["interactive", "batch"]
+STEPS = "Extension. Network evaluations per image, at most the model's `max_steps`; 1 by default."
 
 
 class LoraChoice(BaseModel):
@@ -40,7 +42,7 @@ class LoraChoice(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """`POST /v1/images/generations`. Fields without a meaning for the models have their neutral value only.
+    """`POST /v1/images/generations`. Fields without a meaning for the models accept their neutral value only.
 
     With the validation context `{"unsupported": "warn"}`, unknown fields and unsupported values of IGNORABLE_FIELDS are
     left out, with a warning that names them.
@@ -52,9 +54,7 @@ class ImageRequest(BaseModel):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = None
-    response_format: Annotated[
-        Literal["b64_json", "url"] | None, Field(description="`url` answers with links that expire.")
-    ] = None
+    response_format: Annotated[Literal["b64_json", "url"] | None, Field(description="`url`: links that expire.")] = None
     output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     quality: Literal["auto", "standard"] | None = None
@@ -62,28 +62,13 @@ class ImageRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = None
     style: None = None
     stream: Annotated[bool | None, Field(description="Answer with one server-sent event, for n = 1.")] = None
-    partial_images: (
-        Annotated[int, Field(ge=0, le=3, description="Accepted for compatibility; no partial images are sent.")] | None
-    ) = None
+    partial_images: Annotated[int, Field(ge=0, le=3, description="Accepted; none are sent.")] | None = None
     user: Annotated[str, Field(max_length=256, description="Written to the server's log.")] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**53, description="Extension. Image i of n uses seed + i.")] | None = None
-    priority: Annotated[
-        Literal["interactive", "batch"] | None, Field(description="Extension. Bulk work waits for interactive work.")
-    ] = None
+    priority: Annotated[PriorityName | None, Field(description="Extension. `batch` waits for interactive work.")] = None
     lora: Annotated[LoraChoice | None, Field(description="Extension. An adapter of the model.")] = None
-    timeout: (
-        Annotated[float, Field(ge=0.1, le=3600, description="Extension. Seconds until the request fails.")] | None
-    ) = None
-    steps: (
-        Annotated[
-            int,
-            Field(
-                ge=1,
-                description="Extension. Network evaluations per image, up to the model's `max_steps`; 1 if not given.",
-            ),
-        ]
-        | None
-    ) = None
+    timeout: Annotated[float, Field(ge=0.1, le=3600, description="Extension. Limit in seconds.")] | None = None
+    steps: Annotated[int, Field(ge=1, description=STEPS)] | None = None
     _warnings: list[str] | None = PrivateAttr(None)
 
     @property

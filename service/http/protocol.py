@@ -54,9 +54,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("")
         if self.transport.is_closing() or self.transport.get_protocol() is not self:  # a websocket's from now on
             return
-        if (
-            self._unframed_bytes - len(data) > self.max_head_bytes
-        ):  # before this chunk, of which only the end may be unframed
+        # Without this chunk, of which only the end may be unframed.
+        if self._unframed_bytes - len(data) > self.max_head_bytes:
             self.send_400_response("")
         elif self._head_begun or self.cycle is None or self.cycle.response_complete:
             self._start_head_timer()

@@ -237,7 +237,10 @@ def test_a_connection_without_a_request_is_closed(hasty, said):
 def test_incomplete_bytes_after_a_response_time_out(hasty):
     with dial(hasty) as line:
         line.sendall(b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
-        assert line.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        answer = b""
+        while not answer.endswith(b"}}"):  # the head and the body may come apart
+            answer += line.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 404 ")
         line.sendall(b"a")
         assert rest(line) == b""
 
