@@ -295,7 +295,7 @@ def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {key!r} holds no further keys; set it whole")
+            raise ConfigError(f"--set {override}: {key!r} has no keys of its own; set its value")
     values[keys[-1]] = value
 
 

@@ -38,14 +38,14 @@ def key_of(seed: int, purpose: str) -> int:
 
 
 class Draw:
-    """The random numbers of a batch of images, from (seed, purpose, image index) alone.
+    """Random numbers of a batch of images, functions of (seed, purpose, image index).
 
-    An image's numbers are the same on one device or many, in a first run or a resumed one, in any batch. Each call
-    draws new ones.
+    An image's numbers do not depend on devices, on resumption or on the rest of its batch. Each call generates new
+    ones.
     """
 
     def __init__(self, seed: int, purpose: str, images: Iterable[int] | Tensor) -> None:
-        """`images` are indices (B,); numbers are drawn on the device that holds them, else on the CPU."""
+        """`images` are indices (B,); numbers are generated on their device, or on the CPU."""
         key = key_of(seed, purpose)
         self._key = (key & _WORD, key >> 32)
         self._images = images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64)
@@ -66,7 +66,7 @@ class Draw:
         return (self._words(1)[0] >> 8).float().flatten() * 2**-24
 
     def integers(self, below: int) -> Tensor:
-        """Uniform whole numbers (B,) in [0, below), as int64; `below` is at most 2^31."""
+        """Uniform integers (B,) in [0, below), as int64; `below` is at most 2^31."""
         return (self._words(1)[0] * below >> 32).flatten()
 
     def _words(self, numbers: int) -> list[Tensor]:

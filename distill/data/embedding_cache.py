@@ -165,7 +165,7 @@ def _encoded(
         except BrokenProcessPool as error:
             raise CacheError(
                 "a process that encodes prompts was killed, perhaps for memory; run the same command, with fewer "
-                "--processes, whole shards are kept"
+                "--processes, complete shards are kept"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -178,7 +178,7 @@ def _write(encoder: SD3TextEncoder, prompts: Sequence[str], path: Path) -> int:
         write_rows(tensors(TextCondition.cat(parts)), path)
     except (OSError, SafetensorError) as error:
         raise CacheError(
-            f"could not write {path}: {error}; make room and run the same command, whole shards are kept"
+            f"could not write {path}: {error}; make room and run the same command, complete shards are kept"
         ) from error
     return sum(encoder.truncated(prompts))
 

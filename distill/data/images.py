@@ -108,7 +108,7 @@ def _shard(path: Path, column: str | None) -> Iterator[Example]:
                 elif not member.isdir():
                     unused.append(member.name)
     except (tarfile.TarError, OSError) as error:
-        raise ImageError(f"{path} is not a whole, uncompressed tar file ({error}); fetch it again") from None
+        raise ImageError(f"{path} is not a complete, uncompressed tar file ({error}); fetch it again") from None
     with_image = {key for key, members in groups.items() if any(_suffix(member) in SUFFIXES for member in members)}
     samples = []
     for key, members in groups.items():

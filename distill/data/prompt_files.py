@@ -224,7 +224,7 @@ def _file(path: Path, column: str | None) -> Iterator[str]:
             f"{', '.join(FORMATS)}, and name it .txt if it has a prompt on each line"
         )
     if compression and ending == ".parquet":
-        raise PromptError(f"{path} cannot be read while it is compressed as a whole; decompress it first")
+        raise PromptError(f"{path} is compressed, which is not supported for Parquet; decompress it first")
     read = FORMATS[ending or ".txt"]
     try:
         with COMPRESSIONS[compression](path) if compression else path.open("rb") as file:
@@ -242,7 +242,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[str]:
             "what it was made of"
         )
     if (folder / UNFINISHED).is_file():
-        raise PromptError(f"{folder} is a cache that is not whole; run the `distill embed` that began it again")
+        raise PromptError(f"{folder} is an incomplete cache; run the `distill embed` command that began it again")
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
         raise PromptError(f"{folder} holds splits ({splits}); give the folder of one of them")

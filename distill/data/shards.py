@@ -243,7 +243,7 @@ class ShardWriter:
         except (OSError, SafetensorError) as error:
             raise CacheError(
                 f"could not write {self._layout.noun}s to {self._folder}: {error}; "
-                "make room and run the same command, whole shards are kept"
+                "make room and run the same command, complete shards are kept"
             ) from error
 
 
@@ -274,15 +274,15 @@ class ShardReader:
         if not path.exists():
             begun = (folder / layout.unfinished).exists()
             mend = f"{layout.verb} again, which continues it" if begun else f"remove it and {layout.verb} again"
-            raise CacheError(f"{folder} is not a whole {layout.noun} cache ({layout.manifest} is missing); {mend}")
+            raise CacheError(f"{folder} is not a complete {layout.noun} cache ({layout.manifest} is missing); {mend}")
         self._path, self._layout = path, layout
         self._index = _read_index(path, layout, {"shards"})
         self._shards = _shards(path, self._index["shards"], layout)
         self._starts = [0, *accumulate(shard.rows for shard in self._shards)]
         self._table: dict[str, Tensor] | None = None
         if device is not None and sum(shard.bytes for shard in self._shards) <= RESIDENT_BYTES:
-            whole = [shard.whole() for shard in self._shards]
-            self._table = {name: torch.cat([part[name] for part in whole]).to(device) for name in layout.shapes}
+            parts = [shard.all_rows() for shard in self._shards]
+            self._table = {name: torch.cat([part[name] for part in parts]).to(device) for name in layout.shapes}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -345,7 +345,7 @@ class _Shard:
         self._check()
         return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
 
-    def whole(self) -> dict[str, Tensor]:
+    def all_rows(self) -> dict[str, Tensor]:
         """Read all rows by tensor. Raises CacheError for a damaged file."""
         self._check()
         return {name: self._file.get_tensor(name) for name in self._layout.shapes}

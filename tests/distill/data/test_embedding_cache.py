@@ -93,7 +93,7 @@ def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path
     shard.write_bytes(whole)
     assert len(EmbeddingCache(cache, SD3Folder.read(teacher)).rows(torch.tensor([0]))) == 1
     (cache / MANIFEST).unlink()
-    with pytest.raises(CacheError, match="not a whole"):
+    with pytest.raises(CacheError, match="not a complete"):
         EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
@@ -150,7 +150,7 @@ def test_a_call_killed_before_its_first_shard_leaves_nothing_that_binds(teacher,
     killed = embed_prompts(SD3Folder.read(teacher), ["a", "red"], tmp_path / "cache")
     next(killed)
     killed.close()
-    with pytest.raises(CacheError, match="not a whole"):
+    with pytest.raises(CacheError, match="not a complete"):
         EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))
     list(embed_prompts(SD3Folder.read(teacher), ["a", "red", "blue"], tmp_path / "cache"))
     assert len(EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher))) == 3
@@ -262,7 +262,7 @@ def test_what_was_begun_is_refused_when_it_is_damaged_or_foreign(teacher, tmp_pa
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CacheError, match="shard-00000"):
         list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
-    with pytest.raises(CacheError, match=r"not a whole embedding cache .*embed again, which continues it"):
+    with pytest.raises(CacheError, match=r"not a complete embedding cache .*embed again, which continues it"):
         EmbeddingCache(out, SD3Folder.read(teacher))
 
 
@@ -279,5 +279,5 @@ def test_a_cache_is_not_read_as_a_folder_of_prompt_files(cache, teacher, tmp_pat
     with pytest.raises(PromptError, match="cache is a cache of encoded prompts; a run takes it"):
         list(read_prompts(str(cache)))
     begin(teacher, tmp_path / "part", TEXTS)
-    with pytest.raises(PromptError, match="part is a cache that is not whole"):
+    with pytest.raises(PromptError, match="part is an incomplete cache"):
         list(read_prompts(str(tmp_path / "part")))

@@ -265,7 +265,7 @@ def test_sources_that_are_none_are_named(teacher, tmp_path):
     shards_folder(tmp_path)
     shard = tmp_path / "part-0.tar"
     shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(ImageError, match=r"part-0\.tar is not a whole, uncompressed tar file"):
+    with pytest.raises(ImageError, match=r"part-0\.tar is not a complete, uncompressed tar file"):
         list(read_examples(str(tmp_path)))
 
 
@@ -275,7 +275,7 @@ def test_a_killed_call_continues_to_the_same_bytes(teacher, tmp_path):
     while not (out / "images.unfinished.json").exists():
         next(killed)
     killed.close()
-    with pytest.raises(CacheError, match=r"not a whole image cache .*encode again, which continues it"):
+    with pytest.raises(CacheError, match=r"not a complete image cache .*encode again, which continues it"):
         ImageCache(out, SD3Folder.read(teacher))
     with pytest.raises(CacheError, match="begun with other images"):
         list(encode_examples(SD3Folder.read(teacher), read_examples("scenes", 9, seed=1), out, shard_rows=4))

@@ -109,7 +109,7 @@ def test_standard_input_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.yaml", b"fine", r"a.yaml ends in .yaml, which is no known format"),
         ("a.xlsx", b"PK", r"a.xlsx ends in .xlsx"),
         ("a.txt.zip", b"PK", r"a.txt.zip ends in .zip"),
-        ("a.parquet.gz", b"", "a.parquet.gz cannot be read while it is compressed as a whole"),
+        ("a.parquet.gz", b"", "a.parquet.gz is compressed, which is not supported for Parquet"),
         ("a.txt.gz", b"fine", r"a.txt.gz cannot be read as txt.gz"),
         ("a.csv.gz", gzip.compress(b"text\nfine" * 99, mtime=0)[:-9], r"a.csv.gz cannot be read as csv.gz"),
         ("a.txt.xz", b"fine", r"a.txt.xz cannot be read as txt.xz"),
@@ -166,7 +166,7 @@ def test_a_column_is_named_where_it_is_another(tmp_path: Path) -> None:
         with pytest.raises(PromptError, match="has no column word, only Words, text"):
             list(read_prompts(source, column="word"))
         shown = CliRunner().invoke(app, ["prompts", "stats", source, "--column", "Words"])
-        assert "2 prompts, 2 different" in shown.output
+        assert "2 prompts, 2 distinct" in shown.output
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(PromptError, match=r"a.txt is plain text, which has no column 'words'"):
         list(read_prompts(str(tmp_path / "a.txt"), column="words"))
