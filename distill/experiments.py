@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from distill import methods, run
+from distill import methods
 from distill.config import RunConfig, load_config
 from distill.data.embedding_cache import cached_prompts
 from distill.errors import ConfigError, RunError
@@ -27,12 +27,12 @@ from distill.evaluate.base import FEATURES, EvalResult, Evaluator, Report, find_
 from distill.evaluate.sampler import Sampling, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, cell, metric_names
 from distill.files import atomic_write_text, check_replaceable
-from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
-from distill.training.speed import images_within
+from distill.training.preparation import read_teacher
+from distill.training.run_sources import RunPrompts
 
 SHOWN = 8  # prompts in the picture if no evaluator fits
 
@@ -101,40 +101,25 @@ def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -
     alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
     owner = next((name for name in alike if not (out / name).is_file()), variant.name)
     link = out / variant.name / "embeddings"
-    encodes = run.embeddings_folder(variant.config, link.parent) == link
+    encodes = not RunPrompts(variant.config.prompts, link.parent).is_cache
     if encodes and owner != variant.name and not os.path.lexists(link):
         link.parent.mkdir(parents=True, exist_ok=True)
         (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # the owner's run may have failed early
         link.symlink_to(Path("..") / owner / "embeddings")
 
 
-def is_finished(variant: Variant, out: Path, teacher: SD3Folder) -> bool:
-    """Return whether the variant's run is complete: same configuration and budget, and a student.
-
-    Raises ConfigError if the run exceeds the budget, which would favor it.
-    """
+def check_budget(variant: Variant, out: Path) -> None:
+    """Raise ConfigError if the variant's run exceeds the budget, which would favor it."""
     folder, config = out / variant.name, variant.config
     try:
-        found = read_run(folder)
+        images = read_run(folder).images
     except RunError:
-        return False
-    if found.images >= config.images + config.batch:  # a run ends with a whole batch
+        return
+    if images >= config.images + config.batch:  # a run ends with a whole batch
         raise ConfigError(
-            f"{folder} has seen {found.images} images, more than the budget of {config.images}; raise the budget, "
+            f"{folder} has seen {images} images, more than the budget of {config.images}; raise the budget, "
             "or give another --out"
         )
-    run.check_teacher(folder, teacher)
-    return (
-        run.read_config(folder).identity() == config.identity()
-        and found.state == "finished"
-        and found.images >= config.images
-    )
-
-
-def with_time_budget(seconds: float, variant: Variant, out: Path, teacher: SD3Folder) -> Variant:
-    """Return the variant with the number of images that its training processes in `seconds`."""
-    images = images_within(seconds, variant.config, out / variant.name, teacher)
-    return replace(variant, config=variant.config.model_copy(update={"images": images}))
 
 
 @dataclass(frozen=True)
@@ -214,7 +199,7 @@ class ExperimentResult:
 
 def evaluator_of(config: RunConfig) -> Evaluator | None:
     """Return the evaluator of the world that the prompts come from, if it scores images of the teacher's size."""
-    size = run.read_teacher(config).image_size
+    size = read_teacher(config).image_size
     return find_evaluator([config.prompts.source], (size, size))
 
 
@@ -235,7 +220,7 @@ def evaluate_variants(
     `diverged` and `failed` hold the reasons of runs without a student, by name, for the result.
     """
     config = variants[0].config
-    teacher = run.read_teacher(config)
+    teacher = read_teacher(config)
     students = {variant.name: out / variant.name / "student" for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
@@ -245,7 +230,8 @@ def evaluate_variants(
         results = {name: result for name, (result, _) in found.students.items()}
         return ExperimentResult(commands, costs, found.teacher, results, found.picture(), diverged, failed)
 
-    first = cached_prompts(run.embeddings_folder(config, out / variants[0].name), min(SHOWN, config.prompts.max_count))
+    cache = RunPrompts(config.prompts, out / variants[0].name).cache
+    first = cached_prompts(cache, min(SHOWN, config.prompts.max_count))
     texts = list(islice(cycle(first), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from distill.cli.options import LAST_SEED, MOST, Seconds
-from distill.cli.run import distil_with_bars, encode_with_bars
+from distill.cli.run import run_with_bars
 
 
 def compare(
@@ -34,6 +34,7 @@ def compare(
     others continue.
     """
     import shlex
+    from dataclasses import replace
 
     import torch
 
@@ -41,16 +42,15 @@ def compare(
     from distill.cli.console import out as console
     from distill.errors import ConfigError, DistillError, DivergedError, RunError
     from distill.experiments import (
+        check_budget,
         check_folder,
         evaluate_variants,
         evaluator_of,
-        is_finished,
         read_variants,
         share_embeddings,
-        with_time_budget,
     )
     from distill.models.device import resolve_device
-    from distill.run import check_unchanged, read_teacher
+    from distill.training.preparation import read_config
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one of them")
@@ -69,14 +69,13 @@ def compare(
     for variant in planned:
         try:
             share_embeddings(variant, planned, out)
-            teacher = read_teacher(variant.config)
+            if seconds is None:
+                check_budget(variant, out)
+            folder = out / variant.name
+            run_with_bars(variant.config, folder, f"{variant.name}: {variant.config.images} images", seconds)
             if seconds is not None:
-                encode_with_bars(variant.config, out / variant.name, teacher, where)
-                variant = with_time_budget(seconds, variant, out, teacher)
-            if is_finished(variant, out, teacher):
-                check_unchanged(variant.config, out / variant.name, teacher)
-            else:
-                distil_with_bars(variant.config, out / variant.name, f"{variant.name}: {variant.config.images} images")
+                variant = replace(variant, config=read_config(folder))
+                check_budget(variant, out)
             finished.append(variant)
         except DivergedError as error:
             diverged[variant.name] = str(error)

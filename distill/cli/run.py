@@ -1,7 +1,7 @@
 """`distill run` and `distill export`: a teacher into a one-step student."""
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,10 +11,7 @@ from distill.cli.options import Seconds
 from distill.cli.stopping import agreed, stop_signals, stopped
 
 if TYPE_CHECKING:
-    import torch
-
     from distill.config import RunConfig
-    from distill.models.sd3_folder import SD3Folder
 
 
 def run(
@@ -40,69 +37,63 @@ def run(
     resolved = load_config(config, [*chosen, *(overrides or [])])
     folder = out or Path("runs") / Path(config).stem
 
-    if distil_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
+    if run_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
         typer.echo(
             f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
         )
 
 
-def distil_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: float | None = None) -> bool:
-    """One run to its end, with bars; False in all processes but the first. Ends the command when asked to stop.
+def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: float | None = None) -> bool:
+    """Run to the end, with progress bars; False in all processes but the first. Ends the command when asked to stop.
 
     `seconds` of training are a budget in place of the configuration's images.
     """
     from distill import run as runs
     from distill.cli import console
     from distill.cli.console import SHOWN, image_bar
-    from distill.report.run_folder import whole_batches
-    from distill.training.run_lock import run_lock
-    from distill.training.speed import images_within
-
-    machine = runs.accelerator(config, folder)
-    teacher = runs.read_teacher(config)
-    console.quiet(not machine.is_main_process)
-    if machine.is_main_process:
-        runs.check_run(config, folder, teacher)  # before the folder is made
-    with run_lock(folder) if machine.is_main_process else nullcontext():
-        if machine.is_main_process:
-            runs.prepare(config, folder, teacher)
-            typer.echo(heading)
-            encode_with_bars(config, folder, teacher, machine.device)
-        machine.wait_for_everyone()
-        if seconds is not None:
-            config = config.model_copy(update={"images": images_within(seconds, config, folder, teacher)})
-            if machine.is_main_process:
-                runs.prepare(config, folder, teacher)
-        with image_bar("distilling", whole_batches(config.images, config.batch)) as bar, stop_signals() as asked:
-            for progress in runs.distill(config, folder, teacher, machine):
-                metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
-                bar.update(progress.images, metrics)
-                for note in progress.notes:
-                    bar.print(note)
-                if signals := agreed(asked, machine):
-                    if machine.is_main_process:
-                        progress.save()
-                    machine.wait_for_everyone()  # a launcher kills the other processes when one exits
-                    machine.end_training()
-                    raise stopped(progress.images, signals)
-        machine.end_training()
-    return bool(machine.is_main_process)
-
-
-def encode_with_bars(config: "RunConfig", folder: Path, teacher: "SD3Folder", device: "torch.device") -> None:
-    """A run's prompts, and its real images if it takes any, with bars, unless they are encoded already."""
-    from distill import run as runs
-    from distill.cli.console import image_bar
+    from distill.data.embedding_cache import EmbedProgress
+    from distill.data.image_cache import EncodeProgress
     from distill.data.sources import PROMPT_SOURCES
 
-    endless = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
-    with image_bar("prompts", config.prompts.max_count if endless else None) as bar:
-        for encoded in runs.embed(config, folder, teacher, device):
-            bar.update(encoded.prompts, {"truncated": encoded.truncated})
+    machine = runs.accelerator(config, folder)
+    console.quiet(not machine.is_main_process)
+    built_in = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
+    totals = {"prompts": config.prompts.max_count if built_in else None}
     if config.real is not None:
-        with image_bar("real images", config.real.max_count) as bar:
-            for images in runs.encode(config, folder, teacher, device):
-                bar.update(images.images, {"skipped": images.skipped})
+        totals["real images"] = config.real.max_count
+    bar, shown = None, ""
+    with ExitStack() as bars, stop_signals() as asked, closing(runs.run(config, folder, machine, seconds)) as steps:
+        for progress in steps:
+            if not shown and machine.is_main_process:
+                typer.echo(heading)
+            if isinstance(progress, EmbedProgress):
+                phase, seen, metrics = "prompts", progress.prompts, {"truncated": float(progress.truncated)}
+            elif isinstance(progress, EncodeProgress):
+                phase, seen, metrics = "real images", progress.images, {"skipped": float(progress.skipped)}
+            else:
+                phase, seen = "distilling", progress.images
+                metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
+                totals[phase] = progress.total
+            if bar is None or phase != shown:
+                bars.close()
+                bar, shown = bars.enter_context(image_bar(phase, totals[phase])), phase
+            bar.update(seen, metrics)
+            if isinstance(progress, EmbedProgress | EncodeProgress):
+                if asked:
+                    raise typer.Exit(128 + asked[0])  # complete shards are kept
+                continue
+            for note in progress.notes:
+                bar.print(note)
+            if signals := agreed(asked, machine):
+                if machine.is_main_process:
+                    progress.save()
+                machine.wait_for_everyone()  # a launcher kills the other processes when one exits
+                machine.end_training()
+                raise stopped(progress.images, signals)
+    if not shown and machine.is_main_process:
+        typer.echo(heading)
+    machine.end_training()
+    return bool(machine.is_main_process)
 
 
 def export(
@@ -136,8 +127,8 @@ def export(
 
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
-    from distill.run import export as export_run
     from distill.student.parity import TOLERANCE, check_parity
+    from distill.student.run_export import export_run
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     moved = None if teacher is None else SD3Folder.read(teacher)

@@ -43,7 +43,7 @@ def runs(
     rows = []
     for each in found:
         best = f"{each.best['overall']:.3f}" if "overall" in each.best else "-"
-        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed))
+        changed = "-" if each.changed is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed))
         seen = f"{si(each.images)} / {si(each.budget)}"
         alarms = str(len(each.alarms) or "-")
         rows.append((escape(each.name), escape(str(each.config["teacher"])), seen, best, alarms, changed, each.state))

@@ -25,7 +25,7 @@ from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan.meter import Meter, without_data
-from distill.run import GRID
+from distill.training.evaluation import GRID
 from distill.training.networks import ROLES, FullCopies, SharedBase
 
 GIB = 2**30

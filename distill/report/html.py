@@ -8,6 +8,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report import charts
 from distill.report.alarms import Metrics
 from distill.report.charts import Chart, Curve, Panel, chart
-from distill.report.run_folder import Clock, RunFolder, read_clock
+from distill.report.run_folder import RunFolder
 from distill.report.units import duration, si
 
 POINTS = 200  # maximum of a curve; longer logs are averaged
@@ -47,7 +48,7 @@ _SECTIONS = {
         "latent/saturated": Panel("Saturated", "share beyond ±3"),
     },
     "Cost": {
-        "images_per_second": Panel("Speed", "images/s", "Sample grids, evaluations and checkpoints included."),
+        "images_per_second": Panel("Speed", "images/s", "Without sample grids, evaluations and checkpoints."),
         "seconds": Panel("Time", "s"),
         "memory": Panel("Memory", "B", "Of the GPU, or of the process without a GPU."),
     },
@@ -70,9 +71,11 @@ def write_report(run: RunFolder, out: Path) -> None:
 
 def render_report(run: RunFolder) -> str:
     """Render the report of a run as HTML."""
-    clock = read_clock(run.folder)
-    # Speeds of the log take precedence.
-    rows = [{**_speed(clock, row), **row} for row in run.metrics]
+    speeds = _speeds(run.metrics)
+    rows = []
+    for row in run.metrics:
+        speed = {"images_per_second": speeds[row["images"]]} if row["images"] in speeds else {}
+        rows.append({**speed, **{name: value for name, value in row.items() if name != "wall_seconds"}})
     thinned = _thin(rows)
     method = run.config.get("method")
     environment = Environment(
@@ -91,7 +94,7 @@ def render_report(run: RunFolder) -> str:
         frame=charts,
         method=(method.get("name") if isinstance(method, dict) else None) or "distillation",
         percent=f"{min(100, 100 * run.images / max(run.budget, 1)):.1f}",
-        tiles=list(_tiles(run, clock)),
+        tiles=list(_tiles(run, speeds)),
         evaluation_names=_names(run.evaluations),
         evaluation_charts=list(_evaluation_charts(run.evaluations)),
         comparison=_Comparison(run.folder),
@@ -104,23 +107,27 @@ def render_report(run: RunFolder) -> str:
     )
 
 
-def _speed(clock: Clock, row: Metrics) -> Metrics:
-    speed = clock.speeds.get(int(row["images"]))
-    return {} if speed is None else {"images_per_second": speed}
+def _speeds(rows: Sequence[Metrics]) -> dict[float, float]:
+    """Images per second of training at each line of the log, since the line before."""
+    speeds = {}
+    for before, after in pairwise([{"images": 0, "wall_seconds": 0.0}, *rows]):
+        if "wall_seconds" in before and "wall_seconds" in after and after["wall_seconds"] > before["wall_seconds"]:
+            images, seconds = (after[name] - before[name] for name in ("images", "wall_seconds"))
+            speeds[after["images"]] = images / seconds
+    return speeds
 
 
-def _tiles(run: RunFolder, clock: Clock) -> Iterator[tuple[str, str]]:
+def _tiles(run: RunFolder, speeds: Mapping[float, float]) -> Iterator[tuple[str, str]]:
     """The most important numbers, each with its label."""
     yield si(run.images), f"images seen of {si(run.budget)}"
     where = f"best student, at {si(run.best['images'])}" if "images" in run.best else "best student"
     for name, panel in _EVALUATED.items():
         if name in run.best:
             yield si(run.best[name]), f"{panel.title}, {where}"
-    if clock.seconds:
-        yield duration(clock.seconds), "total wall time"
-    if clock.speeds:
-        speeds = sorted(clock.speeds.values())
-        yield si(speeds[len(speeds) // 2]), "images/s, median"
+    if run.metrics and "wall_seconds" in run.metrics[-1]:
+        yield duration(run.metrics[-1]["wall_seconds"]), "training time"
+    if speeds:
+        yield si(sorted(speeds.values())[len(speeds) // 2]), "images/s, median"
     peak = max((row.get("memory/peak", 0) for row in run.metrics), default=0)
     if peak:
         yield si(peak, "B"), "peak memory"

@@ -16,6 +16,7 @@ import yaml
 from distill.errors import RunError
 from distill.models.sd3_folder import RECORD
 from distill.report.alarms import Alarm, Metrics
+from distill.report.run_state import read_state
 from distill.training.run_lock import is_locked
 
 State = Literal["running", "finished", "stopped", "never started"]
@@ -26,7 +27,10 @@ ALARMS = "alarms.jsonl"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `images` is how many it has seen, `best` the metrics of the kept student, `changed` seconds of Unix."""
+    """One run. `images` is how many it has seen, `best` the metrics of the kept student.
+
+    `changed` is when its state was last recorded, in Unix seconds.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -36,7 +40,7 @@ class RunFolder:
     evaluations: list[Metrics]
     best: Metrics
     alarms: list[Alarm]
-    changed: float
+    changed: float | None
 
     @property
     def name(self) -> str:
@@ -76,6 +80,7 @@ def read_run(folder: Path) -> RunFolder:
     checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
+    recorded = read_state(folder)
     if is_locked(folder):
         state: State = "running"
     elif not images:
@@ -83,23 +88,19 @@ def read_run(folder: Path) -> RunFolder:
     else:
         over = images >= config["images"] or ended_early(config, evaluations, best)
         state = "finished" if over and holds_student(folder, config["images"]) else "stopped"
-    written = [path, *logs, *checkpoints, folder / "student"]
-    changed = max(path.stat().st_mtime for path in written if path.exists())
+    changed = recorded.time if recorded else None
     return RunFolder(folder, config, state, images, metrics, evaluations, best, _alarms(folder / ALARMS), changed)
 
 
 def holds_student(folder: Path, budget: int) -> bool:
-    """Whether `student` is that of the run's end: made for this budget, and after the newest checkpoint.
+    """Whether `student` is that of the run's end: exported for this budget from the newest checkpoint.
 
     A run that was killed before its export has none, or an older one: of a smaller budget, or exported on the way.
     """
-    record = folder / "student" / RECORD
-    try:
-        made_for = json.loads(record.read_text(encoding="utf-8"))["config"]["images"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    state = read_state(folder)
+    if state is None or not state.is_final or state.budget < budget or not (folder / "student" / RECORD).exists():
         return False
-    newest = max((path.stat().st_mtime for path in _checkpoints(folder)), default=0)
-    return bool(made_for >= budget and record.stat().st_mtime >= newest)
+    return all(int(path.name) <= state.images for path in _checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -121,34 +122,6 @@ def read_runs(folder: Path) -> list[RunFolder]:
         with suppress(RunError):
             runs.append(read_run(child))
     return runs
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Wall time: all `seconds` that the run was up, and images/s up to each logged number of images."""
-
-    seconds: float
-    speeds: dict[int, float]
-
-
-def read_clock(folder: Path) -> Clock:
-    """What the event files of TensorBoard know of time; each time that the run was started wrote one of its own."""
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    seconds, speeds = 0.0, {}
-    for path in sorted((folder / "tensorboard").rglob("events.out.tfevents.*")):
-        times: dict[int, float] = {}
-        for raw in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(raw)
-            times.setdefault(int(event.step), event.wall_time)
-        if times:
-            seconds += max(times.values()) - min(times.values())
-        steps = sorted(step for step in times if step)  # the first event bears the start, as step 0
-        for before, after in zip(steps, steps[1:], strict=False):
-            if times[after] > times[before]:
-                speeds[after] = (after - before) / (times[after] - times[before])
-    return Clock(seconds, speeds)
 
 
 def _lines(path: Path) -> list[Metrics]:

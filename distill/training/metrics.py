@@ -68,7 +68,7 @@ class RoundMetrics:
         return torch.stack(list(self._sums.values()))
 
 
-class Log:
+class MetricsLog:
     """Rounds are added as they end, and written as a line at the cadence.
 
     `seconds/` are sums: what the roles' turns took, or whole rounds where these are CUDA graphs, and how long they
@@ -109,8 +109,10 @@ class Log:
         self._seconds[name] = self._seconds.get(name, 0) + took - self._inner
         self._inner = outer + took
 
-    def write(self, images: int) -> dict[str, float]:
+    def write(self, images: int, wall_seconds: float) -> dict[str, float]:
+        """Write a line, and return its metrics. `wall_seconds` is the training time of all images so far."""
         metrics = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
+        metrics["wall_seconds"] = wall_seconds
         metrics["memory/peak"] = _peak_memory(self._accelerator.device)
         for names, sums in self._rounds.items():
             for name, (total, count) in zip(names, sums.tolist(), strict=True):

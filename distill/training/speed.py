@@ -6,6 +6,7 @@ import shutil
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,14 +15,14 @@ from distill import run
 from distill.config import Cadence, RunConfig
 from distill.errors import RunError
 from distill.files import atomic_write_text
-from distill.models.sd3_folder import SD3Folder
-from distill.run import SPEED
+from distill.training.preparation import SPEED
+from distill.training.run_sources import run_sources
 
 WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds
 
 
-def images_within(seconds: float, config: RunConfig, folder: Path, teacher: SD3Folder) -> int:
+def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
     """Images, in whole batches, that training makes in so many seconds in this run folder; its prompts are encoded.
 
     Rates decay by images, so a run must know how many it will see: its speed is measured in a scratch folder that
@@ -29,7 +30,7 @@ def images_within(seconds: float, config: RunConfig, folder: Path, teacher: SD3F
     """
     kept = folder / SPEED
     speed = _read_speed(kept) if kept.exists() else None
-    speed = broadcast_object_list([speed])[0] or _measure(config, folder, teacher)
+    speed = broadcast_object_list([speed])[0] or _measure(config, folder)
     return max(1, int(speed * seconds / config.batch)) * config.batch
 
 
@@ -44,22 +45,22 @@ def _read_speed(path: Path) -> float:
     return speed
 
 
-def _measure(config: RunConfig, folder: Path, teacher: SD3Folder) -> float:
+def _measure(config: RunConfig, folder: Path) -> float:
     """Images a second of a run's rounds, from its own beginning."""
     scratch = folder / ".speed"
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
-    changes = {"images": never, "cadence": quiet, "early_stopping_patience": None, "trackers": ()}
+    changes: dict[str, Any] = {"images": never, "cadence": quiet, "early_stopping_patience": None, "trackers": ()}
+    for name, source in zip(("prompts", "real"), run_sources(config, folder), strict=True):
+        if source is not None:
+            cache = {"source": str(source.cache.resolve()), "column": None}
+            changes[name] = source.config.model_copy(update=cache)
     endless = config.model_copy(update=changes)
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
-        run.prepare(endless, scratch, teacher)
-        for cache in ("embeddings", "images"):
-            if (folder / cache).exists():
-                (scratch / cache).symlink_to(Path("..") / cache)
     machine.wait_for_everyone()
-    rounds = run.distill(endless, scratch, teacher, machine)
+    rounds = run.run(endless, scratch, machine)
     times = []
     for count in (WARM, TIMED):
         for _ in islice(rounds, count):
@@ -68,6 +69,7 @@ def _measure(config: RunConfig, folder: Path, teacher: SD3Folder) -> float:
             torch.cuda.synchronize(machine.device)
         times.append(time.perf_counter())
     speed = TIMED * config.batch / (times[1] - times[0])
+    rounds.close()
     speed = float(broadcast_object_list([speed])[0])  # one number of images for all
     if machine.is_main_process:
         shutil.rmtree(scratch)

@@ -17,7 +17,7 @@ FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget an
 
 
 @dataclass(frozen=True)
-class Progress:
+class TeacherProgress:
     """Images seen before and after a step, out of how many, and metrics to show.
 
     `save()` writes a state of this moment, whatever the cadence.

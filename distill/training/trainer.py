@@ -45,7 +45,7 @@ from distill.models.text import TextCondition
 from distill.student.graphs import Graphed
 from distill.training import checkpoint, optimizers
 from distill.training.ema import average_into, new_share
-from distill.training.metrics import Log, RoundMetrics, sample_of
+from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
 
 PROCESS_GROUP_TIMEOUT = timedelta(days=1)  # the first process encodes all prompts meanwhile
@@ -58,13 +58,15 @@ GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels ta
 class Progress:
     """Where a run stands after a round of turns, for as long as its next round has not begun.
 
-    `seconds` is what all rounds so far took, without checkpoints and without what the caller does between rounds.
+    `total` is the budget in images. `seconds` is the time of all rounds so far, without checkpoints and without what
+    the caller does between rounds.
     `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
     Whoever looks at a run on the way adds metrics, and notes, which are sentences for people.
     """
 
     before: int
     images: int
+    total: int
     seconds: float
     metrics: dict[str, float]
     generate: Callable[[TextCondition, Tensor], Tensor]
@@ -184,7 +186,7 @@ def train(
     images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
     if config.init_from is not None and images == 0:
         _begin(config.init_from, weights, average)
-    log = Log(out, accelerator, images, config)
+    log = MetricsLog(out, accelerator, images, config)
 
     null = conditions.null.to(device)
     asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
@@ -242,6 +244,7 @@ def train(
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
             return one_step(asked["student"].student, z.to(device), cond.to(device))
 
+    total = -(-config.images // config.batch) * config.batch  # a step is never cut
     run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
     coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
     # On a CPU the thread would take the cores that the step itself runs on; a graph is recorded without company.
@@ -276,9 +279,9 @@ def train(
                 log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()))
             seconds += time.perf_counter() - started
             save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
-            progress = Progress(seen, images, seconds, {}, generate, average, save)
+            progress = Progress(seen, images, total, seconds, {}, generate, average, save)
             if logged:
-                progress.metrics.update(log.write(images))
+                progress.metrics.update(log.write(images, seconds))
             if saved:
                 if accelerator.is_main_process:
                     save()
@@ -286,7 +289,7 @@ def train(
             yield progress
 
 
-def _fed(made: Iterator[MicroBatch], device: torch.device, log: Log) -> Iterator[MicroBatch]:
+def _fed(made: Iterator[MicroBatch], device: torch.device, log: MetricsLog) -> Iterator[MicroBatch]:
     """Micro-batches on the device; the time that is waited for them is logged."""
     while True:
         with log.seconds("data"):
@@ -298,7 +301,7 @@ def _fed(made: Iterator[MicroBatch], device: torch.device, log: Log) -> Iterator
 
 
 def _graphed(
-    take_round: Callable[[Iterator[MicroBatch]], Tensor], count: int, log: Log
+    take_round: Callable[[Iterator[MicroBatch]], Tensor], count: int, log: MetricsLog
 ) -> Callable[[Iterator[MicroBatch]], Tensor]:
     """The same rounds, of so many micro-batches, as replays of one CUDA graph."""
     forms: list[MicroBatch] = []

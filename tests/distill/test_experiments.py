@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 from distill.cli import app
 from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.experiments import Cost, Variant, evaluate_variants, is_finished, read_variants, with_time_budget
+from distill.experiments import Cost, Variant, check_budget, evaluate_variants, read_variants
 from distill.pipeline import SHIPPED_STUDENT
-from distill.run import read_teacher
 from distill.training import checkpoint
+from distill.training.speed import images_within
 from distill.worlds.scenes.evaluator import ScenesEvaluator
 
 
@@ -146,25 +146,20 @@ def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
     checkpoint.save(folder / "checkpoints" / checkpoint.state_name(12), {}, {"images": 12})
     (folder / "config.yaml").write_text("teacher: scenes\nimages: 12\n")
     with pytest.raises(ConfigError, match="has seen 12 images, more than the budget of 8"):
-        is_finished(Variant("fgm", config, "scenes-debug", ()), tmp_path, read_teacher(config))
+        check_budget(Variant("fgm", config, "scenes-debug", ()), tmp_path)
 
 
 def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path) -> None:
-    variant = Variant("fgm", load_config("scenes-debug", ["batch=8"]), "scenes-debug", ("batch=8",))
-    (tmp_path / "fgm").mkdir()
-    (tmp_path / "fgm" / "speed.json").write_text('{"images_per_second": 10.0}')
-    teacher = read_teacher(variant.config)
-    budgets = [with_time_budget(seconds, variant, tmp_path, teacher).config.images for seconds in (0.1, 2.5, 60)]
-    assert budgets == [8, 24, 600]
+    config = load_config("scenes-debug", ["batch=8"])
+    (tmp_path / "speed.json").write_text('{"images_per_second": 10.0}')
+    assert [images_within(seconds, config, tmp_path) for seconds in (0.1, 2.5, 60)] == [8, 24, 600]
 
 
 @pytest.mark.parametrize("text", ["garbage", "{}", '{"images_per_second": -1}', '{"images_per_second": NaN}', "[]"])
 def test_a_speed_that_is_none_is_named(text, tmp_path) -> None:
-    variant = Variant("fgm", load_config("scenes-debug"), "scenes-debug", ())
-    (tmp_path / "fgm").mkdir()
-    (tmp_path / "fgm" / "speed.json").write_text(text)
+    (tmp_path / "speed.json").write_text(text)
     with pytest.raises(RunError, match=r"speed\.json holds no speed; remove it"):
-        with_time_budget(5, variant, tmp_path, read_teacher(variant.config))
+        images_within(5, load_config("scenes-debug"), tmp_path)
 
 
 def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, prompts, tmp_path) -> None:

@@ -33,12 +33,16 @@ from distill.errors import (
 from distill.files import atomic_write, atomic_write_text, flush
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline
-from distill.report.run_folder import read_clock, read_run
-from distill.run import check_run, embed, export, prepare, read_config, read_teacher
+from distill.report.run_folder import read_run
+from distill.report.run_state import read_state
+from distill.student.run_export import export_run
 from distill.training import checkpoint
+from distill.training.preparation import check_run, prepare, read_config, read_teacher
 from distill.training.run_lock import run_lock
+from distill.training.run_sources import RunPrompts
 from distill.training.trainer import accelerator_for
 
+TIMES = ("seconds/", "wall_seconds", "memory/")  # metrics that differ between two runs
 ARGUMENTS = (
     "batch=8",
     "images=96",
@@ -62,6 +66,15 @@ def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[st
     return ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
 
 
+def check_and_prepare(config, out: Path) -> None:
+    check_run(config, out, read_teacher(config))
+    prepare(config, out)
+
+
+def encode_prompts(config, out: Path):
+    return RunPrompts(config.prompts, out).encode(read_teacher(config), torch.device("cpu"), False)
+
+
 def final(out: Path) -> dict[str, torch.Tensor]:
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
@@ -73,7 +86,8 @@ def metrics(out: Path) -> list[dict[str, float]]:
     """The log's lines, but for what the clock says, and the machine."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [
-        {name: value for name, value in line.items() if not name.startswith(("seconds/", "memory/"))} for line in lines
+        {name: value for name, value in line.items() if not name.startswith(("seconds/", "wall_", "memory/"))}
+        for line in lines
     ]
 
 
@@ -115,7 +129,10 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert read_run(out).alarms == []
     assert (out / "samples" / "000000000096.png").exists()
     assert list((out / "tensorboard").rglob("events*"))
-    assert read_clock(out).seconds > 0
+    seconds = [line["wall_seconds"] for line in lines]
+    assert 0 < seconds[0] < seconds[-1]
+    assert seconds == sorted(seconds)
+    assert read_state(out).phase == "finished"
     assert len(list((out / "checkpoints").iterdir())) == 2
     records = [checkpoint.load(path)[1] for path in sorted((out / "checkpoints").iterdir())]
     assert 0 < records[0]["seconds"] < records[1]["seconds"]
@@ -170,21 +187,43 @@ def test_a_run_of_another_version_is_named_and_left_alone(teacher, prompts, tmp_
     assert kept.read_text() == "teacher: scenes\nema: 0.9\n"
 
 
-@pytest.mark.parametrize("older", ["budget", "time"])
+@pytest.mark.parametrize("older", ["budget", "phase"])
 def test_a_run_that_was_killed_before_its_export_does_not_keep_an_older_student(whole, teacher, prompts, older):
     """Of a smaller budget, or exported on the way."""
     kind, out = whole
     record = out / "student" / "onestep.json"
     after = record.read_text()
-    before = json.loads(after)
-    before["config"]["images"] -= 8 if older == "budget" else 0
-    record.write_text(json.dumps({**before, "images_seen": 8}))
-    if older == "time":
-        os.utime(record, (0, 0))
+    record.write_text(json.dumps({**json.loads(after), "images_seen": 8}))
+    state = json.loads((out / "state.json").read_text())
+    changed = {"budget": 88} if older == "budget" else {"phase": "training"}
+    (out / "state.json").write_text(json.dumps({**state, **changed}))
     assert read_run(out).state == "stopped"
     assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert record.read_text() == after
     assert read_run(out).state == "finished"
+
+
+def test_a_copied_run_folder_means_the_same(whole, tmp_path):
+    _, out = whole
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copyfile)  # with other file times
+    for path in copy.rglob("*"):
+        os.utime(path, (0, 0))
+    os.utime(copy / "checkpoints" / checkpoint.state_name(96))
+    before, after = read_run(out), read_run(copy)
+    assert (after.state, after.images, after.changed) == (before.state, before.images, before.changed)
+    assert after.state == "finished"
+
+
+def test_a_run_reads_the_folder_of_its_teacher_once(teacher, prompts, tmp_path):
+    code = (
+        "import os, sys\nfrom distill.cli import app\nopened = []\n"
+        "sys.addaudithook(lambda event, args: event == 'open' and opened.append(str(args[0])))\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        f"print(opened.count({str(teacher / 'model_index.json')!r}))"
+    )
+    words = command(teacher, prompts, tmp_path / "run", "images=8")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
 
 
 def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
@@ -217,9 +256,9 @@ def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole
 def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
     _, out = whole
     with pytest.raises(RunError, match="no checkpoint 12; give best, last or the images of one: 80, 96"):
-        export(out, tmp_path / "student", "12")
+        export_run(out, tmp_path / "student", "12")
     with pytest.raises(RunError, match="is not a run"):
-        export(tmp_path)
+        export_run(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -248,6 +287,7 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     assert saved is not None
     images = int(saved.name)
     assert f"Stopped after {images} images" in said
+    assert (read_state(out).phase, read_state(out).images) == ("interrupted", images)
     assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
 
@@ -313,14 +353,14 @@ def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, c
         "scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "early_stopping_patience=1"]
     )
     with pytest.raises(ConfigError, match=r"early_stopping_patience counts evaluations"):
-        prepare(foreign, tmp_path / "foreign", read_teacher(foreign))
+        check_and_prepare(foreign, tmp_path / "foreign")
     assert not (tmp_path / "foreign").exists()
     short = load_config("scenes-debug", ["early_stopping_patience=1"])
-    prepare(short, tmp_path / "short", read_teacher(short))
+    check_and_prepare(short, tmp_path / "short")
     assert "early_stopping_patience 1 cannot end this run" in caplog.text
     caplog.clear()
     enough = load_config("scenes-debug", ["early_stopping_patience=1", "cadence.evaluate=32"])
-    prepare(enough, tmp_path / "enough", read_teacher(enough))
+    check_and_prepare(enough, tmp_path / "enough")
     assert not caplog.text
 
 
@@ -401,14 +441,14 @@ def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_p
 def test_a_run_begins_where_it_replaces_nothing(name, begun, teacher, tmp_path):
     config = load_config("scenes-debug", [f"teacher={teacher}"])
     if begun:
-        prepare(config, tmp_path, read_teacher(config))
+        check_and_prepare(config, tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     if begun and not name.startswith("student"):
-        prepare(config, tmp_path, read_teacher(config))  # a run's own
+        check_and_prepare(config, tmp_path)  # a run's own
     else:
         with pytest.raises(OutputError, match=name.partition("/")[0]):
-            prepare(config, tmp_path, read_teacher(config))
+            check_and_prepare(config, tmp_path)
         assert (tmp_path / "config.yaml").exists() is begun
     assert (tmp_path / name).read_text() == "mine"
 
@@ -488,9 +528,9 @@ def test_a_run_continues_and_exports_without_its_damaged_newest_checkpoint(whole
     with (out / "checkpoints" / checkpoint.state_name(96) / "state.safetensors").open("r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(b"\xff" * 64)
-    assert OneStepPipeline.load(export(out)).spec.images_seen == 80
+    assert OneStepPipeline.load(export_run(out)).spec.images_seen == 80
     with pytest.raises(CheckpointError, match="checksum"):
-        export(out, tmp_path / "student", "96")
+        export_run(out, tmp_path / "student", "96")
     assert not (tmp_path / "student").exists()
     assert invoke(*command(teacher, prompts, out, f"networks.kind={kind}")).exit_code == 0
     assert_same_end(out, undisturbed)
@@ -509,7 +549,7 @@ def test_a_teacher_is_known_by_its_files_wherever_it_is(form, whole, teacher, pr
     done = invoke(*again)
     assert done.exit_code == 0, done.output
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before  # the run is finished
-    record = json.loads((export(out, tmp_path / "exported") / "onestep.json").read_text())
+    record = json.loads((export_run(out, tmp_path / "exported") / "onestep.json").read_text())
     assert record["name"] == f"{copy.name}-one-step"
     assert record["teacher_digest"] == SD3Folder.read(teacher).digest
 
@@ -519,14 +559,14 @@ def test_an_export_takes_the_teacher_s_new_place_and_no_other_teacher(whole, tea
     out = shutil.copytree(undisturbed, tmp_path / "run")
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(teacher), str(tmp_path / "gone")))
     with pytest.raises(TeacherError, match="name its new place with --teacher"):
-        export(out, tmp_path / "student")
+        export_run(out, tmp_path / "student")
     done = invoke("export", str(out), "--out", str(tmp_path / "student"), "--teacher", str(teacher))
     assert done.exit_code == 0, done.output
     other = make_teacher(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="was trained from another teacher"):
-        export(out, tmp_path / "another", teacher=SD3Folder.read(other))
+        export_run(out, tmp_path / "another", teacher=SD3Folder.read(other))
     with pytest.raises(CheckpointError, match="was trained from another teacher"):
-        prepare(read_config(out).model_copy(update={"teacher": str(other)}), out, SD3Folder.read(other))
+        check_and_prepare(read_config(out).model_copy(update={"teacher": str(other)}), out)
     assert not (tmp_path / "another").exists()
 
 
@@ -597,6 +637,7 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert done.exit_code == 0, done.output
     run = read_run(out)
     assert run.state == "finished"
+    assert read_state(out).phase == "ended early"
     assert run.images == run.evaluations[-1]["images"] < 4000
     assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
@@ -619,6 +660,7 @@ def test_a_number_that_is_not_finite_stops_the_run(teacher, prompts, tmp_path):
     done = invoke(*command(teacher, prompts, tmp_path / "wild", *wild))
     assert isinstance(done.exception, DivergedError)
     assert "lower optimizer." in str(done.exception)
+    assert read_state(tmp_path / "wild").phase == "failed"
 
 
 def test_a_folder_that_is_taken_ends_the_command_with_the_status_of_try_again(
@@ -661,7 +703,7 @@ def test_a_run_takes_a_cache_of_prompts_that_others_share(teacher, prompts, tmp_
     assert invoke("embed", str(teacher), str(other), "--out", str(cache), "--device", "cpu").exit_code == 0
     refused = invoke(*command(teacher, cache, out, "images=32"))
     assert isinstance(refused.exception, CheckpointError)
-    assert "has learnt from other prompts than it is given now" in str(refused.exception)
+    assert "was trained on other prompts than it is given now" in str(refused.exception)
 
 
 def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_path):
@@ -677,7 +719,7 @@ def test_prompts_that_were_changed_in_place_are_refused(teacher, prompts, tmp_pa
     assert (out / "embeddings" / "embeddings.json").read_bytes() == kept
     shutil.rmtree(out / "embeddings")
     refused = invoke(*command(teacher, source, out, "images=32"))  # what was learnt is bound to the old ones
-    assert "has learnt from other prompts" in str(refused.exception)
+    assert "was trained on other prompts" in str(refused.exception)
 
 
 def test_a_run_goes_on_when_its_prompts_are_gone_and_says_so(teacher, prompts, tmp_path, caplog):
@@ -698,14 +740,14 @@ def test_a_run_that_has_only_encoded_takes_another_configuration(teacher, prompt
         load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *more])
         for more in ((), ("optimizer.student_lr=3e-5", "method.alpha=0.5"))
     )
-    prepare(first, out, read_teacher(first))
-    list(embed(first, out, read_teacher(first), torch.device("cpu")))
+    check_and_prepare(first, out)
+    list(encode_prompts(first, out))
     (out / "speed.json").write_text('{"images_per_second": 1.0}')
-    prepare(first, out, read_teacher(first))
+    check_and_prepare(first, out)
     assert (out / "speed.json").exists()
-    prepare(second, out, read_teacher(second))
+    check_and_prepare(second, out)
     assert not (out / "speed.json").exists()
-    assert list(embed(second, out, read_teacher(second), torch.device("cpu"))) == []
+    assert list(encode_prompts(second, out)) == []
     checkpoint.save(out / "checkpoints" / checkpoint.state_name(8), {"x": torch.zeros(1)}, {"images": 8})
     with pytest.raises(CheckpointError, match="optimizer"):
-        prepare(first, out, read_teacher(first))
+        check_and_prepare(first, out)

@@ -153,8 +153,5 @@ def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scene
     settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup_images=0")
     config = load_config(preset, [*settings, *overrides])
     out = folder / "run"
-    folder = run.read_teacher(config)
-    run.prepare(config, out, folder)
-    list(run.embed(config, out, folder, torch.device("cpu")))
-    list(run.distill(config, out, folder, run.accelerator(config, out)))
+    list(run.run(config, out, run.accelerator(config, out)))
     return out

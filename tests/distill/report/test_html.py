@@ -1,10 +1,10 @@
 """The report and the list of runs say what lies in the run folders, and the report stands alone."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,15 +13,14 @@ import pytest
 import yaml
 from commands import GARBAGE
 from filelock import FileLock
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from typer.testing import CliRunner
 
 from distill.cli import app, console
 from distill.errors import OutputError, RunError
 from distill.report.grid import labeled_grid, save_png
 from distill.report.html import GRIDS, POINTS, render_report, write_report
-from distill.report.run_folder import read_clock, read_run, read_runs
+from distill.report.run_folder import read_run, read_runs
+from distill.report.run_state import STATE, RunState
 from distill.report.units import si
 
 SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.5", "gradient_norm/fake", "gradient_norm/student", "latent/std")
@@ -91,7 +90,9 @@ def add_results(folder: Path) -> None:
     best.mkdir(parents=True)
     (best / "state.json").write_text(json.dumps({"images": 3200, "overall": 0.8125, "fitness": 0.73}))
     (folder / "student").mkdir()
-    (folder / "student" / "onestep.json").write_text(json.dumps({"config": {"images": 6400}}))
+    (folder / "student" / "onestep.json").write_text("{}")
+    state = RunState("finished", 6400, 6400, 1_000_000_000)
+    (folder / STATE).write_text(json.dumps(asdict(state)))
     add_grid(folder, 3200)
     add_grid(folder, 6400)
 
@@ -227,30 +228,16 @@ def test_long_runs_make_bounded_pages(tmp_path: Path) -> None:
     assert "means of 4 lines" in page.text
 
 
-def test_wall_time_is_that_of_all_starts(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", 1920)
-    for start, steps in [(1000, {0: 0, 640: 10, 1280: 30}), (5000, {0: 0, 1920: 7})]:
-        writer = EventFileWriter(str(folder / "tensorboard"), filename_suffix=f".{start}")
-        for step, seconds in steps.items():
-            writer.add_event(Event(wall_time=start + seconds, step=step))
-        writer.close()
-        written = next((folder / "tensorboard").glob(f"*.{start}"))
-        # The writer stamps the file's own first event with now, which no run that is over would bear.
-        written.write_bytes(b"".join(records(written.read_bytes())[1:]))
-    clock = read_clock(folder)
-    assert clock.seconds == 37
-    assert clock.speeds == {1280: 32.0}
-    assert "37 s" in page_of(folder).text
-
-
-def records(data: bytes) -> list[bytes]:
-    """TFRecords: length, its checksum, the data, theirs."""
-    found = []
-    while data:
-        size = int.from_bytes(data[:8], "little") + 16
-        found.append(data[:size])
-        data = data[size:]
-    return found
+def test_training_time_and_speed_are_those_of_the_log(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 1280)
+    write_lines(
+        folder / "metrics.jsonl",
+        [{"images": images, "wall_seconds": wall} for images, wall in ((640, 10.0), (1280, 30.0), (1920, 37.0))],
+    )
+    page = page_of(folder)
+    assert "37 s" in page.text
+    assert "64 images/s" in " ".join(page.text.split()) or "64images/s" in page.text
+    assert "wall_seconds" not in page.text
 
 
 def test_states(tmp_path: Path) -> None:
@@ -306,8 +293,6 @@ def test_alarms_are_shown_and_counted(tmp_path: Path) -> None:
 def test_runs_are_listed_and_other_folders_are_not(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine", 6400)
     add_results(folder)
-    for path in [folder, *folder.iterdir()]:
-        os.utime(path, (1_000_000_000, 1_000_000_000))
     (tmp_path / "pictures").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("model: something else\n")

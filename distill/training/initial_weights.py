@@ -11,7 +11,7 @@ _Shapes = dict[str, tuple[int, ...]]
 _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
-def check_start(config: RunConfig, teacher: SD3Folder) -> None:
+def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
     """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
     if config.init_from is None:
         return

@@ -1,0 +1,132 @@
+"""What a run checks and writes before it computes anything."""
+
+import json
+import logging
+from pathlib import Path
+
+import yaml
+
+from distill.config import RunConfig, load_config
+from distill.data.sources import TEACHERS
+from distill.errors import CheckpointError, ConfigError, OutputError
+from distill.evaluate.base import Evaluator, find_evaluator
+from distill.files import atomic_write_text
+from distill.models.sd3 import check_parts
+from distill.models.sd3_folder import SD3Folder
+from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS
+from distill.report.run_state import STATE, read_state, write_state
+from distill.student.export import check_place
+from distill.training import checkpoint
+from distill.training.initial_weights import check_initial_weights
+from distill.training.run_sources import SOURCES, run_sources
+
+SPEED = "speed.json"  # what `distill.training.speed` measured
+_RUN_FILES = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
+_log = logging.getLogger(__name__)
+
+
+def read_teacher(config: RunConfig) -> SD3Folder:
+    """Read and check the folder that `teacher` names: a built-in teacher or a path."""
+    return SD3Folder.read(TEACHERS.get(config.teacher, config.teacher))
+
+
+def read_config(out: Path) -> RunConfig:
+    """Read the configuration of a run folder. Raises CheckpointError for one of another version."""
+    path = out / "config.yaml"
+    try:
+        return load_config(str(path))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} is no configuration of this version ({error}); a run of another version is not continued: "
+            "give another --out"
+        ) from error
+
+
+def prepare(config: RunConfig, out: Path) -> None:
+    """Write the resolved configuration of a checked run."""
+    path = out / "config.yaml"
+    if path.exists():
+        before = read_config(out)
+        if (before.teacher, before.identity()) != (config.teacher, config.identity()):
+            (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    if read_state(out) is None:
+        write_state(out, "prepared", 0, config.images)
+
+
+def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
+    """Check the teacher's weights, initial weights, sources and the run folder; nothing is written.
+
+    Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations, CheckpointError if
+    `out` holds a run of another configuration, and OutputError if a run would replace files there that belong to no
+    run.
+    """
+    latent_shapes(config, teacher)
+    _check_patience(config, teacher)
+    path = out / "config.yaml"
+    resumed = has_checkpoint(out)
+    if path.exists():
+        before = read_config(out)
+        if resumed:
+            config.check_same(before.identity(), path)
+            check_teacher(out, teacher)
+    else:
+        for name in _RUN_FILES:
+            if (out / name).exists():
+                raise OutputError(f"{out} holds {name}, but no config.yaml of a run; give another --out")
+    check_place(out / "student", teacher.path)
+    if not resumed:
+        check_parts(teacher)
+        check_initial_weights(config, teacher)
+        for source in run_sources(config, out):
+            if source is not None:
+                source.check(teacher)
+
+
+def check_teacher(out: Path, teacher: SD3Folder) -> None:
+    """Raise CheckpointError if the run in `out` was trained from a teacher with another digest."""
+    path = out / SOURCES
+    try:
+        digest = json.loads(path.read_text())["teacher"] if path.exists() else teacher.digest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
+    if digest != teacher.digest:
+        raise CheckpointError(
+            f"{out} was trained from another teacher than {teacher.path}; give the current path of its own teacher, or "
+            "another --out"
+        )
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run has a checkpoint or a student, so that its configuration may no longer change."""
+    return (out / "student").exists() or any(checkpoint.states(out / part) for part in ("checkpoints", "best"))
+
+
+def latent_shapes(config: RunConfig, teacher: SD3Folder) -> list[tuple[int, int, int]]:
+    """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
+    return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
+
+
+def run_evaluator(config: RunConfig, teacher: SD3Folder) -> Evaluator | None:
+    """The evaluator of the run's students: that of its teacher's or its prompts' name, if it fits the image size."""
+    size = config.sizes[0] if config.sizes else (teacher.image_size, teacher.image_size)
+    return find_evaluator((config.teacher, config.prompts.source), size)
+
+
+def _check_patience(config: RunConfig, teacher: SD3Folder) -> None:
+    patience = config.early_stopping_patience
+    if patience is None:
+        return
+    if run_evaluator(config, teacher) is None:
+        raise ConfigError(
+            "early_stopping_patience counts evaluations, and only students of the toy dataset are evaluated; "
+            "set it to null"
+        )
+    evaluations = config.images // config.cadence.evaluate
+    if evaluations <= patience:
+        _log.warning(
+            "early_stopping_patience %d cannot end this run: images and cadence.evaluate make %d evaluations",
+            patience,
+            evaluations,
+        )
