@@ -20,7 +20,7 @@ LONG = (
     "test_run",
     "test_cluster",
     "test_jobs",
-    "test_bad_days",
+    "test_failures",
     "test_demo",
     "test_soak_jobs",
     "test_distributed",

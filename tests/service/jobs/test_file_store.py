@@ -1,4 +1,4 @@
-"""`/v1/files` by the real client: what is uploaded is kept, for its owner alone, until it is deleted or expires."""
+"""`/v1/files` with the real client: only the owner sees a file, until it is deleted or expires."""
 
 import contextlib
 import io
@@ -39,7 +39,10 @@ def test_files_are_kept_for_their_owner(serve, connect, tmp_path):
     assert ann.files.retrieve(first.id) == first
     assert ann.files.content(first.id).read() == large
     assert [file.id for file in ann.files.list()] == [second.id, first.id]
-    assert [file.id for file in ann.files.list(order="asc", limit=1)] == [first.id, second.id]  # the client turns pages
+    assert [file.id for file in ann.files.list(order="asc", limit=1)] == [
+        first.id,
+        second.id,
+    ]  # the client requests pages
     assert [file.id for file in ann.files.list(purpose="fine-tune")] == [second.id]
 
     assert list(bob.files.list()) == []
@@ -52,13 +55,13 @@ def test_files_are_kept_for_their_owner(serve, connect, tmp_path):
     assert [path.name for path in (tmp_path / "files").iterdir()] == [second.id]
 
 
-def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
+def test_invalid_uploads_are_refused(serve, connect, tmp_path):
     url = serve(data=tmp_path, jobs={"max_file_bytes": 1000})
     client = connect(url)
     with pytest.raises(openai.BadRequestError) as empty:
         client.files.create(file=("lines.jsonl", b""), purpose="batch")
     assert (empty.value.param, empty.value.code) == ("file", "empty_file")
-    for length in (1001, 1 << 20):  # known once it is read, and before
+    for length in (1001, 1 << 20):  # the size is known after reading, and before
         with pytest.raises(openai.APIStatusError) as large:
             client.files.create(file=("lines.jsonl", b"." * length), purpose="batch")
         assert large.value.status_code == 413
@@ -66,7 +69,7 @@ def test_uploads_that_cannot_be_are_refused(serve, connect, tmp_path):
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serve, connect, tmp_path):
+def test_reads_are_answered_while_another_program_writes_to_the_database(serve, connect, tmp_path):
     url = serve(data=tmp_path)
     client = connect(url).with_options(timeout=20)
     file = client.files.create(file=("lines.jsonl", b"{}\n"), purpose="batch")
@@ -89,23 +92,23 @@ def test_what_is_kept_is_shown_while_another_program_writes_to_the_database(serv
         assert {each.result().status_code for each in waiting} <= {200, 400}  # 400 once it has ended
 
 
-def test_a_data_folder_that_cannot_be_written_any_more_is_said(serve, connect, tmp_path):
+def test_a_data_folder_that_becomes_read_only_is_reported(serve, connect, tmp_path):
     client = connect(serve(data=tmp_path))
     (tmp_path / "files").rmdir()
-    (tmp_path / "files").symlink_to("/sys")  # not even root may make a file there
+    (tmp_path / "files").symlink_to("/sys")  # not even root may create a file there
     with pytest.raises(openai.InternalServerError) as refused:
         client.files.create(file=("a.txt", b"a red circle"), purpose="batch")
     assert (refused.value.status_code, refused.value.code) == (503, "storage_error")
 
 
-def test_without_a_data_folder_nothing_is_kept_and_the_answer_says_so(serve, connect):
+def test_without_a_data_folder_files_are_refused(serve, connect):
     client = connect(serve())
     with pytest.raises(openai.NotFoundError, match="data folder") as none:
         client.files.list()
     assert none.value.code == "jobs_disabled"
 
 
-def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
+def test_a_quota_limits_the_files_of_a_key_and_expired_files_are_deleted(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     database.migrate()
     files = FileStore(database, tmp_path / "files", max_bytes=10, quota_bytes=15)
@@ -131,10 +134,10 @@ def test_a_quota_bounds_what_a_key_keeps_and_expired_files_are_swept(tmp_path):
 
     with pytest.raises(Forbidden, match="quota of 15"):
         files.add(SideBySide(b"123456"), owner="eve", purpose="batch", filename="x", now=now, lifetime=3600)
-    assert len(list((tmp_path / "files").iterdir())) == 3  # nothing is left of what was refused
+    assert len(list((tmp_path / "files").iterdir())) == 3  # nothing remains of refused uploads
     (tmp_path / "files" / f".{first}.0123456789abcdef.part").write_bytes(b"1")
     (tmp_path / "files" / "letters").mkdir()
-    for name in ("letter.txt", "letters/file-1", ".hidden"):  # of a person who keeps files in a folder of that name
+    for name in ("letter.txt", "letters/file-1", ".hidden"):  # of somebody else
         (tmp_path / "files" / name).write_bytes(b"1")
     files.sweep(now + 3599)
     assert files.path(first).exists()

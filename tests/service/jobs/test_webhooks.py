@@ -1,4 +1,4 @@
-"""What webhooks are told: signed as the real client verifies it, again until it is taken, and no more than that."""
+"""Webhooks: events that the real client verifies, retried until they are accepted."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from service.jobs.tables import DeliveryRow
 from service.jobs.webhooks import GONE, PAUSES
 from service.settings import Settings, read_settings
 
-NOBODY = "http://a..b/"  # a URL by its form, which no client can ask for
+NOBODY = "http://a..b/"  # a valid URL that no client can request
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def until(condition) -> None:
         threading.Event().wait(0.02)
 
 
-def test_every_endpoint_is_told_what_the_real_client_unwraps(tmp_path):
+def test_every_endpoint_gets_an_event_that_the_real_client_verifies(tmp_path):
     with receiving(204) as one, receiving(200) as other, running(tmp_path, one.url, other.url, NOBODY) as jobs:
         announce(jobs, 1_700_000_000)
         for receiver in (one, other):
@@ -62,7 +62,7 @@ def test_every_endpoint_is_told_what_the_real_client_unwraps(tmp_path):
         assert left == {one.url: (True, False), other.url: (True, False), NOBODY: (False, True)}
 
 
-def test_an_endpoint_that_fails_is_told_again_later_and_not_before(tmp_path):
+def test_a_failed_delivery_is_retried_when_it_is_due(tmp_path):
     with receiving(500, 302, 200) as receiver, running(tmp_path, receiver.url) as jobs:
         announce(jobs, 1_000)
         for attempt, failure in enumerate(("500", "302"), start=1):
@@ -72,7 +72,7 @@ def test_an_endpoint_that_fails_is_told_again_later_and_not_before(tmp_path):
             jobs.webhooks.begin_due(row.next_at - 1)
             assert len(receiver.received) == attempt
             jobs.webhooks.begin_due(row.next_at)
-            jobs.webhooks.begin_due(row.next_at)  # begun once
+            jobs.webhooks.begin_due(row.next_at)  # starts only once
             receiver.wait(attempt + 1)
         until(lambda: deliveries(jobs)[0].delivered_at)
         assert len({headers["webhook-id"] for headers, _ in receiver.received}) == 1
@@ -80,7 +80,7 @@ def test_an_endpoint_that_fails_is_told_again_later_and_not_before(tmp_path):
 
 
 @pytest.mark.parametrize("attempts", [0, len(PAUSES)])
-def test_what_nobody_takes_is_given_up(tmp_path, attempts):
+def test_delivery_ends_after_the_last_attempt_or_410(tmp_path, attempts):
     with receiving(GONE if attempts == 0 else 500) as receiver, running(tmp_path, receiver.url) as jobs:
         with jobs.database.begin() as session:
             jobs.webhooks.announce(session, "me", "batch.failed", "batch_1", 1_000)
@@ -96,6 +96,6 @@ def test_what_nobody_takes_is_given_up(tmp_path, attempts):
     [("https://example.org", secret) for secret in ("plain", "whsec_short", "whsec_" + "!" * 40)]
     + [(url, SECRET) for url in ("example.org", "http://[::1", "http:///hook", "http://localhost:99999/")],
 )
-def test_an_endpoint_that_is_none_is_refused(url, secret):
+def test_an_invalid_endpoint_is_refused(url, secret):
     with pytest.raises(StartError, match="webhooks"):
         read_settings({"webhooks": [{"url": url, "secret": secret}]})

@@ -1,4 +1,4 @@
-"""`/v1/batches` by the real client, from the upload to the images behind the links and the webhook at the end."""
+"""`/v1/batches` with the real client, from the upload to the images and the webhook at the end."""
 
 import base64
 import itertools
@@ -34,7 +34,7 @@ def telling(receiver: Receiver, **jobs) -> dict:
 
 
 def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
-    """Kind and subject of each event, as the real client reads it, once there are so many."""
+    """Wait for so many events, and return their types and subjects as the real client reads them."""
     receiver.wait(count)
     unwrap = openai.OpenAI(api_key="none").webhooks.unwrap
     events = [unwrap(body, headers, secret=SECRET) for headers, body in receiver.received]
@@ -42,14 +42,14 @@ def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
 
 
 class Touchy:
-    """A safety check that breaks down on its first image, and on every one of a lenient request."""
+    """A safety check that raises for its first image, and for every image of a lenient request."""
 
     def __init__(self):
         self._calls = itertools.count()
 
     def __call__(self, pixels, moderation):
         if next(self._calls) == 0 or moderation == "low":
-            raise LookupError("the detector is away")
+            raise LookupError("the detector is unavailable")
 
 
 def test_lines_of_an_any_step_model_take_steps(serve, connect, tmp_path):
@@ -66,7 +66,7 @@ def test_lines_of_an_any_step_model_take_steps(serve, connect, tmp_path):
     assert (error.line, error.param) == (1, "steps")
 
 
-def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_path, receiver):
+def test_a_batch_is_answered_with_links_to_images(serve, connect, tmp_path, receiver):
     url = serve(
         Simulator(0, 0, fails_on="bad"),
         data=tmp_path,
@@ -75,7 +75,7 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
         **telling(receiver, concurrent_lines_per_batch=1),
     )
     ann, bob = (connect(url, key) for key in KEYS)
-    seeded = "\ufeff" + json.dumps(line("seeded", seed=7, n=2, output_format="webp"))  # as some editors save a file
+    seeded = "\ufeff" + json.dumps(line("seeded", seed=7, n=2, output_format="webp"))  # byte order mark of some editors
     lines = [seeded, line("bad", prompt="bad"), line("plain")]
     lines.append(line("unchecked", moderation="low"))
     batch = submit(
@@ -116,7 +116,7 @@ def test_a_batch_is_made_and_its_images_are_behind_links(serve, connect, tmp_pat
     assert ann.files.delete(batch.input_file_id).deleted
 
 
-def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, connect, tmp_path, receiver):
+def test_invalid_lines_fail_the_batch_with_their_numbers(serve, connect, tmp_path, receiver):
     url = serve(data=tmp_path, http={"max_body_bytes": 10_000}, **telling(receiver, max_batches_per_key=1))
     client = connect(url)
     wrong = [
@@ -166,13 +166,13 @@ def test_a_file_that_cannot_be_made_fails_with_the_numbers_of_its_lines(serve, c
 
 
 class OnlyOne(Gate):
-    """Makes one image, and no other while it is shut."""
+    """Generates one image, and others only after it is opened."""
 
     def holds(self, prompts, seeds):
         return super().holds(prompts, seeds) and 1 not in seeds
 
 
-def test_an_unsupported_field_of_a_line_is_ignored_and_named_where_the_server_warns(serve, connect, tmp_path):
+def test_an_unsupported_field_is_ignored_with_a_warning_if_the_server_is_set_so(serve, connect, tmp_path):
     client = connect(serve(Simulator(0, 0), data=tmp_path, images={"unsupported_fields": "warn"}))
     unsupported = {"quality": "hd", "size": "1024x1024", "seed": -1, "extra_body": {}}
     unsupported |= {"timeout": 5, "priority": "interactive", "partial_images": 1}
@@ -211,7 +211,7 @@ def test_a_batch_that_is_cancelled_or_expires_reports_every_line(serve, connect,
     gate.open.set()
 
 
-def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect, tmp_path, receiver):
+def test_answers_are_kept_if_the_input_file_disappears(serve, connect, tmp_path, receiver):
     gate = OnlyOne()
     client = connect(serve(gate, data=tmp_path, engine={"max_batch": 1}, **telling(receiver)))
     batch = submit(client, [line("one", seed=1), line("two", seed=2)])
@@ -226,11 +226,11 @@ def test_what_was_made_of_a_batch_is_there_when_its_input_is_gone(serve, connect
     gate.open.set()
 
 
-def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_path):
+def test_a_batch_without_a_workflow_gets_one(serve, connect, tmp_path):
     client = connect(serve(data=tmp_path, jobs={"takeover_seconds": 1}))
     whole = ended(client, submit(client, [line("one", seed=1), line("two", seed=2)]).id, "completed")
     database = Database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
-    with database.begin() as session:  # as from a backup that is newer than the one of the workflows
+    with database.begin() as session:  # as after restoring a backup that is newer than that of the workflows
         kept = {
             column.name: getattr(session.get_one(BatchRow, whole.id), column.name) for column in BatchRow.__table__.c
         }
@@ -242,7 +242,7 @@ def test_a_batch_under_way_that_has_no_workflow_gets_one(serve, connect, tmp_pat
     batch = ended(client, "batch_again", "completed", "failed")
     assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 0)
     answers = read(client, batch.output_file_id)
-    assert answers["one"] == {"custom_id": "one"}  # not made once more
+    assert answers["one"] == {"custom_id": "one"}  # not generated again
     assert answers["two"]["response"]["body"]["data"][0]["seed"] == 2
 
 

@@ -1,4 +1,4 @@
-"""Distillation jobs by the real client, from a file of prompts to an image of the student; and on bad days."""
+"""Distillation jobs with the real client, from a file of prompts to an image of the student."""
 
 import base64
 import contextlib
@@ -38,7 +38,7 @@ KEYS = ("key-of-ann-in-tests", "key-of-bob-in-tests")
 
 @contextlib.contextmanager
 def killed_server(data: Path, teachers: dict[str, str]) -> Iterator[tuple[int, str]]:
-    """A server in a process of its own, which ends by SIGKILL; its id and URL."""
+    """Run a server in its own process and kill it at the end. Yields its process id and URL."""
     given = {
         "SERVICE_JOBS__TEACHERS": json.dumps(teachers),
         "SERVICE_JOBS__TAKEOVER_SECONDS": "1",
@@ -59,7 +59,7 @@ def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 
-def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_killed(teacher, tmp_path, connect, subtests):
+def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, connect, subtests):
     data, teachers = tmp_path / "data", {"tiny": str(teacher)}
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
@@ -90,7 +90,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
 
             events = client.fine_tuning.jobs.list_events(job.id, limit=25)  # in pages
             steps = [event.data["step"] for event in events if event.type == "metrics"]
-            assert steps == list(range(480, 0, -8))  # each line once, the newest first
+            assert steps == list(range(480, 0, -8))  # each line once, newest first
             checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
             assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
             assert checkpoints[0].metrics.gap > 0
@@ -126,7 +126,7 @@ def test_from_prompts_to_an_image_of_the_student_though_run_and_server_are_kille
 
 
 def _pages_show(job, model: str, url: str) -> None:
-    """The Jobs page tells of the job, its curves and its grid; the playground draws by its student."""
+    """Check that the Jobs page shows the job, and that the playground uses its student."""
     if not browser.available:
         pytest.skip(browser.NEEDED)
     with browser.browsing() as page:
@@ -144,7 +144,7 @@ def _pages_show(job, model: str, url: str) -> None:
 
 
 @browser.needed
-def test_a_job_is_begun_watched_and_cancelled_on_its_page(teacher, tmp_path):
+def test_a_job_is_created_and_cancelled_on_its_page(teacher, tmp_path):
     with server(tmp_path, {"tiny": str(teacher)}) as url, browser.browsing() as page:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#none")[0].is_displayed())
@@ -174,7 +174,7 @@ def _distills(process: psutil.Process) -> bool:
     return "distill.cli" in words and SUPERVISOR not in words
 
 
-def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, connect):
+def test_a_job_is_queued_paused_resumed_and_cancelled(teacher, tmp_path, connect):
     with server(tmp_path, {"tiny": str(teacher)}, max_jobs_per_key=3) as url:
         client = connect(url)
         jobs = client.fine_tuning.jobs
@@ -213,7 +213,7 @@ def test_a_job_waits_is_paused_goes_on_and_is_cancelled(teacher, tmp_path, conne
     assert not (tmp_path / "distillations" / first.id).exists()
 
 
-def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(serve, connect, tmp_path):
+def test_only_the_owner_deletes_a_student_and_its_files_go_a_minute_later(serve, connect, tmp_path):
     url = serve(data=tmp_path, http={"api_keys": KEYS})
     ann, bob = (connect(url, key) for key in KEYS)
     jobs = Jobs(tmp_path, Settings())
@@ -236,7 +236,7 @@ def test_a_student_is_deleted_by_its_owner_alone_and_its_files_a_minute_later(se
     jobs.database.close()
 
 
-def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
+def test_a_cancelled_or_failed_job_has_no_student(jobs):
     for number, status in enumerate(("cancelled", "failed")):
         name = add_job(jobs, number, "running", fine_tuned_model="made before the server died")
         with jobs.database.begin() as session:
@@ -245,7 +245,7 @@ def test_a_job_that_ends_otherwise_than_well_keeps_no_student(jobs):
     assert jobs.students._newest() == {}
 
 
-def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_at_its_next_start(jobs):
+def test_the_files_of_an_ended_job_are_removed_after_a_restart(jobs):
     names = [add_job(jobs, number, status) for number, status in enumerate(("succeeded", "cancelled", "failed"))]
     for name in names:
         jobs.fine_tuning._workflow._run(f"{name}.0")
@@ -254,7 +254,7 @@ def test_a_server_that_died_when_a_job_had_ended_removes_what_it_needs_no_more_a
     assert not {f"{names[0]}/run/checkpoints", names[1]} & {str(path) for path in left}
 
 
-def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
+def test_an_unexpected_error_fails_the_job(jobs):
     name = add_job(jobs, 1, "validating_files")
     facts = {"owner": "ann", "purpose": "fine-tune", "bytes": 1, "created_at": 1}
     with jobs.database.begin() as session:
@@ -266,7 +266,7 @@ def test_a_job_that_meets_what_nobody_foresaw_fails(jobs):
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory) -> Iterator[str]:
-    """A server with two keys, a bound to budgets, and a teacher that is gone: the one of this process from here on."""
+    """A server with two keys, a limit of budgets, and a teacher that does not exist. It runs until the module ends."""
     folder = tmp_path_factory.mktemp("refusing")
     teachers = {"tiny": str(folder), "gone": "/nowhere"}
     settings = Settings(data=folder, jobs={"teachers": teachers, "max_images_per_job": 1000}, http={"api_keys": KEYS})
@@ -303,7 +303,7 @@ def refusing(tmp_path_factory) -> Iterator[str]:
         ({"steps": 3}, openai.BadRequestError, "steps"),
     ],
 )
-def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect, fields, error, param):
+def test_an_invalid_job_is_refused_by_field(refusing, connect, fields, error, param):
     client = connect(refusing, KEYS[0])
     given = {"model": "tiny", "distillation": {"preset": "scenes", "images": 1000}, "training_file": None} | fields
     given["training_file"] = given["training_file"] or upload(client)
@@ -312,7 +312,7 @@ def test_a_job_that_cannot_be_is_refused_by_the_field_at_fault(refusing, connect
     assert refused.value.param == param
 
 
-def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
+def test_an_unsuitable_training_file_is_refused(refusing, connect):
     client = connect(refusing, KEYS[0])
     knobs = {"preset": "scenes", "images": 1000}
     with pytest.raises(openai.BadRequestError, match="purpose"):
@@ -325,7 +325,7 @@ def test_a_file_that_is_no_file_of_prompts_is_refused(refusing, connect):
 
 
 @pytest.mark.parametrize("call", ["retrieve", "cancel", "pause", "resume", "list_events"])
-def test_there_is_no_job_of_somebody_else_or_of_no_sense(refusing, connect, call):
+def test_unknown_jobs_and_jobs_of_other_owners_are_not_found(refusing, connect, call):
     for name in ("ftjob-none", "x\0y", "ö"):
         with pytest.raises(openai.NotFoundError):
             getattr(connect(refusing, KEYS[1]).fine_tuning.jobs, call)(name)

@@ -1,4 +1,4 @@
-"""Bad days of files, batches and jobs: each ends in the error of docs/jobs.md or heals by itself, with nothing lost."""
+"""Failures of databases, disks, stores and clocks: each gives the error of docs/jobs.md or recovers without loss."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def database() -> Iterator[postgres.Postgres]:
 
 @pytest.fixture
 def empty(database) -> str:
-    """URL of a database without a table."""
+    """The URL of an empty database."""
     name = new_id("empty_")
     engine = create_engine(database.url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
@@ -62,7 +62,7 @@ def empty(database) -> str:
 
 @contextlib.contextmanager
 def process(command: list[str], data: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    """A server in a process of its own; `address` waits for it."""
+    """Run a server in its own process; `address` waits for it."""
     given = {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
     with subprocess.Popen(
         [*command, "--data", str(data)], env=os.environ | given, stderr=subprocess.PIPE, text=True
@@ -78,12 +78,12 @@ def address(of: subprocess.Popen[str]) -> str:
     for words in of.stderr:
         said.append(words)
         if found := re.search(r"http://[\d.:]+", words):
-            threading.Thread(target=of.stderr.read, daemon=True).start()  # so that the pipe never fills
+            threading.Thread(target=of.stderr.read, daemon=True).start()  # so that the pipe does not fill up
             return found[0]
     raise AssertionError("".join(said))
 
 
-def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, teacher, tmp_path, connect):
+def test_a_batch_and_a_job_survive_an_outage_of_the_database(database, teacher, tmp_path, connect):
     backend = Gate()
     settings = {"teachers": {"tiny": str(teacher)}, "takeover_seconds": 1, "nice": 0, "database": database.url}
     with serving(create_app(Settings(data=tmp_path, jobs=settings), worker_threads(backend, device="cpu"))) as url:
@@ -106,7 +106,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
                     ask()
                 assert away.value.status_code == 503
                 assert int(away.value.response.headers["retry-after"]) > 0
-            backend.open.set()  # so that answers are to be kept while nothing keeps them
+            backend.open.set()  # so that answers arrive while the database is stopped
             assert client.images.generate(prompt="a red circle").data[0].b64_json
             assert httpx.get(f"{url}/readyz").status_code == 200
         finally:
@@ -116,7 +116,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
         answers = read(client, batch.output_file_id)
         assert list(answers) == [str(number) for number in range(200)]
         assert answers["7"]["response"]["body"]["data"][0]["seed"] == 7
-        assert len(list(client.files.list())) == 3  # the job's, the batch's, and its output: none of what was refused
+        assert len(list(client.files.list())) == 3  # of the job, the batch and its output, but not of refused requests
 
         job = until(client, job, lambda now: now.images_seen > job.images_seen)
         assert (job.status, [words for words in event_messages(client, job) if "crashed" in words]) == ("running", [])
@@ -124,7 +124,7 @@ def test_the_database_is_away_while_a_batch_and_a_job_are_under_way(database, te
         until(client, job, lambda job: job.status == "cancelled")
 
 
-def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, tmp_path):
+def test_reading_a_job_does_not_wait_for_a_writer(empty, tmp_path):
     jobs = Jobs(tmp_path, Settings(jobs={"database": f"{empty}?options=-c%20lock_timeout%3D100"}))
     jobs.database.migrate()
     name = add_job(jobs, 1, "running")
@@ -139,7 +139,7 @@ def test_who_looks_at_a_job_does_not_wait_for_the_one_that_writes_to_it(empty, t
     jobs.database.close()
 
 
-def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_look(database, tmp_path):
+def test_a_server_is_dead_only_after_several_looks_without_a_heartbeat(database, tmp_path):
     databases = [Database(database.url) for _ in range(3)]
     one, other = (Workflows(each, tmp_path) for each in databases[:2])
     tables = databases[2]
@@ -165,7 +165,7 @@ def test_a_server_is_dead_when_looks_find_it_silent_and_not_when_nobody_could_lo
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_database_that_falls_silent_is_given_up_and_found_again(database, monkeypatch, begun):
+def test_a_suspended_database_times_out_and_is_used_again(database, monkeypatch, begun):
     monkeypatch.setattr(DeadlineConnection, "answer_seconds", 2.0)
     tables = Database(f"{database.url}?connect_timeout=2")
 
@@ -184,7 +184,7 @@ def test_a_database_that_falls_silent_is_given_up_and_found_again(database, monk
     tables.close()
 
 
-def test_tables_are_made_once_by_servers_that_start_at_once(empty):
+def test_concurrent_servers_create_the_tables_once(empty):
     databases = [Database(empty) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(database.migrate) for database in databases]:
@@ -203,18 +203,18 @@ def test_a_job_of_an_old_database_survives_the_migration(empty):
     tables.close()
 
 
-def test_two_servers_that_start_at_once_on_an_empty_database_share_it(empty, tmp_path, connect):
+def test_two_servers_that_start_together_share_an_empty_database(empty, tmp_path, connect):
     with process(SERVE, tmp_path, jobs__database=empty) as one, process(SERVE, tmp_path, jobs__database=empty) as other:
         first, second = (connect(address(each)) for each in (one, other))
         file = upload(first)
         assert [kept.id for kept in second.files.list()] == [file]
 
 
-def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
+def test_a_batch_waits_for_an_unavailable_image_store(serve, connect, tmp_path):
     asked, away = threading.Semaphore(0), threading.Event()
 
     class Store(MemoryFileSystem):
-        """An object store that can be away, with an exception that is nobody else's."""
+        """An object store that can be unavailable, with its own kind of exception."""
 
         protocol, store = "away", {}
 
@@ -242,7 +242,7 @@ def test_a_store_of_images_that_is_away_is_waited_for(serve, connect, tmp_path):
     assert httpx.get(answers["2"]["response"]["body"]["data"][0]["url"]).status_code == 200
 
 
-def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, tmp_path):
+def test_a_slow_image_store_delays_only_links(serve, connect, tmp_path):
     links = 40  # more than any executor has threads
     entered, answers = threading.Semaphore(0), threading.Event()
 
@@ -271,18 +271,18 @@ def test_a_slow_store_of_images_holds_up_links_and_nothing_else(serve, connect, 
         assert all(each.result().data[0].url for each in waiting)
 
 
-def test_a_store_that_is_away_at_the_start_is_named(tmp_path):
+def test_an_unavailable_image_store_is_named_at_the_start(tmp_path):
     with pytest.raises(StartError, match=r"artifacts: nowhere://images .*nowhere"):
         create_app(Settings(data=tmp_path, images={"artifacts": "nowhere://images"}), worker_threads(Simulator()))
 
 
-def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, connect):
-    """On disks of a few megabytes that the server alone sees, and that are gone with it."""
+def test_a_full_disk_refuses_uploads_and_delays_batches(tmp_path, teacher, connect):
+    """On disks of a few megabytes that only the server sees."""
     mount = "mount -t tmpfs -o size="
     script = f'{mount}24m disk "$0" && mkdir "$0"/distillations && {mount}300k disk "$0"/distillations && exec "$@"'
     confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]
     if not shutil.which("unshare") or subprocess.run([*confined, "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount what he alone sees")
+        pytest.skip("this system does not allow private mounts")
     teachers = json.dumps({"tiny": str(teacher)})
     with process([*confined, *SERVE], tmp_path, jobs__teachers=teachers, jobs__nice="0") as it:
         client = connect(address(it))
@@ -308,7 +308,7 @@ def test_what_a_full_disk_cannot_take_is_refused_or_put_off(tmp_path, teacher, c
 
 
 def until_failed(client: openai.OpenAI, job):
-    """The job once it has failed."""
+    """Wait until the job has failed."""
     pause = threading.Event()
     for _ in range(600):
         if (job := client.fine_tuning.jobs.retrieve(job.id)).status == "failed":
@@ -325,7 +325,7 @@ def fill(path: Path, leave: int) -> None:
     path.write_bytes(bytes(free(path.parent) - leave))
 
 
-def test_a_clock_that_jumps_ends_nothing(serve, connect, tmp_path, monkeypatch):
+def test_a_clock_jump_loses_nothing(serve, connect, tmp_path, monkeypatch):
     backend, now, jump = Gate(), time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: now() + jump)
     client = connect(serve(backend, data=tmp_path, jobs={"takeover_seconds": 0.5}))
@@ -340,7 +340,7 @@ def test_a_clock_that_jumps_ends_nothing(serve, connect, tmp_path, monkeypatch):
         assert len(read(client, batch.output_file_id)) == 20
 
 
-def test_files_that_are_expired_or_gone_are_named(connect, tmp_path, teacher):
+def test_expired_and_missing_files_are_named(connect, tmp_path, teacher):
     with server(tmp_path, {"tiny": str(teacher)}) as url:
         client = connect(url)
         expired, gone = (upload(client, purpose=purpose) for purpose in ("batch", "batch"))
@@ -367,7 +367,7 @@ def test_files_that_are_expired_or_gone_are_named(connect, tmp_path, teacher):
         assert (error.code, error.param) == ("file_not_found", "training_file")
 
 
-def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, teacher):
+def test_a_missing_teacher_fails_a_queued_job(connect, tmp_path, teacher):
     folder = tmp_path / "teacher"
     folder.mkdir()
     with server(tmp_path / "data", {"gone": str(folder), "unknown": str(folder)}) as url:
@@ -387,7 +387,7 @@ def test_a_teacher_that_is_gone_by_its_turn_fails_the_job(connect, tmp_path, tea
             assert str(tmp_path) not in error.message
 
 
-def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tmp_path, connect):
+def test_limits_of_a_key_hold_for_concurrent_requests(empty, teacher, tmp_path, connect):
     tables = Database(empty)
     settings = {"teachers": {"tiny": str(teacher)}, "max_batches_per_key": 1, "max_jobs_per_key": 1}
     settings |= {"max_file_bytes_per_key": 1000, "database": empty}
@@ -398,7 +398,7 @@ def test_limits_of_a_key_hold_for_requests_that_come_together(empty, teacher, tm
             return session.scalar(text(f"SELECT count(*) FROM {locks} AND locktype = 'advisory' AND NOT granted"))
 
     def other(row: FileRow | BatchRow | JobRow, ask: Callable[[], object]) -> openai.APIStatusError:
-        """What a request is told that came while another one, of another server, was about to add the row."""
+        """Return the error of a request while another server is about to add a row."""
         with tables.begin("another"), tables.begin("127.0.0.1") as session:
             answer = pool.submit(ask)
             while not waiting():
