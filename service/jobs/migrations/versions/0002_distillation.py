@@ -1,4 +1,4 @@
-"""how far jobs are, and where their ends are told"""
+"""progress of jobs, and URLs of webhooks"""
 
 import sqlalchemy as sa
 from alembic import op
