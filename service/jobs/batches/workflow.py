@@ -4,8 +4,9 @@ The answer to a line is a row whose key is the line, added in the transaction th
 once, whenever the process is killed and however often a step starts again. A kill may cause an image to be generated
 twice, but with the same seed: a line without a seed gets one from its batch and number.
 
-A line is parsed once to validate the whole file before any image is generated, and again when it is answered. The input file
-stays its only durable form: neither memory nor the database grows with the batch, and a model may be unloaded between.
+A line is parsed once to validate the whole file before any image is generated, and again when it is answered. The
+input file stays its only durable form: neither memory nor the database grows with the batch, and a model may be
+unloaded in between.
 """
 
 import asyncio
