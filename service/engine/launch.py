@@ -1,4 +1,4 @@
-"""Starting workers: as processes, or as threads of this process for backends that are already here."""
+"""Starts workers: as processes, or as threads of this process."""
 
 import contextlib
 import ctypes
@@ -28,7 +28,7 @@ from service.settings import Settings
 
 @dataclass(eq=False)
 class Worker:
-    """A worker, as the server holds it."""
+    """A running worker: its connection, memory and process."""
 
     name: str  # its device
     connection: socket.socket
@@ -38,7 +38,7 @@ class Worker:
     ready: Ready = field(init=False, repr=False)  # there once `wait` has returned
 
     def wait(self) -> None:
-        """Wait until its models are loaded. Slow. Raises StartError with its reason when it refuses, dies or ends."""
+        """Wait until its models are loaded. Slow. Raises StartError when it cannot start, dies or is ended."""
         channel = Channel(self.connection)
         self.connection.settimeout(self.silence_seconds)
         try:
@@ -55,13 +55,13 @@ class Worker:
         raise StartError(f"the worker on {self.name} died while it started; its own messages are above")
 
     def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
-        """A copy of what the worker has put into a slot. Raises EOFError or OSError if it is incomplete."""
+        """Copy the pixels of a slot. Raises EOFError or OSError if they are incomplete."""
         pixels = np.empty(shape, np.uint8)
         read(self.memory, pixels.data.cast("B"), slot * SLOT_BYTES)
         return pixels
 
     def end(self) -> None:
-        """Kill the process and let everything go. Slow: call it off the event loop, also while another thread waits."""
+        """Kill the process and close everything. Slow. Safe while another thread waits."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -75,7 +75,7 @@ Launch = Callable[[Sequence[LoadModel]], Worker]  # starts one that loads these 
 
 
 class SharedMemory:
-    """Memory for all workers of a server, replaced ones too; the system frees it with the last process that has it."""
+    """Memory shared by all workers of a server. The system frees it with the last process."""
 
     def __init__(self) -> None:
         self.descriptor = _memory("embeddings")
@@ -85,7 +85,7 @@ class SharedMemory:
 def start_process(
     name: str, start: WorkerConfig, threads: int, silence_seconds: float, embeddings: SharedMemory
 ) -> Worker:
-    """A worker in a process of its own. Raises StartError where the system has no room for one."""
+    """Start a worker as a process. Raises StartError if the system cannot start one."""
     with _ends() as (ours, theirs, memory):
         descriptors = theirs.fileno(), memory, embeddings.descriptor
         command = [sys.executable, "-m", "service.engine.worker", *map(str, descriptors)]
@@ -108,7 +108,7 @@ def start_process(
 def start_thread(
     name: str, models: Sequence[LoadModel], load: ModelLoader, silence_seconds: float, embeddings: SharedMemory
 ) -> Worker:
-    """A worker in a thread of this process."""
+    """Start a worker as a thread of this process."""
     with _ends() as (ours, theirs, memory):
         end, same = theirs.dup(), os.dup(memory)
 
@@ -123,7 +123,7 @@ def start_thread(
 
 @contextlib.contextmanager
 def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
-    """A socket's two ends and the memory that the two sides share; an error closes all."""
+    """Open both ends of a socket and the memory for pixels. An error closes all."""
     ours, theirs = socket.socketpair()
     memory = _memory("pixels")
     try:
@@ -137,7 +137,7 @@ def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
 
 
 def _memory(name: str) -> int:
-    """A descriptor of memory that has no name in the file system: nothing is left behind, whoever dies first."""
+    """Return a descriptor of memory without a name, so that nothing remains if a process dies."""
     if sys.platform == "linux":
         descriptor = os.memfd_create(name)
     else:
@@ -147,7 +147,7 @@ def _memory(name: str) -> int:
 
 
 class WorkerPool:
-    """The workers of a server: how each is started, what with, and the first of each."""
+    """The workers of a server: how each is started, and their first models."""
 
     def __init__(self, launches: Sequence[Launch], models: Sequence[LoadModel]) -> None:
         self.launches = launches
@@ -155,7 +155,7 @@ class WorkerPool:
         self._started: Sequence[Worker] = ()
 
     def start(self) -> Sequence[Worker]:
-        """All of them, ready; started side by side the first time. Slow. Raises StartError when one cannot."""
+        """Start all workers side by side, once. Slow. Raises StartError when one cannot start."""
         if not self._started:
             workers = [launch(self.models) for launch in self.launches]
             with ThreadPoolExecutor(len(workers)) as pool:
@@ -170,7 +170,7 @@ class WorkerPool:
 
 
 def worker_processes(settings: Settings) -> WorkerPool:
-    """A worker process for each device and replica."""
+    """Return a pool with the worker processes of each device."""
     engine = settings.engine
     names = serving_devices(settings, _gpus() if engine.devices == "auto" else 0) * engine.workers_per_device
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
@@ -182,8 +182,8 @@ def worker_processes(settings: Settings) -> WorkerPool:
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[LoadModel]) -> Worker:
-            told = WorkerConfig(device, models, runtime, profiling(settings), simulated)
-            return start_process(device, told, threads, engine.heartbeat_timeout_seconds, embeddings)
+            config = WorkerConfig(device, models, runtime, profiling(settings), simulated)
+            return start_process(device, config, threads, engine.heartbeat_timeout_seconds, embeddings)
 
         return start
 
@@ -228,7 +228,7 @@ def serving_devices(settings: Settings, gpus: int) -> list[str]:
 
 
 def _gpus() -> int:
-    """GPUs that CUDA's driver shows, which takes no context, and no torch in this process; 0 without a driver."""
+    """Count the GPUs by CUDA's driver, without a context and without torch; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -238,13 +238,13 @@ def _gpus() -> int:
 
 
 def worker_threads(*backends: Backend, workers: int = 1, device: str = "simulator") -> WorkerPool:
-    """Worker threads over backends of this process; `device` is for what is loaded beside them later."""
+    """Return a pool of worker threads over backends of this process. Models that are loaded later use `device`."""
     given = {backend.info.name: backend for backend in backends}
     others = loader(WorkerConfig(device, ()))
     embeddings = SharedMemory()
 
-    def load(order: LoadModel) -> Backend:
-        return others(order) if order.folder is not None or order.name is None else given[order.name]
+    def load(command: LoadModel) -> Backend:
+        return others(command) if command.folder is not None or command.name is None else given[command.name]
 
     def start(models: Sequence[LoadModel]) -> Worker:
         return start_thread("local", models, load, 30.0, embeddings)

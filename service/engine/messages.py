@@ -1,4 +1,4 @@
-"""What the server and a worker say to each other: msgpack over a socket, each message after its length."""
+"""Messages between the server and a worker: msgpack over a socket, each message after its length."""
 
 import socket
 import struct
@@ -16,21 +16,21 @@ Fault = Literal["memory", "error"]
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: load a student beside the others, and run it once."""
+    """To the worker: load a student and run it once."""
 
-    folder: str | None  # None is the student that ships, or a backend that the worker was given
-    name: str | None = None  # that it is served by; None is its own
+    folder: str | None  # None is the shipped student, or a backend that the worker was given
+    name: str | None = None  # None is the student's own
     adapters: Mapping[str, str] = {}  # their folders by name
 
 
 class UnloadModel(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: let go of a model; none of its batches is on the way any more."""
+    """To the worker: free a model without batches in progress."""
 
     name: str
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: read an adapter for a model that it has."""
+    """To the worker: load an adapter for a model."""
 
     model: str
     name: str
@@ -38,14 +38,14 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: let go of an adapter; none of its batches is on the way any more."""
+    """To the worker: free an adapter without batches in progress."""
 
     model: str
     name: str
 
 
 class Profiling(msgspec.Struct, frozen=True):
-    """Which batch sizes a worker runs of each model before it takes work."""
+    """Batch sizes that a worker runs of each model before it takes requests."""
 
     timed_batches: Sequence[int] = ()  # none is one padded batch alone
     warm_up_batches: Sequence[int] = ()  # run even where a profile holds their times
@@ -53,7 +53,7 @@ class Profiling(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """What a worker process is told on its command line, as JSON."""
+    """The configuration of a worker process, passed on its command line as JSON."""
 
     device: str
     models: Sequence[LoadModel]
@@ -63,12 +63,12 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
 
 class RunBatch(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: make these images, and put their pixels into this slot of the shared memory."""
+    """To the worker: generate images and write their pixels into a slot of the shared memory."""
 
     batch: int
     model: str
     prompts: Sequence[str]
-    embedding_slots: Sequence[EmbeddingSlot | None]  # of each prompt's embedding; None is not kept
+    embedding_slots: Sequence[EmbeddingSlot | None]  # one for each prompt; None is not shared
     seeds: Sequence[int]
     width: int
     height: int
@@ -79,60 +79,57 @@ class RunBatch(msgspec.Struct, frozen=True, tag=True):
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the model of a `Load` is there and has run once, or has the adapter of a `LoadAdapter`.
-
-    Both are answered in their order.
-    """
+    """From the worker: a `LoadModel` or `LoadAdapter` succeeded. Replies come in the order of the commands."""
 
     info: ModelInfo
-    environment: str  # as the backend's
-    text_bytes: int  # likewise
+    environment: str  # of the backend
+    text_bytes: int  # of the backend
     timings: Sequence[Timing]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: its first models are there."""
+    """From the worker: its first models are loaded."""
 
     models: Sequence[ModelLoaded]
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the model or adapter is not there, and why."""
+    """From the worker: a model or adapter could not be loaded."""
 
     reason: str
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: it cannot start, and why."""
+    """From the worker: it cannot start."""
 
     reason: str
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """From the worker, every second: it lives, and holds so many bytes of its device."""
+    """From the worker, every second, with the device memory that it holds."""
 
     memory_bytes: int
 
 
 class NetworkDone(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: a batch has left the network for the VAE, so there is room for one more behind it."""
+    """From the worker: a batch has left the network, so there is room for another one."""
 
     batch: int
 
 
 class BatchDone(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the pixels lie in the slot, rows of uint8 (H, W, 3)."""
+    """From the worker: the pixels are in the slot, uint8 (B, H, W, 3)."""
 
     batch: int
     tokens: Sequence[int]  # of each prompt, as the model sees it
-    truncated: Sequence[bool]  # whether the model saw only the prompt's beginning
+    truncated: Sequence[bool]  # whether the model saw only the beginning of the prompt
     seconds: dict[str, float]  # by stage: text, model, vae
-    began: dict[str, float]  # by stage, on the monotonic clock, which is one for the machine
-    prompt_hits: int  # prompts whose embeddings were there
+    began: dict[str, float]  # by stage, on the monotonic clock, which all processes of a machine share
+    prompt_hits: int  # prompts whose embeddings were shared already
 
 
 class BatchFailed(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: the batch raised."""
+    """From the worker: a batch failed."""
 
     batch: int
     fault: Fault
@@ -141,18 +138,18 @@ class BatchFailed(msgspec.Struct, frozen=True, tag=True):
 Command = RunBatch | LoadModel | UnloadModel | LoadAdapter | UnloadAdapter
 Reply = Ready | StartFailed | ModelLoaded | LoadFailed | Heartbeat | NetworkDone | BatchDone | BatchFailed
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_orders: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _encoder = msgspec.msgpack.Encoder()
 
 
 def frame(message: Command | Reply) -> bytes:
-    """A message as it goes over the socket."""
+    """Encode a message for the socket."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 def length(header: bytes) -> int:
-    """Bytes of the message behind a header."""
+    """Return the bytes of the message after a header."""
     size: int = _LENGTH.unpack(header)[0]
     return size
 
@@ -169,22 +166,22 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message: Reply) -> None:
-        """Say something to the server; raises OSError when it is gone."""
+        """Send a message to the server. Raises OSError when it is gone."""
         with self._sending:
             self._connection.sendall(frame(message))
 
-    def next_order(self) -> Command | None:
-        """Wait for what the server wants next; None when it has hung up."""
+    def next_command(self) -> Command | None:
+        """Wait for the next command. None when the server has closed the connection."""
         body = self._read()
-        return None if body is None else _orders.decode(body)
+        return None if body is None else _commands.decode(body)
 
     def next_reply(self) -> Reply | None:
-        """Wait for what the worker says; None when it is gone. Raises TimeoutError as the socket is set."""
+        """Wait for the next reply. None when the worker is gone. Raises TimeoutError after the socket's timeout."""
         body = self._read()
         return None if body is None else read_reply(body)
 
     def close(self) -> None:
-        """Hang up, also for a thread that waits in `next_order`."""
+        """Close the connection, also for a thread that waits in `next_command`."""
         self._connection.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> bytes | None:

@@ -1,4 +1,4 @@
-"""From student folders to backends. The one file that knows the distillation half, and only its pipeline."""
+"""Loads student folders as backends. The only file of the engine that imports `distill`, and only its pipeline."""
 
 import contextlib
 import gc
@@ -21,8 +21,8 @@ MAX_STEPS = 50  # of any-step students, so that one request cannot occupy a devi
 class StudentBackend:
     """A `OneStepPipeline` behind the backend's protocol.
 
-    On a GPU each stage has a stream of its own and ends by waiting for it: what it hands to the next is complete, and
-    memory that it lets go of is no longer read.
+    On a GPU each stage has its own stream and ends by waiting for it, so its output is complete and the memory that it
+    frees is no longer read.
     """
 
     def __init__(self, folder: Path, name: str | None, device: torch.device, options: RuntimeOptions) -> None:
@@ -56,7 +56,7 @@ class StudentBackend:
         self.environment = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
-        """Conditions on the device. All go through the host's memory, where `shared` has them."""
+        """Return conditions on the device. All pass through host memory, where `shared` has them."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         dtype = self._shape.embeds.dtype
         with self._stage("text"):
@@ -68,8 +68,8 @@ class StudentBackend:
             hits = len(facts)
             if new := [prompt for prompt in index if prompt not in facts]:
                 packed = self._pipeline.encode(new).pack().cpu()
-                told = zip(new, packed, self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)
-                for prompt, row, tokens, truncated in told:
+                encoded = zip(new, packed, self._pipeline.count_tokens(new), self._pipeline.truncated(new), strict=True)
+                for prompt, row, tokens, truncated in encoded:
                     rows[index[prompt]] = row
                     facts[prompt] = tokens, truncated
                     shared.write(prompt, buffers[index[prompt]], tokens, truncated)
@@ -78,7 +78,7 @@ class StudentBackend:
         return EncodedPrompts(conditions, counts, cuts, hits)
 
     def add_adapter(self, name: str, folder: str) -> None:
-        """Read it beside what runs: the weights are touched by `adapt` alone."""
+        """Read an adapter while batches run. Only `adapt` changes the weights."""
         try:
             adapter = self._pipeline.read_adapter(folder)
         except Exception as error:  # a foreign file, too little memory: none is the server's end
@@ -87,17 +87,17 @@ class StudentBackend:
         self.info = replace(self.info, adapters=self.info.adapters | {name: adapter.digest})
 
     def remove_adapter(self, name: str) -> None:
-        """Its tensors go with the last batch that it was merged for."""
+        """Remove an adapter. Its tensors are freed when another one is merged."""
         del self._adapters[name]
         self.info = replace(self.info, adapters={n: a.digest for n, a in self._adapters.items()})
 
     def adapt(self, name: str | None, scale: float) -> None:
-        """Merge it into the transformer's weights, in the network's stream."""
+        """Merge an adapter into the transformer's weights, in the network's stream."""
         with self._stage("model"):
             self._pipeline.adapt(None if name is None else self._adapters[name], scale)
 
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
-        """Latents (B, C, h, w) on the device."""
+        """Return latents (B, C, h, w) on the device."""
         with self._stage("model"):
             latents = self._pipeline.latents(conditions, seeds, width, height, steps)
             if not latents.isfinite().all():
@@ -105,13 +105,13 @@ class StudentBackend:
             return latents
 
     def decode(self, latents: Any) -> Pixels:
-        """Images (B, H, W, 3)."""
+        """Return images (B, H, W, 3)."""
         with self._stage("vae"):
             pixels: Pixels = np.asarray(self._pipeline.decode(latents))
             return pixels
 
     def memory_bytes(self) -> int:
-        """What torch holds of a GPU; elsewhere what the process holds of the machine."""
+        """Return the memory that torch holds on a GPU, or the resident memory of the process."""
         if self._device.type == "cuda":
             return torch.cuda.memory_reserved(self._device)
         status = Path("/proc/self/status")
@@ -119,7 +119,7 @@ class StudentBackend:
         return int(found[0]) * 1024 if found else 0
 
     def close(self) -> None:
-        """Free the weights, and what torch keeps of a GPU's memory for them."""
+        """Free the weights and torch's cached GPU memory."""
         del self._pipeline, self._adapters
         gc.collect()
         if self._device.type == "cuda":
@@ -127,7 +127,7 @@ class StudentBackend:
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """The stage's stream, and torch's errors by the protocol's names."""
+        """Use the stage's stream, and raise torch's errors as those of the protocol."""
         stream = self._streams.get(name)
         try:
             with torch.cuda.stream(stream):  # None changes nothing

@@ -1,4 +1,4 @@
-"""What a device takes for batches of each size: measured once, and kept on disk by device and model."""
+"""Profiles: time and memory of batches of each size, measured once and stored by device and model."""
 
 import re
 import time
@@ -13,11 +13,11 @@ from service.engine.backend import Backend, ModelInfo, Timing
 from service.errors import StartError
 from service.files import atomic_write
 
-REPEATS = 3  # of which the median counts; the first run of a size, which pays for what is made once, does not
+REPEATS = 3  # the median counts; the first run of a size is not timed
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """A model's times on one device, sizes as the card has them and batches growing."""
+    """A model's times on one device, in the order of its sizes and of batch size."""
 
     format: Literal[1]
     environment: str
@@ -26,35 +26,32 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 def growing_sizes(max_batch: int) -> list[int]:
-    """Powers of two up to a number, and the number."""
+    """Return the powers of two up to a number, and the number."""
     return [*(2**i for i in range((max_batch - 1).bit_length())), max_batch]
 
 
 def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) -> list[Timing]:
-    """Time every size with each number of images, in whole blocks; this is also what warms a device up.
+    """Time every size with each batch size, rounded up to the model's multiple. This also warms the device up.
 
-    A number that the device has too little memory for ends its size. Raises StartError when a run fails otherwise, or
-    when not even the smallest number fits.
+    Larger batches than fit into the device's memory are left out. Raises StartError when a run fails otherwise, or when
+    not even the smallest batch fits.
     """
-    rows = backend.info.batch_multiple
-    whole = sorted({-(-batch // rows) * rows for batch in (rows, *batches)})
+    multiple = backend.info.batch_multiple
+    padded = sorted({-(-batch // multiple) * multiple for batch in (multiple, *batches)})
     timings = []
     for width, height in backend.info.sizes:
-        for batch in whole:
+        for batch in padded:
             try:
                 timings.append(_time(backend, width, height, batch, repeats))
             except Exception as error:
-                if isinstance(error, MemoryError) and batch > rows:
+                if isinstance(error, MemoryError) and batch > multiple:
                     break
                 raise StartError(f"{backend.info.name} fails at {width}x{height}: {error}") from error
     return timings
 
 
 def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence[int] = ()) -> list[Timing]:
-    """What the folder knows of a backend; measured and written where it knows nothing.
-
-    The block, and batches of as many as `run`, are run in any case.
-    """
+    """Read the profile of a backend, or measure and write it. Smallest batches and those of `run` run in any case."""
     path = profile_path(folder, backend)
     if path.exists():
         measure(backend, run, repeats=1)
@@ -66,19 +63,19 @@ def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence
 
 
 def batch_cap(timings: Sequence[Timing], seconds: float | None) -> int:
-    """The largest batch that was measured of a size and takes no longer; the smallest if all do."""
+    """Return the largest measured batch of a size that takes at most so long, or the smallest one."""
     inside = [timing.batch for timing in timings if seconds is None or timing.total() <= seconds]
     return max(inside, default=min(timing.batch for timing in timings))
 
 
 def profile_path(folder: Path, backend: Backend) -> Path:
-    """Where a backend's profile lies: its name tells the setup and the model's files."""
-    setup = re.sub(r"[^A-Za-z0-9]+", "-", backend.environment).strip("-")
-    return folder / f"{setup}.{backend.info.digest[:16]}.json"
+    """Return the path of a backend's profile, named after its environment and the model's files."""
+    environment = re.sub(r"[^A-Za-z0-9]+", "-", backend.environment).strip("-")
+    return folder / f"{environment}.{backend.info.digest[:16]}.json"
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises StartError for a file that is no profile."""
+    """Read a profile. Raises StartError for a file that is no profile."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError) as error:
@@ -86,21 +83,21 @@ def read_profile(path: Path) -> Profile:
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write it whole or not at all; workers that start side by side may write the same one."""
+    """Write a profile atomically, because workers that start side by side may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
 
 
 def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -> Timing:
-    """Run a batch once for what is made once, then so many times."""
+    """Run a batch once without timing, then so many times."""
     runs = [_run(backend, width, height, [f"warm-up {i} {row}" for row in range(batch)]) for i in range(repeats + 1)]
     middle = sorted(runs[1:], key=lambda seconds: sum(seconds.values()))[repeats // 2]
     return Timing(backend.info.name, width, height, batch, middle, backend.memory_bytes())
 
 
 def _run(backend: Backend, width: int, height: int, prompts: Sequence[str]) -> dict[str, float]:
-    """Seconds of each stage. The prompts are ones that no cache knows."""
+    """Return the seconds of each stage. The prompts must not be cached."""
     began = time.perf_counter()
     text = backend.encode(prompts)
     encoded = time.perf_counter()

@@ -1,8 +1,8 @@
-"""The worker: one device's process. Batches come over a socket, pixels and embeddings go through shared memory.
+"""The worker: one device's process. It receives commands over a socket; pixels and embeddings are in shared memory.
 
-Three threads hand batches on, so that the text encoders, the network and the VAE each work on another batch; a fourth
-loads and unloads models beside them. A batch that raises is reported and forgotten; the server decides what is tried
-again. The worker ends when the server hangs up, and is never asked to end in any other way.
+Three threads pass batches on, so that the text encoders, the network and the VAE each work on a different batch; a
+fourth loads and unloads models. A batch that raises is reported and forgotten; the server decides what is retried. The
+worker ends when the server closes the connection.
 
     python -m service.engine.worker SOCKET PIXELS EMBEDDINGS '{"device": "cpu", ...}'
 """
@@ -53,12 +53,12 @@ from service.signals import EXIT_SIGNALS
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-SLOT_BYTES = 1 << 32  # from one slot to the next; the file has holes, so that only what is written takes memory
+SLOT_BYTES = 1 << 32  # from one slot to the next; only what is written takes memory
 
 
 @dataclass
 class _Job:
-    """A batch on its way through the stages."""
+    """A batch in progress."""
 
     run: RunBatch
     backend: Backend
@@ -76,7 +76,7 @@ Timer = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; rai
 
 
 def warm_up(backend: Backend) -> Sequence[Timing]:
-    """Run a block of every size, and time it."""
+    """Run the smallest batch of every size, and time it."""
     return measure(backend, (), repeats=1)
 
 
@@ -89,16 +89,16 @@ class Memory:
 
 
 def serve(
-    channel: Channel, memory: Memory, models: Sequence[LoadModel], load: ModelLoader, clock: Timer = warm_up
+    channel: Channel, memory: Memory, models: Sequence[LoadModel], load: ModelLoader, timer: Timer = warm_up
 ) -> None:
-    """Load the models, run and time each, then make what is asked for until the server hangs up."""
+    """Load, run and time the models, then execute commands until the server closes the connection."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(channel, backends, ended), name="beat", daemon=True)
     beats.start()
     try:
-        channel.send(Ready([_add(backends, order, load, clock) for order in models]))
-        _work(channel, memory, backends, load, clock)
+        channel.send(Ready([_add(backends, command, load, timer) for command in models]))
+        _work(channel, memory, backends, load, timer)
     except StartError as error:
         channel.send(StartFailed(str(error)))
     except OSError:
@@ -108,15 +108,17 @@ def serve(
         beats.join()
 
 
-def _add(backends: dict[str, Backend], order: LoadModel, load: ModelLoader, clock: Timer) -> ModelLoaded:
-    """Load a model and run it, then take it among the others. Raises StartError when that fails."""
-    backend = load(order)
+def _add(backends: dict[str, Backend], command: LoadModel, load: ModelLoader, timer: Timer) -> ModelLoaded:
+    """Load a model, run it, and add it to the others. Raises StartError when that fails."""
+    backend = load(command)
     name = backend.info.name
     if name in backends:
-        message = f"{order.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
+        message = (
+            f"{command.folder}: a model named {name!r} is loaded already; unload it, or give this one another name"
+        )
         raise StartError(message)
-    timings = clock(backend)
-    for adapter, folder in order.adapters.items():
+    timings = timer(backend)
+    for adapter, folder in command.adapters.items():
         backend.add_adapter(adapter, folder)
     backends[name] = backend
     return _loaded(backend, timings)
@@ -127,7 +129,7 @@ def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> ModelLoaded:
 
 
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
-    """Say every second that the process lives."""
+    """Send a heartbeat every second."""
     while not ended.wait(BEAT_SECONDS):
         try:
             channel.send(Heartbeat(max((backend.memory_bytes() for backend in list(backends.values())), default=0)))
@@ -135,8 +137,8 @@ def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Ev
             return
 
 
-def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: ModelLoader, clock: Timer) -> None:
-    """Read batches and pass them through the stages; a stage waits for the next one to be free."""
+def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: ModelLoader, timer: Timer) -> None:
+    """Read commands and pass batches through the stages. A stage waits until the next one is free."""
 
     def text(job: _Job) -> None:
         places = zip(job.run.prompts, job.run.embedding_slots, strict=True)
@@ -175,47 +177,47 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         for stage in ((text, encoding, denoising.put), (model, denoising, advance), (vae, decoding, answer))
     ]
     changes = _Changes()
-    threading.Thread(target=_change, args=(channel, backends, load, clock, changes), name="models", daemon=True).start()
+    threading.Thread(target=_change, args=(channel, backends, load, timer, changes), name="models", daemon=True).start()
     for stage in stages:
         stage.start()
-    while (order := channel.next_order()) is not None:
-        match order:
+    while (command := channel.next_command()) is not None:
+        match command:
             case RunBatch():
-                encoding.put(_Job(order, backends[order.model]))
+                encoding.put(_Job(command, backends[command.model]))
             case _:
-                changes.put(order)
+                changes.put(command)
     changes.put(None)  # nobody waits for what still loads
     for jobs, stage in zip((encoding, denoising, decoding), stages, strict=True):
         jobs.put(None)
         stage.join()
 
 
-def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, clock: Timer, changes: _Changes) -> None:
-    """The thread that loads and unloads, one model after the other."""
-    while (order := changes.get()) is not None:
-        match order:
+def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, timer: Timer, changes: _Changes) -> None:
+    """Load and unload, one model after the other. Runs in its own thread."""
+    while (command := changes.get()) is not None:
+        match command:
             case LoadModel():
                 try:
-                    answer: ModelLoaded | LoadFailed = _add(backends, order, load, clock)
+                    answer: ModelLoaded | LoadFailed = _add(backends, command, load, timer)
                 except StartError as error:
                     answer = LoadFailed(str(error))
-                _tell(channel.send, answer)
+                _send(channel.send, answer)
             case UnloadModel():
-                backends.pop(order.name).close()
+                backends.pop(command.name).close()
             case LoadAdapter():
-                backend = backends[order.model]
+                backend = backends[command.model]
                 try:
-                    backend.add_adapter(order.name, order.folder)
+                    backend.add_adapter(command.name, command.folder)
                     answer = _loaded(backend)
                 except StartError as error:
                     answer = LoadFailed(str(error))
-                _tell(channel.send, answer)
+                _send(channel.send, answer)
             case UnloadAdapter():
-                backends[order.model].remove_adapter(order.name)
+                backends[command.model].remove_adapter(command.name)
 
 
 def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on: Callable[[_Job], None]) -> None:
-    """One stage's thread: take a batch, do the step, hand it on."""
+    """Run a stage: take a batch, do the step, pass it on. Runs in its own thread."""
     while (job := jobs.get()) is not None:
         began = time.monotonic()
         try:
@@ -225,62 +227,62 @@ def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on:
             channel.close()  # the server starts another worker and gives it what this one had
         except Exception as error:
             log.exception("a batch of %d images failed in %s", len(job.run.seeds), step.__name__)
-            _tell(channel.send, BatchFailed(job.run.batch, "memory" if isinstance(error, MemoryError) else "error"))
+            _send(channel.send, BatchFailed(job.run.batch, "memory" if isinstance(error, MemoryError) else "error"))
         else:
             job.seconds[step.__name__] = time.monotonic() - began
             job.began[step.__name__] = began
-            _tell(hand_on, job)
+            _send(hand_on, job)
 
 
-def _tell(say: Callable[[Any], None], what: Any) -> None:
-    """Say something to a server that may be gone: the reading thread finds that out and ends the worker."""
+def _send(send: Callable[[Any], None], message: Any) -> None:
+    """Send to a server that may be gone. The reading thread notices that and ends the worker."""
     try:
-        say(what)
+        send(message)
     except OSError:
         log.info("the server is gone")
 
 
 def loader(start: WorkerConfig) -> ModelLoader:
-    """What loads models on a device; torch is imported with the first."""
+    """Return the function that loads models on a device. It imports torch at the first one."""
 
-    def load(order: LoadModel) -> Backend:
-        return _simulate(order, start.simulated_profile) if start.device == "simulator" else _student(order, start)
+    def load(command: LoadModel) -> Backend:
+        return _simulate(command, start.simulated_profile) if start.device == "simulator" else _student(command, start)
 
     return load
 
 
-def clock_of(profiling: Profiling) -> Timer:
-    """What times a model: a folder that may know it, or the model itself."""
+def make_timer(profiling: Profiling) -> Timer:
+    """Return the function that times a model, or reads its profile."""
     timed, warm_up = profiling.timed_batches, profiling.warm_up_batches
 
-    def clock(backend: Backend) -> Sequence[Timing]:
+    def timer(backend: Backend) -> Sequence[Timing]:
         if profiling.folder:
             return recall(backend, timed, Path(profiling.folder), warm_up)
         return measure(backend, (*timed, *warm_up), repeats=1)
 
-    return clock
+    return timer
 
 
-def _student(order: LoadModel, start: WorkerConfig) -> Backend:
-    if order.folder is not None and not Path(order.folder).is_dir():  # said before seconds of imports
-        raise StartError(f"model {order.folder}: there is no such folder; give the folder of a student")
+def _student(command: LoadModel, start: WorkerConfig) -> Backend:
+    if command.folder is not None and not Path(command.folder).is_dir():  # said before seconds of imports
+        raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
     from service.engine.model_loader import load_backend
 
-    return load_backend(order.folder, order.name, start.device, start.runtime)
+    return load_backend(command.folder, command.name, start.device, start.runtime)
 
 
-def _simulate(order: LoadModel, profile_path: str | None) -> Backend:
-    """A simulator that stands for the student of a folder, or for the model of a profile and its times."""
+def _simulate(command: LoadModel, profile_path: str | None) -> Backend:
+    """Return a simulator of a student folder, or of a profile."""
     simulator = Simulator()
     if profile_path:
         profile = read_profile(Path(profile_path))
         simulator = Simulator(info=profile.info, timings=profile.timings)
-    if order.folder is not None:
+    if command.folder is not None:
         try:
-            name = str(json.loads((Path(order.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
+            name = str(json.loads((Path(command.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StartError(f"{order.folder} is no student folder: {error}") from None
-        simulator.info = replace(simulator.info, name=order.name or name, digest=f"simulator of {order.folder}")
+            raise StartError(f"{command.folder} is no student folder: {error}") from None
+        simulator.info = replace(simulator.info, name=command.name or name, digest=f"simulator of {command.folder}")
     return simulator
 
 
@@ -290,9 +292,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
-    told = msgspec.json.decode(start, type=WorkerConfig)
+    config = msgspec.json.decode(start, type=WorkerConfig)
     memory = Memory(int(pixels), int(embeddings))
-    serve(channel, memory, told.models, loader(told), clock_of(told.profiling))
+    serve(channel, memory, config.models, loader(config), make_timer(config.profiling))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
 
 

@@ -1,17 +1,16 @@
-"""How many replicas the work at hand needs. Pure policy: no Ray, no I/O, no clock."""
+"""The autoscaling policy: how many replicas are needed. No Ray, no I/O, no clock."""
 
 from collections.abc import Iterable
 from typing import Any
 
-BUSY = 0.8  # share of the time for which a replica should compute; the rest is room for bursts
+BUSY = 0.8  # target utilization of a replica; the rest is room for bursts
 
 
 def replicas_needed(busy: Iterable[float], queue_seconds: Iterable[float], target_queue_seconds: float) -> float:
     """Compute the replicas that carry the load, and those that would work off the queues in `target_queue_seconds`.
 
-    `busy` is the share of the time for which each replica computes, `queue_seconds` the time in which each one would
-    make what waits in it. Both add up to the same whatever the number of replicas that the work is spread over, so
-    that a change of their number is no reason for the next one.
+    `busy` is the utilization of each replica, `queue_seconds` the time that each one needs for its queue. Both sums do
+    not depend on the number of replicas, so a change of that number does not cause another one.
     """
     return sum(busy) / BUSY + sum(queue_seconds) / target_queue_seconds
 
@@ -23,9 +22,9 @@ class ByQueueSeconds:
         self._target_queue_seconds = target_queue_seconds
 
     def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
-        """Replicas wanted, from what `record_autoscaling_stats` told of each; as many as now while nothing is known.
+        """Return the number of replicas for the reported figures, or the current number if there are none yet.
 
-        `context` is an `AutoscalingContext` of Ray Serve. The second value is state kept for the next call: none.
+        `context` is an `AutoscalingContext` of Ray Serve. The second value is the policy's state: none.
         """
         known = context.aggregated_metrics
         if not {"busy", "queue_seconds"} <= known.keys():

@@ -40,12 +40,12 @@ OTHERS = 100  # requests beside those for images that a replica takes at once: h
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas, of what, and when there are more or fewer."""
+    """The number of replicas, their cores, and when that number changes."""
 
     least: int = 1
     most: int = 1
     cpus: float = 1.0  # cores that Ray counts for each
-    target_queue_seconds: float = 2.0  # seconds in which the replicas should make what waits
+    target_queue_seconds: float = 2.0  # seconds in which the replicas should work off their queues
     scale_up_seconds: float = 30.0  # of sustained load before replicas are added
     scale_down_seconds: float = 600.0  # of sustained lack of load before some are removed
 
@@ -79,7 +79,7 @@ class ReplicaMiddleware:
 
 
 class Replica:
-    """What Ray Serve calls of a replica, in a process of its own; it ends the app's lifespan when the replica goes."""
+    """A replica, in a process of its own. Ray Serve ends the app's lifespan when it removes the replica."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         """`options` are all settings by name. Raises StartError when the workers cannot start."""

@@ -9,7 +9,7 @@ from service.engine.launch import profiling
 from service.engine.messages import Profiling
 from service.engine.profile import Profile, batch_cap, growing_sizes, measure, profile_path, read_profile, recall
 from service.engine.simulator import Simulator
-from service.engine.worker import clock_of
+from service.engine.worker import make_timer
 from service.errors import StartError
 from service.settings import Settings
 
@@ -70,7 +70,7 @@ def test_batches_to_warm_up_run_before_a_request_also_where_a_profile_has_their_
         recall(Blocks(), [4], tmp_path)
     backend = Blocks()
     folder = str(tmp_path) if known else None
-    clock_of(Profiling(warm_up_batches=(2, 4), folder=folder))(backend)
+    make_timer(Profiling(warm_up_batches=(2, 4), folder=folder))(backend)
     assert set(backend.batches) == {(64, 2), (64, 4), (128, 2), (128, 4)}
 
 
