@@ -94,7 +94,7 @@ ABOVE_MODELS = (
         ("distill/evaluate", ("training", "worlds", "run", "cli")),
         ("distill/report", ("evaluate", "worlds", "run", "cli")),
         ("distill/training", ("worlds", "cli")),
-        ("distill/student", ("training", "worlds", "run", "cli")),
+        ("distill/student", ("worlds", "cli")),
         ("distill/plan", ("worlds", "cli")),
         ("distill/worlds", ("run", "cli")),
         ("service/engine", ("http", "images", "jobs", "routers", "ray", "app")),
