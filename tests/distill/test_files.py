@@ -1,0 +1,63 @@
+"""Atomic writes of files and folders, and the recovery after a kill."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.errors import CheckpointError
+from distill.files import atomic_write, atomic_write_text, flush
+from distill.training import checkpoint
+from distill.training.run_lock import run_lock
+
+
+def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
+    """Where `save` replaces a state of the same name; the next claim gives it its name again."""
+    folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
+    checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
+    folder.rename(folder.with_name(f".{folder.name}.distill-old"))
+    with run_lock(tmp_path):
+        assert checkpoint.latest(folder.parent) == folder
+    checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert checkpoint.load(folder)[0]["x"][0] == 1
+
+
+def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path):
+    others = [tmp_path / name for name in (".notes.old", "notes", ".notes.partial", "sub/.x.old", "sub/x")]
+    others += [tmp_path / "checkpoints" / name for name in ("0001-mine/a.txt", "2024/a.txt", f"{1:012d}/a.txt")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    with run_lock(tmp_path):
+        atomic_write_text(tmp_path / "notes", "notes")
+        for images in (2, 3, 4):
+            checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(images), {}, {"images": images})
+        checkpoint.prune(tmp_path / "checkpoints", 1)
+    assert [path.read_text() for path in others] == [path.name for path in others]
+    with pytest.raises(CheckpointError, match=r"a\.txt is in the place of a checkpoint"):
+        checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(1), {}, {"images": 1})
+    assert len(checkpoint.states(tmp_path / "checkpoints")) == 2
+
+
+def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_place(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    atomic_write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "target") as made:
+        made.mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error():
+    flush(Path("/proc"))
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    atomic_write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(tmp_path / "a.txt", "new \udcff")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -1,0 +1,86 @@
+"""Checkpoints are complete or absent, and damage is found."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distill.errors import CheckpointError, DivergedError
+from distill.training import checkpoint
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
+    import resource
+
+    tensors = {"x": torch.zeros(1000)}
+    checkpoint.save(tmp_path / "000000000001", tensors, {"images": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(CheckpointError, match="make room"):
+            checkpoint.save(tmp_path / "000000000002", {"x": torch.zeros(1 << 20)}, {"images": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.latest(tmp_path) == tmp_path / "000000000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000001"]
+    assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
+
+
+@pytest.mark.parametrize(("name", "content"), [("state.safetensors", "cut off"), ("state.json", "[" * 100_000)])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, content):
+    folder = tmp_path / "000000000001"
+    checkpoint.save(folder, {"x": torch.zeros(1000)}, {"images": 1})
+    (folder / name).write_text(content)
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="000000000001"):
+        checkpoint.load(folder)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.full((9,), images)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    with (newest / "state.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert str(newest) in caplog.text
+    checkpoint.save(newest, {"x": torch.full((9,), 2)}, {"images": 2})
+    assert checkpoint.latest(tmp_path) == newest
+    assert checkpoint.load(newest)[0]["x"][0] == 2
+
+
+@pytest.mark.parametrize("at", [0.3, 0.9])
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x01"])
+def test_a_checkpoint_with_other_bytes_than_were_written_is_passed_over(at, damage, tmp_path, caplog):
+    for images in (1, 2):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.ones(999)}, {"images": images})
+    newest = tmp_path / checkpoint.state_name(2)
+    file = newest / "state.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(int(at * file.stat().st_size))
+        opened.write(damage)
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+    assert f"{newest} cannot be read (the checksum of state.safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checksum.*remove it to go on from the one before"):
+        checkpoint.load(newest)
+    record = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps([record]))
+    assert checkpoint.latest(tmp_path) == tmp_path / checkpoint.state_name(1)
+
+
+def test_a_number_that_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
+    folder = tmp_path / checkpoint.state_name(2)
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(DivergedError, match="average/x is not finite after 2 images"):
+            checkpoint.save(folder, {"average/x": torch.tensor([0.0, bad])}, {"images": 2})
+        assert not folder.exists()
+    checkpoint.save(folder, {"average/x": torch.zeros(2)}, {"images": 2})
+    save_file({"average/x": torch.tensor([0.0, float("nan")])}, folder / "state.safetensors")
+    (folder / "state.json").write_text('{"images": 2}')  # as an earlier version wrote it, without a checksum
+    for part in ("", "average"):
+        with pytest.raises(CheckpointError, match="average/x is not finite"):
+            checkpoint.load(folder, part)
