@@ -147,6 +147,9 @@ class ModelCatalog:
         model = self.get().name if name is None else self._settings.aliases.get(name, name)
         names: list[_Name] = [(model, None), (model, adapter)] if adapter else [(model, None)]
         if not all(map(self._is_available, names)):
+            for each in names:
+                if not self._is_available(each):
+                    await self._find_folder(each)  # a name that does not exist waits for nobody's load
             async with self._making_room:
                 for each in names:
                     if not self._is_available(each):
@@ -169,33 +172,45 @@ class ModelCatalog:
         entry, info = self._on_demand.get(name), self.models.get(model)
         return info is not None and adapter in (None, *info.adapters) and not (entry and entry.leaving)
 
+    async def _find_folder(self, name: _Name) -> Path:
+        """Return the folder of a student or adapter in the `models_folder`. Raises as `use` does."""
+        model, adapter = name
+        file = ADAPTER_FILE if adapter else STUDENT_FILE
+        folders = await asyncio.to_thread(folders_with, self._settings.models_folder, file) if self._limit(name) else {}
+        if (folder := folders.get(adapter or model)) is not None:
+            return folder
+        if adapter is None:
+            raise no_model(model)
+        info = self.models.get(model)
+        known = sorted({*(info.adapters if info else ()), *folders})
+        raise InvalidRequest(
+            f"{model} has no adapter {quoted(adapter)}; it has {known}", "lora.name", "adapter_not_found"
+        )
+
+    def _limit(self, name: _Name) -> int:
+        """Return how many students, or adapters, may be loaded on demand."""
+        engine = self._settings.engine
+        return engine.on_demand_adapters if name[1] else engine.on_demand_students
+
     async def _load_on_demand(self, name: _Name) -> None:
         """Load a student or adapter of the `models_folder`, and unload others of its kind that are too many."""
         model, adapter = name
-        settings = self._settings
-        limit = settings.engine.on_demand_adapters if adapter else settings.engine.on_demand_students
-        file = ADAPTER_FILE if adapter else STUDENT_FILE
-        folders = await asyncio.to_thread(folders_with, settings.models_folder, file) if limit else {}
-        folder = folders.get(adapter or model)
-        if folder is None:
-            if adapter is None:
-                raise no_model(model)
-            known = sorted({*self.get(model).adapters, *folders})
-            raise InvalidRequest(
-                f"{model} has no adapter {quoted(adapter)}; it has {known}", "lora.name", "adapter_not_found"
-            )
-        while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(adapter)]) >= limit:
+        folder = await self._find_folder(name)
+        while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(adapter)]) >= self._limit(name):
             await self._make_room(loaded[0])
-        try:
-            if adapter:
-                await self.load_adapter(model, folder, adapter)
-            else:
-                await self.load(folder, model)
-        except InvalidRequest as error:
+        loading = asyncio.create_task(
+            self.load_adapter(model, folder, adapter) if adapter else self.load(folder, model)
+        )
+        cancelled = await _completed(loading)
+        if error := loading.exception():
+            if not isinstance(error, InvalidRequest):
+                raise error
             reason = error.message.replace(str(folder.absolute()), folder.name)
             raise InvalidRequest(reason, "lora.name" if adapter else "model", error.code) from None
         entry = self._on_demand[name] = _OnDemand()
         entry.unused.set()
+        if cancelled:
+            raise asyncio.CancelledError
 
     async def _make_room(self, name: _Name) -> None:
         """Unload a student or adapter once no request uses it."""
@@ -204,6 +219,8 @@ class ModelCatalog:
         entry.leaving = True
         try:
             await entry.unused.wait()
+            if self._on_demand.get(name) is not entry:
+                return  # an administrator loaded or unloaded it meanwhile
             with contextlib.suppress(ServiceError):  # an administrator was faster, or left no other model
                 await (self.unload_adapter(model, adapter) if adapter else self.unload(model))
             self._on_demand.pop(name, None)
@@ -242,6 +259,21 @@ class ModelCatalog:
     def _check_free(self, name: str | None) -> None:
         if name in self._models or name in self._settings.aliases:
             raise InvalidRequest(f"the name {name!r} is taken; unload that model, or take another name", "name")
+
+
+async def _completed(task: "asyncio.Task[ModelInfo]") -> bool:
+    """Wait until a task is done, also when cancelled meanwhile. Returns whether that happened.
+
+    A worker finishes a load that it has begun. A client that changes its mind faster than that would have it begin
+    anew each time.
+    """
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
 
 
 def folders_with(students: Path | None, file: str) -> dict[str, Path]:

@@ -366,3 +366,73 @@ def test_what_an_administrator_loads_stays_and_what_one_unloads_is_loaded_again(
 
     room = {"on_demand_students": 1, "on_demand_adapters": 1}
     run(worker_threads(Simulator(0, 0)), test, models_folder=students, engine=room)
+
+
+class SlowLoader(Simulator):
+    """Waits with the load of an adapter until it is opened. Like a student, removes only an adapter that it has."""
+
+    def __init__(self):
+        super().__init__(0, 0)
+        self.loads, self.entered, self.open = 0, threading.Event(), threading.Event()
+
+    def add_adapter(self, name, folder):
+        self.loads += 1
+        self.entered.set()
+        assert self.open.wait(60)
+        super().add_adapter(name, folder)
+
+    def remove_adapter(self, name):
+        assert name in self.info.adapters
+        super().remove_adapter(name)
+
+
+def test_a_client_that_changes_its_mind_while_an_adapter_loads_does_not_begin_the_load_anew(students):
+    loader = SlowLoader()
+
+    async def test(engine: Engine) -> None:
+        asked = [asyncio.create_task(used(engine, "simulator", "ink"))]
+        await asyncio.to_thread(loader.entered.wait)
+        for _ in range(3):
+            asked[-1].cancel()
+            asked.append(asyncio.create_task(used(engine, "simulator", "ink")))
+            await asyncio.sleep(0)
+            asked[0].cancel()
+        loader.open.set()
+        await asyncio.wait(asked)
+        assert [task.cancelled() for task in asked] == [True, True, True, False]
+        assert loader.loads == 1
+        await used(engine, "simulator", "sketch")
+        assert loaded(engine) == {"simulator": ["sketch"]}
+
+    run(worker_threads(loader), test, models_folder=students, engine={"on_demand_adapters": 1})
+
+
+def test_while_an_adapter_loads_unknown_names_are_refused_and_other_models_serve(students):
+    loader = SlowLoader()
+
+    async def test(engine: Engine) -> None:
+        loading = asyncio.create_task(used(engine, "simulator", "ink"))
+        await asyncio.to_thread(loader.entered.wait)
+        with pytest.raises(NotFound):
+            await used(engine, "nobody")
+        with pytest.raises(InvalidRequest, match="no adapter 'nobody'"):
+            await used(engine, "simulator", "nobody")
+        async with engine.catalog.use(None):
+            assert is_of(await make(engine, 5), 5)
+        assert not loading.done()
+        loader.open.set()
+        await loading
+
+    run(worker_threads(loader), test, models_folder=students)
+
+
+def test_what_an_administrator_loads_while_it_should_make_room_stays(students):
+    async def test(engine: Engine) -> None:
+        async with engine.catalog.use("one"):
+            waiting = asyncio.create_task(used(engine, "two"))
+            await leaving(engine, "one")
+            await engine.catalog.load(students / "one", "one")
+        await waiting
+        assert loaded(engine) == {"simulator": [], "one": [], "two": []}
+
+    run(worker_threads(Simulator(0, 0)), test, models_folder=students, engine={"on_demand_students": 1})
