@@ -17,6 +17,19 @@ from distill.frozen_model import FrozenModel
 
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
+# Keys of older checkouts whose new names do not resemble them.
+_RENAMED = {
+    "start": "init_from",
+    "stop": "early_stopping_patience",
+    "prompts.count": "max_count",
+    "real.count": "max_count",
+    "optimizer.clip": "max_grad_norm",
+    "optimizer.skips": "max_skipped_steps",
+    "cadence.keep": "keep_checkpoints",
+    "method.law": "objective",
+    "method.times.law": "distribution",
+    "method.guidance.teacher": "scale",
+}
 _Positive = Annotated[float, Field(gt=0)]
 _Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or a built-in name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -307,7 +320,8 @@ def _explain(error: ValidationError) -> str:
         where = [*_keys_of(first["loc"][:-1]), str(first["loc"][-1])]
         if where[-1] in _keys_beside(where):
             return f"{'.'.join(where)} belongs to another kind of {where[0]}; leave it out, or choose that kind"
-        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
+        key, known = ".".join(where), _keys_beside(where)
+        return f"unknown key {key!r}{_nearest(_RENAMED.get(key, where[-1]), known)}"
     kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
     if first["type"] == "union_tag_not_found":
         return f"networks.kind is missing; with other keys of networks, set it to {kinds}"
