@@ -63,9 +63,9 @@ def main() -> int:
             _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
     print(metrics.read_text())
 
-    quiet = os.environ | {"SERVICE_LOG_FORMAT": "text", "SERVICE_LOG_LEVEL": "warning"}  # keep the next lines visible
+    logs = {"SERVICE_OBSERVABILITY__LOG_FORMAT": "text", "SERVICE_OBSERVABILITY__LOG_LEVEL": "warning"}
     serve = ("serve", "--model", str(out / "student"), "--port", str(arguments.port))
-    with suppress(KeyboardInterrupt), _process("service.cli", *serve, env=quiet) as server:
+    with suppress(KeyboardInterrupt), _process("service.cli", *serve, env=os.environ | logs) as server:
         _wait_until_ready(server, address)
         image = out / "first-image.png"
         image.write_bytes(_generate(PROMPT, address))

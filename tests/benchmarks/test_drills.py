@@ -8,7 +8,7 @@ from benchmarks import drills
 @pytest.mark.parametrize(
     "drill",
     [
-        lambda: drills.overload(1.0, clients=48),
+        lambda: drills.overload(1.0, clients=96),
         lambda: drills.soak(1.0, clients=4, looks=8),
         lambda: drills.chaos(2, clients=4),
         lambda: drills.fleet(0.5, clients=8, devices=3),
