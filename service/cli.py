@@ -254,8 +254,12 @@ def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> di
             raise StartError(f"--set {assignment}: {error}; lists are JSON") from None
     nested: dict[str, Any] = {}
     for key, value in given.items():
-        group, _, name = key.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[name] = value
+        group, _, name = key.partition(".")
+        if not name:  # a whole group leaves what it does not name
+            before = nested.get(key)
+            nested[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        elif isinstance(outer := nested.setdefault(group, {}), dict):
+            outer[name] = value
     return nested
 
 

@@ -337,8 +337,8 @@ def _check_variables() -> None:
     for name, value in os.environ.items():
         upper = name.upper()  # variables of settings are read in either case
         if upper.startswith(PREFIX) and upper not in known and not _is_service_link(name, value):
-            close = difflib.get_close_matches(upper.removeprefix(PREFIX), (_variable(key, "") for key in keys()), 1)
-            advice = f"did you mean {PREFIX}{close[0]}?" if close else "docs/operations.md lists the settings"
+            close = _nearest(upper.removeprefix(PREFIX).lower().replace("__", "."))
+            advice = f"did you mean {_variable(close)}?" if close else "docs/operations.md lists the settings"
             raise StartError(f"there is no setting for the variable {name}; {advice}")
 
 
@@ -349,12 +349,18 @@ def _is_service_link(name: str, value: str) -> bool:
 
 def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:
     """One sentence for an error of pydantic, which names the key and the variable, or the nearest key."""
-    known = keys()
     path = ".".join(str(part) for part in location)
-    key = next((key for key in known if f"{path}.".startswith(f"{key}.")), None)
+    key = next((key for key in keys() if f"{path}.".startswith(f"{key}.")), None)
+    if kind == "extra_forbidden":
+        close = _nearest(path, [] if "." in path else list(Settings.model_fields))
+        return f"there is no setting {path!r}" + (f"; did you mean {close!r}?" if close else "")
     if key is not None:
         return f"{key} ({_variable(key)}): {message.removeprefix('Value error, ')}"
-    if kind != "extra_forbidden":  # a value in the place of a group
-        return f"{path}: {message}"
-    close = difflib.get_close_matches(path, [*known, *Settings.model_fields], 1)
-    return f"there is no setting {path!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"{path} is a group of settings: a table in the file, {path}.NAME on the command line"
+
+
+def _nearest(key: str, groups: Collection[str] = ()) -> str | None:
+    """Return the key that a wrong one probably means: one of the same name in another group, or one spelled alike."""
+    name = key.rpartition(".")[2]
+    same = [known for known in keys() if known.rpartition(".")[2] == name]
+    return next(iter([*same, *difflib.get_close_matches(key, [*keys(), *groups], 1)]), None)

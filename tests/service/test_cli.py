@@ -120,6 +120,10 @@ def test_a_second_signal_ends_it_at_once():
         (["--set", "engine.max_batch=0"], {}, "engine.max_batch"),
         (["--set", "engine.max_batsch=8"], {}, "did you mean 'engine.max_batch'?"),
         (["--set", "engine.max_batch"], {}, "key=value"),
+        (["--set", "engine=5", "--set", "engine.max_batch=8"], {}, "engine is a group of settings"),
+        (["--set", "jobs.teachers.mine=/teacher"], {}, "no setting 'jobs.teachers.mine'; did you mean 'jobs.teachers'"),
+        (["--set", "engine.max_batch=none", "--set", 'engine={"cpu_threads": 1}'], {}, "engine.max_batch"),
+        ([], {"SERVICE_PORT": "8000"}, "did you mean SERVICE_HTTP__PORT?"),
         (["--set", "http.api_keys=[oops"], {}, "lists are JSON"),
     ],
 )

@@ -43,7 +43,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypa
         ("engine.max_batsch = 2", r"no setting 'engine.max_batsch'; did you mean 'engine.max_batch'\?"),
         ("max_batch = 2", r"no setting 'max_batch'; did you mean 'engine.max_batch'\?"),
         ("engin.max_batch = 2", r"no setting 'engin'; did you mean 'engine"),
-        ("engine = 2", "engine: "),
+        ("engine = 2", "engine is a group of settings"),
         ("engine.max_batch = 0", r"engine.max_batch \(SERVICE_ENGINE__MAX_BATCH\)"),
         ("engine.max_batch = ", "TOML"),
         ('http.rate_limit = "often"', "http.rate_limit"),
