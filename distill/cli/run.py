@@ -21,12 +21,12 @@ def run(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset> if not given.", file_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the preset or file if not given.", file_okay=False)] = None,
 ) -> None:
     """Distill a teacher into a one-step student.
 
     The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
-    a step and keeps what was learnt (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
+    a step and keeps what was learned (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
     Under `accelerate launch -m distill.cli run ...` it uses every process.
     """
     import yaml

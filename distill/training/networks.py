@@ -296,7 +296,7 @@ def build(
 ) -> FullCopies | SharedBase:
     """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
 
-    With `two_times` the student takes a second time, learnt in full beside an adapter; with a `critic` the fake gets
+    With `two_times` the student takes a second time, learned in full beside an adapter; with a `critic` the fake gets
     its head. With a mesh the shared base is sharded over it. Raises ConfigError for full copies then.
     """
     if mesh is not None and isinstance(kind, Full):
