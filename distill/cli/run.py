@@ -21,7 +21,7 @@ def run(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the preset or file if not given.", file_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET if not given.", file_okay=False)] = None,
 ) -> None:
     """Distill a teacher into a one-step student.
 
