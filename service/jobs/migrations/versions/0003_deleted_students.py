@@ -5,17 +5,9 @@ from alembic import op
 
 revision = "0003"
 down_revision = "0002"
-branch_labels = None
-depends_on = None
 
 
 def upgrade() -> None:
     """To this revision."""
     with op.batch_alter_table("jobs") as jobs:
         jobs.add_column(sa.Column("deleted_at", sa.BigInteger(), nullable=True))
-
-
-def downgrade() -> None:
-    """Back from it."""
-    with op.batch_alter_table("jobs") as jobs:
-        jobs.drop_column("deleted_at")

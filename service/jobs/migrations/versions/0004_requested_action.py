@@ -1,14 +1,10 @@
 """new names: requested actions of jobs, and fields of their `distillation`"""
 
-from collections.abc import Mapping
-
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
 down_revision = "0003"
-branch_labels = None
-depends_on = None
 
 OPTIONS = {
     "checkpointing": "gradient_checkpointing",
@@ -26,18 +22,8 @@ def upgrade() -> None:
     """To this revision."""
     # No batch mode: it replaces the table, and SQLite then deletes the events and checkpoints that refer to its rows.
     op.execute("ALTER TABLE jobs RENAME COLUMN wish TO requested_action")
-    _rename(OPTIONS)
-
-
-def downgrade() -> None:
-    """Back from it."""
-    _rename({new: old for old, new in OPTIONS.items()})
-    op.execute("ALTER TABLE jobs RENAME COLUMN requested_action TO wish")
-
-
-def _rename(names: Mapping[str, str]) -> None:
     connection = op.get_bind()
     jobs = sa.table("jobs", sa.column("id", sa.Text()), sa.column("distillation", sa.JSON()))
     for job_id, options in connection.execute(sa.select(jobs.c.id, jobs.c.distillation)).all():
-        renamed = {names.get(name, name): value for name, value in options.items()}
+        renamed = {OPTIONS.get(name, name): value for name, value in options.items()}
         connection.execute(jobs.update().where(jobs.c.id == job_id).values(distillation=renamed))
