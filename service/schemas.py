@@ -32,23 +32,25 @@ PriorityName = Literal["interactive", "batch"]
 STEPS = "Extension. Network evaluations per image, at most the model's `max_steps`; 1 by default."
 
 
-class LoraChoice(BaseModel):
-    """An adapter of the model, and its scale."""
+class RequestModel(BaseModel):
+    """An object that clients send: unknown fields and values of other types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class LoraChoice(RequestModel):
+    """An adapter of the model, and its scale."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     scale: Annotated[float, Field(ge=-4, le=4)] = 1.0
 
 
-class ImageRequest(BaseModel):
+class ImageRequest(RequestModel):
     """`POST /v1/images/generations`. Fields without a meaning for the models accept their neutral value only.
 
     With the validation context `{"unsupported": "warn"}`, unknown fields and unsupported values of IGNORABLE_FIELDS are
     left out, with a warning that names them.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
     model: str | None = None
@@ -195,10 +197,8 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class SessionStart(BaseModel):
+class SessionStart(RequestModel):
     """The optional first message of a realtime session. `api_key` is for browsers, which cannot send the header."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["session.start"]
     api_key: Annotated[str, Field(max_length=512)] | None = None
@@ -215,10 +215,8 @@ class RealtimeRequest(ImageRequest):
     partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
-class StudentToLoad(BaseModel):
+class StudentToLoad(RequestModel):
     """`POST /v1/admin/models`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `folders` of the list.")]
     name: Annotated[
@@ -229,10 +227,8 @@ class StudentToLoad(BaseModel):
     ] = None
 
 
-class AdapterToLoad(BaseModel):
+class AdapterToLoad(RequestModel):
     """`POST /v1/admin/adapters`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `adapter_folders` of the list.")]
@@ -258,19 +254,11 @@ class LoadedModels(BaseModel):
     adapter_folders: list[str]
 
 
-class ModelDeleted(BaseModel):
-    """An unloaded model. Its files stay."""
+class Deleted(BaseModel):
+    """A file that is deleted, or a model or adapter that is unloaded."""
 
     id: str
-    object: Literal["model"] = "model"
-    deleted: Literal[True] = True
-
-
-class AdapterDeleted(BaseModel):
-    """An unloaded adapter. Its file stays."""
-
-    id: str
-    object: Literal["adapter"] = "adapter"
+    object: Literal["file", "model", "adapter"]
     deleted: Literal[True] = True
 
 

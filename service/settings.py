@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -42,46 +42,34 @@ _SERVICE_LINK = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+
+def _checked_by(check: Callable[[Any], object]) -> AfterValidator:
+    """Return a validator that keeps a value as it is, unless `check` raises ValueError."""
+
+    def keep(value: Any) -> Any:
+        check(value)
+        return value
+
+    return AfterValidator(keep)
+
+
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
+_Location = Annotated[str, AfterValidator(lambda text: text if "://" in text else str(Path(text).absolute()))]
+_Teacher = Annotated[str, AfterValidator(lambda text: text if text == SHIPPED_TEACHER else str(Path(text).absolute()))]
 _Path = Annotated[Path, AfterValidator(Path.absolute)]  # means the same in every process
-_HTTP_URL = TypeAdapter(AnyHttpUrl)
+_DataFolder = Annotated[_Path | None, BeforeValidator(lambda given: None if given == "none" else given)]
+_Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), _checked_by(TypeAdapter(AnyHttpUrl).validate_python)]
+_Network = Annotated[str, _checked_by(lambda text: text == "*" or ipaddress.ip_network(text))]
+_ApiKey = Annotated[SecretStr, _checked_by(lambda key: check_token(key.get_secret_value()))]
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
 
 
-def _url(text: str) -> str:
-    _HTTP_URL.validate_python(text)  # raises ValidationError; a string is kept, for its own slashes
-    return text
-
-
-_Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), AfterValidator(_url)]
-
-
-def _location(text: str) -> str:
-    return text if "://" in text else str(Path(text).absolute())
-
-
-def _teacher(text: str) -> str:
-    return text if text == SHIPPED_TEACHER else str(Path(text).absolute())
-
-
-def _each_gpu_once(devices: str) -> str:
+def _each_gpu_once(devices: str) -> None:
     names = devices.split(",")
     if names[0] != "cpu" and len(set(names)) < len(names):
         raise ValueError("a GPU is named twice")
-    return devices
-
-
-def _network(text: str) -> str:
-    if text != "*":
-        ipaddress.ip_network(text)  # raises ValueError
-    return text
-
-
-def _rates(text: str) -> str:
-    limits.parse_many(text)  # raises ValueError
-    return text
 
 
 def _origin(origin: str) -> str:
@@ -90,30 +78,21 @@ def _origin(origin: str) -> str:
     return origin.lower()  # as browsers send it
 
 
-def _api_key(key: SecretStr) -> SecretStr:
-    check_token(key.get_secret_value())
-    return key
+_JobDevices = Annotated[str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), _checked_by(_each_gpu_once)]
 
 
-def _artifact_secret(secret: SecretStr) -> SecretStr:
+def _artifact_secret(secret: SecretStr) -> None:
     if len(secret) < KEY_CHARACTERS:
         raise ValueError(f"a secret has at least {KEY_CHARACTERS} characters")
-    return secret
 
 
-_ApiKey = Annotated[SecretStr, AfterValidator(_api_key)]
-_ArtifactSecret = Annotated[SecretStr, AfterValidator(_artifact_secret)]
+_ArtifactSecret = Annotated[SecretStr, _checked_by(_artifact_secret)]
 
 
-def _webhook_secret(secret: SecretStr) -> SecretStr:
+def _webhook_secret(secret: SecretStr) -> None:
     text = secret.get_secret_value()
     if not text.startswith("whsec_") or len(base64.b64decode(text.removeprefix("whsec_"), validate=True)) < 24:
         raise ValueError("a secret is whsec_ and the Base64 of at least 24 random bytes")
-    return secret
-
-
-def _none(given: object) -> object:
-    return None if given == "none" else given
 
 
 def _state_folder() -> Path:
@@ -134,7 +113,7 @@ class WebhookEndpoint(_Group):
     """A URL that is called when batches and jobs end, and the secret that signs the calls."""
 
     url: _Url
-    secret: Annotated[SecretStr, AfterValidator(_webhook_secret)]
+    secret: Annotated[SecretStr, _checked_by(_webhook_secret)]
 
 
 class EngineSettings(_Group):
@@ -147,9 +126,7 @@ class EngineSettings(_Group):
     batching_window_seconds: Annotated[float, Field(ge=0)] = 0.0  # how long an idle worker waits for more images
     target_p95_seconds: _Seconds | None = None  # caps batches so that p95 latency holds when all workers are busy
     profiles_folder: _Path | None = None  # measured batch times; what is missing is measured at the start
-    on_demand_adapters: Annotated[int, Field(ge=0)] = (
-        8  # LoRA adapters of `models_folder` loaded when requests name them
-    )
+    on_demand_adapters: Annotated[int, Field(ge=0)] = 8  # LoRA adapters of `models_folder`, loaded for requests
     on_demand_students: Annotated[int, Field(ge=0)] = 0  # the same of students
     simulated_profile: _Path | None = None  # profile that `devices = "simulator"` imitates
     max_queued_images: Annotated[int, Field(ge=10)] = 512  # the largest request must fit
@@ -167,13 +144,13 @@ class HttpSettings(_Group):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
     public_url: _Url | None = None  # base of links in answers; none takes the request's own
-    trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ("127.0.0.1", "::1")
+    trusted_proxies: tuple[_Network, ...] = ("127.0.0.1", "::1")
     # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are used; "*" is all
     cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()  # other origins whose pages may call
     api_keys: tuple[_ApiKey, ...] = ()  # in addition to the file's; scopes generate and jobs
     keys_file: _Path | None = None  # made by `fgm-service keys create`
     open_to_all: bool = False  # listen beyond the loopback without keys
-    rate_limit: Annotated[str, AfterValidator(_rates)] | None = None  # images per key: "100/minute; 5000/day"
+    rate_limit: Annotated[str, _checked_by(limits.parse_many)] | None = None  # images per key: "100/minute; 5000/day"
     max_body_bytes: _Count = 1 << 20
     max_realtime_sessions: Annotated[int, Field(ge=0)] = 256
     realtime_idle_seconds: _Seconds = 300.0  # a realtime session without a request for this long is closed
@@ -193,9 +170,7 @@ class ImageSettings(_Group):
     c2pa_key: _Path | None = None
     c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
     c2pa_timestamp_url: str | None = None  # authority that dates the signatures
-    artifacts: Annotated[str, AfterValidator(_location)] | None = (
-        None  # folder or fsspec URL of images sent as links; none is a folder in `data`
-    )
+    artifacts: _Location | None = None  # folder or fsspec URL of images sent as links; none is a folder in `data`
     artifact_link_seconds: _Count = 3600  # how long such a link is valid
     artifact_secret: _ArtifactSecret | None = None  # signs the links; none generates one and keeps it in `data`
 
@@ -212,12 +187,8 @@ class JobSettings(_Group):
     concurrent_lines_per_batch: _Count = 64  # that are being made at once; a killed server makes them again
     batch_link_seconds: _Count = 7 * 86_400  # how long links to the images of batches are valid
     takeover_seconds: _Seconds = 20.0  # after which other servers resume the work of a server that is silent
-    teachers: dict[str, Annotated[str, AfterValidator(_teacher)]] = {
-        SHIPPED_TEACHER: SHIPPED_TEACHER
-    }  # folders by name
-    devices: Annotated[
-        str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), AfterValidator(_each_gpu_once)
-    ] = "cpu"  # of jobs, one process each; none leaves jobs to other servers
+    teachers: dict[str, _Teacher] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name
+    devices: _JobDevices = "cpu"  # one process each; none leaves jobs to other servers
     nice: Annotated[int, Field(ge=0, le=19)] = 10  # nice value of job processes
     max_jobs_per_key: _Count = 8  # unfinished ones
     max_images_per_job: _Count | None = None  # largest budget of a job in training images
@@ -243,7 +214,7 @@ class Settings(BaseSettings):
     models: tuple[_Path, ...] = ()  # student folders, the first is the default; none is the student that ships
     models_folder: _Path | None = None  # students and adapters in it may be loaded at run time
     aliases: dict[str, str] = {}  # further names of models: {"gpt-image-1": "scenes-student"}
-    data: Annotated[_Path | None, BeforeValidator(_none)] = Field(default_factory=_state_folder)  # `none` keeps nothing
+    data: _DataFolder = Field(default_factory=_state_folder)  # `none` keeps nothing
     runtime: RuntimeOptions = RuntimeOptions()
     engine: EngineSettings = EngineSettings()
     http: HttpSettings = HttpSettings()
@@ -290,7 +261,6 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two mappings by group."""
     nested = {
         name: _merged(below[name], group)
         for name, group in above.items()
@@ -323,7 +293,6 @@ def keys(kind: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
 
 
 def variables() -> list[str]:
-    """Environment variables of all settings."""
     return [_variable(key) for key in keys()]
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
 
 from service.engine.engine import Engine
@@ -43,7 +44,6 @@ class LoadResult:
 
     @property
     def rate(self) -> float:
-        """Return images per second."""
         return len(self.latencies) / self.seconds
 
     def quantile(self, share: float) -> float:
@@ -171,22 +171,16 @@ def free_port() -> int:
 
 def _is_ready(port: int) -> bool:
     try:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+        return httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
 def read_metrics(url: str) -> dict[str, float]:
     """Read `/metrics` of a server: values by name and labels. Raises StartError if it does not respond."""
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    with contextlib.closing(kind(parts.netloc, timeout=5)) as connection:
-        try:
-            connection.request("GET", f"{parts.path.rstrip('/')}/metrics")
-            text = connection.getresponse().read().decode()
-        except (OSError, http.client.HTTPException) as error:
-            raise StartError(f"{url} does not respond: {error}") from None
+    try:
+        text = httpx2.get(f"{url.rstrip('/')}/metrics", timeout=5, trust_env=False).text
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise StartError(f"{url} does not respond: {error}") from None
     lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}

@@ -1,8 +1,11 @@
 """`fgm-service models`: manage the students and adapters of a running server."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from service.commands.remote import RemoteServer
 
 app = typer.Typer(help="List, load and unload the students and adapters of a running server.", no_args_is_help=True)
 
@@ -22,9 +25,7 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
-    from service.commands.remote import RemoteServer
-
-    with RemoteServer(url, key) as server:
+    with _server(url, key) as server:
         found = server.models()
     rows = [["student", "sizes", "adapters", "aliases"]]
     for model in found.data:
@@ -47,9 +48,7 @@ def load(
 
     fgm-service models load sd3-medium --name new
     """
-    from service.commands.remote import RemoteServer
-
-    with RemoteServer(url, key) as server:
+    with _server(url, key) as server:
         print(f"{server.load(folder, name).id} is loaded.")
 
 
@@ -58,9 +57,7 @@ def unload(
     name: Annotated[str, typer.Argument(help="Name of the student.")], url: Url = LOCAL, key: AdminKey = None
 ) -> None:
     """Unload a student; returns when its accepted requests are answered. Its files are kept."""
-    from service.commands.remote import RemoteServer
-
-    with RemoteServer(url, key) as server:
+    with _server(url, key) as server:
         server.unload(name)
     print(f"{name} is unloaded.")
 
@@ -79,9 +76,7 @@ def load_adapter(
 
     curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
     """
-    from service.commands.remote import RemoteServer
-
-    with RemoteServer(url, key) as server:
+    with _server(url, key) as server:
         loaded = server.load_adapter(model, folder, name or folder)
     print(f"Adapters of {loaded.id}: {', '.join(loaded.adapters)}.")
 
@@ -94,8 +89,12 @@ def unload_adapter(
     key: AdminKey = None,
 ) -> None:
     """Unload an adapter of a student; returns when its accepted requests are answered. Its file is kept."""
-    from service.commands.remote import RemoteServer
-
-    with RemoteServer(url, key) as server:
+    with _server(url, key) as server:
         server.unload_adapter(model, name)
     print(f"{name} of {model} is unloaded.")
+
+
+def _server(url: str, key: str | None) -> "RemoteServer":
+    from service.commands.remote import RemoteServer  # its HTTP client would slow down the start of other commands
+
+    return RemoteServer(url, key)

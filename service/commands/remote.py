@@ -41,16 +41,13 @@ class RemoteServer:
         return LoadedModel.model_validate(self._request("POST", "models", json={"folder": folder, "name": name}))
 
     def unload(self, name: str) -> None:
-        """Unload a student."""
         self._request("DELETE", f"models/{quote(name, safe='')}")
 
     def load_adapter(self, model: str, folder: str, name: str) -> LoadedModel:
-        """Load a LoRA adapter for a student."""
         given = {"model": model, "folder": folder, "name": name}
         return LoadedModel.model_validate(self._request("POST", "adapters", json=given))
 
     def unload_adapter(self, model: str, name: str) -> None:
-        """Unload an adapter of a student."""
         self._request("DELETE", f"adapters/{quote(name, safe='')}", params={"model": model})
 
     def _request(self, method: str, path: str, **content: Any) -> Any:

@@ -4,26 +4,12 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-from service.engine.batcher import BatchKey, ImageBatch, Priority
+from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority
 from service.errors import Overloaded
 from service.observability.metrics import Metrics
 
 _Waiting = tuple[int, asyncio.Future[None]]  # images, and the future that the request awaits
-
-
-class Queue(Protocol):
-    """What admission needs of the batcher."""
-
-    def missing_room(self, images: int, owner: str, priority: Priority) -> int:
-        """How many images must leave before so many more of an owner fit."""
-
-    def missing_own_room(self, images: int, owner: str, priority: Priority) -> int:
-        """The same for the owner's own limit."""
-
-    def ahead_of(self, priority: Priority) -> dict[BatchKey, int]:
-        """Queued images of this priority or a better one, by key."""
 
 
 class Admission:
@@ -34,7 +20,7 @@ class Admission:
     """
 
     def __init__(
-        self, queue: Queue, seconds_needed: Callable[[Mapping[BatchKey, int]], float], metrics: Metrics
+        self, queue: Batcher, seconds_needed: Callable[[Mapping[BatchKey, int]], float], metrics: Metrics
     ) -> None:
         """`seconds_needed` estimates the time of the workers for so many images of each key."""
         self._queue = queue

@@ -137,7 +137,6 @@ class Batcher:
         self._caps = {key: cap for key, cap in self._caps.items() if key.model != model}
 
     def add(self, image: QueuedImage, now: float) -> None:
-        """Queue an image that arrives now."""
         image.arrived = now
         self._turns.setdefault(image.owner)
         self._lines.setdefault((image.priority, image.owner, image.key), deque()).append(image)

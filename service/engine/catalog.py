@@ -43,7 +43,6 @@ class ModelCatalog:
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
-        """The models that take requests, by name."""
         models = dict(self._models)
         match self._leaving:
             case model, None:

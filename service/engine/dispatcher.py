@@ -60,14 +60,9 @@ class RequestHandle:
 class _CacheKey(NamedTuple):
     """Everything that an image depends on."""
 
-    model: str  # cache key of the model
-    adapter: str | None  # digest
-    scale: float
+    batch: BatchKey  # with the model's cache key and the adapter's digest in place of their names
     prompt: str
     seed: int
-    width: int
-    height: int
-    steps: int
 
 
 class Dispatcher:
@@ -79,17 +74,14 @@ class Dispatcher:
         self._metrics = metrics
         self._tracing = tracing
         self._latency = LatencyModel()
-        limits = (
-            settings.engine.max_queued_images,
-            settings.engine.max_queued_images_per_key or settings.engine.max_queued_images,
-        )
-        self._batcher = Batcher(
-            settings.engine.max_batch, *limits, self._latency.batch_multiples, settings.engine.batching_window_seconds
-        )
+        engine = settings.engine
+        limits = engine.max_queued_images, engine.max_queued_images_per_key or engine.max_queued_images
+        multiples = self._latency.batch_multiples
+        self._batcher = Batcher(engine.max_batch, *limits, multiples, engine.batching_window_seconds)
         self._admission = Admission(self._batcher, self.seconds_needed, metrics)
         self._in_flight: dict[_CacheKey, QueuedImage] = {}
         self._results: LRUCache[_CacheKey, GeneratedImage] = LRUCache(
-            settings.engine.result_cache_bytes, getsizeof=lambda image: image.pixels.nbytes
+            engine.result_cache_bytes, getsizeof=lambda image: image.pixels.nbytes
         )
         self._batch_numbers = itertools.count()
         self._lingering: asyncio.TimerHandle | None = None
@@ -131,8 +123,9 @@ class Dispatcher:
 
     def drop_results(self, model: str, adapter: str | None = None) -> None:
         """Drop cached images by the cache key of their model, or only those of an adapter by its digest."""
-        for key in [key for key in self._results if key.model == model and adapter in (None, key.adapter)]:
-            del self._results[key]
+        for key in list(self._results):
+            if key.batch.model == model and adapter in (None, key.batch.adapter):
+                del self._results[key]
 
     async def finish(self, model: str, adapter: str | None = None) -> None:
         """Answer the accepted images of a model or of one of its adapters. The caller lets no new ones in."""
@@ -174,15 +167,14 @@ class Dispatcher:
         adapter = request.adapter
         scale = request.scale if adapter else 0.0
         key = BatchKey(request.model, request.width, request.height, adapter, scale, request.steps)
+        content = key._replace(model=info.cache_key, adapter=adapter and info.adapters[adapter])
         timeout = self._settings.engine.request_timeout_seconds if request.timeout is None else request.timeout
         loop = asyncio.get_running_loop()
         replies: dict[int, asyncio.Future[GeneratedImage]] = {}
         images: list[QueuedImage] = []
         new: list[QueuedImage] = []
         for seed in dict.fromkeys(request.seeds):
-            cache_key = _CacheKey(
-                info.cache_key, adapter and info.adapters[adapter], scale, request.prompt, seed, *key[1:3], key.steps
-            )
+            cache_key = _CacheKey(content, request.prompt, seed)
             same = self._in_flight.get(cache_key)
             if result := self._results.get(cache_key):
                 self._metrics.cache_hits.labels("result").inc()
@@ -244,7 +236,6 @@ class Dispatcher:
     # Workers
 
     def add_worker(self, worker: WorkerHandle) -> None:
-        """Send batches to a worker that is ready."""
         self.workers.append(worker)
         self._metrics.workers.set(len(self.workers))
         self.dispatch()

@@ -23,7 +23,6 @@ class LatencyModel:
         self._timings |= {size: known[-1] for size, known in timings.items()}
 
     def forget(self, model: str) -> None:
-        """Remove a model."""
         del self.batch_multiples[model]
         self._timings = {size: timing for size, timing in self._timings.items() if size.model != model}
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}

@@ -1,4 +1,4 @@
-"""Starts workers: as processes, or as threads of this process."""
+"""Starts worker processes."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,11 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from service.engine import worker
-from service.engine.backend import Backend, Pixels
+from service.engine.backend import Pixels
 from service.engine.messages import Channel, LoadModel, Profiling, Ready, StartFailed, WorkerConfig
 from service.engine.profile import growing_sizes
 from service.engine.shared_memory import read
-from service.engine.worker import SLOT_BYTES, Memory, ModelLoader, loader
+from service.engine.worker import SLOT_BYTES
 from service.errors import StartError
 from service.settings import Settings
 
@@ -33,7 +31,7 @@ class Worker:
     name: str  # its device
     connection: socket.socket
     memory: int  # descriptor of the pixels' memory
-    process: subprocess.Popen[bytes] | None  # None for a thread
+    process: subprocess.Popen[bytes] | None  # None for a thread, as in tests
     silence_seconds: float
     ready: Ready = field(init=False, repr=False)  # there once `wait` has returned
 
@@ -86,7 +84,7 @@ def start_process(
     name: str, start: WorkerConfig, threads: int, silence_seconds: float, embeddings: SharedMemory
 ) -> Worker:
     """Start a worker as a process. Raises StartError if the system cannot start one."""
-    with _ends() as (ours, theirs, memory):
+    with open_ends() as (ours, theirs, memory):
         descriptors = theirs.fileno(), memory, embeddings.descriptor
         command = [sys.executable, "-m", "service.engine.worker", *map(str, descriptors)]
         try:
@@ -105,24 +103,8 @@ def start_process(
         return Worker(name, ours, memory, process, silence_seconds)
 
 
-def start_thread(
-    name: str, models: Sequence[LoadModel], load: ModelLoader, silence_seconds: float, embeddings: SharedMemory
-) -> Worker:
-    """Start a worker as a thread of this process."""
-    with _ends() as (ours, theirs, memory):
-        end, same = theirs.dup(), os.dup(memory)
-
-        def serve() -> None:
-            with end:
-                worker.serve(Channel(end), Memory(same, embeddings.descriptor), models, load)
-            os.close(same)
-
-        threading.Thread(target=serve, name=name, daemon=True).start()
-        return Worker(name, ours, memory, None, silence_seconds)
-
-
 @contextlib.contextmanager
-def _ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
+def open_ends() -> Iterator[tuple[socket.socket, socket.socket, int]]:
     """Open both ends of a socket and the memory for pixels. An error closes all."""
     ours, theirs = socket.socketpair()
     memory = _memory("pixels")
@@ -235,18 +217,3 @@ def _gpus() -> int:
         return 0
     count = ctypes.c_int(0)
     return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
-
-
-def worker_threads(*backends: Backend, workers: int = 1, device: str = "simulator") -> WorkerPool:
-    """Return a pool of worker threads over backends of this process. Models that are loaded later use `device`."""
-    given = {backend.info.name: backend for backend in backends}
-    others = loader(WorkerConfig(device, ()))
-    embeddings = SharedMemory()
-
-    def load(command: LoadModel) -> Backend:
-        return others(command) if command.folder is not None or command.name is None else given[command.name]
-
-    def start(models: Sequence[LoadModel]) -> Worker:
-        return start_thread("local", models, load, 30.0, embeddings)
-
-    return WorkerPool([start] * workers, [LoadModel(None, name) for name in given])

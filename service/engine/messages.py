@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from service.engine.backend import ModelInfo, Timing
+from service.engine.batcher import BatchKey
 from service.engine.embeddings import EmbeddingSlot
 
 _LENGTH = struct.Struct("<I")
@@ -66,16 +67,11 @@ class RunBatch(msgspec.Struct, frozen=True, tag=True):
     """To the worker: generate images and write their pixels into a slot of the shared memory."""
 
     batch: int
-    model: str
+    key: BatchKey
     prompts: Sequence[str]
     embedding_slots: Sequence[EmbeddingSlot | None]  # one for each prompt; None is not shared
     seeds: Sequence[int]
-    width: int
-    height: int
     pixel_slot: int
-    adapter: str | None = None
-    scale: float = 0.0
-    steps: int = 1  # network evaluations per image
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, tag=True):

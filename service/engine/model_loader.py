@@ -105,7 +105,6 @@ class StudentBackend:
             return latents
 
     def decode(self, latents: Any) -> Pixels:
-        """Return images (B, H, W, 3)."""
         with self._stage("vae"):
             pixels: Pixels = np.asarray(self._pipeline.decode(latents))
             return pixels

@@ -24,5 +24,4 @@ class GenerationRequest:
 
     @property
     def size(self) -> str:
-        """The size as the API writes it."""
         return f"{self.width}x{self.height}"

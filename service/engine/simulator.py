@@ -54,7 +54,6 @@ class Simulator:
         self.info = replace(self.info, adapters=self.info.adapters | {name: f"adapter of {folder}"})
 
     def remove_adapter(self, name: str) -> None:
-        """Remove an adapter from the info."""
         self.info = self.info.without(name)
 
     def adapt(self, name: str | None, scale: float) -> None:
@@ -62,7 +61,6 @@ class Simulator:
         self._shift = int(1000 * scale) if name else 0
 
     def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
-        """Sleep for every step."""
         for _ in range(steps):
             self._sleep("model", len(seeds), width, height)
         if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
@@ -70,14 +68,12 @@ class Simulator:
         return [seed + self._shift + 10**6 * (steps - 1) for seed in seeds], width, height
 
     def decode(self, latents: Any) -> Pixels:
-        """Return images of one color each."""
         seeds, width, height = latents
         self._sleep("vae", len(seeds), width, height)
         colors = [np.random.default_rng(seed).integers(0, 256, 3, dtype=np.uint8) for seed in seeds]
         return np.stack([np.broadcast_to(color, (height, width, 3)) for color in colors])
 
     def memory_bytes(self) -> int:
-        """Return 0, because there is no device."""
         return 0
 
     def close(self) -> None:

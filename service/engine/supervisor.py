@@ -68,7 +68,6 @@ class Supervisor:
         return models
 
     async def stop(self) -> None:
-        """End the workers at once."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:

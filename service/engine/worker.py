@@ -129,7 +129,6 @@ def _loaded(backend: Backend, timings: Sequence[Timing] = ()) -> ModelLoaded:
 
 
 def _beat(channel: Channel, backends: Mapping[str, Backend], ended: threading.Event) -> None:
-    """Send a heartbeat every second."""
     while not ended.wait(BEAT_SECONDS):
         try:
             channel.send(Heartbeat(max((backend.memory_bytes() for backend in list(backends.values())), default=0)))
@@ -147,12 +146,13 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         job.value = job.text.conditions
 
     def model(job: _Job) -> None:
-        job.backend.adapt(job.run.adapter, job.run.scale)
-        job.value = job.backend.denoise(job.value, job.run.seeds, job.run.width, job.run.height, job.run.steps)
+        key = job.run.key
+        job.backend.adapt(key.adapter, key.scale)
+        job.value = job.backend.denoise(job.value, job.run.seeds, key.width, key.height, key.steps)
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))
-        expected = len(job.run.seeds), job.run.height, job.run.width, 3
+        expected = len(job.run.seeds), job.run.key.height, job.run.key.width, 3
         if pixels.shape != expected or pixels.dtype != np.uint8:
             raise ValueError(f"the model gave {pixels.dtype} of shape {pixels.shape}, not uint8 of {expected}")
         if pixels.nbytes > SLOT_BYTES:
@@ -183,7 +183,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
     while (command := channel.next_command()) is not None:
         match command:
             case RunBatch():
-                encoding.put(_Job(command, backends[command.model]))
+                encoding.put(_Job(command, backends[command.key.model]))
             case _:
                 changes.put(command)
     changes.put(None)  # nobody waits for what still loads
@@ -287,7 +287,6 @@ def _simulate(command: LoadModel, profile_path: str | None) -> Backend:
 
 
 def main() -> None:
-    """Entry point of the process."""
     for number in EXIT_SIGNALS:  # the terminal sends them to the whole group; the server first finishes its work
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]

@@ -76,12 +76,11 @@ class WorkerHandle:
         return [sent.batch for sent in self._sent.values()]
 
     def send(self, number: int, batch: ImageBatch, now: float) -> None:
-        """Send a batch."""
         slot = self._slots.pop()
         for image in batch.images:
             image.begun = True
         prompts, seeds = [image.prompt for image in batch.images], [image.seed for image in batch.images]
-        key, loaded = batch.key, self._models[batch.key.model]
+        loaded = self._models[batch.key.model]
         encoder = loaded.info.digest, loaded.environment, loaded.text_bytes  # equal ones encode to the same bits
         allocations = [self._allocator.allocate((*encoder, prompt), loaded.text_bytes) for prompt in prompts]
         self._sent[number] = _Sent(batch, slot, now, allocations)
@@ -89,16 +88,11 @@ class WorkerHandle:
         self._write(
             RunBatch(
                 batch=number,
-                model=key.model,
+                key=batch.key,
                 prompts=prompts,
                 embedding_slots=[each.slot if each else None for each in allocations],
                 seeds=seeds,
-                width=key.width,
-                height=key.height,
                 pixel_slot=slot,
-                adapter=key.adapter,
-                scale=key.scale,
-                steps=key.steps,
             )
         )
 
@@ -110,7 +104,6 @@ class WorkerHandle:
         return waiting
 
     def unload(self, command: UnloadModel | UnloadAdapter) -> None:
-        """Unload a model or an adapter."""
         self._write(command)
 
     def loaded(self, reply: ModelLoaded | LoadFailed) -> None:
@@ -159,7 +152,6 @@ class WorkerHandle:
         return max((now - max(sent.time, self._last_answer) for sent in self._sent.values()), default=0.0)
 
     async def close(self) -> None:
-        """Close the connection and end the worker."""
         for _, waiting in self._loading:
             if not waiting.cancelled():
                 waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))

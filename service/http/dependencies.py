@@ -1,6 +1,5 @@
 """What handlers need, as named types. All dependencies are coroutines, because FastAPI runs others in a thread."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -60,34 +59,27 @@ async def _jobs(jobs: Annotated[Jobs | None, _from_app("jobs")]) -> Jobs:
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The client of a request. `owner` is the name of its key, or its address on a server without keys."""
+def _owner_with(scope: Scope) -> Any:
+    """Return a dependency: the owner of the caller's key with a scope, or its address on a server without keys.
 
-    owner: str
+    It raises Unauthorized without a known key, Forbidden if the key does not have the scope.
+    """
 
-
-class RequireScope:
-    """A dependency on a key with a scope. A server without keys needs none."""
-
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-
-    async def __call__(
-        self,
+    async def owner(
         request: Request,
         authenticator: AuthenticatorDep,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
         api_key: Annotated[str | None, Depends(APIKeyHeader(name="api-key", auto_error=False))],
         x_api_key: Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_error=False))],
-    ) -> Caller:
-        """Raises Unauthorized without a known key, Forbidden if the key does not have the scope."""
+    ) -> str:
         token = bearer.credentials if bearer else api_key or x_api_key or ""
-        caller = Caller(await authenticator.owner(token, self._scope, request))
-        request.state.owner = caller.owner
-        return caller
+        name = await authenticator.owner(token, scope, request)
+        request.state.owner = name
+        return name
+
+    return Depends(owner)
 
 
-ImagesCaller = Annotated[Caller, Depends(RequireScope("generate"))]
-JobsCaller = Annotated[Caller, Depends(RequireScope("jobs"))]
-AdminCaller = Annotated[Caller, Depends(RequireScope("admin"))]
+ImagesOwner = Annotated[str, _owner_with("generate")]
+JobsOwner = Annotated[str, _owner_with("jobs")]
+AdminOwner = Annotated[str, _owner_with("admin")]

@@ -42,7 +42,6 @@ def install(app: FastAPI) -> None:
 
 
 def error_response(error: ServiceError) -> JSONResponse:
-    """Return the response of an error."""
     status, body, headers = to_openai(error)
     return JSONResponse(body, status, headers)
 

@@ -37,7 +37,6 @@ class GracefulServer(uvicorn.Server):
 
 
 def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[HttpProtocol] = HttpProtocol) -> uvicorn.Config:
-    """Return how uvicorn serves the app."""
     return uvicorn.Config(
         app,
         host=settings.http.host,

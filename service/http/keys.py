@@ -46,7 +46,6 @@ class ApiKey:
 
     @classmethod
     def of(cls, token: str, owner: str, scopes: Iterable[Scope]) -> "ApiKey":
-        """Return the key of a token."""
         return cls(owner, _digest(token), frozenset(scopes))
 
     @classmethod

@@ -31,12 +31,10 @@ class HttpProtocol(HttpToolsProtocol):
     _unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start waiting for a head."""
         super().connection_made(transport)
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all timers."""
         self._stop_head_timer()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
@@ -61,17 +59,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_head_timer()
 
     def on_message_begin(self) -> None:
-        """Handle the beginning of a head."""
         self._head_begun, self._head_bytes = True, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Handle a chunk of the path."""
         self._count_head(url)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Handle a header or a trailer."""
         self._count_head(name + value)
         super().on_header(name, value)
 
@@ -86,12 +81,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Handle a chunk of the body."""
         self._unframed_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Handle the end of a request."""
         if self._upgrade_ignored:
             return
         self._unframed_bytes = 0
@@ -192,7 +185,6 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _refuse(self, error: ServiceError, reason: str) -> None:
-        """Send the error and close the connection."""
         response = error_response(error)
         response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
         response.headers["connection"] = "close"

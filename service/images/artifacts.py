@@ -112,7 +112,6 @@ class ArtifactStore:
         return swept
 
     async def _run(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Call the store in a thread."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **options))
         except Exception as error:  # each kind of store has exceptions of its own

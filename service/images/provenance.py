@@ -35,7 +35,6 @@ class Provenance:
 
     @property
     def software(self) -> str:
-        """The name and version of this package."""
         return f"{NAME} {VERSION}"
 
 

@@ -62,7 +62,6 @@ class RealtimeSessions:
 
     @property
     def full(self) -> bool:
-        """Whether no more sessions may be opened."""
         return self.count >= self.settings.http.max_realtime_sessions
 
     async def serve(self, socket: WebSocket, token: str) -> None:

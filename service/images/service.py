@@ -46,7 +46,6 @@ class GeneratedImages:
 
     @property
     def texts(self) -> list[str]:
-        """The images as Base64."""
         return [base64.b64encode(data).decode() for data in self.encoded]
 
     def response(self, texts: Sequence[str] = (), urls: Sequence[str] = ()) -> ImagesResponse:
@@ -134,7 +133,6 @@ class ImageService:
         return images.response(urls=[self.artifacts.link(base, name) for name in names])
 
     def close(self) -> None:
-        """Wait for the encoders."""
         self._threads.shutdown()
 
     def _encode(

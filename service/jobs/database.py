@@ -109,7 +109,6 @@ class Database:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
-        """Close all connections."""
         self._engine.dispose()
         self._readers.dispose()
 

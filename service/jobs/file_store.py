@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal, TypeVar
 
 from sqlalchemy import Select, delete, func, or_, select, tuple_
 from sqlalchemy.orm import Session
@@ -19,6 +19,8 @@ from service.files import atomic_write
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, BatchRow, FileRow, JobRow
 
+R = TypeVar("R")
+Order = Literal["asc", "desc"]
 ORPHAN_SECONDS = 86_400  # after which bytes without a row are not an upload in progress, but the remains of one
 _PIECE = 1 << 20
 _OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # other files are never deleted
@@ -29,14 +31,16 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
-def page(rows: Select[Any], table: Any, after: Any, order: Literal["asc", "desc"], limit: int) -> Select[Any]:
-    """Select a page of rows after the row `after`, and one more row, which shows whether there are more pages."""
-    key = tuple_(table.created_at, table.id)
+def page(
+    session: Session, rows: Select[R], columns: Sequence[Any], after: R | None, limit: int, order: Order = "desc"
+) -> tuple[Sequence[R], bool]:
+    """Return the rows behind the row `after`, in the order of columns, and whether there are more."""
     if after is not None:
-        start = tuple_(after.created_at, after.id)
+        key, start = tuple_(*columns), tuple_(*(getattr(after, column.key) for column in columns))
         rows = rows.where(key > start if order == "asc" else key < start)
-    falling = (table.created_at.desc(), table.id.desc())
-    return rows.order_by(*(falling if order == "desc" else (table.created_at, table.id))).limit(limit + 1)
+    rows = rows.order_by(*(column if order == "asc" else column.desc() for column in columns))
+    found = session.scalars(rows.limit(limit + 1)).all()
+    return found[:limit], len(found) > limit
 
 
 class FileStore:
@@ -97,7 +101,7 @@ class FileStore:
             return self.own(session, owner, file_id, now, param)
 
     def index(
-        self, owner: str, purpose: str | None, after: str | None, order: Literal["asc", "desc"], limit: int, now: int
+        self, owner: str, purpose: str | None, after: str | None, order: Order, limit: int, now: int
     ) -> tuple[Sequence[FileRow], bool]:
         """Return a page of files by time of creation, and whether there are more."""
         rows = select(FileRow).where(FileRow.owner == owner, _unexpired(now))
@@ -105,8 +109,7 @@ class FileStore:
             rows = rows.where(FileRow.purpose == purpose)
         with self._database.read() as session:
             start = None if after is None else self.own(session, owner, after, now, "after")
-            found = session.scalars(page(rows, FileRow, start, order, limit)).all()
-        return found[:limit], len(found) > limit
+            return page(session, rows, (FileRow.created_at, FileRow.id), start, limit, order)
 
     def remove(self, owner: str, file_id: str, now: int) -> None:
         """Delete a file. Raises NotFound, and InvalidRequest while an unfinished batch or job needs it."""

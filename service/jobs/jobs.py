@@ -89,7 +89,6 @@ class Jobs:
 
     @property
     def open(self) -> bool:
-        """Whether requests are accepted."""
         return self._open
 
     def secret(self) -> bytes:

@@ -1,13 +1,14 @@
 """Files, batches and jobs on the wire, with OpenAI's names and types."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.datastructures import UploadFile
 
 from service.jobs.fine_tuning.options import DistillationOptions
-from service.schemas import ImageRequest
+from service.jobs.tables import Table
+from service.schemas import ImageRequest, RequestModel
 
 Endpoint = Literal["/v1/images/generations"]
 Purpose = Literal["batch", "batch_output", "fine-tune", "fine-tune-results"]
@@ -31,7 +32,17 @@ class Upload(BaseModel):
     seconds: Annotated[int | None, Field(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None
 
 
-class FileObject(BaseModel):
+class RowObject(BaseModel):
+    """An object that stands for a row of the database."""
+
+    @classmethod
+    def of(cls, row: Table, **others: Any) -> Self:
+        """Return the object of a row: the columns that are named like its fields, and the other fields."""
+        known = {name: getattr(row, name) for name in cls.model_fields if hasattr(row, name)}
+        return cls.model_validate(known | others)
+
+
+class FileObject(RowObject):
     """A file. Its bytes are at `/v1/files/{id}/content`."""
 
     id: str
@@ -44,27 +55,15 @@ class FileObject(BaseModel):
     status: Literal["processed"] = "processed"
 
 
-class FileDeleted(BaseModel):
-    """A deleted file."""
-
-    id: str
-    object: Literal["file"] = "file"
-    deleted: Literal[True] = True
-
-
-class Expiry(BaseModel):
+class Expiry(RequestModel):
     """The lifetime of a file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
-class BatchRequest(BaseModel):
+class BatchRequest(RequestModel):
     """`POST /v1/batches`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: Annotated[str, Field(description="A file of purpose `batch`: one request a line.")]
     endpoint: Endpoint
@@ -75,10 +74,8 @@ class BatchRequest(BaseModel):
     ] = None
 
 
-class BatchLine(BaseModel):
+class BatchLine(RequestModel):
     """One line of a batch's input file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     custom_id: Annotated[str, Field(min_length=1, max_length=512)]
     method: Literal["POST"]
@@ -110,29 +107,17 @@ class RequestCounts(BaseModel):
     failed: int
 
 
-class CachedTokens(BaseModel):
-    """Always zero."""
-
-    cached_tokens: int = 0
-
-
-class ReasoningTokens(BaseModel):
-    """Always zero."""
-
-    reasoning_tokens: int = 0
-
-
 class BatchUsage(BaseModel):
     """Text tokens in and latent patches out, of all lines so far."""
 
     input_tokens: int
-    input_tokens_details: CachedTokens = CachedTokens()
+    input_tokens_details: dict[Literal["cached_tokens"], Literal[0]] = {"cached_tokens": 0}
     output_tokens: int
-    output_tokens_details: ReasoningTokens = ReasoningTokens()
+    output_tokens_details: dict[Literal["reasoning_tokens"], Literal[0]] = {"reasoning_tokens": 0}
     total_tokens: int
 
 
-class BatchObject(BaseModel):
+class BatchObject(RowObject):
     """A batch. Times are null until they are reached."""
 
     id: str
@@ -161,10 +146,8 @@ class BatchObject(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-class Hyperparameters(BaseModel):
+class Hyperparameters(RequestModel):
     """OpenAI's hyperparameters; `distillation` has more."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     n_epochs: Annotated[Literal["auto"] | None, Field(description="The budget is `distillation.images`.")] = None
@@ -173,28 +156,22 @@ class Hyperparameters(BaseModel):
     ] = None
 
 
-class Supervised(BaseModel):
+class Supervised(RequestModel):
     """OpenAI's method, of which only the batch size is used."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     hyperparameters: Hyperparameters | None = None
 
 
-class JobMethod(BaseModel):
+class JobMethod(RequestModel):
     """The method of a job: another place for its hyperparameters or its `distillation` object."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["supervised", "distillation"]
     supervised: Supervised | None = None
     distillation: DistillationOptions | None = None
 
 
-class JobRequest(BaseModel):
+class JobRequest(RequestModel):
     """`POST /v1/fine_tuning/jobs`: distill a teacher on prompts, and serve the student."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[str, Field(description="A teacher of the server.", examples=["scenes"])]
     training_file: Annotated[str, Field(description="Prompts: a file of purpose `fine-tune`.")]
@@ -235,10 +212,7 @@ class JobMade(BaseModel):
     distillation: dict[str, Any]
 
 
-JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-
-
-class JobObject(BaseModel):
+class JobObject(RowObject):
     """A distillation job. Its progress, `images_seen` of `images_total`, is an extension."""
 
     id: str
@@ -258,13 +232,13 @@ class JobObject(BaseModel):
     organization_id: Annotated[str, Field(description="The name of the API key.")]
     result_files: Annotated[list[str], Field(description="The metrics of a job that has succeeded, as CSV.")]
     seed: int
-    status: JobStatus
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     trained_tokens: None = None
     training_file: str
     validation_file: None = None
 
 
-class JobEventObject(BaseModel):
+class JobEventObject(RowObject):
     """An event of a job. `data` has the metrics of a `metrics` event."""
 
     id: str
@@ -276,7 +250,7 @@ class JobEventObject(BaseModel):
     data: dict[str, Any] | None
 
 
-class JobCheckpointObject(BaseModel):
+class JobCheckpointObject(RowObject):
     """A checkpoint of a job with its metrics. The student is that of the best or the last one."""
 
     id: str
@@ -302,7 +276,6 @@ class Page(BaseModel, Generic[Item]):
 
     @classmethod
     def of(cls, data: Sequence[Item], has_more: bool) -> "Page[Item]":
-        """Return a page."""
         return cls(
             data=list(data),
             first_id=data[0].id if data else None,

@@ -124,7 +124,6 @@ class JobRow(Table):
 
     @property
     def student(self) -> str:
-        """The name of its student."""
         return f"ft:{self.model}:{self.suffix or ''}:{self.stem}"
 
 

@@ -44,19 +44,8 @@ class Webhooks:
 
     def announce(self, session: Session, owner: str, kind: str, subject: str, now: int) -> None:
         """Add an event for every endpoint, in the caller's transaction."""
-        for url in self._endpoints:
-            session.add(
-                DeliveryRow(
-                    id=new_id("evt_"),
-                    url=url,
-                    owner=owner,
-                    type=kind,
-                    subject=subject,
-                    created_at=now,
-                    attempts=0,
-                    next_at=now,
-                )
-            )
+        event = {"owner": owner, "type": kind, "subject": subject, "created_at": now, "next_at": now}
+        session.add_all(DeliveryRow(id=new_id("evt_"), url=url, **event) for url in self._endpoints)
 
     def begin_due(self, now: int) -> None:
         """Start the attempts that are due. A second call has no effect, because each attempt has its own key."""

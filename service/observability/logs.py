@@ -14,7 +14,6 @@ class JsonFormatter(logging.Formatter):
     """Formats UTC time, level, logger, message, and the fields of the record's `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
         extra = {name: value for name, value in vars(record).items() if name not in _KNOWN}
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),

@@ -47,11 +47,9 @@ class Trace:
 
     @property
     def link(self) -> Link:
-        """A link to this span for other spans."""
         return Link(self._span.get_span_context())
 
     def set_attributes(self, attributes: Attributes) -> None:
-        """Add attributes."""
         self._span.set_attributes(dict(attributes))
 
     def stage(self, name: str, began: float, ended: float, links: Sequence[Link] = ()) -> None:
@@ -61,13 +59,11 @@ class Trace:
             self._tracer.start_span(name, self._below, links=links, start_time=start).end(self._wall(ended))
 
     def end(self, ended: float, failed: bool) -> None:
-        """End the span."""
         if failed:
             self._span.set_status(StatusCode.ERROR)
         self._span.end(self._wall(ended))
 
     def _wall(self, seconds: float) -> int:
-        """Nanoseconds since 1970."""
         return self._epoch + int(1e9 * seconds)
 
 

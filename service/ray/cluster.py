@@ -66,8 +66,6 @@ class ReplicaMiddleware:
         self._report = serve.multiplexed(loaded, max_num_models_per_replica=limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
-
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-replica"] = self._name

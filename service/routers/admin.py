@@ -11,15 +11,14 @@ from fastapi import APIRouter
 from service.engine.backend import ModelInfo
 from service.engine.catalog import ADAPTER_FILE, STUDENT_FILE, find_folder, folders_with
 from service.engine.loaded_models import StoredAdapter, StoredStudent
-from service.http.dependencies import AdminCaller, EngineDep, LoadedModelsDep, SettingsDep
+from service.http.dependencies import AdminOwner, EngineDep, LoadedModelsDep, SettingsDep
 from service.routers.models import model_object
 from service.schemas import (
-    AdapterDeleted,
     AdapterToLoad,
+    Deleted,
     ErrorResponse,
     LoadedModel,
     LoadedModels,
-    ModelDeleted,
     StudentToLoad,
 )
 from service.settings import Settings
@@ -32,7 +31,7 @@ router = APIRouter(
 
 
 @router.get("/models")
-async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -> LoadedModels:
+async def index(settings: SettingsDep, engine: EngineDep, owner: AdminOwner) -> LoadedModels:
     """All models, the default one first, and the folders that can be loaded."""
     students = await asyncio.to_thread(folders_with, settings.models_folder, STUDENT_FILE)
     adapters = await asyncio.to_thread(folders_with, settings.models_folder, ADAPTER_FILE)
@@ -42,7 +41,7 @@ async def index(settings: SettingsDep, engine: EngineDep, caller: AdminCaller) -
 
 @router.post("/models")
 async def load(
-    body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
+    body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a student. The response is sent when every worker has it and requests may name it."""
     folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, STUDENT_FILE)
@@ -52,11 +51,11 @@ async def load(
 
 
 @router.delete("/models/{model:path}")
-async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller) -> ModelDeleted:
+async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner) -> Deleted:
     """Unload a model. The response is sent when its accepted requests are answered."""
     await engine.catalog.unload(model)
     await asyncio.to_thread(loaded.remove, model)
-    return ModelDeleted(id=model)
+    return Deleted(id=model, object="model")
 
 
 @router.post("/adapters")
@@ -65,7 +64,7 @@ async def load_adapter(
     settings: SettingsDep,
     engine: EngineDep,
     loaded: LoadedModelsDep,
-    caller: AdminCaller,
+    owner: AdminOwner,
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
     folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, ADAPTER_FILE)
@@ -76,13 +75,13 @@ async def load_adapter(
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(
-    name: str, model: str, engine: EngineDep, loaded: LoadedModelsDep, caller: AdminCaller
-) -> AdapterDeleted:
+    name: str, model: str, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
+) -> Deleted:
     """Unload an adapter of a model. The response is sent when its accepted requests are answered."""
     info = engine.catalog.get(model)
     await engine.catalog.unload_adapter(info.name, name)
     await asyncio.to_thread(loaded.remove, info.name, name)
-    return AdapterDeleted(id=name)
+    return Deleted(id=name, object="adapter")
 
 
 def _loaded_model(settings: Settings, info: ModelInfo) -> LoadedModel:

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from service.http.dependencies import JobsCaller, JobsDep, SettingsDep
+from service.http.dependencies import JobsDep, JobsOwner, SettingsDep
 from service.jobs import tables
-from service.jobs.schemas import BatchErrors, BatchObject, BatchRequest, BatchUsage, Page, RequestCounts
+from service.jobs.schemas import BatchObject, BatchRequest, Page
 from service.schemas import ErrorResponse
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"model": ErrorResponse}})
@@ -15,49 +15,43 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses={"4XX": {"m
 
 @router.post("")
 async def create(
-    body: BatchRequest, request: Request, settings: SettingsDep, jobs: JobsDep, caller: JobsCaller
+    body: BatchRequest, request: Request, settings: SettingsDep, jobs: JobsDep, owner: JobsOwner
 ) -> BatchObject:
     """Answer the requests of a file within 24 hours, at low priority. Images are links."""
     base = str(settings.http.public_url or request.base_url)
-    return _batch_object(await jobs.write(jobs.batches.create, body, caller.owner, base, int(time.time())))
+    return _batch_object(await jobs.write(jobs.batches.create, body, owner, base, int(time.time())))
 
 
 @router.get("")
 def index(
     jobs: JobsDep,
-    caller: JobsCaller,
+    owner: JobsOwner,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[BatchObject]:
     """Your batches, newest first."""
-    found, more = jobs.batches.index(caller.owner, after, limit)
+    found, more = jobs.batches.index(owner, after, limit)
     return Page[BatchObject].of([_batch_object(batch) for batch in found], more)
 
 
 @router.get("/{batch_id}")
-def show(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
+def show(batch_id: str, jobs: JobsDep, owner: JobsOwner) -> BatchObject:
     """One batch, with its counts as they stand."""
-    return _batch_object(jobs.batches.get(caller.owner, batch_id))
+    return _batch_object(jobs.batches.get(owner, batch_id))
 
 
 @router.post("/{batch_id}/cancel")
-async def cancel(batch_id: str, jobs: JobsDep, caller: JobsCaller) -> BatchObject:
+async def cancel(batch_id: str, jobs: JobsDep, owner: JobsOwner) -> BatchObject:
     """Start no further line; lines that were answered before are in the output file."""
-    return _batch_object(await jobs.write(jobs.batches.cancel, caller.owner, batch_id, int(time.time())))
+    return _batch_object(await jobs.write(jobs.batches.cancel, owner, batch_id, int(time.time())))
 
 
 def _batch_object(batch: tables.BatchRow) -> BatchObject:
-    known = {name: getattr(batch, name) for name in BatchObject.model_fields if hasattr(tables.BatchRow, name)}
-    return BatchObject.model_validate(
-        known
-        | {
-            "metadata": batch.details,
-            "errors": None if batch.errors is None else BatchErrors.model_validate({"data": batch.errors}),
-            "request_counts": RequestCounts(total=batch.total, completed=batch.completed, failed=batch.failed),
-            "usage": BatchUsage(
-                input_tokens=batch.input_tokens,
-                output_tokens=batch.output_tokens,
-                total_tokens=batch.input_tokens + batch.output_tokens,
-            ),
-        }
+    tokens = {"input_tokens": batch.input_tokens, "output_tokens": batch.output_tokens}
+    return BatchObject.of(
+        batch,
+        metadata=batch.details,
+        errors=None if batch.errors is None else {"data": batch.errors},
+        request_counts={"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        usage=tokens | {"total_tokens": batch.input_tokens + batch.output_tokens},
     )

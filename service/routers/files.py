@@ -9,11 +9,10 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from service.errors import InvalidRequest, NotFound
-from service.http.dependencies import JobsCaller, JobsDep
+from service.http.dependencies import JobsDep, JobsOwner
 from service.http.error_handlers import body_error
-from service.jobs import tables
-from service.jobs.schemas import FileDeleted, FileObject, Page, Purpose, Upload
-from service.schemas import ErrorResponse
+from service.jobs.schemas import FileObject, Page, Purpose, Upload
+from service.schemas import Deleted, ErrorResponse
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses={"4XX": {"model": ErrorResponse}})
 
@@ -31,7 +30,7 @@ FORM = {
 
 
 @router.post("", openapi_extra=FORM)
-async def upload(request: Request, jobs: JobsDep, caller: JobsCaller) -> FileObject:
+async def upload(request: Request, jobs: JobsDep, owner: JobsOwner) -> FileObject:
     """Store a file: `batch` for the lines of a batch, `fine-tune` for the prompts of a distillation job."""
     # The form is read here and not by a parameter, so that the server reads no upload without a valid key.
     async with request.form(max_files=1, max_fields=3) as form:
@@ -47,40 +46,40 @@ async def upload(request: Request, jobs: JobsDep, caller: JobsCaller) -> FileObj
         kept = await jobs.write(
             jobs.files.add,
             given.file.file,
-            owner=caller.owner,
+            owner=owner,
             purpose=given.purpose,
             filename=given.file.filename or "file",
             now=int(time.time()),
             lifetime=given.seconds,
         )
-    return _file_object(kept)
+    return FileObject.of(kept)
 
 
 @router.get("")
 def index(
     jobs: JobsDep,
-    caller: JobsCaller,
+    owner: JobsOwner,
     purpose: Purpose | None = None,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
     """Your files, newest first."""
-    found, more = jobs.files.index(caller.owner, purpose, after, order, limit, int(time.time()))
-    return Page[FileObject].of([_file_object(file) for file in found], more)
+    found, more = jobs.files.index(owner, purpose, after, order, limit, int(time.time()))
+    return Page[FileObject].of([FileObject.of(file) for file in found], more)
 
 
 @router.get("/{file_id}")
-def show(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileObject:
+def show(file_id: str, jobs: JobsDep, owner: JobsOwner) -> FileObject:
     """One file."""
-    return _file_object(jobs.files.get(caller.owner, file_id, int(time.time())))
+    return FileObject.of(jobs.files.get(owner, file_id, int(time.time())))
 
 
 @router.delete("/{file_id}")
-async def remove(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileDeleted:
+async def remove(file_id: str, jobs: JobsDep, owner: JobsOwner) -> Deleted:
     """Delete a file, unless an unfinished batch or job needs it."""
-    await jobs.write(jobs.files.remove, caller.owner, file_id, int(time.time()))
-    return FileDeleted(id=file_id)
+    await jobs.write(jobs.files.remove, owner, file_id, int(time.time()))
+    return Deleted(id=file_id, object="file")
 
 
 @router.get(
@@ -88,9 +87,9 @@ async def remove(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileDeleted
     response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
+def content(file_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
     """The bytes of a file."""
-    file = jobs.files.get(caller.owner, file_id, int(time.time()))
+    file = jobs.files.get(owner, file_id, int(time.time()))
     path = jobs.files.path(file.id)
     if not path.exists():  # deleted after the look-up
         raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", code="file_not_found")
@@ -100,7 +99,3 @@ def content(file_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
         filename=file.filename,
         headers={"x-content-type-options": "nosniff"},
     )
-
-
-def _file_object(file: tables.FileRow) -> FileObject:
-    return FileObject.model_validate(file, from_attributes=True)

@@ -1,25 +1,15 @@
 """`/v1/fine_tuning/jobs`: distillation jobs, in OpenAI's format."""
 
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 
 from service.errors import InvalidRequest
-from service.http.dependencies import JobsCaller, JobsDep
+from service.http.dependencies import JobsDep, JobsOwner
 from service.jobs import tables
 from service.jobs.fine_tuning.options import DistillationOptions
-from service.jobs.schemas import (
-    JobCheckpointObject,
-    JobError,
-    JobEventObject,
-    JobHyperparameters,
-    JobMade,
-    JobObject,
-    JobRequest,
-    JobStatus,
-    Page,
-)
+from service.jobs.schemas import JobCheckpointObject, JobEventObject, JobObject, JobRequest, Page
 from service.schemas import ErrorResponse
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses={"4XX": {"model": ErrorResponse}})
@@ -28,11 +18,11 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create(body: JobRequest, jobs: JobsDep, caller: JobsCaller) -> JobObject:
+async def create(body: JobRequest, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Distill a teacher into a one-step student, which is served after the job has succeeded."""
     made = await jobs.write(
         jobs.fine_tuning.create,
-        caller.owner,
+        owner,
         model=body.model,
         training_file=body.training_file,
         options=_options_of(body),
@@ -52,62 +42,62 @@ def _metadata(request: Request) -> dict[str, str]:
 @router.get("")
 def index(
     jobs: JobsDep,
-    caller: JobsCaller,
+    owner: JobsOwner,
     metadata: Annotated[dict[str, str], Depends(_metadata)],
     after: str | None = None,
     limit: Limit = 20,
 ) -> Page[JobObject]:
     """Your jobs, newest first; `metadata[key]=value` filters them."""
-    found, more = jobs.fine_tuning.index(caller.owner, after, limit, metadata)
+    found, more = jobs.fine_tuning.index(owner, after, limit, metadata)
     return Page[JobObject].of([_job_object(job) for job in found], more)
 
 
 @router.get("/{job_id}")
-def show(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
+def show(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """One job."""
-    return _job_object(jobs.fine_tuning.get(caller.owner, job_id))
+    return _job_object(jobs.fine_tuning.get(owner, job_id))
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
+async def cancel(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Cancel a job. A running one is cancelled when its process has ended."""
-    return _job_object(await jobs.write(jobs.fine_tuning.cancel, caller.owner, job_id))
+    return _job_object(await jobs.write(jobs.fine_tuning.cancel, owner, job_id))
 
 
 @router.post("/{job_id}/pause")
-async def pause(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
+async def pause(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Pause a job. A running one is paused when its process has written a checkpoint."""
-    return _job_object(await jobs.write(jobs.fine_tuning.pause, caller.owner, job_id))
+    return _job_object(await jobs.write(jobs.fine_tuning.pause, owner, job_id))
 
 
 @router.post("/{job_id}/resume")
-async def resume(job_id: str, jobs: JobsDep, caller: JobsCaller) -> JobObject:
+async def resume(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Resume a paused job from its checkpoint."""
-    return _job_object(await jobs.write(jobs.fine_tuning.resume, caller.owner, job_id))
+    return _job_object(await jobs.write(jobs.fine_tuning.resume, owner, job_id))
 
 
 @router.get("/{job_id}/events")
 def events(
-    job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 20
+    job_id: str, jobs: JobsDep, owner: JobsOwner, after: str | None = None, limit: Limit = 20
 ) -> Page[JobEventObject]:
     """The events of a job, newest first."""
-    found, more = jobs.fine_tuning.events(caller.owner, job_id, after, limit)
-    return Page[JobEventObject].of([JobEventObject.model_validate(each, from_attributes=True) for each in found], more)
+    found, more = jobs.fine_tuning.events(owner, job_id, after, limit)
+    return Page[JobEventObject].of([JobEventObject.of(each) for each in found], more)
 
 
 @router.get("/{job_id}/checkpoints")
 def checkpoints(
-    job_id: str, jobs: JobsDep, caller: JobsCaller, after: str | None = None, limit: Limit = 10
+    job_id: str, jobs: JobsDep, owner: JobsOwner, after: str | None = None, limit: Limit = 10
 ) -> Page[JobCheckpointObject]:
     """The checkpoints of a job, newest first."""
-    found, more = jobs.fine_tuning.checkpoints(caller.owner, job_id, after, limit)
+    found, more = jobs.fine_tuning.checkpoints(owner, job_id, after, limit)
     return Page[JobCheckpointObject].of([_checkpoint_object(each) for each in found], more)
 
 
 @router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
-def sample(job_id: str, jobs: JobsDep, caller: JobsCaller) -> FileResponse:
+def sample(job_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
     """The newest grid of the student's images, always of the same prompts and seeds (extension)."""
-    return FileResponse(jobs.fine_tuning.sample(caller.owner, job_id), media_type="image/png")
+    return FileResponse(jobs.fine_tuning.sample(owner, job_id), media_type="image/png")
 
 
 def _options_of(body: JobRequest) -> DistillationOptions:
@@ -129,33 +119,14 @@ def _options_of(body: JobRequest) -> DistillationOptions:
 
 
 def _job_object(job: tables.JobRow) -> JobObject:
-    return JobObject(
-        id=job.id,
-        created_at=job.created_at,
-        error=JobError(**job.error) if job.error else None,
-        estimated_finish=job.estimated_finish,
+    return JobObject.of(
+        job,
         fine_tuned_model=job.fine_tuned_model if job.status == "succeeded" and job.deleted_at is None else None,
-        finished_at=job.finished_at,
-        hyperparameters=JobHyperparameters(batch_size=job.hyperparameters["batch_size"]),
-        images_seen=job.images_seen,
-        images_total=job.images_total,
         metadata=job.details,
-        method=JobMade(distillation=job.distillation),
-        model=job.model,
+        method={"distillation": job.distillation},
         organization_id=job.owner,
-        result_files=job.result_files,
-        seed=job.seed,
-        status=cast(JobStatus, job.status),
-        training_file=job.training_file,
     )
 
 
 def _checkpoint_object(row: tables.JobCheckpointRow) -> JobCheckpointObject:
-    return JobCheckpointObject(
-        id=row.id,
-        created_at=row.created_at,
-        fine_tuned_model_checkpoint=row.model,
-        fine_tuning_job_id=row.job_id,
-        metrics=row.metrics,
-        step_number=row.step_number,
-    )
+    return JobCheckpointObject.of(row, fine_tuned_model_checkpoint=row.model, fine_tuning_job_id=row.job_id)

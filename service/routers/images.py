@@ -14,8 +14,8 @@ from service.http.accept import IMAGES, image_type
 from service.http.dependencies import (
     EngineDep,
     IdempotencyDep,
-    ImagesCaller,
     ImagesDep,
+    ImagesOwner,
     RateLimiterDep,
     SettingsDep,
 )
@@ -66,7 +66,7 @@ async def generate(
     rate_limiter: RateLimiterDep,
     idempotency: IdempotencyDep,
     engine: EngineDep,
-    caller: ImagesCaller,
+    owner: ImagesOwner,
     body: Validated,
     accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -81,12 +81,12 @@ async def generate(
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
     async with engine.catalog.use(body.model, body.lora.name if body.lora else None):
-        generation, output = images.resolve(body, caller.owner)
+        generation, output = images.resolve(body, owner)
         request.state.user = body.user
         request.state.prompt = body.prompt if settings.observability.log_prompts else None
 
         async def answer() -> Response:
-            rate_limiter.take(caller.owner, len(generation.seeds))
+            rate_limiter.take(owner, len(generation.seeds))
             generated = await _unless_disconnected(request, images.generate(generation, output))
             headers = {"server-timing": generated.server_timing}
             if raw is not None:
@@ -102,7 +102,7 @@ async def generate(
         if idempotency_key is None:
             return await answer()
         fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
-        return await idempotency.run_once(caller.owner, idempotency_key, fingerprint, answer)
+        return await idempotency.run_once(owner, idempotency_key, fingerprint, answer)
 
 
 def _check_consistency(body: ImageRequest, raw: str | None) -> None:

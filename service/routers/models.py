@@ -6,14 +6,14 @@ from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
 from service.errors import Forbidden
-from service.http.dependencies import ImagesCaller, ImagesDep, JobsCaller, JobsDep, SettingsDep
-from service.schemas import ErrorResponse, Model, ModelDeleted, ModelList
+from service.http.dependencies import ImagesDep, ImagesOwner, JobsDep, JobsOwner, SettingsDep
+from service.schemas import Deleted, ErrorResponse, Model, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"4XX": {"model": ErrorResponse}})
 
 
 @router.get("")
-async def index(images: ImagesDep, settings: SettingsDep, caller: ImagesCaller) -> ModelList:
+async def index(images: ImagesDep, settings: SettingsDep, owner: ImagesOwner) -> ModelList:
     """All models, the default one first, then the aliases."""
     models = images.engine.catalog.models
     names = [*models, *(alias for alias, name in settings.aliases.items() if name in models)]
@@ -21,15 +21,15 @@ async def index(images: ImagesDep, settings: SettingsDep, caller: ImagesCaller) 
 
 
 @router.get("/{model:path}")
-async def show(model: str, images: ImagesDep, caller: ImagesCaller) -> Model:
+async def show(model: str, images: ImagesDep, owner: ImagesOwner) -> Model:
     """One model."""
     return model_object(model, images.engine.catalog.get(model))
 
 
 @router.delete("/{model:path}")
-def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> ModelDeleted:
+def remove(model: str, images: ImagesDep, jobs: JobsDep, owner: JobsOwner) -> Deleted:
     """Delete a student of one of your jobs. The logs and samples of its run stay."""
-    if not jobs.fine_tuning.delete_student(caller.owner, model, int(time.time())):
+    if not jobs.fine_tuning.delete_student(owner, model, int(time.time())):
         images.engine.catalog.get(model)
         raise Forbidden(
             "this model is the server's own; an administrator unloads it with DELETE /v1/admin/models",
@@ -37,7 +37,7 @@ def remove(model: str, images: ImagesDep, jobs: JobsDep, caller: JobsCaller) -> 
             "not_your_model",
         )
     jobs.students.serve()
-    return ModelDeleted(id=model)
+    return Deleted(id=model, object="model")
 
 
 def model_object(name: str, info: ModelInfo) -> Model:

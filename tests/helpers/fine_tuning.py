@@ -8,9 +8,9 @@ from pathlib import Path
 
 import openai
 from running import serving
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.jobs.jobs import Jobs
 from service.jobs.tables import JobRow

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import openai
 import pytest
 from running import serving
+from worker_threads import worker_threads
 
 from service.app import create_app
 from service.engine.backend import Backend
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

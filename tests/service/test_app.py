@@ -17,9 +17,9 @@ import pytest
 from engines import Gate
 from PIL import Image
 from running import metric, serving, until
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

@@ -6,10 +6,10 @@ import time
 import openai
 import pytest
 from running import serving
+from worker_threads import worker_threads
 
 from service import errors
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.errors import HTTP_STATUS, ServiceError
 from service.settings import Settings

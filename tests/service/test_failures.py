@@ -24,10 +24,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from old_database import add_old_job, check_upgraded
 from running import serving
 from sqlalchemy import create_engine, select, text
+from worker_threads import worker_threads
 
 from benchmarks import postgres
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.errors import StartError, Unavailable
 from service.images.artifacts import THREADS

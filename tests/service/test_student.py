@@ -17,6 +17,7 @@ from engines import make, make_all, run
 from PIL import Image
 from running import metric, serving, until
 from safetensors.torch import load_file, save_file
+from worker_threads import worker_threads
 
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
@@ -27,7 +28,7 @@ from service.app import create_app
 from service.engine.backend import ModelInfo
 from service.engine.embeddings import EmbeddingAllocator, SharedEmbeddings
 from service.engine.engine import Engine
-from service.engine.launch import SharedMemory, WorkerPool, worker_processes, worker_threads
+from service.engine.launch import SharedMemory, WorkerPool, worker_processes
 from service.engine.model_loader import load_backend
 from service.engine.simulator import Simulator
 from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError

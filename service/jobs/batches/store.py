@@ -74,9 +74,8 @@ class BatchStore:
         """Return a page of batches, newest first, and whether there are more."""
         with self._database.read() as session:
             start = None if after is None else _owned(session, owner, after, "after")
-            rows = page(select(BatchRow).where(BatchRow.owner == owner), BatchRow, start, "desc", limit)
-            found = session.scalars(rows).all()
-        return found[:limit], len(found) > limit
+            rows = select(BatchRow).where(BatchRow.owner == owner)
+            return page(session, rows, (BatchRow.created_at, BatchRow.id), start, limit)
 
     def cancel(self, owner: str, batch_id: str, now: int) -> BatchRow:
         """Start no further line. Raises NotFound, and InvalidRequest for a batch that has ended or is finalizing."""

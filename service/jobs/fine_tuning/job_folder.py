@@ -109,7 +109,6 @@ class JobFolder:
         return max((self.run / "samples").glob("*.png"), default=None)
 
     def has_student(self) -> bool:
-        """Whether the student is complete."""
         return (self.student / "onestep.json").exists()
 
     def log_tail(self) -> str:
@@ -133,7 +132,6 @@ class JobFolder:
             yield line.replace(f"{self._path}/", "")  # clients do not need to know it
 
     def remove_student(self) -> None:
-        """Delete the student."""
         shutil.rmtree(self.student, ignore_errors=True)
 
     def remove_checkpoints(self) -> None:
@@ -142,5 +140,4 @@ class JobFolder:
             shutil.rmtree(self.run / name, ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete the folder."""
         shutil.rmtree(self._path, ignore_errors=True)

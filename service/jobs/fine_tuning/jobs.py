@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
@@ -71,8 +71,6 @@ class FineTuningJobs:
             details=metadata,
             result_files=[],
             created_at=int(time.time()),
-            starts=0,
-            images_seen=0,
             images_total=options.images,
         )
         with self._database.begin(owner) as session:
@@ -110,15 +108,15 @@ class FineTuningJobs:
             rows = rows.where(exists().where(pair.c.key == key, pair.c.value == value))
         with self._database.read() as session:
             start = None if after is None else _owned(session, owner, after, "after")
-            found = session.scalars(page(rows, JobRow, start, "desc", limit)).all()
-        return found[:limit], len(found) > limit
+            return page(session, rows, (JobRow.created_at, JobRow.id), start, limit)
 
     def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEventRow], bool]:
         """Return a page of the events of a job, newest first, and whether there are more."""
         with self._database.read() as session:
             _owned(session, owner, name)
-            start = None if after is None else _part(session, JobEventRow, after, name).number
-            return _newest(session, JobEventRow, name, JobEventRow.number, start, limit)
+            start = None if after is None else _part(session, JobEventRow, after, name)
+            rows = select(JobEventRow).where(JobEventRow.job_id == name)
+            return page(session, rows, [JobEventRow.number], start, limit)
 
     def checkpoints(
         self, owner: str, name: str, after: str | None, limit: int
@@ -126,8 +124,9 @@ class FineTuningJobs:
         """Return a page of the checkpoints of a job, newest first, and whether there are more."""
         with self._database.read() as session:
             _owned(session, owner, name)
-            start = None if after is None else _part(session, JobCheckpointRow, after, name).step_number
-            return _newest(session, JobCheckpointRow, name, JobCheckpointRow.step_number, start, limit)
+            start = None if after is None else _part(session, JobCheckpointRow, after, name)
+            rows = select(JobCheckpointRow).where(JobCheckpointRow.job_id == name)
+            return page(session, rows, [JobCheckpointRow.step_number], start, limit)
 
     def sample(self, owner: str, name: str) -> Path:
         """Return the newest grid of sample images, a PNG. Raises NotFound."""
@@ -244,11 +243,3 @@ def _part(session: Session, kind: type[Part], name: str, job: str) -> Part:
     if found is None or found.job_id != job:
         raise NotFound(f"there is no {quoted(name)} in this job", "after")
     return found
-
-
-def _newest(
-    session: Session, kind: type[Part], job: str, number: Any, before: int | None, limit: int
-) -> tuple[Sequence[Part], bool]:
-    rows = select(kind).where(kind.job_id == job).order_by(number.desc()).limit(limit + 1)
-    found = session.scalars(rows if before is None else rows.where(number < before)).all()
-    return found[:limit], len(found) > limit

@@ -3,7 +3,9 @@
 import json
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from service.schemas import RequestModel
 
 _Count = Annotated[int, Field(ge=1, le=10**10)]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -31,10 +33,8 @@ KEYS = {
 }  # fields that are passed on unchanged, and their keys in the configuration of a run
 
 
-class DistillationOptions(BaseModel):
+class DistillationOptions(RequestModel):
     """The `distillation` object of a job. None keeps the value of the preset."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     preset: Annotated[_Name | None, Field(description="Of `distill run`; `scenes` if not given, for that teacher.")] = (
         None

@@ -27,7 +27,6 @@ LOST = 1  # the status after an exception, which is also what a process raises t
 
 
 def main() -> int:
-    """Run the command until it exits."""
     seconds, number, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)  # the command gets them too; not SIG_IGN, which it would inherit
@@ -46,7 +45,6 @@ def main() -> int:
 
 
 def _environments(number: int) -> list[dict[str, str]]:
-    """Return the environment of each process."""
     if number == 1:
         return [dict(os.environ)]
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -23,7 +23,6 @@ class LogLine:
 
     @property
     def key(self) -> str:
-        """Identifies the line within its run."""
         return f"{self.kind}-{self.values.get('name', self.images)}"
 
 
@@ -41,7 +40,6 @@ class RunLog:
         return self._parsed(self._new())
 
     def all(self) -> Iterator[LogLine]:
-        """Yield all complete lines."""
         return RunLog(self._kind, self._path).new()
 
     def newest(self, images: int) -> LogLine | None:

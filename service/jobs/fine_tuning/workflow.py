@@ -100,7 +100,6 @@ class FineTuningWorkflow:
         self._webhooks.announce(session, job.owner, f"fine_tuning.job.{status}", job.id, now)
 
     def folder(self, job: JobRow) -> JobFolder:
-        """Return the folder of a job."""
         return JobFolder.of(self._data, job.id)
 
     def begin_waiting(self, now: int) -> None:

@@ -8,11 +8,11 @@ from fine_tuning import PROMPTS, server
 from receiver import receiving
 from running import serving
 from typer.testing import CliRunner, Result
+from worker_threads import worker_threads
 
 from distill.cli import app, remote
 from distill.errors import RemoteError, ServerUnavailableError
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 from engines import Gate, is_of, make, run, value
+from worker_threads import start_thread, worker_threads
 
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
-from service.engine.launch import SharedMemory, Worker, WorkerPool, start_thread, worker_processes, worker_threads
+from service.engine.launch import SharedMemory, Worker, WorkerPool, worker_processes
 from service.engine.simulator import Simulator
 from service.errors import InvalidRequest, NotFound, StartError, Unavailable
 from service.settings import Settings

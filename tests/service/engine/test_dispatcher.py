@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from engines import Gate, is_of, is_whole, make, make_all, run, value
+from worker_threads import worker_threads
 
 from service.engine.batcher import Priority
 from service.engine.engine import Engine
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.engine.worker import SLOT_BYTES
 from service.errors import GenerationFailed, InvalidRequest, Overloaded, TimedOut, Unavailable

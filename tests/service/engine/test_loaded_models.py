@@ -7,10 +7,10 @@ import httpx
 import pytest
 from engines import run
 from running import serving
+from worker_threads import worker_threads
 
 from service.app import create_app
 from service.engine.engine import Engine
-from service.engine.launch import worker_threads
 from service.engine.loaded_models import LoadedModelStore, StoredAdapter, StoredModels, StoredStudent
 from service.engine.simulator import Simulator
 from service.errors import StartError

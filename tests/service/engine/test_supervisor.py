@@ -9,10 +9,11 @@ import threading
 
 import pytest
 from engines import is_of, is_whole, make, run, value
+from worker_threads import start_thread, worker_threads
 
 from service.engine.backend import DeviceLost
 from service.engine.engine import Engine
-from service.engine.launch import SharedMemory, Worker, WorkerPool, start_thread, worker_processes, worker_threads
+from service.engine.launch import SharedMemory, Worker, WorkerPool, worker_processes
 from service.engine.simulator import Simulator
 from service.engine.worker import SLOT_BYTES
 from service.settings import Settings

@@ -9,9 +9,9 @@ import pytest
 from running import metric, serving, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.http.protocol import HttpProtocol
 from service.settings import Settings

@@ -4,9 +4,9 @@ import asyncio
 
 import fsspec
 import pytest
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.images.artifacts import ArtifactStore

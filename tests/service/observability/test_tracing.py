@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from running import serving
 from websockets.sync.client import connect
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.errors import StartError
 from service.observability.tracing import Tracing
@@ -192,11 +192,9 @@ def test_without_a_collector_the_sdk_is_not_imported():
 import sys
 from starlette.testclient import TestClient
 from service.app import create_app
-from service.engine.simulator import Simulator
-from service.engine.launch import worker_threads
 from service.settings import Settings
 
-with TestClient(create_app(Settings(), worker_threads(Simulator(0, 0))), "http://localhost") as client:
+with TestClient(create_app(Settings(engine={"devices": "simulator"})), "http://localhost") as client:
     assert client.post("/v1/images/generations", json={"prompt": "x"}).status_code == 200
 sys.exit("service.observability.tracing" in sys.modules or "opentelemetry.sdk" in sys.modules)
 """

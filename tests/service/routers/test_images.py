@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import generate, serving
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

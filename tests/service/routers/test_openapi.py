@@ -5,9 +5,9 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from running import serving
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

@@ -7,9 +7,9 @@ import re
 import httpx
 import pytest
 from running import metric, serving
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.settings import Settings
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from running import metric, serving
 from selenium.webdriver.common.keys import Keys
+from worker_threads import worker_threads
 
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.jobs.fine_tuning.events import record_event, record_log_lines
 from service.jobs.fine_tuning.run_log import LogLine

@@ -22,10 +22,10 @@ from fine_tuning import ENDLESS, SERVE, TINY, add_job, event_messages, server, s
 from PIL import Image
 from receiver import SECRET, receiving
 from running import serving
+from worker_threads import worker_threads
 
 from distill.pipeline import OneStepPipeline
 from service.app import create_app
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.http.keys import ApiKey
 from service.jobs.fine_tuning.run_process import SUPERVISOR

@@ -6,9 +6,9 @@ import sqlite3
 
 from engines import run
 from fine_tuning import add_job
+from worker_threads import worker_threads
 
 from service.engine.engine import Engine
-from service.engine.launch import worker_threads
 from service.engine.simulator import Simulator
 from service.jobs import sqlite
 from service.jobs.fine_tuning.job_folder import JobFolder
