@@ -31,6 +31,16 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
+def file_row(
+    file_id: str, owner: str, purpose: str, filename: str, size: int, now: int, lifetime: int | None = None
+) -> FileRow:
+    """Return the row of a file that is kept for `lifetime` seconds, or until it is deleted."""
+    expires = None if lifetime is None else now + lifetime
+    return FileRow(
+        id=file_id, owner=owner, purpose=purpose, filename=filename, bytes=size, created_at=now, expires_at=expires
+    )
+
+
 def page(
     session: Session, rows: Select[R], columns: Sequence[Any], after: R | None, limit: int, order: Order = "desc"
 ) -> tuple[Sequence[R], bool]:
@@ -71,15 +81,7 @@ class FileStore:
             raise BodyTooLarge(f"the file is over the limit of {self._max_bytes} bytes", "file", "file_too_large")
         with self._database.read() as session:
             self._check_quota(session, owner, size)
-        file = FileRow(
-            id=new_id("file-"),
-            owner=owner,
-            purpose=purpose,
-            filename=_sanitized(filename),
-            bytes=size,
-            created_at=now,
-            expires_at=None if lifetime is None else now + lifetime,
-        )
+        file = file_row(new_id("file-"), owner, purpose, _sanitized(filename), size, now, lifetime)
         try:
             with self.writing(file.id) as target:
                 shutil.copyfileobj(source, target, _PIECE)

@@ -10,9 +10,9 @@ from service.errors import InvalidRequest, NotFound, Overloaded, quoted
 from service.jobs.batches.lines import WINDOW_SECONDS, LineAnswer, LineError, Outcome
 from service.jobs.batches.output_file import OutputFile
 from service.jobs.database import Database
-from service.jobs.file_store import FileStore, new_id, page
+from service.jobs.file_store import FileStore, file_row, new_id, page
 from service.jobs.schemas import BatchRequest
-from service.jobs.tables import ENDED, AnswerRow, BatchRow, FileRow
+from service.jobs.tables import ENDED, AnswerRow, BatchRow
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 
@@ -180,17 +180,8 @@ class BatchStore:
                 return False
             for file, name in ((output, "output"), (errors, "error")):
                 if file.lines:
-                    session.add(
-                        FileRow(
-                            id=file.id,
-                            owner=batch.owner,
-                            purpose="batch_output",
-                            filename=f"{batch_id}_{name}.jsonl",
-                            bytes=file.bytes,
-                            created_at=now,
-                            expires_at=None if batch.output_seconds is None else now + batch.output_seconds,
-                        )
-                    )
+                    filename, lifetime = f"{batch_id}_{name}.jsonl", batch.output_seconds
+                    session.add(file_row(file.id, batch.owner, "batch_output", filename, file.bytes, now, lifetime))
             batch.output_file_id = output.id if output.lines else None
             batch.error_file_id = errors.id if errors.lines else None
             batch.failed = errors.lines  # includes the lines that never started

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from sqlalchemy.orm import Session
 from service.errors import NotFound, shortened
 from service.files import DISK_FULL
 from service.jobs.database import Database
-from service.jobs.file_store import FileStore
+from service.jobs.file_store import FileStore, file_row
 from service.jobs.fine_tuning.commands import find_teacher, prompts_command, run_command
 from service.jobs.fine_tuning.eta import EtaEstimator
 from service.jobs.fine_tuning.events import Level, record_checkpoint, record_event, record_log_lines
@@ -85,7 +86,15 @@ class FineTuningWorkflow:
         else:
             self._workflows.begin("distillation", f"{job.id}.{job.starts}")
 
-    def end(self, session: Session, job: JobRow, status: str, message: str, level: Level = "info") -> None:
+    def end(
+        self,
+        session: Session,
+        job: JobRow,
+        status: str,
+        message: str,
+        level: Level = "info",
+        error: dict[str, str | None] | None = None,
+    ) -> None:
         """Set the final status of a job in the caller's transaction, unless it has one already.
 
         If the job did not succeed, a student that it has made is no longer served.
@@ -95,7 +104,8 @@ class FineTuningWorkflow:
         now = int(time.time())
         if status != "succeeded":
             job.fine_tuned_model = None
-        job.status, job.requested_action, job.finished_at, job.estimated_finish = status, None, now, None
+        job.status, job.error, job.requested_action = status, error, None
+        job.finished_at, job.estimated_finish = now, None
         record_event(session, job, message, level)
         self._webhooks.announce(session, job.owner, f"fine_tuning.job.{status}", job.id, now)
 
@@ -121,7 +131,7 @@ class FineTuningWorkflow:
         for job in jobs:
             self.folder(job).remove_student()
             with self._database.begin() as session:
-                _row(session, job).fine_tuned_model = None
+                session.get_one(JobRow, job.id, with_for_update=True).fine_tuned_model = None
 
     # Validation
 
@@ -132,7 +142,7 @@ class FineTuningWorkflow:
         if job is not None and job.status == "validating_files":
             with self._fail_on_error(job):
                 self._validate_prompts(job, self.folder(job))
-            validated = self._transact(lambda session: _queue(session, _row(session, job)))
+            validated = self._update(job, _queue)
             if validated.status == "queued":
                 self.begin(validated)
             self._webhooks.begin_due(int(time.time()))
@@ -166,7 +176,9 @@ class FineTuningWorkflow:
     def _run(self, key: str) -> None:
         """The workflow of a queued job: run it until it ends or is paused."""
         name, _, start = key.partition(".")
-        job = self._transact(lambda session: _start(session, name, int(start)))
+        job = self._database.retry_transaction(
+            lambda session: _start(session, name, int(start)), self._workflows.stopping
+        )
         if job is not None:
             with self._fail_on_error(job):
                 self._distill(job, self.folder(job))
@@ -179,16 +191,14 @@ class FineTuningWorkflow:
         crashes, furthest = 0, -1
         while True:
             status, stopped = self._run_once(job, folder, command)
-            action = self._transact(lambda session: _row(session, job).requested_action)
+            action = self._update(job, lambda session, row: row.requested_action)
             if action == "cancel":
-                self._transact(
-                    lambda session: self.end(session, _row(session, job), "cancelled", "The job is cancelled.")
-                )
+                self._update(job, lambda session, row: self.end(session, row, "cancelled", "The job is cancelled."))
                 return
             if status == 0 and folder.has_student():
                 self._succeed(job, folder)
                 return
-            if action == "pause" and self._transact(lambda session: _pause(session, _row(session, job))):
+            if action == "pause" and self._update(job, _pause):
                 return
             if status == REFUSED:
                 raise _refusal(folder.error())
@@ -199,7 +209,8 @@ class FineTuningWorkflow:
                 if crashes == CRASHES:
                     message = f"the run crashed {crashes} times after {seen} images: {folder.log_tail()}"
                     raise JobFailed(message, "run_crashed")
-                self._warn(job, f"The run crashed with status {status}; it resumes from {seen} images.")
+                crash = f"The run crashed with status {status}; it resumes from {seen} images."
+                self._update(job, partial(record_event, message=crash, level="warn"))
             # The process of a dead server still uses the folder until it has written its checkpoint.
             self._workflows.wait(POLL_SECONDS)
 
@@ -232,25 +243,23 @@ class FineTuningWorkflow:
         """
         budget, checkpoints, lines = folder.budget(), folder.new_checkpoints(), folder.new_lines()
 
-        def record_lines(session: Session) -> None:
-            row = _row(session, job)
+        def record_lines(session: Session, row: JobRow) -> None:
             row.images_total = budget or row.images_total
             record_log_lines(session, row, piece)
 
         while piece := list(islice(lines, LINES)):
-            self._transact(record_lines)
+            self._update(job, record_lines)
         # After the lines: an evaluation that is written from now on is added to its checkpoint with its own line.
         metrics = {images: folder.metrics(images) for images in checkpoints}
 
-        def record_checkpoints(session: Session) -> bool:
-            row = _row(session, job)
+        def record_checkpoints(session: Session, row: JobRow) -> bool:
             row.images_total = budget or row.images_total
             for images in checkpoints:
                 record_checkpoint(session, row, images, metrics[images])
             row.estimated_finish = eta.finish(row.images_seen, row.images_total)
             return row.requested_action is not None
 
-        return self._transact(record_checkpoints)
+        return self._update(job, record_checkpoints)
 
     # The end
 
@@ -258,33 +267,24 @@ class FineTuningWorkflow:
         """Serve the student and write the results, then set the status."""
         results = f"file-{job.stem}"
 
-        def add_student(session: Session) -> None:
-            _row(session, job).fine_tuned_model = job.student
+        def add_student(session: Session, row: JobRow) -> None:
+            row.fine_tuned_model = job.student
 
         def write_results() -> int:
             with self._files.writing(results) as file:
                 return file.write(folder.results().encode())
 
-        def end(session: Session) -> None:
-            row = _row(session, job)
+        def end(session: Session, row: JobRow) -> None:
             if row.status not in ENDED:
                 row.result_files = [results]
-                session.add(
-                    FileRow(
-                        id=results,
-                        owner=row.owner,
-                        purpose="fine-tune-results",
-                        filename=f"{job.id}_results.csv",
-                        bytes=size,
-                        created_at=int(time.time()),
-                    )
-                )
+                filename, now = f"{job.id}_results.csv", int(time.time())
+                session.add(file_row(results, row.owner, "fine-tune-results", filename, size, now))
             self.end(session, row, "succeeded", f"The student is {job.student}.")
 
-        self._transact(add_student)
+        self._update(job, add_student)
         self._students.serve()
         size = self._workflows.retrying_step("results", write_results)
-        self._transact(end)
+        self._update(job, end)
 
     @contextmanager
     def _fail_on_error(self, job: JobRow) -> Iterator[None]:
@@ -300,18 +300,9 @@ class FineTuningWorkflow:
             log.exception("%s failed", job.id)
             self._fail(job, JobFailed(f"the server failed; its log has the error under {job.id}", "server_error"))
 
-    def _warn(self, job: JobRow, message: str) -> None:
-        self._transact(lambda session: record_event(session, _row(session, job), message, "warn"))
-
     def _fail(self, job: JobRow, failed: JobFailed) -> None:
-        def end(session: Session) -> None:
-            row = _row(session, job)
-            if row.status in ENDED:
-                return
-            row.error = failed.error
-            self.end(session, row, "failed", f"The job failed: {failed}", "error")
-
-        self._transact(end)
+        message = f"The job failed: {failed}"
+        self._update(job, lambda session, row: self.end(session, row, "failed", message, "error", failed.error))
 
     def _clean_up(self, name: str) -> None:
         """Remove the files that an ended job does not need, also if a server died before it did so."""
@@ -325,8 +316,13 @@ class FineTuningWorkflow:
         work = self._database.retry_transaction
         return work(lambda session: session.get(kind, key), self._workflows.stopping, read=True)
 
-    def _transact(self, work: Callable[[Session], T]) -> T:
-        return self._database.retry_transaction(work, self._workflows.stopping)
+    def _update(self, job: JobRow, work: Callable[[Session, JobRow], T]) -> T:
+        """Do work on the row of a job, locked until the transaction ends."""
+
+        def locked(session: Session) -> T:
+            return work(session, session.get_one(JobRow, job.id, with_for_update=True))
+
+        return self._database.retry_transaction(locked, self._workflows.stopping)
 
 
 def _start(session: Session, name: str, start: int) -> JobRow | None:
@@ -346,11 +342,6 @@ def _queue(session: Session, job: JobRow) -> JobRow:
         job.status = "queued"
         record_event(session, job, "The job is queued.")
     return job
-
-
-def _row(session: Session, job: JobRow) -> JobRow:
-    """Return the row of a job, locked until the transaction ends."""
-    return session.get_one(JobRow, job.id, with_for_update=True)
 
 
 def _pause(session: Session, job: JobRow) -> bool:
