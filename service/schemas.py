@@ -215,24 +215,23 @@ class RealtimeRequest(ImageRequest):
     partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
+_Folder = Annotated[str, Field(min_length=1, max_length=255)]
+_ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+
+
 class StudentToLoad(RequestModel):
     """`POST /v1/admin/models`."""
 
-    folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `folders` of the list.")]
-    name: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="The name to serve it by; its own by default."
-        ),
-    ] = None
+    folder: Annotated[_Folder, Field(description="One of `folders` of the list.")]
+    name: Annotated[_ModelName | None, Field(description="The name to serve it by; its own by default.")] = None
 
 
 class AdapterToLoad(RequestModel):
     """`POST /v1/admin/adapters`."""
 
     model: str
-    folder: Annotated[str, Field(min_length=1, max_length=255, description="One of `adapter_folders` of the list.")]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$", description="The name in `lora`.")]
+    folder: Annotated[_Folder, Field(description="One of `adapter_folders` of the list.")]
+    name: Annotated[_ModelName, Field(description="The name in `lora`.")]
 
 
 class LoadedModel(Model):

@@ -10,7 +10,7 @@ import msgspec
 
 from service.engine.backend import ModelInfo
 from service.engine.dispatcher import Dispatcher
-from service.engine.messages import LoadAdapter, LoadModel, ModelLoaded, UnloadAdapter, UnloadModel
+from service.engine.messages import LoadAdapter, LoadModel, ModelLoaded, Unload
 from service.engine.supervisor import Supervisor
 from service.errors import InvalidRequest, NotFound, ServiceError, no_model, quoted
 from service.settings import Settings
@@ -86,7 +86,7 @@ class ModelCatalog:
             try:
                 self._check_free(loaded.info.name)
             except InvalidRequest:
-                self._supervisor.unload(UnloadModel(loaded.info.name))
+                self._supervisor.unload(Unload(loaded.info.name))
                 raise
             self.add(loaded)
             self._supervisor.models[loaded.info.name] = LoadModel(path, loaded.info.name)
@@ -107,7 +107,7 @@ class ModelCatalog:
             self._dispatcher.remove_model(name)
             if all(other.cache_key != info.cache_key for other in self._models.values()):
                 self._dispatcher.drop_results(info.cache_key)
-            self._supervisor.unload(UnloadModel(name))
+            self._supervisor.unload(Unload(name))
 
     async def load_adapter(self, model: str, folder: Path, name: str) -> ModelInfo:
         """Load a LoRA adapter of a model into every worker, as `load` does, and return the model's new info."""
@@ -133,7 +133,7 @@ class ModelCatalog:
             self._set_adapters(model, {other: folder for other, folder in folders.items() if other != name})
             self._on_demand.pop((model, name), None)
             self._dispatcher.drop_results(info.cache_key, info.adapters[name])
-            self._supervisor.unload(UnloadAdapter(model, name))
+            self._supervisor.unload(Unload(model, name))
 
     @contextlib.asynccontextmanager
     async def use(self, name: str | None, adapter: str | None = None) -> AsyncIterator[ModelInfo]:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from service.engine.backend import Pixels
-from service.engine.messages import Channel, LoadModel, Profiling, Ready, StartFailed, WorkerConfig
+from service.engine.messages import Channel, LoadFailed, LoadModel, Profiling, Ready, WorkerConfig
 from service.engine.profile import growing_sizes
 from service.engine.shared_memory import read
 from service.engine.worker import SLOT_BYTES
@@ -45,7 +45,7 @@ class Worker:
                     case Ready():
                         self.ready = reply
                         return
-                    case StartFailed():
+                    case LoadFailed():
                         raise StartError(reply.reason)
         except TimeoutError:
             message = f"the worker on {self.name} was silent for {self.silence_seconds:.0f} s while it started"

@@ -24,12 +24,6 @@ class LoadModel(msgspec.Struct, frozen=True, tag=True):
     adapters: Mapping[str, str] = {}  # their folders by name
 
 
-class UnloadModel(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: free a model without batches in progress."""
-
-    name: str
-
-
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     """To the worker: load an adapter for a model."""
 
@@ -38,11 +32,11 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     folder: str
 
 
-class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: free an adapter without batches in progress."""
+class Unload(msgspec.Struct, frozen=True, tag=True):
+    """To the worker: free a model, or one adapter of it. No batch in progress uses it."""
 
     model: str
-    name: str
+    adapter: str | None = None
 
 
 class Profiling(msgspec.Struct, frozen=True):
@@ -90,13 +84,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: a model or adapter could not be loaded."""
-
-    reason: str
-
-
-class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """From the worker: it cannot start."""
+    """From the worker: a model or adapter could not be loaded. If it is one of the first models, the worker ends."""
 
     reason: str
 
@@ -131,8 +119,8 @@ class BatchFailed(msgspec.Struct, frozen=True, tag=True):
     fault: Fault
 
 
-Command = RunBatch | LoadModel | UnloadModel | LoadAdapter | UnloadAdapter
-Reply = Ready | StartFailed | ModelLoaded | LoadFailed | Heartbeat | NetworkDone | BatchDone | BatchFailed
+Command = RunBatch | LoadModel | LoadAdapter | Unload
+Reply = Ready | ModelLoaded | LoadFailed | Heartbeat | NetworkDone | BatchDone | BatchFailed
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _encoder = msgspec.msgpack.Encoder()

@@ -20,8 +20,7 @@ from service.engine.messages import (
     LoadModel,
     ModelLoaded,
     NetworkDone,
-    UnloadAdapter,
-    UnloadModel,
+    Unload,
 )
 from service.engine.worker_handle import WorkerHandle, connect, inverse
 from service.errors import StartError, Unavailable
@@ -98,7 +97,7 @@ class Supervisor:
                 worker.unload(inverse(command, reply))
             raise
 
-    def unload(self, command: UnloadModel | UnloadAdapter) -> None:
+    def unload(self, command: Unload) -> None:
         """Unload a model or adapter that has no images on the way from every worker."""
         for worker in self._dispatcher.workers:
             worker.unload(command)

@@ -39,9 +39,7 @@ from service.engine.messages import (
     Profiling,
     Ready,
     RunBatch,
-    StartFailed,
-    UnloadAdapter,
-    UnloadModel,
+    Unload,
     WorkerConfig,
 )
 from service.engine.profile import measure, read_profile, recall
@@ -69,7 +67,7 @@ class _Job:
 
 
 _Jobs = Queue[_Job | None]  # None: the server has hung up
-_Change = LoadModel | UnloadModel | LoadAdapter | UnloadAdapter
+_Change = LoadModel | LoadAdapter | Unload
 _Changes = Queue[_Change | None]
 ModelLoader = Callable[[LoadModel], Backend]  # raises StartError
 Timer = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
@@ -100,7 +98,7 @@ def serve(
         channel.send(Ready([_add(backends, command, load, timer) for command in models]))
         _work(channel, memory, backends, load, timer)
     except StartError as error:
-        channel.send(StartFailed(str(error)))
+        channel.send(LoadFailed(str(error)))
     except OSError:
         log.info("the server is gone")
     finally:
@@ -202,8 +200,6 @@ def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, t
                 except StartError as error:
                     answer = LoadFailed(str(error))
                 _send(channel.send, answer)
-            case UnloadModel():
-                backends.pop(command.name).close()
             case LoadAdapter():
                 backend = backends[command.model]
                 try:
@@ -212,8 +208,10 @@ def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, t
                 except StartError as error:
                     answer = LoadFailed(str(error))
                 _send(channel.send, answer)
-            case UnloadAdapter():
-                backends[command.model].remove_adapter(command.name)
+            case Unload(model, None):
+                backends.pop(model).close()
+            case Unload(model, str(adapter)):
+                backends[model].remove_adapter(adapter)
 
 
 def _stage(channel: Channel, step: Callable[[_Job], None], jobs: _Jobs, hand_on: Callable[[_Job], None]) -> None:

@@ -18,8 +18,7 @@ from service.engine.messages import (
     ModelLoaded,
     Reply,
     RunBatch,
-    UnloadAdapter,
-    UnloadModel,
+    Unload,
 )
 from service.errors import InvalidRequest, Unavailable
 
@@ -103,7 +102,7 @@ class WorkerHandle:
         self._write(command)
         return waiting
 
-    def unload(self, command: UnloadModel | UnloadAdapter) -> None:
+    def unload(self, command: Unload) -> None:
         self._write(command)
 
     def loaded(self, reply: ModelLoaded | LoadFailed) -> None:
@@ -172,11 +171,9 @@ class WorkerHandle:
                 allocation.batches -= 1
 
 
-def inverse(command: LoadModel | LoadAdapter, reply: ModelLoaded) -> UnloadModel | UnloadAdapter:
+def inverse(command: LoadModel | LoadAdapter, reply: ModelLoaded) -> Unload:
     """Return the command that undoes a successful load."""
-    if isinstance(command, LoadModel):
-        return UnloadModel(reply.info.name)
-    return UnloadAdapter(command.model, command.name)
+    return Unload(reply.info.name, command.name if isinstance(command, LoadAdapter) else None)
 
 
 async def connect(worker: Worker, allocator: EmbeddingAllocator, threads: Executor) -> WorkerHandle:

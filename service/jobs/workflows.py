@@ -108,17 +108,16 @@ class Workflows:
             log.warning("%s starts later: %s", key, error)
 
     def step(self, name: str, work: Callable[[], T]) -> T:
-        """Inside a workflow: call `work`, or return its recorded result. Results are JSON values."""
+        """Inside a workflow: call `work`, or return its recorded result. Results are JSON values.
+
+        `work` is retried while the database, the disk or a store is unavailable.
+        """
         from dbos import DBOS
 
         try:
-            return DBOS.run_step({"name": name}, work)
+            return DBOS.run_step({"name": name}, lambda: self._retry(name, work))
         except OperationalError as error:  # of DBOS, for example on a full disk; `work` raises Unavailable instead
             raise Interrupted from error
-
-    def retrying_step(self, name: str, work: Callable[[], T]) -> T:
-        """Like `step`, but `work` is retried while the database, the disk or a store is unavailable."""
-        return self.step(name, lambda: self._retry(name, work))
 
     def _retry(self, name: str, work: Callable[[], T]) -> T:
         pause = 0.2

@@ -20,17 +20,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 @router.post("")
 async def create(body: JobRequest, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Distill a teacher into a one-step student, which is served after the job has succeeded."""
-    made = await jobs.write(
-        jobs.fine_tuning.create,
-        owner,
-        model=body.model,
-        training_file=body.training_file,
-        options=_options_of(body),
-        suffix=body.suffix,
-        seed=body.seed,
-        metadata=body.metadata,
-    )
-    return _job_object(made)
+    return _job_object(await jobs.write(jobs.fine_tuning.create, owner, body, _options_of(body)))
 
 
 def _metadata(request: Request) -> dict[str, str]:

@@ -1,14 +1,14 @@
 """`BatchStore`: the rows of batches, their answers, and every change of their status."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import InvalidRequest, NotFound, Overloaded, quoted
 from service.jobs.batches.lines import WINDOW_SECONDS, LineAnswer, LineError, Outcome
-from service.jobs.batches.output_file import OutputFile
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore, file_row, new_id, page
 from service.jobs.schemas import BatchRequest
@@ -18,6 +18,14 @@ from service.jobs.workflows import Workflows
 
 LOST_SECONDS = 10  # after which a batch without a workflow gets one
 PAGE = 500  # answers that are read in one transaction
+
+
+class OutputFile(NamedTuple):
+    """The output or error file of a batch, before it has a row."""
+
+    id: str
+    lines: int
+    bytes: int
 
 
 class BatchStore:
@@ -154,6 +162,21 @@ class BatchStore:
             if batch.completed + batch.failed == batch.total:
                 return "answered"
             return "expired" if time.time() >= batch.expires_at else None
+
+    def write_files(self, lines: Iterable[tuple[str, bool]]) -> list[OutputFile]:
+        """Write each line to the error file if its flag says so, else to the output file.
+
+        The ids are new in each call, so that no call overwrites a file that clients can see.
+        """
+        ids, counts = (new_id("file-"), new_id("file-")), [0, 0]
+        with self._files.writing(ids[0]) as output, self._files.writing(ids[1]) as errors:
+            for text, is_error in lines:
+                (errors if is_error else output).write(text.encode() + b"\n")
+                counts[is_error] += 1
+        return [
+            OutputFile(each, count, self._files.path(each).stat().st_size)
+            for each, count in zip(ids, counts, strict=True)
+        ]
 
     def finalize(self, batch_id: str, outcome: Outcome) -> Outcome:
         """End the time in which a batch can be cancelled. Returns the outcome, which a cancellation changes."""

@@ -21,7 +21,6 @@ from service.errors import GenerationFailed, ServiceError, TimedOut, Unavailable
 from service.images.service import GeneratedImages, ImageService
 from service.jobs.batches.line_parser import LineRequest, parse
 from service.jobs.batches.lines import LineAnswer, LineError, Outcome, custom_id_of, numbered_lines, unanswered
-from service.jobs.batches.output_file import write_output
 from service.jobs.jobs import Jobs
 from service.jobs.tables import ENDED, BatchRow
 from service.settings import Settings
@@ -53,7 +52,7 @@ class BatchWorkflow:
         jobs.workflows.define("batch", self._run, SIDE_BY_SIDE)
 
     def _run(self, batch_id: str) -> None:
-        step = self._workflows.retrying_step
+        step = self._workflows.step
         try:
             if step("check", lambda: self._validate(batch_id)):
                 outcome = step("answer", lambda: self._answer(batch_id))
@@ -203,7 +202,7 @@ class BatchWorkflow:
         self, batch_id: str, lines: Iterable[tuple[str, bool]], status: str, errors: Sequence[LineError] = ()
     ) -> None:
         """Write the lines, and end the batch in the transaction that makes the files visible."""
-        written = write_output(self._files, lines)
+        written = self._store.write_files(lines)
         ended = self._store.end(batch_id, status, errors, *written)
         for file in written:
             if not (ended and file.lines):

@@ -17,6 +17,7 @@ from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
+from service.jobs.schemas import JobRequest
 from service.jobs.tables import ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.settings import SHIPPED_TEACHER, Settings
 
@@ -34,21 +35,12 @@ class FineTuningJobs:
         self._workflow = workflow
         self._settings = settings
 
-    def create(
-        self,
-        owner: str,
-        model: str,
-        training_file: str,
-        options: DistillationOptions,
-        suffix: str | None,
-        seed: int | None,
-        metadata: dict[str, str] | None,
-    ) -> JobRow:
-        """Add a job and start to validate its prompts.
+    def create(self, owner: str, body: JobRequest, options: DistillationOptions) -> JobRow:
+        """Add a job with options and start to validate its prompts.
 
         Raises InvalidRequest, NotFound or Overloaded, which name the field at fault.
         """
-        teacher = find_teacher(self._settings.jobs.teachers, model)
+        teacher = find_teacher(self._settings.jobs.teachers, body.model)
         if options.preset is None and teacher != SHIPPED_TEACHER:
             raise InvalidRequest(
                 "distillation.preset: name a preset, for example sd3-medium-lora; docs/distill.md lists them",
@@ -56,19 +48,19 @@ class FineTuningJobs:
                 "missing_required_parameter",
             )
         _check_budget(options, self._settings)
-        _check_file(self._files.get(owner, training_file, int(time.time()), "training_file"))
+        _check_file(self._files.get(owner, body.training_file, int(time.time()), "training_file"))
         options = options.model_copy(update={"preset": options.preset or SHIPPED_TEACHER})
         job = JobRow(
             id=new_id("ftjob-"),
             owner=owner,
             status="validating_files",
-            model=model,
-            training_file=training_file,
-            suffix=suffix,
-            seed=secrets.randbelow(2**31) if seed is None else seed,
+            model=body.model,
+            training_file=body.training_file,
+            suffix=body.suffix,
+            seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             hyperparameters={"batch_size": options.batch or "auto", "n_epochs": "auto"},
             distillation=options.model_dump(exclude_none=True),
-            details=metadata,
+            details=body.metadata,
             result_files=[],
             created_at=int(time.time()),
             images_total=options.images,
@@ -83,7 +75,7 @@ class FineTuningJobs:
                 )
             session.add(job)
             session.flush()
-            record_event(session, job, f"Validating the file {training_file}.")
+            record_event(session, job, f"Validating the file {body.training_file}.")
         self._workflow.begin(job)
         return job
 

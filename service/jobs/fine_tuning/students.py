@@ -33,14 +33,6 @@ class _Failure(NamedTuple):
     due: float  # on the clock
 
 
-class _Event(NamedTuple):
-    """An event that is not recorded yet."""
-
-    job: str
-    message: str
-    level: Level
-
-
 class Students:
     """Keeps the newest students of the database loaded, at most so many at a time."""
 
@@ -53,7 +45,7 @@ class Students:
         self._clock = clock
         self._served: set[str] = set()
         self._failures: dict[str, _Failure] = {}
-        self._events: deque[_Event] = deque()
+        self._events: deque[tuple[str, str, Level]] = deque()  # not recorded yet: job, message and level
         self._syncing = asyncio.Lock()
         self._started = threading.Event()
         self._following: asyncio.Task[None] | None = None
@@ -102,7 +94,7 @@ class Students:
                     if name not in self._served:
                         await self._load(job, name)
                 while self._events:
-                    await asyncio.to_thread(self._record, self._events[0])
+                    await asyncio.to_thread(self._record, *self._events[0])
                     self._events.popleft()
             except ServiceError as error:
                 log.warning("students are updated later: %s", error.message)
@@ -122,16 +114,15 @@ class Students:
             if failed is None or failed.reason != error.message:
                 reason = error.message.replace(str(folder), "its folder")
                 message = f"The student could not be loaded and is not served yet; loading is tried again: {reason}"
-                self._events.append(_Event(job, message, "warn"))
+                self._events.append((job, message, "warn"))
             return
         self._served.add(name)
         if self._failures.pop(name, None) is not None:
-            self._events.append(_Event(job, "The student is loaded and served now.", "info"))
+            self._events.append((job, "The student is loaded and served now.", "info"))
 
-    def _record(self, event: _Event) -> None:
+    def _record(self, job: str, message: str, level: Level) -> None:
         with self._database.begin() as session:
-            job = session.get_one(JobRow, event.job, with_for_update=True)
-            record_event(session, job, event.message, event.level)
+            record_event(session, session.get_one(JobRow, job, with_for_update=True), message, level)
 
     def _newest(self) -> dict[str, str]:
         """Return the students to serve and their jobs. The newest is that of a job that is about to end, if any."""

@@ -283,7 +283,7 @@ class FineTuningWorkflow:
 
         self._update(job, add_student)
         self._students.serve()
-        size = self._workflows.retrying_step("results", write_results)
+        size = self._workflows.step("results", write_results)
         self._update(job, end)
 
     @contextmanager
