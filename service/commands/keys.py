@@ -12,8 +12,7 @@ from service.http.keys import KeyFile
 app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 
 File = Annotated[
-    Path,
-    typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys; --keys-file of the server."),
+    Path, typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys; --keys-file of the server.")
 ]
 
 

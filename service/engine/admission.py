@@ -30,13 +30,7 @@ class Admission:
         self._entering = False  # a request was admitted and has not queued its images yet
 
     def check(
-        self,
-        key: BatchKey,
-        images: int,
-        owner: str,
-        priority: Priority,
-        timeout: float,
-        running: Sequence[ImageBatch],
+        self, key: BatchKey, images: int, owner: str, priority: Priority, timeout: float, running: Sequence[ImageBatch]
     ) -> None:
         """Raise Overloaded if the queue is full or the timeout too short, with the seconds to wait before a retry."""
         ahead = self._queue.ahead_of(priority)

@@ -11,15 +11,7 @@ from service.engine.backend import Pixels
 from service.engine.batcher import ImageBatch
 from service.engine.embeddings import Allocation, EmbeddingAllocator
 from service.engine.launch import Worker
-from service.engine.messages import (
-    LoadAdapter,
-    LoadFailed,
-    LoadModel,
-    ModelLoaded,
-    Reply,
-    RunBatch,
-    Unload,
-)
+from service.engine.messages import LoadAdapter, LoadFailed, LoadModel, ModelLoaded, Reply, RunBatch, Unload
 from service.errors import InvalidRequest, Unavailable
 
 BATCHES_AHEAD = 2  # batches of a worker before its VAE: one in the network, one ready behind it

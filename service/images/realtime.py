@@ -19,15 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from service.engine.dispatcher import RequestHandle
-from service.errors import (
-    Forbidden,
-    InvalidRequest,
-    Overloaded,
-    ServiceError,
-    Unauthorized,
-    Unavailable,
-    to_openai,
-)
+from service.errors import Forbidden, InvalidRequest, Overloaded, ServiceError, Unauthorized, Unavailable, to_openai
 from service.http.authentication import Authenticator
 from service.http.error_handlers import field_error
 from service.http.middleware import BODY_SECONDS

@@ -13,14 +13,7 @@ from service.engine.catalog import ADAPTER_FILE, STUDENT_FILE, find_folder, fold
 from service.engine.loaded_models import StoredAdapter, StoredStudent
 from service.http.dependencies import AdminOwner, EngineDep, LoadedModelsDep, SettingsDep
 from service.routers.models import model_object
-from service.schemas import (
-    AdapterToLoad,
-    Deleted,
-    ErrorResponse,
-    LoadedModel,
-    LoadedModels,
-    StudentToLoad,
-)
+from service.schemas import AdapterToLoad, Deleted, ErrorResponse, LoadedModel, LoadedModels, StudentToLoad
 from service.settings import Settings
 
 router = APIRouter(
@@ -60,11 +53,7 @@ async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, owner: 
 
 @router.post("/adapters")
 async def load_adapter(
-    body: AdapterToLoad,
-    settings: SettingsDep,
-    engine: EngineDep,
-    loaded: LoadedModelsDep,
-    owner: AdminOwner,
+    body: AdapterToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
     folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, ADAPTER_FILE)

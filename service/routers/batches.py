@@ -24,10 +24,7 @@ async def create(
 
 @router.get("")
 def index(
-    jobs: JobsDep,
-    owner: JobsOwner,
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    jobs: JobsDep, owner: JobsOwner, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> Page[BatchObject]:
     """Your batches, newest first."""
     found, more = jobs.batches.index(owner, after, limit)

@@ -11,14 +11,7 @@ from pydantic import SkipValidation, ValidationError
 
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
-from service.http.dependencies import (
-    EngineDep,
-    IdempotencyDep,
-    ImagesDep,
-    ImagesOwner,
-    RateLimiterDep,
-    SettingsDep,
-)
+from service.http.dependencies import EngineDep, IdempotencyDep, ImagesDep, ImagesOwner, RateLimiterDep, SettingsDep
 from service.http.error_handlers import body_error
 from service.images.service import GeneratedImages
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse

@@ -26,10 +26,7 @@ def upgrade() -> None:
     _index("batches", "owner", "created_at", "id")
     _index("batches", "status")
     op.create_table(
-        "executors",
-        *_texts("id"),
-        *_integers("beats"),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_executors")),
+        "executors", *_texts("id"), *_integers("beats"), sa.PrimaryKeyConstraint("id", name=op.f("pk_executors"))
     )
     op.create_table(
         "files",
