@@ -80,9 +80,7 @@ class SharedMemory:
         weakref.finalize(self, os.close, self.descriptor)
 
 
-def start_process(
-    name: str, start: WorkerConfig, threads: int, silence_seconds: float, embeddings: SharedMemory
-) -> Worker:
+def start_process(start: WorkerConfig, threads: int, silence_seconds: float, embeddings: SharedMemory) -> Worker:
     """Start a worker as a process. Raises StartError if the system cannot start one."""
     with open_ends() as (ours, theirs, memory):
         descriptors = theirs.fileno(), memory, embeddings.descriptor
@@ -99,8 +97,8 @@ def start_process(
                 },
             )
         except OSError as error:
-            raise StartError(f"no process for the worker on {name}: {error}") from error
-        return Worker(name, ours, memory, process, silence_seconds)
+            raise StartError(f"no process for the worker on {start.device}: {error}") from error
+        return Worker(start.device, ours, memory, process, silence_seconds)
 
 
 @contextlib.contextmanager
@@ -165,7 +163,7 @@ def worker_processes(settings: Settings) -> WorkerPool:
     def launch(device: str) -> Launch:
         def start(models: Sequence[LoadModel]) -> Worker:
             config = WorkerConfig(device, models, runtime, profiling(settings), simulated)
-            return start_process(device, config, threads, engine.heartbeat_timeout_seconds, embeddings)
+            return start_process(config, threads, engine.heartbeat_timeout_seconds, embeddings)
 
         return start
 

@@ -56,7 +56,7 @@ class StudentBackend:
         self.environment = f"{where}-{self._pipeline.fingerprint}-torch-{torch.__version__}"
 
     def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
-        """Return conditions on the device. All pass through host memory, where `shared` has them."""
+        """As in the protocol. All embeddings pass through host memory, where `shared` has them."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         dtype = self._shape.embeds.dtype
         with self._stage("text"):
@@ -141,11 +141,9 @@ class StudentBackend:
 
 
 def load_backend(folder: str | None, name: str | None, device: str, runtime: Mapping[str, Any] = {}) -> StudentBackend:
-    """A backend for a student folder, the shipped one if None, under its own name or another. Slow.
+    """Return a backend for a student folder, the shipped one if None, under its own name or another. Slow.
 
-    `runtime` is `RuntimeOptions` as JSON.
-
-    Raises StartError for a folder that cannot be loaded.
+    `runtime` is `RuntimeOptions` as JSON. Raises StartError for a folder that cannot be loaded.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -73,11 +73,6 @@ ModelLoader = Callable[[LoadModel], Backend]  # raises StartError
 Timer = Callable[[Backend], Sequence[Timing]]  # runs every size of a model; raises StartError
 
 
-def warm_up(backend: Backend) -> Sequence[Timing]:
-    """Run the smallest batch of every size, and time it."""
-    return measure(backend, (), repeats=1)
-
-
 @dataclass(frozen=True)
 class Memory:
     """Descriptors of the memory that a worker shares."""
@@ -86,9 +81,7 @@ class Memory:
     embeddings: int  # with the server's other workers
 
 
-def serve(
-    channel: Channel, memory: Memory, models: Sequence[LoadModel], load: ModelLoader, timer: Timer = warm_up
-) -> None:
+def serve(channel: Channel, memory: Memory, models: Sequence[LoadModel], load: ModelLoader, timer: Timer) -> None:
     """Load, run and time the models, then execute commands until the server closes the connection."""
     backends: dict[str, Backend] = {}
     ended = threading.Event()
@@ -244,7 +237,13 @@ def loader(start: WorkerConfig) -> ModelLoader:
     """Return the function that loads models on a device. It imports torch at the first one."""
 
     def load(command: LoadModel) -> Backend:
-        return _simulate(command, start.simulated_profile) if start.device == "simulator" else _student(command, start)
+        if start.device == "simulator":
+            return _simulate(command, start.simulated_profile)
+        if command.folder is not None and not Path(command.folder).is_dir():  # said before seconds of imports
+            raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
+        from service.engine.model_loader import load_backend
+
+        return load_backend(command.folder, command.name, start.device, start.runtime)
 
     return load
 
@@ -259,14 +258,6 @@ def make_timer(profiling: Profiling) -> Timer:
         return measure(backend, (*timed, *warm_up), repeats=1)
 
     return timer
-
-
-def _student(command: LoadModel, start: WorkerConfig) -> Backend:
-    if command.folder is not None and not Path(command.folder).is_dir():  # said before seconds of imports
-        raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
-    from service.engine.model_loader import load_backend
-
-    return load_backend(command.folder, command.name, start.device, start.runtime)
 
 
 def _simulate(command: LoadModel, profile_path: str | None) -> Backend:

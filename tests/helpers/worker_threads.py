@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from service.engine import worker
 from service.engine.backend import Backend
 from service.engine.launch import SharedMemory, Worker, WorkerPool, open_ends
-from service.engine.messages import Channel, LoadModel, WorkerConfig
-from service.engine.worker import Memory, ModelLoader, loader
+from service.engine.messages import Channel, LoadModel, Profiling, WorkerConfig
+from service.engine.worker import Memory, ModelLoader, loader, make_timer
 
 
 def start_thread(
@@ -20,7 +20,7 @@ def start_thread(
 
         def serve() -> None:
             with end:
-                worker.serve(Channel(end), Memory(same, embeddings.descriptor), models, load)
+                worker.serve(Channel(end), Memory(same, embeddings.descriptor), models, load, make_timer(Profiling()))
             os.close(same)
 
         threading.Thread(target=serve, name=name, daemon=True).start()
