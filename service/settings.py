@@ -305,15 +305,10 @@ def _check_variables() -> None:
     known = {*variables(), *COMMAND_VARIABLES}
     for name, value in os.environ.items():
         upper = name.upper()  # variables of settings are read in either case
-        if upper.startswith(PREFIX) and upper not in known and not _is_service_link(name, value):
+        if upper.startswith(PREFIX) and upper not in known and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             close = _nearest(upper.removeprefix(PREFIX).lower().replace("__", "."))
             advice = f"did you mean {_variable(close)}?" if close else "docs/operations.md lists the settings"
             raise StartError(f"there is no setting for the variable {name}; {advice}")
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes set this variable, for a Service whose name begins with `service`."""
-    return _SERVICE_LINK.fullmatch(f"{name}={value}") is not None
 
 
 def _complaint(location: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -85,11 +85,7 @@ class Jobs:
             for name, periodic_tasks in (("heartbeat", beat), ("tasks", self.periodic_tasks))
         ]
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs-write")
-        self._open = False
-
-    @property
-    def open(self) -> bool:
-        return self._open
+        self.open = False  # whether requests are accepted
 
     def secret(self) -> bytes:
         """Return random bytes, created once and kept so that signed links stay valid after a restart.
@@ -130,7 +126,7 @@ class Jobs:
         self.workflows.start()
         for thread in self._threads:
             thread.start()
-        self._open = True
+        self.open = True
 
     async def write(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Call `work` in one of the threads for requests that write to the database, and return its result.
@@ -142,7 +138,7 @@ class Jobs:
 
     def stop(self) -> None:
         """Stop. The next start continues what is unfinished."""
-        self._open = False
+        self.open = False
         self._writers.shutdown(wait=False, cancel_futures=True)
         self._ended.set()
         if self._threads[0].is_alive():

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -187,25 +186,19 @@ class Workflows:
         """Return the function, counted while it runs."""
 
         def run(key: str) -> None:
-            with self._running():
-                try:
-                    function(key)
-                except Interrupted as interrupted:
-                    log.warning("%s is resumed later: %s", key, interrupted.__cause__)
-                    self._interrupted[key] = name
-                    raise
+            with self._changed:
+                if self.stopping.is_set():
+                    raise Stopping
+                self._active += 1
+            try:
+                function(key)
+            except Interrupted as interrupted:
+                log.warning("%s is resumed later: %s", key, interrupted.__cause__)
+                self._interrupted[key] = name
+                raise
+            finally:
+                with self._changed:
+                    self._active -= 1
+                    self._changed.notify_all()
 
         return run
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with self._changed:
-            if self.stopping.is_set():
-                raise Stopping
-            self._active += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._active -= 1
-                self._changed.notify_all()
