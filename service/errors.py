@@ -39,9 +39,6 @@ class InvalidRequest(ServiceError):
 class Blocked(ServiceError):
     """An image that the safety check blocks. The request is valid; another prompt or seed may pass."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param, "moderation_blocked")
-
 
 class Unauthorized(ServiceError):
     """A missing or unknown API key."""

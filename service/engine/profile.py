@@ -58,7 +58,9 @@ def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence
         # A copy of a model under another name has the same digest.
         return [replace(timing, model=backend.info.name) for timing in read_profile(path).timings]
     profile = Profile(1, backend.environment, backend.info, measure(backend, (*batches, *run)))
-    write_profile(path, profile)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:  # workers that start side by side may write the same one
+        file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return list(profile.timings)
 
 
@@ -80,13 +82,6 @@ def read_profile(path: Path) -> Profile:
         return msgspec.json.decode(path.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError) as error:
         raise StartError(f"{path} is no profile ({error}); make one with `fgm-service profile`") from None
-
-
-def write_profile(path: Path, profile: Profile) -> None:
-    """Write a profile atomically, because workers that start side by side may write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
 
 
 def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -> Timing:

@@ -114,7 +114,8 @@ class ImageService:
                 complaints = [complaint for complaint in await asyncio.gather(*checks) if complaint]
             self._metrics.blocked.labels(request.model).inc(len(complaints))
             if complaints:
-                raise Blocked(f"the safety check found {complaints[0]} in the image; change the prompt", "prompt")
+                message = f"the safety check found {complaints[0]} in the image; change the prompt"
+                raise Blocked(message, "prompt", "moderation_blocked")
         with self._stage("encode", seconds):
             pairs = zip(images, request.seeds, strict=True)
             encoding = [in_thread(self._encode, request, output, info, image, seed) for image, seed in pairs]
