@@ -25,14 +25,7 @@ from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
-from distill.training.preparation import (
-    check_run,
-    has_checkpoint,
-    latent_shapes,
-    prepare,
-    read_teacher,
-    run_evaluator,
-)
+from distill.training.preparation import check_run, has_checkpoint, latent_shapes, prepare, read_teacher, run_evaluator
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import check_digests, run_sources, write_digests
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train

@@ -61,8 +61,7 @@ def encode(
     count: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1, max=MOST)] = None,
     seed: Annotated[int, typer.Option(help="Seed of `scenes`.", min=0, max=LAST_SEED)] = 0,
     column: Annotated[
-        str | None,
-        typer.Option(help="Key of the captions in JSON. Default: the first of prompt, caption and text."),
+        str | None, typer.Option(help="Key of the captions in JSON. Default: the first of prompt, caption and text.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(help="Maximum images per file; files stay under 1 GiB.", min=1)] = 4096,
     device: Device = "auto",

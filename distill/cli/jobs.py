@@ -94,9 +94,7 @@ def logs(
 
 
 def cancel(
-    job: Annotated[str, typer.Argument(help="Id of the job.")],
-    server: Server = LOOPBACK,
-    api_key: ServerKey = None,
+    job: Annotated[str, typer.Argument(help="Id of the job.")], server: Server = LOOPBACK, api_key: ServerKey = None
 ) -> None:
     """Cancel a job. Its training result is discarded."""
     from distill.cli.remote import JobsClient

@@ -24,9 +24,7 @@ def report(
     typer.echo(f"The report is {page}.")
 
 
-def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that contains the run folders.")] = Path("runs"),
-) -> None:
+def runs(folder: Annotated[Path, typer.Argument(help="Folder that contains the run folders.")] = Path("runs")) -> None:
     """List runs: images / budget, best score, alarms, and state."""
     import time
 

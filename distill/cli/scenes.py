@@ -31,8 +31,7 @@ def teacher(
     warmup: Annotated[int, typer.Option(help="First images, over which the learning rate rises.", min=0)] = 19_200,
     decay: Annotated[int, typer.Option(help=_DECAY, min=0)] = 400_000,
     ema_half_life: Annotated[
-        int,
-        typer.Option(help="Half-life of the EMA in images, at most 0.1 of the images so far.", min=1),
+        int, typer.Option(help="Half-life of the EMA in images, at most 0.1 of the images so far.", min=1)
     ] = 44_000,
     per_task: Annotated[int, typer.Option(help="Prompts per task in an evaluation.", min=1)] = 32,
     evaluate_every: Annotated[int, typer.Option(help="Images between evaluations.", min=1)] = 64_000,

@@ -210,10 +210,7 @@ class ShardWriter:
         return {"read": self._source.read, "sha256": self._source.sha256}
 
     def _keep(
-        self,
-        lines: Mapping[str, Sequence[Any]],
-        counts: Mapping[str, int],
-        read: Mapping[str, Any] | None = None,
+        self, lines: Mapping[str, Sequence[Any]], counts: Mapping[str, int], read: Mapping[str, Any] | None = None
     ) -> None:
         for name, values in lines.items():
             if not values:

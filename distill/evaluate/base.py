@@ -99,12 +99,7 @@ class EvalResult:
 
 
 def evaluate(
-    prompts: EvalPrompts,
-    generate: Generate,
-    nfe: int,
-    encode: Encode,
-    seed: int,
-    report: Report = lambda n: None,
+    prompts: EvalPrompts, generate: Generate, nfe: int, encode: Encode, seed: int, report: Report = lambda n: None
 ) -> tuple[EvalResult, Images]:
     """Evaluate one model; return its metrics and its images of `prompts.texts` in order."""
     started = time.perf_counter()

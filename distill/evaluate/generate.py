@@ -15,12 +15,7 @@ GRID = 64  # maximum number of images in a grid; they are held in memory
 
 
 def generate_images(
-    generate: Generate,
-    prompts: Sequence[str],
-    seed: int,
-    batch: int,
-    out: Path,
-    grid: Path | None = None,
+    generate: Generate, prompts: Sequence[str], seed: int, batch: int, out: Path, grid: Path | None = None
 ) -> Iterator[int]:
     """Write `<index>-<seed>.png` for each prompt, with seeds counting up from `seed`; yield the number written.
 

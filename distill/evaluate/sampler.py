@@ -9,15 +9,7 @@ import torch
 
 from distill.evaluate.base import Generate, Images
 from distill.flow import noise
-from distill.models.sd3 import (
-    decode_in_parts,
-    encode_images,
-    guided,
-    load_transformer,
-    load_vae,
-    sample,
-    velocity,
-)
+from distill.models.sd3 import decode_in_parts, encode_images, guided, load_transformer, load_vae, sample, velocity
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels

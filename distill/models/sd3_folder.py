@@ -27,12 +27,7 @@ MODELS = {  # components with weights, and their classes
     "text_encoder_2": "CLIPTextModelWithProjection",
     "text_encoder_3": "T5EncoderModel",
 }
-_OTHERS = {
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
-    "tokenizer": None,
-    "tokenizer_2": None,
-    "tokenizer_3": None,
-}
+_OTHERS = {"scheduler": "FlowMatchEulerDiscreteScheduler", "tokenizer": None, "tokenizer_2": None, "tokenizer_3": None}
 COMPONENTS = (*MODELS, *_OTHERS)  # folders of a pipeline
 _OPTIONAL = {"text_encoder_3", "tokenizer_3"}
 _CONFIG_FILES = ("config.json", "scheduler_config.json")

@@ -38,10 +38,7 @@ class TextCondition:
         return type(self)(self.embeds[chosen], self.pooled[chosen])
 
     def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> Self:
         """Move to a device and cast to a dtype; None keeps either."""
         return type(self)(

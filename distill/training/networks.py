@@ -122,10 +122,7 @@ class SharedBase:
         self.roles = roles
         self._head = Head.of(teacher) if critic else None
         config = LoraConfig(
-            r=kind.rank,
-            lora_alpha=kind.alpha,
-            target_modules=list(kind.targets),
-            init_lora_weights="gaussian",
+            r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
         )
         names = [name for name, _ in teacher.named_modules()]
         known = set(Lora.model_fields["targets"].default)  # a teacher may lack some of the default targets

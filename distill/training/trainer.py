@@ -23,12 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-)
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

@@ -142,11 +142,7 @@ def refine(coarse: Denoiser, fine: Denoiser) -> None:
 
 
 def train_teacher(
-    recipe: ScenesRecipe,
-    folder: Path,
-    device: torch.device,
-    compiled: bool = False,
-    scales: Sequence[float] = GUIDANCE,
+    recipe: ScenesRecipe, folder: Path, device: torch.device, compiled: bool = False, scales: Sequence[float] = GUIDANCE
 ) -> Iterator[TeacherProgress]:
     """Train to the budget, continuing from the folder's states. `folder/vae` and the encoded scenes must exist.
 
