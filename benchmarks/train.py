@@ -85,8 +85,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         machine = accelerator(config, Path(folder))
         dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
-        networks, models = build(geometry, config.networks, dtype, device=str(machine.device))
-        for model in models:
+        networks = build(geometry, config.networks, dtype, device=str(machine.device))
+        for model in networks.modules():
             attention.use(attention.resolve(config.networks.attention, dtype, machine.device), model)
         shape, size = geometry.transformer, arguments.size or geometry.image_size
         rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])

@@ -5,8 +5,7 @@ live storage is counted. Memory is in bytes, arithmetic in FLOP (a multiply-add 
 of the GPU's allocator, library workspaces and the CUDA context; the caller reserves memory for them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan.meter import Meter, without_data
 from distill.training.evaluation import GRID
-from distill.training.networks import ROLES, FullCopies, SharedBase
+from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
 GIB = 2**30
 
@@ -107,14 +106,16 @@ class PlanInput:
         turns = self.method.turns()
         calls = {turn.role: network_calls(turn) for turn in turns}
         two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-        networks, models = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
+        networks = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
+        models = networks.modules()
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
         weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
         trainable = {role: list(networks.trainable(role).values()) for role in networks.roles}
         own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in trainable.items()}
         trained = [tensor for tensors in trainable.values() for tensor in tensors]
-        states = {"adam": sum(map(_adam_bytes, trained)), "adam-8bit": sum(map(_adam_8bit_bytes, trained))}
+        # Adam's two moments, without its step counts
+        states = {"adam": 2 * sum(own.values()), "adam-8bit": sum(map(_adam_8bit_bytes, trained))}
         with FakeTensorMode():
             for model in [*models, vae]:
                 without_data(model)
@@ -218,25 +219,17 @@ def build(
     device: str = "meta",
     two_times: bool = False,
     critic: bool = False,
-) -> tuple[FullCopies | SharedBase, list[nn.Module]]:
-    """Build a run's networks as `networks.build` does, without loading weights; also returns their models."""
+) -> Networks:
+    """Build a run's networks as `networks.build` does, without loading weights."""
     with torch.device(device):
         model = SD3Transformer2DModel.from_config(geometry.transformer).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 # Autocast on CUDA normalizes in fp32. The CPU's rules, which apply to tensors without data, do not.
-                module.register_forward_pre_hook(_to_fp32)
-        networks: FullCopies | SharedBase
+                module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
         if isinstance(kind, Lora):
-            networks, models = SharedBase(model.to(dtype), kind, roles, two_times, critic), [model]
-        else:
-            networks = FullCopies(model, kind, dtype, roles, two_times, critic)
-            models = list(networks._models.values())
-        return networks, models if networks._head is None else [*models, networks._head]
-
-
-def _to_fp32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.float() for x in inputs)
+            return SharedBase(model.to(dtype), kind, roles, two_times, critic)
+        return FullCopies(model, kind, dtype, roles, two_times, critic)
 
 
 @dataclass(frozen=True)
@@ -272,12 +265,7 @@ def network_calls(turn: Turn) -> list[NetworkCall]:
 
 
 def simulate_step(
-    networks: FullCopies | SharedBase,
-    role: str,
-    calls: list[NetworkCall],
-    z: Tensor,
-    cond: TextCondition,
-    dtype: torch.dtype,
+    networks: Networks, role: str, calls: list[NetworkCall], z: Tensor, cond: TextCondition, dtype: torch.dtype
 ) -> StepCost:
     """Run forward and backward of a step of `role` as the trainer does, from noise `z` (B, C, h, w).
 
@@ -313,11 +301,9 @@ def _forward_mode(field: Velocity, x_t: Tensor, t: Tensor, cond: TextCondition) 
     return derivative(lambda x_t, t: field(x_t, t, cond), (x_t, t), (x_t, t))[0]
 
 
-@contextmanager
-def _autocast(dtype: torch.dtype) -> Iterator[None]:
+def _autocast(dtype: torch.dtype) -> torch.autocast:
     """The trainer's mixed precision: for bf16, not for fp32."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        yield
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCondition]:
@@ -326,11 +312,6 @@ def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCond
     z = torch.empty(batch, config["in_channels"], side, side)
     embeds = torch.empty(batch, geometry.tokens, config["joint_attention_dim"])
     return z, TextCondition(embeds, torch.empty(batch, config["pooled_projection_dim"]))
-
-
-def _adam_bytes(tensor: Tensor) -> int:
-    """Bytes of Adam's two moments, without its step counts."""
-    return 2 * tensor.nbytes
 
 
 def _adam_8bit_bytes(tensor: Tensor) -> int:

@@ -12,11 +12,11 @@ averaged as without sharding.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -40,31 +40,82 @@ CRITIC = "critic."  # before the names of a critic's tensors, which are the fake
 COMPILED_FORMS = 64  # of a block: by role, gradient, last or not, and batch; beyond them compilation is an error
 
 
-class Networks(Protocol):
-    """What the trainer knows of the three roles; `roles` are those that learn. A fake that does not is the teacher."""
+class Networks(ABC):
+    """The three roles as the trainer sees them; `roles` are those that learn. A fake that does not is the teacher."""
 
-    roles: tuple[str, ...]
+    _weights: dict[str, dict[str, torch.nn.Parameter]]  # by role and name
+
+    def __init__(self, teacher: SD3Transformer2DModel, roles: tuple[str, ...], critic: bool) -> None:
+        self.roles = roles
+        self._head = Head.of(teacher) if critic else None
+
+    @abstractmethod
+    def _model(self, role: str) -> SD3Transformer2DModel: ...
+
+    @abstractmethod
+    def using(self, role: str) -> AbstractContextManager[None]:
+        """A context in which a backward through `velocity(role)` is right."""
 
     def size(self) -> int:
         """Numbers in the weights of one network, the frozen base of adapters included."""
+        return sum(parameter.numel() for parameter in self._model("teacher").parameters())
+
+    def modules(self) -> list[torch.nn.Module]:
+        """Every network that holds memory, each once."""
+        models = dict.fromkeys(self._model(role) for role in ("teacher", *self.roles))
+        return [*models, *([] if self._head is None else [self._head])]
 
     def velocity(self, role: str) -> Velocity:
         """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
 
+        def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            with self.using(role):
+                return velocity(self._model(role), x_t, t, cond)
+
+        return v
+
     def field(self, role: str) -> Velocity:
         """The same with gradient to `x_t` only."""
+        return self._passing(role, self.velocity(role))
 
     def critic(self, learns: bool) -> Critic:
         """The critic on the fake's features, with gradient to its weights and the fake's if it learns, or to `x_t`."""
+        head = self._head
+        assert head is not None  # a turn asked for it
+
+        def judge(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            with self.using("fake"):
+                return logits(self._model("fake"), head, x_t, t, cond)
+
+        return judge if learns else self._passing("fake", judge)
 
     def trainable(self, role: str) -> dict[str, Tensor]:
         """The trainable tensors of a role that learns by name; alike for all, but for a critic's among the fake's."""
+        head = self._head if role == "fake" else None
+        critic = {} if head is None else {CRITIC + name: tensor for name, tensor in head.named_parameters()}
+        return {**self._weights[role], **critic}
 
-    def using(self, role: str) -> Any:
-        """A context in which a backward through `velocity(role)` is right."""
+    def _passing(self, role: str, v: Velocity) -> Velocity:
+        """`v` with gradient to x_t only, right under gradient checkpointing, with the role on and what learns held."""
+        weights = list(self.trainable(role).values()) if role in self.roles else []
+
+        @contextmanager
+        def passing() -> Iterator[None]:
+            with self.using(role), _held(weights):
+                yield
+
+        def field(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            if not (torch.is_grad_enabled() and x_t.requires_grad):
+                with torch.no_grad():
+                    return v(x_t, t, cond)
+            apply: Any = _InputGradient.apply
+            out: Tensor = apply(x_t, lambda x: v(x, t, cond), passing)
+            return out
+
+        return field
 
 
-class FullCopies:
+class FullCopies(Networks):
     """Transformers from one in fp32: a copy for each role that learns, and the teacher itself, held in `dtype`."""
 
     def __init__(
@@ -76,39 +127,23 @@ class FullCopies:
         two_times: bool = False,
         critic: bool = False,
     ) -> None:
-        self.roles = roles
-        self._head = Head.of(teacher) if critic else None
+        super().__init__(teacher, roles, critic)
         self._models = {role: deepcopy(teacher).requires_grad_(True) for role in roles}
         if two_times:
             add_second_time(self._models["student"])
+        self._weights = {role: dict(model.named_parameters()) for role, model in self._models.items()}
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
         for model in self._models.values():
             _prepare(model, kind)
 
-    def size(self) -> int:
-        return _size(self._models["teacher"])
+    def _model(self, role: str) -> SD3Transformer2DModel:
+        return self._models[role if role in self.roles else "teacher"]
 
-    def velocity(self, role: str) -> Velocity:
-        return partial(velocity, self._models[role if role in self.roles else "teacher"])
-
-    def field(self, role: str) -> Velocity:
-        weights = list(self.trainable(role).values()) if role in self.roles else []
-        return _field(self.velocity(role), partial(_held, weights))
-
-    def critic(self, learns: bool) -> Critic:
-        assert self._head is not None  # a turn asked for it
-        judge = partial(logits, self._models["fake"], self._head)
-        return judge if learns else _field(judge, partial(_held, list(self.trainable("fake").values())))
-
-    def trainable(self, role: str) -> dict[str, Tensor]:
-        return dict(self._models[role].named_parameters()) | _of_critic(self._head, role)
-
-    @contextmanager
-    def using(self, role: str) -> Iterator[None]:
-        yield
+    def using(self, role: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
-class SharedBase:
+class SharedBase(Networks):
     """One transformer with an adapter for each role; the teacher is the base alone."""
 
     def __init__(
@@ -119,8 +154,7 @@ class SharedBase:
         two_times: bool = False,
         critic: bool = False,
     ) -> None:
-        self.roles = roles
-        self._head = Head.of(teacher) if critic else None
+        super().__init__(teacher, roles, critic)
         config = LoraConfig(
             r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
         )
@@ -129,64 +163,32 @@ class SharedBase:
         for target in kind.targets:
             if target not in known and not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ConfigError(f"networks.targets: the teacher has no layer {target!r}; take names as to_q or net.2")
-        self._model = teacher.requires_grad_(False)
+        self._base = teacher.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
             for role in roles:
-                self._model.add_adapter(config, adapter_name=role)
-        self._layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-        self._adapters: dict[str, dict[str, torch.nn.Parameter]] = {role: {} for role in roles}
-        for name, parameter in self._model.named_parameters():
+                self._base.add_adapter(config, adapter_name=role)
+        self._layers = [module for module in self._base.modules() if isinstance(module, BaseTunerLayer)]
+        self._weights = {role: {} for role in roles}
+        for name, parameter in self._base.named_parameters():
             for role in roles:
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
-                    self._adapters[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
+                    self._weights[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
         if two_times:  # the base, asked with one time, does not know of it
-            self._adapters["student"] |= add_second_time(self._model)
+            self._weights["student"] |= add_second_time(self._base)
         self._active: str | None = ""
         self._put_on("student")
-        _prepare(self._model, kind)
+        _prepare(self._base, kind)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Keep of the base only this process's share, gathered block by block where it is needed."""
-        whole: set[torch.nn.Parameter] = set()
-        for parameters in self._adapters.values():
-            whole.update(parameters.values())
-        for block in self._model.transformer_blocks:
-            fully_shard(block, mesh=mesh, ignored_params=whole)
-        fully_shard(self._model, mesh=mesh, ignored_params=whole)
+        whole = {parameter for parameters in self._weights.values() for parameter in parameters.values()}
+        for part in (*self._base.transformer_blocks, self._base):
+            fully_shard(part, mesh=mesh, ignored_params=whole)
 
-    def size(self) -> int:
-        return _size(self._model)
-
-    def velocity(self, role: str) -> Velocity:
-        def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-            with self.using(role):
-                return velocity(self._model, x_t, t, cond)
-
-        return v
-
-    def field(self, role: str) -> Velocity:
-        return _field(self.velocity(role), partial(self._passing, role))
-
-    def critic(self, learns: bool) -> Critic:
-        assert self._head is not None  # a turn asked for it
-        head = self._head
-
-        def judge(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-            with self.using("fake"):
-                return logits(self._model, head, x_t, t, cond)
-
-        return judge if learns else _field(judge, partial(self._passing, "fake"))
-
-    def trainable(self, role: str) -> dict[str, Tensor]:
-        return dict(self._adapters[role]) | _of_critic(self._head, role)
-
-    @contextmanager
-    def _passing(self, role: str) -> Iterator[None]:
-        """The role's adapter on, and what learns with it held."""
-        with self.using(role), _held(self.trainable(role).values() if role in self.roles else ()):
-            yield
+    def _model(self, role: str) -> SD3Transformer2DModel:
+        return self._base
 
     @contextmanager
     def using(self, role: str) -> Iterator[None]:
@@ -205,7 +207,7 @@ class SharedBase:
             if adapter is not None:
                 layer.set_adapter(adapter)
         # peft turns gradients off for what it takes off; a graph that still holds it would lose them in silence.
-        for parameters in self._adapters.values():
+        for parameters in self._weights.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         self._active = adapter
@@ -231,35 +233,9 @@ class _InputGradient(torch.autograd.Function):
         return gradient, None, None
 
 
-def _field(v: Velocity, passing: Callable[[], Any]) -> Velocity:
-    """`v` with gradient to x_t only, right under gradient checkpointing."""
-
-    def field(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and x_t.requires_grad):
-            with torch.no_grad():
-                return v(x_t, t, cond)
-        apply: Any = _InputGradient.apply
-        out: Tensor = apply(x_t, lambda x: v(x, t, cond), passing)
-        return out
-
-    return field
-
-
-def _size(model: SD3Transformer2DModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _of_critic(head: Head | None, role: str) -> dict[str, Tensor]:
-    """A head's tensors, which are the fake's to train, by names that no transformer's tensors have."""
-    if head is None or role != "fake":
-        return {}
-    return {CRITIC + name: tensor for name, tensor in head.named_parameters()}
-
-
 @contextmanager
-def _held(weights: Iterable[Tensor]) -> Iterator[None]:
+def _held(weights: Sequence[Tensor]) -> Iterator[None]:
     """Weights that learn, taking no gradient for a while."""
-    weights = list(weights)
     for tensor in weights:
         tensor.requires_grad_(False)
     try:
@@ -290,7 +266,7 @@ def build(
     two_times: bool = False,
     critic: bool = False,
     mesh: DeviceMesh | None = None,
-) -> FullCopies | SharedBase:
+) -> Networks:
     """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
 
     With `two_times` the student takes a second time, learned in full beside an adapter; with a `critic` the fake gets

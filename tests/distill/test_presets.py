@@ -37,7 +37,7 @@ def test_every_role_of_a_preset_learns_at_its_model_s_widths(preset):
     dual = {"dual_attention_layers": (0,)} if "dual_attention_layers" in geometry.transformer else {}
     geometry = replace(geometry, transformer={**geometry.transformer, "num_layers": 2, **dual})
     shape, images = geometry.transformer, config.micro_batch or config.batch
-    networks, _ = build(geometry, config.networks, torch.float32)
+    networks = build(geometry, config.networks, torch.float32)
     for width, height in config.sizes or [(geometry.image_size,) * 2]:
         geometry.check_size(max(width, height))
         latents = (shape["in_channels"], height // geometry.pixels_per_latent, width // geometry.pixels_per_latent)
@@ -86,7 +86,7 @@ def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_
             return null
 
     side = size // geometry.pixels_per_latent
-    networks, _ = build(geometry, config.networks, torch.bfloat16, device="cuda")
+    networks = build(geometry, config.networks, torch.bfloat16, device="cuda")
     before = {name: tensor.detach().cpu() for name, tensor in networks.trainable("student").items()}
     rounds = train(
         config, tmp_path, networks, Prompts(), [(shape["in_channels"], side, side)], accelerator(config, tmp_path)

@@ -102,7 +102,7 @@ def main(teacher: Path, out: Path) -> None:
                     save_file(found, out / f"{form}-{checkpointing}-{role}.safetensors")
                 for tensor in networks.trainable(role).values():
                     tensor.grad = None
-    held = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in networks._model.parameters())
+    held = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in networks._base.parameters())
     (out / f"held-{rank}").write_text(str(held))
     try:
         trainer.check(run(batch=3), accelerator)

@@ -14,12 +14,11 @@ from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.philox import Draw
-from distill.training.networks import FullCopies, SharedBase, build
+from distill.training.networks import Networks, build
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
 CONFIG = DMDConfig(guidance=Guidance(scale=1), gan=Gan(fake=1, student=1))
-Networks = FullCopies | SharedBase
 
 
 @pytest.fixture(scope="module")

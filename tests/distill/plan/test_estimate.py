@@ -24,7 +24,7 @@ from distill.philox import Draw
 from distill.plan import estimate as plans
 from distill.plan.estimate import Plan, PlanInput, changes_that_fit
 from distill.plan.meter import Meter
-from distill.training.networks import ROLES, SharedBase, build
+from distill.training.networks import ROLES, build
 
 # torch's forward mode scripts some of its own derivatives when it is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -65,12 +65,8 @@ def inputs(made: PlanInput) -> tuple[torch.Tensor, TextCondition]:
     return z, TextCondition(embeds, pooled)
 
 
-def models_of(networks) -> list[torch.nn.Module]:
-    return [networks._model] if isinstance(networks, SharedBase) else list(networks._models.values())
-
-
-def held(models) -> list[torch.Tensor]:
-    return [x for model in models for x in [*model.parameters(), *model.buffers()]]
+def held(networks) -> list[torch.Tensor]:
+    return [x for model in networks.modules() for x in [*model.parameters(), *model.buffers()]]
 
 
 def nbytes(tensors) -> int:
@@ -82,7 +78,7 @@ def nbytes(tensors) -> int:
 def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
     made = setting(teacher, kind)
     plan, dtype = made.plan(), made.dtype
-    networks, models = plans.build(made.geometry, kind, dtype, device="cpu")
+    networks = plans.build(made.geometry, kind, dtype, device="cpu")
     weights = {role: networks.trainable(role) for role in ROLES}
     optimizers = {role: torch.optim.Adam(weights[role].values(), betas=(0.0, 0.999)) for role in ROLES}
     turned = []
@@ -102,15 +98,15 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
     assert plan.resident["optimizer states"] == nbytes(moments)
     assert plan.resident["averaged student"] == nbytes(weights["student"].values())
     assert plan.trainable == sum(x.numel() for x in weights["student"].values())
-    assert nbytes(held(models)) == sum(plan.resident[f"{part} weights"] for part in ("base", "student", "fake"))
+    assert nbytes(held(networks)) == sum(plan.resident[f"{part} weights"] for part in ("base", "student", "fake"))
 
 
 @pytest.mark.parametrize("kind", [Lora(rank=4), Full()], ids=label)
 def test_the_networks_of_a_plan_are_those_of_a_run(teacher, kind):
     made = setting(teacher, kind)
     real = build(SD3Folder.read(teacher), kind, made.dtype, CPU)
-    _, models = plans.build(made.geometry, kind, made.dtype)
-    assert nbytes(held(models_of(real))) == nbytes(held(models))
+    networks = plans.build(made.geometry, kind, made.dtype)
+    assert nbytes(held(real)) == nbytes(held(networks))
     assert made.plan().parameters == sum(x.numel() for x in load_transformer(SD3Folder.read(teacher)).parameters())
 
 
@@ -120,7 +116,7 @@ def test_what_is_kept_is_what_autograd_saves(teacher, kind):
     made = setting(teacher, kind)
     z, cond = inputs(made)
     networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU)
-    own = {x.untyped_storage()._cdata for x in [*held(models_of(networks)), z, cond.embeds, cond.pooled]}
+    own = {x.untyped_storage()._cdata for x in [*held(networks), z, cond.embeds, cond.pooled]}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = one_step(networks.velocity("student"), z, cond)
@@ -137,7 +133,7 @@ def test_what_is_kept_is_what_autograd_saves(teacher, kind):
 def test_arithmetic_is_that_of_the_layers_by_hand(teacher):
     made = setting(teacher, Lora(rank=4))
     config = made.geometry.transformer
-    networks, _ = plans.build(made.geometry, made.kind, made.dtype, device="cpu")
+    networks = plans.build(made.geometry, made.kind, made.dtype, device="cpu")
     z, cond = inputs(made)
     with Meter() as meter, torch.no_grad():
         networks.velocity("teacher")(z, torch.ones(BATCH), cond)
@@ -177,7 +173,7 @@ def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
 def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teacher):
     one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.ReflowConfig(teacher_steps=3)))
     assert three.plan().activations == pytest.approx(one.plan().activations, rel=0.02)
-    networks, _ = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
+    networks = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
     z, cond = inputs(three)
     nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
     (turn,) = three.method.turns()

@@ -58,7 +58,7 @@ def test_two_processes_find_the_gradients_of_three_copies(teacher, two, form, ch
 
 def test_a_sharded_base_is_held_in_parts(teacher, two):
     networks = parity.shared(teacher)
-    base = sum(tensor.numel() for tensor in networks._model.parameters())
+    base = sum(tensor.numel() for tensor in networks._base.parameters())
     adapters = sum(tensor.numel() for role in ROLES for tensor in networks.trainable(role).values())
     for rank in range(2):
         held = int((two / f"held-{rank}").read_text()) - adapters
