@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from distill.training.state import TeacherProgress
+    from distill.training.state import TrainingProgress
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def stopped(images: int, signals: list[int]) -> typer.Exit:
     return typer.Exit(128 + signals[0])
 
 
-def train_with_bar(name: str, images: int, training: "Iterable[TeacherProgress]") -> None:
+def train_with_bar(name: str, images: int, training: "Iterable[TrainingProgress]") -> None:
     """Train a teacher with a progress bar. Exit the command after a stop signal."""
     from distill.cli.console import image_bar
 

@@ -1,4 +1,4 @@
-"""What the trainings of teachers share: progress, and the states that they resume from."""
+"""What trainings share: progress, and the states that trainings of teachers resume from."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget an
 
 
 @dataclass(frozen=True)
-class TeacherProgress:
+class TrainingProgress:
     """Images seen before and after a step, out of how many, and metrics to show.
 
     `save()` writes a state of this moment, whatever the cadence.

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,6 +42,7 @@ from distill.training import checkpoint, optimizers
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
+from distill.training.state import TrainingProgress
 
 PROCESS_GROUP_TIMEOUT = timedelta(days=1)  # the first process encodes all prompts meanwhile
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
@@ -50,28 +51,18 @@ GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels ta
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(TrainingProgress):
     """Where a run stands after a round of turns, for as long as its next round has not begun.
 
-    `total` is the budget in images. `seconds` is the time of all rounds so far, without checkpoints and without what
-    the caller does between rounds.
-    `generate(cond, z)` is the averaged student, `average` its weights; `save()` keeps a checkpoint off the cadence.
+    `seconds` is the time of all rounds so far, without checkpoints and without what the caller does between rounds.
+    `generate(cond, z)` is the averaged student, `average` its weights.
     Whoever looks at a run on the way adds metrics, and notes, which are sentences for people.
     """
 
-    before: int
-    images: int
-    total: int
     seconds: float
-    metrics: dict[str, float]
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
-    save: Callable[[], None]
     notes: list[str] = field(default_factory=list)
-
-    def crosses(self, every: int) -> bool:
-        """Whether a cadence of `every` images fell due in this round."""
-        return checkpoint.crosses(self.before, self.images, every)
 
 
 def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
@@ -178,9 +169,10 @@ def train(
     weights = {role: networks.trainable(role) for role in networks.roles}
     adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
-    images, seconds = _restore(out / "checkpoints", config, weights, average, adams)
+    state = _State(config, out / "checkpoints", weights, average, adams)
+    images, seconds = state.restore()
     if config.init_from is not None and images == 0:
-        _begin(config.init_from, weights, average)
+        state.begin(config.init_from)
     log = MetricsLog(out, accelerator, images, config)
 
     null = conditions.null.to(device)
@@ -273,8 +265,8 @@ def train(
                 change = sample_of(list(weights[role].values())) - old
                 log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()))
             seconds += time.perf_counter() - started
-            save = partial(_save, out / "checkpoints", config, weights, average, adams, images, seconds, world)
-            progress = Progress(seen, images, total, seconds, {}, generate, average, save)
+            save = partial(state.save, images, seconds, world)
+            progress = Progress(seen, images, total, {}, save, seconds, generate, average)
             if logged:
                 progress.metrics.update(log.write(images, seconds))
             if saved:
@@ -353,85 +345,79 @@ def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
 def _swapped(weights: dict[str, Tensor], others: dict[str, Tensor]) -> Iterator[None]:
     """`weights` hold `others` for a while."""
     own = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(others[name])
+    _copy(others, weights)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                tensor.copy_(own[name])
+        _copy(own, weights)
 
 
-def _save(
-    folder: Path,
-    config: RunConfig,
-    weights: dict[str, dict[str, Tensor]],
-    average: dict[str, Tensor],
-    adams: dict[str, torch.optim.Optimizer],
-    images: int,
-    seconds: float,
-    processes: int,
-) -> None:
-    tensors = checkpoint.pack("average", average)
-    for role in weights:
-        tensors |= checkpoint.pack(role, weights[role])
-        tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(adams[role]))
-    record = {"images": images, "seconds": seconds, "processes": processes, "config": config.identity()}
-    checkpoint.save(folder / checkpoint.state_name(images), tensors, record)
-    checkpoint.prune(folder, config.cadence.keep_checkpoints)
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds: the trainable weights and the optimizer of each role, and the averaged student."""
 
+    config: RunConfig
+    folder: Path
+    weights: dict[str, dict[str, Tensor]]
+    average: dict[str, Tensor]
+    adams: dict[str, torch.optim.Optimizer]
 
-def _restore(
-    folder: Path,
-    config: RunConfig,
-    weights: dict[str, dict[str, Tensor]],
-    average: dict[str, Tensor],
-    adams: dict[str, torch.optim.Optimizer],
-) -> tuple[int, float]:
-    """Images seen by the newest checkpoint, whose state is put back, and seconds taken for them; 0 without one."""
-    newest = checkpoint.latest(folder)
-    if newest is None:
-        return 0, 0.0
-    tensors, record = checkpoint.load(newest)
-    config.check_same(record["config"], newest)
-    with torch.no_grad():
-        for name, tensor in checkpoint.unpack("average", tensors).items():
-            average[name].copy_(tensor)
-        for role in weights:
-            for name, tensor in checkpoint.unpack(role, tensors).items():
-                weights[role][name].copy_(tensor)
-    for role in weights:
-        checkpoint.restore_optimizer(adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
-    return int(record["images"]), float(record.get("seconds", 0))
+    def save(self, images: int, seconds: float, processes: int) -> None:
+        tensors = checkpoint.pack("average", self.average)
+        for role, weights in self.weights.items():
+            tensors |= checkpoint.pack(role, weights)
+            tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(self.adams[role]))
+        identity = self.config.identity()
+        record = {"images": images, "seconds": seconds, "processes": processes, "config": identity}
+        checkpoint.save(self.folder / checkpoint.state_name(images), tensors, record)
+        checkpoint.prune(self.folder, self.config.cadence.keep_checkpoints)
 
-
-def _begin(start: Path, weights: dict[str, dict[str, Tensor]], average: dict[str, Tensor]) -> None:
-    """Roles take the weights of another run's newest checkpoint, or the student those of a student folder.
-
-    Optimizers and data begin anew. Raises ConfigError when there are no weights, or they are of other networks.
-    """
-    if (start / "model_index.json").exists():
-        student = load_transformer(SD3Folder.read(start)).state_dict()
-        found = {part: {name: student[name] for name in average if name in student} for part in ("student", "average")}
-    else:
-        newest = checkpoint.latest(start / "checkpoints")
+    def restore(self) -> tuple[int, float]:
+        """Images seen by the newest checkpoint, whose state is put back, and seconds taken for them; 0 without one."""
+        newest = checkpoint.latest(self.folder)
         if newest is None:
-            raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student")
-        tensors, _ = checkpoint.load(newest)
-        found = {part: checkpoint.unpack(part, tensors) for part in ("average", *weights)}
-    for part, own in (("average", average), *weights.items()):
-        given = found.get(part, {})
-        if not given and part != "student":
-            continue  # a method that trained no such role
-        # A critic that only one of the two runs has begins anew, or is left behind.
-        critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
-        own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
-        if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-            raise ConfigError(
-                f"init_from: {start} has other weights for the {part}; networks and teacher must be alike"
-            )
-        with torch.no_grad():
-            for name, tensor in given.items():
-                own[name].copy_(tensor)
+            return 0, 0.0
+        tensors, record = checkpoint.load(newest)
+        self.config.check_same(record["config"], newest)
+        _copy(checkpoint.unpack("average", tensors), self.average)
+        for role, weights in self.weights.items():
+            _copy(checkpoint.unpack(role, tensors), weights)
+            checkpoint.restore_optimizer(self.adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
+        return int(record["images"]), float(record.get("seconds", 0))
+
+    def begin(self, start: Path) -> None:
+        """Roles take the weights of another run's newest checkpoint, or the student those of a student folder.
+
+        Optimizers and data begin anew. Raises ConfigError when there are no weights, or they are of other networks.
+        """
+        if (start / "model_index.json").exists():
+            loaded = load_transformer(SD3Folder.read(start)).state_dict()
+            student = {name: loaded[name] for name in self.average if name in loaded}
+            found = {"student": student, "average": student}
+        else:
+            newest = checkpoint.latest(start / "checkpoints")
+            if newest is None:
+                raise ConfigError(
+                    f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student"
+                )
+            tensors, _ = checkpoint.load(newest)
+            found = {part: checkpoint.unpack(part, tensors) for part in ("average", *self.weights)}
+        for part, own in (("average", self.average), *self.weights.items()):
+            given = found.get(part, {})
+            if not given and part != "student":
+                continue  # a method that trained no such role
+            # A critic that only one of the two runs has begins anew, or is left behind.
+            critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
+            own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
+            if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
+                raise ConfigError(
+                    f"init_from: {start} has other weights for the {part}; networks and teacher must be alike"
+                )
+            _copy(given, own)
+
+
+def _copy(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Set weights to tensors of the same names."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            weights[name].copy_(tensor)

@@ -27,7 +27,7 @@ from distill.philox import Draw
 from distill.student.graphs import Graphed
 from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
-from distill.training.state import TeacherProgress, load_state, save_state
+from distill.training.state import TrainingProgress, load_state, save_state
 
 LOG_EVERY = 12_800  # images between two log lines; metrics are means over them
 FINAL_LR = 0.02  # final learning rate, as a share of the peak
@@ -166,7 +166,7 @@ def fit(
     compiled: bool,
     first: int = 0,
     last: int | None = None,
-) -> Iterator[TeacherProgress]:
+) -> Iterator[TrainingProgress]:
     """Train from `first` images seen to `last` (default: the recipe's budget), continuing from the newest state.
 
     `average` is a copy of the model and receives the EMA. A step depends only on weights, optimizer state and image
@@ -204,7 +204,7 @@ def fit(
         before, images, steps = images, images + recipe.batch, steps + 1
 
         save = partial(save_state, state, modules, optimizer, images, recipe)
-        progress = TeacherProgress(before, images, recipe.images, {}, save)
+        progress = TrainingProgress(before, images, recipe.images, {}, save)
         finished = images >= last
         if finished or progress.crosses(LOG_EVERY):
             loss, norm = (sums / steps).tolist()

@@ -18,7 +18,7 @@ from distill.files import atomic_write_text
 from distill.models.sd3_folder import RECORD
 from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
-from distill.training.state import TeacherProgress, check_folder
+from distill.training.state import TrainingProgress, check_folder
 from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
 from distill.worlds.denoiser import Denoiser, TrainingRecipe, fit, save_pipeline, tokenize
 from distill.worlds.identity import identity_autoencoder
@@ -51,7 +51,7 @@ def check_teacher_folder(folder: Path) -> None:
 
 def train_teacher(
     data: Path, recipe: Cifar10Recipe, folder: Path, device: torch.device, compiled: bool = False
-) -> Iterator[TeacherProgress]:
+) -> Iterator[TrainingProgress]:
     """Train on the images in `data` to the budget, continuing from the folder's state.
 
     At the end `folder` holds the whole pipeline with EMA weights, and a file of its prompts. Raises ImageError if

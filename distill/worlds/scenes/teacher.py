@@ -32,7 +32,7 @@ from distill.models.sd3 import decode_in_parts, guided, sample
 from distill.models.sd3_folder import RECORD, SD3Folder
 from distill.models.vae import to_images
 from distill.philox import key_of
-from distill.training.state import TeacherProgress, check_folder, check_state
+from distill.training.state import TrainingProgress, check_folder, check_state
 from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
 from distill.worlds.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
 from distill.worlds.scenes.latents import SCENES, TOKENS, load_vae, read_scenes
@@ -143,7 +143,7 @@ def refine(coarse: Denoiser, fine: Denoiser) -> None:
 
 def train_teacher(
     recipe: ScenesRecipe, folder: Path, device: torch.device, compiled: bool = False, scales: Sequence[float] = GUIDANCE
-) -> Iterator[TeacherProgress]:
+) -> Iterator[TrainingProgress]:
     """Train to the budget, continuing from the folder's states. `folder/vae` and the encoded scenes must exist.
 
     At the end `folder` holds the whole pipeline in the layout of `StableDiffusion3Pipeline`, with EMA weights. Its

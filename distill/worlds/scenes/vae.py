@@ -21,7 +21,7 @@ from distill.models.device import autocast
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
 from distill.training.ema import average_into, new_share
-from distill.training.state import TeacherProgress, load_state, save_state
+from distill.training.state import TrainingProgress, load_state, save_state
 from distill.worlds.scenes.captions import Prompt, Thing, sample_prompt
 from distill.worlds.scenes.render import SIZE, place, render
 from distill.worlds.scenes.score import score
@@ -78,7 +78,7 @@ def crowded_scenes(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     return render(scenes)
 
 
-def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[TeacherProgress]:
+def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator[TrainingProgress]:
     """Train to the budget, continuing from the folder's state; save the EMA weights in `folder/vae`."""
     torch.manual_seed(key_of(recipe.seed, "autoencoder weights"))
     vae = make_vae().to(device)
@@ -114,7 +114,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
 
         # 5. log and save
         save = partial(save_state, folder / STATE, modules, optimizer, images, recipe)
-        progress = TeacherProgress(before, images, recipe.images, {}, save)
+        progress = TrainingProgress(before, images, recipe.images, {}, save)
         finished = images >= recipe.images
         if finished or progress.crosses(LOG_EVERY):
             progress.metrics["psnr_db"] = float(10 * torch.log10(4 / F.mse_loss(decoded.detach(), pixels)))

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.errors import CacheError, CheckpointError, OutputError, TeacherError
 from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
-from distill.training.state import TeacherProgress
+from distill.training.state import TrainingProgress
 from distill.worlds.denoiser import FINAL_LR, lr_factor, tokenize, training_step
 from distill.worlds.scenes.captions import parse_task_weights, training_prompts, vocabulary
 from distill.worlds.scenes.data import CHUNK, make_chunks
@@ -63,7 +63,7 @@ RECIPE = ScenesRecipe(
 CPU = torch.device("cpu")
 
 
-def stages(folder: Path) -> Iterator[TeacherProgress]:
+def stages(folder: Path) -> Iterator[TrainingProgress]:
     yield from train_vae(VAE, folder, CPU)
     list(encode_scenes(RECIPE, folder, CPU))
     yield from train_teacher(RECIPE, folder, CPU, scales=(2.5,))
@@ -213,7 +213,7 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
     cuda = torch.device("cuda")
     recipe = replace(RECIPE, images=80, batch=8)  # of ten steps seven are replays of a graph
 
-    def training(folder: Path) -> tuple[Any, Iterator[TeacherProgress]]:
+    def training(folder: Path) -> tuple[Any, Iterator[TrainingProgress]]:
         model, scenes, null = denoiser(cuda)
         average = deepcopy(model)
         return average, fit(model, average, scenes.sample, null, recipe, folder, cuda, compiled=False)
