@@ -4,8 +4,6 @@ So training needs no text encoders, which are most of a large teacher's memory.
 """
 
 import json
-import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,9 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from itertools import count as count_from
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from distill.data.shards import (
     shard_name,
     write_rows,
 )
+from distill.data.worker_process import follow_parent
 from distill.errors import CacheError, PromptError
 from distill.models.device import fast_bfloat16
 from distill.models.sd3_folder import SD3Folder
@@ -189,18 +187,9 @@ _encoder: SD3TextEncoder  # of an encoding process
 def _initialize(teacher: SD3Folder, free: Any, dtype: torch.dtype, processes: int) -> None:
     """Set up an encoding process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
-    Thread(target=_exit_with_parent, daemon=True).start()
+    follow_parent()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _encoder = SD3TextEncoder.load(teacher, free.get(), dtype)
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent process ends, also if it is killed."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_shard(prompts: Sequence[str], path: Path) -> int:

@@ -13,6 +13,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -157,10 +158,6 @@ def _csv(path: Path, file: BinaryIO, column: str | None, delimiter: str = ",") -
         ) from None
 
 
-def _tsv(path: Path, file: BinaryIO, column: str | None) -> Iterator[str]:
-    return _csv(path, file, column, "\t")
-
-
 def _parquet(path: Path, file: BinaryIO, column: str | None) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -195,7 +192,7 @@ FORMATS: dict[str, Callable[[Path, BinaryIO, str | None], Iterator[str]]] = {
     ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
 }
 

@@ -255,16 +255,9 @@ def _check_numbers(folder: SD3Folder, configs: Mapping[str, Mapping[str, Any]]) 
     vae, transformer = configs["vae"], configs["transformer"]
     out = transformer.get("out_channels")
     t5 = int(configs["text_encoder_3"].get("d_model", 512)) if folder.has_t5 else folder.joint_dim
-    sizes = (
-        folder.latent_channels,
-        folder.sample_size,
-        folder.patch_size,
-        folder.joint_dim,
-        folder.pooled_dim,
-        folder.clip_length,
-    )
+    sizes = (folder.latent_channels, folder.sample_size, folder.patch_size, folder.joint_dim, folder.pooled_dim)
     told = {
-        "a size is not positive": min(sizes) > 0,
+        "a size is not positive": min(*sizes, folder.clip_length) > 0,
         "scaling_factor is not a positive number": 0 < folder.scaling_factor < math.inf,
         "shift_factor is not a number": math.isfinite(folder.shift_factor),
         "the scheduler's shift is not a positive number": 0 < folder.shift < math.inf,
@@ -371,11 +364,4 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
         raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
     except (struct.error, ValueError, KeyError, MemoryError, RecursionError) as error:
         raise TeacherError(f"{path} is not a whole safetensors file ({error}); fetch or export it again") from None
-    return sum(_product(entry["shape"]) for entry in tensors)
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+    return sum(math.prod(entry["shape"]) for entry in tensors)

@@ -4,7 +4,7 @@ Flow matching with the components of Stable Diffusion 3: x_t = (1 - t) x_0 + t e
 logit-normal t, caption dropout for classifier-free guidance, and an exponential moving average (EMA) of all weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -58,17 +58,28 @@ class TrainingRecipe:
 class Denoiser(nn.Module):
     """Transformer and two small CLIP text encoders as one module: token ids in, velocity out.
 
+    Latents are (channels, side, side); the position table has room for patches of 2, whatever `patch` is.
     The transformer's `joint_attention_dim` is twice the encoders' `width`, because their states are concatenated.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, width: int, layers: int, transformer: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        width: int,
+        channels: int,
+        side: int,
+        patch: int,
+        layers: int,
+        heads: int,
+        head_dim: int,
+    ) -> None:
         super().__init__()
         config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
             projection_dim=width,
-            num_hidden_layers=layers,
+            num_hidden_layers=2,
             num_attention_heads=width // 32,
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
@@ -78,7 +89,18 @@ class Denoiser(nn.Module):
         self.text_encoder = CLIPTextModelWithProjection(config)
         self.text_encoder_2 = CLIPTextModelWithProjection(deepcopy(config))
         self.transformer = SD3Transformer2DModel(
-            joint_attention_dim=2 * width, pooled_projection_dim=2 * width, qk_norm="rms_norm", **transformer
+            sample_size=side,
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=layers,
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            caption_projection_dim=heads * head_dim,
+            joint_attention_dim=2 * width,
+            pooled_projection_dim=2 * width,
+            pos_embed_max_size=side // 2,
+            qk_norm="rms_norm",
         )
 
     def encode(self, ids: Tensor) -> TextCondition:

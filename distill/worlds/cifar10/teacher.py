@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from distill.files import atomic_write_text
 from distill.models.sd3_folder import RECORD
@@ -27,7 +26,6 @@ from distill.worlds.tokenizer import build_clip_tokenizer
 PROMPTS = "prompts.txt"  # in the teacher's folder: every possible prompt
 STATE = "state"  # in the teacher's folder: the state that training resumes from
 TOKENS = 3  # of a prompt: start, one word, end
-HEAD_DIM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,9 @@ def train_teacher(
 
     torch.manual_seed(key_of(recipe.seed, "weights"))
     tokenizer = build_clip_tokenizer([ANY, *CLASSES], TOKENS)
-    model = _denoiser(recipe, tokenizer).to(device)
+    model = Denoiser(
+        tokenizer, width=64, channels=3, side=SIDE, patch=2, layers=recipe.layers, heads=recipe.heads, head_dim=64
+    ).to(device)
     average = deepcopy(model)
     latents = ((pixels - shift) * scale).to(device)  # (N, 3, 32, 32)
     ids = tokenize(tokenizer, captions(labels, recipe.conditional)).to(device)
@@ -81,22 +81,3 @@ def train_teacher(
     atomic_write_text(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
     record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": asdict(recipe)}
     atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-
-
-def _denoiser(recipe: Cifar10Recipe, tokenizer: CLIPTokenizer) -> Denoiser:
-    return Denoiser(
-        tokenizer,
-        width=64,
-        layers=2,
-        transformer={
-            "sample_size": SIDE,
-            "patch_size": 2,
-            "in_channels": 3,
-            "out_channels": 3,
-            "num_layers": recipe.layers,
-            "num_attention_heads": recipe.heads,
-            "attention_head_dim": HEAD_DIM,
-            "caption_projection_dim": recipe.heads * HEAD_DIM,
-            "pos_embed_max_size": SIDE // 2,
-        },
-    )

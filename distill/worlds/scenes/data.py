@@ -5,19 +5,18 @@ This file does not import torch, so that the processes start fast.
 """
 
 import os
-import signal
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.worker_process import follow_parent
 from distill.errors import CacheError
 from distill.worlds.scenes.captions import sample_prompt, wording
 from distill.worlds.scenes.render import place, render
@@ -54,12 +53,10 @@ def make_chunks(
     if processes <= 1:
         yield from (make_chunk(*arguments) for arguments in work)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _initialize)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), follow_parent)
     try:
         submitted = (pool.submit(make_chunk, *arguments) for arguments in work)
-        running = deque(
-            islice(submitted, 2 * processes)
-        )  # bounded, because finished chunks wait in memory for the encoder
+        running = deque(islice(submitted, 2 * processes))  # bounded, because finished chunks wait in memory
         while running:
             yield running.popleft().result()
             running.extend(islice(submitted, 1))
@@ -69,16 +66,3 @@ def make_chunks(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _initialize() -> None:
-    """Leave Ctrl-C to the parent process, and exit when the parent exits, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

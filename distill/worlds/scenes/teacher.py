@@ -51,22 +51,7 @@ EVAL_BATCH = 256  # images
 
 def make_denoiser(tokenizer: CLIPTokenizer, patch: int) -> Denoiser:
     """Build the untrained model; `patch` is the side of its patches."""
-    return Denoiser(
-        tokenizer,
-        width=96,
-        layers=2,
-        transformer={
-            "sample_size": 16,
-            "patch_size": patch,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_layers": 4,
-            "num_attention_heads": 11,
-            "attention_head_dim": 16,
-            "caption_projection_dim": 176,
-            "pos_embed_max_size": 8,
-        },
-    )
+    return Denoiser(tokenizer, width=96, channels=CHANNELS, side=16, patch=patch, layers=4, heads=11, head_dim=16)
 
 
 def check_start_folder(folder: Path) -> None:
