@@ -2,19 +2,18 @@
 
 import argparse
 import base64
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import httpx2
 
 from distill.files import atomic_write
 
@@ -110,20 +109,16 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", address: str) -> None:
     while True:
         if server.poll() is not None:
             sys.exit(f"the server ended with status {server.returncode}; is {address} taken?")
-        try:
-            urllib.request.urlopen(f"{address}/readyz", timeout=2).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-        else:
-            return
+        with suppress(httpx2.HTTPError):
+            if httpx2.get(f"{address}/readyz", timeout=2).is_success:
+                return
+        time.sleep(0.2)
 
 
 def _generate(prompt: str, address: str) -> bytes:
-    body = json.dumps({"prompt": prompt, "size": "auto", "seed": 1}).encode()
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/images/generations", body, headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+    fields = {"prompt": prompt, "size": "auto", "seed": 1}
+    answer = httpx2.post(f"{address}/v1/images/generations", json=fields, timeout=60).raise_for_status()
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
 
 if __name__ == "__main__":
