@@ -220,10 +220,7 @@ class RunConfig(FrozenModel):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load a preset or a YAML file, and apply `a.b=value` overrides.
-
-    Raises ConfigError that names the wrong preset, file or key.
-    """
+    """Load a preset or YAML file, with `a.b=value` overrides. Raises ConfigError naming the preset, file or key."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.exists():
         known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))

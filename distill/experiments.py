@@ -39,10 +39,7 @@ SHOWN = 8  # prompts in the picture if no evaluator fits
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the compared runs; `name` is its argument of the command and the name of its folder.
-
-    `config` results from `source`, a preset or file, and `overrides`.
-    """
+    """One of the compared runs, named by its argument and folder; `config` is that of `source`, with `overrides`."""
 
     name: str
     config: RunConfig
@@ -144,10 +141,7 @@ def read_cost(folder: Path) -> Cost:
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """Commands and costs of the runs, results of teacher and students if an evaluator fits, and a picture.
-
-    `diverged` and `failed` hold the reasons of runs without a student.
-    """
+    """Commands, costs, results and a picture of the runs; `diverged` and `failed` say why others have no student."""
 
     commands: dict[str, str]
     costs: dict[str, Cost]

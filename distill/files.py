@@ -67,10 +67,7 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Restore what a killed process left between two renames, in a folder or a folder directly below it.
-
-    The caller must be the only process that writes to the folder.
-    """
+    """Restore what a killed process left between two renames, in a folder of this process or directly below it."""
     for old in (*folder.glob(_hidden(Path("*"), "old").name), *folder.glob(f"*/{_hidden(Path('*'), 'old')}")):
         path = old.with_name(old.name.removeprefix(".").removesuffix(_suffix("old")))
         if path.exists():

@@ -245,10 +245,7 @@ class OneStepPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, C, h, w) to RGB images, uint8 (B, H, W, 3) on the CPU.
-
-        Raises DivergedError if an image is not finite.
-        """
+        """Decode latents (B, C, h, w) to uint8 RGB (B, H, W, 3) on the CPU. Raises DivergedError unless finite."""
         parts, finite = [], []
         for batch in _batches(len(latents), self._decode_buckets):
             pixels = self._decoder(latents[batch]).float()
@@ -279,10 +276,7 @@ class OneStepPipeline:
         height: int | None = None,
         steps: int = 1,
     ) -> Tensor:
-        """Generate one RGB image per prompt and seed, uint8 (B, H, W, 3) on the CPU.
-
-        Parameters and exceptions are those of `latents` and `decode`.
-        """
+        """Generate one RGB image per prompt and seed, uint8 (B, H, W, 3) on the CPU, as `latents` and `decode` do."""
         return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
 
     def _velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:

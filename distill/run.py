@@ -128,10 +128,7 @@ def run(
 
 
 def accelerator(config: RunConfig, out: Path) -> Accelerator:
-    """Accelerate with the run's precision; `auto` is bf16 where that is faster.
-
-    Raises ConfigError for what this machine does not support.
-    """
+    """Accelerate with the run's precision. Raises ConfigError for what this machine does not support."""
     probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bfloat16(probe))
     machine = accelerator_for("bf16" if bf16 else "no", out, config.trackers)

@@ -45,10 +45,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class EmbedProgress:
-    """Progress of `embed_prompts`: distinct prompts encoded, prompts cut to the token limit, and repetitions.
-
-    A repeated prompt is encoded once; `repeated` counts its further occurrences.
-    """
+    """Distinct prompts encoded so far, prompts cut to the token limit, and repetitions, which are not encoded again."""
 
     prompts: int
     truncated: int
@@ -238,9 +235,6 @@ class EmbeddingCache:
         return len(self._order)
 
     def rows(self, indices: Tensor) -> TextCondition:
-        """Read the conditions of the prompts at indices (B,).
-
-        Raises IndexError for an index out of range, CacheError for a damaged shard.
-        """
+        """Read the conditions of the prompts at indices (B,). Raises IndexError, and CacheError for a damaged shard."""
         check_rows(indices, len(self))
         return TextCondition(**self._reader.rows(self._order[indices]))

@@ -40,10 +40,7 @@ SKIPPED_IMAGES, SKIPPED_SHARE = 10, 0.01  # how many images, or which share of t
 
 @dataclass(frozen=True)
 class EncodeProgress:
-    """Progress of `encode_examples`: images encoded, images skipped, and captions cut to the token limit.
-
-    `unused` counts the files of shards that belong to no image.
-    """
+    """Images encoded so far, images skipped, captions cut to the token limit, and files that belong to no image."""
 
     images: int
     skipped: int
@@ -153,10 +150,7 @@ class ImageCache:
         return self._count
 
     def rows(self, indices: Tensor) -> Real:
-        """Read the images at indices (B,), and the conditions of their captions.
-
-        Raises IndexError for an index out of range, CacheError for a damaged shard.
-        """
+        """Read the images at indices (B,), with captions. Raises IndexError, and CacheError for a damaged shard."""
         found = self._reader.rows(indices)
         return Real(found.pop("latents"), TextCondition(**found))
 

@@ -45,10 +45,7 @@ def read_texts(source: str, column: str | None = None) -> Iterator[str]:
 
 
 def text_of(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    """Find the first of some columns of a row with a text, or a list's first text; None if all are null.
-
-    Raises PromptError for a value that is not text.
-    """
+    """Find the first text in some columns of a row; None if all are null. Raises PromptError for other values."""
     blank = None
     for name in columns:
         value = row[name]

@@ -27,10 +27,7 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0, column: s
 
 
 class DistinctPrompts:
-    """Iterates over the distinct prompts of a source, and counts and digests all that it reads.
-
-    `order` has, for each prompt read, its index among the distinct ones.
-    """
+    """Iterates over a source's distinct prompts, and digests all; `order` has the index of each that was read."""
 
     def __init__(self, prompts: Iterable[str]) -> None:
         self.order = array("q")

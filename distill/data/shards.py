@@ -166,10 +166,7 @@ class ShardWriter:
             flush(self._folder)
 
     def _claim(self) -> None:
-        """Mark the folder as a cache. Raises OutputError if it holds other files that a cache could replace.
-
-        The mark covers files of a call that was killed before it wrote an index.
-        """
+        """Mark the folder as a cache before it has an index. Raises OutputError if it holds files of another kind."""
         mark = self._folder / self._layout.begun
         if not (mark.exists() or (self._folder / self._layout.unfinished).exists()):
             others = sorted((*self._folder.glob("*.safetensors"), *self._folder.glob("*.jsonl")))
@@ -285,10 +282,7 @@ class ShardReader:
         return self._starts[-1]
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
-        """Read the rows at indices (B,) by tensor, on the device they are loaded to, or on the CPU.
-
-        Raises IndexError for an index out of range, CacheError for a damaged shard.
-        """
+        """Read the rows at indices (B,) by tensor. Raises IndexError, and CacheError for a damaged shard."""
         check_rows(indices, len(self))
         if self._table is not None:
             return {name: held.index_select(0, to_device(indices, held.device)) for name, held in self._table.items()}
@@ -363,10 +357,7 @@ class _Shard:
 
 
 def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
-    """Read a manifest or the index of an incomplete cache, with at least these keys.
-
-    Raises CacheError when it cannot be read or is of another teacher.
-    """
+    """Read an index with at least these keys. Raises CacheError when it cannot be read or is of another teacher."""
     try:
         index = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -19,10 +19,7 @@ from distill.evaluate.metrics import Interval, cmmd, interval
 def score_images(
     folder: Path, clip: Path | None, reference: Path | None, inception: Path | None, device: torch.device
 ) -> dict[str, object]:
-    """Compute every metric that the given models allow; also name the number of images and the CLIP model.
-
-    Raises ScorerError for a folder without images, a damaged image, and a missing model or package.
-    """
+    """Compute every metric that the given models allow. Raises ScorerError for unusable images, models or packages."""
     made = find_images(folder)
     real = None if reference is None else find_images(reference)
     metrics: dict[str, object] = {"images": len(made)}
@@ -50,10 +47,7 @@ def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float,
 
 
 def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:
-    """Compute FID with torch-fidelity and its Inception weights, converted to safetensors.
-
-    Raises ScorerError if the package cannot be imported or the weights are different ones.
-    """
+    """Compute FID with torch-fidelity. Raises ScorerError if it cannot be imported, or for other weights."""
     weights = _inception_weights(inception)
     try:
         from torch_fidelity import calculate_metrics

@@ -86,10 +86,7 @@ def density_coverage(made: Features, real: Features, k: int = 5) -> tuple[float,
 
 
 def diversity(groups: NDArray[np.float64]) -> float:
-    """Compute the mean distance between two images of the same prompt, for features (prompts, seeds, D).
-
-    The distance is Euclidean, divided by sqrt(D): the root mean square difference per feature.
-    """
+    """Compute the mean RMS difference per feature of two images of a prompt; features are (prompts, seeds, D)."""
     return float(np.mean(spreads(groups)))
 
 

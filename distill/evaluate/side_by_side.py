@@ -22,10 +22,7 @@ COST = ("nfe", "seconds_per_image")
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Results and images of a teacher, sampled in one or more ways, and of students by name.
-
-    Students are compared with the teacher's first sampling.
-    """
+    """Results and images of a teacher's samplings and of students by name, which are compared with the first."""
 
     prompts: EvalPrompts
     teachers: dict[Sampling, tuple[EvalResult, Images]]

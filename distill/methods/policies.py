@@ -80,10 +80,7 @@ class TeacherGuidance(FrozenModel):
 
 
 class Guidance(TeacherGuidance):
-    """Guidance of methods with a fake. `guide_fake` applies the teacher's scales to the fake too.
-
-    DMD leaves the fake unguided; SiD-DiT guides it.
-    """
+    """Guidance of methods with a fake: DMD leaves it unguided; `guide_fake` guides it too, as in SiD-DiT."""
 
     guide_fake: bool = False
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of null prompts in the loss of a guided fake

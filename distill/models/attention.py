@@ -21,10 +21,7 @@ _KERNELS = {"flash": SDPBackend.FLASH_ATTENTION}
 
 
 def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Choose the kernel of `auto` for training in a dtype on a device; any other name is returned as it is.
-
-    `benchmarks/precision.py` has the measurements behind the rule.
-    """
+    """Choose the kernel of `auto` for training, by the measurements of `benchmarks/precision.py`; other names stay."""
     if name != "auto":
         return name
     return "math" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"

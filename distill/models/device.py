@@ -9,10 +9,7 @@ from distill.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The named device; `auto` is the first GPU if there is one, else the CPU.
-
-    Raises ConfigError for a device that this machine does not have.
-    """
+    """The named device; `auto` is the first GPU, else the CPU. Raises ConfigError if this machine lacks it."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -27,10 +24,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32: on GPUs, and on CPUs with bf16 matrix units.
-
-    Other CPUs emulate bf16, a hundred times slower.
-    """
+    """Whether bf16 is faster than fp32: on GPUs and CPUs with bf16 matrix units; others emulate it slowly."""
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

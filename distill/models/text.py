@@ -125,10 +125,7 @@ class SD3TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Encode prompts on the CLIP encoders' device, in their dtype; tokens beyond the lengths are cut off.
-
-        `truncated` says which prompts are cut.
-        """
+        """Encode prompts on the CLIP encoders' device and in their dtype; `truncated` says which are cut."""
         outputs = []
         for encoder, tokenizer in zip(self.clips, self.clip_tokenizers, strict=True):
             ids = _tokens(tokenizer, prompts, self.clip_length).to(encoder.device)

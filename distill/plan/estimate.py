@@ -175,10 +175,7 @@ def plan_input(
     method: str = "fgm",
     optimizer: Literal["adam", "adam-8bit"] = "adam",
 ) -> PlanInput:
-    """Build the input from the command's options, with the default targets of LoRA and the method's settings for SD3.
-
-    Raises ConfigError for an unknown method.
-    """
+    """Build the input from the command's options, with the method's settings for SD3. Raises ConfigError."""
     chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
     kind = Lora(rank=rank) if mode == "lora" else Full()
     kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
@@ -234,10 +231,7 @@ def build(
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """A call of one network by a loss, with `rows` batch rows per image.
-
-    `backward`: gradient flows through it. `forward_mode`: its directional derivative is computed too.
-    """
+    """A call by a loss, with `rows` batch rows per image; is there gradient through it, or a directional derivative?"""
 
     role: str
     rows: int

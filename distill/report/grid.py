@@ -20,10 +20,7 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def labeled_grid(
     rows: Sequence[tuple[str, NDArray[np.uint8]]], captions: Sequence[str], columns: int = 8
 ) -> Image.Image:
-    """Draw a grid: each row is a name and images (N, H, W, 3), and the captions stand below the columns.
-
-    Rows of more than `columns` images are split into bands.
-    """
+    """Draw rows of a name and images (N, H, W, 3), with captions below the columns, in bands of at most `columns`."""
     font = ImageFont.load_default(11)
     left = 12 + max(int(font.getlength(name)) for name, _ in rows)
     wrapped = [textwrap.wrap(caption, TILE // 6) for caption in captions]
@@ -49,10 +46,7 @@ def labeled_grid(
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write a PNG file atomically; `texts` are its text fields.
-
-    Raises OutputError if the path holds another file than a picture of this program, and OSError if writing fails.
-    """
+    """Write a PNG file atomically, with text fields. Raises OutputError in place of another file, and OSError."""
     check_replaceable(path)
     fields = PngImagePlugin.PngInfo()
     for name, text in {"Software": MARK, **texts}.items():

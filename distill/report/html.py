@@ -61,10 +61,7 @@ _EVALUATED = {
 
 
 def write_report(run: RunFolder, out: Path) -> None:
-    """Write the report of a run atomically.
-
-    Raises RunError if a file of the run has another format, and OutputError if `out` is a file but not a report.
-    """
+    """Write the report atomically. Raises RunError for damaged files, OutputError if `out` is no report."""
     check_replaceable(out)
     atomic_write_text(out, render_report(run))
 

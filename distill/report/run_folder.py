@@ -27,10 +27,7 @@ ALARMS = "alarms.jsonl"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `images` is how many it has seen, `best` the metrics of the kept student.
-
-    `changed` is when its state was last recorded, in Unix seconds.
-    """
+    """One run: the images it has seen, the metrics of its best student, and when its state changed, in Unix seconds."""
 
     folder: Path
     config: dict[str, Any]

@@ -153,10 +153,7 @@ def _version(package: str) -> str:
 
 
 def _copy_frozen(teacher: SD3Folder, made: Path) -> None:
-    """Copy the teacher's files that the student shares: all that are loaded, except the transformer.
-
-    Variant files lose their suffix, so that the student is loaded without a variant.
-    """
+    """Copy all files that are loaded, but for the transformer; names of variants lose their suffix."""
     made.mkdir()
     index = {name: kind for name, kind in teacher.index.items() if name != "_name_or_path"}
     for name, kind in index.items():

@@ -154,10 +154,7 @@ def state_name(images: int) -> str:
 
 
 def trim_lines(path: Path, images: int) -> None:
-    """Drop the lines of a JSONL log, if it is there, after the state of `images`; they will be written again.
-
-    Incomplete or damaged lines, left by a kill or a disk failure, are dropped too.
-    """
+    """Drop incomplete lines of a JSONL log, and those after the state of `images`, which will be written again."""
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
         ends = zip(lines, map(images_of, lines), strict=True)

@@ -18,10 +18,7 @@ FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget an
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Images seen before and after a step, out of how many, and metrics to show.
-
-    `save()` writes a state of this moment, whatever the cadence.
-    """
+    """Images seen before and after a step, out of how many, and metrics; `save()` writes a state off the cadence."""
 
     before: int
     images: int
@@ -35,10 +32,7 @@ class TrainingProgress:
 
 
 def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:
-    """Write everything that a training needs to continue after `images` images; only the newest state is kept.
-
-    Raises CheckpointError when the disk refuses.
-    """
+    """Write all that training needs to continue, in place of older states. Raises CheckpointError if writing fails."""
     tensors = checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
     for name, module in modules.items():
         tensors |= checkpoint.pack(name, module.state_dict())
@@ -47,10 +41,7 @@ def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimi
 
 
 def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) -> None:
-    """Raise OutputError if training would replace files in a folder that has none of its `states`.
-
-    `written` names the training's own files besides the pipeline's.
-    """
+    """Raise OutputError if a pipeline's files, or `written` ones, are there without one of its `states`."""
     if any(checkpoint.states(folder / name) for name in states):
         return
     for name in (*COMPONENTS, "model_index.json", RECORD, *written):
@@ -75,10 +66,7 @@ def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: Any) -> No
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
-    """Restore what `save_state` wrote and return the images seen; 0 when there is nothing to restore.
-
-    Raises CheckpointError when the state was made by a recipe that differs in more than budgets and cadences.
-    """
+    """Restore what `save_state` wrote and return the images seen, or 0. Raises CheckpointError for another recipe."""
     newest = checkpoint.latest(folder)
     if newest is None:
         return 0

@@ -23,10 +23,7 @@ _RECORD = 1 + 3 * SIDE**2
 
 
 def read_images(folder: Path, test: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read images (N, 32, 32, 3) and labels (N,) of the training batches or of the test batch.
-
-    Raises ImageError for a file that is missing, cut off, or in another format.
-    """
+    """Read images (N, 32, 32, 3) and labels (N,) of the training or test batches. Raises ImageError."""
     records = np.concatenate([_records(folder / name) for name in (_TEST if test else _TRAIN)])
     planes = records[:, 1:].reshape(-1, 3, SIDE, SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]

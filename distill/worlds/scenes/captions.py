@@ -111,10 +111,7 @@ def evaluation_prompts(per_task: int, seed: int, held_out: bool = True) -> list[
 
 
 def parse_task_weights(text: str | None) -> dict[str, float]:
-    """Parse task shares such as "counting=2,position=1" and normalize them to sum 1; None gives equal shares.
-
-    A task that the text does not name gets 0. Raises ConfigError for invalid text.
-    """
+    """Parse shares of tasks, such as "counting=2,position=1", to sum 1; None is equal shares. Raises ConfigError."""
     if text is None:
         return dict.fromkeys(TASKS, 1 / len(TASKS))
     weights = dict.fromkeys(TASKS, 0.0)

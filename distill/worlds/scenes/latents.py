@@ -46,10 +46,7 @@ class Scenes:
 def encode_scenes(
     recipe: ScenesRecipe, folder: Path, device: torch.device, processes: int | None = None
 ) -> Iterator[int]:
-    """Render the training scenes and encode them with `folder/vae`, unless the folder holds them; yield the count.
-
-    Several processes render while this one encodes.
-    """
+    """Render and encode the training scenes with `folder/vae`, unless they are there; yield the count."""
     vae = load_vae(folder, device)
     key = _key(recipe, vae, device)
     if _key_in(folder / SCENES) == key:

@@ -29,10 +29,7 @@ Scene = tuple[Object, ...]
 
 
 def place(prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """Draw a scene that matches the prompt.
-
-    Each object is placed at random in a cell of its own: the whole image, a half of it, or a quarter.
-    """
+    """Draw a scene that matches the prompt: each object in a cell of its own, the whole image, a half or a quarter."""
     if prompt.count > 1:
         things = [prompt.things[0]] * prompt.count
     else:
