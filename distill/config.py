@@ -158,7 +158,7 @@ class RunConfig(FrozenModel):
         return methods.config_class(name).model_validate(value)
 
     @model_validator(mode="after")
-    def _check_batch(self) -> Self:
+    def _check(self) -> Self:
         if self.images < self.batch:
             raise ValueError(
                 f"images {self.images} is less than one batch of {self.batch}; raise images or lower batch"
@@ -167,10 +167,6 @@ class RunConfig(FrozenModel):
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take one of its divisors"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_real(self) -> Self:
         used = any(turn.real for turn in self.method.turns())
         if used and self.real is None:
             raise ValueError(f"real.source: this {self.method.name} needs real images; give their source")
@@ -180,10 +176,6 @@ class RunConfig(FrozenModel):
             raise ValueError(
                 "sizes: real images are encoded at the teacher's native size only; leave sizes or real out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_forward_mode(self) -> Self:
         kernel = self.networks.attention
         if kernel in ("flash", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
             raise ValueError(

@@ -136,7 +136,7 @@ class ImageCache:
     """A complete cache of one teacher's latents and captions: on a device if small, else read from disk by row."""
 
     def __init__(
-        self, folder: Path, teacher: SD3Folder, count: int | None = None, device: torch.device | None = None
+        self, folder: Path, teacher: SD3Folder, device: torch.device | None = None, count: int | None = None
     ) -> None:
         """Open and check; `count` limits it to its first rows. A small cache is loaded to the `device`, if given.
 

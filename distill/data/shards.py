@@ -11,7 +11,7 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -275,7 +275,7 @@ class ShardReader:
         self._starts = [0, *accumulate(shard.rows for shard in self._shards)]
         self._table: dict[str, Tensor] | None = None
         if device is not None and sum(shard.bytes for shard in self._shards) <= RESIDENT_BYTES:
-            parts = [shard.all_rows() for shard in self._shards]
+            parts = [shard.read(0, shard.rows) for shard in self._shards]
             self._table = {name: torch.cat([part[name] for part in parts]).to(device) for name in layout.shapes}
 
     def __len__(self) -> int:
@@ -289,7 +289,8 @@ class ShardReader:
         parts = []
         for index in indices.tolist():
             shard = bisect_right(self._starts, index) - 1
-            parts.append(self._shards[shard].row(index - self._starts[shard]))
+            row = index - self._starts[shard]
+            parts.append(self._shards[shard].read(row, row + 1))
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
 
     @property
@@ -331,25 +332,14 @@ class _Shard:
         self._file = file
         self.bytes = self._path.stat().st_size
 
-    def row(self, row: int) -> dict[str, Tensor]:
-        """Read one row by tensor, as a batch. Raises CacheError for a damaged file."""
-        self._check()
-        return {name: self._file.get_slice(name)[row : row + 1] for name in self._layout.shapes}
-
-    def all_rows(self) -> dict[str, Tensor]:
-        """Read all rows by tensor. Raises CacheError for a damaged file."""
-        self._check()
-        return {name: self._file.get_tensor(name) for name in self._layout.shapes}
-
-    def _check(self) -> None:
-        """Compare the file's checksum, once."""
+    def read(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Read a range of rows by tensor. Raises CacheError for a damaged file; its checksum is compared once."""
         if not self._checked:
-            try:
+            with suppress(OSError):
                 self._checked = sha256(self._path) == self._sha256
-            except OSError:
-                raise self._damaged() from None
             if not self._checked:
                 raise self._damaged()
+        return {name: self._file.get_slice(name)[start:stop] for name in self._layout.shapes}
 
     def _damaged(self) -> CacheError:
         mend = f"remove {self._path.parent} and {self._layout.verb} again"

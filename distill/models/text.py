@@ -37,18 +37,9 @@ class TextCondition:
         chosen: Any = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
         return type(self)(self.embeds[chosen], self.pooled[chosen])
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
-    ) -> Self:
-        """Move to a device and cast to a dtype; None keeps either."""
-        return type(self)(
-            self.embeds.to(device, dtype, non_blocking=non_blocking),
-            self.pooled.to(device, dtype, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Self:
-        """Copy to pinned memory."""
-        return type(self)(self.embeds.pin_memory(), self.pooled.pin_memory())
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device."""
+        return type(self)(self.embeds.to(device), self.pooled.to(device))
 
     def expand(self, n: int) -> Self:
         """Repeat one row n times, without a copy."""

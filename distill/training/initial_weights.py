@@ -1,5 +1,7 @@
 """Check that the weights of `start` fit a run, by names and shapes alone, before anything is computed."""
 
+from pathlib import Path
+
 from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
 from distill.models.sd3_folder import SD3Folder, find_weights
@@ -13,40 +15,35 @@ _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
     """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
-    if config.init_from is None:
+    start = config.init_from
+    if start is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
-    student = (config.init_from / "model_index.json").exists()
-    given, second = split(_of_student(config) if student else _of_run(config))
+    read = _of_student if (start / "model_index.json").exists() else _of_run
+    given, second = split(read(config, start))
     if given != _expected(config, teacher) or bool(second) is not two_times:
-        raise ConfigError(
-            f"init_from: {config.init_from} has other weights for the student; networks and teacher must be alike"
-        )
+        raise ConfigError(f"init_from: {start} has other weights for the student; networks and teacher must be alike")
 
 
-def _of_student(config: RunConfig) -> _Shapes:
+def _of_student(config: RunConfig, start: Path) -> _Shapes:
     """The shapes of a student folder's transformer."""
-    assert config.init_from is not None
     if isinstance(config.networks, Lora):
         raise ConfigError(
-            f"init_from: {config.init_from} is a student's folder, which only full copies start from; give the run "
+            f"init_from: {start} is a student's folder, which only full copies start from; give the run "
             "that made it, or set networks.kind to full"
         )
-    return _shapes_of(SD3Folder.read(config.init_from))
+    return _shapes_of(SD3Folder.read(start))
 
 
-def _of_run(config: RunConfig) -> _Shapes:
+def _of_run(config: RunConfig, start: Path) -> _Shapes:
     """The shapes of the student in a run's newest checkpoint."""
-    assert config.init_from is not None
-    newest = checkpoint.latest(config.init_from / "checkpoints")
+    newest = checkpoint.latest(start / "checkpoints")
     if newest is None:
-        raise ConfigError(
-            f"init_from: {config.init_from} has no checkpoint; give the folder of a run, or that of a student"
-        )
+        raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student")
     if isinstance(config.networks, Lora):
         alpha = checkpoint.load_record(newest).get("config", {}).get("networks.alpha", config.networks.alpha)
         if alpha != config.networks.alpha:
-            raise ConfigError(f"init_from: {config.init_from} was trained with networks.alpha {alpha}; set it to that")
+            raise ConfigError(f"init_from: {start} was trained with networks.alpha {alpha}; set it to that")
     return checkpoint.shapes(newest, "student")
 
 

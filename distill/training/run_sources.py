@@ -2,17 +2,16 @@
 
 import json
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from distill.config import Prompts, RealImages, RunConfig
 from distill.data import embedding_cache, image_cache
-from distill.data.embedding_cache import EmbeddingCache, EmbedProgress, check_prompts, embed_prompts
-from distill.data.image_cache import EncodeProgress, ImageCache, check_examples, encode_examples
+from distill.data.embedding_cache import EmbeddingCache, check_prompts, embed_prompts
+from distill.data.image_cache import ImageCache, check_examples, encode_examples
 from distill.data.images import read_examples
 from distill.data.prompts import read_prompts
 from distill.data.sources import PROMPT_SOURCES
@@ -21,14 +20,19 @@ from distill.files import atomic_write_text
 from distill.models.sd3_folder import SD3Folder
 
 SOURCES = "sources.json"  # digests of the teacher, prompts and real images that a run trains on
+Cache = TypeVar("Cache", EmbeddingCache, ImageCache)
 _log = logging.getLogger(__name__)
 
 
-class RunSource(ABC):
+class RunSource(Generic[Cache]):
     """A source of prompts or of real images. `cache` is the source itself if `is_cache`, else a folder of the run."""
 
     manifest: ClassVar[str]
     folder: ClassVar[str]
+    _cache: Callable[[Path, SD3Folder, torch.device | None, int | None], Cache]
+    _read: Callable[[str, int | None, int, str | None], Iterator[Any]]
+    _encode: Callable[[SD3Folder, Iterator[Any], Path, torch.device], Iterator[Any]]
+    _compare: Callable[[SD3Folder, Iterator[Any], Path], None]
 
     def __init__(self, config: Prompts | RealImages, out: Path) -> None:
         """Raises ConfigError if a column is given for a cache."""
@@ -55,7 +59,7 @@ class RunSource(ABC):
         elif self.config.source not in ("-", *PROMPT_SOURCES) and (
             path.is_dir() or path.is_file() or not path.exists()
         ):
-            next(self._read(), None)
+            next(self._rows(), None)
 
     def encode(self, teacher: SD3Folder, device: torch.device, resumed: bool) -> Iterator[Any]:
         """Encode the source into the cache, or compare it with a complete cache of the run; yield progress.
@@ -67,34 +71,27 @@ class RunSource(ABC):
         if self.is_cache:
             return
         if not self.is_encoded:
-            yield from self._encode(teacher, device)
+            yield from self._encode(teacher, self._rows(), self.cache, device)
         elif resumed and source not in PROMPT_SOURCES and (source == "-" or not Path(source).exists()):
             what = "standard input" if source == "-" else source
             _log.warning("%s is not read again; the run goes on with what was encoded of it in %s", what, self.cache)
         else:
-            self._compare(teacher)
+            self._compare(teacher, self._rows(), self.cache)
 
-    @abstractmethod
-    def open(self, teacher: SD3Folder, device: torch.device | None = None) -> EmbeddingCache | ImageCache:
+    def open(self, teacher: SD3Folder, device: torch.device | None = None) -> Cache:
         """Open the cache. With a device, only the first `max_count` rows are used, and a small cache is held there."""
+        return self._cache(self.cache, teacher, device, None if device is None else self.config.max_count)
 
-    @abstractmethod
-    def _read(self) -> Iterator[Any]: ...
-
-    @abstractmethod
-    def _encode(self, teacher: SD3Folder, device: torch.device) -> Iterator[Any]: ...
-
-    @abstractmethod
-    def _compare(self, teacher: SD3Folder) -> None: ...
+    def _rows(self) -> Iterator[Any]:
+        return self._read(self.config.source, self.config.max_count, self.config.seed, self.config.column)
 
 
-class RunPrompts(RunSource):
+class RunPrompts(RunSource[EmbeddingCache]):
     """The prompts of a run."""
 
     manifest, folder = embedding_cache.MANIFEST, "embeddings"
-
-    def open(self, teacher: SD3Folder, device: torch.device | None = None) -> EmbeddingCache:
-        return EmbeddingCache(self.cache, teacher, device, None if device is None else self.config.max_count)
+    _cache, _read = EmbeddingCache, staticmethod(read_prompts)
+    _encode, _compare = staticmethod(embed_prompts), staticmethod(check_prompts)
 
     def count(self) -> int | None:
         """The number of distinct prompts in the cache; None if it cannot be read."""
@@ -103,32 +100,13 @@ class RunPrompts(RunSource):
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def _read(self) -> Iterator[str]:
-        return read_prompts(self.config.source, self.config.max_count, self.config.seed, self.config.column)
 
-    def _encode(self, teacher: SD3Folder, device: torch.device) -> Iterator[EmbedProgress]:
-        return embed_prompts(teacher, self._read(), self.cache, device)
-
-    def _compare(self, teacher: SD3Folder) -> None:
-        check_prompts(teacher, self._read(), self.cache)
-
-
-class RunImages(RunSource):
+class RunImages(RunSource[ImageCache]):
     """The real images of a run, for methods that take them."""
 
     manifest, folder = image_cache.MANIFEST, "images"
-
-    def open(self, teacher: SD3Folder, device: torch.device | None = None) -> ImageCache:
-        return ImageCache(self.cache, teacher, None if device is None else self.config.max_count, device)
-
-    def _read(self) -> Iterator[Any]:
-        return read_examples(self.config.source, self.config.max_count, self.config.seed, self.config.column)
-
-    def _encode(self, teacher: SD3Folder, device: torch.device) -> Iterator[EncodeProgress]:
-        return encode_examples(teacher, self._read(), self.cache, device)
-
-    def _compare(self, teacher: SD3Folder) -> None:
-        check_examples(teacher, self._read(), self.cache)
+    _cache, _read = ImageCache, staticmethod(read_examples)
+    _encode, _compare = staticmethod(encode_examples), staticmethod(check_examples)
 
 
 def run_sources(config: RunConfig, out: Path) -> tuple[RunPrompts, RunImages | None]:

@@ -84,4 +84,3 @@ def test_conditions_are_sliced_joined_and_repeated() -> None:
     assert condition[torch.tensor([2, 0])].pooled.tolist() == [[2.0], [0.0]]
     assert len(TextCondition.cat([condition, condition[0]])) == 4
     assert condition[2].expand(5).embeds.shape == (5, 4, 2)
-    assert condition.to(dtype=torch.float16).embeds.dtype == torch.float16
