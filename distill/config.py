@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -199,7 +199,7 @@ class RunConfig(FrozenModel):
             plain.pop(free)
         for free in _Networks.model_fields:
             plain["networks"].pop(free)
-        return dict(_flat(plain))
+        return dict(flat(plain))
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:
         """Raise CheckpointError, naming the first key, unless `identity`, read from `where`, is this run's."""
@@ -354,8 +354,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dictionaries with their dotted keys."""
     for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return rows
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from distill.config import flat
 from distill.errors import RunError
 from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report import charts
@@ -82,9 +83,7 @@ def render_report(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        si=si, cell=_cell, plain=_plain, words=lambda name: name.replace("_", " "), time=_local_time
-    )
+    environment.filters.update(si=si, cell=_cell, plain=_plain, words=_words, time=_local_time)
     return environment.get_template("report.html").render(
         run=run,
         mark=MARK,
@@ -99,7 +98,7 @@ def render_report(run: RunFolder) -> str:
         rows=thinned,
         sections=list(_sections(rows, thinned)),
         lines_per_point=-(-len(rows) // POINTS),
-        config=list(_flat(run.config)),
+        config=list(flat(run.config)),
         now=time.time(),
     )
 
@@ -162,7 +161,7 @@ class _Comparison:
         """Name, teacher's value and student's value of each metric."""
         try:
             found = json.loads(self._json.read_text(encoding="utf-8"))
-            teacher, student = (dict(_flat(found[model])) for model in ("teacher", "student"))
+            teacher, student = (dict(flat(found[model])) for model in ("teacher", "student"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{self._json} is not the output of `distill evaluate --json`; write it again or remove it"
@@ -268,12 +267,3 @@ def _plain(value: Any) -> str:
 
 def _local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dictionaries with their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
