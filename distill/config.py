@@ -164,18 +164,14 @@ class RunConfig(FrozenModel):
                 f"images {self.images} is less than one batch of {self.batch}; raise images or lower batch"
             )
         if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take one of its divisors"
-            )
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take a divisor")
         used = any(turn.real for turn in self.method.turns())
         if used and self.real is None:
             raise ValueError(f"real.source: this {self.method.name} needs real images; give their source")
         if self.real is not None and not used:
             raise ValueError(f"real: this {self.method.name} takes no real images; leave the key out")
         if self.real is not None and self.sizes:
-            raise ValueError(
-                "sizes: real images are encoded at the teacher's native size only; leave sizes or real out"
-            )
+            raise ValueError("sizes: real images have the teacher's native size only; leave sizes or real out")
         kernel = self.networks.attention
         if kernel in ("flash", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
             raise ValueError(

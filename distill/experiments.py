@@ -132,9 +132,7 @@ def read_cost(folder: Path) -> Cost:
     """Read the cost of a finished run. Raises RunError if its checkpoints are missing."""
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
-        raise RunError(
-            f"{folder} holds no checkpoint, so that its seconds are unknown; remove the folder to repeat the run"
-        )
+        raise RunError(f"{folder} holds no checkpoint, so its seconds are unknown; remove the folder to repeat the run")
     record = checkpoint.load_record(newest)
     return Cost(int(record["images"]), float(record.get("seconds", 0)), read_student(folder / "student").images_seen)
 

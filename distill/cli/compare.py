@@ -11,18 +11,14 @@ from distill.cli.run import run_with_bars
 
 
 def compare(
-    variants: Annotated[
-        list[str], typer.Argument(help="Methods or YAML files, with keys of their own: fgm,method.alpha=0.5.")
-    ],
+    variants: Annotated[list[str], typer.Argument(help="Methods or YAML files, with own keys: fgm,method.alpha=0.5.")],
     config: Annotated[str, typer.Option(help="Preset or YAML file with all other settings of the methods.")] = "scenes",
     images: Annotated[
         int | None, typer.Option(help="Budget of each run in training images. Default: the preset's.", min=1, max=MOST)
     ] = None,
     seconds: Seconds = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all variants.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the results.", file_okay=False)] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for runs and results.", file_okay=False)] = Path("runs/compare"),
     per_task: Annotated[int, typer.Option(help="Held-out prompts per task.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
     seed: Annotated[int, typer.Option(help="Seed of the evaluation's prompts and images.", min=0, max=LAST_SEED)] = 0,

@@ -26,12 +26,8 @@ def main() -> int:
     """Generate with the shipped student, distill another for a short time, evaluate it, and serve it until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="setting of the run, as in `distill run`"
-    )
-    parser.add_argument(
-        "--seconds", type=int, default=SECONDS, help="seconds of distillation; 0 takes the preset's images"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting, as in `distill run`")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="seconds to distill; 0 takes the preset's images")
     parser.add_argument("--per-task", type=int, default=16, metavar="N", help="prompts per task in the evaluation")
     parser.add_argument("--steps", type=int, default=28, metavar="N", help="teacher's sampling steps in the evaluation")
     parser.add_argument("--port", type=int, default=8000)

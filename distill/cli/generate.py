@@ -23,9 +23,7 @@ def generate(
     grid: Annotated[
         Path | None, typer.Option(help="PNG file for a grid of the first 64 images with prompts.", dir_okay=False)
     ] = None,
-    steps: Annotated[
-        int, typer.Option(help="Sampling steps; only any-step students and teachers support more than 1.", min=1)
-    ] = 1,
+    steps: Annotated[int, typer.Option(help="Sampling steps; above 1 for teachers and any-step students.", min=1)] = 1,
     guidance: Guidance = None,
     device: Device = "auto",
 ) -> None:

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-SOURCE = (
-    "A txt, json, jsonl, csv, tsv or parquet file, a folder of such files, a saved dataset, `scenes`, or - for stdin."
-)
+SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
@@ -39,7 +37,5 @@ Guidance = Annotated[
         callback=finite,
     ),
 ]
-Column = Annotated[
-    str | None, typer.Option(help="Column of the prompts. Default: the first of prompt, caption and text.")
-]
+Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")]

@@ -9,19 +9,11 @@ from distill.cli.options import finite
 
 
 def plan(
-    teacher: Annotated[
-        str, typer.Argument(help="Teacher folder, or sd3-medium, sd3.5-medium, sd3.5-large.")
-    ] = "sd3-medium",
+    teacher: Annotated[str, typer.Argument(help="Folder, or sd3-medium, sd3.5-medium, sd3.5-large.")] = "sd3-medium",
     device_memory: Annotated[float, typer.Option(help="Device memory in GiB.", min=0, max=1e6, callback=finite)] = 80,
-    mode: Annotated[
-        Literal["lora", "full"], typer.Option(help="lora: adapters on one base model. full: three models.")
-    ] = "lora",
-    batch: Annotated[
-        int, typer.Option(help="Images per forward pass; `micro_batch` of a run.", min=1, max=1 << 20)
-    ] = 4,
-    size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels. Default: the native size.", min=1)
-    ] = None,
+    mode: Annotated[Literal["lora", "full"], typer.Option(help="lora: adapters on a base. full: copies.")] = "lora",
+    batch: Annotated[int, typer.Option(help="Images per forward pass, a run's `micro_batch`.", min=1, max=1 << 20)] = 4,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: native.", min=1)] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
@@ -39,9 +31,7 @@ def plan(
             callback=finite,
         ),
     ] = None,
-    utilization: Annotated[
-        float, typer.Option(help="Share of the peak that is reached.", min=1e-6, max=1, callback=finite)
-    ] = 0.35,
+    utilization: Annotated[float, typer.Option(help="Share of that peak.", min=1e-6, max=1, callback=finite)] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Annotated[
-        str, typer.Argument(help="A preset (scenes-debug, scenes, sd3-medium-lora, ...) or a YAML file.")
-    ],
+    config: Annotated[str, typer.Argument(help="Preset (scenes-debug, scenes, sd3-medium-lora, ...) or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
@@ -99,7 +97,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder: finished, stopped or running.")],
     out: Annotated[
-        Path | None, typer.Option(help="Student folder; student in the run folder if not given.", file_okay=False)
+        Path | None, typer.Option(help="Student folder. Default: student in the run folder.", file_okay=False)
     ] = None,
     checkpoint: Annotated[
         str,
@@ -110,12 +108,8 @@ def export(
     license: Annotated[
         str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
     ] = None,
-    teacher: Annotated[
-        Path | None, typer.Option(help="Where the run's teacher is now; its path in the run if not given.")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare with stock diffusers; differing is an error.")
-    ] = False,
+    teacher: Annotated[Path | None, typer.Option(help="Where the run's teacher is now. Default: its path.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare with stock diffusers; a difference fails.")] = False,
     device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
 ) -> None:
     """Write the student of a run, as `distill run` does at its end.

@@ -8,9 +8,7 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file. Default: report.html in the run folder.", dir_okay=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file. Default: the run's report.html.", dir_okay=False)] = None,
 ) -> None:
     """Write a report of a run: one HTML file with its state, curves, samples, evaluations, cost and configuration.
 

@@ -17,9 +17,7 @@ _DECAY = "Last images, over which the learning rate falls linearly to 2 % of its
 
 
 def teacher(
-    out: Annotated[Path, typer.Option(help="Folder of the teacher and its training state.", file_okay=False)] = Path(
-        "runs/teacher"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of teacher and state.", file_okay=False)] = Path("runs/teacher"),
     start: Annotated[Path | None, typer.Option(help=_START)] = None,
     images: Annotated[int, typer.Option(help="Training images of the transformer.", min=1)] = 1_600_000,
     coarse_images: Annotated[int | None, typer.Option(help=_COARSE, min=0)] = None,
@@ -52,9 +50,7 @@ def teacher(
         raise ConfigError("--coarse-images: training with --start has no large patches; remove one of the two options")
     coarse = (660_000 if start is None else 0) if coarse_images is None else coarse_images
     if coarse >= images:
-        raise ConfigError(
-            f"--images {images}: {coarse} images are on large patches; raise --images or lower --coarse-images"
-        )
+        raise ConfigError(f"--images {images}: {coarse} images are on large patches; raise it or lower --coarse-images")
 
     from distill.cli.console import image_bar
     from distill.models.device import resolve_device

@@ -100,9 +100,7 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
     """Write the record of the images, or compare it with the record of those that exist."""
     if not path.exists():
         if any(path.parent.glob("[0-9]" * 5)):
-            raise OutputError(
-                f"{path.parent} holds images, but no {RECORD} with their model and settings; give another --out"
-            )
+            raise OutputError(f"{path.parent} holds images, but no {RECORD} of their settings; give another --out")
         atomic_write_text(path, json.dumps(record, indent=2) + "\n")
         return
     try:
@@ -111,6 +109,4 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is not the record of the images in its folder; give another --out") from error
     if different:
-        raise RunError(
-            f"{path.parent} holds images made with another {different[0]}; set it back, or give another --out"
-        )
+        raise RunError(f"{path.parent} holds images of another {different[0]}; set it back, or give another --out")

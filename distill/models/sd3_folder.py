@@ -282,9 +282,7 @@ def _check_words(folder: Path) -> None:
     """Raise TeacherError for a tokenizer without a vocabulary, which would encode all prompts alike."""
     words = _WORDS[folder.name]
     if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in words):
-        raise TeacherError(
-            f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export the folder again"
-        )
+        raise TeacherError(f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export it again")
 
 
 def _check_pointer(content: bytes, path: Path) -> None:

@@ -183,9 +183,7 @@ def _tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Token ids (B, length), padded and truncated."""
     for prompt in prompts:
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise PromptError(
-                f"the prompt {prompt[:80]!a} holds half of a character, as a cut emoji leaves it; remove it"
-            )
+            raise PromptError(f"the prompt {prompt[:80]!a} holds half of a character, as of a cut emoji; remove it")
     batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids

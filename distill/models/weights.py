@@ -27,9 +27,7 @@ def check_shapes(kind: Any, path: Path) -> None:
         with torch.device("meta"):
             model = kind.from_config(kind.load_config(path, local_files_only=True))
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise TeacherError(
-            f"{path / 'config.json'} is not usable ({error}); fetch or export the folder again"
-        ) from None
+        raise TeacherError(f"{path / 'config.json'} is not usable ({error}); fetch or export it again") from None
     given: dict[str, tuple[int, ...]] = {}
     try:
         for file in find_weights(path).files:

@@ -62,9 +62,7 @@ def read_run(folder: Path) -> RunFolder:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(
-            f"{folder} is not a run: it has no config.yaml; give a folder that `distill run` made"
-        ) from error
+        raise RunError(f"{folder} is not a run: it has no config.yaml; give one that `distill run` made") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as YAML; `distill run` with the same --out writes it anew") from error
     if not (isinstance(config, dict) and "teacher" in config and isinstance(config.get("images"), int)):

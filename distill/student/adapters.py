@@ -81,9 +81,7 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
             raise TeacherError(f"{path} is damaged: its alpha is not finite; download or export it again")
         factors[module] = (scale * b).to(linear.weight.device), a.to(linear.weight.device)
     if tensors or not factors:
-        raise TeacherError(
-            f"{path} holds {next(iter(tensors), 'nothing')}; only LoRA pairs for a transformer are supported"
-        )
+        raise TeacherError(f"{path} holds {next(iter(tensors), 'nothing')}; only LoRA pairs of a transformer fit")
     return Adapter(digest, factors)
 
 

@@ -105,9 +105,7 @@ def export_student(
             (made / "README.md").write_text(card(record, teacher, named, lora is not None), encoding="utf-8")
             check_place(out, teacher.path)  # again, because files may have been added in the meantime
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write the student to {out}: {error}; free disk space and export again"
-        ) from error
+        raise CheckpointError(f"could not write the student to {out}: {error}; free space and export again") from error
     return out
 
 
@@ -134,9 +132,7 @@ def check_place(out: Path, teacher: Path) -> None:
     except TeacherError:
         ours = False
     if not ours:
-        raise OutputError(
-            f"{out} holds other files ({held[0].relative_to(out)}) but no exported student; name a new folder"
-        )
+        raise OutputError(f"{out} holds other files ({held[0].relative_to(out)}) but no student; name a new folder")
     for path in held:
         if not _WRITTEN.fullmatch(path.relative_to(out).as_posix()):
             raise OutputError(

@@ -39,7 +39,7 @@ def _of_run(config: RunConfig, start: Path) -> _Shapes:
     """The shapes of the student in a run's newest checkpoint."""
     newest = checkpoint.latest(start / "checkpoints")
     if newest is None:
-        raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student")
+        raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
     if isinstance(config.networks, Lora):
         alpha = checkpoint.load_record(newest).get("config", {}).get("networks.alpha", config.networks.alpha)
         if alpha != config.networks.alpha:

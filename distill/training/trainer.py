@@ -397,9 +397,7 @@ class _State:
         else:
             newest = checkpoint.latest(start / "checkpoints")
             if newest is None:
-                raise ConfigError(
-                    f"init_from: {start} has no checkpoint; give the folder of a run, or that of a student"
-                )
+                raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
             tensors, _ = checkpoint.load(newest)
             found = {part: checkpoint.unpack(part, tensors) for part in ("average", *self.weights)}
         for part, own in (("average", self.average), *self.weights.items()):
