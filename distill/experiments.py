@@ -207,10 +207,7 @@ def evaluate_variants(
     diverged: Mapping[str, str] = MappingProxyType({}),
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> ExperimentResult:
-    """Evaluate teacher and students on the same prompts and seeds; without an evaluator only draw a picture.
-
-    `diverged` and `failed` hold the reasons of runs without a student, by name, for the result.
-    """
+    """Evaluate teacher and students on the same prompts and seeds; without an evaluator only draw a picture."""
     config = variants[0].config
     teacher = read_teacher(config)
     students = {variant.name: out / variant.name / "student" for variant in variants}

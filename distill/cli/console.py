@@ -13,15 +13,7 @@ from rich.text import Text
 out = Console(soft_wrap=True)
 _bars = Console(stderr=True, soft_wrap=True)  # standard output holds results only
 
-SHOWN = (
-    "gap",
-    "flow_matching",
-    "regression",
-    "residual",
-    "overall",
-    "frechet",
-    "diversity",
-)  # metrics shown with progress
+SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # metrics with progress
 EVERY = 30.0  # seconds between two lines without a terminal
 
 

@@ -42,10 +42,7 @@ def run(
 
 
 def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: float | None = None) -> bool:
-    """Run to the end, with progress bars; False in all processes but the first. Ends the command when asked to stop.
-
-    `seconds` of training are a budget in place of the configuration's images.
-    """
+    """Run with progress bars; False in all processes but the first. `seconds` are a budget in place of images."""
     from distill import run as runs
     from distill.cli import console
     from distill.cli.console import SHOWN, image_bar

@@ -214,18 +214,12 @@ def tensors(cond: TextCondition) -> dict[str, Tensor]:
 
 
 class EmbeddingCache:
-    """A complete cache of one teacher's text conditions: on a device if it is small, else read from disk by row.
-
-    A prompt that its source repeats has as many indices, so that training sees it as often.
-    """
+    """A complete cache of a teacher's text conditions; a prompt that its source repeats has as many indices."""
 
     def __init__(
         self, folder: Path, teacher: SD3Folder, device: torch.device | None = None, count: int | None = None
     ) -> None:
-        """Open and check; `count` limits it to its first prompts. A small cache is loaded to the `device`, if given.
-
-        Raises CacheError for a cache that is incomplete, damaged, or of another teacher.
-        """
+        """Open at most `count` prompts, as `ShardReader` opens a cache; raises the same errors."""
         self._reader = ShardReader(folder, _layout(teacher), device)
         self.null = TextCondition(**self._reader.extra("null"))
         self._order = self._reader.extra("order")["rows"][:count]

@@ -138,10 +138,7 @@ class ImageCache:
     def __init__(
         self, folder: Path, teacher: SD3Folder, device: torch.device | None = None, count: int | None = None
     ) -> None:
-        """Open and check; `count` limits it to its first rows. A small cache is loaded to the `device`, if given.
-
-        Raises CacheError for a cache that is incomplete, damaged, or of another teacher.
-        """
+        """Open at most `count` images, as `ShardReader` opens a cache; raises the same errors."""
         self._reader = ShardReader(folder, _layout(teacher), device)
         self.sha256 = self._reader.sha256  # of the source's images
         self._count = len(self._reader) if count is None else min(count, len(self._reader))
@@ -184,10 +181,7 @@ class _ReadExamples:
 
 
 def _decode(example: Example, side: int) -> NDArray[np.uint8] | str:
-    """Decode to pixels (side, side, 3), or return the reason why that is impossible.
-
-    The image is made upright, converted to sRGB on white, scaled to `side` by its shorter side, and center-cropped.
-    """
+    """Decode to upright, center-cropped sRGB pixels (side, side, 3) on white, or say why that is impossible."""
     if example.fault:
         return example.fault
     try:

@@ -26,10 +26,7 @@ _TYPES = {bool: "a truth value", int: "a number", float: "a number", dict: "an o
 
 
 def read_texts(source: str, column: str | None = None) -> Iterator[str]:
-    """Read all texts, blank ones too, of a file, a folder or `-` (standard input); `column` names a table's column.
-
-    Raises PromptError for a source that is missing or does not have the format of its name.
-    """
+    """Read all texts, blank ones too, of a file, a folder or `-` (standard input). Raises PromptError."""
     path = Path(source)
     if source == "-":
         yield from _text(Path("standard input"), sys.stdin.buffer, column)

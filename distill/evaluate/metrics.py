@@ -102,10 +102,7 @@ def saturation(images: NDArray[np.uint8]) -> float:
 
 
 def interval(groups: Sequence[NDArray[np.float64]], seed: int) -> Interval:
-    """Compute the bootstrap interval of the mean of the groups' means; each group is resampled independently.
-
-    A group holds one value per prompt. Equal values give an interval of width 0.
-    """
+    """Compute the bootstrap interval of the mean of the groups' means; a group holds one value per prompt."""
     rng = np.random.default_rng(seed)
     means = [rng.choice(group, (RESAMPLES, len(group))).mean(axis=1) for group in groups]
     return _quantiles(np.mean(means, axis=0))

@@ -17,10 +17,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 def load_tiny_vae(
     folder: Path, latent_channels: int, scale_factor: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[AutoencoderTiny, str]:
-    """Load the autoencoder of a folder in diffusers' format; returns it with the digest of its files.
-
-    Raises ConfigError, naming `tiny_vae`, for a folder of something else or with another latent space.
-    """
+    """Load an autoencoder, and the digest of its files. Raises ConfigError, naming `tiny_vae`, if it does not fit."""
     try:
         config = read_json(folder / "config.json")
         weights = (folder / _WEIGHTS).read_bytes()

@@ -55,10 +55,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
 
 
 def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a state; with a `part`, only what `pack` put under it.
-
-    Raises CheckpointError if it cannot be read, differs from what was written, or holds numbers that are not finite.
-    """
+    """Tensors and record of a state, or of one `part` that was packed. Raises CheckpointError for a damaged one."""
     start = f"{part}/" if part else ""
     try:
         _check(folder)
@@ -112,10 +109,7 @@ def _unreadable(folder: Path, error: object) -> CheckpointError:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest state that can be read in a folder of states named by images seen; None when there is none.
-
-    Damaged ones are passed over with a warning; a run that goes on from the one before writes them anew.
-    """
+    """The newest state in a folder that can be read, or None; damaged ones are passed over with a warning."""
     for path in reversed(states(folder)):
         try:
             _check(path)

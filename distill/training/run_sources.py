@@ -49,10 +49,7 @@ class RunSource(Generic[Cache]):
         return (self.cache / self.manifest).exists()
 
     def check(self, teacher: SD3Folder) -> None:
-        """Open a cache, or read the first row of another source, to find errors before anything is written.
-
-        Streams are not read. Raises CacheError, PromptError or ImageError.
-        """
+        """Find errors of a source, unless it is a stream. Raises CacheError, PromptError or ImageError."""
         path = Path(self.config.source)
         if self.is_cache:
             self.open(teacher)
