@@ -67,24 +67,16 @@ class TextCondition:
         return cls(torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts]))
 
 
+@dataclass(eq=False)
 class SD3TextEncoder:
     """The text encoders and tokenizers of an SD3 folder, as `StableDiffusion3Pipeline.encode_prompt` uses them."""
 
-    def __init__(
-        self,
-        clips: Sequence[CLIPTextModelWithProjection],
-        clip_tokenizers: Sequence[CLIPTokenizer],
-        t5: T5EncoderModel | None,
-        t5_tokenizer: T5TokenizerFast | None,
-        joint_dim: int,
-        max_sequence_length: int,
-    ) -> None:
-        self.clips = clips
-        self.clip_tokenizers = clip_tokenizers
-        self.t5 = t5
-        self.t5_tokenizer = t5_tokenizer
-        self.joint_dim = joint_dim
-        self.max_sequence_length = max_sequence_length
+    clips: Sequence[CLIPTextModelWithProjection]
+    clip_tokenizers: Sequence[CLIPTokenizer]
+    t5: T5EncoderModel | None
+    t5_tokenizer: T5TokenizerFast | None
+    joint_dim: int
+    max_sequence_length: int
 
     @classmethod
     def load(
