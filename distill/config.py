@@ -12,8 +12,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from distill import methods
+from distill.config_group import ConfigGroup
 from distill.errors import CheckpointError, ConfigError
-from distill.frozen_model import FrozenModel
 
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
@@ -37,7 +37,7 @@ _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
-class Prompts(FrozenModel):
+class Prompts(ConfigGroup):
     """The source of prompts: `scenes`, a file, or a folder as in docs/data.md; at most `max_count` prompts.
 
     `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`.
@@ -49,7 +49,7 @@ class Prompts(FrozenModel):
     seed: Seed = 0
 
 
-class RealImages(FrozenModel):
+class RealImages(ConfigGroup):
     """The source of real images with captions, for methods that use them.
 
     `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `max_count`.
@@ -62,7 +62,7 @@ class RealImages(FrozenModel):
     column: str | None = None
 
 
-class _Networks(FrozenModel):
+class _Networks(ConfigGroup):
     """How the networks are computed. A run may be resumed with other values: only rounding differs.
 
     `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block. `attention`
@@ -95,7 +95,7 @@ class Lora(_Networks):
     )  # fmt: skip
 
 
-class Optimizer(FrozenModel):
+class Optimizer(ConfigGroup):
     """Adam for both roles. Learning rates rise over `warmup_images` and fall to 0 over the last `decay_images`.
 
     `adam-8bit` (bitsandbytes, CUDA only) stores Adam's two moments in 1 byte each instead of 4. A step whose gradient
@@ -113,7 +113,7 @@ class Optimizer(FrozenModel):
     decay_images: Annotated[int, Field(ge=0)] = 50_000
 
 
-class Cadence(FrozenModel):
+class Cadence(ConfigGroup):
     """Intervals in images seen, and how many checkpoints are kept. They do not change the result of a run."""
 
     log: _Count = 1_000
@@ -123,7 +123,7 @@ class Cadence(FrozenModel):
     keep_checkpoints: _Count = 2
 
 
-class RunConfig(FrozenModel):
+class RunConfig(ConfigGroup):
     """All that a run depends on."""
 
     teacher: _Path = "scenes"

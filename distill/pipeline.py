@@ -29,7 +29,7 @@ from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
 from distill.student.adapters import Merger, read_adapter
-from distill.student.graphs import Graphed
+from distill.student.cuda_graphs import CudaGraphed
 
 SHIPPED_STUDENT = Path(__file__).parent / "worlds" / "scenes" / "weights" / "student"
 FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
@@ -138,7 +138,7 @@ class OneStepPipeline:
         self._network: Callable[..., Tensor] = self._velocity
         self._decoder: Callable[..., Tensor] = self._pixels
         if options.cuda_graphs:
-            self._network, self._decoder = Graphed(self._velocity), Graphed(self._pixels)
+            self._network, self._decoder = CudaGraphed(self._velocity), CudaGraphed(self._pixels)
 
     @classmethod
     def load(

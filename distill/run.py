@@ -57,10 +57,17 @@ def run(
             finished, resumed = is_finished(config, out), has_checkpoint(out)
             prepare(config, out)
             for source in (prompts, reals):
-                if source is not None and not (finished and not source.is_encoded):
-                    if not source.is_encoded:
-                        write_state(out, "encoding", 0, config.images)
+                if source is None or (finished and not source.is_encoded):
+                    continue
+                begins = not source.is_encoded
+                if begins:
+                    write_state(out, "encoding", 0, config.images)
+                try:
                     yield from source.encode(teacher, device, resumed)
+                except BaseException as error:
+                    if begins:
+                        _record_stop(out, error, 0, config.images)
+                    raise
         machine.wait_for_everyone()
 
         # 3. turn seconds into images
@@ -119,10 +126,8 @@ def run(
                 export_run(out, teacher=teacher)
                 write_state(out, "ended early" if stops and seen < config.images else "finished", seen, config.images)
         except BaseException as error:
-            if main and out.is_dir():
-                interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
-                with suppress(OSError):  # the disk may be full
-                    write_state(out, "interrupted" if interrupted else "failed", seen, config.images)
+            if main:
+                _record_stop(out, error, seen, config.images)
             raise
         machine.wait_for_everyone()
 
@@ -144,6 +149,14 @@ def is_finished(config: RunConfig, out: Path) -> bool:
     found, images = read_run(out), int(newest.name)
     kept = [line for line in found.evaluations if line["images"] <= images]  # a killed run resumes from its checkpoint
     return images >= config.images or ended_early(config.as_dict(), kept, found.best)
+
+
+def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> None:
+    """Record that a run was interrupted or failed, unless its folder is gone or the disk is full."""
+    interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
+    if out.is_dir():
+        with suppress(OSError):
+            write_state(out, "interrupted" if interrupted else "failed", seen, budget)
 
 
 def _from_main(value: bool) -> bool:

@@ -18,6 +18,7 @@ def names() -> list[str]:
 
 
 def config_class(name: str) -> Any:
-    """Find a method's configuration class: the one class of its file whose name ends in `Config`."""
+    """Find a method's configuration class: the one that its file defines with a name that ends in `Config`."""
     module = importlib.import_module(f"{__name__}.{name}")
-    return next(each for key, each in vars(module).items() if key.endswith("Config"))
+    found = (each for key, each in vars(module).items() if key.endswith("Config"))
+    return next(each for each in found if each.__module__ == module.__name__)

@@ -22,20 +22,20 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
-from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import Guidance, Times, add_noise, dot, fake_loss, generate_x0, guided_velocities
 
 
-class Gan(FrozenModel):
+class Gan(ConfigGroup):
     """Weights of the adversarial losses of fake and student; the defaults are DMD2's for SDXL."""
 
     fake: Annotated[float, Field(gt=0)] = 1e-2
     student: Annotated[float, Field(gt=0)] = 5e-3
 
 
-class DMDConfig(FrozenModel):
+class DMDConfig(ConfigGroup):
     """The settings of DMD and DMD2. `normalize` divides each image's direction by its mean |x_0 - f_u|."""
 
     name: Literal["dmd"] = "dmd"

@@ -26,7 +26,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from distill.frozen_model import FrozenModel
+from distill.config_group import ConfigGroup
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import (
     WEIGHTS,
@@ -44,7 +44,7 @@ _Share = Annotated[float, Field(ge=0.85, le=1)]  # RealUID's range; below it the
 _log = logging.getLogger(__name__)
 
 
-class RealUID(FrozenModel):
+class RealUID(ConfigGroup):
     """How much real images count: `a` is the student's share in the fake's loss, `b` its share in the fake's target.
 
     b / a near 0.94 or 1.06 matters most. Take three or more fake steps per student step.
@@ -62,7 +62,7 @@ class RealUID(FrozenModel):
         return self
 
 
-class FGMConfig(FrozenModel):
+class FGMConfig(ConfigGroup):
     """The settings of FGM."""
 
     name: Literal["fgm"] = "fgm"

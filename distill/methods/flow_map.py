@@ -25,15 +25,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distill.config_group import ConfigGroup
 from distill.flow import between, derivative, jump, x_0_from_velocity
-from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities, Velocity
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
 
 _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
 
 
-class FlowMapConfig(FrozenModel):
+class FlowMapConfig(ConfigGroup):
     """The settings of flow map distillation.
 
     `from_noise` is the share of jumps that start at t = 1; the others' t is from `times`, and s uniform below t.

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distill.config_group import ConfigGroup
 from distill.flow import guided_velocity, interpolate, one_step, shift_time, x_0_from_velocity
-from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Velocities, Velocity
 from distill.philox import Draw
 
@@ -20,7 +20,7 @@ _Scale = Annotated[float, Field(ge=1, le=100)]
 _Time = Annotated[float, Field(ge=0, le=1)]
 
 
-class Times(FrozenModel):
+class Times(ConfigGroup):
     """The distribution of t on [0, 1].
 
     `logit-normal` is sigmoid(N(mean, std)), then shifted; SiD-DiT takes mean ln 2 and std 1.6, SD3 shifts by 3.
@@ -47,7 +47,7 @@ class Times(FrozenModel):
         return shift_time(t, self.shift).clamp(self.low, self.high)
 
 
-class TeacherGuidance(FrozenModel):
+class TeacherGuidance(ConfigGroup):
     """The target velocity field: the teacher's, with classifier-free guidance.
 
     `scale` is one scale, or a range from which each image's is sampled (SenseFlow: 2 to 8); 1 is no guidance. There is

@@ -14,14 +14,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
-from distill.frozen_model import FrozenModel
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
 from distill.models.sd3 import sample
 
 
-class ReflowConfig(FrozenModel):
+class ReflowConfig(ConfigGroup):
     """The stage, and the teacher's ODE: its steps and its scheduler's shift, which is 3 for SD3.
 
     `times` are those of stage `reflow`; the paper's are uniform.

@@ -37,7 +37,7 @@ from distill.models.device import resolve_device
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
-from distill.student.graphs import Graphed
+from distill.student.cuda_graphs import CudaGraphed
 from distill.training import checkpoint, optimizers
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
@@ -297,7 +297,7 @@ def _graphed(
         rest = iter(tensors)
         return take_round(form.with_tensors(*islice(rest, len(form.tensors()))) for form in forms)
 
-    replay = Graphed(from_tensors, effects=True)
+    replay = CudaGraphed(from_tensors, effects=True)
 
     def run_round(coming: Iterator[MicroBatch]) -> Tensor:
         forms[:] = islice(coming, count)

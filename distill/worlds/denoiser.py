@@ -24,7 +24,7 @@ from distill.models.device import autocast, fast_bfloat16
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite
 from distill.philox import Draw
-from distill.student.graphs import Graphed
+from distill.student.cuda_graphs import CudaGraphed
 from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
 from distill.training.state import TrainingProgress, load_state, save_state
@@ -216,7 +216,7 @@ def fit(
             block.compile(fullgraph=True)
     share = torch.zeros((), device=device)
     step = training_step(model, average, share, optimizer, sample, null, recipe)
-    run_step = Graphed(step, effects=True) if cuda else step
+    run_step = CudaGraphed(step, effects=True) if cuda else step
 
     sums, steps = torch.zeros(2, device=device), 0
     while images < last:

@@ -34,6 +34,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline
 from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
+from distill.run import accelerator, run
 from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.preparation import check_run, prepare, read_config, read_teacher
@@ -286,6 +287,17 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     assert (read_state(out).phase, read_state(out).images) == ("interrupted", images)
     assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
+
+
+@pytest.mark.parametrize(("error", "phase"), [(KeyboardInterrupt, "interrupted"), (OSError, "failed")])
+def test_a_run_that_stops_while_it_encodes_records_so(error, phase, teacher, prompts, tmp_path):
+    config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}"])
+    steps = run(config, tmp_path / "run", accelerator(config, tmp_path / "run"))
+    next(steps)
+    assert read_state(tmp_path / "run").phase == "encoding"
+    with pytest.raises(error):
+        steps.throw(error())
+    assert read_state(tmp_path / "run").phase == phase
 
 
 def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(teacher, prompts, tmp_path):

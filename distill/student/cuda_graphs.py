@@ -21,7 +21,7 @@ class _Recording:
     output: Tensor
 
 
-class Graphed:
+class CudaGraphed:
     """A function that is replayed as a CUDA graph. Only its arguments and tensors changed in place may vary.
 
     The graphs of all shapes share one memory pool, so use an instance from one thread and one stream at a time.
