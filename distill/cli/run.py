@@ -57,7 +57,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     if config.real is not None:
         totals["real images"] = config.real.max_count
     bar, shown = None, ""
-    with ExitStack() as bars, stop_signals() as asked, closing(runs.run(config, folder, machine, seconds)) as steps:
+    with ExitStack() as bars, stop_signals() as signals, closing(runs.run(config, folder, machine, seconds)) as steps:
         for progress in steps:
             if not shown and machine.is_main_process:
                 typer.echo(heading)
@@ -74,17 +74,17 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 bar, shown = bars.enter_context(image_bar(phase, totals[phase])), phase
             bar.update(seen, metrics)
             if isinstance(progress, EmbedProgress | EncodeProgress):
-                if asked:
-                    raise typer.Exit(128 + asked[0])  # complete shards are kept
+                if signals:
+                    raise typer.Exit(128 + signals[0])  # complete shards are kept
                 continue
             for note in progress.notes:
                 bar.print(note)
-            if signals := agreed(asked, machine):
+            if stops := agreed(signals, machine):
                 if machine.is_main_process:
                     progress.save()
                 machine.wait_for_everyone()  # a launcher kills the other processes when one exits
                 machine.end_training()
-                raise stopped(progress.images, signals)
+                raise stopped(progress.images, stops)
     if not shown and machine.is_main_process:
         typer.echo(heading)
     machine.end_training()

@@ -256,7 +256,7 @@ def _check_numbers(folder: SD3Folder, configs: Mapping[str, Mapping[str, Any]]) 
     out = transformer.get("out_channels")
     t5 = int(configs["text_encoder_3"].get("d_model", 512)) if folder.has_t5 else folder.joint_dim
     sizes = (folder.latent_channels, folder.sample_size, folder.patch_size, folder.joint_dim, folder.pooled_dim)
-    told = {
+    checks = {
         "a size is not positive": min(*sizes, folder.clip_length) > 0,
         "scaling_factor is not a positive number": 0 < folder.scaling_factor < math.inf,
         "shift_factor is not a number": math.isfinite(folder.shift_factor),
@@ -273,7 +273,7 @@ def _check_numbers(folder: SD3Folder, configs: Mapping[str, Mapping[str, Any]]) 
         "joint_attention_dim is not T5's d_model": t5 == folder.joint_dim,
         "the tokenizer's model_max_length is over the CLIPs' positions": folder.clip_length <= min(positions),
     }
-    for what, holds in told.items():
+    for what, holds in checks.items():
         if not holds:
             raise ValueError(what)
 

@@ -81,13 +81,13 @@ class Networks(ABC):
     def critic(self, learns: bool) -> Critic:
         """The critic on the fake's features, with gradient to its weights and the fake's if it learns, or to `x_t`."""
         head = self._head
-        assert head is not None  # a turn asked for it
+        assert head is not None  # a turn with a critic has one
 
-        def judge(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        def critic_logits(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             with self.using("fake"):
                 return logits(self._model("fake"), head, x_t, t, cond)
 
-        return judge if learns else self._passing("fake", judge)
+        return critic_logits if learns else self._passing("fake", critic_logits)
 
     def trainable(self, role: str) -> dict[str, Tensor]:
         """The trainable tensors of a role that learns by name; alike for all, but for a critic's among the fake's."""
@@ -175,7 +175,7 @@ class SharedBase(Networks):
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
                     self._weights[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
-        if two_times:  # the base, asked with one time, does not know of it
+        if two_times:  # with one time, the base ignores it
             self._weights["student"] |= add_second_time(self._base)
         self._active: str | None = ""
         self._put_on("student")

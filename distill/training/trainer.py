@@ -176,7 +176,7 @@ def train(
     log = MetricsLog(out, accelerator, images, config)
 
     null = conditions.null.to(device)
-    asked = {turn.role: _asked(networks, turn, null) for turn in config.method.turns()}
+    velocities = {turn.role: _velocities(networks, turn, null) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
@@ -196,7 +196,7 @@ def train(
                 for part in islice(coming, parts):
                     with networks.using(turn.role):
                         with accelerator.autocast():
-                            loss = turn.loss(asked[turn.role], part.batch(config.seed))
+                            loss = turn.loss(velocities[turn.role], part.batch(config.seed))
                         (loss.value * (len(part.images) / local)).backward()
                     metrics.add_loss(turn.role, loss)
 
@@ -229,12 +229,12 @@ def train(
 
     def generate(cond: TextCondition, z: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast(), _swapped(weights["student"], average):
-            return one_step(asked["student"].student, z.to(device), cond.to(device))
+            return one_step(velocities["student"].student, z.to(device), cond.to(device))
 
     total = -(-config.images // config.batch) * config.batch  # a step is never cut
     run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
     coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
-    # On a CPU the thread would take the cores that the step itself runs on; a graph is recorded without company.
+    # On a CPU the thread would take cores from the step itself; a graph is recorded without other threads.
     with closing(coming if device.type == "cpu" or graphed else prefetch(coming)) as made:
         fed = _fed(made, device, log)
         while images < config.images:
@@ -307,7 +307,7 @@ def _graphed(
     return run_round
 
 
-def _asked(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
+def _velocities(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
     """In its own turn a role learns; in the other's it only passes gradient on to its input."""
     fields = {
         name: networks.velocity(name) if name == turn.role else networks.field(name)

@@ -70,12 +70,12 @@ def measure_server(url: str, clients: int, seconds: float, key: str | None = Non
         with contextlib.closing(kind(parts.netloc, timeout=TIMEOUT_SECONDS)) as connection:
 
             def ask(i: int) -> tuple[float, int]:
-                asked = time.perf_counter()
+                sent = time.perf_counter()
                 body = json.dumps({"prompt": f"a red circle left of a blue star, {run} {number}", "seed": i})
                 connection.request("POST", f"{parts.path.rstrip('/')}/v1/images/generations", body, headers)
                 answer = connection.getresponse()
                 answer.read()
-                return time.perf_counter() - asked, answer.status
+                return time.perf_counter() - sent, answer.status
 
             try:
                 ask(0)
@@ -115,9 +115,9 @@ def measure_engine(settings: Settings, clients: int, seconds: float, metrics: Me
         async def client(number: int) -> None:
             i = 0
             while i == 0 or time.perf_counter() < began + seconds:
-                asked = time.perf_counter()
+                sent = time.perf_counter()
                 await engine.generate(request(f"a red circle left of a blue star, {number}", i))
-                latencies.append(time.perf_counter() - asked)
+                latencies.append(time.perf_counter() - sent)
                 i += 1
 
         try:
