@@ -19,6 +19,7 @@ from distill.report.alarms import Alarms
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, ended_early, read_run
 from distill.training import checkpoint
+from distill.training.preparation import latent_shapes
 from distill.training.trainer import Progress
 
 GRID = 16  # images in a sample grid
@@ -47,7 +48,7 @@ class EvaluationCallback:
         self._config = config
         self._out = out
         self._write = write
-        self._shape = teacher.latent_shape_of(*config.sizes[0]) if config.sizes else teacher.latent_shape
+        self._shape = latent_shapes(config, teacher)[0]
         self.stops = False
         if write:
             newest = checkpoint.latest(out / "checkpoints")

@@ -1,6 +1,5 @@
 """What a run checks and writes before it computes anything."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from distill.report.run_state import STATE, read_state, write_state
 from distill.student.export import check_place
 from distill.training import checkpoint
 from distill.training.initial_weights import check_initial_weights
-from distill.training.run_sources import SOURCES, run_sources
+from distill.training.run_sources import SOURCES, read_digests, run_sources
 
 SPEED = "speed.json"  # what `distill.training.speed` measured
 _RUN_FILES = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
@@ -86,12 +85,8 @@ def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
 
 def check_teacher(out: Path, teacher: SD3Folder) -> None:
     """Raise CheckpointError if the run in `out` was trained from a teacher with another digest."""
-    path = out / SOURCES
-    try:
-        digest = json.loads(path.read_text())["teacher"] if path.exists() else teacher.digest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
-    if digest != teacher.digest:
+    digests = read_digests(out)
+    if digests is not None and digests["teacher"] != teacher.digest:
         raise CheckpointError(
             f"{out} was trained from another teacher than {teacher.path}; give the current path of its own teacher, or "
             "another --out"

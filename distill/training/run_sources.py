@@ -117,14 +117,26 @@ def check_digests(
     """The digests of what a run trains on. Raises CheckpointError if the run in `out` has trained on something else."""
     digests = {"prompts": prompts.sha256, **({"real images": images.sha256} if images is not None else {})}
     digests["teacher"] = teacher.digest
-    path = out / SOURCES
-    recorded = json.loads(path.read_text()) if has_checkpoint and path.exists() else digests
+    recorded = (read_digests(out) if has_checkpoint else None) or digests
     for name, digest in digests.items():
         if recorded.get(name) != digest:
             raise CheckpointError(
                 f"{out} was trained on other {name} than it is given now; restore what it was given, or give another "
                 "--out folder"
             )
+    return digests
+
+
+def read_digests(out: Path) -> dict[str, str] | None:
+    """Read what a run has trained on; None if nothing was recorded. Raises CheckpointError for a damaged record."""
+    path = out / SOURCES
+    if not path.exists():
+        return None
+    try:
+        digests: dict[str, str] = json.loads(path.read_text())
+        digests["teacher"]  # every record has it
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
     return digests
 
 
