@@ -10,11 +10,11 @@ from statistics import median
 
 import torch
 
-from distill.data.sources import TEACHERS
 from distill.models import attention
 from distill.models.device import fast_bfloat16, resolve_device
 from distill.models.sd3 import load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
+from distill.models.teacher import TEACHERS
 from distill.models.text import TextCondition
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, SOURCE, Column, Device
+from distill.cli.options import LAST_SEED, MOST, SOURCE, TEACHER, Column, Device
 
 _IMAGES = (
     "A folder of images with .txt captions or a metadata.jsonl, a folder of WebDataset .tar shards, one such shard, "
@@ -14,7 +14,7 @@ _IMAGES = (
 
 
 def embed(
-    teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
+    teacher: Annotated[str, typer.Argument(help=TEACHER)],
     prompts: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Maximum number of prompts.", min=1, max=MOST)] = None,
@@ -37,12 +37,12 @@ def embed(
     from distill.data.embedding_cache import embed_prompts
     from distill.data.prompts import read_prompts
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
-    folder = SD3Folder.read(teacher)  # before the cache's folder is created
+    folder = open_teacher(teacher)  # before the cache's folder is created
     with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
@@ -55,7 +55,7 @@ def embed(
 
 
 def encode(
-    teacher: Annotated[Path, typer.Argument(help="Teacher folder.")],
+    teacher: Annotated[str, typer.Argument(help=TEACHER)],
     images: Annotated[str, typer.Argument(help=_IMAGES)],
     out: Annotated[Path, typer.Option(help="Folder of the cache.", file_okay=False)],
     count: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1, max=MOST)] = None,
@@ -76,12 +76,12 @@ def encode(
     from distill.data.image_cache import SKIPPED, encode_examples
     from distill.data.images import read_examples
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
-    folder = SD3Folder.read(teacher)  # before the cache's folder is created
+    folder = open_teacher(teacher)  # before the cache's folder is created
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
@@ -97,15 +97,17 @@ def encode(
 
 def stats(
     source: Annotated[str, typer.Argument(help=SOURCE)],
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, whose tokenizers also measure lengths.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help=f"Teacher whose tokenizers also measure lengths: {TEACHER}")
+    ] = None,
     column: Column = None,
 ) -> None:
     """Count the prompts, repetitions and empty lines of a source, and show the lengths of its distinct prompts."""
     from distill.cli.console import out, table
     from distill.data.prompt_stats import prompt_stats
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
 
-    found = prompt_stats(source, None if teacher is None else SD3Folder.read(teacher), column)
+    found = prompt_stats(source, None if teacher is None else open_teacher(teacher), column)
     rows = []
     for name, spread in found.lengths.items():
         metrics = (spread.minimum, spread.median, spread.p95, spread.maximum)

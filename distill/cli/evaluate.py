@@ -6,12 +6,12 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from distill.cli.options import LAST_SEED, Device, Guidance
+from distill.cli.options import LAST_SEED, TEACHER, Device, Guidance
 
 
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="Student folder. Default: the shipped student.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder. Default: the shipped teacher.")] = None,
+    teacher: Annotated[str, typer.Option(help=f"Teacher: {TEACHER}")] = "scenes",
     per_task: Annotated[int, typer.Option(help="Prompts per task.", min=1)] = 128,
     split: Annotated[
         Literal["held-out", "seen", "both"],
@@ -39,13 +39,13 @@ def evaluate(
         raise typer.BadParameter(f"{teacher_steps!r} is not a list of step counts such as 1,4,28")
 
     from distill.cli.console import image_bar, out, table
-    from distill.data.sources import EVALUATORS, TEACHERS
+    from distill.data.sources import EVALUATORS
     from distill.errors import ConfigError
     from distill.evaluate.base import FEATURES
     from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.files import check_replaceable
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.pipeline import SHIPPED_STUDENT
     from distill.report.grid import save_png
 
@@ -55,9 +55,7 @@ def evaluate(
     samplings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
     students, evaluator = {"student": student or SHIPPED_STUDENT}, EVALUATORS["scenes"]()
     where = resolve_device(device)
-    comparison = Comparison(
-        SD3Folder.read(teacher or TEACHERS["scenes"]), students, samplings, evaluator, where, student_steps
-    )
+    comparison = Comparison(open_teacher(teacher), students, samplings, evaluator, where, student_steps)
     splits = ("held-out", "seen") if split == "both" else (split,)
     prompts = {name: evaluator.prompts(per_task, seed, name == "held-out") for name in splits}
     with image_bar("images", sum(map(comparison.count, prompts.values()))) as bar:
@@ -83,7 +81,7 @@ def geneval(
     prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)],
     student: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, instead of a student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=f"Instead of a student: {TEACHER}")] = None,
     images: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Sampling steps of a teacher.", min=1)] = 28,
     guidance: Guidance = None,
@@ -102,7 +100,7 @@ def geneval(
     from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.pipeline import OneStepPipeline
 
     if (student is None) == (teacher is None):
@@ -113,7 +111,7 @@ def geneval(
         pipeline = OneStepPipeline.load(student, where)
         generate, digest, sampling = student_sampler(pipeline), pipeline.spec.digest, Sampling(1, 1)
     else:
-        sampler = TeacherSampler(SD3Folder.read(cast(Path, teacher)), where)
+        sampler = TeacherSampler(open_teacher(cast(str, teacher)), where)
         sampling = Sampling(steps, sampler.folder.guidance if guidance is None else guidance)
         generate, digest = partial(sampler.generate, sampling), sampler.folder.digest
     settings = {"model": digest, "steps": sampling.steps, "guidance": sampling.guidance}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, SOURCE, Column, Device, Guidance
+from distill.cli.options import LAST_SEED, SOURCE, TEACHER, Column, Device, Guidance
 
 
 def generate(
@@ -13,7 +13,7 @@ def generate(
     file: Annotated[str | None, typer.Option(help=f"More prompts. {SOURCE}")] = None,
     column: Column = None,
     student: Annotated[Path | None, typer.Option(help="Student folder. Default: the shipped student.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher folder, instead of a student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=f"Instead of a student: {TEACHER}")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("runs/images"),
     count: Annotated[
         int | None, typer.Option(help="Number of images; prompts repeat in order. Default: one per prompt.", min=1)
@@ -42,7 +42,7 @@ def generate(
     from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
     if student is not None and teacher is not None:
@@ -53,7 +53,7 @@ def generate(
     texts = list(islice(cycle(texts), count or len(texts)))
     where = resolve_device(device)
     if teacher is not None:
-        sampler = TeacherSampler(SD3Folder.read(teacher), where)
+        sampler = TeacherSampler(open_teacher(teacher), where)
         sampling = Sampling(steps, sampler.folder.guidance if guidance is None else guidance)
         generate_batch: Generate = partial(sampler.generate, sampling)
         truncated = sampler.truncated

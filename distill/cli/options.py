@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
+TEACHER = "`scenes`, or a folder of a Stable Diffusion 3."
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up

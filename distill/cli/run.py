@@ -105,7 +105,7 @@ def export(
     license: Annotated[
         str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
     ] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Where the run's teacher is now. Default: its path.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the run's teacher is now. Default: its path.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with stock diffusers; a difference fails.")] = False,
     device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
 ) -> None:
@@ -117,12 +117,12 @@ def export(
     import torch
 
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
     from distill.student.parity import TOLERANCE, check_parity
     from distill.student.run_export import export_run
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    moved = None if teacher is None else SD3Folder.read(teacher)
+    moved = None if teacher is None else open_teacher(teacher)
     folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
     seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
     typer.echo(f"The student after {seen} images is in {folder}.")

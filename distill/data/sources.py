@@ -1,11 +1,10 @@
-"""Built-in sources of prompts, captioned images, teachers and evaluators, by the name that a configuration gives.
+"""Built-in sources of prompts, captioned images and evaluators, by the name that a configuration gives.
 
 A world registers its sources when it is imported. `prompts.py` and `images.py` read all other sources from files.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,5 +32,4 @@ class Example:
 PROMPT_SOURCES: dict[str, Callable[[int | None, int], Iterable[str]]] = {}
 IMAGE_SOURCES: dict[str, Callable[[int | None, int], Iterable[Example]]] = {}
 
-TEACHERS: dict[str, Path] = {}  # folders that ship with the package
 EVALUATORS: dict[str, Callable[[], "Evaluator"]] = {}

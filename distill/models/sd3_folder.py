@@ -59,6 +59,7 @@ class SD3Folder:
     """
 
     path: Path
+    name: str  # shown to people
     index: Mapping[str, Any] = field(repr=False)  # of model_index.json
     digest: str  # identity of the files that are loaded, wherever they are; for caches and cards
     parameters: int  # of the transformer
@@ -78,8 +79,8 @@ class SD3Folder:
     guidance: float  # scale to sample the teacher with
 
     @classmethod
-    def read(cls, path: Path | str) -> Self:
-        """Check a folder and read its numbers.
+    def read(cls, path: Path | str, name: str | None = None) -> Self:
+        """Check a folder and read its numbers. The model has the folder's name unless another is given.
 
         Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
         settings that the sampler here does not follow.
@@ -90,32 +91,34 @@ class SD3Folder:
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") != _PIPELINE:
             raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
-        present = {name: kind for name, kind in {**MODELS, **_OTHERS}.items() if _is_present(folder, index, name, kind)}
+        kinds = {**MODELS, **_OTHERS}
+        present = {part for part, kind in kinds.items() if _is_present(folder, index, part, kind)}
         if ("text_encoder_3" in present) != ("tokenizer_3" in present):
             raise TeacherError(
                 f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
             )
 
         identity = hashlib.sha256()
-        for file in sorted(file for name in present for file in setting_files(folder / name)):
+        for file in sorted(file for part in present for file in setting_files(folder / part)):
             content = file.read_bytes()
             _check_pointer(content, file)
             identity.update(file.relative_to(folder).as_posix().encode() + content)
-        for name in sorted(present.keys() & set(_WORDS)):
-            _check_words(folder / name)
+        for part in sorted(present & _WORDS.keys()):
+            _check_words(folder / part)
         parameters = {}
-        for name in sorted(present.keys() & MODELS.keys()):
-            parameters[name] = sum(_check_weights(path, identity) for path in find_weights(folder / name).files)
+        for part in sorted(present & MODELS.keys()):
+            parameters[part] = sum(_check_weights(path, identity) for path in find_weights(folder / part).files)
 
-        configs = {name: read_json(folder / name / "config.json") for name in present if name in MODELS}
-        for name, config in configs.items():
-            _check_class(folder / name / "config.json", config, name)
+        configs = {part: read_json(folder / part / "config.json") for part in MODELS if part in present}
+        for part, config in configs.items():
+            _check_class(folder / part / "config.json", config, part)
         transformer, vae = configs["transformer"], configs["vae"]
         scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
         record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
         try:
             found = cls(
                 path=folder,
+                name=name or _name_of(folder),
                 index=index,
                 digest=identity.hexdigest(),
                 parameters=parameters["transformer"],
@@ -144,16 +147,6 @@ class SD3Folder:
             raise TeacherError(
                 f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
             ) from None
-
-    @property
-    def name(self) -> str:
-        """The model's name: the folder's, or what the hub's cache calls the model of a revision."""
-        owner = self.path.parent.parent.name
-        if self.path.parent.name == "snapshots" and owner.startswith("models--"):
-            return owner.rpartition("--")[2]
-        if re.fullmatch(r"[0-9a-f]{40}", self.path.name):  # a revision by itself
-            return f"sd3-{self.path.name[:8]}"
-        return self.path.name
 
     @property
     def image_size(self) -> int:
@@ -199,6 +192,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TeacherError(f"{path} does not hold a JSON object; fetch or export the folder again")
     return value
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's name, or what the hub's cache calls the model of a revision."""
+    owner = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and owner.startswith("models--"):
+        return owner.rpartition("--")[2]
+    if re.fullmatch(r"[0-9a-f]{40}", folder.name):  # a revision by itself
+        return f"sd3-{folder.name[:8]}"
+    return folder.name
 
 
 def _is_present(folder: Path, index: dict[str, Any], name: str, expected: str | None) -> bool:

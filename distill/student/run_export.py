@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from distill.config import Lora
-from distill.data.sources import TEACHERS
 from distill.errors import RunError, TeacherError
 from distill.models.sd3_folder import SD3Folder
 from distill.report.run_folder import read_run
@@ -45,19 +44,18 @@ def export_run(
     evaluation = next((line for line in run.evaluations if line["images"] == images), {})
     # A published record needs no paths of this machine.
     values, source = config.as_dict(), Path(config.prompts.source).name
-    name = next((name for name, path in TEACHERS.items() if path.resolve() == teacher.path), teacher.name)
     if config.real is not None:
         values["real"]["source"] = Path(config.real.source).name
     if config.init_from is not None:
         values["init_from"] = config.init_from.name
     recipe = {
-        "name": f"{name}-one-step",
+        "name": f"{teacher.name}-one-step",
         "method": config.method.name,
         "images_seen": images,
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},
         **({"sizes": config.sizes} if config.sizes else {}),
         "metrics": {name: value for name, value in evaluation.items() if name != "images"},
-        "config": {**values, "teacher": name, "prompts": {**values["prompts"], "source": source}},
+        "config": {**values, "teacher": teacher.name, "prompts": {**values["prompts"], "source": source}},
     }
     lora = config.networks if isinstance(config.networks, Lora) else None
     return export_student(teacher, weights, student or out / "student", recipe, lora, dtype, max_shard_size, license)

@@ -6,12 +6,12 @@ from pathlib import Path
 import yaml
 
 from distill.config import RunConfig, load_config
-from distill.data.sources import TEACHERS
 from distill.errors import CheckpointError, ConfigError, OutputError
 from distill.evaluate.base import Evaluator, find_evaluator
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
+from distill.models.teacher import open_teacher
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS
 from distill.report.run_state import STATE, read_state, write_state
 from distill.student.export import check_place
@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 
 
 def read_teacher(config: RunConfig) -> SD3Folder:
-    """Read and check the folder that `teacher` names: a built-in teacher or a path."""
-    return SD3Folder.read(TEACHERS.get(config.teacher, config.teacher))
+    """Open the teacher of a run."""
+    return open_teacher(config.teacher)
 
 
 def read_config(out: Path) -> RunConfig:

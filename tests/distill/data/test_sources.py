@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import distill
-from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES, TEACHERS
+from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.models.teacher import TEACHERS
 
 SOURCE = Path(distill.__file__).parent
 
@@ -19,7 +20,8 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 modules, sys.argv = sys.argv[1].split(), sys.argv[1:]
 for name in modules:
     importlib.import_module(name)
-from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES, TEACHERS
+from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.models.teacher import TEACHERS
 assert not (EVALUATORS or IMAGE_SOURCES or PROMPT_SOURCES or TEACHERS)
 from distill.cli import main
 main()

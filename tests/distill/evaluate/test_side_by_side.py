@@ -9,12 +9,12 @@ from tiny import make_teacher
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.data.sources import TEACHERS
 from distill.errors import SizeError
 from distill.evaluate.base import FEATURES
 from distill.evaluate.sampler import Sampling
 from distill.evaluate.side_by_side import Comparison
 from distill.models.sd3_folder import SD3Folder
+from distill.models.teacher import TEACHERS
 from distill.pipeline import SHIPPED_STUDENT
 from distill.worlds.scenes.captions import TASKS
 from distill.worlds.scenes.evaluator import ScenesEvaluator
