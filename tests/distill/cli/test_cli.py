@@ -97,8 +97,7 @@ def test_what_the_system_says_of_a_file_is_one_sentence(monkeypatch, capsys, tmp
     assert "dir.yaml cannot be read (Is a directory)" in said(monkeypatch, capsys, "run", str(tmp_path / "dir.yaml"))
     (tmp_path / "deep.yaml").write_text("[" * 10_000)
     assert "deep.yaml is not YAML" in said(monkeypatch, capsys, "run", str(tmp_path / "deep.yaml"))
-    (tmp_path / "half.yaml").write_text('prompts: {source: "\\uD83D"}\n')
-    half = said(monkeypatch, capsys, "run", str(tmp_path / "half.yaml"), "--out", str(tmp_path / "run"))
+    half = said(monkeypatch, capsys, "run", "scenes-debug", "--out", str(tmp_path / "\ud83d"))
     assert "'\\ud83d' is an incomplete Unicode character" in half
 
 
