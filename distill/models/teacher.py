@@ -15,7 +15,7 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
     """
     if (built_in := TEACHERS.get(str(reference))) is not None:
         return SD3Folder.read(built_in, str(reference))
-    path = Path(reference).expanduser()
+    path = Path(reference).expanduser().resolve()
     if path.is_dir():
         return SD3Folder.read(path)
     names = f" or one of {', '.join(TEACHERS)}" if TEACHERS else ""

@@ -97,7 +97,8 @@ def test_what_the_system_says_of_a_file_is_one_sentence(monkeypatch, capsys, tmp
     assert "dir.yaml cannot be read (Is a directory)" in said(monkeypatch, capsys, "run", str(tmp_path / "dir.yaml"))
     (tmp_path / "deep.yaml").write_text("[" * 10_000)
     assert "deep.yaml is not YAML" in said(monkeypatch, capsys, "run", str(tmp_path / "deep.yaml"))
-    half = said(monkeypatch, capsys, "run", "scenes-debug", "--out", str(tmp_path / "\ud83d"))
+    (tmp_path / "half.yaml").write_text('teacher: "\\uD83D"\n')
+    half = said(monkeypatch, capsys, "run", str(tmp_path / "half.yaml"), "--out", str(tmp_path / "run"))
     assert "'\\ud83d' is an incomplete Unicode character" in half
 
 
