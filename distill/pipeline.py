@@ -176,14 +176,14 @@ class OneStepPipeline:
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
         return cls(spec, text, transformer, vae, options, tiny)
 
-    def read_adapter(self, folder: Path | str) -> Adapter:
-        """Read a LoRA adapter's folder for this student. Safe while a batch runs.
+    def read_adapter(self, path: Path | str) -> Adapter:
+        """Read a LoRA adapter's file, or that of a folder, for this student. Safe while a batch runs.
 
         Raises TeacherError if the adapter does not fit the transformer, ConfigError if the weights are quantized.
         """
         if self._quantize != "none":
             raise ConfigError(f"quantize {self._quantize}: adapters need unquantized weights; set it to none")
-        return read_adapter(folder, self._transformer)
+        return read_adapter(path, self._transformer)
 
     def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:
         """Merge an adapter into the transformer for all following calls of `latents`; None removes it."""

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.errors import TeacherError
 from distill.models.weights import first_nonfinite
+from distill.student.lora_formats import read_pairs
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name, also used by `distill export`
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name, also used by `distill export`; preferred in a folder
+_ENDING = ".safetensors"
 _PREFIX = "transformer."
 _METADATA = "lora_adapter_metadata"  # the key of peft's settings in files of diffusers
 _CONFIG = "adapter_config.json"  # peft's own file of settings
@@ -40,16 +42,15 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adapter:
-    """Read the adapter of a folder, in fp32 on the device of `transformer`, which is not changed.
+def read_adapter(path: Path | str, transformer: SD3Transformer2DModel) -> Adapter:
+    """Read an adapter's file, or that of a folder, in fp32 on the device of `transformer`, which is not changed.
 
     The scale is alpha / r, or alpha / sqrt(r) for rsLoRA. Raises TeacherError for a file that is missing or damaged,
     that holds other tensors than LoRA pairs of linear layers, or whose settings are not supported.
     """
-    path = Path(folder) / FILE
+    path = _find_file(Path(path))
     try:
-        config_path = path.with_name(_CONFIG)
-        config = config_path.read_bytes() if config_path.exists() else b""
+        config = _config_beside(path)
         digest = hashlib.sha256(path.read_bytes() + config).hexdigest()
         with safe_open(path, framework="pt") as file:
             settings = _settings((file.metadata() or {}).get(_METADATA) or config or "{}")
@@ -63,26 +64,41 @@ def read_adapter(folder: Path | str, transformer: SD3Transformer2DModel) -> Adap
         raise TeacherError(f"{path} was trained with {other}; only plain LoRA and rsLoRA adapters are supported")
     if (bad := first_nonfinite(tensors)) is not None:
         raise TeacherError(f"{path} is damaged: {bad} is not finite; download or export it again")
+    try:
+        pairs = read_pairs(tensors, transformer)
+    except ValueError as error:
+        raise TeacherError(f"{path} {error}") from None
+    if not pairs:
+        raise TeacherError(f"{path} holds no LoRA pairs; download or export it again")
     factors = {}
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-        stem = name.removesuffix(".lora_A.weight")
-        module = stem.removeprefix(_PREFIX)
-        a, b = tensors.pop(name), tensors.pop(f"{stem}.lora_B.weight", None)
-        alpha = tensors.pop(f"{stem}.alpha", None)
-        try:
-            linear = transformer.get_submodule(module)
-        except AttributeError:
-            raise TeacherError(f"{path} is for another transformer: there is no {module} in this one") from None
-        if b is None or not isinstance(linear, nn.Linear) or linear.weight.shape != (len(b), a.shape[1]):
-            raise TeacherError(f"{path} is for another transformer: {module} is not a linear layer of its shape")
-        divisor = math.sqrt(len(a)) if settings.get("use_rslora") else len(a)
-        scale = float(alpha) / len(a) if alpha is not None else settings.get("lora_alpha", divisor) / divisor
+    for module, pair in pairs.items():
+        rank = len(pair.down)
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        scale = settings.get("lora_alpha", divisor) / divisor if pair.alpha is None else pair.alpha / rank
         if not math.isfinite(scale):
             raise TeacherError(f"{path} is damaged: its alpha is not finite; download or export it again")
-        factors[module] = (scale * b).to(linear.weight.device), a.to(linear.weight.device)
-    if tensors or not factors:
-        raise TeacherError(f"{path} holds {next(iter(tensors), 'nothing')}; only LoRA pairs of a transformer fit")
+        factors[module] = (scale * pair.up).to(transformer.device), pair.down.to(transformer.device)
     return Adapter(digest, factors)
+
+
+def _find_file(path: Path) -> Path:
+    """The file of an adapter: the path itself, or in a folder diffusers' name or the only safetensors file."""
+    if not path.is_dir():
+        if path.suffix != _ENDING:
+            raise TeacherError(f"{path} is neither a folder nor a {_ENDING} file; adapters are loaded from these only")
+        return path
+    found = [path / FILE] if (path / FILE).exists() else sorted(path.glob(f"*{_ENDING}"))
+    if len(found) != 1:
+        names = " and ".join(each.name for each in found[:2]) or f"no {_ENDING} file"
+        raise TeacherError(f"{path} holds {names}; give the path of the adapter's file")
+    return found[0]
+
+
+def _config_beside(path: Path) -> bytes:
+    """peft's settings beside a file, which are its own if the folder has no other adapter."""
+    config = path.with_name(_CONFIG)
+    alone = path.name == FILE or len(list(path.parent.glob(f"*{_ENDING}"))) == 1
+    return config.read_bytes() if alone and config.exists() else b""
 
 
 def _settings(text: str | bytes) -> dict[str, Any]:

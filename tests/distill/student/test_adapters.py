@@ -121,6 +121,25 @@ def test_an_adapter_that_is_merged_in_another_way_is_refused_by_name(setting, ma
         read_adapter(tmp_path, load_transformer(SD3Folder.read(teacher)))
 
 
+def test_any_file_name_is_accepted(teacher, adapter_folder, tmp_path):
+    transformer = load_transformer(SD3Folder.read(teacher))
+    plain = read_adapter(adapter_folder, transformer).factors[MODULES[0]][0]
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(json.dumps({"lora_alpha": 1, "r": 2}))
+    file = tmp_path / "style.safetensors"
+    shutil.copyfile(adapter_folder / FILE, file)
+    for path in (tmp_path, file):
+        torch.testing.assert_close(read_adapter(path, transformer).factors[MODULES[0]][0], plain / 2)
+    shutil.copyfile(file, tmp_path / "other.safetensors")
+    torch.testing.assert_close(read_adapter(file, transformer).factors[MODULES[0]][0], plain)  # whose settings?
+    with pytest.raises(TeacherError, match=r"holds other\.safetensors and style.safetensors; give the path"):
+        read_adapter(tmp_path, transformer)
+    shutil.copyfile(file, tmp_path / FILE)
+    assert read_adapter(tmp_path, transformer).factors.keys() == set(MODULES)
+    with pytest.raises(TeacherError, match=r"style.ckpt is neither a folder nor a .safetensors file"):
+        read_adapter(tmp_path / "style.ckpt", transformer)
+
+
 def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folder, tmp_path):
     (tmp_path / FILE).write_bytes((adapter_folder / FILE).read_bytes())
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
@@ -131,7 +150,7 @@ def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folde
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, "there is no blocks.0"),
+        ({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, "there is no linear layer blocks.0"),
         ({f"transformer.{MODULES[0]}.lora_A.weight": torch.zeros(2, 5)}, "not a linear layer of its shape"),
         ({f"transformer.{MODULES[2]}.lora_A.weight": torch.full((4, 32), torch.nan)}, "lora_A.weight is not finite"),
         ({"text_encoder.x.weight": torch.zeros(1)}, "holds text_encoder.x.weight"),
