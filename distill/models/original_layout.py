@@ -58,17 +58,17 @@ _VAE = (  # replacements in diffusers' names, in this order
 
 
 @dataclass(frozen=True)
-class Source:
+class OriginalLayer:
     """The modules of diffusers that a module of the original consists of. `swapped`: its halves are exchanged."""
 
     modules: tuple[str, ...]
     swapped: bool = False
 
 
-def transformer_layout(modules: Collection[str]) -> dict[str, Source]:
+def transformer_layout(modules: Collection[str]) -> dict[str, OriginalLayer]:
     """Map the original's names to modules of an `SD3Transformer2DModel`, whose names `modules` contains."""
     layout = {
-        name: Source((module,), swapped=module == "norm_out.linear")
+        name: OriginalLayer((module,), swapped=module == "norm_out.linear")
         for name, module in _LAYERS.items()
         if module in modules
     }
@@ -78,7 +78,7 @@ def transformer_layout(modules: Collection[str]) -> dict[str, Source]:
             sources = tuple(f"transformer_blocks.{block}.{part}" for part in parts)
             if sources[0] in modules:
                 swapped = block == max(blocks) and parts == ("norm1_context.linear",)
-                layout[f"joint_blocks.{block}.{name}"] = Source(sources, swapped)
+                layout[f"joint_blocks.{block}.{name}"] = OriginalLayer(sources, swapped)
     return layout
 
 

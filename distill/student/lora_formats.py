@@ -13,7 +13,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from distill.models.original_layout import Source, transformer_layout
+from distill.models.original_layout import OriginalLayer, transformer_layout
 
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
@@ -88,13 +88,13 @@ def read_pairs(tensors: Mapping[str, Tensor], transformer: SD3Transformer2DModel
     return pairs
 
 
-def _sources(modules: Mapping[str, nn.Module]) -> dict[str, Source]:
+def _sources(modules: Mapping[str, nn.Module]) -> dict[str, OriginalLayer]:
     """The modules behind each name of a layer: diffusers', the original's, and OneTrainer's of a part of the latter."""
     original = transformer_layout(modules)
     parts = {
-        f"{name}.{index}": Source((module,))
+        f"{name}.{index}": OriginalLayer((module,))
         for name, source in original.items()
         for index, module in enumerate(source.modules)
         if len(source.modules) > 1
     }
-    return {**{module: Source((module,)) for module in modules}, **original, **parts}
+    return {**{module: OriginalLayer((module,)) for module in modules}, **original, **parts}

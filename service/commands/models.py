@@ -39,7 +39,7 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 
 @app.command("load")
 def load(
-    folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
+    folder: Annotated[str, typer.Argument(help="Name of an adapter that `models list` shows, not a path.")],
     name: Annotated[str | None, typer.Option(help="Model name [the student's own].")] = None,
     url: Url = LOCAL,
     key: AdminKey = None,
@@ -64,7 +64,7 @@ def unload(
 
 @app.command("load-adapter")
 def load_adapter(
-    folder: Annotated[str, typer.Argument(help="Name of a folder that `models list` shows, not a path.")],
+    folder: Annotated[str, typer.Argument(help="Name of an adapter that `models list` shows, not a path.")],
     model: Student,
     name: Annotated[str | None, typer.Option(help="Adapter name [the folder's].")] = None,
     url: Url = LOCAL,

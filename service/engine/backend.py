@@ -89,8 +89,11 @@ class Backend(Protocol):
     def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """Encode prompts. Embeddings in `shared` are read, and the others are written to it."""
 
-    def add_adapter(self, name: str, folder: str) -> None:
-        """Read a LoRA adapter and add it to the info while batches run. Raises StartError if it cannot be read."""
+    def add_adapter(self, name: str, path: str) -> None:
+        """Read a LoRA adapter, a file or folder, while batches run, and add it to the info.
+
+        Raises StartError if it cannot be read.
+        """
 
     def remove_adapter(self, name: str) -> None:
         """Free an adapter without batches in progress."""

@@ -15,7 +15,6 @@ from service.engine.supervisor import Supervisor
 from service.errors import InvalidRequest, NotFound, ServiceError, no_model, quoted
 from service.settings import Settings
 
-STUDENT_FILE, ADAPTER_FILE = "onestep.json", "pytorch_lora_weights.safetensors"  # mark a student's or adapter's folder
 _Name = tuple[str, str | None]  # a model, or a model and its adapter
 
 
@@ -109,16 +108,19 @@ class ModelCatalog:
                 self._dispatcher.drop_results(info.cache_key)
             self._supervisor.unload(Unload(name))
 
-    async def load_adapter(self, model: str, folder: Path, name: str) -> ModelInfo:
-        """Load a LoRA adapter of a model into every worker, as `load` does, and return the model's new info."""
+    async def load_adapter(self, model: str, path: Path, name: str) -> ModelInfo:
+        """Load a LoRA adapter of a model, a file or folder, into every worker, and return the model's new info.
+
+        Raises what `load` raises.
+        """
         async with self._changing:
-            command = LoadAdapter(model, name, str(folder.absolute()))
+            command = LoadAdapter(model, name, str(path.absolute()))
             if name in self._named(model).adapters:
-                if self._keep((model, name), command.folder):
+                if self._keep((model, name), command.path):
                     return self._models[model]
                 raise InvalidRequest(f"{model} has an adapter {name!r} already; unload it first", "name")
             self._models[model] = (await self._supervisor.load(command)).info
-            self._set_adapters(model, {**self._supervisor.models[model].adapters, name: command.folder})
+            self._set_adapters(model, {**self._supervisor.models[model].adapters, name: command.path})
             return self._models[model]
 
     async def unload_adapter(self, model: str, name: str) -> None:
@@ -148,7 +150,7 @@ class ModelCatalog:
         if not all(map(self._is_available, names)):
             for each in names:
                 if not self._is_available(each):
-                    await self._find_folder(each)  # a name that does not exist waits for nobody's load
+                    await self._find_path(each)  # a name that does not exist waits for nobody's load
             async with self._making_room:
                 for each in names:
                     if not self._is_available(each):
@@ -171,17 +173,17 @@ class ModelCatalog:
         entry, info = self._on_demand.get(name), self.models.get(model)
         return info is not None and adapter in (None, *info.adapters) and not (entry and entry.leaving)
 
-    async def _find_folder(self, name: _Name) -> Path:
-        """Return the folder of a student or adapter in the `models_folder`. Raises as `use` does."""
+    async def _find_path(self, name: _Name) -> Path:
+        """Return the folder of a student, or the folder or file of an adapter, in `models_folder`. Raises as `use`."""
         model, adapter = name
-        file = ADAPTER_FILE if adapter else STUDENT_FILE
-        folders = await asyncio.to_thread(folders_with, self._settings.models_folder, file) if self._limit(name) else {}
-        if (folder := folders.get(adapter or model)) is not None:
-            return folder
+        list_models = adapters_in if adapter else students_in
+        found = await asyncio.to_thread(list_models, self._settings.models_folder) if self._limit(name) else {}
+        if (path := found.get(adapter or model)) is not None:
+            return path
         if adapter is None:
             raise no_model(model)
         info = self.models.get(model)
-        known = sorted({*(info.adapters if info else ()), *folders})
+        known = sorted({*(info.adapters if info else ()), *found})
         raise InvalidRequest(
             f"{model} has no adapter {quoted(adapter)}; it has {known}", "lora.name", "adapter_not_found"
         )
@@ -194,17 +196,15 @@ class ModelCatalog:
     async def _load_on_demand(self, name: _Name) -> None:
         """Load a student or adapter of the `models_folder`, and unload others of its kind that are too many."""
         model, adapter = name
-        folder = await self._find_folder(name)
+        path = await self._find_path(name)
         while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(adapter)]) >= self._limit(name):
             await self._make_room(loaded[0])
-        loading = asyncio.create_task(
-            self.load_adapter(model, folder, adapter) if adapter else self.load(folder, model)
-        )
+        loading = asyncio.create_task(self.load_adapter(model, path, adapter) if adapter else self.load(path, model))
         cancelled = await _completed(loading)
         if error := loading.exception():
             if not isinstance(error, InvalidRequest):
                 raise error
-            reason = error.message.replace(str(folder.absolute()), folder.name)
+            reason = error.message.replace(str(path.absolute()), path.name)
             raise InvalidRequest(reason, "lora.name" if adapter else "model", error.code) from None
         entry = self._on_demand[name] = _OnDemand()
         entry.unused.set()
@@ -275,16 +275,32 @@ async def _completed(task: "asyncio.Task[ModelInfo]") -> bool:
     return cancelled
 
 
-def folders_with(students: Path | None, file: str) -> dict[str, Path]:
-    """Return the folders of the `models_folder` setting that hold a file, by name."""
-    if students is None or not students.is_dir():
-        return {}
-    return {folder.name: folder for folder in students.iterdir() if (folder / file).is_file()}
+def students_in(models: Path | None) -> dict[str, Path]:
+    """Return the students in the folder of the `models_folder` setting, by name."""
+    return {path.name: path for path in _entries(models) if (path / "onestep.json").is_file()}
 
 
-def find_folder(students: Path | None, name: str, file: str) -> Path:
-    """Return the folder of a name that holds a file. Raises InvalidRequest where there is none."""
-    folders = folders_with(students, file)
-    if name not in folders:
-        raise InvalidRequest(f"there is no folder {quoted(name)} with {file}; there are {sorted(folders)}", "folder")
-    return folders[name]
+def adapters_in(models: Path | None) -> dict[str, Path]:
+    """Return the LoRA adapters, files and folders, in the folder of the `models_folder` setting, by name."""
+    return {path.stem if path.is_file() else path.name: path for path in _entries(models) if _is_adapter(path)}
+
+
+def find(kind: str, found: Mapping[str, Path], name: str) -> Path:
+    """Return the path of a name. Raises InvalidRequest where there is none; `kind` is student or adapter."""
+    if name not in found:
+        raise InvalidRequest(f"models_folder has no {kind} {quoted(name)}; it has {sorted(found)}", "folder")
+    return found[name]
+
+
+def _entries(models: Path | None) -> list[Path]:
+    return sorted(models.iterdir()) if models is not None and models.is_dir() else []
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is a safetensors file, or a folder with diffusers' file of an adapter or one file and no model."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    if (path / "pytorch_lora_weights.safetensors").is_file():
+        return True
+    a_model = any((path / name).exists() for name in ("config.json", "model_index.json"))
+    return not a_model and len(list(path.glob("*.safetensors"))) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock
 
-from service.engine.catalog import ADAPTER_FILE, STUDENT_FILE, ModelCatalog, find_folder
+from service.engine.catalog import ModelCatalog, adapters_in, find, students_in
 from service.errors import ServiceError, StartError
 from service.files import atomic_write
 
@@ -109,11 +109,11 @@ class LoadedModelStore:
         try:
             match stored:
                 case StoredStudent():
-                    folder = await asyncio.to_thread(find_folder, students, stored.folder, STUDENT_FILE)
+                    folder = find("student", await asyncio.to_thread(students_in, students), stored.folder)
                     await catalog.load(folder, stored.name)
                 case StoredAdapter():
-                    folder = await asyncio.to_thread(find_folder, students, stored.folder, ADAPTER_FILE)
-                    await catalog.load_adapter(stored.model, folder, stored.name)
+                    path = find("adapter", await asyncio.to_thread(adapters_in, students), stored.folder)
+                    await catalog.load_adapter(stored.model, path, stored.name)
         except (ServiceError, OSError) as error:
             log.error("%s of %s was loaded before and cannot be loaded now: %s", stored.name, self._path, error)
             return False

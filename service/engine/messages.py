@@ -25,11 +25,11 @@ class LoadModel(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """To the worker: load an adapter for a model."""
+    """To the worker: load an adapter, a file or folder, for a model."""
 
     model: str
     name: str
-    folder: str
+    path: str
 
 
 class Unload(msgspec.Struct, frozen=True, tag=True):

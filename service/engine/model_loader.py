@@ -77,12 +77,12 @@ class StudentBackend:
         counts, cuts = zip(*(facts[prompt] for prompt in prompts), strict=True)
         return EncodedPrompts(conditions, counts, cuts, hits)
 
-    def add_adapter(self, name: str, folder: str) -> None:
+    def add_adapter(self, name: str, path: str) -> None:
         """Read an adapter while batches run. Only `adapt` changes the weights."""
         try:
-            adapter = self._pipeline.read_adapter(folder)
+            adapter = self._pipeline.read_adapter(path)
         except Exception as error:  # a foreign file, too little memory: none is the server's end
-            raise StartError(f"adapter {folder}: {error}") from error
+            raise StartError(f"adapter {path}: {error}") from error
         self._adapters[name] = adapter
         self.info = replace(self.info, adapters=self.info.adapters | {name: adapter.digest})
 

@@ -46,12 +46,11 @@ class Simulator:
         limit = self.info.token_limit
         return EncodedPrompts(list(prompts), [min(count, limit) for count in words], [count > limit for count in words])
 
-    def add_adapter(self, name: str, folder: str) -> None:
-        """Accept a folder with a file of an adapter's name, whatever it contains."""
-        path = Path(folder) / "pytorch_lora_weights.safetensors"
-        if not path.is_file():
+    def add_adapter(self, name: str, path: str) -> None:
+        """Accept a file, or a folder with one, whatever it contains."""
+        if not Path(path).is_file() and not any(Path(path).glob("*.safetensors")):
             raise StartError(f"{path} is missing")
-        self.info = replace(self.info, adapters=self.info.adapters | {name: f"adapter of {folder}"})
+        self.info = replace(self.info, adapters=self.info.adapters | {name: f"adapter of {path}"})
 
     def remove_adapter(self, name: str) -> None:
         self.info = self.info.without(name)

@@ -109,8 +109,8 @@ def _add(backends: dict[str, Backend], command: LoadModel, load: ModelLoader, ti
         )
         raise StartError(message)
     timings = timer(backend)
-    for adapter, folder in command.adapters.items():
-        backend.add_adapter(adapter, folder)
+    for adapter, path in command.adapters.items():
+        backend.add_adapter(adapter, path)
     backends[name] = backend
     return _loaded(backend, timings)
 
@@ -196,7 +196,7 @@ def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, t
             case LoadAdapter():
                 backend = backends[command.model]
                 try:
-                    backend.add_adapter(command.name, command.folder)
+                    backend.add_adapter(command.name, command.path)
                     answer = _loaded(backend)
                 except StartError as error:
                     answer = LoadFailed(str(error))

@@ -9,7 +9,7 @@ import asyncio
 from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
-from service.engine.catalog import ADAPTER_FILE, STUDENT_FILE, find_folder, folders_with
+from service.engine.catalog import adapters_in, find, students_in
 from service.engine.loaded_models import StoredAdapter, StoredStudent
 from service.http.dependencies import AdminOwner, EngineDep, LoadedModelsDep, SettingsDep
 from service.routers.models import model_object
@@ -26,8 +26,8 @@ router = APIRouter(
 @router.get("/models")
 async def index(settings: SettingsDep, engine: EngineDep, owner: AdminOwner) -> LoadedModels:
     """All models, the default one first, and the folders that can be loaded."""
-    students = await asyncio.to_thread(folders_with, settings.models_folder, STUDENT_FILE)
-    adapters = await asyncio.to_thread(folders_with, settings.models_folder, ADAPTER_FILE)
+    students = await asyncio.to_thread(students_in, settings.models_folder)
+    adapters = await asyncio.to_thread(adapters_in, settings.models_folder)
     data = [_loaded_model(settings, info) for info in engine.catalog.models.values()]
     return LoadedModels(data=data, folders=sorted(students), adapter_folders=sorted(adapters))
 
@@ -37,7 +37,7 @@ async def load(
     body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a student. The response is sent when every worker has it and requests may name it."""
-    folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, STUDENT_FILE)
+    folder = find("student", await asyncio.to_thread(students_in, settings.models_folder), body.folder)
     info = await engine.catalog.load(folder, body.name)
     await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
     return _loaded_model(settings, info)
@@ -56,8 +56,8 @@ async def load_adapter(
     body: AdapterToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
-    folder = await asyncio.to_thread(find_folder, settings.models_folder, body.folder, ADAPTER_FILE)
-    info = await engine.catalog.load_adapter(engine.catalog.get(body.model).name, folder, body.name)
+    path = find("adapter", await asyncio.to_thread(adapters_in, settings.models_folder), body.folder)
+    info = await engine.catalog.load_adapter(engine.catalog.get(body.model).name, path, body.name)
     await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
     return _loaded_model(settings, info)
 

@@ -12,6 +12,7 @@ from engines import Gate, is_of, make, run, value
 from worker_threads import start_thread, worker_threads
 
 from service.engine.batcher import Priority
+from service.engine.catalog import adapters_in, students_in
 from service.engine.engine import Engine
 from service.engine.launch import SharedMemory, Worker, WorkerPool, worker_processes
 from service.engine.simulator import Simulator
@@ -236,6 +237,19 @@ def students(tmp_path):
     for name in ("sketch", "ink"):
         (folder / name / "pytorch_lora_weights.safetensors").touch()
     return folder
+
+
+def test_files_and_folders_with_one_file_are_adapters_and_models_are_not(students):
+    (students / "chalk.safetensors").touch()
+    (students / "empty" / "any.safetensors").touch()
+    assert adapters_in(students).keys() == {"sketch", "ink", "chalk", "empty"}
+    assert adapters_in(students)["chalk"] == students / "chalk.safetensors"
+    (students / "empty" / "config.json").touch()
+    (students / "one" / "weights.safetensors").touch()
+    (students / "one" / "more.safetensors").touch()
+    assert adapters_in(students).keys() == {"sketch", "ink", "chalk"}
+    assert students_in(students).keys() == {"one", "two"}
+    assert students_in(None) == {}
 
 
 def loaded(engine: Engine) -> dict[str, list[str]]:

@@ -72,7 +72,7 @@ def test_a_folder_that_is_gone_is_told_and_kept_for_the_next_start(students, tmp
     with serving(create_app(Settings(data=tmp_path, models_folder=students), worker_threads(Simulator(0, 0)))) as url:
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["simulator"]
     assert "first" in caplog.text
-    assert "no folder 'gone'" in caplog.text
+    assert "no student 'gone'" in caplog.text
     loaded_models.add(StoredStudent("one", "first"))
     assert loaded_models.read().students == (StoredStudent("one", "first"),)
 

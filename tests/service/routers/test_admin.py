@@ -104,22 +104,24 @@ def shell(url, *words, key=None):
 
 def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, students):
     (students / "none" / "pytorch_lora_weights.safetensors").touch()
+    (students / "ink.safetensors").touch()
     url = serve(aliases={"gpt-image-1": "simulator"}, models_folder=students)
     assert shell(url, "load", "one") == "student-one is loaded.\n"
     assert shell(url, "load", "two", "--name", "new") == "new is loaded.\n"
     assert shell(url, "load-adapter", "none", "--model", "new", "--name", "style") == "Adapters of new: style.\n"
     assert shell(url, "load-adapter", "none", "--model", "new") == "Adapters of new: style, none.\n"
+    assert shell(url, "load-adapter", "ink", "--model", "new") == "Adapters of new: style, none, ink.\n"
     assert [line.split() for line in shell(url, "list").splitlines()] == [
         ["student", "sizes", "adapters", "aliases"],
         ["simulator", "64x64,128x64", "-", "gpt-image-1"],
         ["student-one", "64x64,128x64", "-", "-"],
-        ["new", "64x64,128x64", "style,none", "-"],
+        ["new", "64x64,128x64", "style,none,ink", "-"],
         ["students", "to", "load:", "one,", "two"],
-        ["adapters", "to", "load:", "none"],
+        ["adapters", "to", "load:", "ink,", "none"],
     ]
     known = {model.id: (model.sizes, model.adapters) for model in connect(url).models.list()}
     assert known["gpt-image-1"] == (["64x64", "128x64"], [])
-    assert known["new"][1] == ["style", "none"]
+    assert known["new"][1] == ["style", "none", "ink"]
     assert shell(url, "unload-adapter", "style", "--model", "new") == "style of new is unloaded.\n"
     assert shell(url, "unload", "student-one") == "student-one is unloaded.\n"
     assert [model.id for model in connect(url).models.list()] == ["simulator", "new", "gpt-image-1"]
@@ -128,10 +130,10 @@ def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, st
 def test_an_error_of_the_server_is_one_sentence_on_the_command_line(serve, students):
     url = serve(models_folder=students)
     for said, *words in (
-        (r"no folder 'other' with onestep.json; there are \['one', 'two'\]", "load", "other"),
+        (r"no student 'other'; it has \['one', 'two'\]", "load", "other"),
         ("no model 'other'", "unload", "other"),
         ("the only model", "unload", "simulator"),
-        ("no folder 'one' with pytorch_lora", "load-adapter", "one", "--model", "simulator"),
+        ("no adapter 'one'", "load-adapter", "one", "--model", "simulator"),
         ("no adapter 'other'", "unload-adapter", "other", "--model", "simulator"),
     ):
         with pytest.raises(StartError, match=said):
