@@ -26,6 +26,7 @@ from distill.training import checkpoint
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
 from distill.training.preparation import check_run, has_checkpoint, latent_shapes, prepare, read_teacher, run_evaluator
+from distill.training.processes import wait_for_main
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import check_digests, run_sources, write_digests
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
@@ -68,7 +69,7 @@ def run(
                     if begins:
                         _record_stop(out, error, 0, config.images)
                     raise
-        machine.wait_for_everyone()
+        wait_for_main(machine)
 
         # 3. turn seconds into images
         if seconds is not None:
@@ -97,6 +98,7 @@ def run(
             texts = cached_prompts(prompts.cache, min(GRID, config.prompts.max_count))
             evaluator = run_evaluator(config, teacher)
             callback = EvaluationCallback(config, out, teacher, texts, evaluator, device, dtype, main)
+        wait_for_main(machine)
         torch.manual_seed(key_of(config.seed, "weights"))
         turns = config.method.turns()
         roles = tuple(sorted({turn.role for turn in turns}))
@@ -113,7 +115,7 @@ def run(
                 seen = progress.images
                 if callback is not None:
                     callback(progress)
-                machine.wait_for_everyone()
+                wait_for_main(machine)
                 if main and progress.metrics:
                     write_state(out, "training", seen, config.images)
                 yield progress
@@ -129,7 +131,7 @@ def run(
             if main:
                 _record_stop(out, error, seen, config.images)
             raise
-        machine.wait_for_everyone()
+        wait_for_main(machine)
 
 
 def accelerator(config: RunConfig, out: Path) -> Accelerator:

@@ -49,6 +49,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     from distill.data.embedding_cache import EmbedProgress
     from distill.data.image_cache import EncodeProgress
     from distill.data.sources import PROMPT_SOURCES
+    from distill.training.processes import wait_for_main
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
@@ -82,7 +83,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
             if stops := agreed(signals, machine):
                 if machine.is_main_process:
                     progress.save()
-                machine.wait_for_everyone()  # a launcher kills the other processes when one exits
+                wait_for_main(machine)  # a launcher kills the other processes when one exits
                 machine.end_training()
                 raise stopped(progress.images, stops)
     if not shown and machine.is_main_process:

@@ -16,6 +16,7 @@ from distill.config import Cadence, RunConfig
 from distill.errors import RunError
 from distill.files import atomic_write_text
 from distill.training.preparation import SPEED
+from distill.training.processes import wait_for_main
 from distill.training.run_sources import run_sources
 
 WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
@@ -59,7 +60,7 @@ def _measure(config: RunConfig, folder: Path) -> float:
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
-    machine.wait_for_everyone()
+    wait_for_main(machine)
     rounds = run.run(endless, scratch, machine)
     times = []
     for count in (WARM, TIMED):
@@ -74,5 +75,5 @@ def _measure(config: RunConfig, folder: Path) -> float:
     if machine.is_main_process:
         shutil.rmtree(scratch)
         atomic_write_text(folder / SPEED, json.dumps({"images_per_second": speed}) + "\n")
-    machine.wait_for_everyone()
+    wait_for_main(machine)
     return speed

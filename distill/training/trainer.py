@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -42,9 +41,9 @@ from distill.training import checkpoint, optimizers
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
+from distill.training.processes import COLLECTIVE_TIMEOUT, wait_for_main
 from distill.training.state import TrainingProgress
 
-PROCESS_GROUP_TIMEOUT = timedelta(days=1)  # the first process encodes all prompts meanwhile
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
 _ENGINES = "cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2"
 GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels take longer than their launches
@@ -82,7 +81,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
             package = name.replace("_", "-")
             raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
     folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
-    waiting = InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)
+    waiting = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     try:
         return Accelerator(
             mixed_precision=precision,
@@ -272,7 +271,7 @@ def train(
             if saved:
                 if accelerator.is_main_process:
                     save()
-                accelerator.wait_for_everyone()
+                wait_for_main(accelerator)
             yield progress
 
 

@@ -23,6 +23,7 @@ from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.training import trainer
 from distill.training.networks import ROLES, SharedBase, build
+from distill.training.processes import wait_for_main
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -104,6 +105,12 @@ def main(teacher: Path, out: Path) -> None:
                     tensor.grad = None
     held = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in networks._base.parameters())
     (out / f"held-{rank}").write_text(str(held))
+    if rank == 0:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.wait(["distill/calls/1"])  # the other process waits already
+        (out / "main").write_text("done")
+    wait_for_main(accelerator)
+    (out / f"waited-{rank}").write_text((out / "main").read_text())
     try:
         trainer.check(run(batch=3), accelerator)
     except ConfigError as error:

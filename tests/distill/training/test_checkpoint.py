@@ -5,9 +5,10 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill.errors import CheckpointError, DivergedError
+from distill.plan.meter import Meter
 from distill.training import checkpoint
 
 
@@ -28,6 +29,28 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
     assert checkpoint.latest(tmp_path) == tmp_path / "000000000001"
     assert [path.name for path in tmp_path.iterdir()] == ["000000000001"]
     assert torch.equal(checkpoint.load(tmp_path / "000000000001")[0]["x"], tensors["x"])
+
+
+def test_a_checkpoint_takes_the_memory_of_one_tensor(tmp_path):
+    """Transposed tensors are copied before they are written, as those of a GPU are."""
+    tensors = {str(number): torch.randn(64, 48).T for number in range(20)}
+    with Meter() as meter:
+        checkpoint.save(tmp_path / "000000000001", tensors, {"images": 1})
+    assert 0 < meter.peak <= 2.5 * tensors["0"].nbytes  # a copy, or what the check of its numbers needs
+    for name, tensor in checkpoint.load(tmp_path / "000000000001")[0].items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_tensors_of_any_type_and_shape_are_read_as_they_were_written(tmp_path):
+    kinds = [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64]
+    shapes = [(), (3,), (0, 2), (5, 1)]
+    tensors = {f"{kind} {shape}": torch.full(shape, 1).to(kind) for kind in kinds for shape in shapes}
+    checkpoint.save(tmp_path / "000000000001", tensors, {"images": 1})
+    found = load_file(tmp_path / "000000000001" / "state.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 @pytest.mark.parametrize(("name", "content"), [("state.safetensors", "cut off"), ("state.json", "[" * 100_000)])

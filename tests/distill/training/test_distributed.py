@@ -78,6 +78,10 @@ def test_a_run_ends_alike_on_any_number_of_processes(teacher, two, alone, form, 
             torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_processes_wait_for_work_of_the_main_one(two):
+    assert [(two / f"waited-{rank}").read_text() for rank in range(2)] == ["done", "done"]
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused(two):
     assert (two / "refused").read_text() == "batch 3 does not divide over 2 processes; take a multiple of 2"
 
