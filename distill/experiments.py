@@ -27,6 +27,7 @@ from distill.evaluate.base import FEATURES, EvalResult, Evaluator, Report, find_
 from distill.evaluate.sampler import Sampling, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, cell, metric_names
 from distill.files import atomic_write_text, check_replaceable
+from distill.methods.policies import TeacherGuidance
 from distill.pipeline import OneStepPipeline, read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
@@ -213,8 +214,9 @@ def evaluate_variants(
     students = {variant.name: out / variant.name / "student" for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
+    sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
     if evaluator is not None:
-        comparison = Comparison(teacher, students, [(steps, None)], evaluator, device)
+        comparison = Comparison(teacher, students, [sampling], evaluator, device)
         found = comparison.run(evaluator.prompts(per_task, seed), seed, report)
         results = {name: result for name, (result, _) in found.students.items()}
         return ExperimentResult(commands, costs, found.teacher, results, found.picture(), diverged, failed)
@@ -224,9 +226,8 @@ def evaluate_variants(
     texts = list(islice(cycle(first), SHOWN))
     seeds = range(seed, seed + len(texts))
     sampler = TeacherSampler(teacher, device)
-    sampling = Sampling(steps, sampler.folder.guidance)
     images = [sampler.generate(sampling, [text], [image_seed]) for text, image_seed in zip(texts, seeds, strict=True)]
-    rows = [(f"teacher, {sampling.nfe} NFE", np.concatenate(images))]
+    rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 NFE", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))

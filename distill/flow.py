@@ -63,17 +63,34 @@ def one_step(velocity: Callable[[Tensor, Tensor, Cond], Tensor], z: Tensor, cond
 
 
 def guided_velocity(
-    velocity: Callable[[Tensor, Tensor, Any], Tensor], null: Any, x_t: Tensor, t: Tensor, cond: Any, scale: Any
+    velocity: Callable[..., Tensor],
+    null: Any,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Any,
+    scale: Any,
+    skip_layers: Sequence[int] = (),
+    skip_scale: Any = None,
 ) -> Tensor:
-    """v_null + scale (v - v_null) in one batched call, with one scale or a scale per image (B,).
+    """v_null + scale (v - v_null) + skip_scale (v - v_skip), with one scale each or a scale per image (B,).
 
-    `null` is the condition of the empty prompt, one row. With a scale of None, v_null is not computed.
+    `null` is the condition of the empty prompt, one row; v_null and v are one batched call. v_skip is the velocity
+    without the blocks `skip_layers`, which `velocity` takes as a fourth argument. The network is not called for a
+    term whose scale is None.
     """
     if scale is None:
-        return velocity(x_t, t, cond)
-    both = type(cond).cat([null.expand(len(x_t)), cond])
-    v_null, v = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return v_null + (_expand(scale, x_t) if isinstance(scale, Tensor) else scale) * (v - v_null)
+        guided = v = velocity(x_t, t, cond)
+    else:
+        both = type(cond).cat([null.expand(len(x_t)), cond])
+        v_null, v = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        guided = v_null + _scaled(scale, v - v_null)
+    if skip_scale is None:
+        return guided
+    return guided + _scaled(skip_scale, v - velocity(x_t, t, cond, skip_layers))
+
+
+def _scaled(scale: Tensor | float, x: Tensor) -> Tensor:
+    return (_expand(scale, x) if isinstance(scale, Tensor) else scale) * x
 
 
 def between(t: Tensor, s: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ def run(
         networks = build(teacher, config.networks, dtype, device, roles, two_times, critic, mesh(machine))
 
         seen = int(newest.name) if (newest := checkpoint.latest(out / "checkpoints")) else 0
-        rounds = train(config, out, networks, conditions, latent_shapes(config, teacher), machine, images)
+        shapes = latent_shapes(config, teacher)
+        rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift)
         stops = _from_main(callback is not None and callback.stops)
         try:
             if main:

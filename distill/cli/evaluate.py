@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from distill.cli.options import LAST_SEED, TEACHER, Device, Guidance
+from distill.cli.options import LAST_SEED, TEACHER, Device, Guidance, SkipLayers, SkipScale, teacher_guidance
 
 
 def evaluate(
@@ -19,6 +19,8 @@ def evaluate(
     ] = "held-out",
     steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
     guidance: Guidance = None,
+    skip_layers: SkipLayers = "",
+    skip_scale: SkipScale = 2.8,
     teacher_steps: Annotated[
         str, typer.Option(help="Further step counts of the teacher, guided and unguided, such as 1,4,28.")
     ] = "",
@@ -42,8 +44,10 @@ def evaluate(
     from distill.data.sources import EVALUATORS
     from distill.errors import ConfigError
     from distill.evaluate.base import FEATURES
+    from distill.evaluate.sampler import Sampling
     from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.files import check_replaceable
+    from distill.methods.policies import TeacherGuidance
     from distill.models.device import resolve_device
     from distill.models.teacher import open_teacher
     from distill.pipeline import SHIPPED_STUDENT
@@ -52,10 +56,13 @@ def evaluate(
     if "scenes" not in EVALUATORS:
         raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
     check_replaceable(picture)
-    samplings = [(steps, guidance), *((int(count), scale) for count in counts for scale in (guidance, 1.0))]
+    folder = open_teacher(teacher)
+    guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
+    others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
     students, evaluator = {"student": student or SHIPPED_STUDENT}, EVALUATORS["scenes"]()
     where = resolve_device(device)
-    comparison = Comparison(open_teacher(teacher), students, samplings, evaluator, where, student_steps)
+    samplings = [Sampling(steps, guided), *others]
+    comparison = Comparison(folder, students, samplings, evaluator, where, student_steps)
     splits = ("held-out", "seen") if split == "both" else (split,)
     prompts = {name: evaluator.prompts(per_task, seed, name == "held-out") for name in splits}
     with image_bar("images", sum(map(comparison.count, prompts.values()))) as bar:
@@ -85,6 +92,8 @@ def geneval(
     images: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Sampling steps of a teacher.", min=1)] = 28,
     guidance: Guidance = None,
+    skip_layers: SkipLayers = "",
+    skip_scale: SkipScale = 2.8,
     seed: Annotated[int, typer.Option(help="Seed of the first image; seeds count up.", min=0, max=LAST_SEED)] = 0,
     batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 16,
     device: Device = "auto",
@@ -99,6 +108,7 @@ def geneval(
     from distill.errors import ConfigError
     from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
+    from distill.methods.policies import TeacherGuidance
     from distill.models.device import resolve_device
     from distill.models.teacher import open_teacher
     from distill.pipeline import OneStepPipeline
@@ -109,12 +119,14 @@ def geneval(
     where = resolve_device(device)
     if student is not None:
         pipeline = OneStepPipeline.load(student, where)
-        generate, digest, sampling = student_sampler(pipeline), pipeline.spec.digest, Sampling(1, 1)
+        generate, digest = student_sampler(pipeline), pipeline.spec.digest
+        sampling = Sampling(1, TeacherGuidance(scale=1))
     else:
-        sampler = TeacherSampler(open_teacher(cast(str, teacher)), where)
-        sampling = Sampling(steps, sampler.folder.guidance if guidance is None else guidance)
+        folder = open_teacher(cast(str, teacher))
+        sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
+        sampler = TeacherSampler(folder, where)
         generate, digest = partial(sampler.generate, sampling), sampler.folder.digest
-    settings = {"model": digest, "steps": sampling.steps, "guidance": sampling.guidance}
+    settings = {"model": digest, **sampling.as_dict()}
     with image_bar("images", images * len(metadata)) as bar:
         for done in generate_geneval_images(metadata, generate, settings, images, seed, batch, out):
             bar.update(done)

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, SOURCE, TEACHER, Column, Device, Guidance
+from distill.cli.options import (
+    LAST_SEED,
+    SOURCE,
+    TEACHER,
+    Column,
+    Device,
+    Guidance,
+    SkipLayers,
+    SkipScale,
+    teacher_guidance,
+)
 
 
 def generate(
@@ -25,6 +35,8 @@ def generate(
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps; above 1 for teachers and any-step students.", min=1)] = 1,
     guidance: Guidance = None,
+    skip_layers: SkipLayers = "",
+    skip_scale: SkipScale = 2.8,
     device: Device = "auto",
 ) -> None:
     """Generate an image of each prompt, with a student in one step or with a teacher in many.
@@ -53,8 +65,9 @@ def generate(
     texts = list(islice(cycle(texts), count or len(texts)))
     where = resolve_device(device)
     if teacher is not None:
-        sampler = TeacherSampler(open_teacher(teacher), where)
-        sampling = Sampling(steps, sampler.folder.guidance if guidance is None else guidance)
+        folder = open_teacher(teacher)
+        sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
+        sampler = TeacherSampler(folder, where)
         generate_batch: Generate = partial(sampler.generate, sampling)
         truncated = sampler.truncated
     else:

@@ -1,9 +1,13 @@
 """Options that several commands share."""
 
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from distill.methods.policies import TeacherGuidance
+    from distill.models.sd3_folder import SD3Folder
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
 TEACHER = "`scenes`, or a folder of a Stable Diffusion 3."
@@ -38,5 +42,41 @@ Guidance = Annotated[
         callback=finite,
     ),
 ]
+
+
+def block_indices(text: str) -> str:
+    """Return the value of an option that lists blocks. Raises BadParameter for anything else."""
+    if text and not all(part.strip().isdecimal() for part in text.split(",")):
+        raise typer.BadParameter(f"{text!r} is not a list of block indices such as 7,8,9")
+    return text
+
+
+SkipLayers = Annotated[
+    str,
+    typer.Option(
+        help="Blocks that skip-layer guidance of the teacher leaves out, such as 7,8,9 for SD3.5-medium.",
+        callback=block_indices,
+    ),
+]
+SkipScale = Annotated[float, typer.Option(help="Scale of skip-layer guidance.", min=1e-3, max=100, callback=finite)]
 Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")]
+
+
+def teacher_guidance(
+    teacher: "SD3Folder", scale: float | None, skip_layers: str = "", skip_scale: float = 2.8
+) -> "TeacherGuidance":
+    """Guidance of a teacher from options; a scale of None is that of its folder.
+
+    Raises ConfigError for blocks that the teacher lacks, and for skip-layer guidance of an unguided teacher.
+    """
+    from distill.errors import ConfigError
+    from distill.methods.policies import TeacherGuidance
+
+    scale = teacher.guidance if scale is None else scale
+    layers = tuple(int(part) for part in skip_layers.split(",") if part.strip())
+    if layers and scale == 1:
+        raise ConfigError("--skip-layers needs guidance; give a --guidance above 1")
+    guidance = TeacherGuidance(scale=scale, skip_layers=layers, skip_scale=skip_scale)
+    guidance.check_layers(teacher.layers, "--skip-layers")
+    return guidance

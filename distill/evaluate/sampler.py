@@ -9,7 +9,16 @@ import torch
 
 from distill.evaluate.base import Generate, Images
 from distill.flow import noise
-from distill.models.sd3 import decode_in_parts, encode_images, guided, load_transformer, load_vae, sample, velocity
+from distill.methods.policies import TeacherGuidance, guided_at
+from distill.models.sd3 import (
+    decode_in_parts,
+    encode_images,
+    euler_times,
+    load_transformer,
+    load_vae,
+    sample,
+    velocity,
+)
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images, to_pixels
@@ -18,21 +27,37 @@ from distill.pipeline import OneStepPipeline
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a teacher is sampled: number of Euler steps, and guidance scale (1 is unguided)."""
+    """How a teacher is sampled: number of Euler steps, and guidance."""
 
     steps: int
-    guidance: float
+    guidance: TeacherGuidance
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations per image; a guided step takes two."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+    def scale(self) -> float:
+        """The guidance scale; of a range, its middle."""
+        scale = self.guidance.scale
+        return sum(scale) / 2 if isinstance(scale, tuple) else scale
+
+    def nfe(self, shift: float) -> int:
+        """Network evaluations per image at a time shift; a guided step takes two, with skip-layer guidance three."""
+        times = euler_times(self.steps, shift)[:-1].tolist()
+        return self.steps * (1 if self.scale == 1 else 2) + sum(map(self.guidance.skips_at, times))
 
     @property
     def name(self) -> str:
         """The name in tables."""
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
-        return f"{steps}, unguided" if self.guidance == 1 else f"{steps}, guidance {self.guidance:g}"
+        if self.scale == 1:
+            return f"{steps}, unguided"
+        layers = ", ".join(map(str, self.guidance.skip_layers))
+        return f"{steps}, guidance {self.scale:g}" + (f", skip layers {layers}" if layers else "")
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values: steps, guidance scale, and what else differs from the defaults of `TeacherGuidance`."""
+        others = self.guidance.model_dump(
+            mode="json", include=TeacherGuidance.model_fields.keys() - {"scale"}, exclude_defaults=True
+        )
+        return {"steps": self.steps, "guidance": self.scale, **others}
 
 
 def student_sampler(pipeline: OneStepPipeline, steps: int = 1) -> Generate:
@@ -52,9 +77,11 @@ class TeacherSampler:
 
     @torch.no_grad()
     def generate(self, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-        """Generate images (N, H, W, 3) at the teacher's native size."""
+        """Generate images (N, H, W, 3) at the teacher's native size. Raises ConfigError for a block that it lacks."""
+        sampling.guidance.check_layers(self.folder.layers)
         z = noise(seeds, self.folder.latent_shape).to(self._transformer.device)
-        u = guided(partial(velocity, self._transformer), self._text.encode([""]), sampling.guidance)
+        teacher = partial(velocity, self._transformer)
+        u = guided_at(sampling.guidance, teacher, self._text.encode([""]), sampling.scale)
         latents = sample(u, z, self._text.encode(prompts), sampling.steps, self.folder.shift)
         return to_images(decode_in_parts(self._vae, latents))
 

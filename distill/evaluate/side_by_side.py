@@ -1,7 +1,7 @@
 """A teacher and its students on the same prompts and seeds: what `distill evaluate` and `distill compare` run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class SideBySide:
             "features": FEATURES,
             "teacher": self.teacher.as_dict(),
             **{name: result.as_dict() for name, (result, _) in self.students.items()},
-            "teachers": [{**asdict(sampling), **result.as_dict()} for sampling, (result, _) in others],
+            "teachers": [{**sampling.as_dict(), **result.as_dict()} for sampling, (result, _) in others],
         }
 
     def overview(self) -> tuple[list[str], list[list[str]]]:
@@ -62,15 +62,14 @@ class SideBySide:
 class Comparison:
     """Evaluates a teacher, sampled in several ways, and students by name. One student is in memory at a time.
 
-    `samplings` are pairs of steps and guidance scale; a scale of None is the one that the teacher's folder names. A
-    repeated pair is evaluated once.
+    A repeated sampling is evaluated once.
     """
 
     def __init__(
         self,
         teacher: SD3Folder,
         students: Mapping[str, Path],
-        samplings: Sequence[tuple[int, float | None]],
+        samplings: Sequence[Sampling],
         evaluator: Evaluator,
         device: torch.device,
         student_steps: int = 1,
@@ -81,8 +80,7 @@ class Comparison:
             student = read_student(folder)
             student.check_steps(student_steps)
             _check_size(folder, student.sizes[0], evaluator)
-        scaled = (Sampling(steps, teacher.guidance if scale is None else scale) for steps, scale in samplings)
-        self.samplings = list(dict.fromkeys(scaled))
+        self.samplings = list(dict.fromkeys(samplings))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
         self._device = device
@@ -98,7 +96,8 @@ class Comparison:
         teachers = {}
         for sampling in self.samplings:
             generate = partial(self._teacher.generate, sampling)
-            teachers[sampling] = evaluate(prompts, generate, sampling.nfe, encode, seed, report)
+            nfe = sampling.nfe(self._teacher.folder.shift)
+            teachers[sampling] = evaluate(prompts, generate, nfe, encode, seed, report)
         students = {}
         for name, folder in self._students.items():
             generate_student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)

@@ -4,9 +4,9 @@ Times t are (B,). A student of two times also takes (B, 2), t and s, and returns
 time, s is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,12 @@ from distill.philox import Draw
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # x_t (B, C, h, w), t (B,), conditions -> (B, C, h, w)
 Critic = Callable[[Tensor, Tensor, Any], Tensor]  # the same -> logits (B,)
+
+
+class NetworkVelocity(Protocol):
+    """The velocity of a network, which can leave out transformer blocks: those whose indices are in `skip_layers`."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, skip_layers: Sequence[int] = (), /) -> Tensor: ...
 
 
 def _no_critic(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -24,15 +30,17 @@ def _no_critic(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
 class Velocities:
     """The networks as a loss sees them; `null` is the condition of the empty prompt, one row.
 
-    `critic` returns logits that noised images are real. It is a head on the fake and learns with it. Gradient reaches
-    the weights of the role that learns, and the inputs of the others.
+    `shift` is the time shift of the teacher's scheduler, for losses that sample the teacher. `critic` returns logits
+    that noised images are real. It is a head on the fake and learns with it. Gradient reaches the weights of the role
+    that learns, and the inputs of the others.
     """
 
     student: Velocity
-    teacher: Velocity
-    fake: Velocity
+    teacher: NetworkVelocity
+    fake: NetworkVelocity
     null: Any
     critic: Critic = _no_critic
+    shift: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class FGMConfig(ConfigGroup):
     def _justified(self) -> Self:
         if self.realuid is not None and self.alpha != 0.5:
             raise ValueError(f"realuid is only justified for alpha 0.5, not {self.alpha}; set alpha or leave it out")
+        if self.realuid is not None and self.realuid.a < 1 and self.guidance.scale != 1:
+            _log.warning(
+                "realuid: its theory takes the teacher's field for that of the real images, which a guided teacher's "
+                "is not; set guidance.scale to 1, or compare with a run without realuid"
+            )
         return self
 
     def turns(self) -> tuple[Turn, ...]:

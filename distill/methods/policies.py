@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.config_group import ConfigGroup
+from distill.errors import ConfigError
 from distill.flow import guided_velocity, interpolate, one_step, shift_time, x_0_from_velocity
 from distill.methods.base import Loss, TrainingBatch, Velocities, Velocity
 from distill.philox import Draw
@@ -48,21 +49,37 @@ class Times(ConfigGroup):
 
 
 class TeacherGuidance(ConfigGroup):
-    """The target velocity field: the teacher's, with classifier-free guidance.
+    """The target velocity field: the teacher's, with classifier-free and skip-layer guidance.
 
     `scale` is one scale, or a range from which each image's is sampled (SenseFlow: 2 to 8); 1 is no guidance. There is
     no guidance outside of `interval` in t either.
+
+    Skip-layer guidance adds `skip_scale` times the difference to the velocity without the blocks `skip_layers`, inside
+    of `skip_interval` in t. With a time shift s, the fraction f of the sampling steps is at t = `shift_time(1 - f, s)`.
+    The default interval is 0.01 to 0.2 of the steps at shift 3, which is the default of diffusers' pipeline.
     """
 
     scale: _Scale | tuple[_Scale, _Scale] = 4.5
     interval: tuple[_Time, _Time] = (0.0, 1.0)
+    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    skip_scale: Annotated[float, Field(gt=0, le=100)] = 2.8
+    skip_interval: tuple[_Time, _Time] = (0.9231, 0.9966)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for name, pair in (("scale", self.scale), ("interval", self.interval)):
+    def _check(self) -> Self:
+        for name in ("scale", "interval", "skip_interval"):
+            pair = getattr(self, name)
             if isinstance(pair, tuple) and pair[0] > pair[1]:
                 raise ValueError(f"{name} must go from low to high, not from {pair[0]} to {pair[1]}")
+        if self.skip_layers and self.scale == 1:
+            raise ValueError("skip_layers need a scale above 1, as in diffusers; raise scale, or set skip_layers to []")
         return self
+
+    def check_layers(self, count: int, name: str = "method.guidance.skip_layers") -> None:
+        """Raise ConfigError, with the name of the setting, for a block that a teacher of `count` blocks lacks."""
+        for layer in self.skip_layers:
+            if layer >= count:
+                raise ConfigError(f"{name}: there is no block {layer}; the teacher's blocks are 0 to {count - 1}")
 
     def sample_scale(self, draw: Draw) -> Tensor | float:
         """Sample a scale for each image (B,), or return the one scale of all."""
@@ -75,12 +92,28 @@ class TeacherGuidance(ConfigGroup):
         """Restrict a sampled scale to the interval: 1 at times t (B,) outside of it. None if no image is guided."""
         if self.scale == 1:
             return None
-        inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        return torch.where(inside, torch.ones_like(t) * scale, torch.ones_like(t))
+        return torch.where(_inside(self.interval, t), torch.ones_like(t) * scale, torch.ones_like(t))
+
+    def skip_scale_at(self, t: Tensor) -> Tensor | None:
+        """The scale (B,) of the skip-layer term: 0 at times t (B,) outside of its interval. None without the term."""
+        if not self.skip_layers:
+            return None
+        return torch.where(_inside(self.skip_interval, t), self.skip_scale * torch.ones_like(t), torch.zeros_like(t))
+
+    def skips_at(self, t: float) -> bool:
+        """Whether there is a skip-layer term at a time that all images share."""
+        return bool(self.skip_layers) and self.skip_interval[0] <= t <= self.skip_interval[1]
+
+
+def _inside(interval: tuple[float, float], t: Tensor) -> Tensor:
+    return (t >= interval[0]) & (t <= interval[1])
 
 
 class Guidance(TeacherGuidance):
-    """Guidance of methods with a fake: DMD leaves it unguided; `guide_fake` guides it too, as in SiD-DiT."""
+    """Guidance of methods with a fake: DMD leaves it unguided; `guide_fake` guides it too, as in SiD-DiT.
+
+    The fake never has the skip-layer term, which corrects the teacher: on both sides it would cancel out.
+    """
 
     guide_fake: bool = False
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of null prompts in the loss of a guided fake
@@ -131,7 +164,8 @@ def guided_velocities(
 ) -> tuple[Tensor, Tensor]:
     """The teacher's and the fake's velocities u, v at x_t, guided as configured."""
     scale = guidance.scale_at(t, guidance.sample_scale(batch.draw))
-    u = guided_velocity(nets.teacher, nets.null, x_t, t, batch.cond, scale)
+    skip_scale = guidance.skip_scale_at(t)  # its call is made for all images, so that every process makes the same
+    u = guided_velocity(nets.teacher, nets.null, x_t, t, batch.cond, scale, guidance.skip_layers, skip_scale)
     v = guided_velocity(nets.fake, nets.null, x_t, t, batch.cond, scale if guidance.guide_fake else None)
     return u, v
 
@@ -141,7 +175,26 @@ def guided_teacher(guidance: TeacherGuidance, nets: Velocities, draw: Draw) -> V
     scale = guidance.sample_scale(draw)
 
     def u(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return guided_velocity(nets.teacher, nets.null, x_t, t, cond, guidance.scale_at(t, scale))
+        skip_scale = guidance.skip_scale_at(t)
+        scales = guidance.scale_at(t, scale), guidance.skip_layers, skip_scale
+        return guided_velocity(nets.teacher, nets.null, x_t, t, cond, *scales)
+
+    return u
+
+
+def guided_at(
+    guidance: TeacherGuidance, teacher: Callable[..., Tensor], null: Any, scale: Tensor | float
+) -> Callable[[Tensor, float, Any], Tensor]:
+    """The guided teacher as a function of one time for the whole batch, to be sampled.
+
+    Outside of its interval, the skip-layer term is not computed.
+    """
+
+    def u(x_t: Tensor, t: float, cond: Any) -> Tensor:
+        times = x_t.new_full((len(x_t),), t)
+        skip_scale = guidance.skip_scale if guidance.skips_at(t) else None
+        scales = guidance.scale_at(times, scale), guidance.skip_layers, skip_scale
+        return guided_velocity(teacher, null, x_t, times, cond, *scales)
 
     return u
 

@@ -17,12 +17,12 @@ from pydantic import Field
 from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
-from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
+from distill.methods.policies import TeacherGuidance, Times, dot, guided_at
 from distill.models.sd3 import sample
 
 
 class ReflowConfig(ConfigGroup):
-    """The stage, and the teacher's ODE: its steps and its scheduler's shift, which is 3 for SD3.
+    """The stage, and the teacher's ODE: its Euler steps and their time shift, by default that of its scheduler.
 
     `times` are those of stage `reflow`; the paper's are uniform.
     """
@@ -32,7 +32,7 @@ class ReflowConfig(ConfigGroup):
     times: Times = Times(distribution="uniform")
     guidance: TeacherGuidance = TeacherGuidance()
     teacher_steps: Annotated[int, Field(ge=1)] = 28
-    teacher_shift: Annotated[float, Field(gt=0)] = 3.0
+    teacher_shift: Annotated[float, Field(gt=0)] | None = None
 
     def turns(self) -> tuple[Turn, ...]:
         """Only the student is updated."""
@@ -41,8 +41,8 @@ class ReflowConfig(ConfigGroup):
     def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
         """|v - w|^2 on pairs of the teacher, which carry no gradient."""
         z = batch.z
-        u = guided_teacher(self.guidance, nets, batch.draw)
-        x_0 = sample(u, z, batch.cond, self.teacher_steps, self.teacher_shift)
+        u = guided_at(self.guidance, nets.teacher, nets.null, self.guidance.sample_scale(batch.draw))
+        x_0 = sample(u, z, batch.cond, self.teacher_steps, self.teacher_shift or nets.shift)
         if self.stage == "distillation":
             t = torch.ones(len(z), device=z.device)
         else:

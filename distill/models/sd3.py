@@ -1,10 +1,10 @@
-"""Stable Diffusion 3: loading transformer and autoencoder, velocity, guidance and sampling.
+"""Stable Diffusion 3: loading transformer and autoencoder, velocity and sampling.
 
 A velocity is a function of `x_t` (B, C, h, w), `t` (B,) in [0, 1] with 1 = noise, and a condition. Latents are the
 scaled ones that the transformer sees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.flow import guided_velocity, shift_time
+from distill.flow import shift_time
 from distill.models.sd3_folder import SD3Folder, find_weights
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite, check_shapes
 
-Velocity = Callable[[Tensor, Tensor, TextCondition], Tensor]
+VelocityAt = Callable[[Tensor, float, TextCondition], Tensor]  # of a batch at one time
 
 DECODED_PIXELS = 1 << 21  # per call; a decoder's activations are some hundred times an image's pixels
 _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
@@ -73,8 +73,13 @@ def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_
     return torch.cat([decode_latents(vae, part) for part in torch.split(latents, max(1, at_once // pixels))])
 
 
-def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-    """The transformer's velocity (B, C, h, w) in fp32, computed in its own dtype; t stays fp32."""
+def velocity(
+    transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: TextCondition, skip_layers: Sequence[int] = ()
+) -> Tensor:
+    """The transformer's velocity (B, C, h, w) in fp32, computed in its own dtype; t stays fp32.
+
+    The blocks whose indices are in `skip_layers` are left out.
+    """
     dtype = transformer.dtype
     out: Tensor = transformer(
         hidden_states=x_t.to(dtype),
@@ -82,15 +87,9 @@ def velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, cond: T
         pooled_projections=cond.pooled.to(dtype),
         timestep=1000 * t.float(),
         return_dict=False,
+        skip_layers=list(skip_layers) or None,
     )[0]
     return out.float()
-
-
-def guided(unguided: Velocity, null: TextCondition, scale: float) -> Velocity:
-    """A velocity with classifier-free guidance; `null` is the encoded empty prompt, one row."""
-    if scale == 1:
-        return unguided
-    return lambda x_t, t, cond: guided_velocity(unguided, null, x_t, t, cond, scale)
 
 
 def euler_times(steps: int, shift: float) -> Tensor:
@@ -104,9 +103,9 @@ def euler_times(steps: int, shift: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample(u: Velocity, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
+def sample(u: VelocityAt, noise: Tensor, cond: TextCondition, steps: int, shift: float = 1.0) -> Tensor:
     """Euler's method from noise (B, C, h, w) at t = 1 to latents at t = 0, with the stock pipeline's steps."""
     x = noise.float()
     for t, t_next in pairwise(euler_times(steps, shift).tolist()):
-        x = x + (t_next - t) * u(x, x.new_full((len(x),), t), cond)
+        x = x + (t_next - t) * u(x, t, cond)
     return x

@@ -67,6 +67,7 @@ class SD3Folder:
     sample_size: int  # native height and width of the latents
     patch_size: int
     pos_embed_max_size: int  # side of the position table, in patches
+    layers: int  # transformer blocks
     vae_scale_factor: int
     scaling_factor: float
     shift_factor: float
@@ -126,6 +127,7 @@ class SD3Folder:
                 sample_size=int(transformer["sample_size"]),
                 patch_size=int(transformer["patch_size"]),
                 pos_embed_max_size=int(transformer["pos_embed_max_size"]),
+                layers=int(transformer["num_layers"]),
                 vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
                 scaling_factor=float(vae["scaling_factor"]),
                 shift_factor=float(vae["shift_factor"]),
@@ -260,11 +262,11 @@ def _check_numbers(folder: SD3Folder, configs: Mapping[str, Mapping[str, Any]]) 
     t5 = int(configs["text_encoder_3"].get("d_model", 512)) if folder.has_t5 else folder.joint_dim
     sizes = (folder.latent_channels, folder.sample_size, folder.patch_size, folder.joint_dim, folder.pooled_dim)
     checks = {
-        "a size is not positive": min(*sizes, folder.clip_length) > 0,
+        "a size is not positive": min(*sizes, folder.layers, folder.clip_length) > 0,
         "scaling_factor is not a positive number": 0 < folder.scaling_factor < math.inf,
         "shift_factor is not a number": math.isfinite(folder.shift_factor),
         "the scheduler's shift is not a positive number": 0 < folder.shift < math.inf,
-        "guidance is not a number of at least 0": 0 <= folder.guidance < math.inf,
+        "guidance is not a number from 1 to 100": 1 <= folder.guidance <= 100,
         "max_sequence_length is negative": folder.max_sequence_length >= 0,
         "the vae's latent_channels are not the transformer's in_channels": vae.get("latent_channels", 4)
         == folder.latent_channels,

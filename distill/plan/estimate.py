@@ -5,7 +5,7 @@ live storage is counted. Memory is in bytes, arithmetic in FLOP (a multiply-add 
 of the GPU's allocator, library workspaces and the CUDA context; the caller reserves memory for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from distill.config import Full, Lora, load_config
 from distill.flow import derivative, one_step
-from distill.methods.base import Real, TrainingBatch, Turn, Velocities, Velocity
+from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
 from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
@@ -231,22 +231,26 @@ def build(
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """A call by a loss, with `rows` batch rows per image; is there gradient through it, or a directional derivative?"""
+    """A call by a loss, with `rows` batch rows per image, without the blocks `skip_layers`.
+
+    Is there gradient through it, or a directional derivative?
+    """
 
     role: str
     rows: int
     backward: bool
     forward_mode: bool
+    skip_layers: tuple[int, ...] = ()
 
 
 def network_calls(turn: Turn) -> list[NetworkCall]:
     """List the network calls of a turn's loss in order, by running it."""
     calls = []
 
-    def recorder(role: str) -> Callable[[Tensor, Tensor, TextCondition], Tensor]:
-        def record(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
+    def recorder(role: str) -> NetworkVelocity:
+        def record(x_t: Tensor, t: Tensor, cond: TextCondition, skip_layers: Sequence[int] = ()) -> Tensor:
             dual = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
-            calls.append(NetworkCall(role, len(x_t), torch.is_grad_enabled(), dual))
+            calls.append(NetworkCall(role, len(x_t), torch.is_grad_enabled(), dual, tuple(skip_layers)))
             return x_t
 
         return record
@@ -272,7 +276,7 @@ def simulate_step(
             for call, repeated in groupby(calls):
                 count, before = len(list(repeated)), meter.flop
                 if call.role == "critic":
-                    field = networks.critic(role == "fake")
+                    field: Callable[..., Tensor] = networks.critic(role == "fake")
                 else:
                     field = networks.velocity(call.role) if call.role == role else networks.field(call.role)
                 # Calls that keep no activations cost the same each time, so a sampler's steps are run once.
@@ -280,7 +284,8 @@ def simulate_step(
                 for _ in range(runs):
                     rows = torch.cat([x] * call.rows), torch.cat([t] * call.rows), TextCondition.cat([cond] * call.rows)
                     with torch.set_grad_enabled(call.backward):
-                        out = _forward_mode(field, *rows) if call.forward_mode else field(*rows)
+                        skipped = (call.skip_layers,) if call.skip_layers else ()
+                        out = _forward_mode(field, *rows) if call.forward_mode else field(*rows, *skipped)
                         if call.role == "student":
                             x = out = (z - out).float()
                     loss = loss + out.square().mean()

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from distill.config import Full, Lora
 from distill.errors import ConfigError
-from distill.methods.base import Critic, Velocity
+from distill.methods.base import Critic, NetworkVelocity
 from distill.models import attention
 from distill.models.critic import Head, logits
 from distill.models.sd3 import load_transformer, velocity
@@ -65,16 +65,16 @@ class Networks(ABC):
         models = dict.fromkeys(self._model(role) for role in ("teacher", *self.roles))
         return [*models, *([] if self._head is None else [self._head])]
 
-    def velocity(self, role: str) -> Velocity:
+    def velocity(self, role: str) -> NetworkVelocity:
         """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
 
-        def v(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        def v(x_t: Tensor, t: Tensor, cond: Any, skip_layers: Sequence[int] = ()) -> Tensor:
             with self.using(role):
-                return velocity(self._model(role), x_t, t, cond)
+                return velocity(self._model(role), x_t, t, cond, skip_layers)
 
         return v
 
-    def field(self, role: str) -> Velocity:
+    def field(self, role: str) -> NetworkVelocity:
         """The same with gradient to `x_t` only."""
         return self._passing(role, self.velocity(role))
 
@@ -95,7 +95,7 @@ class Networks(ABC):
         critic = {} if head is None else {CRITIC + name: tensor for name, tensor in head.named_parameters()}
         return {**self._weights[role], **critic}
 
-    def _passing(self, role: str, v: Velocity) -> Velocity:
+    def _passing(self, role: str, v: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`v` with gradient to x_t only, right under gradient checkpointing, with the role on and what learns held."""
         weights = list(self.trainable(role).values()) if role in self.roles else []
 
@@ -104,12 +104,12 @@ class Networks(ABC):
             with self.using(role), _held(weights):
                 yield
 
-        def field(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        def field(x_t: Tensor, *others: Any) -> Tensor:
             if not (torch.is_grad_enabled() and x_t.requires_grad):
                 with torch.no_grad():
-                    return v(x_t, t, cond)
+                    return v(x_t, *others)
             apply: Any = _InputGradient.apply
-            out: Tensor = apply(x_t, lambda x: v(x, t, cond), passing)
+            out: Tensor = apply(x_t, lambda x: v(x, *others), passing)
             return out
 
         return field

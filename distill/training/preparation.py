@@ -57,11 +57,13 @@ def prepare(config: RunConfig, out: Path) -> None:
 def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
     """Check the teacher's weights, initial weights, sources and the run folder; nothing is written.
 
-    Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations, CheckpointError if
+    Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations and for
+    `method.guidance.skip_layers` that the teacher lacks, CheckpointError if
     `out` holds a run of another configuration, and OutputError if a run would replace files there that belong to no
     run.
     """
     latent_shapes(config, teacher)
+    config.method.guidance.check_layers(teacher.layers)
     _check_patience(config, teacher)
     path = out / "config.yaml"
     resumed = has_checkpoint(out)

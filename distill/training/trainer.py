@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -154,10 +155,12 @@ def train(
     shapes: Sequence[tuple[int, int, int]],
     accelerator: Accelerator,
     reals: Reals | None = None,
+    shift: float = 1.0,
 ) -> Iterator[Progress]:
     """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
-    `shapes` are the latents (C, h, w) that each step draws one of. Raises CheckpointError for a checkpoint of another
+    `shapes` are the latents (C, h, w) that each step draws one of, `shift` is the time shift of the teacher's
+    scheduler. Raises CheckpointError for a checkpoint of another
     configuration, DivergedError for gradients that are not finite, RunError when `out` vanishes meanwhile.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -175,7 +178,7 @@ def train(
     log = MetricsLog(out, accelerator, images, config)
 
     null = conditions.null.to(device)
-    velocities = {turn.role: _velocities(networks, turn, null) for turn in config.method.turns()}
+    velocities = {turn.role: _velocities(networks, turn, null, shift) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
@@ -306,15 +309,15 @@ def _graphed(
     return run_round
 
 
-def _velocities(networks: Networks, turn: Turn, null: TextCondition) -> Velocities:
+def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: float) -> Velocities:
     """In its own turn a role learns; in the other's it only passes gradient on to its input."""
-    fields = {
+    fields: dict[str, Any] = {
         name: networks.velocity(name) if name == turn.role else networks.field(name)
         for name in ("student", "teacher", "fake")
     }
     if turn.critic:
         fields["critic"] = networks.critic(turn.role == "fake")
-    return Velocities(**fields, null=null)
+    return Velocities(**fields, null=null, shift=shift)
 
 
 def _rate(config: RunConfig, images: int) -> float:

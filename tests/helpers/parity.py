@@ -27,7 +27,7 @@ from distill.training.processes import wait_for_main
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
-METHOD = FGMConfig(guidance=Guidance(scale=3.0, guide_fake=True))
+METHOD = FGMConfig(guidance=Guidance(scale=3.0, guide_fake=True, skip_layers=(0,), skip_interval=(0, 1)))
 IMAGES = 4
 
 

@@ -27,8 +27,9 @@ from transformers import CLIPTokenizer
 from distill.errors import TeacherError
 from distill.files import atomic_write, atomic_write_text
 from distill.flow import noise
+from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.device import autocast
-from distill.models.sd3 import decode_in_parts, guided, sample
+from distill.models.sd3 import decode_in_parts, sample
 from distill.models.sd3_folder import RECORD, SD3Folder
 from distill.models.vae import to_images
 from distill.philox import key_of
@@ -195,7 +196,7 @@ def generate(
         part = ids[start : start + EVAL_BATCH]
         z = noise(range(start, start + len(part)), (CHANNELS, SIZE // 4, SIZE // 4)).to(ids.device)
         with autocast(ids.device):
-            velocity = guided(model.velocity, model.encode(null[None]), guidance)
+            velocity = guided_at(TeacherGuidance(scale=guidance), model.velocity, model.encode(null[None]), guidance)
             latents = sample(velocity, z, model.encode(part), steps)
         images.append(to_images(decode_in_parts(vae, latents)))
     return np.concatenate(images)

@@ -13,6 +13,7 @@ from distill.cli import app
 from distill.errors import ConfigError, DistillError, OutputError, PromptError
 from distill.evaluate.generate import generate_images
 from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
+from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
@@ -128,7 +129,7 @@ def test_prompts_come_round_to_as_many_images_as_asked_for(teacher: Path, tmp_pa
     assert [pictures[seed][0] for seed in "012"] == ["a red circle", "a blue square", "a red circle"]
     sampler = TeacherSampler(SD3Folder.read(teacher), torch.device("cpu"))
     for seed, (prompt, pixels) in pictures.items():
-        alone = sampler.generate(Sampling(2, 1.0), [prompt], [int(seed)])[0]
+        alone = sampler.generate(Sampling(2, TeacherGuidance(scale=1)), [prompt], [int(seed)])[0]
         assert abs(alone - pixels).max() <= 1  # a teacher rounds differently in a batch
     with pytest.raises(ConfigError, match="are both given; give one of them"):
         generate("a star", "--teacher", teacher, "--student", SHIPPED_STUDENT, "--out", tmp_path)

@@ -13,11 +13,13 @@ from distill.errors import SizeError
 from distill.evaluate.base import FEATURES
 from distill.evaluate.sampler import Sampling
 from distill.evaluate.side_by_side import Comparison
+from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
-from distill.models.teacher import TEACHERS
 from distill.pipeline import SHIPPED_STUDENT
 from distill.worlds.scenes.captions import TASKS
 from distill.worlds.scenes.evaluator import ScenesEvaluator
+
+UNGUIDED = Sampling(1, TeacherGuidance(scale=1))
 
 
 def evaluate(picture: Path, *arguments: str) -> str:
@@ -47,21 +49,19 @@ def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
     assert "±" in text
 
 
-def test_the_default_guidance_is_the_folders_and_costs_two_evaluations_per_step() -> None:
-    comparison = Comparison(
-        SD3Folder.read(TEACHERS["scenes"]), {}, [(4, None), (4, 1.0)], ScenesEvaluator(), torch.device("cpu")
-    )
-    guided, free = (
-        Sampling(4, json.loads((TEACHERS["scenes"] / "onestep.json").read_text())["guidance"]),
-        Sampling(4, 1),
-    )
-    assert comparison.samplings == [guided, free]
-    assert (guided.nfe, free.nfe) == (8, 4)
-
-
 def test_a_teacher_of_another_size_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     small = make_teacher(tmp_path / "small")
     with pytest.raises(SizeError, match="distill geneval"):
         Comparison(
-            SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [(1, None)], ScenesEvaluator(), torch.device("cpu")
+            SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [UNGUIDED], ScenesEvaluator(), torch.device("cpu")
         )
+
+
+def test_a_guided_step_takes_two_network_evaluations_and_three_with_skipped_layers() -> None:
+    skipping = TeacherGuidance(scale=4.5, skip_layers=(7, 8, 9))
+    samplings = [Sampling(28, TeacherGuidance(scale=scale)) for scale in (1, 4.5)] + [Sampling(28, skipping)]
+    assert [sampling.nfe(shift=3.0) for sampling in samplings] == [28, 56, 61]  # steps 1 to 5 of 0 to 27
+    assert [sampling.name for sampling in samplings] == [
+        "28 steps, unguided", "28 steps, guidance 4.5", "28 steps, guidance 4.5, skip layers 7, 8, 9",
+    ]  # fmt: skip
+    assert samplings[2].as_dict() == {"steps": 28, "guidance": 4.5, "skip_layers": [7, 8, 9]}

@@ -1,5 +1,6 @@
 """Velocity, guidance, sampling and latents against the stock pipeline."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import PROMPTS, stock_pipeline
 
+from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.sd3 import (
     decode_in_parts,
     decode_latents,
     encode_images,
     euler_times,
-    guided,
     load_transformer,
     load_vae,
     sample,
@@ -30,22 +31,26 @@ def test_times_are_the_schedulers(steps: int, shift: float) -> None:
     assert torch.allclose(euler_times(steps, shift), scheduler.sigmas, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (3, 1.0), (5, 4.0)])
+GUIDANCE = [(1, {"scale": 1}), (3, {"scale": 1}), (5, {"scale": 4}), (12, {"scale": 4, "skip_layers": [0]})]
+
+
+@pytest.mark.parametrize(("steps", "guidance"), GUIDANCE)
 @pytest.mark.parametrize("name", ["teacher", "teacher_t5"])
-def test_sampling_is_the_stock_pipelines(name: str, steps: int, scale: float, request: pytest.FixtureRequest) -> None:
+def test_sampling_is_the_stock_pipelines(name: str, steps: int, guidance, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     spec = SD3Folder.read(folder)
     z = torch.randn(len(PROMPTS), *spec.latent_shape, generator=torch.Generator().manual_seed(1))
 
     encoder = SD3TextEncoder.load(SD3Folder.read(folder))
     transformer = load_transformer(SD3Folder.read(folder))
-    u = guided(lambda x_t, t, cond: velocity(transformer, x_t, t, cond), encoder.encode([""]), scale)
+    target = TeacherGuidance(**guidance)
+    u = guided_at(target, partial(velocity, transformer), encoder.encode([""]), target.scale)
     ours = sample(u, z, encoder.encode(PROMPTS), steps, spec.shift)
 
     stock = stock_pipeline(folder)
     theirs = stock(
-        PROMPTS, latents=z, num_inference_steps=steps, guidance_scale=scale, output_type="latent",
-        max_sequence_length=spec.max_sequence_length,
+        PROMPTS, latents=z, num_inference_steps=steps, guidance_scale=target.scale, output_type="latent",
+        max_sequence_length=spec.max_sequence_length, skip_guidance_layers=guidance.get("skip_layers"),
     ).images  # fmt: skip
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
