@@ -16,7 +16,7 @@ from service import __doc__ as summary
 from service import routers
 from service.engine.engine import Engine
 from service.engine.launch import WorkerPool, worker_processes
-from service.engine.loaded_models import LoadedModelStore
+from service.engine.stored_models import StoredModels
 from service.errors import StartError
 from service.http import error_handlers
 from service.http.authentication import Authenticator
@@ -72,20 +72,20 @@ def create_app(
         settings.images.artifact_link_seconds,
     )
     images = ImageService(engine, artifacts, check, signer, settings, metrics, tracing)
-    loaded_models = LoadedModelStore(jobs.folder if jobs else None)
+    stored_models = StoredModels(jobs.folder if jobs else None)
     rate_limiter = RateLimiter(settings.http.rate_limit, metrics)
     authenticator = Authenticator(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await engine.start()
-        await loaded_models.restore(engine.catalog, settings.models_folder)
+        await stored_models.restore(engine.catalog, settings.models_folder)
         settings.check_aliases(engine.catalog.models)
         if jobs:
             BatchWorkflow(images, jobs, settings, asyncio.get_running_loop())
             await asyncio.to_thread(jobs.start)
             await jobs.students.start(engine.catalog)
-        retrying = asyncio.create_task(loaded_models.retry(engine.catalog, settings.models_folder))
+        retrying = asyncio.create_task(stored_models.retry(engine.catalog, settings.models_folder))
         sweeping = asyncio.create_task(artifacts.sweep_periodically())
         yield {"metrics": metrics}  # for the protocol, which rejects requests that never reach the app
         retrying.cancel()
@@ -117,7 +117,7 @@ def create_app(
             "engine": engine,
             "images": images,
             "jobs": jobs,
-            "loaded_models": loaded_models,
+            "stored_models": stored_models,
             "rate_limiter": rate_limiter,
             "authenticator": authenticator,
             "idempotency": IdempotencyStore(IDEMPOTENCY_SECONDS, settings.http.idempotency_cache_bytes),

@@ -227,12 +227,14 @@ def ray(
     import importlib.util
 
     from service.observability.logs import configure
+    from service.ray.settings_check import check_settings
     from service.settings import read_settings
 
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
     settings = read_settings(_given({}, setting), config)
     _check_keys(settings)
+    check_settings(settings, address)
     from service.ray import cluster
 
     configure(settings.observability.log_format, settings.observability.log_level)

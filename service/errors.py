@@ -1,6 +1,7 @@
 """The exceptions of the service, and the table from exception to HTTP status and OpenAI error type."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 MIN_RETRY_SECONDS = 0.1  # with 0, clients would retry at once, without end
@@ -125,6 +126,12 @@ HTTP_STATUS: dict[type[ServiceError], tuple[int, str]] = {
 def no_model(name: str) -> NotFound:
     """Return the error for a name that no loaded model has."""
     return NotFound(f"there is no model {quoted(name)}; GET /v1/models lists them", "model", "model_not_found")
+
+
+def no_adapter(model: str, adapter: str, known: Iterable[str]) -> InvalidRequest:
+    """Return the error for a name that no adapter of a model has."""
+    message = f"{model} has no adapter {quoted(adapter)}; it has {[*known]}"
+    return InvalidRequest(message, "lora.name", "adapter_not_found")
 
 
 def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]:

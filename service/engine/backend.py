@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.embeddings import UNSHARED, SharedEmbeddings
-from service.errors import InvalidRequest, NotFound, quoted
+from service.errors import InvalidRequest, no_adapter
 
 Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
@@ -38,14 +38,17 @@ class ModelInfo:
         """Return the info of the model after an adapter is unloaded."""
         return replace(self, adapters={name: digest for name, digest in self.adapters.items() if name != adapter})
 
+    @property
+    def steps_advice(self) -> str:
+        allowed = "one step" if self.max_steps == 1 else f"1 to {self.max_steps} steps"
+        return f"{self.name} makes images in {allowed}; leave steps out for one step"
+
     def check(self, adapter: str | None, steps: int) -> None:
-        """Raise NotFound for an adapter that is not loaded, InvalidRequest for an unsupported number of steps."""
+        """Raise InvalidRequest for an adapter that is not loaded, or an unsupported number of steps."""
         if adapter is not None and adapter not in self.adapters:
-            message = f"{self.name} has no adapter {quoted(adapter)}; it has {[*self.adapters]}"
-            raise NotFound(message, "lora", "adapter_not_found")
+            raise no_adapter(self.name, adapter, self.adapters)
         if not 1 <= steps <= self.max_steps:
-            allowed = "one step; leave steps out" if self.max_steps == 1 else f"1 to {self.max_steps} steps"
-            raise InvalidRequest(f"{self.name} makes images in {allowed}, not {steps}", "steps", "invalid_value")
+            raise InvalidRequest(f"steps: {self.steps_advice}", "steps", "invalid_value")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from cachetools import TTLCache
 
 from service.engine.backend import ModelInfo
 from service.engine.dispatcher import Dispatcher
 from service.engine.messages import LoadAdapter, LoadModel, ModelLoaded, Unload
 from service.engine.supervisor import Supervisor
-from service.errors import InvalidRequest, NotFound, ServiceError, no_model, quoted
+from service.errors import InvalidRequest, NotFound, ServiceError, no_adapter, no_model, quoted
 from service.settings import Settings
 
+BROKEN_SECONDS = 60  # in which a model or adapter that could not be loaded is not tried again, unless it changes
 _Name = tuple[str, str | None]  # a model, or a model and its adapter
 
 
@@ -39,6 +41,7 @@ class ModelCatalog:
         self._changing = asyncio.Lock()
         self._on_demand: dict[_Name, _OnDemand] = {}  # least recently used first
         self._making_room = asyncio.Lock()
+        self._broken: TTLCache[tuple[Path, int], str] = TTLCache(1000, BROKEN_SECONDS)  # reasons by path and change
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
@@ -91,23 +94,6 @@ class ModelCatalog:
             self._supervisor.models[loaded.info.name] = LoadModel(path, loaded.info.name)
             return loaded.info
 
-    async def unload(self, name: str) -> None:
-        """Take no more requests for a model, answer the accepted ones, then free its memory and drop its results.
-
-        Raises NotFound when it is not loaded, InvalidRequest when it is the only one.
-        """
-        async with self._changing:
-            info = self._named(name)
-            if len(self._models) == 1:
-                raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
-            await self._finish(name, None)
-            del self._models[name], self._supervisor.models[name]
-            self._on_demand = {key: entry for key, entry in self._on_demand.items() if key[0] != name}
-            self._dispatcher.remove_model(name)
-            if all(other.cache_key != info.cache_key for other in self._models.values()):
-                self._dispatcher.drop_results(info.cache_key)
-            self._supervisor.unload(Unload(name))
-
     async def load_adapter(self, model: str, path: Path, name: str) -> ModelInfo:
         """Load a LoRA adapter of a model, a file or folder, into every worker, and return the model's new info.
 
@@ -123,19 +109,31 @@ class ModelCatalog:
             self._set_adapters(model, {**self._supervisor.models[model].adapters, name: command.path})
             return self._models[model]
 
-    async def unload_adapter(self, model: str, name: str) -> None:
-        """Take no more requests with an adapter, answer the accepted ones, then free it. Raises NotFound."""
+    async def unload(self, model: str, adapter: str | None = None) -> None:
+        """Take no more requests for a model or adapter, answer the accepted ones, then free it and drop its results.
+
+        Raises NotFound when it is not loaded, InvalidRequest when the model is the only one.
+        """
         async with self._changing:
             info = self._named(model)
-            if name not in info.adapters:
-                raise NotFound(f"{model} has no adapter {quoted(name)}", "name", "adapter_not_found")
-            await self._finish(model, name)
-            self._models[model] = info.without(name)
-            folders = self._supervisor.models[model].adapters
-            self._set_adapters(model, {other: folder for other, folder in folders.items() if other != name})
-            self._on_demand.pop((model, name), None)
-            self._dispatcher.drop_results(info.cache_key, info.adapters[name])
-            self._supervisor.unload(Unload(model, name))
+            if adapter is None and len(self._models) == 1:
+                raise InvalidRequest("this is the only model; load another one first", "model", "last_model")
+            if adapter is not None and adapter not in info.adapters:
+                raise NotFound(f"{model} has no adapter {quoted(adapter)}", "name", "adapter_not_found")
+            await self._finish(model, adapter)
+            if adapter is not None:
+                self._models[model] = info.without(adapter)
+                folders = self._supervisor.models[model].adapters
+                self._set_adapters(model, {name: folder for name, folder in folders.items() if name != adapter})
+                self._on_demand.pop((model, adapter), None)
+                self._dispatcher.drop_results(info.cache_key, info.adapters[adapter])
+            else:
+                del self._models[model], self._supervisor.models[model]
+                self._on_demand = {name: entry for name, entry in self._on_demand.items() if name[0] != model}
+                self._dispatcher.remove_model(model)
+                if all(other.cache_key != info.cache_key for other in self._models.values()):
+                    self._dispatcher.drop_results(info.cache_key)
+            self._supervisor.unload(Unload(model, adapter))
 
     @contextlib.asynccontextmanager
     async def use(self, name: str | None, adapter: str | None = None) -> AsyncIterator[ModelInfo]:
@@ -183,10 +181,7 @@ class ModelCatalog:
         if adapter is None:
             raise no_model(model)
         info = self.models.get(model)
-        known = sorted({*(info.adapters if info else ()), *found})
-        raise InvalidRequest(
-            f"{model} has no adapter {quoted(adapter)}; it has {known}", "lora.name", "adapter_not_found"
-        )
+        raise no_adapter(model, adapter, sorted({*(info.adapters if info else ()), *found}))
 
     def _limit(self, name: _Name) -> int:
         """Return how many students, or adapters, may be loaded on demand."""
@@ -197,34 +192,39 @@ class ModelCatalog:
         """Load a student or adapter of the `models_folder`, and unload others of its kind that are too many."""
         model, adapter = name
         path = await self._find_path(name)
-        while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(adapter)]) >= self._limit(name):
-            await self._make_room(loaded[0])
+        version = path, await asyncio.to_thread(_changed_at, path)
+        param = "lora.name" if adapter else "model"
+        if version in self._broken:
+            raise InvalidRequest(self._broken[version], param, "model_not_loadable")
+        if not adapter:
+            await self._make_room(name, self._limit(name) - 1)  # before, because a student needs its memory
         loading = asyncio.create_task(self.load_adapter(model, path, adapter) if adapter else self.load(path, model))
         cancelled = await _completed(loading)
         if error := loading.exception():
             if not isinstance(error, InvalidRequest):
                 raise error
-            reason = error.message.replace(str(path.absolute()), path.name)
-            raise InvalidRequest(reason, "lora.name" if adapter else "model", error.code) from None
+            self._broken[version] = error.message.replace(str(path.absolute()), path.name)
+            raise InvalidRequest(self._broken[version], param, error.code) from None
         entry = self._on_demand[name] = _OnDemand()
         entry.unused.set()
+        if adapter:
+            await self._make_room(name, self._limit(name))  # after, so that a broken adapter displaces none
         if cancelled:
             raise asyncio.CancelledError
 
-    async def _make_room(self, name: _Name) -> None:
-        """Unload a student or adapter once no request uses it."""
-        model, adapter = name
-        entry = self._on_demand[name]
-        entry.leaving = True
-        try:
-            await entry.unused.wait()
-            if self._on_demand.get(name) is not entry:
-                return  # an administrator loaded or unloaded it meanwhile
-            with contextlib.suppress(ServiceError):  # an administrator was faster, or left no other model
-                await (self.unload_adapter(model, adapter) if adapter else self.unload(model))
-            self._on_demand.pop(name, None)
-        finally:
-            entry.leaving = False
+    async def _make_room(self, new: _Name, at_most: int) -> None:
+        """Unload students, or adapters, until at most so many are loaded on demand, each once no request uses it."""
+        while len(loaded := [each for each in self._on_demand if bool(each[1]) == bool(new[1])]) > at_most:
+            name, entry = loaded[0], self._on_demand[loaded[0]]
+            entry.leaving = True
+            try:
+                await entry.unused.wait()
+                if self._on_demand.get(name) is entry:  # else an administrator loaded or unloaded it meanwhile
+                    with contextlib.suppress(ServiceError):  # an administrator was faster, or left no other model
+                        await self.unload(*name)
+                    self._on_demand.pop(name, None)
+            finally:
+                entry.leaving = False
 
     def _keep(self, name: _Name, folder: str) -> bool:
         """Let what a request had loaded from a folder stay, because an administrator loads the same."""
@@ -283,6 +283,12 @@ def students_in(models: Path | None) -> dict[str, Path]:
 def adapters_in(models: Path | None) -> dict[str, Path]:
     """Return the LoRA adapters, files and folders, in the folder of the `models_folder` setting, by name."""
     return {path.stem if path.is_file() else path.name: path for path in _entries(models) if _is_adapter(path)}
+
+
+def _changed_at(path: Path) -> int:
+    """Return the time of the last change of a file, or of a folder and its files, in nanoseconds."""
+    files = path.iterdir() if path.is_dir() else ()
+    return max(path.stat().st_mtime_ns, *(file.stat().st_mtime_ns for file in files), 0)
 
 
 def find(kind: str, found: Mapping[str, Path], name: str) -> Path:

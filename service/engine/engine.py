@@ -54,7 +54,7 @@ class Engine:
         `patient` waits until the queue has room for bulk requests, and then never raises Overloaded. `handle` tells
         whether a worker has begun. Raises Overloaded, without queueing anything, when the queue is full or the timeout
         cannot be met; TimedOut when it was not met; GenerationFailed for an image that the model fails on; NotFound for
-        a model or adapter that is not loaded; InvalidRequest for a number of steps that the model does not support;
+        a model that is not loaded; InvalidRequest for an adapter that is not, or an unsupported number of steps;
         Unavailable while the engine starts or drains.
         """
         if patient:

@@ -7,7 +7,7 @@ from fastapi.requests import HTTPConnection
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from service.engine.engine import Engine
-from service.engine.loaded_models import LoadedModelStore
+from service.engine.stored_models import StoredModels
 from service.errors import NotFound, Unavailable
 from service.http.authentication import Authenticator
 from service.http.idempotency import IdempotencyStore
@@ -34,7 +34,7 @@ MetricsDep = Annotated[Metrics, _from_app("metrics")]
 UncheckedEngineDep = Annotated[Engine, _from_app("engine")]  # also while it starts or drains
 ImagesDep = Annotated[ImageService, _from_app("images")]
 RealtimeDep = Annotated[RealtimeSessions, _from_app("realtime")]
-LoadedModelsDep = Annotated[LoadedModelStore, _from_app("loaded_models")]
+StoredModelsDep = Annotated[StoredModels, _from_app("stored_models")]
 RateLimiterDep = Annotated[RateLimiter, _from_app("rate_limiter")]
 IdempotencyDep = Annotated[IdempotencyStore, _from_app("idempotency")]
 AuthenticatorDep = Annotated[Authenticator, _from_app("authenticator")]

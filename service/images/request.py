@@ -9,7 +9,7 @@ from typing import Literal
 from service.engine.backend import ModelInfo
 from service.engine.batcher import Priority
 from service.engine.request import GenerationRequest
-from service.errors import InvalidRequest, quoted
+from service.errors import InvalidRequest
 from service.schemas import ImageRequest, OutputFormat
 
 MAX_SEED = 2**53  # JSON numbers beyond are not exact everywhere
@@ -36,9 +36,11 @@ def resolve(body: ImageRequest, info: ModelInfo, owner: str) -> tuple[Generation
     compression = 100 if body.output_compression is None else body.output_compression
     if output_format == "png" and compression != 100:
         body.reject("output_compression", "it is for jpeg and webp; png is lossless")
-    if body.lora and body.lora.name not in info.adapters:
-        message = f"{info.name} has no adapter {quoted(body.lora.name)}; it has {[*info.adapters]}"
-        raise InvalidRequest(message, "lora.name", "adapter_not_found")
+    adapter, steps = body.lora.name if body.lora else None, body.steps or 1
+    if steps > info.max_steps:
+        body.reject("steps", info.steps_advice)
+        steps = 1
+    info.check(adapter, steps)
     n = body.n or 1
     if body.seed is not None and body.seed + n > MAX_SEED:
         message = "seed + n is beyond 2^53; take a smaller seed, or leave seed out for a random one"
@@ -50,23 +52,14 @@ def resolve(body: ImageRequest, info: ModelInfo, owner: str) -> tuple[Generation
         seeds=range(first, first + n),
         width=width,
         height=height,
-        adapter=body.lora.name if body.lora else None,
+        adapter=adapter,
         scale=body.lora.scale if body.lora else 1.0,
-        steps=_steps(body, info),
+        steps=steps,
         priority=Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE,
         owner=owner,
         timeout=body.timeout,
     )
     return request, OutputOptions(output_format, compression, body.moderation or "auto", tuple(body.warnings or ()))
-
-
-def _steps(body: ImageRequest, info: ModelInfo) -> int:
-    """Return the number of steps: one by default, and where an unsupported number is ignored."""
-    if body.steps is None or body.steps <= info.max_steps:
-        return body.steps or 1
-    allowed = "one step" if info.max_steps == 1 else f"1 to {info.max_steps} steps"
-    body.reject("steps", f"{info.name} makes images in {allowed}; leave steps out for one step")
-    return 1
 
 
 def _size(body: ImageRequest, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -33,7 +33,6 @@ from service.signals import handled_signals
 
 log = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu", "cuda:0", "simulator")  # Ray gives each replica a GPU of its own, which it sees as the first
 NAME = "fgm-service"  # of the application in Ray Serve
 OTHERS = 100  # requests beside those for images that a replica takes at once: health, models, linked images
 
@@ -108,17 +107,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
     `address` is a Ray cluster's, `auto` the one that this machine belongs to, and `local` starts Ray on this machine
     for as long as the server runs.
     """
-    if settings.engine.devices not in DEVICES:
-        raise StartError(f"engine.devices: a replica has one, {', '.join(DEVICES)}, and not {settings.engine.devices}")
-    if settings.jobs.devices.startswith("cuda"):
-        raise StartError(
-            f"jobs.devices: a replica's GPU serves; run jobs on {settings.jobs.devices} by a server beside it"
-        )
     local = address == "local"
-    if not local and settings.images.artifacts is None:
-        raise StartError(
-            "images.artifacts: replicas on several machines need one store of linked images; name a folder"
-        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         try:

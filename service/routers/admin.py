@@ -10,8 +10,8 @@ from fastapi import APIRouter
 
 from service.engine.backend import ModelInfo
 from service.engine.catalog import adapters_in, find, students_in
-from service.engine.loaded_models import StoredAdapter, StoredStudent
-from service.http.dependencies import AdminOwner, EngineDep, LoadedModelsDep, SettingsDep
+from service.engine.stored_models import StoredModel
+from service.http.dependencies import AdminOwner, EngineDep, SettingsDep, StoredModelsDep
 from service.routers.models import model_object
 from service.schemas import AdapterToLoad, Deleted, ErrorResponse, LoadedModel, LoadedModels, StudentToLoad
 from service.settings import Settings
@@ -34,42 +34,42 @@ async def index(settings: SettingsDep, engine: EngineDep, owner: AdminOwner) -> 
 
 @router.post("/models")
 async def load(
-    body: StudentToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
+    body: StudentToLoad, settings: SettingsDep, engine: EngineDep, stored: StoredModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a student. The response is sent when every worker has it and requests may name it."""
     folder = find("student", await asyncio.to_thread(students_in, settings.models_folder), body.folder)
     info = await engine.catalog.load(folder, body.name)
-    await asyncio.to_thread(loaded.add, StoredStudent(body.folder, info.name))
+    await asyncio.to_thread(stored.add, StoredModel(body.folder, info.name))
     return _loaded_model(settings, info)
 
 
 @router.delete("/models/{model:path}")
-async def unload(model: str, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner) -> Deleted:
+async def unload(model: str, engine: EngineDep, stored: StoredModelsDep, owner: AdminOwner) -> Deleted:
     """Unload a model. The response is sent when its accepted requests are answered."""
     await engine.catalog.unload(model)
-    await asyncio.to_thread(loaded.remove, model)
+    await asyncio.to_thread(stored.remove, model)
     return Deleted(id=model, object="model")
 
 
 @router.post("/adapters")
 async def load_adapter(
-    body: AdapterToLoad, settings: SettingsDep, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
+    body: AdapterToLoad, settings: SettingsDep, engine: EngineDep, stored: StoredModelsDep, owner: AdminOwner
 ) -> LoadedModel:
     """Load a LoRA adapter for a model. The response is sent when requests may name it in `lora`."""
     path = find("adapter", await asyncio.to_thread(adapters_in, settings.models_folder), body.folder)
     info = await engine.catalog.load_adapter(engine.catalog.get(body.model).name, path, body.name)
-    await asyncio.to_thread(loaded.add, StoredAdapter(info.name, body.folder, body.name))
+    await asyncio.to_thread(stored.add, StoredModel(body.folder, info.name, body.name))
     return _loaded_model(settings, info)
 
 
 @router.delete("/adapters/{name}")
 async def unload_adapter(
-    name: str, model: str, engine: EngineDep, loaded: LoadedModelsDep, owner: AdminOwner
+    name: str, model: str, engine: EngineDep, stored: StoredModelsDep, owner: AdminOwner
 ) -> Deleted:
     """Unload an adapter of a model. The response is sent when its accepted requests are answered."""
     info = engine.catalog.get(model)
-    await engine.catalog.unload_adapter(info.name, name)
-    await asyncio.to_thread(loaded.remove, info.name, name)
+    await engine.catalog.unload(info.name, name)
+    await asyncio.to_thread(stored.remove, info.name, name)
     return Deleted(id=name, object="adapter")
 
 

@@ -31,7 +31,7 @@ from service.engine.engine import Engine
 from service.engine.launch import SharedMemory, WorkerPool, worker_processes
 from service.engine.model_loader import load_backend
 from service.engine.simulator import Simulator
-from service.errors import GenerationFailed, InvalidRequest, NotFound, StartError
+from service.errors import GenerationFailed, InvalidRequest, StartError
 from service.settings import Settings
 
 RECIPE = {"name": "tiny-student", "method": "fgm", "images_seen": 0}
@@ -229,8 +229,8 @@ def test_an_adapter_changes_its_own_images_alone_and_those_to_the_bit(student, t
         )
         for pixels, expected in zip(made, (plain[0], adapted[0], plain[1], adapted[1], plain[0]), strict=True):
             assert np.array_equal(pixels, expected)
-        await engine.catalog.unload_adapter("tiny-student", "style")
-        with pytest.raises(NotFound, match="style"):
+        await engine.catalog.unload("tiny-student", "style")
+        with pytest.raises(InvalidRequest, match="style"):
             await one(1, **style)
         assert np.array_equal(await one(1), plain[0])
 

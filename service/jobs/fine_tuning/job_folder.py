@@ -30,6 +30,8 @@ class JobFolder:
         self.console = path / "console.log"
         self._logs = {kind: RunLog(kind, self.run / name) for kind, name in LOGS.items()}
         self._read_lines: set[str] = set()
+        self._metrics: dict[int, dict[str, Any]] = {}  # by number of images, in the order of the log
+        self._evaluations: dict[int, dict[str, Any]] = {}
         self._read_checkpoints: set[int] = set()
 
     @classmethod
@@ -67,31 +69,26 @@ class JobFolder:
         """Yield the lines of the logs that were not returned before, each log in its order."""
         for log in self._logs.values():
             for line in log.new():
+                if line.kind != "alarm":
+                    values = {name: value for name, value in line.values.items() if name != "images"}
+                    (self._metrics if line.kind == "metrics" else self._evaluations)[line.images] = values
                 if line.key not in self._read_lines:
                     self._read_lines.add(line.key)
                     yield line
 
     def metrics(self, images: int) -> dict[str, Any]:
-        """Return what is known of the student after so many images: its newest metrics, and its evaluation."""
-        found: dict[str, Any] = {}
-        for kind in ("metrics", "evaluation"):
-            line = self._logs[kind].newest(images)
-            if line is not None and (kind == "metrics" or line.images == images):
-                found.update(line.values)
-        found.pop("images", None)
-        return found
+        """Return what `new_lines` has found of the student after so many images: newest metrics, and evaluation."""
+        newest = max((each for each in self._metrics if each <= images), default=images)
+        return self._metrics.get(newest, {}) | self._evaluations.get(images, {})
 
     def results(self) -> str:
-        """Return metrics and evaluations as CSV, one row for each number of images, in order."""
-        rows: dict[int, dict[str, Any]] = {}
-        for kind in ("metrics", "evaluation"):
-            for line in self._logs[kind].all():
-                rows.setdefault(line.images, {"step": line.images}).update(line.values)
-        columns = dict.fromkeys(name for row in rows.values() for name in row if name != "images")
+        """Return the metrics and evaluations that `new_lines` has found as CSV, by number of images."""
+        steps = sorted({*self._metrics, *self._evaluations})
+        rows = [{"step": step} | self._metrics.get(step, {}) | self._evaluations.get(step, {}) for step in steps]
         table = io.StringIO()
-        writer = csv.DictWriter(table, list(columns), extrasaction="ignore")
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
-        writer.writerows(rows[images] for images in sorted(rows))
+        writer.writerows(rows)
         return table.getvalue()
 
     def checkpoints(self) -> list[int]:

@@ -1,16 +1,14 @@
 """`RunLog`: a JSON-lines log of a run, read while the run appends to it."""
 
-import io
+import contextlib
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 Kind = Literal["metrics", "evaluation", "alarm"]
-BLOCK = 1 << 16  # bytes that are read at a time from the end of a log
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,7 @@ class RunLog:
 
     def new(self) -> Iterator[LogLine]:
         """Yield the complete lines since the last call, or all if the line that was read last is no longer there."""
-        return self._parsed(self._new())
-
-    def all(self) -> Iterator[LogLine]:
-        return RunLog(self._kind, self._path).new()
-
-    def newest(self, images: int) -> LogLine | None:
-        """Return the last line after at most so many images. Reads no more of the file than it needs."""
-        return next((line for line in self._parsed(self._backwards()) if line.images <= images), None)
-
-    def _new(self) -> Iterator[bytes]:
-        with self._open() as file:
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
             file.seek(self._end - len(self._last))
             if file.read(len(self._last)) != self._last:
                 self._last, self._end = b"", 0
@@ -56,37 +44,19 @@ class RunLog:
                 if not line.endswith(b"\n"):
                     return
                 self._last, self._end = line, self._end + len(line)
-                yield line
+                if (parsed := self._parsed(line)) is not None:
+                    yield parsed
 
-    def _backwards(self) -> Iterator[bytes]:
-        with self._open() as file:
-            start, rest = file.seek(0, os.SEEK_END), b""
-            while start:
-                length = min(start, BLOCK)
-                start -= length
-                file.seek(start)
-                rest, *lines = (file.read(length) + rest).split(b"\n")
-                yield from reversed(lines)
-            yield rest
-
-    def _open(self) -> BinaryIO:
+    def _parsed(self, line: bytes) -> LogLine | None:
+        """Return a line, or None for an invalid one, as a killed writer may leave it."""
         try:
-            return self._path.open("rb")
-        except FileNotFoundError:
-            return io.BytesIO()
-
-    def _parsed(self, lines: Iterable[bytes]) -> Iterator[LogLine]:
-        """Skip lines that are invalid, as a killed writer may leave them."""
-        for line in lines:
-            try:
-                values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is not JSON
-                named = self._kind != "alarm" or (
-                    isinstance(values["name"], str) and isinstance(values["message"], str)
-                )
-                if named and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
-                    yield LogLine(self._kind, values["images"], values)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
+            values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)  # NaN is not JSON
+            named = self._kind != "alarm" or (isinstance(values["name"], str) and isinstance(values["message"], str))
+            if named and isinstance(values["images"], int) and 0 <= values["images"] < 2**63:
+                return LogLine(self._kind, values["images"], values)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        return None
 
 
 def _finite(text: str) -> float | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import select
 
 from service.engine.catalog import ModelCatalog
-from service.engine.loaded_models import FIRST_PAUSE, LONGEST_PAUSE
+from service.engine.stored_models import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
 from service.jobs.database import Database
 from service.jobs.fine_tuning.events import Level, record_event

@@ -71,7 +71,7 @@ def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(fo
         assert [*engine.catalog.models["second"].adapters] == ["style"]
         with pytest.raises(InvalidRequest, match="already"):
             await engine.catalog.load_adapter("second", folder, "style")
-        with pytest.raises(NotFound, match="simulator has no adapter 'style'"):
+        with pytest.raises(InvalidRequest, match="simulator has no adapter 'style'"):
             await make(engine, 1, adapter="style")
         for _ in range(2):
             scales = [None, 0.5, 1.0] * 4
@@ -82,7 +82,7 @@ def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(fo
             for seed, (scale, image) in enumerate(zip(scales, await asyncio.gather(*asked), strict=True)):
                 assert is_of(image, seed + int(1000 * (scale or 0)))
             os.kill(engine.supervisor.processes[0], signal.SIGKILL)
-        await engine.catalog.unload_adapter("second", "style")
+        await engine.catalog.unload("second", "style")
         assert not engine.catalog.models["second"].adapters
 
     run(pool, test, engine={"result_cache_bytes": 0})
@@ -357,6 +357,33 @@ def test_of_what_cannot_be_loaded_on_demand_nothing_stays_and_no_path_is_shown(s
     run(worker_threads(Simulator(0, 0)), test, models_folder=students, engine={"on_demand_students": 1})
 
 
+def test_a_broken_adapter_displaces_none_and_is_read_again_only_when_its_folder_has_changed(students, monkeypatch):
+    loads = []
+
+    def add(simulator, name, folder):
+        loads.append(name)
+        if name == "ink" and not (students / "ink" / "mended").exists():
+            raise StartError("it is broken")
+        add_adapter(simulator, name, folder)
+
+    add_adapter = Simulator.add_adapter
+    monkeypatch.setattr(Simulator, "add_adapter", add)
+
+    async def test(engine: Engine) -> None:
+        await used(engine, "simulator", "sketch")
+        for _ in range(3):
+            with pytest.raises(InvalidRequest, match="it is broken") as caught:
+                await used(engine, "simulator", "ink")
+            assert (caught.value.param, caught.value.code) == ("lora.name", "model_not_loadable")
+            assert loaded(engine) == {"simulator": ["sketch"]}
+        (students / "ink" / "mended").touch()
+        await used(engine, "simulator", "ink")
+        assert loaded(engine) == {"simulator": ["ink"]}
+        assert loads == ["sketch", "ink", "ink"]
+
+    run(worker_threads(Simulator(0, 0)), test, models_folder=students, engine={"on_demand_adapters": 1})
+
+
 def test_what_an_administrator_loads_stays_and_what_one_unloads_is_loaded_again(students):
     async def test(engine: Engine) -> None:
         catalog = engine.catalog
@@ -371,7 +398,7 @@ def test_what_an_administrator_loads_stays_and_what_one_unloads_is_loaded_again(
         assert loaded(engine) == {"simulator": [], "one": ["sketch"], "two": ["ink"]}
         await catalog.unload("two")
         await used(engine, "two", "ink")
-        await catalog.unload_adapter("two", "ink")
+        await catalog.unload("two", "ink")
         await used(engine, "two", "ink")
         assert loaded(engine) == {"simulator": [], "one": ["sketch"], "two": ["ink"]}
         await catalog.unload("one")

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -166,20 +165,3 @@ def test_it_ends_when_it_is_told_to_while_a_replica_still_waits_for_its_place():
     ):
         process.send_signal(signal.SIGTERM)
         assert process.wait(600) == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"engine__devices": "cuda:0,cuda:1"}, "cuda:0,cuda:1"),
-        ({"jobs__devices": "cuda:1"}, "jobs.devices"),
-        ({"http__host": "0.0.0.0"}, "--open-to-all"),
-    ],
-)
-def test_what_keeps_it_from_starting_is_one_sentence(settings, named):
-    environment = os.environ | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "service.cli", "ray"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert re.fullmatch(r"error: .*\n", ended.stderr)
-    assert named in ended.stderr

@@ -27,6 +27,7 @@ def test_a_line_is_returned_once_though_a_resumed_run_writes_it_again(tmp_path):
     log.write_text('{"images": 8, "gap": 1}\n{"images": 16, "gap": 2.5}\n{"images": 24, "gap": 3}\n')
     assert [line.images for line in folder.new_lines()] == [24]
     (folder.run / "evaluations.jsonl").write_text(json.dumps({"images": 16, "overall": 0.5}) + "\n")
+    assert [line.kind for line in folder.new_lines()] == ["evaluation"]
     assert folder.metrics(16) == {"gap": 2.5, "overall": 0.5}
     assert folder.metrics(20) == {"gap": 2.5}
 
@@ -69,8 +70,8 @@ def test_only_new_lines_of_a_growing_log_are_read(tmp_path):
     with log.open("a") as file:
         file.write("\n")
     assert [line.images for line in folder.new_lines()] == [24]
-    assert [folder.metrics(images)["gap"][:1] for images in (16, 20, 24)] == ["x"] * 3
-    assert folder.metrics(15) == {}
+    assert [folder.metrics(images)["gap"][:1] for images in (15, 16, 20, 24)] == ["x"] * 4
+    assert folder.metrics(7) == {}
 
 
 def test_results_have_one_row_for_each_number_of_images(tmp_path):
@@ -79,4 +80,5 @@ def test_results_have_one_row_for_each_number_of_images(tmp_path):
         '{"images": 8, "gap": 1}\n{"images": 16, "gap": 2}\n{"images": 8, "gap": 3}\n'
     )
     (folder.run / "evaluations.jsonl").write_text('{"images": 16, "overall": 0.5}\n')
+    assert len(list(folder.new_lines())) == 3
     assert folder.results().splitlines() == ["step,gap,overall", "8,3,", "16,2,0.5"]

@@ -1,9 +1,9 @@
-"""tables of files, batches and jobs"""
+"""tables of files, batches and jobs; earlier revisions were never released"""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001"
+revision = "0003"
 down_revision = None
 
 
@@ -41,6 +41,7 @@ def upgrade() -> None:
         "jobs",
         *_texts("id", "owner", "status"),
         *_texts("wish", nullable=True),
+        *_integers("starts", default="0"),
         *_texts("model", "training_file"),
         *_texts("validation_file", "suffix", nullable=True),
         *_integers("seed"),
@@ -49,16 +50,21 @@ def upgrade() -> None:
         *_json("distillation"),
         *_json("details", "error", nullable=True),
         *_texts("fine_tuned_model", nullable=True),
+        *_integers("deleted_at", nullable=True),
         *_json("result_files"),
         *_integers("created_at"),
         *_integers("finished_at", "estimated_finish", nullable=True),
+        *_integers("images_seen", default="0"),
+        *_integers("images_total", nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
     _index("jobs", "owner", "created_at", "id")
     _index("jobs", "status")
     op.create_table(
         "webhook_deliveries",
-        *_texts("id", "owner", "type", "subject"),
+        *_texts("id"),
+        sa.Column("url", sa.Text(), nullable=False, server_default=""),
+        *_texts("owner", "type", "subject"),
         *_integers("created_at", "attempts"),
         *_integers("next_at", "delivered_at", nullable=True),
         *_texts("last_error", nullable=True),
@@ -100,8 +106,8 @@ def _texts(*names: str, nullable: bool = False) -> list[sa.Column[str]]:
     return [sa.Column(name, sa.Text(), nullable=nullable) for name in names]
 
 
-def _integers(*names: str, nullable: bool = False) -> list[sa.Column[int]]:
-    return [sa.Column(name, sa.BigInteger(), nullable=nullable) for name in names]
+def _integers(*names: str, nullable: bool = False, default: str | None = None) -> list[sa.Column[int]]:
+    return [sa.Column(name, sa.BigInteger(), nullable=nullable, server_default=default) for name in names]
 
 
 def _json(*names: str, nullable: bool = False) -> list[sa.Column[object]]:

@@ -11,8 +11,8 @@ from worker_threads import worker_threads
 
 from service.app import create_app
 from service.engine.engine import Engine
-from service.engine.loaded_models import LoadedModelStore, StoredAdapter, StoredModels, StoredStudent
 from service.engine.simulator import Simulator
+from service.engine.stored_models import StoredModel, StoredModels
 from service.errors import StartError
 from service.settings import Settings
 
@@ -48,16 +48,16 @@ def test_models_and_adapters_come_back(students, tmp_path):
 
 
 def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
-    loaded_models = LoadedModelStore(tmp_path)
+    stored_models = StoredModels(tmp_path)
     for name in ("late", "unloaded", "one"):
-        loaded_models.add(StoredStudent(name, name))
-    loaded_models.add(StoredAdapter("late", "style", "a"))
+        stored_models.add(StoredModel(name, name))
+    stored_models.add(StoredModel("style", "late", "a"))
 
     async def test(engine: Engine) -> None:
-        await loaded_models.restore(engine.catalog, students)
+        await stored_models.restore(engine.catalog, students)
         assert [*engine.catalog.models] == ["simulator", "one"]
-        trying = asyncio.create_task(loaded_models.retry(engine.catalog, students, pause=0.01))
-        loaded_models.remove("unloaded")
+        trying = asyncio.create_task(stored_models.retry(engine.catalog, students, pause=0.01))
+        stored_models.remove("unloaded")
         (students / "one").rename(students / "late")
         await trying
         assert [*engine.catalog.models] == ["simulator", "one", "late"]
@@ -67,31 +67,31 @@ def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
 
 
 def test_a_folder_that_is_gone_is_told_and_kept_for_the_next_start(students, tmp_path, caplog):
-    loaded_models = LoadedModelStore(tmp_path)
-    loaded_models.add(StoredStudent("gone", "first"))
+    stored_models = StoredModels(tmp_path)
+    stored_models.add(StoredModel("gone", "first"))
     with serving(create_app(Settings(data=tmp_path, models_folder=students), worker_threads(Simulator(0, 0)))) as url:
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["simulator"]
     assert "first" in caplog.text
     assert "no student 'gone'" in caplog.text
-    loaded_models.add(StoredStudent("one", "first"))
-    assert loaded_models.read().students == (StoredStudent("one", "first"),)
+    stored_models.add(StoredModel("one", "first"))
+    assert stored_models.read() == [StoredModel("one", "first")]
 
 
 def test_a_model_takes_its_adapters_along(tmp_path):
-    loaded_models = LoadedModelStore(tmp_path)
-    for each in (StoredStudent("one", "m"), StoredAdapter("m", "style", "a"), StoredAdapter("n", "style", "a")):
-        loaded_models.add(each)
-    loaded_models.remove("m")
-    assert LoadedModelStore(tmp_path).read() == StoredModels((), (StoredAdapter("n", "style", "a"),))
+    stored_models = StoredModels(tmp_path)
+    for each in (StoredModel("one", "m"), StoredModel("style", "m", "a"), StoredModel("style", "n", "a")):
+        stored_models.add(each)
+    stored_models.remove("m")
+    assert StoredModels(tmp_path).read() == [StoredModel("style", "n", "a")]
 
 
 def test_a_file_that_is_no_list_of_models_is_named(tmp_path):
     (tmp_path / "models.json").write_text('{"students": 3}')
     with pytest.raises(StartError, match=r"models\.json is no list of loaded models"):
-        LoadedModelStore(tmp_path)
+        StoredModels(tmp_path)
 
 
 def test_without_a_data_folder_nothing_is_kept():
-    loaded_models = LoadedModelStore(None)
-    loaded_models.add(StoredStudent("one", "m"))
-    assert loaded_models.read() == StoredModels()
+    stored_models = StoredModels(None)
+    stored_models.add(StoredModel("one", "m"))
+    assert stored_models.read() == []
