@@ -21,7 +21,8 @@ from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
 from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
-from distill.models.sd3_folder import FORMAT, RECORD, SD3Folder, read_json
+from distill.models.sd3_files import FORMAT, RECORD, read_json
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.tiny_vae import load_tiny_vae
 from distill.models.two_times import load_second_time

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from distill.errors import TeacherError
-from distill.models.sd3_folder import RECORD, check_size, read_json
+from distill.models.sd3_files import RECORD, read_json
+from distill.models.sd3_folder import check_size
 
 _STOCK_TOKENS = (77, 256)  # CLIP's and T5's
 _SD3 = {

@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
 from distill.flow import shift_time
-from distill.models.sd3_folder import SD3Folder, find_weights
+from distill.models.sd3_files import find_weights
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite, check_shapes
 

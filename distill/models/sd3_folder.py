@@ -15,36 +15,33 @@ from pathlib import Path
 from typing import Any, Self
 
 from distill.errors import SizeError, TeacherError
+from distill.models.sd3_files import (
+    CLASSES,
+    INDEX,
+    MODELS,
+    OPTIONAL,
+    PIPELINE,
+    POINTER,
+    RECORD,
+    SENTENCEPIECE,
+    check_pointer,
+    find_weights,
+    missing,
+    present_components,
+    read_bytes,
+    read_json,
+    setting_files,
+)
 
-RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside a student: all that serving must know
-FORMAT = 1  # of a student's record; another number is refused
-
-_PIPELINE = "StableDiffusion3Pipeline"
-MODELS = {  # components with weights, and their classes
-    "transformer": "SD3Transformer2DModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "text_encoder_3": "T5EncoderModel",
-}
-_OTHERS = {"scheduler": "FlowMatchEulerDiscreteScheduler", "tokenizer": None, "tokenizer_2": None, "tokenizer_3": None}
-COMPONENTS = (*MODELS, *_OTHERS)  # folders of a pipeline
-_OPTIONAL = {"text_encoder_3", "tokenizer_3"}
-_CONFIG_FILES = ("config.json", "scheduler_config.json")
-_TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
-                    "tokenizer_config.json", "vocab.json")  # fmt: skip
-_SENTENCEPIECE = "spiece.model"  # of T5; read if there is no tokenizer.json
 _WORDS = {  # files of a tokenizer's vocabulary if there is no tokenizer.json
     "tokenizer": ("vocab.json", "merges.txt"),
     "tokenizer_2": ("vocab.json", "merges.txt"),
-    "tokenizer_3": (_SENTENCEPIECE,),
+    "tokenizer_3": (SENTENCEPIECE,),
 }
-_VARIANTS = (None, "fp16", "bf16")  # in file names, in order of preference
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantized
 # Settings without effect under a static shift. Any other setting of a scheduler that is on changes its times.
 _WITHOUT_EFFECT = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "time_shift_type"}
 _TRAIN_TIMESTEPS = 1000
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAMPLED_BYTES = 4096
 
 _STOCK_SEQUENCE_LENGTH = 256
@@ -59,7 +56,8 @@ class SD3Folder:
     """
 
     path: Path
-    name: str  # shown to people
+    name: str  # shown to people: the folder's, or `owner/name` of the hub
+    revision: str | None  # commit of a model of the hub
     index: Mapping[str, Any] = field(repr=False)  # of model_index.json
     digest: str  # identity of the files that are loaded, wherever they are; for caches and cards
     parameters: int  # of the transformer
@@ -80,7 +78,7 @@ class SD3Folder:
     guidance: float  # scale to sample the teacher with
 
     @classmethod
-    def read(cls, path: Path | str, name: str | None = None) -> Self:
+    def read(cls, path: Path | str, name: str | None = None, revision: str | None = None) -> Self:
         """Check a folder and read its numbers. The model has the folder's name unless another is given.
 
         Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
@@ -88,29 +86,24 @@ class SD3Folder:
         """
         folder = Path(path).expanduser().resolve()
         if not folder.is_dir():
-            raise TeacherError(f"{folder} is not a folder; give the path of a {_PIPELINE} folder")
-        index = read_json(folder / "model_index.json")
-        if index.get("_class_name") != _PIPELINE:
-            raise TeacherError(f"{folder} holds a {index.get('_class_name')}, but only a {_PIPELINE} can be used")
-        kinds = {**MODELS, **_OTHERS}
-        present = {part for part, kind in kinds.items() if _is_present(folder, index, part, kind)}
-        if ("text_encoder_3" in present) != ("tokenizer_3" in present):
-            raise TeacherError(
-                f"{folder}/model_index.json names only one of text_encoder_3 and tokenizer_3; name both or none"
-            )
+            raise TeacherError(f"{folder} is not a folder; give the path of a {PIPELINE} folder")
+        index = read_json(folder / INDEX)
+        present = present_components(index, str(folder))
+        for part in present:
+            if not (folder / part).is_dir():
+                raise _missing_component(folder / part)
 
         identity = hashlib.sha256()
         for file in sorted(file for part in present for file in setting_files(folder / part)):
-            content = file.read_bytes()
-            _check_pointer(content, file)
+            content = read_bytes(file)
             identity.update(file.relative_to(folder).as_posix().encode() + content)
-        for part in sorted(present & _WORDS.keys()):
+        for part in sorted(_WORDS.keys() & present):
             _check_words(folder / part)
         parameters = {}
-        for part in sorted(present & MODELS.keys()):
+        for part in sorted(MODELS.keys() & present):
             parameters[part] = sum(_check_weights(path, identity) for path in find_weights(folder / part).files)
 
-        configs = {part: read_json(folder / part / "config.json") for part in MODELS if part in present}
+        configs = {part: read_json(folder / part / "config.json") for part in present if part in MODELS}
         for part, config in configs.items():
             _check_class(folder / part / "config.json", config, part)
         transformer, vae = configs["transformer"], configs["vae"]
@@ -120,6 +113,7 @@ class SD3Folder:
             found = cls(
                 path=folder,
                 name=name or _name_of(folder),
+                revision=revision,
                 index=index,
                 digest=identity.hexdigest(),
                 parameters=parameters["transformer"],
@@ -149,6 +143,11 @@ class SD3Folder:
             raise TeacherError(
                 f"{folder}: a component's configuration is not usable: {error}; save the pipeline again"
             ) from None
+
+    @property
+    def reference(self) -> str:
+        """The name, with the commit of a model of the hub, as `teacher` of a configuration names it."""
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
     @property
     def image_size(self) -> int:
@@ -181,21 +180,6 @@ def check_size(width: int, height: int, unit: int, patches: int, name: str) -> N
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises TeacherError when it is missing or not one."""
-    try:
-        content = path.read_bytes()
-        _check_pointer(content, path)
-        value = json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
-        raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise TeacherError(f"{path} cannot be read as JSON ({error}); fetch or export the folder again") from None
-    if not isinstance(value, dict):
-        raise TeacherError(f"{path} does not hold a JSON object; fetch or export the folder again")
-    return value
-
-
 def _name_of(folder: Path) -> str:
     """The folder's name, or what the hub's cache calls the model of a revision."""
     owner = folder.parent.parent.name
@@ -206,25 +190,10 @@ def _name_of(folder: Path) -> str:
     return folder.name
 
 
-def _is_present(folder: Path, index: dict[str, Any], name: str, expected: str | None) -> bool:
-    """Whether a component is part of the pipeline; an expected class that differs is an error."""
-    entry = index.get(name) or [None, None]
-    if not isinstance(entry, list):
-        raise TeacherError(f"{folder}/model_index.json has {entry!r} as {name}, not a library and a class")
-    kind = entry[-1]
-    if kind is None and name in _OPTIONAL:
-        return False
-    if kind is None or (expected is not None and kind != expected):
-        raise TeacherError(
-            f"{folder}/model_index.json has {kind} as {name}, but a {_PIPELINE} needs {expected or 'one'}"
-        )
-    if not (folder / name).is_dir():
-        leave = f", or set {' and '.join(sorted(_OPTIONAL))} to [null, null] in model_index.json to go without T5"
-        raise TeacherError(
-            f"{folder / name} is missing; the folder is not a whole {_PIPELINE}: fetch it"
-            f"{leave if name in _OPTIONAL else ''}"
-        )
-    return True
+def _missing_component(path: Path) -> TeacherError:
+    """The error for a component that `model_index.json` names and the folder lacks."""
+    leave = f", or set {' and '.join(OPTIONAL)} to [null, null] in {INDEX} to go without T5"
+    return TeacherError(f"{missing(path)}: fetch it{leave if path.name in OPTIONAL else ''}")
 
 
 def _read_scheduler(path: Path) -> dict[str, Any]:
@@ -242,7 +211,7 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 
 def _check_class(path: Path, config: Mapping[str, Any], name: str) -> None:
     """Raise TeacherError unless a component's configuration names the expected class and unquantized weights."""
-    expected = {**MODELS, **_OTHERS}[name]
+    expected = CLASSES[name]
     named = config.get("_class_name", config.get("architectures"))
     if named is not None and expected not in (named if isinstance(named, list) else [named]):
         raise TeacherError(f"{path} is of a {named}, but {expected} is what can be used as {name}")
@@ -290,53 +259,6 @@ def _check_words(folder: Path) -> None:
         raise TeacherError(f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export it again")
 
 
-def _check_pointer(content: bytes, path: Path) -> None:
-    """Raise TeacherError for a file that Git LFS has not fetched."""
-    if content.startswith(_POINTER):
-        raise TeacherError(f"{path} is a pointer of Git LFS and not the file; run `git lfs pull` in its folder")
-
-
-def setting_files(folder: Path) -> list[Path]:
-    """The files of a component that are loaded besides its weights: settings, vocabulary, and the index of shards."""
-    names = list(_TOKENIZER_FILES if folder.name.startswith("tokenizer") else _CONFIG_FILES)
-    if folder.name.startswith("tokenizer") and not (folder / "tokenizer.json").exists():
-        names.append(_SENTENCEPIECE)
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if folder.name in MODELS and (index := find_weights(folder).index):
-        found.append(index)
-    return found
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Files of a component's weights, the `index` that maps tensors to them, and the `variant` to ask loaders for."""
-
-    files: tuple[Path, ...]
-    index: Path | None = None
-    variant: str | None = None
-
-
-def find_weights(folder: Path) -> Weights:
-    """The safetensors files that are loaded of a component: one, or the shards that its index names.
-
-    A variant such as `model.fp16.safetensors` is used if there are no plain files. Raises TeacherError if there are
-    none.
-    """
-    ours = folder.name in ("transformer", "vae")  # diffusers prefers an index, transformers a single file
-    stem = "diffusion_pytorch_model" if ours else "model"
-    for variant in _VARIANTS:
-        ending = f".{variant}" if variant else ""
-        whole, index = folder / f"{stem}{ending}.safetensors", folder / f"{stem}.safetensors.index{ending}.json"
-        if whole.exists() and not (ours and index.exists()):
-            return Weights((whole,), None, variant)
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
-                raise TeacherError(f"{index} does not map tensors to files beside it; fetch or export the folder again")
-            return Weights(tuple(folder / name for name in sorted(set(shards.values()))), index, variant)
-    raise TeacherError(f"{folder} has no {stem}.safetensors; only safetensors weights are loaded")
-
-
 def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
     """Count a file's parameters and add it to the identity: its header, and the first bytes of every tensor.
 
@@ -346,7 +268,7 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            _check_pointer(file.read(len(_POINTER)), path)
+            check_pointer(file.read(len(POINTER)), path)
             file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             header = file.read(length)
@@ -364,7 +286,7 @@ def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
                 file.seek(8 + length + begin)
                 identity.update(file.read(min(_SAMPLED_BYTES, end - begin)))
     except FileNotFoundError:
-        raise TeacherError(f"{path} is missing; the folder is not a whole {_PIPELINE}") from None
+        raise TeacherError(missing(path)) from None
     except (struct.error, ValueError, KeyError, MemoryError, RecursionError) as error:
         raise TeacherError(f"{path} is not a whole safetensors file ({error}); fetch or export it again") from None
     return sum(math.prod(entry["shape"]) for entry in tensors)

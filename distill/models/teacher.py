@@ -1,22 +1,48 @@
 """Opens the teacher that a configuration or a command names, whatever form it has."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill.errors import TeacherError
 from distill.models.sd3_folder import SD3Folder
+
+if TYPE_CHECKING:
+    from distill.models.hub import HubModel
 
 TEACHERS: dict[str, Path] = {}  # folders that ship with the package, by the name that a configuration gives
 
 
 def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
-    """Open a teacher: a built-in name or a folder. `base` is the teacher that completes a single file.
+    """Open a teacher: a built-in name, a folder, or a model of the hub, which is fetched into its cache.
 
-    Raises TeacherError for a reference that names nothing, and for a folder that `SD3Folder.read` refuses.
+    A folder that exists wins over a model of the hub. `base` is the teacher that completes a single file. Raises
+    TeacherError for a reference that names nothing, a model that cannot be fetched, and a folder that
+    `SD3Folder.read` refuses.
     """
     if (built_in := TEACHERS.get(str(reference))) is not None:
         return SD3Folder.read(built_in, str(reference))
     path = Path(reference).expanduser().resolve()
     if path.is_dir():
         return SD3Folder.read(path)
-    names = f" or one of {', '.join(TEACHERS)}" if TEACHERS else ""
-    raise TeacherError(f"teacher {str(reference)!r} is not a folder; give the folder of a Stable Diffusion 3{names}")
+    if path.exists():
+        raise TeacherError(f"{path} is not a folder; give the folder of a Stable Diffusion 3")
+    if (model := _hub_model(reference)) is not None:
+        from distill.models.hub import fetch
+
+        commit = model.resolve()
+        return SD3Folder.read(fetch(commit), commit.id, commit.revision)
+    names = ", ".join([*TEACHERS, "a folder", "or a model of the hub as owner/name"])
+    raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
+
+
+def pin_teacher(reference: str) -> str:
+    """Name the commit that a model of the hub is at; other references are returned as they are."""
+    if reference in TEACHERS or Path(reference).expanduser().exists() or (model := _hub_model(reference)) is None:
+        return reference
+    return str(model.resolve())
+
+
+def _hub_model(reference: str | Path) -> "HubModel | None":
+    from distill.models.hub import HubModel  # here, because its libraries are slow to import
+
+    return HubModel.parse(str(reference))

@@ -18,7 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from distill.errors import PromptError, TeacherError
 from distill.models import quantize
 from distill.models.device import fast_bfloat16, to_device
-from distill.models.sd3_folder import SD3Folder, find_weights
+from distill.models.sd3_files import find_weights
+from distill.models.sd3_folder import SD3Folder
 from distill.models.weights import check_finite, check_loading_info
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from distill.errors import ConfigError, TeacherError
-from distill.models.sd3_folder import read_json
+from distill.models.sd3_files import read_json
 from distill.models.weights import check_finite
 
 _KIND = "AutoencoderTiny"

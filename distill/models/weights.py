@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.errors import TeacherError
-from distill.models.sd3_folder import find_weights
+from distill.models.sd3_files import find_weights
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from distill.errors import RunError
-from distill.models.sd3_folder import RECORD
+from distill.models.sd3_files import RECORD
 from distill.report.alarms import Alarm, Metrics
 from distill.report.run_state import read_state
 from distill.training.run_lock import is_locked

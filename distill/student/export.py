@@ -17,17 +17,8 @@ from distill.config import Lora
 from distill.errors import CheckpointError, ConfigError, DivergedError, OutputError, TeacherError
 from distill.files import atomic_write
 from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import (
-    COMPONENTS,
-    FORMAT,
-    MODELS,
-    RECORD,
-    SD3Folder,
-    Weights,
-    find_weights,
-    read_json,
-    setting_files,
-)
+from distill.models.sd3_files import COMPONENTS, FORMAT, MODELS, RECORD, Weights, find_weights, read_json, setting_files
+from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import save_second_time, split
 from distill.models.weights import first_nonfinite
 from distill.student.card import card, license_of

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
-from distill.models.sd3_folder import SD3Folder, find_weights
+from distill.models.sd3_files import find_weights
+from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import split
 from distill.models.weights import tensor_shapes
 from distill.training import checkpoint

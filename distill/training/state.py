@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distill.errors import CheckpointError, OutputError
-from distill.models.sd3_folder import COMPONENTS, RECORD
+from distill.models.sd3_files import COMPONENTS, RECORD
 from distill.training import checkpoint
 
 FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget and cadences of a recipe

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.files import atomic_write_text
-from distill.models.sd3_folder import RECORD
+from distill.models.sd3_files import RECORD
 from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
 from distill.training.state import TrainingProgress, check_folder

@@ -30,7 +30,8 @@ from distill.flow import noise
 from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.device import autocast
 from distill.models.sd3 import decode_in_parts, sample
-from distill.models.sd3_folder import RECORD, SD3Folder
+from distill.models.sd3_files import RECORD
+from distill.models.sd3_folder import SD3Folder
 from distill.models.vae import to_images
 from distill.philox import key_of
 from distill.training.state import TrainingProgress, check_folder, check_state

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from distill.models.sd3 import (
     load_transformer,
     load_vae,
 )
-from distill.models.sd3_folder import MODELS, SD3Folder
+from distill.models.sd3_files import MODELS
+from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.student.export import export_student
 
@@ -183,6 +185,106 @@ def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Pat
     assert SD3TextEncoder.load(SD3Folder.read(out)).encode(PROMPTS).embeds.equal(expected.embeds)
     assert load_vae(SD3Folder.read(out)).config.scaling_factor == load_vae(SD3Folder.read(folder)).config.scaling_factor
     stock_pipeline(out)
+
+
+def _as_half(model: Any, folder: Path, variant: str) -> None:
+    """Replace a component's weights with those that its library writes of a variant, in several files."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant]
+    model.to(dtype).save_pretrained(folder, variant=variant, max_shard_size="40KB")
+    assert len(list(folder.glob("*-of-*"))) > 1
+
+
+def _legacy_shards(folder: Path) -> None:
+    """Name shards as diffusers did before 0.32: model-00001-of-00002.fp16.safetensors."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    for path in folder.glob("*-of-*"):
+        stem, part = path.name.removesuffix(".safetensors").split(".fp16")
+        legacy = f"{stem}{part}.fp16.safetensors"
+        index.write_text(index.read_text().replace(path.name, legacy))
+        path.rename(folder / legacy)
+
+
+def test_each_component_may_have_its_own_variant_in_several_files(teacher_t5: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher_t5, tmp_path / "mixed.v1")
+    plain = SD3Folder.read(teacher_t5)
+    encoder = SD3TextEncoder.load(plain)
+    expected = {name: p.to(torch.float16).float() for name, p in load_transformer(plain).state_dict().items()}
+    _as_half(load_transformer(plain), folder / "transformer", "fp16")
+    _legacy_shards(folder / "transformer")
+    _as_half(encoder.t5, folder / "text_encoder_3", "bf16")
+    _as_half(load_vae(plain), folder / "vae", "bf16")
+    spec = SD3Folder.read(folder)
+    assert spec.parameters == plain.parameters
+    weights = load_transformer(spec).state_dict()
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+    assert load_vae(spec).config.scaling_factor == 1.5
+    assert SD3TextEncoder.load(spec).encode(PROMPTS).embeds.allclose(encoder.encode(PROMPTS).embeds, atol=0.1)
+    out = export_student(spec, weights, tmp_path / "student", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    assert (
+        SD3TextEncoder.load(SD3Folder.read(out))
+        .encode(PROMPTS[:1])
+        .embeds.equal(SD3TextEncoder.load(spec).encode(PROMPTS[:1]).embeds)
+    )
+    assert load_vae(SD3Folder.read(out)).state_dict().keys() == load_vae(spec).state_dict().keys()
+
+
+def test_links_to_files_and_folders_are_followed(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "linked"
+    (folder / "vae").mkdir(parents=True)
+    for path in teacher.iterdir():
+        if path.name != "vae":
+            (folder / path.name).symlink_to(path)
+    for path in (teacher / "vae").iterdir():
+        (folder / "vae" / path.name).symlink_to(path)
+    assert SD3Folder.read(folder).digest == SD3Folder.read(teacher).digest
+    (tmp_path / "link").symlink_to(folder)
+    assert SD3Folder.read(tmp_path / "link").path == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "vae",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/special_tokens_map.json",
+        "text_encoder/model.safetensors",
+    ],
+)
+def test_a_link_to_nothing_is_named(name: str, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "broken")
+    path = folder / name
+    if path.exists():
+        path.rename(tmp_path / "moved") if path.is_dir() else path.unlink()
+    path.symlink_to("../../blobs/gone")
+    if name.startswith("text_encoder"):  # not replaced silently by a variant
+        shutil.copy(teacher / name, path.with_name("model.fp16.safetensors"))
+    with pytest.raises(TeacherError, match=f"{name} is a link to ../../blobs/gone, which does not exist"):
+        SD3Folder.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin is not loaded: save the pipeline in safetensors"),
+        ("sd3-Q4_0.gguf", "sd3-Q4_0.gguf is not loaded"),
+        (
+            "diffusion_pytorch_model.safetensors.fp16.index.json",
+            "rename diffusion_pytorch_model.safetensors.fp16.index.json to "
+            "diffusion_pytorch_model.safetensors.index.fp16.json",
+        ),
+    ],
+)
+def test_weights_in_another_form_are_named_with_what_to_do(
+    name: str, sentence: str, teacher: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "other")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(folder / "transformer" / name)
+    with pytest.raises(TeacherError, match=f"has no diffusion_pytorch_model.safetensors; {sentence}"):
+        SD3Folder.read(folder)
 
 
 def test_a_t5_that_was_not_fetched_is_named_with_what_to_do(teacher_t5: Path, tmp_path: Path) -> None:
