@@ -190,10 +190,10 @@ class ExperimentResult:
         save_png(self.picture, out / "compare.png")
 
 
-def evaluator_of(config: RunConfig) -> Evaluator | None:
+def evaluator_of(variant: Variant, out: Path) -> Evaluator | None:
     """Return the evaluator of the world that the prompts come from, if it scores images of the teacher's size."""
-    size = read_teacher(config).image_size
-    return find_evaluator([config.prompts.source], (size, size))
+    size = read_teacher(variant.config, out / variant.name).image_size
+    return find_evaluator([variant.config.prompts.source], (size, size))
 
 
 def evaluate_variants(
@@ -210,7 +210,7 @@ def evaluate_variants(
 ) -> ExperimentResult:
     """Evaluate teacher and students on the same prompts and seeds; without an evaluator only draw a picture."""
     config = variants[0].config
-    teacher = read_teacher(config)
+    teacher = read_teacher(config, out / variants[0].name)
     students = {variant.name: out / variant.name / "student" for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}

@@ -9,6 +9,7 @@ evaluation), `metrics.jsonl`, `evaluations.jsonl`, `alarms.jsonl`, `tensorboard/
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from distill.config import RunConfig
 from distill.data.embedding_cache import EmbedProgress, cached_prompts
 from distill.data.image_cache import EncodeProgress
 from distill.models.device import fast_bfloat16
+from distill.models.teacher import open_teacher
 from distill.philox import key_of
 from distill.report.run_folder import ended_early, holds_student, read_run
 from distill.report.run_state import write_state
@@ -25,11 +27,20 @@ from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
-from distill.training.preparation import check_run, has_checkpoint, latent_shapes, prepare, read_teacher, run_evaluator
+from distill.training.preparation import (
+    check_run,
+    has_checkpoint,
+    latent_shapes,
+    pinned_teacher,
+    prepare,
+    run_evaluator,
+)
 from distill.training.processes import wait_for_main
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import check_digests, run_sources, write_digests
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
+
+_Value = TypeVar("_Value", bool, str)
 
 with suppress(ImportError):  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
@@ -48,7 +59,7 @@ def run(
     main, device = machine.is_main_process, machine.device
 
     # 1. check, before the folder is made
-    teacher = read_teacher(config)
+    teacher = open_teacher(_from_main(pinned_teacher(config, out) if main else ""))
     if main:
         check_run(config, out, teacher)
     with run_lock(out) if main else nullcontext():
@@ -56,7 +67,7 @@ def run(
         prompts, reals = run_sources(config, out)
         if main:
             finished, resumed = is_finished(config, out), has_checkpoint(out)
-            prepare(config, out)
+            prepare(config, out, teacher)
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):
                     continue
@@ -77,7 +88,7 @@ def run(
 
             config = config.model_copy(update={"images": images_within(seconds, config, out)})
             if main:
-                prepare(config, out)
+                prepare(config, out, teacher)
 
         # 4. train, unless the run is finished
         finished = _from_main(main and is_finished(config, out))
@@ -162,6 +173,7 @@ def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> Non
             write_state(out, "interrupted" if interrupted else "failed", seen, budget)
 
 
-def _from_main(value: bool) -> bool:
+def _from_main(value: _Value) -> _Value:
     """The main process's value, in every process."""
-    return bool(broadcast_object_list([value])[0])
+    (found,) = broadcast_object_list([value])
+    return cast(_Value, found)

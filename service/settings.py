@@ -33,6 +33,7 @@ from service.http.keys import KEY_CHARACTERS, check_token
 from service.observability.logs import LogFormat
 
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
+HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)  # owner/name or owner/name@revision
 PREFIX = "SERVICE_"  # of environment variables
 COMMAND_VARIABLES = ("SERVICE_CONFIG", "SERVICE_KEY")  # variables for options of commands, which are not settings
 # What Kubernetes sets for Services named `service` or `service-...`, as NAME=VALUE: SERVICE_PORT=tcp://10.0.0.1:80,
@@ -57,13 +58,19 @@ _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Bytes = Annotated[int, Field(ge=0)]
 _Location = Annotated[str, AfterValidator(lambda text: text if "://" in text else str(Path(text).absolute()))]
-_Teacher = Annotated[str, AfterValidator(lambda text: text if text == SHIPPED_TEACHER else str(Path(text).absolute()))]
+_Teacher = Annotated[str, AfterValidator(lambda text: _teacher(text))]
 _Path = Annotated[Path, AfterValidator(Path.absolute)]  # means the same in every process
 _DataFolder = Annotated[_Path | None, BeforeValidator(lambda given: None if given == "none" else given)]
 _Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), _checked_by(TypeAdapter(AnyHttpUrl).validate_python)]
 _Network = Annotated[str, _checked_by(lambda text: text == "*" or ipaddress.ip_network(text))]
 _ApiKey = Annotated[SecretStr, _checked_by(lambda key: check_token(key.get_secret_value()))]
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
+
+
+def _teacher(text: str) -> str:
+    """The shipped teacher and models of the hub as they are; folders by their absolute path."""
+    is_hub_model = HUB_MODEL.fullmatch(text) is not None and not Path(text).exists()
+    return text if text == SHIPPED_TEACHER or is_hub_model else str(Path(text).absolute())
 
 
 def _each_gpu_once(devices: str) -> None:
@@ -187,7 +194,7 @@ class JobSettings(_Group):
     concurrent_lines_per_batch: _Count = 64  # that are being made at once; a killed server makes them again
     batch_link_seconds: _Count = 7 * 86_400  # how long links to the images of batches are valid
     takeover_seconds: _Seconds = 20.0  # after which other servers resume the work of a server that is silent
-    teachers: dict[str, _Teacher] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders by name
+    teachers: dict[str, _Teacher] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders and models of the hub, by name
     devices: _JobDevices = "cpu"  # one process each; none leaves jobs to other servers
     nice: Annotated[int, Field(ge=0, le=19)] = 10  # nice value of job processes
     max_jobs_per_key: _Count = 8  # unfinished ones

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import typer
 
-from distill.cli import caches, cifar10, compare, evaluate, generate, jobs, plan, run, runs, scenes
+from distill.cli import caches, cifar10, compare, evaluate, fetch, generate, jobs, plan, run, runs, scenes
 from distill.errors import ClaimedError, DistillError
 
 with suppress(ImportError):  # the folder of toy datasets may be deleted
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(scenes.teacher)
+app.command()(fetch.fetch)
 app.command()(run.run)
 app.command()(run.export)
 app.command()(caches.embed)

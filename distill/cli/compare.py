@@ -82,7 +82,7 @@ def compare(
     if not finished:
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
-    evaluator = evaluator_of(finished[0].config)
+    evaluator = evaluator_of(finished[0], out)
     total = None if evaluator is None else (1 + len(finished)) * evaluator.prompts(per_task, seed).count
     with image_bar("images", total) as bar:
         result = evaluate_variants(

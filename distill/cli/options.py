@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from distill.models.sd3_folder import SD3Folder
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
-TEACHER = "`scenes`, or a folder of a Stable Diffusion 3."
+TEACHER = "`scenes`, a folder of a Stable Diffusion 3, or a model of the hub as owner/name or owner/name@revision."
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up

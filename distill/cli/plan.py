@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from distill.cli.options import finite
+from distill.cli.options import TEACHER, finite
 
 
 def plan(
-    teacher: Annotated[str, typer.Argument(help="Folder, or sd3-medium, sd3.5-medium, sd3.5-large.")] = "sd3-medium",
+    teacher: Annotated[str, typer.Argument(help=f"sd3-medium, sd3.5-medium, sd3.5-large, {TEACHER}")] = "sd3-medium",
     device_memory: Annotated[float, typer.Option(help="Device memory in GiB.", min=0, max=1e6, callback=finite)] = 80,
     mode: Annotated[Literal["lora", "full"], typer.Option(help="lora: adapters on a base. full: copies.")] = "lora",
     batch: Annotated[int, typer.Option(help="Images per forward pass, a run's `micro_batch`.", min=1, max=1 << 20)] = 4,

@@ -106,7 +106,7 @@ def export(
     license: Annotated[
         str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Where the run's teacher is now. Default: its path.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the run's teacher is now. Default: as in the run.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with stock diffusers; a difference fails.")] = False,
     device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
 ) -> None:

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from distill.errors import TeacherError
+from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import RECORD, read_json
 from distill.models.sd3_folder import check_size
+from distill.models.teacher import TEACHERS
 
 _STOCK_TOKENS = (77, 256)  # CLIP's and T5's
 _SD3 = {
@@ -100,16 +102,22 @@ class Geometry:
 
 
 def read_geometry(teacher: str) -> Geometry:
-    """Read the geometry of a published model or of a folder; components that a folder lacks have SD3's geometry.
+    """Read the geometry of a published model, a teacher that ships, a folder, or a model of the hub, without weights.
 
-    Raises TeacherError for an unknown name or a folder without an SD3 transformer.
+    Components that a folder lacks have SD3's geometry. Raises TeacherError for an unknown name or a folder without an
+    SD3 transformer.
     """
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, sum(_STOCK_TOKENS))
-    folder = Path(teacher)
+    folder, name = TEACHERS.get(teacher, Path(teacher).expanduser()), ""
+    if not folder.exists() and (model := HubModel.parse(teacher)) is not None:
+        commit = model.resolve()
+        folder, name = fetch(commit, with_weights=False), commit.id
     if not folder.is_dir():
         close = difflib.get_close_matches(teacher, NAMES, len(NAMES), 0.5) or NAMES
-        raise TeacherError(f"{teacher!r} is neither a folder nor a known model; the nearest are {', '.join(close)}")
+        raise TeacherError(
+            f"{teacher!r} is no folder, no known model and no name of the hub; the nearest are {', '.join(close)}"
+        )
     path = folder / "transformer" / "config.json"
     transformer = read_json(path)
     if transformer.get("_class_name") != SD3Transformer2DModel.__name__:
@@ -130,7 +138,7 @@ def read_geometry(teacher: str) -> Geometry:
     clip, t5 = _STOCK_TOKENS
     clip = read("tokenizer/tokenizer_config.json", {}).get("model_max_length", clip)
     t5 = read(RECORD, {}).get("max_sequence_length", t5)
-    return Geometry(folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip + t5)
+    return Geometry(name or folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip + t5)
 
 
 def _count(model: nn.Module) -> int:

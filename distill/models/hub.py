@@ -70,8 +70,8 @@ class HubModel:
             return HubModel(self.id, HfApi().resolve_revision(self.id, revision=self.revision).resolved)
 
 
-def fetch(model: HubModel) -> Path:
-    """Fetch a commit of a Stable Diffusion 3 and return its folder in the hub's cache.
+def fetch(model: HubModel, with_weights: bool = True) -> Path:
+    """Fetch a commit of a Stable Diffusion 3, or only its configurations; return its folder in the hub's cache.
 
     Complete files are not fetched again, and nothing is requested for a model whose files are all there. Raises
     TeacherError if the model is not a Stable Diffusion 3, and for whatever keeps it from being fetched.
@@ -96,6 +96,8 @@ def fetch(model: HubModel) -> Path:
                     ) from None
                 (indices if name.endswith(".json") else weights).append(name)
         _download(model, settings + indices)
+        if not with_weights:
+            return folder
         for name in indices:
             weights += [f"{name.partition('/')[0]}/{shard}" for shard in shard_names(folder / name)]
         if not all((folder / name).exists() for name in weights) and not constants.is_offline_mode():

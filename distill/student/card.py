@@ -33,10 +33,11 @@ def card(record: Mapping[str, Any], folder: SD3Folder, license: Mapping[str, str
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(yaml=partial(yaml.safe_dump, sort_keys=False), number=lambda count: f"{count:,}")
+    base = {"base_model": folder.name} if folder.revision else {}  # the hub links to it
     width, height = record["sizes"][0]
     return environment.get_template("card.jinja").render(
         record=record,
-        header={"library_name": "diffusers", "pipeline_tag": "text-to-image", **license},
+        header={"library_name": "diffusers", "pipeline_tag": "text-to-image", **base, **license},
         settings={key: record["config"][key] for key in _SETTINGS} if record.get("config") else {},
         width=width,
         height=height,

@@ -77,6 +77,7 @@ def export_student(
         "dtype": str(dtype).removeprefix("torch."),
         "any_step": bool(second),
         "teacher": teacher.name,
+        **({"teacher_revision": teacher.revision} if teacher.revision else {}),
         "teacher_digest": teacher.digest,
         **recipe,
         "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},

@@ -32,7 +32,7 @@ def export_run(
     run, config = read_run(out), read_config(out)
     if teacher is None:
         try:
-            teacher = read_teacher(config)
+            teacher = read_teacher(config, out)
         except TeacherError as error:
             if Path(config.teacher).expanduser().exists():
                 raise
@@ -49,13 +49,13 @@ def export_run(
     if config.init_from is not None:
         values["init_from"] = config.init_from.name
     recipe = {
-        "name": f"{teacher.name}-one-step",
+        "name": f"{teacher.name.rpartition('/')[2]}-one-step",
         "method": config.method.name,
         "images_seen": images,
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},
         **({"sizes": config.sizes} if config.sizes else {}),
         "metrics": {name: value for name, value in evaluation.items() if name != "images"},
-        "config": {**values, "teacher": teacher.name, "prompts": {**values["prompts"], "source": source}},
+        "config": {**values, "teacher": teacher.reference, "prompts": {**values["prompts"], "source": source}},
     }
     lora = config.networks if isinstance(config.networks, Lora) else None
     return export_student(teacher, weights, student or out / "student", recipe, lora, dtype, max_shard_size, license)

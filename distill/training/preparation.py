@@ -1,5 +1,6 @@
 """What a run checks and writes before it computes anything."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from distill.evaluate.base import Evaluator, find_evaluator
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
-from distill.models.teacher import open_teacher
+from distill.models.teacher import open_teacher, pin_teacher
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS
 from distill.report.run_state import STATE, read_state, write_state
 from distill.student.export import check_place
@@ -19,14 +20,36 @@ from distill.training import checkpoint
 from distill.training.initial_weights import check_initial_weights
 from distill.training.run_sources import SOURCES, read_digests, run_sources
 
+PIN = "teacher.json"  # the commit of a teacher of the hub
 SPEED = "speed.json"  # what `distill.training.speed` measured
-_RUN_FILES = ("checkpoints", "best", "student", "samples", SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
+_RUN_FILES = ("checkpoints", "best", "student", "samples", PIN, SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
 _log = logging.getLogger(__name__)
 
 
-def read_teacher(config: RunConfig) -> SD3Folder:
-    """Open the teacher of a run."""
-    return open_teacher(config.teacher)
+def pinned_teacher(config: RunConfig, out: Path) -> str:
+    """The teacher of the run in `out`, with its commit if it is a model of the hub.
+
+    A run keeps the commit that it began with when the branch moves, as long as it is given the same teacher.
+    """
+    given, pinned = _read_pin(out) or (None, None)
+    return pinned if pinned and given == config.teacher else pin_teacher(config.teacher)
+
+
+def read_teacher(config: RunConfig, out: Path) -> SD3Folder:
+    """Open the teacher of the run in `out`."""
+    return open_teacher(pinned_teacher(config, out))
+
+
+def _read_pin(out: Path) -> tuple[str, str] | None:
+    """The teacher that a run was given and the commit of the hub that it was then, if it is a model of the hub."""
+    path = out / PIN
+    try:
+        record = json.loads(path.read_text())
+        return str(record["given"]), str(record["teacher"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not name the commit of the teacher ({error}); give another --out") from None
 
 
 def read_config(out: Path) -> RunConfig:
@@ -41,8 +64,8 @@ def read_config(out: Path) -> RunConfig:
         ) from error
 
 
-def prepare(config: RunConfig, out: Path) -> None:
-    """Write the resolved configuration of a checked run."""
+def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
+    """Write the resolved configuration of a checked run, and the commit of a teacher of the hub."""
     path = out / "config.yaml"
     if path.exists():
         before = read_config(out)
@@ -50,6 +73,9 @@ def prepare(config: RunConfig, out: Path) -> None:
             (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    if teacher.revision is not None:
+        pin = {"given": config.teacher, "teacher": teacher.reference}
+        atomic_write_text(out / PIN, json.dumps(pin, indent=2) + "\n")
     if read_state(out) is None:
         write_state(out, "prepared", 0, config.images)
 
@@ -89,10 +115,10 @@ def check_teacher(out: Path, teacher: SD3Folder) -> None:
     """Raise CheckpointError if the run in `out` was trained from a teacher with another digest."""
     digests = read_digests(out)
     if digests is not None and digests["teacher"] != teacher.digest:
-        raise CheckpointError(
-            f"{out} was trained from another teacher than {teacher.path}; give the current path of its own teacher, or "
-            "another --out"
-        )
+        _, pinned = _read_pin(out) or (None, None)
+        own = "the current path of its own teacher" if pinned is None else f"its own teacher, {pinned}"
+        named = teacher.path if teacher.revision is None else teacher.reference
+        raise CheckpointError(f"{out} was trained from another teacher than {named}; give {own}, or another --out")
 
 
 def has_checkpoint(out: Path) -> bool:

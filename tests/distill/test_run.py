@@ -67,12 +67,13 @@ def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[st
 
 
 def check_and_prepare(config, out: Path) -> None:
-    check_run(config, out, read_teacher(config))
-    prepare(config, out)
+    teacher = read_teacher(config, out)
+    check_run(config, out, teacher)
+    prepare(config, out, teacher)
 
 
 def encode_prompts(config, out: Path):
-    return RunPrompts(config.prompts, out).encode(read_teacher(config), torch.device("cpu"), False)
+    return RunPrompts(config.prompts, out).encode(read_teacher(config, out), torch.device("cpu"), False)
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -474,10 +475,10 @@ def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teach
         config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}", *words])
         out = tmp_path / f"run-{number}"
         if message is None:
-            check_run(config, out, read_teacher(config))
+            check_run(config, out, read_teacher(config, out))
             continue
         with pytest.raises(DistillError, match=message):
-            check_run(config, out, read_teacher(config))
+            check_run(config, out, read_teacher(config, out))
         assert not out.exists()
 
 

@@ -21,7 +21,9 @@ class HubServer:
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)  # ids whose files need the token
     token: str = "hf_test"
-    cut: str = ""  # a file whose connection breaks after half of it, for ever
+    stalled: str = ""  # a file of which only half is sent, until `resume`
+    reached: threading.Event = field(default_factory=threading.Event)  # the half was sent
+    resume: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str]] = field(default_factory=list)  # (method, path)
 
     def publish(self, model: str, folder: Path, *names: str) -> str:
@@ -94,31 +96,38 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403 if "Authorization" in self.headers else 401, "GatedRepo")
         if not (folder / rest).is_file():
             return self._refuse(404, "EntryNotFound")
-        content = (folder / rest).read_bytes()
-        etag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "X-Linked-Size": str(len(content))}
+        size = (folder / rest).stat().st_size
+        content = (folder / rest).read_bytes() if size < 1 << 30 else b""  # a file of holes has a size alone
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        headers["X-Linked-Size"] = str(size)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        return self._send(content[start:], headers, 206 if start else 200, cut=rest == hub.cut)
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        return self._send(content[start:], headers, 206 if start else 200, stalls=rest == hub.stalled)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(b"", {"X-Error-Code": code, "X-Error-Message": code}, status)
 
     def _send(
-        self, content: bytes, headers: dict[str, str] | None = None, status: int = 200, cut: bool = False
+        self, content: bytes, headers: dict[str, str] | None = None, status: int = 200, stalls: bool = False
     ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-            self.close_connection = cut
+        if self.command == "HEAD":
+            return
+        if stalls:
+            self.wfile.write(content[: len(content) // 2])
+            self.server_hub.reached.set()
+            self.server_hub.resume.wait()
+            self.close_connection = True
+            return
+        self.wfile.write(content)
 
 
 def _entry(file: Path, folder: Path) -> dict[str, Any]:
     """A file as the hub lists it."""
-    oid = hashlib.sha1(file.read_bytes()).hexdigest()
+    oid = hashlib.sha1(str(file).encode()).hexdigest()
     return {"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "oid": oid}

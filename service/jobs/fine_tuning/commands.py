@@ -7,7 +7,7 @@ from pathlib import Path
 
 from service.errors import NotFound, quoted
 from service.jobs.fine_tuning.options import DistillationOptions
-from service.settings import SHIPPED_TEACHER
+from service.settings import HUB_MODEL, SHIPPED_TEACHER
 
 DISTILL = (sys.executable, "-m", "distill.cli")
 
@@ -18,9 +18,19 @@ def find_teacher(teachers: Mapping[str, str], model: str) -> str:
     if teacher is None:
         known = ", ".join(teachers) or "none"
         raise NotFound(f"there is no teacher {quoted(model)}; this server has {known}", "model", "model_not_found")
-    if teacher != SHIPPED_TEACHER and not Path(teacher).is_dir():
-        raise NotFound(f"the folder of the teacher {model!r} does not exist on the server", "model", "model_gone")
+    if teacher != SHIPPED_TEACHER and not (Path(teacher).is_dir() or _is_fetched(teacher)):
+        raise NotFound(f"the teacher {model!r} is not on the server; ask who runs it", "model", "model_gone")
     return teacher
+
+
+def _is_fetched(teacher: str) -> bool:
+    """Whether a model of the hub is in its cache. Jobs never fetch any: they have no network to the hub."""
+    from huggingface_hub import try_to_load_from_cache  # here, because most servers need none of it
+
+    model = HUB_MODEL.fullmatch(teacher)
+    return model is not None and isinstance(
+        try_to_load_from_cache(model[1], "model_index.json", revision=model[2]), str
+    )
 
 
 def run_command(options: DistillationOptions, teacher: str, prompts: Path, seed: int, folder: Path) -> list[str]:
