@@ -25,9 +25,10 @@ COPY service service
 RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE}
-# Nothing outside /data and /tmp is written, so the root filesystem may be read-only; caches of libraries go to /tmp.
+# Nothing outside /data and /tmp is written, so the root filesystem may be read-only; caches of libraries go to /tmp, but
+# for teachers that `distill fetch` brings.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 \
-    SERVICE_DATA=/data XDG_CACHE_HOME=/tmp/cache
+    SERVICE_DATA=/data XDG_CACHE_HOME=/tmp/cache HF_HUB_CACHE=/data/hub
 RUN useradd --uid 10001 --no-create-home --home-dir /data app && install --directory --owner app --group app /data
 COPY --from=packages /opt/venv /opt/venv
 RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
