@@ -123,6 +123,33 @@ class Cadence(ConfigGroup):
     keep_checkpoints: _Count = 2
 
 
+class EvaluationSettings(ConfigGroup):
+    """How students are evaluated; it does not change what they learn, so a run may be resumed with other values.
+
+    `evaluator` is `reference`, which compares with the teacher's own images, `clip`, a dataset with a scorer such as
+    `scenes`, `none`, or `auto`: the dataset of the teacher or the prompts, else `reference`. `images` are made of the
+    run's first prompts or those of the file `prompts`. `clip` is the folder or hub id of a CLIP model. `metric` decides
+    which checkpoint is the best; null is the kernel distance, or the CLIP score of the evaluator `clip`. `references`
+    is a folder for the teacher's images that runs share; null is the run's own.
+    """
+
+    evaluator: str = "auto"
+    images: Annotated[int, Field(ge=2, le=100_000)] = 256
+    prompts: _Path | None = None
+    teacher_steps: _Count = 28
+    clip: _Path | None = None
+    metric: Literal["kernel", "frechet", "clip_score"] | None = None
+    references: _Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.clip is None and "clip_score" in (self.metric, f"{self.evaluator}_score"):
+            raise ValueError("a CLIP score needs a CLIP model; give its folder or hub id as clip")
+        if self.evaluator == "clip" and self.metric not in (None, "clip_score"):
+            raise ValueError(f"the evaluator clip has no metric {self.metric}; leave metric out, or take reference")
+        return self
+
+
 class RunConfig(ConfigGroup):
     """All that a run depends on."""
 
@@ -142,6 +169,7 @@ class RunConfig(ConfigGroup):
     seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cadence: Cadence = Cadence()
+    evaluation: EvaluationSettings = EvaluationSettings()
     early_stopping_patience: _Count | None = None  # evaluations without a better student that end the run
     trackers: tuple[str, ...] = ("tensorboard",)
 
@@ -190,11 +218,10 @@ class RunConfig(ConfigGroup):
 
         The teacher may be moved; its digest in `sources.json` identifies it.
         """
-        plain = self.as_dict()
-        for free in ("cadence", "early_stopping_patience", "images", "micro_batch", "teacher", "trackers"):
-            plain.pop(free)
-        for free in _Networks.model_fields:
-            plain["networks"].pop(free)
+        free = ("cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "teacher", "trackers")
+        plain = {key: value for key, value in self.as_dict().items() if key not in free}
+        for key in _Networks.model_fields:
+            plain["networks"].pop(key)
         return dict(flat(plain))
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:

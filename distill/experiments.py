@@ -22,20 +22,31 @@ from PIL.Image import Image
 from distill import methods
 from distill.config import RunConfig, load_config
 from distill.data.embedding_cache import cached_prompts
+from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError, RunError
-from distill.evaluate.base import FEATURES, EvalResult, Evaluator, Report, find_evaluator
+from distill.evaluate.base import FEATURES, Report
+from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
 from distill.evaluate.sampler import Sampling, TeacherSampler
-from distill.evaluate.side_by_side import Comparison, cell, metric_names
+from distill.evaluate.side_by_side import Comparison, SideBySide, cell, metric_names
+from distill.evaluate.student_comparison import compare_students
 from distill.files import atomic_write_text, check_replaceable
 from distill.methods.policies import TeacherGuidance
+from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
 from distill.training.preparation import read_teacher
+from distill.training.run_evaluator import (
+    REFERENCES,
+    evaluated_size,
+    evaluator_kind,
+    run_evaluator,
+    run_references,
+)
 from distill.training.run_sources import RunPrompts
 
-SHOWN = 8  # prompts in the picture if no evaluator fits
+SHOWN = 8  # prompts in the picture, except of a dataset with a scorer
 
 
 @dataclass(frozen=True)
@@ -94,16 +105,17 @@ def check_folder(out: Path) -> None:
     check_replaceable(out / "compare.png")
 
 
-def share_embeddings(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
-    """Link a run to the embeddings of the first variant with the same prompts."""
+def share_caches(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
+    """Link a run to the embeddings of the first variant with the same prompts, and to the same teacher's images."""
     alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
     owner = next((name for name in alike if not (out / name).is_file()), variant.name)
-    link = out / variant.name / "embeddings"
-    encodes = not RunPrompts(variant.config.prompts, link.parent).is_cache
-    if encodes and owner != variant.name and not os.path.lexists(link):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        (out / owner / "embeddings").mkdir(parents=True, exist_ok=True)  # the owner's run may have failed early
-        link.symlink_to(Path("..") / owner / "embeddings")
+    encodes = not RunPrompts(variant.config.prompts, out / variant.name).is_cache
+    for folder in ("embeddings", REFERENCES) if encodes else (REFERENCES,):
+        link = out / variant.name / folder
+        if owner != variant.name and not os.path.lexists(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            (out / owner / folder).mkdir(parents=True, exist_ok=True)  # the owner's run may have failed early
+            link.symlink_to(Path("..") / owner / folder)
 
 
 def check_budget(variant: Variant, out: Path) -> None:
@@ -139,35 +151,48 @@ def read_cost(folder: Path) -> Cost:
 
 
 @dataclass(frozen=True)
+class Measurements:
+    """Metrics of each run and, where they are known, of the `teacher`; `cells` has them as text for the table.
+
+    Empty without an evaluator. `features` names those of the distances; `note` says what the table does not.
+    """
+
+    metrics: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    cells: Mapping[str, dict[str, str]] = MappingProxyType({})
+    features: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class ExperimentResult:
-    """Commands, costs, results and a picture of the runs; `diverged` and `failed` say why others have no student."""
+    """Commands, costs, metrics and a picture of the runs; `diverged` and `failed` say why others have no student."""
 
     commands: dict[str, str]
     costs: dict[str, Cost]
-    teacher: EvalResult | None
-    students: dict[str, EvalResult]
+    measured: Measurements
     picture: Image
     diverged: Mapping[str, str]
     failed: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `teacher`, `runs`, and `diverged` and `failed` if there are any."""
-        results = {name: result.as_dict() for name, result in self.students.items()}
         runs = {
-            name: {"command": self.commands[name], **asdict(cost), **results.get(name, {})}
+            name: {"command": self.commands[name], **asdict(cost), **self.measured.metrics.get(name, {})}
             for name, cost in self.costs.items()
         }
-        teacher = {"features": FEATURES, "teacher": self.teacher.as_dict()} if self.teacher else {}
+        known = {"features": self.measured.features, "teacher": self.measured.metrics.get("teacher")}
+        teacher = {name: value for name, value in known.items() if value}
         without = {"diverged": dict(self.diverged), "failed": dict(self.failed)}
         return {**teacher, "runs": runs, **{state: reasons for state, reasons in without.items() if reasons}}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows: the teacher, then each run with its cost."""
-        names = metric_names(self.teacher) if self.teacher else []
-        rows = [["teacher", "-", "-", "-", *(cell(self.teacher, name) for name in names)]] if self.teacher else []
+        cells = self.measured.cells
+        names = list(next(iter(cells.values()), {}))
+        rows = [["teacher", "-", "-", "-", *cells["teacher"].values()]] if "teacher" in cells else []
         for name, cost in self.costs.items():
-            cells = [cell(self.students[name], metric) for metric in names]
-            rows.append([name, str(cost.images), f"{cost.seconds:.0f}", str(cost.exported), *cells])
+            values = cells.get(name, {}).values()
+            rows.append([name, str(cost.images), f"{cost.seconds:.0f}", str(cost.exported), *values])
         for state, reasons in (("diverged", self.diverged), ("failed", self.failed)):
             rows += [[name, state, *["-"] * (2 + len(names))] for name in reasons]
         return ["", "images", "seconds", "exported", *names], rows
@@ -180,8 +205,7 @@ class ExperimentResult:
         rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         text += "\n`exported`: images seen by the exported student.\n"
-        if self.teacher:
-            text += f"±: half of a 95 % interval over prompts. Distances: to real images, on features {FEATURES}.\n"
+        text += f"{self.measured.note}\n" if self.measured.note else ""
         for state, reasons in (("diverged", self.diverged), ("failed", self.failed)):
             text += "".join(f"\n{name} {state}: {reason}.\n" for name, reason in reasons.items())
         text += f"\n```sh\n{record['command']}\n```\n\nEach run alone:\n\n```sh\n"
@@ -190,16 +214,9 @@ class ExperimentResult:
         save_png(self.picture, out / "compare.png")
 
 
-def evaluator_of(variant: Variant, out: Path) -> Evaluator | None:
-    """Return the evaluator of the world that the prompts come from, if it scores images of the teacher's size."""
-    size = read_teacher(variant.config, out / variant.name).image_size
-    return find_evaluator([variant.config.prompts.source], (size, size))
-
-
 def evaluate_variants(
     variants: Sequence[Variant],
     out: Path,
-    evaluator: Evaluator | None,
     per_task: int,
     steps: int,
     seed: int,
@@ -208,27 +225,75 @@ def evaluate_variants(
     diverged: Mapping[str, str] = MappingProxyType({}),
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> ExperimentResult:
-    """Evaluate teacher and students on the same prompts and seeds; without an evaluator only draw a picture."""
-    config = variants[0].config
-    teacher = read_teacher(config, out / variants[0].name)
+    """Evaluate all students by the first variant's evaluator; its `per_task` and `seed` are those of a dataset.
+
+    With the evaluator `none` only the picture is drawn.
+    """
+    config, first = variants[0].config, out / variants[0].name
+    teacher = read_teacher(config, first)
     students = {variant.name: out / variant.name / "student" for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
-    sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
-    if evaluator is not None:
-        comparison = Comparison(teacher, students, [sampling], evaluator, device)
-        found = comparison.run(evaluator.prompts(per_task, seed), seed, report)
-        results = {name: result for name, (result, _) in found.students.items()}
-        return ExperimentResult(commands, costs, found.teacher, results, found.picture(), diverged, failed)
+    kind = evaluator_kind(config, teacher)
+    if kind in EVAL_DATASETS:
+        dataset = EVAL_DATASETS[kind]()
+        sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
+        comparison = Comparison(teacher, students, [sampling], dataset, device)
+        found = comparison.run(dataset.prompts(per_task, seed), seed, report)
+        return ExperimentResult(commands, costs, _of_dataset(found), found.picture(), diverged, failed)
 
-    cache = RunPrompts(config.prompts, out / variants[0].name).cache
-    first = cached_prompts(cache, min(SHOWN, config.prompts.max_count))
-    texts = list(islice(cycle(first), SHOWN))
+    settings = config.evaluation.model_copy(update={"teacher_steps": steps})
+    count = min(max(SHOWN, settings.images), config.prompts.max_count)
+    prompts = cached_prompts(RunPrompts(config.prompts, first).cache, count)
+    config = config.model_copy(update={"evaluation": settings})
+    measured = _measure(config, first, teacher, prompts, students, device, report)
+    picture = _draw(teacher, students, list(islice(cycle(prompts), SHOWN)), steps, seed, device)
+    return ExperimentResult(commands, costs, measured, picture, diverged, failed)
+
+
+def _of_dataset(found: SideBySide) -> Measurements:
+    """Scores of teacher and students on a dataset."""
+    results = {"teacher": found.teacher, **{name: result for name, (result, _) in found.students.items()}}
+    cells = {name: {each: cell(result, each) for each in metric_names(result)} for name, result in results.items()}
+    note = f"±: half of a 95 % interval over prompts. Distances: to real images, on features {FEATURES}."
+    return Measurements({name: result.as_dict() for name, result in results.items()}, cells, FEATURES, note)
+
+
+def _measure(
+    config: RunConfig,
+    folder: Path,
+    teacher: SD3Folder,
+    prompts: Sequence[str],
+    students: Mapping[str, Path],
+    device: torch.device,
+    report: Report,
+) -> Measurements:
+    """Evaluate students by the evaluator of the run in `folder`."""
+    features = note = ""
+    if references := run_references(config, teacher, folder, prompts):
+        features = REFERENCE_FEATURES
+        note = f"Distances: to the teacher's images ({references.sampling.name}), on features {features}."
+        for _ in references.make(device):
+            pass
+    evaluator = run_evaluator(config, teacher, folder, prompts, device)
+    if evaluator is None:
+        return Measurements()
+    found = compare_students(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
+    metrics = {**({"teacher": found.teacher} if found.teacher else {}), **found.as_dict()}
+    cells = {model: {name: f"{value:.4g}" for name, value in values.items()} for model, values in metrics.items()}
+    return Measurements(metrics, cells, features, note)
+
+
+def _draw(
+    teacher: SD3Folder, students: Mapping[str, Path], texts: Sequence[str], steps: int, seed: int, device: torch.device
+) -> Image:
+    """Draw a row of the teacher's images and a row of each student's."""
     seeds = range(seed, seed + len(texts))
+    sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
     sampler = TeacherSampler(teacher, device)
     images = [sampler.generate(sampling, [text], [image_seed]) for text, image_seed in zip(texts, seeds, strict=True)]
     rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
     del sampler  # one model in memory at a time
     for name, folder in students.items():
         rows.append((f"{name}, 1 NFE", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
-    return ExperimentResult(commands, costs, None, {}, labeled_grid(rows, texts), diverged, failed)
+    return labeled_grid(rows, texts)

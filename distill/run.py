@@ -1,9 +1,9 @@
 """One distillation from configuration to student folder: what `distill run`, `distill compare` and jobs call.
 
 The run folder: `config.yaml` (resolved), `state.json` (its phase), `embeddings/` and `images/` (encoded prompts and
-real images), `sources.json` (digests of what it trains on), `checkpoints/`, `best/` (the averaged student of the best
-evaluation), `metrics.jsonl`, `evaluations.jsonl`, `alarms.jsonl`, `tensorboard/`, `samples/`, and at the end
-`student/`. The same call resumes a run.
+real images), `references/` (the teacher's images for evaluations), `sources.json` (digests of what it trains on),
+`checkpoints/`, `best/` (the averaged student of the best evaluation), `metrics.jsonl`, `evaluations.jsonl`,
+`evaluations/`, `alarms.jsonl`, `tensorboard/`, `samples/`, and at the end `student/`. The same call resumes a run.
 """
 
 from collections.abc import Generator
@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from distill.config import RunConfig
 from distill.data.embedding_cache import EmbedProgress, cached_prompts
 from distill.data.image_cache import EncodeProgress
+from distill.evaluate.references import ReferenceProgress
 from distill.models.device import fast_bfloat16
 from distill.models.teacher import open_teacher
 from distill.philox import key_of
@@ -27,17 +28,11 @@ from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
-from distill.training.preparation import (
-    check_run,
-    has_checkpoint,
-    latent_shapes,
-    pinned_teacher,
-    prepare,
-    run_evaluator,
-)
+from distill.training.preparation import check_run, has_checkpoint, latent_shapes, pinned_teacher, prepare
 from distill.training.processes import wait_for_main
+from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
-from distill.training.run_sources import check_digests, run_sources, write_digests
+from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
 
 _Value = TypeVar("_Value", bool, str)
@@ -48,13 +43,13 @@ with suppress(ImportError):  # the folder of toy datasets may be deleted
 
 def run(
     config: RunConfig, out: Path, machine: Accelerator, seconds: float | None = None
-) -> Generator[EmbedProgress | EncodeProgress | Progress]:
+) -> Generator[EmbedProgress | EncodeProgress | ReferenceProgress | Progress]:
     """Distill to the budget and export the student to `out/student`; resume what is there, and skip a finished run.
 
-    All processes of a run call this. The main process also yields the progress of encoding. `seconds` of training are
-    a budget in place of `config.images`. Close the generator to interrupt the run, after `progress.save()` to keep what
-    was trained since the last checkpoint. Raises what `check_run` raises, ClaimedError while another process writes to
-    the folder, CacheError if the sources have changed, and DivergedError.
+    All processes of a run call this. The main process also yields the progress of encoding and of sampling the teacher.
+    `seconds` of training are a budget in place of `config.images`. Close the generator to interrupt the run, after
+    `progress.save()` to keep what was trained since the last checkpoint. Raises what `check_run` raises, ClaimedError
+    while another process writes to the folder, CacheError if the sources have changed, and DivergedError.
     """
     main, device = machine.is_main_process, machine.device
 
@@ -80,9 +75,19 @@ def run(
                     if begins:
                         _record_stop(out, error, 0, config.images)
                     raise
+
+            # 3. sample the teacher, for the images that evaluations compare with
+            references = None if finished else run_references(config, teacher, out, _first_prompts(config, prompts))
+            if references is not None and references.missing():
+                write_state(out, "sampling", 0, config.images)
+                try:
+                    yield from references.make(device)
+                except BaseException as error:
+                    _record_stop(out, error, 0, config.images)
+                    raise
         wait_for_main(machine)
 
-        # 3. turn seconds into images
+        # 4. turn seconds into images
         if seconds is not None:
             from distill.training.speed import images_within  # which measures a run
 
@@ -90,7 +95,7 @@ def run(
             if main:
                 prepare(config, out, teacher)
 
-        # 4. train, unless the run is finished
+        # 5. train, unless the run is finished
         finished = _from_main(main and is_finished(config, out))
         if finished and not all(source.is_encoded for source in (prompts, reals) if source is not None):
             return
@@ -106,8 +111,8 @@ def run(
         # sharded base needs all processes to generate images; one of them writes.
         callback = None
         if main or machine.is_fsdp2:
-            texts = cached_prompts(prompts.cache, min(GRID, config.prompts.max_count))
-            evaluator = run_evaluator(config, teacher)
+            texts = _first_prompts(config, prompts)
+            evaluator = run_evaluator(config, teacher, out, texts, device)
             callback = EvaluationCallback(config, out, teacher, texts, evaluator, device, dtype, main)
         wait_for_main(machine)
         torch.manual_seed(key_of(config.seed, "weights"))
@@ -135,7 +140,7 @@ def run(
                     stops = True
                     break
 
-            # 5. export
+            # 6. export
             if main:
                 export_run(out, teacher=teacher)
                 write_state(out, "ended early" if stops and seen < config.images else "finished", seen, config.images)
@@ -163,6 +168,11 @@ def is_finished(config: RunConfig, out: Path) -> bool:
     found, images = read_run(out), int(newest.name)
     kept = [line for line in found.evaluations if line["images"] <= images]  # a killed run resumes from its checkpoint
     return images >= config.images or ended_early(config.as_dict(), kept, found.best)
+
+
+def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:
+    """The run's first prompts, as many as sample grids and evaluations take."""
+    return cached_prompts(prompts.cache, min(max(GRID, config.evaluation.images), config.prompts.max_count))
 
 
 def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> None:

@@ -41,9 +41,8 @@ def compare(
         check_budget,
         check_folder,
         evaluate_variants,
-        evaluator_of,
         read_variants,
-        share_embeddings,
+        share_caches,
     )
     from distill.models.device import resolve_device
     from distill.training.preparation import read_config
@@ -64,7 +63,7 @@ def compare(
     finished, diverged, failed = [], {}, {}
     for variant in planned:
         try:
-            share_embeddings(variant, planned, out)
+            share_caches(variant, planned, out)
             if seconds is None:
                 check_budget(variant, out)
             folder = out / variant.name
@@ -82,12 +81,8 @@ def compare(
     if not finished:
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
-    evaluator = evaluator_of(finished[0], out)
-    total = None if evaluator is None else (1 + len(finished)) * evaluator.prompts(per_task, seed).count
-    with image_bar("images", total) as bar:
-        result = evaluate_variants(
-            finished, out, evaluator, per_task, steps, seed, where, bar.advance, diverged, failed
-        )
+    with image_bar("images", None) as bar:
+        result = evaluate_variants(finished, out, per_task, steps, seed, where, bar.advance, diverged, failed)
     result.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *result.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

@@ -13,7 +13,8 @@ from rich.text import Text
 out = Console(soft_wrap=True)
 _bars = Console(stderr=True, soft_wrap=True)  # standard output holds results only
 
-SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "frechet", "diversity")  # metrics with progress
+# Metrics with progress; `kernel` and so on are of evaluations
+SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "kernel", "frechet", "diversity", "clip_score")
 EVERY = 30.0  # seconds between two lines without a terminal
 
 

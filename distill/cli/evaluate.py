@@ -2,20 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from distill.cli.options import LAST_SEED, TEACHER, Device, Guidance, SkipLayers, SkipScale, teacher_guidance
+from distill.cli.options import LAST_SEED, MOST, TEACHER, Device, Guidance, SkipLayers, SkipScale, teacher_guidance
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.evaluate.sampler import Sampling
+    from distill.models.sd3_folder import SD3Folder
 
 
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="Student folder. Default: the shipped student.")] = None,
     teacher: Annotated[str, typer.Option(help=f"Teacher: {TEACHER}")] = "scenes",
-    per_task: Annotated[int, typer.Option(help="Prompts per task.", min=1)] = 128,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Compare with the teacher's images of the prompts in this file.", dir_okay=False)
+    ] = None,
+    images: Annotated[int, typer.Option(help="With --prompts: number of images.", min=2, max=MOST)] = 256,
+    clip: Annotated[str | None, typer.Option(help="With --prompts: folder or hub id of a CLIP model.")] = None,
+    references: Annotated[
+        Path, typer.Option(help="With --prompts: folder that keeps the teacher's images.", file_okay=False)
+    ] = Path("runs/references"),
+    per_task: Annotated[int, typer.Option(help="Without --prompts: prompts per task of the toy dataset.", min=1)] = 128,
     split: Annotated[
         Literal["held-out", "seen", "both"],
-        typer.Option(help="Prompts of held-out combinations, of seen ones, or both."),
+        typer.Option(help="Without --prompts: held-out combinations, those of training, or both."),
     ] = "held-out",
     steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
     guidance: Guidance = None,
@@ -25,23 +39,25 @@ def evaluate(
         str, typer.Option(help="Further step counts of the teacher, guided and unguided, such as 1,4,28.")
     ] = "",
     student_steps: Annotated[int, typer.Option(help="Sampling steps of an any-step student.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and images.", min=0, max=LAST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Without --prompts: seed of prompts and images.", min=0, max=LAST_SEED)] = 0,
     device: Device = "auto",
     picture: Annotated[Path, typer.Option(help="PNG file for a picture of both models.", dir_okay=False)] = Path(
         "runs/teacher-vs-student.png"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Evaluate teacher and student on the same prompts and seeds of the toy dataset.
+    """Evaluate teacher and student on the same prompts and seeds.
 
-    Scores per task are GenEval's verdicts in [0, 1]. Distances are to rendered scenes. ± is half of a 95 % interval.
+    With --prompts the student of any teacher is compared with the teacher's own images. Without, both are scored on the
+    toy dataset: scores per task are GenEval's verdicts in [0, 1], distances are to rendered scenes, and ± is half of a
+    95 % interval.
     """
     counts = [part for part in teacher_steps.split(",") if part.strip()]
     if not all(part.strip().isdecimal() and int(part) for part in counts):
         raise typer.BadParameter(f"{teacher_steps!r} is not a list of step counts such as 1,4,28")
 
     from distill.cli.console import image_bar, out, table
-    from distill.data.sources import EVALUATORS
+    from distill.data.sources import EVAL_DATASETS
     from distill.errors import ConfigError
     from distill.evaluate.base import FEATURES
     from distill.evaluate.sampler import Sampling
@@ -53,20 +69,28 @@ def evaluate(
     from distill.pipeline import SHIPPED_STUDENT
     from distill.report.grid import save_png
 
-    if "scenes" not in EVALUATORS:
-        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
     check_replaceable(picture)
     folder = open_teacher(teacher)
     guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
     others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
-    students, evaluator = {"student": student or SHIPPED_STUDENT}, EVALUATORS["scenes"]()
+    samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
     where = resolve_device(device)
-    samplings = [Sampling(steps, guided), *others]
-    comparison = Comparison(folder, students, samplings, evaluator, where, student_steps)
+    if prompts is not None:
+        _compare_with_teacher(
+            student or SHIPPED_STUDENT, folder, prompts, images, clip, references, samplings, student_steps, where,
+            picture, as_json,
+        )  # fmt: skip
+        return
+    if clip is not None:
+        raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
+    if "scenes" not in EVAL_DATASETS:
+        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
+    students, dataset = {"student": student or SHIPPED_STUDENT}, EVAL_DATASETS["scenes"]()
+    comparison = Comparison(folder, students, samplings, dataset, where, student_steps)
     splits = ("held-out", "seen") if split == "both" else (split,)
-    prompts = {name: evaluator.prompts(per_task, seed, name == "held-out") for name in splits}
-    with image_bar("images", sum(map(comparison.count, prompts.values()))) as bar:
-        results = {name: comparison.run(each, seed, bar.advance) for name, each in prompts.items()}
+    drawn = {name: dataset.prompts(per_task, seed, name == "held-out") for name in splits}
+    with image_bar("images", sum(map(comparison.count, drawn.values()))) as bar:
+        results = {name: comparison.run(each, seed, bar.advance) for name, each in drawn.items()}
     first = results[splits[0]]
     save_png(first.picture(), picture)
     if as_json:
@@ -82,6 +106,61 @@ def evaluate(
             out.print(table(f"{name} prompts", *result.overview()))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
     out.print(f"The picture is {picture}.")
+
+
+def _compare_with_teacher(
+    student: Path,
+    teacher: "SD3Folder",
+    prompts: Path,
+    images: int,
+    clip: str | None,
+    references: Path,
+    samplings: "list[Sampling]",
+    student_steps: int,
+    device: "torch.device",
+    picture: Path,
+    as_json: bool,
+) -> None:
+    """Compare a student with the teacher's images of the first sampling; the other samplings are further rows."""
+    from functools import partial
+    from itertools import islice
+
+    from distill.cli.console import image_bar, out, table
+    from distill.data.prompts import DistinctPrompts, read_prompts
+    from distill.evaluate.clip import Clip
+    from distill.evaluate.reference_evaluator import FEATURES, ReferenceEvaluator
+    from distill.evaluate.references import References
+    from distill.evaluate.sampler import TeacherSampler
+    from distill.evaluate.student_comparison import compare_students
+    from distill.pipeline import read_student
+    from distill.report.grid import save_png
+
+    spec = read_student(student)
+    spec.check_steps(student_steps)
+    model = None if clip is None else Clip(clip, device)
+    texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
+    kept = References(references, teacher, samplings[0], spec.sizes[0], texts, images)
+    with image_bar("teacher's images", len(kept.texts)) as bar:
+        for progress in kept.make(device):
+            bar.update(progress.images)
+    evaluator = ReferenceEvaluator(kept, model)
+    others = {}
+    if samplings[1:]:
+        sampler = TeacherSampler(teacher, device, kept.texts)
+        shape = teacher.latent_shape_of(*kept.size)
+        others = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in samplings[1:]}
+    with image_bar("images", (1 + len(others)) * evaluator.count) as bar:
+        found = compare_students(
+            evaluator, teacher, {"student": student}, kept.size, device, bar.advance, student_steps, others
+        )
+    assert found.picture is not None
+    save_png(found.picture, picture)
+    if as_json:
+        values = {"features": FEATURES, "teacher": found.teacher, **found.as_dict()}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    out.print(table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
+    out.print(f"{images} prompts; features: {FEATURES}. The picture of the largest differences is {picture}.")
 
 
 def geneval(
@@ -135,7 +214,7 @@ def geneval(
 
 def score(
     folder: Annotated[Path, typer.Argument(help="Folder of images from `distill generate` or `distill geneval`.")],
-    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model, for CLIP score and CMMD.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for CLIP score and CMMD.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of real images, for CMMD and FID.")] = None,
     inception: Annotated[Path | None, typer.Option(help="Inception weights in safetensors, for FID.")] = None,
     device: Device = "auto",

@@ -49,6 +49,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     from distill.data.embedding_cache import EmbedProgress
     from distill.data.image_cache import EncodeProgress
     from distill.data.sources import PROMPT_SOURCES
+    from distill.evaluate.references import ReferenceProgress
     from distill.training.processes import wait_for_main
 
     machine = runs.accelerator(config, folder)
@@ -66,6 +67,9 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 phase, seen, metrics = "prompts", progress.prompts, {"truncated": float(progress.truncated)}
             elif isinstance(progress, EncodeProgress):
                 phase, seen, metrics = "real images", progress.images, {"skipped": float(progress.skipped)}
+            elif isinstance(progress, ReferenceProgress):
+                phase, seen, metrics = "teacher's images", progress.images, {}
+                totals[phase] = progress.total
             else:
                 phase, seen = "distilling", progress.images
                 metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
@@ -74,9 +78,9 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 bars.close()
                 bar, shown = bars.enter_context(image_bar(phase, totals[phase])), phase
             bar.update(seen, metrics)
-            if isinstance(progress, EmbedProgress | EncodeProgress):
+            if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
                 if signals:
-                    raise typer.Exit(128 + signals[0])  # complete shards are kept
+                    raise typer.Exit(128 + signals[0])  # complete shards and images are kept
                 continue
             for note in progress.notes:
                 bar.print(note)

@@ -23,7 +23,7 @@ def report(
 
 
 def runs(folder: Annotated[Path, typer.Argument(help="Folder that contains the run folders.")] = Path("runs")) -> None:
-    """List runs: images / budget, best score, alarms, and state."""
+    """List runs: images / budget, a metric of the best student, alarms, and state."""
     import time
 
     from rich.markup import escape
@@ -38,9 +38,10 @@ def runs(folder: Annotated[Path, typer.Argument(help="Folder that contains the r
         return
     rows = []
     for each in found:
-        best = f"{each.best['overall']:.3f}" if "overall" in each.best else "-"
+        name = next((name for name in ("overall", "kernel", "clip_score") if name in each.best), None)
+        best = "-" if name is None else f"{name} {each.best[name]:.3g}"
         changed = "-" if each.changed is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed))
         seen = f"{si(each.images)} / {si(each.budget)}"
         alarms = str(len(each.alarms) or "-")
         rows.append((escape(each.name), escape(str(each.config["teacher"])), seen, best, alarms, changed, each.state))
-    out.print(table(str(folder), ("run", "teacher", "images", "score", "alarms", "last change", "state"), rows))
+    out.print(table(str(folder), ("run", "teacher", "images", "best", "alarms", "last change", "state"), rows))

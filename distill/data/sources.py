@@ -1,4 +1,4 @@
-"""Built-in sources of prompts, captioned images and evaluators, by the name that a configuration gives.
+"""Built-in sources of prompts, captioned images and scored datasets, by the name that a configuration gives.
 
 A world registers its sources when it is imported. `prompts.py` and `images.py` read all other sources from files.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill.evaluate.base import Evaluator
+    from distill.evaluate.base import EvalDataset
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ class Example:
 PROMPT_SOURCES: dict[str, Callable[[int | None, int], Iterable[str]]] = {}
 IMAGE_SOURCES: dict[str, Callable[[int | None, int], Iterable[Example]]] = {}
 
-EVALUATORS: dict[str, Callable[[], "Evaluator"]] = {}
+EVAL_DATASETS: dict[str, Callable[[], "EvalDataset"]] = {}

@@ -1,6 +1,6 @@
-"""Evaluation of a model's images: prompts with a scorer, and the metrics of one model on them.
+"""Evaluation on a dataset with a scorer: its prompts, and the metrics of one model on them.
 
-An `Evaluator` scores images of one size. It makes `EvalPrompts`, and `evaluate` runs a model on them. Distances use
+An `EvalDataset` scores images of one size. It makes `EvalPrompts`, and `evaluate` runs a model on them. Distances use
 features of the teacher's own autoencoder: latents of the final 8-bit images, averaged over 2 x 2 cells.
 """
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from distill.data.sources import EVALUATORS
+from distill.data.sources import EVAL_DATASETS
 from distill.evaluate import metrics
 from distill.evaluate.metrics import Features, Interval
 
@@ -55,7 +55,7 @@ class EvalPrompts(ABC):
         """A real image for each of `texts`."""
 
 
-class Evaluator(Protocol):
+class EvalDataset(Protocol):
     """A dataset whose prompts can be scored. `size` is the width and height of the images that it scores."""
 
     size: tuple[int, int]
@@ -65,10 +65,10 @@ class Evaluator(Protocol):
         ...
 
 
-def find_evaluator(names: Iterable[str], size: tuple[int, int]) -> Evaluator | None:
-    """Return the first registered evaluator among `names` that scores images of a size, or None."""
-    evaluators = (EVALUATORS[name]() for name in names if name in EVALUATORS)
-    return next((evaluator for evaluator in evaluators if evaluator.size == size), None)
+def find_eval_dataset(names: Iterable[str], size: tuple[int, int]) -> EvalDataset | None:
+    """Return the first registered dataset among `names` that scores images of a size, or None."""
+    datasets = (EVAL_DATASETS[name]() for name in names if name in EVAL_DATASETS)
+    return next((dataset for dataset in datasets if dataset.size == size), None)
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,78 @@
-"""A CLIP model from a local folder: normalized embeddings of images and texts."""
+"""A CLIP model: normalized embeddings of images and texts, and their CLIP score."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from distill.errors import ScorerError
-from distill.evaluate.image_files import read_pixels
 from distill.evaluate.metrics import Features
 
 BATCH = 64
 
 
 class Clip:
-    """CLIP with its own preprocessing. Every score depends on the model, so tables must name it."""
+    """A `CLIPModel` with its own preprocessing. Every score depends on the model, so tables must name it.
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        """Load from safetensors. Raises ScorerError if the folder holds no CLIP model."""
-        local: dict[str, Any] = {"local_files_only": True}
-        try:
-            self._model = CLIPModel.from_pretrained(folder, use_safetensors=True, **local).to(device).eval()
-            self._processor = CLIPImageProcessorPil.from_pretrained(folder, **local)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
-        except (OSError, ValueError) as error:
-            raise ScorerError(
-                f"{folder} is not a CLIP model with safetensors weights, preprocessor_config.json and tokenizer; "
-                "give --clip the folder of one, such as a download of openai/clip-vit-large-patch14-336"
-            ) from error
+    PickScore is such a model; its score, the cosine times `logit_scale`, orders images as the CLIP score does.
+    """
+
+    def __init__(self, reference: Path | str, device: torch.device) -> None:
+        """Read a folder or a hub id; weights are loaded when they are needed. Raises ScorerError if it is no CLIP."""
+        self.name = Path(reference).name if Path(reference).is_dir() else str(reference)
+        self._reference, self._device = reference, device
+        config = self._load(CLIPConfig)
+        if config.model_type != "clip":
+            raise self._no_clip(f"its model_type is {config.model_type}")
+        self._processor = self._load(CLIPImageProcessorPil)
+        self._tokenizer = self._load(CLIPTokenizer)
+        self._texts: dict[str, Features] = {}
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._load(CLIPModel, use_safetensors=True).to(self._device).eval()
 
     @torch.no_grad()
-    def images(self, paths: Sequence[Path]) -> Features:
-        """Embed image files: (N, D)."""
-        parts = []
-        for start in range(0, len(paths), BATCH):
-            pixels = self._processor([read_pixels(path) for path in paths[start : start + BATCH]], return_tensors="pt")
-            output = self._model.get_image_features(pixels.pixel_values.to(self._model.device))
-            parts.append(_unit(output.pooler_output))
+    def images(self, images: Iterable[NDArray[np.uint8]]) -> Features:
+        """Embed images (H, W, 3) of any sizes: (N, D)."""
+        parts, rest = [], iter(images)
+        while batch := list(islice(rest, BATCH)):
+            pixels = self._processor(batch, return_tensors="pt").pixel_values
+            parts.append(_unit(self._model.get_image_features(pixels.to(self._device)).pooler_output))
         return np.concatenate(parts)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Features:
-        """Embed texts, cut to the model's length: (N, D)."""
-        parts = []
-        for start in range(0, len(texts), BATCH):
-            batch = self._tokenizer(
-                list(texts[start : start + BATCH]), padding=True, truncation=True, return_tensors="pt"
-            ).to(self._model.device)
-            parts.append(_unit(self._model.get_text_features(**batch).pooler_output))
-        return np.concatenate(parts)
+        """Embed texts, cut to the model's length: (N, D). Each text is embedded once."""
+        new = iter(dict.fromkeys(text for text in texts if text not in self._texts))
+        while batch := list(islice(new, BATCH)):
+            ids = self._tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(self._device)
+            self._texts |= zip(batch, _unit(self._model.get_text_features(**ids).pooler_output), strict=True)
+        return np.stack([self._texts[text] for text in texts])
+
+    def scores(self, images: Iterable[NDArray[np.uint8]], texts: Sequence[str]) -> NDArray[np.float64]:
+        """Compute the CLIP score 100 max(cos, 0) of each image and its text (Hessel et al., arXiv 2104.08718): (N,)."""
+        cosines = (self.images(images) * self.texts(texts)).sum(axis=1)
+        return np.asarray(100 * np.clip(cosines, 0, None))
+
+    def _load(self, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(self._reference, local_files_only=Path(self._reference).is_dir(), **options)
+        except (OSError, ValueError) as error:
+            raise self._no_clip(str(error)) from error
+
+    def _no_clip(self, why: str) -> ScorerError:
+        return ScorerError(
+            f"{self._reference} is not a CLIP model with safetensors weights, preprocessor_config.json and tokenizer: "
+            f"{why}; give the folder or hub id of one, such as openai/clip-vit-large-patch14-336"
+        )
 
 
 def _unit(embeddings: torch.Tensor) -> Features:

@@ -17,7 +17,7 @@ from distill.evaluate.metrics import Interval, cmmd, interval
 
 
 def score_images(
-    folder: Path, clip: Path | None, reference: Path | None, inception: Path | None, device: torch.device
+    folder: Path, clip: str | None, reference: Path | None, inception: Path | None, device: torch.device
 ) -> dict[str, object]:
     """Compute every metric that the given models allow. Raises ScorerError for unusable images, models or packages."""
     made = find_images(folder)
@@ -25,24 +25,20 @@ def score_images(
     metrics: dict[str, object] = {"images": len(made)}
     if clip is not None:
         model = Clip(clip, device)
-        metrics["clip"] = clip.name
+        metrics["clip"] = model.name
         metrics["clip_score"], metrics["clip_score_interval"] = clip_score(model, made)
         if real is not None:
-            metrics["cmmd"] = cmmd(model.images(made), model.images(real))
+            metrics["cmmd"] = cmmd(model.images(map(read_pixels, made)), model.images(map(read_pixels, real)))
     if inception is not None and real is not None:
         metrics["fid"] = fid(made, real, inception, device)
     return metrics
 
 
 def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
-    """Compute 100 max(cos(image, prompt), 0), averaged per prompt and then over prompts, and its interval.
-
-    Hessel et al., arXiv 2104.08718, on the usual scale of text-to-image papers.
-    """
+    """Compute the CLIP score, averaged per prompt and then over prompts, and its interval."""
     prompts = [prompt_of(path) for path in paths]
-    cosines = (clip.images(paths) * clip.texts(prompts)).sum(axis=1)
     _, group = np.unique(prompts, return_inverse=True)
-    scores = np.bincount(group, 100 * np.clip(cosines, 0, None)) / np.bincount(group)
+    scores = np.bincount(group, clip.scores(map(read_pixels, paths), prompts)) / np.bincount(group)
     return float(scores.mean()), interval([scores], seed)
 
 

@@ -1,6 +1,6 @@
 """Models as functions from prompts and seeds to images: a teacher in any number of steps, a student in one or few."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from distill.evaluate.base import Generate, Images
+from distill.evaluate.encoded_prompts import EncodedPrompts
 from distill.flow import noise
 from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.sd3 import (
     decode_in_parts,
-    encode_images,
+    encode_in_parts,
     euler_times,
     load_transformer,
     load_vae,
@@ -60,29 +61,42 @@ class Sampling:
         return {"steps": self.steps, "guidance": self.scale, **others}
 
 
-def student_sampler(pipeline: OneStepPipeline, steps: int = 1) -> Generate:
-    """Sample a student in one step, or an any-step student in several."""
-    return lambda prompts, seeds: np.asarray(pipeline(prompts, seeds, steps=steps))
+def student_sampler(pipeline: OneStepPipeline, steps: int = 1, size: tuple[int, int] | None = None) -> Generate:
+    """Sample a student in one step, or an any-step student in several; `size` None is its native (width, height)."""
+    width, height = size or (None, None)
+    return lambda prompts, seeds: np.asarray(pipeline(prompts, seeds, width, height, steps))
 
 
 class TeacherSampler:
     """A teacher on a device. On GPUs text encoders and transformer are in bf16; the autoencoder is always in fp32."""
 
-    def __init__(self, folder: SD3Folder, device: torch.device) -> None:
+    def __init__(self, folder: SD3Folder, device: torch.device, prompts: Iterable[str] | None = None) -> None:
+        """Load a teacher. With `prompts`, only these can be generated: the text encoders are freed first."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.folder = folder
-        self._text = SD3TextEncoder.load(folder, device, dtype)
+        text = SD3TextEncoder.load(folder, device, dtype)
+        self._text = text if prompts is None else EncodedPrompts(text, ["", *prompts])
+        del text
         self._vae = load_vae(folder, device=device)
         self._transformer = load_transformer(folder, dtype, device)
 
     @torch.no_grad()
-    def generate(self, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-        """Generate images (N, H, W, 3) at the teacher's native size. Raises ConfigError for a block that it lacks."""
+    def generate(
+        self,
+        sampling: Sampling,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        shape: tuple[int, int, int] | None = None,
+    ) -> Images:
+        """Generate images (N, H, W, 3) of latents (C, h, w); None is the teacher's native size.
+
+        Raises ConfigError for a block that the teacher lacks.
+        """
         sampling.guidance.check_layers(self.folder.layers)
-        z = noise(seeds, self.folder.latent_shape).to(self._transformer.device)
-        teacher = partial(velocity, self._transformer)
-        u = guided_at(sampling.guidance, teacher, self._text.encode([""]), sampling.scale)
-        latents = sample(u, z, self._text.encode(prompts), sampling.steps, self.folder.shift)
+        z = noise(seeds, shape or self.folder.latent_shape).to(self._transformer.device)
+        null, cond = (self._text.encode(texts).to(z.device) for texts in ([""], prompts))
+        u = guided_at(sampling.guidance, partial(velocity, self._transformer), null, sampling.scale)
+        latents = sample(u, z, cond, sampling.steps, self.folder.shift)
         return to_images(decode_in_parts(self._vae, latents))
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
@@ -92,4 +106,4 @@ class TeacherSampler:
     @torch.no_grad()
     def encode(self, images: Images) -> torch.Tensor:
         """Encode images to latents (N, C, h, w)."""
-        return encode_images(self._vae, to_pixels(images))
+        return encode_in_parts(self._vae, to_pixels(images))

@@ -1,4 +1,4 @@
-"""A teacher and its students on the same prompts and seeds: what `distill evaluate` and `distill compare` run."""
+"""A teacher and its students on the same prompts and seeds of a dataset with a scorer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 
 from distill.errors import SizeError
-from distill.evaluate.base import FEATURES, EvalPrompts, EvalResult, Evaluator, Images, Report, evaluate
+from distill.evaluate.base import FEATURES, EvalDataset, EvalPrompts, EvalResult, Images, Report, evaluate
 from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, read_student
@@ -70,16 +70,16 @@ class Comparison:
         teacher: SD3Folder,
         students: Mapping[str, Path],
         samplings: Sequence[Sampling],
-        evaluator: Evaluator,
+        dataset: EvalDataset,
         device: torch.device,
         student_steps: int = 1,
     ) -> None:
-        """Check all models and load the teacher. Raises SizeError for a model of another size than the evaluator's."""
-        _check_size(teacher.path, (teacher.image_size, teacher.image_size), evaluator)
+        """Check all models and load the teacher. Raises SizeError for a model of another size than the dataset's."""
+        _check_size(teacher.path, (teacher.image_size, teacher.image_size), dataset)
         for folder in students.values():
             student = read_student(folder)
             student.check_steps(student_steps)
-            _check_size(folder, student.sizes[0], evaluator)
+            _check_size(folder, student.sizes[0], dataset)
         self.samplings = list(dict.fromkeys(samplings))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
@@ -105,12 +105,12 @@ class Comparison:
         return SideBySide(prompts, teachers, students)
 
 
-def _check_size(folder: Path, size: tuple[int, int], evaluator: Evaluator) -> None:
-    if size != evaluator.size:
-        scored = "x".join(map(str, evaluator.size))
+def _check_size(folder: Path, size: tuple[int, int], dataset: EvalDataset) -> None:
+    if size != dataset.size:
+        scored = "x".join(map(str, dataset.size))
         raise SizeError(
-            f"{folder} makes images of {size[0]}x{size[1]} pixels, and the evaluator scores {scored}; evaluate a model "
-            "of that size, or generate images with `distill geneval` for another scorer"
+            f"{folder} makes images of {size[0]}x{size[1]} pixels, and the toy dataset scores {scored}; give --prompts "
+            "FILE to compare a student with its teacher's images, or evaluate a model of that size"
         )
 
 

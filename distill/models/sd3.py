@@ -21,7 +21,7 @@ from distill.models.weights import check_finite, check_shapes
 
 VelocityAt = Callable[[Tensor, float, TextCondition], Tensor]  # of a batch at one time
 
-DECODED_PIXELS = 1 << 21  # per call; a decoder's activations are some hundred times an image's pixels
+PIXELS_AT_ONCE = 1 << 21  # per call; an autoencoder's activations are some hundred times an image's pixels
 _LAST_TIME = 1e-3  # of diffusers' schedule before its shifts: 1 of 1000 training timesteps
 
 
@@ -67,7 +67,13 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     return pixels
 
 
-def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = DECODED_PIXELS) -> Tensor:
+def encode_in_parts(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Encode in parts of at most PIXELS_AT_ONCE pixels, or one image, to bound the memory."""
+    at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
+    return torch.cat([encode_images(vae, part) for part in torch.split(pixels, at_once)])
+
+
+def decode_in_parts(vae: AutoencoderKL, latents: Tensor, at_once: int = PIXELS_AT_ONCE) -> Tensor:
     """Decode in parts of at most `at_once` pixels, or one image, to bound the memory."""
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = latents.shape[-2] * latents.shape[-1] * side**2

@@ -1,11 +1,12 @@
 """Alarms: rules that detect a failing run in its metrics, each with a sentence on the cause and the fix. No torch.
 
 A rule is a pure function of the means over the last WINDOW lines of the log, and of the lowest and highest such means
-so far. An alarm is raised once, at the first line at which its rule applies.
+so far; a rule of evaluations is one of a single evaluation. An alarm is raised once, at the first line at which its
+rule applies.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -16,6 +17,7 @@ WINDOW = 3  # lines of the log
 COLLAPSED = 0.5  # share of the highest diversity so far
 OVERSATURATED = 0.1  # share of the latents' values; healthy runs stay below 0.05
 STALLED = 2.0  # times the lowest error of the fake so far
+GRID = 2.0  # times the teacher's energy at the period of a patch
 TOO_FAST = 0.05  # |update| / |weights| of a round; healthy runs stay below 0.01
 
 
@@ -31,11 +33,12 @@ class Alarm:
 class Alarms:
     """Applies the rules to a log, line by line."""
 
-    def __init__(self) -> None:
+    def __init__(self, raised: Iterable[str] = ()) -> None:
+        """`raised` are names of alarms that are not raised again."""
         self._recent: deque[Metrics] = deque(maxlen=WINDOW)
         self._lowest: Metrics = {}
         self._highest: Metrics = {}
-        self._raised: set[str] = set()
+        self._raised = set(raised)
 
     def add(self, line: Metrics) -> list[Alarm]:
         """Add the next line of the log and return the alarms that it raises."""
@@ -48,12 +51,19 @@ class Alarms:
         for name, value in now.items():
             self._lowest[name] = min(value, self._lowest.get(name, value))
             self._highest[name] = max(value, self._highest.get(name, value))
+        return self._apply(RULES, int(line["images"]), now)
+
+    def add_evaluation(self, line: Metrics) -> list[Alarm]:
+        """Add the metrics of an evaluation and return the alarms that they raise."""
+        return self._apply(EVALUATION_RULES, int(line["images"]), line)
+
+    def _apply(self, rules: Mapping[str, Rule], images: int, now: Metrics) -> list[Alarm]:
         raised = []
-        for name, rule in RULES.items():
+        for name, rule in rules.items():
             message = None if name in self._raised else rule(now, self._lowest, self._highest)
             if message is not None:
                 self._raised.add(name)
-                raised.append(Alarm(name, int(line["images"]), message))
+                raised.append(Alarm(name, images, message))
         return raised
 
 
@@ -116,6 +126,28 @@ def not_finite(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     )
 
 
+def lost_diversity(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """Images of one prompt are much more alike than the teacher's."""
+    diversity = now.get("relative_diversity", 1.0)
+    if diversity >= COLLAPSED:
+        return None
+    return (
+        f"images of one prompt have {diversity:.0%} of the diversity of the teacher's: the student loses modes; "
+        "lower optimizer.student_lr, raise method.fake_steps, or lower the teacher's guidance"
+    )
+
+
+def grid_artifacts(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """The borders or a texture of the transformer's patches are visible."""
+    grid = now.get("grid", 1.0)
+    if grid <= GRID:
+        return None
+    return (
+        f"images have {grid:.1f} times the teacher's energy at the period of a patch: a grid is visible; "
+        "lower optimizer.student_lr, raise method.fake_steps, or export an earlier checkpoint"
+    )
+
+
 RULES: dict[str, Rule] = {
     "collapse": collapse,
     "oversaturation": oversaturation,
@@ -123,6 +155,7 @@ RULES: dict[str, Rule] = {
     "too-fast": too_fast,
     "not-finite": not_finite,
 }
+EVALUATION_RULES: dict[str, Rule] = {"lost-diversity": lost_diversity, "grid-artifacts": grid_artifacts}
 
 _FAKE = "flow_matching/relative"
 

@@ -35,14 +35,18 @@ def labeled_grid(
             y = top + k * (TILE + GAP)
             draw.text((GAP, y + TILE // 2 - LINE // 2), name, INK, font)
             for column, i in enumerate(band):
-                tile = Image.fromarray(images[i]).resize((TILE, TILE), Image.Resampling.LANCZOS)
-                page.paste(tile, (left + column * (TILE + GAP), y))
+                page.paste(Image.fromarray(tile(images[i])), (left + column * (TILE + GAP), y))
         for column, i in enumerate(band):
             for n, line in enumerate(wrapped[i]):
                 y = top + len(rows) * (TILE + GAP) + n * LINE - 2
                 draw.text((left + column * (TILE + GAP), y), line, INK, font)
         top += height
     return page
+
+
+def tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Resize an image (H, W, 3) to a tile of a grid."""
+    return np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS))
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -20,7 +20,7 @@ from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report import charts
 from distill.report.alarms import Metrics
 from distill.report.charts import Chart, Curve, Panel, chart
-from distill.report.run_folder import RunFolder
+from distill.report.run_folder import EVALUATED, RunFolder
 from distill.report.units import duration, si
 
 POINTS = 200  # maximum of a curve; longer logs are averaged
@@ -56,8 +56,15 @@ _SECTIONS = {
 }
 _EVALUATED = {
     "overall": Panel("Overall score", "share correct", "Higher is better."),
+    "fitness": Panel("Fitness", "score × diversity", "Higher is better; it decides which student is the best."),
+    "kernel": Panel("Kernel distance", "", "Lower is better; about 0 for the teacher."),
     "frechet": Panel("Fréchet distance", "", "Lower is better."),
+    "clip_score": Panel("CLIP score", "", "Higher is better."),
     "diversity": Panel("Diversity", "", "Higher is better."),
+    "relative_diversity": Panel("Diversity", "1 = the teacher's", "Of the images of one prompt."),
+    "grid": Panel("Grid artifacts", "1 = the teacher's", "Energy at the period of the transformer's patches."),
+    "saturation": Panel("Saturation", "share of 0 and 255"),
+    "recall": Panel("Recall", "", "Higher is better."),
 }
 
 
@@ -93,7 +100,8 @@ def render_report(run: RunFolder) -> str:
         tiles=list(_tiles(run, speeds)),
         evaluation_names=_names(run.evaluations),
         evaluation_charts=list(_evaluation_charts(run.evaluations)),
-        comparison=_Comparison(run.folder),
+        comparison=_Comparison(run),
+        differences=_differences(run),
         samples=_samples(run.folder),
         rows=thinned,
         sections=list(_sections(rows, thinned)),
@@ -148,13 +156,18 @@ def _evaluation_charts(evaluations: list[Metrics]) -> Iterator[Chart]:
 class _Comparison:
     """The output of `distill evaluate` in a run folder, and the command that writes it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, run: RunFolder) -> None:
+        folder = run.folder
         self._json, text = folder / "evaluation.json", folder / "evaluation.txt"
         picture = folder / "teacher-vs-student.png"
         self.rows = self._read() if self._json.exists() else None
         self.text = text.read_text(encoding="utf-8").strip() if self.rows is None and text.exists() else None
         self.picture = _data_uri(picture) if picture.exists() else None
         words = ["distill", "evaluate", "--student", str(folder / "student"), "--picture", str(picture)]
+        if run.config["teacher"] != "scenes":
+            prompts = run.config.get("prompts")
+            source = prompts.get("source") if isinstance(prompts, dict) else None
+            words += ["--teacher", str(run.config["teacher"]), "--prompts", str(source or "prompts.txt")]
         self.command = f"{shlex.join(words)} --json > {shlex.quote(str(self._json))}"
 
     def _read(self) -> list[tuple[str, Any, Any]]:
@@ -182,6 +195,14 @@ def _samples(folder: Path) -> dict[str, Any]:
     chosen = sorted({round(k * last / (GRIDS - 1)) for k in range(GRIDS)}, reverse=True) if paths else []
     grids = [(f"Samples after {si(int(paths[i].stem))} images", _data_uri(paths[i])) for i in chosen]
     return {"grids": grids, "total": len(paths)}
+
+
+def _differences(run: RunFolder) -> tuple[str, str] | None:
+    """Caption and data URI of the newest picture of the largest differences from the teacher."""
+    paths = sorted(path for path in (run.folder / EVALUATED).glob("[0-9]*.png") if path.stem.isdigit())
+    if not paths:
+        return None
+    return f"Largest differences after {si(int(paths[-1].stem))} images", _data_uri(paths[-1])
 
 
 def _data_uri(path: Path) -> str:

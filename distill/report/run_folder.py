@@ -22,6 +22,7 @@ from distill.training.run_lock import is_locked
 State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+EVALUATED = "evaluations"  # folder of pictures, named by images
 ALARMS = "alarms.jsonl"
 
 

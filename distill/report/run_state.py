@@ -9,14 +9,14 @@ from typing import Literal
 from distill.files import atomic_write_text
 
 STATE = "state.json"
-Phase = Literal["prepared", "encoding", "training", "interrupted", "failed", "finished", "ended early"]
+Phase = Literal["prepared", "encoding", "sampling", "training", "interrupted", "failed", "finished", "ended early"]
 
 
 @dataclass(frozen=True)
 class RunState:
     """`images` that a run had seen of its `budget` when it recorded its phase, at `time` in Unix seconds.
 
-    A phase of encoding or training without a live process is that of a run that was killed.
+    A phase of encoding, sampling the teacher or training without a live process is that of a run that was killed.
     """
 
     phase: Phase

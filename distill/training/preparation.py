@@ -8,21 +8,22 @@ import yaml
 
 from distill.config import RunConfig, load_config
 from distill.errors import CheckpointError, ConfigError, OutputError
-from distill.evaluate.base import Evaluator, find_evaluator
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
 from distill.models.teacher import open_teacher, pin_teacher
-from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS
+from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS
 from distill.report.run_state import STATE, read_state, write_state
 from distill.student.export import check_place
 from distill.training import checkpoint
 from distill.training.initial_weights import check_initial_weights
+from distill.training.run_evaluator import REFERENCES, check_evaluator
 from distill.training.run_sources import SOURCES, read_digests, run_sources
 
 PIN = "teacher.json"  # the commit of a teacher of the hub
 SPEED = "speed.json"  # what `distill.training.speed` measured
-_RUN_FILES = ("checkpoints", "best", "student", "samples", PIN, SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
+_FOLDERS = ("checkpoints", "best", "student", "samples", EVALUATED, REFERENCES)
+_RUN_FILES = (*_FOLDERS, PIN, SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
 _log = logging.getLogger(__name__)
 
 
@@ -83,14 +84,14 @@ def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
 def check_run(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
     """Check the teacher's weights, initial weights, sources and the run folder; nothing is written.
 
-    Raises TeacherError, SizeError, ConfigError for `early_stopping_patience` without evaluations and for
-    `method.guidance.skip_layers` that the teacher lacks, CheckpointError if
-    `out` holds a run of another configuration, and OutputError if a run would replace files there that belong to no
-    run.
+    Raises TeacherError, SizeError, ConfigError for `method.guidance.skip_layers` that the teacher lacks, what
+    `check_evaluator` raises, CheckpointError if `out` holds a run of another configuration, and OutputError if a run
+    would replace files there that belong to no run.
     """
     latent_shapes(config, teacher)
     config.method.guidance.check_layers(teacher.layers)
-    _check_patience(config, teacher)
+    check_evaluator(config, teacher)
+    _warn_of_patience(config)
     path = out / "config.yaml"
     resumed = has_checkpoint(out)
     if path.exists():
@@ -131,23 +132,9 @@ def latent_shapes(config: RunConfig, teacher: SD3Folder) -> list[tuple[int, int,
     return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
 
 
-def run_evaluator(config: RunConfig, teacher: SD3Folder) -> Evaluator | None:
-    """The evaluator of the run's students: that of its teacher's or its prompts' name, if it fits the image size."""
-    size = config.sizes[0] if config.sizes else (teacher.image_size, teacher.image_size)
-    return find_evaluator((config.teacher, config.prompts.source), size)
-
-
-def _check_patience(config: RunConfig, teacher: SD3Folder) -> None:
-    patience = config.early_stopping_patience
-    if patience is None:
-        return
-    if run_evaluator(config, teacher) is None:
-        raise ConfigError(
-            "early_stopping_patience counts evaluations, and only students of the toy dataset are evaluated; "
-            "set it to null"
-        )
-    evaluations = config.images // config.cadence.evaluate
-    if evaluations <= patience:
+def _warn_of_patience(config: RunConfig) -> None:
+    patience, evaluations = config.early_stopping_patience, config.images // config.cadence.evaluate
+    if patience is not None and evaluations <= patience:
         _log.warning(
             "early_stopping_patience %d cannot end this run: images and cadence.evaluate make %d evaluations",
             patience,

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import run
-from distill.config import Cadence, RunConfig
+from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.errors import RunError
 from distill.files import atomic_write_text
 from distill.training.preparation import SPEED
@@ -52,6 +52,7 @@ def _measure(config: RunConfig, folder: Path) -> float:
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
     changes: dict[str, Any] = {"images": never, "cadence": quiet, "early_stopping_patience": None, "trackers": ()}
+    changes["evaluation"] = EvaluationSettings(evaluator="none")
     for name, source in zip(("prompts", "real"), run_sources(config, folder), strict=True):
         if source is not None:
             cache = {"source": str(source.cache.resolve()), "column": None}

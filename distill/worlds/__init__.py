@@ -5,11 +5,11 @@ The rest of `distill` works without this package. Importing it imports neither t
 
 from pathlib import Path
 
-from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
 from distill.models.teacher import TEACHERS
-from distill.worlds.scenes.sources import scene_evaluator, scene_images, scene_prompts
+from distill.worlds.scenes.sources import scene_eval_dataset, scene_images, scene_prompts
 
 PROMPT_SOURCES["scenes"] = scene_prompts
 IMAGE_SOURCES["scenes"] = scene_images
-EVALUATORS["scenes"] = scene_evaluator
+EVAL_DATASETS["scenes"] = scene_eval_dataset
 TEACHERS["scenes"] = Path(__file__).parent / "scenes" / "weights" / "teacher"

@@ -18,7 +18,7 @@ from distill.experiments import Cost, Variant, check_budget, evaluate_variants, 
 from distill.pipeline import SHIPPED_STUDENT
 from distill.training import checkpoint
 from distill.training.speed import images_within
-from distill.worlds.scenes.evaluator import ScenesEvaluator
+from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
 
 def test_a_method_takes_all_else_from_the_base_and_the_teachers_guidance(tmp_path: Path) -> None:
@@ -78,8 +78,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def invoke(teacher: Path, prompts: Path, out: Path, *arguments: str) -> Result:
+def invoke(teacher: Path, prompts: Path, out: Path, *arguments: str, evaluator: str = "none") -> Result:
     values = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=4", "method.fake_steps=1")
+    values += (f"evaluation.evaluator={evaluator}", "evaluation.images=4")
     words = ["compare", *arguments, "--config", "scenes-debug", "--steps", "2", "--out", str(out)]
     return CliRunner().invoke(app, [*words, *(part for value in values for part in ("--set", value))])
 
@@ -149,6 +150,20 @@ def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
         check_budget(Variant("fgm", config, "scenes-debug", ()), tmp_path)
 
 
+def test_students_of_any_teacher_are_compared_with_its_images_in_one_table(teacher, prompts, tmp_path) -> None:
+    done = invoke(teacher, prompts, tmp_path, "fgm", "fgm,method.alpha=0.5", "--images", "4", evaluator="reference")
+    assert done.exit_code == 0, done.output + str(done.exception)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["teacher"]["relative_diversity"] == 1
+    assert all({"kernel", "frechet", "grid", "saturation"} <= run.keys() for run in found["runs"].values())
+    table = (tmp_path / "compare.md").read_text()
+    assert "| kernel | frechet | relative_diversity |" in table
+    assert f"to the teacher's images (2 steps, guidance 2.5), on features {found['features']}" in table
+    shared = tmp_path / "fgm,method.alpha=0.5" / "references"
+    assert shared.samefile(tmp_path / "fgm" / "references")
+    assert len(list(shared.iterdir())) == 1  # both runs and the comparison take the same images
+
+
 def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path) -> None:
     config = load_config("scenes-debug", ["batch=8"])
     (tmp_path / "speed.json").write_text('{"images_per_second": 10.0}')
@@ -180,10 +195,10 @@ def test_students_of_the_toy_dataset_are_evaluated_in_one_table(tmp_path) -> Non
         )
         (folder / "student").symlink_to(SHIPPED_STUDENT)
     counts: list[int] = []
-    outcome = evaluate_variants(variants, tmp_path, ScenesEvaluator(), 1, 1, 0, torch.device("cpu"), counts.append)
-    assert sum(counts) == 3 * ScenesEvaluator().prompts(1, 0).count
-    first, second = outcome.students.values()
-    assert first.frechet == second.frechet  # the same student on the same prompts
+    outcome = evaluate_variants(variants, tmp_path, 1, 1, 0, torch.device("cpu"), counts.append)
+    assert sum(counts) == 3 * ScenesEvalDataset().prompts(1, 0).count
+    first, second = (outcome.measured.metrics[name] for name in ("fgm", "dmd"))
+    assert first["frechet"] == second["frechet"]  # the same student on the same prompts
     header, lines = outcome.table()
     assert header[:5] == ["", "images", "seconds", "exported", "overall"]
     assert [line[0] for line in lines] == ["teacher", "fgm", "dmd"]

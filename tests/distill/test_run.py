@@ -51,6 +51,7 @@ ARGUMENTS = (
     "cadence.sample=96",
     "precision=fp32",  # for sums that two processes, or an interrupted run, form in another order
     "optimizer.warmup_images=0",
+    "evaluation.evaluator=none",  # with one: training/test_run_evaluator.py
 )
 
 
@@ -359,7 +360,7 @@ def test_a_budget_is_shown_in_whole_batches(teacher, prompts, tmp_path):
 
 def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):
     foreign = load_config(
-        "scenes-debug", [f"teacher={teacher}", "prompts.source=mine.txt", "early_stopping_patience=1"]
+        "scenes-debug", [f"teacher={teacher}", "evaluation.evaluator=none", "early_stopping_patience=1"]
     )
     with pytest.raises(ConfigError, match=r"early_stopping_patience counts evaluations"):
         check_and_prepare(foreign, tmp_path / "foreign")

@@ -151,6 +151,7 @@ def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scene
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))
     settings = (f"teacher={teacher}", f"prompts.source={prompts}", "images=16", "batch=8", "optimizer.warmup_images=0")
+    settings = (*settings, "evaluation.evaluator=none")
     config = load_config(preset, [*settings, *overrides])
     out = folder / "run"
     list(run.run(config, out, run.accelerator(config, out)))

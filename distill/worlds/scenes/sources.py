@@ -1,4 +1,4 @@
-"""The sources that the toy dataset registers: prompts, captioned images and an evaluator."""
+"""The sources that the toy dataset registers: prompts, captioned images and its scorer."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from distill.data.sources import Example
 
 if TYPE_CHECKING:
-    from distill.worlds.scenes.evaluator import ScenesEvaluator
+    from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
     from distill.worlds.scenes.render import Scene
 
 COUNT = 20_000  # prompts or images if no count is given
@@ -35,11 +35,11 @@ def scene_images(count: int | None, seed: int) -> Iterator[Example]:
         yield Example(f"scene {index} of seed {seed}", caption, 0, partial(_png, scene), bytes)
 
 
-def scene_evaluator() -> "ScenesEvaluator":
-    """Return the evaluator of scenes."""
-    from distill.worlds.scenes.evaluator import ScenesEvaluator
+def scene_eval_dataset() -> "ScenesEvalDataset":
+    """Return the toy dataset with its scorer."""
+    from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
-    return ScenesEvaluator()
+    return ScenesEvalDataset()
 
 
 def _png(scene: "Scene") -> bytes:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import distill
-from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
 from distill.models.teacher import TEACHERS
 
 SOURCE = Path(distill.__file__).parent
@@ -20,9 +20,9 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 modules, sys.argv = sys.argv[1].split(), sys.argv[1:]
 for name in modules:
     importlib.import_module(name)
-from distill.data.sources import EVALUATORS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
 from distill.models.teacher import TEACHERS
-assert not (EVALUATORS or IMAGE_SOURCES or PROMPT_SOURCES or TEACHERS)
+assert not (EVAL_DATASETS or IMAGE_SOURCES or PROMPT_SOURCES or TEACHERS)
 from distill.cli import main
 main()
 """
@@ -31,7 +31,7 @@ main()
 def test_the_toy_dataset_registers_its_sources() -> None:
     assert len(list(PROMPT_SOURCES["scenes"](3, 0))) == 3
     assert [example.caption for example in IMAGE_SOURCES["scenes"](2, 0)]
-    assert EVALUATORS["scenes"]().size == (64, 64)
+    assert EVAL_DATASETS["scenes"]().size == (64, 64)
     assert (TEACHERS["scenes"] / "model_index.json").exists()
 
 

@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from distill.evaluate.base import DIVERSITY_SEEDS, evaluate, find_evaluator
+from distill.evaluate.base import DIVERSITY_SEEDS, evaluate, find_eval_dataset
 from distill.models.vae import to_pixels
 
 
 def test_an_evaluator_is_found_by_name_and_image_size() -> None:
-    found = find_evaluator(["runs/teacher", "scenes"], (64, 64))
+    found = find_eval_dataset(["runs/teacher", "scenes"], (64, 64))
     assert found is not None
     assert found.size == (64, 64)
-    assert find_evaluator(["scenes"], (32, 32)) is None
-    assert find_evaluator(["runs/scenes"], (64, 64)) is None
+    assert find_eval_dataset(["scenes"], (32, 32)) is None
+    assert find_eval_dataset(["runs/scenes"], (64, 64)) is None
 
 
 @pytest.mark.parametrize("perfect", [True, False])
 def test_real_images_score_one_and_blank_images_zero(perfect: bool) -> None:
-    evaluator = find_evaluator(["scenes"], (64, 64))
+    evaluator = find_eval_dataset(["scenes"], (64, 64))
     assert evaluator is not None
     prompts = evaluator.prompts(2, seed=0)
     images = dict(zip(prompts.texts, prompts.real(seed=0), strict=True))

@@ -17,7 +17,7 @@ from distill.cli import app
 from distill.errors import ConfigError, ScorerError
 from distill.evaluate.clip import Clip
 from distill.evaluate.generate import save_image
-from distill.evaluate.image_files import find_images
+from distill.evaluate.image_files import find_images, read_pixels
 from distill.evaluate.image_metrics import fid
 from distill.evaluate.metrics import cmmd
 from distill.worlds.tokenizer import build_clip_tokenizer
@@ -55,7 +55,7 @@ def test_clip_score_is_the_models_cosine_and_cmmd_is_its_formula(clip_folder, tm
     assert low <= found["clip_score"] <= high
 
     clip = Clip(clip_folder, torch.device("cpu"))
-    x, y = (clip.images(find_images(folder)) for folder in (made, real))
+    x, y = (clip.images(map(read_pixels, find_images(folder))) for folder in (made, real))
     assert np.linalg.norm(x, axis=1) == pytest.approx(1)
     mean = [np.mean([[np.exp(-((a - b) @ (a - b)) / 200) for b in q] for a in p]) for p, q in ((x, x), (y, y), (x, y))]
     assert found["cmmd"] == pytest.approx(1000 * (mean[0] + mean[1] - 2 * mean[2]), abs=1e-9)

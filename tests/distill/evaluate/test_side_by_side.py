@@ -17,7 +17,7 @@ from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT
 from distill.worlds.scenes.captions import TASKS
-from distill.worlds.scenes.evaluator import ScenesEvaluator
+from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
 UNGUIDED = Sampling(1, TeacherGuidance(scale=1))
 
@@ -51,9 +51,9 @@ def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_size_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     small = make_teacher(tmp_path / "small")
-    with pytest.raises(SizeError, match="distill geneval"):
+    with pytest.raises(SizeError, match="give --prompts FILE"):
         Comparison(
-            SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [UNGUIDED], ScenesEvaluator(), torch.device("cpu")
+            SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [UNGUIDED], ScenesEvalDataset(), torch.device("cpu")
         )
 
 

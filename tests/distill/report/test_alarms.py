@@ -33,6 +33,16 @@ def worsened(**last: float) -> list[dict[str, float]]:
     return [*log, *({**log[-1], "images": 640.0 * (len(log) + i + 1), **last} for i in range(2 * WINDOW))]
 
 
+@pytest.mark.parametrize(("metric", "good", "bad"), [("grid", 1.2, 2.5), ("relative_diversity", 0.9, 0.3)])
+def test_an_evaluation_raises_an_alarm_at_once_but_not_again(metric: str, good: float, bad: float) -> None:
+    rules = Alarms()
+    assert rules.add_evaluation({"images": 8.0, metric: good}) == []
+    (raised,) = rules.add_evaluation({"images": 16.0, metric: bad})
+    assert raised.images == 16
+    assert rules.add_evaluation({"images": 24.0, metric: bad}) == []
+    assert Alarms([raised.name]).add_evaluation({"images": 24.0, metric: bad}) == []
+
+
 def test_a_healthy_run_raises_none() -> None:
     assert alarms(healthy()) == []
     assert alarms(worsened()) == []

@@ -119,6 +119,17 @@ def test_the_report_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert "@import" not in text
 
 
+def test_the_newest_picture_of_differences_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 6400, teacher="sd3")
+    add_results(folder)
+    for images in (3200, 6400):
+        tile = np.full((1, 4, 4, 3), images % 255, np.uint8)
+        save_png(labeled_grid([("student", tile)], ["a circle"]), folder / "evaluations" / f"{images:012d}.png")
+    words = [image["alt"] for image in page_of(folder).all("img")]
+    assert words[0] == "Largest differences after 6.4 k images"
+    assert "--teacher sd3 --prompts" in render_report(read_run(folder))
+
+
 def test_every_picture_and_chart_has_words(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 6400)
     add_results(folder)

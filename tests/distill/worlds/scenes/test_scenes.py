@@ -18,7 +18,7 @@ from distill.worlds.scenes.captions import (
     vocabulary,
     wording,
 )
-from distill.worlds.scenes.evaluator import ScenesEvaluator
+from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 from distill.worlds.scenes.render import SIZE, Object, place, render
 from distill.worlds.scenes.score import detect, score, verdict
 from distill.worlds.scenes.shapes import COLORS, GROUND, PALETTE, SHAPES
@@ -148,5 +148,5 @@ def test_other_sizes_are_refused_by_the_scorer():
 
 
 def test_splits_share_no_combination() -> None:
-    seen, held_out = (ScenesEvaluator().prompts(20, 0, split) for split in (False, True))
+    seen, held_out = (ScenesEvalDataset().prompts(20, 0, split) for split in (False, True))
     assert not {p.combination() for p in seen.prompts} & {p.combination() for p in held_out.prompts}

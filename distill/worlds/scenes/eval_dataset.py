@@ -1,4 +1,4 @@
-"""The evaluator of the toy dataset: its prompts, the verdicts of its scorer, and rendered scenes as real images."""
+"""The toy dataset for evaluation: its prompts, the verdicts of its scorer, and rendered scenes as real images."""
 
 from dataclasses import dataclass
 
@@ -27,8 +27,8 @@ class ScenePrompts(EvalPrompts):
         return render([place(prompt, rng) for prompt in self.prompts])
 
 
-class ScenesEvaluator:
-    """The evaluator of the toy dataset."""
+class ScenesEvalDataset:
+    """The toy dataset with its scorer."""
 
     size = (SIZE, SIZE)
 

@@ -1,0 +1,46 @@
+"""The evaluator by a CLIP model alone, which needs no images of the teacher."""
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill.evaluate import metrics
+from distill.evaluate.base import Encode, Generate, Report
+from distill.evaluate.evaluator import Evaluation, digest_of
+from distill.evaluate.references import BATCH
+from distill.report.grid import labeled_grid, tile
+
+if TYPE_CHECKING:
+    from distill.evaluate.clip import Clip
+
+PICTURED = 8  # prompts with the lowest scores
+
+
+class ClipEvaluator:
+    """Scores images of prompts, which are repeated with other seeds if there are fewer than `images`."""
+
+    metric = "clip_score"
+    higher_is_better = True
+
+    def __init__(self, clip: "Clip", prompts: Sequence[str], images: int) -> None:
+        self._clip = clip
+        self.prompts: Sequence[str] = list(islice(cycle(prompts), images))
+        self.count = images
+        self.digest = digest_of({"clip": clip.name, "prompts": self.prompts})
+
+    def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
+        scores, saturation, tiles = [], [], []
+        for start in range(0, self.count, BATCH):
+            texts = self.prompts[start : start + BATCH]
+            images = generate(texts, range(start, start + len(texts)))
+            report(len(images))
+            scores.append(self._clip.scores(images, texts))
+            saturation += [metrics.saturation(image) for image in images]
+            tiles += [tile(image) for image in images]
+        every = np.concatenate(scores)
+        lowest = np.argsort(every, kind="stable")[:PICTURED]
+        picture = labeled_grid([("student", np.stack([tiles[i] for i in lowest]))], [self.prompts[i] for i in lowest])
+        found = {"clip_score": float(every.mean()), "saturation": float(np.mean(saturation))}
+        return Evaluation(found, picture=picture)

@@ -1,0 +1,110 @@
+"""The evaluator of a run's students, as the group `evaluation` of its configuration says."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from distill.config import RunConfig
+from distill.data.prompts import DistinctPrompts, read_prompts
+from distill.data.sources import EVAL_DATASETS
+from distill.errors import ConfigError
+from distill.evaluate.base import EvalDataset, find_eval_dataset
+from distill.evaluate.clip_evaluator import ClipEvaluator
+from distill.evaluate.dataset_evaluator import DatasetEvaluator
+from distill.evaluate.evaluator import Evaluator
+from distill.evaluate.reference_evaluator import ReferenceEvaluator
+from distill.evaluate.references import References
+from distill.evaluate.sampler import Sampling
+from distill.methods.policies import TeacherGuidance
+from distill.models.sd3_folder import SD3Folder
+
+REFERENCES = "references"  # folder of a run for the teacher's images
+PROMPTS_PER_TASK = 16  # of a dataset with a scorer
+
+
+def evaluator_kind(config: RunConfig, teacher: SD3Folder) -> str:
+    """The evaluator that `evaluation.evaluator` means: `none`, `clip`, `reference` or the name of a dataset.
+
+    `auto` is the dataset of the teacher's or the prompts' name, if it scores images of this size, else `reference`.
+    Raises ConfigError for an unknown name, and for settings that the evaluator does not take.
+    """
+    kind, size = config.evaluation.evaluator, evaluated_size(config, teacher)
+    if kind == "auto":
+        names = (config.teacher, config.prompts.source)
+        kind = next((name for name in names if find_eval_dataset([name], size)), "reference")
+    if kind in ("none", "clip", "reference"):
+        return kind
+    if kind not in EVAL_DATASETS:
+        known = ", ".join(("auto", "reference", "clip", "none", *EVAL_DATASETS))
+        raise ConfigError(f"evaluation.evaluator: there is no {kind!r}; there are {known}")
+    if find_eval_dataset([kind], size) is None:
+        raise ConfigError(
+            f"evaluation.evaluator: {kind} does not score images of {size[0]}x{size[1]} pixels; take reference"
+        )
+    for key in ("clip", "metric", "prompts"):
+        if getattr(config.evaluation, key) is not None:
+            raise ConfigError(f"evaluation.{key}: the evaluator {kind} takes none; set evaluation.evaluator=reference")
+    return kind
+
+
+def check_evaluator(config: RunConfig, teacher: SD3Folder) -> None:
+    """Check what an evaluator needs before anything is computed; nothing is written.
+
+    Raises what `evaluator_kind` raises, PromptError for a file of prompts, ScorerError for a CLIP model, and
+    ConfigError for `early_stopping_patience` without evaluations.
+    """
+    if evaluator_kind(config, teacher) == "none" and config.early_stopping_patience is not None:
+        raise ConfigError("early_stopping_patience counts evaluations; set evaluation.evaluator, or set it to null")
+    evaluation_prompts(config, ())
+    if config.evaluation.clip is not None:
+        from distill.evaluate.clip import Clip
+
+        Clip(config.evaluation.clip, torch.device("cpu"))
+
+
+def evaluation_prompts(config: RunConfig, own: Sequence[str]) -> list[str]:
+    """The first distinct prompts of the file `evaluation.prompts`, or of the run's `own`; at most `images`."""
+    source = config.evaluation.prompts
+    return list(islice(DistinctPrompts(own if source is None else read_prompts(source)), config.evaluation.images))
+
+
+def run_references(config: RunConfig, teacher: SD3Folder, out: Path, prompts: Sequence[str]) -> References | None:
+    """The teacher's images that the run's evaluator compares with; None if it needs none. They may be missing yet."""
+    if evaluator_kind(config, teacher) != "reference":
+        return None
+    settings = config.evaluation
+    folder = out / REFERENCES if settings.references is None else Path(settings.references)
+    guided = config.method.guidance.model_dump(include=TeacherGuidance.model_fields.keys())
+    sampling = Sampling(settings.teacher_steps, TeacherGuidance(**guided))
+    texts = evaluation_prompts(config, prompts)
+    return References(folder, teacher, sampling, evaluated_size(config, teacher), texts, settings.images)
+
+
+def run_evaluator(
+    config: RunConfig, teacher: SD3Folder, out: Path, prompts: Sequence[str], device: torch.device
+) -> Evaluator | None:
+    """The evaluator of the run's students on a device; None for `none`. `prompts` are the run's own, the first ones."""
+    kind, settings = evaluator_kind(config, teacher), config.evaluation
+    if kind == "none":
+        return None
+    clip = None
+    if settings.clip is not None:
+        from distill.evaluate.clip import Clip  # its image processors are slow to import
+
+        clip = Clip(settings.clip, device)
+    if references := run_references(config, teacher, out, prompts):
+        return ReferenceEvaluator(references, clip, settings.metric or "kernel")
+    if clip is not None:
+        return ClipEvaluator(clip, evaluation_prompts(config, prompts), settings.images)
+    return DatasetEvaluator(_dataset(kind).prompts(PROMPTS_PER_TASK, config.seed, held_out=False), config.seed)
+
+
+def _dataset(name: str) -> EvalDataset:
+    return EVAL_DATASETS[name]()
+
+
+def evaluated_size(config: RunConfig, teacher: SD3Folder) -> tuple[int, int]:
+    """(width, height) of the images that are evaluated."""
+    return config.sizes[0] if config.sizes else (teacher.image_size, teacher.image_size)

@@ -1,0 +1,178 @@
+"""A run of any teacher is evaluated and keeps its best student by the metric that decides."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import PROMPTS
+
+from distill.config import load_config
+from distill.errors import ConfigError, PromptError, ScorerError
+from distill.evaluate.references import ReferenceProgress
+from distill.report.run_folder import RunFolder, read_run
+from distill.report.run_state import read_state
+from distill.run import accelerator, run
+from distill.training import checkpoint
+from distill.training.preparation import check_run, read_teacher
+from distill.training.run_evaluator import evaluator_kind, run_evaluator, run_references
+
+
+@pytest.fixture(scope="module")
+def settings(teacher, tmp_path_factory) -> list[str]:
+    """A short run of the tiny teacher that learns so fast that its students differ."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    return [
+        f"teacher={teacher}", f"prompts.source={prompts}", "images=24", "batch=8", "optimizer.warmup_images=0",
+        "optimizer.student_lr=0.01", "ema_half_life=0", "cadence.evaluate=8", "cadence.checkpoint=8",
+        "cadence.keep_checkpoints=3", "trackers=[]", "evaluation.images=8", "evaluation.teacher_steps=2",
+    ]  # fmt: skip
+
+
+def distill(out: Path, settings: list[str], *more: str) -> list[object]:
+    config = load_config("scenes-debug", [*settings, *more])
+    return list(run(config, out, accelerator(config, out)))
+
+
+def best_of(found: RunFolder, metric: str) -> float:
+    values = [line[metric] for line in found.evaluations]
+    return max(values) if metric == "clip_score" else min(values)
+
+
+@pytest.fixture(scope="module", params=["kernel", "clip_score"])
+def whole(request, settings, clip_folder, tmp_path_factory) -> tuple[str, Path, list[object]]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    progress = distill(out, settings, f"evaluation.clip={clip_folder}", f"evaluation.metric={request.param}")
+    return request.param, out, progress
+
+
+def test_the_best_student_by_the_metric_is_kept_and_exported(whole) -> None:
+    metric, out, progress = whole
+    found = read_run(out)
+    assert [line["images"] for line in found.evaluations] == [8, 16, 24]
+    assert {"kernel", "frechet", "relative_diversity", "grid", "saturation", "clip_score"} < found.evaluations[0].keys()
+    assert found.best[metric] == best_of(found, metric)
+    assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == found.best["images"]
+    assert len(list((out / "evaluations").glob("*.png"))) == 3
+    assert sum(isinstance(each, ReferenceProgress) for each in progress) == 2
+    assert len(list((out / "references").glob("*/*.png"))) == 8 + 4
+
+
+@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
+def test_an_evaluation_does_not_change_what_a_student_learns(whole, settings, tmp_path) -> None:
+    _, out, _ = whole
+    distill(tmp_path, settings, "evaluation.evaluator=none")
+    newest = Path("checkpoints") / checkpoint.state_name(24) / "state.safetensors"
+    evaluated, alone = load_file(out / newest), load_file(tmp_path / newest)
+    assert all(torch.equal(evaluated[name], tensor) for name, tensor in alone.items())
+    assert not (tmp_path / "references").exists()
+    assert read_run(tmp_path).evaluations == []
+
+
+@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
+def test_a_resumed_run_reuses_its_references_and_ends_alike(whole, settings, clip_folder, tmp_path) -> None:
+    _, undisturbed, _ = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "checkpoints" / checkpoint.state_name(24))
+    progress = distill(out, settings, f"evaluation.clip={clip_folder}")  # null is the kernel distance
+    assert not any(isinstance(each, ReferenceProgress) for each in progress)
+    assert (out / "evaluations.jsonl").read_text() == (undisturbed / "evaluations.jsonl").read_text()
+    assert read_run(out).best["images"] == read_run(undisturbed).best["images"]
+
+
+@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
+def test_other_metrics_choose_the_best_student_anew(whole, settings, tmp_path) -> None:
+    """They are not comparable with those of the best student so far."""
+    _, undisturbed, _ = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    progress = distill(out, settings, "images=32", "evaluation.teacher_steps=1")
+    assert any(isinstance(each, ReferenceProgress) for each in progress)
+    assert len(list((out / "references").iterdir())) == 2
+    assert read_run(out).best["images"] == 32
+
+
+def test_a_run_that_stops_while_the_teacher_is_sampled_goes_on(settings, tmp_path) -> None:
+    config = load_config("scenes-debug", [*settings, "evaluation.images=20"])
+    steps = run(config, tmp_path, accelerator(config, tmp_path))
+    while not (isinstance(each := next(steps), ReferenceProgress) and each.images):
+        pass
+    assert read_state(tmp_path).phase == "sampling"
+    steps.close()
+    assert read_state(tmp_path).phase == "interrupted"
+    progress = distill(tmp_path, settings, "evaluation.images=20")
+    first = next(each for each in progress if isinstance(each, ReferenceProgress))
+    assert first.images == 16
+    assert read_run(tmp_path).state == "finished"
+
+
+def test_early_stopping_takes_any_metric(settings, tmp_path) -> None:
+    worse = ("optimizer.student_lr=0.5", "early_stopping_patience=1", "images=800")
+    distill(tmp_path, settings, *worse)
+    found = read_run(tmp_path)
+    assert read_state(tmp_path).phase == "ended early"
+    assert found.best["kernel"] == best_of(found, "kernel")
+    assert found.images < 800
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ([], "scenes"),
+        (["evaluation.evaluator=reference"], "reference"),
+        (["evaluation.evaluator=none"], "none"),
+        (["prompts.source=mine.txt"], "scenes"),  # of the teacher
+        (["sizes=[[48,64]]"], "reference"),
+    ],
+)
+def test_the_evaluator_of_the_toy_dataset_is_found(given: list[str], kind: str) -> None:
+    config = load_config("scenes-debug", given)
+    assert evaluator_kind(config, read_teacher(config)) == kind
+
+
+def test_a_clip_score_alone_needs_no_images_of_the_teacher(settings, clip_folder, tmp_path) -> None:
+    config = load_config("scenes-debug", [*settings, "evaluation.evaluator=clip", f"evaluation.clip={clip_folder}"])
+    teacher = read_teacher(config)
+    assert run_references(config, teacher, tmp_path, PROMPTS) is None
+    evaluator = run_evaluator(config, teacher, tmp_path, PROMPTS[:2], torch.device("cpu"))
+    assert evaluator is not None
+    assert (evaluator.metric, evaluator.higher_is_better, evaluator.count) == ("clip_score", True, 8)
+    assert list(evaluator.prompts) == PROMPTS[:2] * 4
+
+
+def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -> None:
+    (tmp_path / "held-out.txt").write_text("red\nblue\nred\nleft\n")
+    more = [f"evaluation.prompts={tmp_path / 'held-out.txt'}", "method.guidance.scale=[2,6]", "sizes=[[24,16]]"]
+    config = load_config("scenes-debug", [*settings, *more, "evaluation.references=shared"])
+    found = run_references(config, read_teacher(config), tmp_path, PROMPTS)
+    assert found is not None
+    assert found.texts[:4] == ["red", "blue", "left", "red"]
+    assert (found.sampling.steps, found.sampling.scale, found.size) == (2, 4.0, (24, 16))
+    assert found.folder.parent == Path("shared")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (["evaluation.evaluator=fid"], ConfigError, "there is no 'fid'; there are auto, reference, clip, none, scenes"),
+        (["evaluation.evaluator=scenes"], ConfigError, "scenes does not score images of 16x16 pixels; take reference"),
+        (["evaluation.prompts=nowhere.txt"], PromptError, "nowhere.txt"),
+        (["evaluation.clip=nowhere"], ScorerError, "nowhere is not a CLIP model"),
+        (["evaluation.evaluator=none", "early_stopping_patience=1"], ConfigError, "early_stopping_patience"),
+        (["teacher=scenes", "evaluation.metric=frechet"], ConfigError, "evaluation.metric: the evaluator scenes"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_run(given, error, words, settings, tmp_path) -> None:
+    config = load_config("scenes-debug", [*settings, *given])
+    with pytest.raises(error, match=words):
+        check_run(config, tmp_path / "run", read_teacher(config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["evaluator=clip", "metric=clip_score"])
+def test_a_clip_score_needs_a_model(given: str) -> None:
+    with pytest.raises(ConfigError, match="evaluation: a CLIP score needs a CLIP model"):
+        load_config("scenes-debug", [f"evaluation.{given}"])
