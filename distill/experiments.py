@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -91,10 +91,10 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
                 f"{text} sets the method {config.method.name}; name that method as the variant, or remove the key"
             )
         variants.append(Variant(name, config, source, sets))
-    for field in ("teacher", "precision"):
-        values = {variant.name: getattr(variant.config, field) for variant in variants}
+    for key in ("teacher", "precision"):
+        values = {variant.name: getattr(variant.config, key) for variant in variants}
         if len(set(values.values())) > 1:
-            raise ConfigError(f"{field} differs between variants ({values}); set one value for all with --set")
+            raise ConfigError(f"{key} differs between variants ({values}); set one value for all with --set")
     return variants
 
 
@@ -157,8 +157,8 @@ class Measurements:
     Empty without an evaluator. `features` names those of the distances; `note` says what the table does not.
     """
 
-    metrics: Mapping[str, dict[str, Any]] = MappingProxyType({})
-    cells: Mapping[str, dict[str, str]] = MappingProxyType({})
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cells: dict[str, dict[str, str]] = field(default_factory=dict)
     features: str = ""
     note: str = ""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from distill.evaluate.base import Generate, Images
-from distill.evaluate.encoded_prompts import EncodedPrompts
+from distill.evaluate.known_prompts import KnownPrompts
 from distill.flow import noise
 from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.sd3 import (
@@ -75,7 +75,7 @@ class TeacherSampler:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.folder = folder
         text = SD3TextEncoder.load(folder, device, dtype)
-        self._text = text if prompts is None else EncodedPrompts(text, ["", *prompts])
+        self._text = text if prompts is None else KnownPrompts(text, ["", *prompts])
         del text
         self._vae = load_vae(folder, device=device)
         self._transformer = load_transformer(folder, dtype, device)

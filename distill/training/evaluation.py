@@ -10,8 +10,8 @@ import torch
 
 from distill.config import RunConfig
 from distill.evaluate.base import Images
-from distill.evaluate.encoded_prompts import EncodedPrompts
 from distill.evaluate.evaluator import Evaluator, is_better
+from distill.evaluate.known_prompts import KnownPrompts
 from distill.flow import noise
 from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
@@ -65,7 +65,7 @@ class EvaluationCallback:
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
         self._texts = list(islice(cycle(prompts), GRID))
         text = SD3TextEncoder.load(teacher, device, dtype)
-        self._conditions = EncodedPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
+        self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
 
     def __call__(self, progress: Progress) -> None:
         """Do what is due after a round."""

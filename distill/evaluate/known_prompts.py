@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from distill.models.text import SD3TextEncoder, TextCondition
 
 
-class EncodedPrompts:
+class KnownPrompts:
     """The conditions of known prompts, each encoded alone and held on the CPU."""
 
     def __init__(self, text: SD3TextEncoder, prompts: Iterable[str]) -> None:
