@@ -128,14 +128,14 @@ def test_early_stopping_takes_any_metric(settings, tmp_path) -> None:
         (["sizes=[[48,64]]"], "reference"),
     ],
 )
-def test_the_evaluator_of_the_toy_dataset_is_found(given: list[str], kind: str) -> None:
+def test_the_evaluator_of_the_toy_dataset_is_found(given: list[str], kind: str, tmp_path) -> None:
     config = load_config("scenes-debug", given)
-    assert evaluator_kind(config, read_teacher(config)) == kind
+    assert evaluator_kind(config, read_teacher(config, tmp_path)) == kind
 
 
 def test_a_clip_score_alone_needs_no_images_of_the_teacher(settings, clip_folder, tmp_path) -> None:
     config = load_config("scenes-debug", [*settings, "evaluation.evaluator=clip", f"evaluation.clip={clip_folder}"])
-    teacher = read_teacher(config)
+    teacher = read_teacher(config, tmp_path)
     assert run_references(config, teacher, tmp_path, PROMPTS) is None
     evaluator = run_evaluator(config, teacher, tmp_path, PROMPTS[:2], torch.device("cpu"))
     assert evaluator is not None
@@ -147,7 +147,7 @@ def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -
     (tmp_path / "held-out.txt").write_text("red\nblue\nred\nleft\n")
     more = [f"evaluation.prompts={tmp_path / 'held-out.txt'}", "method.guidance.scale=[2,6]", "sizes=[[24,16]]"]
     config = load_config("scenes-debug", [*settings, *more, "evaluation.references=shared"])
-    found = run_references(config, read_teacher(config), tmp_path, PROMPTS)
+    found = run_references(config, read_teacher(config, tmp_path), tmp_path, PROMPTS)
     assert found is not None
     assert found.texts[:4] == ["red", "blue", "left", "red"]
     assert (found.sampling.steps, found.sampling.scale, found.size) == (2, 4.0, (24, 16))
@@ -168,7 +168,7 @@ def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -
 def test_what_cannot_be_evaluated_is_refused_before_the_run(given, error, words, settings, tmp_path) -> None:
     config = load_config("scenes-debug", [*settings, *given])
     with pytest.raises(error, match=words):
-        check_run(config, tmp_path / "run", read_teacher(config))
+        check_run(config, tmp_path / "run", read_teacher(config, tmp_path))
     assert not (tmp_path / "run").exists()
 
 
