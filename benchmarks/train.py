@@ -65,6 +65,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         def rows(self, indices: torch.Tensor) -> TextCondition:
             return self._all[indices]
 
+        def shuffle(self, generator: torch.Generator) -> torch.Tensor:
+            return torch.randperm(len(self), generator=generator)
+
     compiled = torch.cuda.is_available() if arguments.compile is None else arguments.compile
     geometry = read_geometry(arguments.teacher)
     cadence = dict.fromkeys(("log", "sample", "checkpoint", "evaluate"), 10**9)

@@ -40,13 +40,19 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 class Prompts(ConfigGroup):
     """The source of prompts: `scenes`, a file, or a folder as in docs/data.md; at most `max_count` prompts.
 
-    `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`.
+    `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`. `encoding` is `cached`, once
+    before training, or `online`, during training; `auto` is `cached` where the cache is small enough for memory.
     """
 
     source: _Path = "scenes"
     column: str | None = None
     max_count: _Count = 20_000
     seed: Seed = 0
+    encoding: Literal["auto", "online", "cached"] = "auto"
+    # T5 tokens of a prompt, up to diffusers' limit; null is the teacher's own number, 256 for the published models.
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
+    t5: Literal["full", "int8"] = "full"  # precision of T5's weights in online encoding
+    encoder_device: str | None = None  # of the text encoders in online encoding; null is the training device
 
 
 class RealImages(ConfigGroup):
@@ -222,6 +228,7 @@ class RunConfig(ConfigGroup):
         plain = {key: value for key, value in self.as_dict().items() if key not in free}
         for key in _Networks.model_fields:
             plain["networks"].pop(key)
+        plain["prompts"].pop("encoder_device")
         return dict(flat(plain))
 
     def check_same(self, identity: Mapping[str, Any], where: Path) -> None:

@@ -21,7 +21,6 @@ from PIL.Image import Image
 
 from distill import methods
 from distill.config import RunConfig, load_config
-from distill.data.embedding_cache import cached_prompts
 from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, Report
@@ -244,7 +243,7 @@ def evaluate_variants(
 
     settings = config.evaluation.model_copy(update={"teacher_steps": steps})
     count = min(max(SHOWN, settings.images), config.prompts.max_count)
-    prompts = cached_prompts(RunPrompts(config.prompts, first).cache, count)
+    prompts = RunPrompts(config.prompts, first).first(count)
     config = config.model_copy(update={"evaluation": settings})
     measured = _measure(config, first, teacher, prompts, students, device, report)
     picture = _draw(teacher, students, list(islice(cycle(prompts), SHOWN)), steps, seed, device)

@@ -1,9 +1,10 @@
 """One distillation from configuration to student folder: what `distill run`, `distill compare` and jobs call.
 
 The run folder: `config.yaml` (resolved), `state.json` (its phase), `embeddings/` and `images/` (encoded prompts and
-real images), `references/` (the teacher's images for evaluations), `sources.json` (digests of what it trains on),
-`checkpoints/`, `best/` (the averaged student of the best evaluation), `metrics.jsonl`, `evaluations.jsonl`,
-`evaluations/`, `alarms.jsonl`, `tensorboard/`, `samples/`, and at the end `student/`. The same call resumes a run.
+real images) or `prompts.jsonl` (prompts that are encoded online), `references/` (the teacher's images for
+evaluations), `sources.json` (digests of what it trains on), `checkpoints/`, `best/` (the averaged student of the best
+evaluation), `metrics.jsonl`, `evaluations.jsonl`, `evaluations/`, `alarms.jsonl`, `tensorboard/`, `samples/`, and at
+the end `student/`. The same call resumes a run.
 """
 
 from collections.abc import Generator
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from distill.config import RunConfig
-from distill.data.embedding_cache import EmbedProgress, cached_prompts
+from distill.data.embedding_cache import EmbedProgress
 from distill.data.image_cache import EncodeProgress
 from distill.evaluate.references import ReferenceProgress
 from distill.models.device import fast_bfloat16
@@ -172,7 +173,7 @@ def is_finished(config: RunConfig, out: Path) -> bool:
 
 def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:
     """The run's first prompts, as many as sample grids and evaluations take."""
-    return cached_prompts(prompts.cache, min(max(GRID, config.evaluation.images), config.prompts.max_count))
+    return prompts.first(max(GRID, config.evaluation.images))
 
 
 def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> None:

@@ -4,39 +4,24 @@ All is a function of (seed, purpose, image index), so a run resumes without gene
 global batch.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol, Self, TypeVar
+from functools import lru_cache, partial
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from distill.config import RunConfig
+from distill.data.conditions import Conditions, Reals, Rows
 from distill.methods.base import Real, TrainingBatch
 from distill.models.text import TextCondition
 from distill.philox import Draw, key_of
 
+AHEAD = 4  # micro-batches that are prepared while a step is computed
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Rows(Protocol[T_co]):
-    """Encoded prompts or real images, as the trainer reads them."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Tensor) -> T_co: ...
-
-
-class Conditions(Rows[TextCondition], Protocol):
-    """Encoded prompts, with the empty one."""
-
-    null: TextCondition
-
-
-Reals = Rows[Real]
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,10 @@ class MicroBatch:
         return self.with_tensors(*pinned)
 
     def to(self, device: torch.device) -> Self:
-        """Copy to a device without waiting."""
+        """Copy to a device without waiting. Memory of another CUDA stream is kept until this stream has used it."""
+        for x in self.tensors():
+            if x.is_cuda:
+                x.record_stream(torch.cuda.current_stream(x.device))
         return self.with_tensors(*(x.to(device, non_blocking=True) for x in self.tensors()))
 
 
@@ -93,6 +81,8 @@ def batches(
     reals: Reals | None = None,
 ) -> Generator[MicroBatch]:
     """Yield the micro-batches of all turns to come; a process has the `local` images from `offset` of each batch."""
+    prompts = _Shuffled(conditions, config.seed, "prompts")
+    examples = None if reals is None else _Shuffled(reals, config.seed, "real images")
     for first in range(images, config.images, config.batch):
         for turn in config.method.turns():
             for step in range(turn.steps):
@@ -101,35 +91,43 @@ def batches(
                 start, stop = first + offset, first + offset + local
                 for row in range(start, stop, micro_batch_size(config, local)):
                     rows = range(row, min(row + micro_batch_size(config, local), stop))
-                    cond = conditions.rows(_rows(config.seed, "prompts", rows, len(conditions)))
-                    real = None
-                    if turn.real and reals is not None:
-                        real = reals.rows(_rows(config.seed, "real images", rows, len(reals)))
+                    cond = prompts.rows(rows)
+                    real = examples.rows(rows) if turn.real and examples is not None else None
                     part = MicroBatch(purpose, shape, torch.arange(rows.start, rows.stop), cond, real)
                     yield part.pin_memory() if pinned else part
 
 
 def prefetch(items: Iterator[T]) -> Generator[T]:
-    """Yield the items, making each in a thread while the caller uses the one before."""
+    """Yield the items, making the next AHEAD in a thread meanwhile. The thread ends with the generator."""
     with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
+        make = partial(thread.submit, next, items, None)
+        upcoming = deque(make() for _ in range(AHEAD))
+        try:
+            while (item := upcoming.popleft().result()) is not None:
+                upcoming.append(make())
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
-def _rows(seed: int, purpose: str, images: range, count: int) -> Tensor:
-    """Indices (B,) of the prompts, or real images, of some images. Each epoch is another permutation."""
-    parts = []
-    start = images.start
-    while start < images.stop:
-        epoch, row = divmod(start, count)
-        parts.append(_permutation(seed, purpose, epoch, count)[row : row + images.stop - start])
-        start += len(parts[-1])
-    return torch.cat(parts)
+class _Shuffled(Generic[T]):
+    """The rows of images by index. Each epoch is another permutation, a function of the seed and the purpose."""
 
+    def __init__(self, source: Rows[T], seed: int, purpose: str) -> None:
+        self._source = source
+        self._seed = seed
+        self._purpose = purpose
+        self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch may span two epochs
 
-@lru_cache(maxsize=4)  # of prompts and of real images; a batch may span two epochs
-def _permutation(seed: int, purpose: str, epoch: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(key_of(seed, f"{purpose} {epoch}"))
-    return torch.randperm(count, generator=generator)
+    def rows(self, images: range) -> T:
+        parts = []
+        start = images.start
+        while start < images.stop:
+            epoch, row = divmod(start, len(self._source))
+            parts.append(self._order(epoch)[row : row + images.stop - start])
+            start += len(parts[-1])
+        return self._source.rows(torch.cat(parts))
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(key_of(self._seed, f"{self._purpose} {epoch}"))
+        return self._source.shuffle(generator)

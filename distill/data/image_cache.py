@@ -151,6 +151,10 @@ class ImageCache:
         found = self._reader.rows(indices)
         return Real(found.pop("latents"), TextCondition(**found))
 
+    def shuffle(self, generator: torch.Generator) -> Tensor:
+        """Draw the order of an epoch (N,): a uniform permutation, or windows of shards if the cache is large."""
+        return self._reader.shuffle(torch.arange(len(self)), generator)
+
 
 class _ReadExamples:
     """Iterates over examples, and counts and digests what it reads."""

@@ -1,17 +1,19 @@
 """Caches of encoded rows: a folder of safetensors shards of bounded size with an index, its writer and its reader.
 
 While a cache is written, its index has another name; it is renamed last, so a folder with a manifest is complete. The
-index records what the rows depend on and the checksum of each file. Caches of prompts and of real images differ only in
-their `Layout`.
+index records what the rows depend on and a checksum of each file. That of a shard is of its header, which holds
+checksums of blocks of rows. So opening a cache reads only its index and headers, whatever its size, and a block is
+checked when it is first read. Caches of prompts and of real images differ only in their `Layout`.
 """
 
 import hashlib
 import json
 import os
+import struct
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,10 +29,14 @@ from distill.files import atomic_write_text, flush, sha256
 from distill.models.device import to_device
 from distill.models.sd3_folder import SD3Folder
 
-FORMAT = 2
+FORMAT = 3
 SHARD_ROWS = 4096
 SHARD_BYTES = 1 << 30  # a shard is built in memory, and a prompt takes megabytes with T5
-RESIDENT_BYTES = 1 << 30  # largest cache that a reader loads to memory
+BLOCK_BYTES = 1 << 24  # rows that share a checksum, and are read from disk together when it is compared
+# The largest cache that a reader loads to memory. It is the same on every machine, because the order of rows depends
+# on it, and so small that every process of a run has room for a copy on its device.
+RESIDENT_BYTES = 1 << 30
+WINDOW_BYTES = 4 << 30  # shards whose rows are shuffled together, so that the system's page cache can hold them
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,30 @@ def shard_name(number: int) -> str:
 
 
 def write_rows(rows: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file of rows by tensor. Raises OSError or SafetensorError."""
-    save_file({key: tensor.contiguous() for key, tensor in rows.items()}, path)
+    """Write a file of rows by tensor, with checksums of its blocks. Raises OSError or SafetensorError."""
+    rows = {key: tensor.contiguous() for key, tensor in rows.items()}
+    count = len(next(iter(rows.values())))
+    block = max(1, BLOCK_BYTES * count // max(1, sum(tensor.nbytes for tensor in rows.values())))
+    checksums = [
+        _checksum({key: tensor[start : start + block] for key, tensor in rows.items()})
+        for start in range(0, count, block)
+    ]
+    save_file(rows, path, {"blocks": json.dumps({"rows": block, "sha256": checksums})})
+
+
+def _checksum(rows: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the bytes of some rows, tensor by tensor."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(rows.items()):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _header_checksum(path: Path) -> str:
+    """SHA-256 of a safetensors file's header. Raises OSError or struct.error."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(*struct.unpack("<Q", length))).hexdigest()
 
 
 class Source(Protocol):
@@ -150,7 +178,9 @@ class ShardWriter:
         `read` is the value of `read_so_far` after the rows were read; None takes the current one.
         """
         with self._writing():
-            self._index["shards"].append(self._save(shard_name(self.shards), rows))
+            path, count = self._save(shard_name(self.shards), rows)
+            entry = {"name": path.name, "rows": count, "sha256": _header_checksum(path)}
+            self._index["shards"].append(entry)
             self._keep(lines, counts, read)
 
     def finish(
@@ -159,7 +189,8 @@ class ShardWriter:
         """Add further tensors, each group in a file of its name, and rename the index to the manifest."""
         with self._writing():
             for name, rows in files.items():
-                self._index[name] = self._save(name, rows)
+                path, _ = self._save(name, rows)
+                self._index[name] = {"name": path.name, "sha256": sha256(path)}
             self._keep(lines, counts)
             (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
             (self._folder / self._layout.begun).unlink()
@@ -217,17 +248,17 @@ class ShardWriter:
         self._index.update(counts, source=self.read_so_far() if read is None else read)
         atomic_write_text(self._folder / self._layout.unfinished, json.dumps(self._index, indent=2) + "\n")
 
-    def _save(self, name: str, rows: Mapping[str, Tensor] | Path) -> dict[str, Any]:
-        """Write rows atomically; returns their entry in the index."""
+    def _save(self, name: str, rows: Mapping[str, Tensor] | Path) -> tuple[Path, int]:
+        """Write rows atomically; returns their file and number."""
         made, path = self.partial(name), self._folder / f"{name}.safetensors"
         if not isinstance(rows, Path):
             write_rows(rows, made)
         with safe_open(made, "pt") as file:
-            count = file.get_slice(next(iter(file.keys()))).get_shape()[0]
+            count = int(file.get_slice(next(iter(file.keys()))).get_shape()[0])
         flush(made)
         made.replace(path)
         flush(self._folder)
-        return {"name": path.name, "rows": count, "sha256": sha256(path)}
+        return path, count
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -255,8 +286,8 @@ def check_source(folder: Path, layout: Layout, source: Source) -> None:
 class ShardReader:
     """A complete cache; rows are read from disk on demand, or loaded to a device at once.
 
-    Opening checks that every shard exists with its size. A shard's checksum is checked before its first row is
-    returned, because the cache of a large model has terabytes, too much to read at each start of each process.
+    Opening reads the index and the header of every shard, but no rows: the cache of a large model has terabytes. The
+    checksum of a block of rows is compared before the first of its rows is returned.
     """
 
     def __init__(self, folder: Path, layout: Layout, device: torch.device | None = None) -> None:
@@ -274,7 +305,8 @@ class ShardReader:
         self._shards = _shards(path, self._index["shards"], layout)
         self._starts = [0, *accumulate(shard.rows for shard in self._shards)]
         self._table: dict[str, Tensor] | None = None
-        if device is not None and sum(shard.bytes for shard in self._shards) <= RESIDENT_BYTES:
+        self._is_small = sum(shard.bytes for shard in self._shards) <= RESIDENT_BYTES
+        if device is not None and self._is_small:
             parts = [shard.read(0, shard.rows) for shard in self._shards]
             self._table = {name: torch.cat([part[name] for part in parts]).to(device) for name in layout.shapes}
 
@@ -292,6 +324,23 @@ class ShardReader:
             row = index - self._starts[shard]
             parts.append(self._shards[shard].read(row, row + 1))
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
+
+    def shuffle(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Shuffle the positions of `rows` (N,), which are row indices; returns a permutation of range(N).
+
+        All positions are shuffled for a cache that fits in memory. Otherwise the shards are shuffled and divided into
+        windows of about WINDOW_BYTES, and positions are shuffled within each window, so that the disk is read shard by
+        shard.
+        """
+        permutation = torch.randperm(len(rows), generator=generator)
+        if self._is_small:
+            return permutation
+        shards = torch.randperm(len(self._shards), generator=generator)
+        sizes = torch.tensor([shard.bytes for shard in self._shards])
+        window_of_shard = torch.empty_like(shards)
+        window_of_shard[shards] = (sizes[shards].cumsum(0) - 1) // WINDOW_BYTES
+        shard_of_row = torch.searchsorted(torch.tensor(self._starts), rows[permutation], right=True) - 1
+        return permutation[window_of_shard[shard_of_row].argsort(stable=True)]
 
     @property
     def sha256(self) -> str:
@@ -313,33 +362,37 @@ class ShardReader:
 
 
 class _Shard:
-    """A file of rows; its header is checked when it is opened, its checksum at the first row."""
+    """A file of rows; its header is checked when it is opened, each block of rows when it is first read."""
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], layout: Layout) -> None:
         self.rows: int = entry["rows"]
         self._path = folder / entry["name"]
-        self._sha256 = entry["sha256"]
         self._layout = layout
-        self._checked = False
         expected = {name: [self.rows, *shape] for name, shape in layout.shapes.items()}
         try:
             file: Any = safe_open(self._path, "pt")  # refuses a file that is not as long as its header says
             shapes = {name: file.get_slice(name).get_shape() for name in expected}
+            sound = shapes == expected and _header_checksum(self._path) == entry["sha256"]
         except (OSError, SafetensorError):
-            raise self._damaged() from None
-        if shapes != expected:
+            sound = False
+        if not sound:
             raise self._damaged()
         self._file = file
+        blocks = json.loads(file.metadata()["blocks"])
+        self._block_rows: int = blocks["rows"]
+        self._unchecked: dict[int, str] = dict(enumerate(blocks["sha256"]))
         self.bytes = self._path.stat().st_size
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Read a range of rows by tensor. Raises CacheError for a damaged file; its checksum is compared once."""
-        if not self._checked:
-            with suppress(OSError):
-                self._checked = sha256(self._path) == self._sha256
-            if not self._checked:
+        """Read a range of rows by tensor. Raises CacheError for a damaged block; its checksum is compared once."""
+        size = self._block_rows
+        for block in self._unchecked.keys() & set(range(start // size, -(-stop // size))):
+            if _checksum(self._slice(block * size, (block + 1) * size)) != self._unchecked.pop(block):
                 raise self._damaged()
-        return {name: self._file.get_slice(name)[start:stop] for name in self._layout.shapes}
+        return self._slice(start, stop)
+
+    def _slice(self, start: int, stop: int) -> dict[str, Tensor]:
+        return {name: self._file.get_slice(name)[start : min(stop, self.rows)] for name in self._layout.shapes}
 
     def _damaged(self) -> CacheError:
         mend = f"remove {self._path.parent} and {self._layout.verb} again"
@@ -356,9 +409,12 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
         raise layout.damaged(path)
     for key, value in layout.cache_key.items():
         if index.get(key) != value:
+            mend = f"remove it and {layout.verb} again"
+            if key == "max_sequence_length":
+                mend = f"set prompts.max_sequence_length to {index.get(key)}, or {mend}"
             raise CacheError(
                 f"{path.parent} was made for teacher {index.get('teacher')!r} with {key} = {index.get(key)}, "
-                f"not {value} of {layout.teacher.name!r}; remove it and {layout.verb} again"
+                f"not {value} of {layout.teacher.name!r}; {mend}"
             )
     if not index.keys() >= keys:
         raise layout.damaged(path)

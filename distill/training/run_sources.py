@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -10,17 +12,30 @@ import torch
 
 from distill.config import Prompts, RealImages, RunConfig
 from distill.data import embedding_cache, image_cache
-from distill.data.embedding_cache import EmbeddingCache, check_prompts, embed_prompts
+from distill.data.conditions import Conditions, Reals
+from distill.data.embedding_cache import (
+    EmbeddingCache,
+    EmbedProgress,
+    cached_prompts,
+    check_prompts,
+    embed_prompts,
+    row_bytes,
+)
 from distill.data.image_cache import ImageCache, check_examples, encode_examples
 from distill.data.images import read_examples
-from distill.data.prompts import read_prompts
+from distill.data.online_conditions import OnlineConditions
+from distill.data.prompt_texts import PromptTexts, write_texts
+from distill.data.prompts import DistinctPrompts, read_prompts
+from distill.data.shards import RESIDENT_BYTES
 from distill.data.sources import PROMPT_SOURCES
-from distill.errors import CheckpointError, ConfigError
+from distill.errors import CacheError, CheckpointError, ConfigError
 from distill.files import atomic_write_text
+from distill.models.device import resolve_device
 from distill.models.sd3_folder import SD3Folder
 
 SOURCES = "sources.json"  # digests of the teacher, prompts and real images that a run trains on
-Cache = TypeVar("Cache", EmbeddingCache, ImageCache)
+TEXTS = "prompts.jsonl"  # the prompts of a run that encodes them online
+Cache = TypeVar("Cache", Conditions, Reals)
 _log = logging.getLogger(__name__)
 
 
@@ -45,8 +60,13 @@ class RunSource(Generic[Cache]):
 
     @property
     def is_encoded(self) -> bool:
-        """Whether the cache is complete."""
+        """Whether the source need not be encoded before training."""
         return (self.cache / self.manifest).exists()
+
+    @property
+    def encoded(self) -> Path:
+        """What another run can take as its source instead, without reading this one again."""
+        return self.cache
 
     def check(self, teacher: SD3Folder) -> None:
         """Find errors of a source, unless it is a stream. Raises CacheError, PromptError or ImageError."""
@@ -56,7 +76,7 @@ class RunSource(Generic[Cache]):
         elif self.config.source not in ("-", *PROMPT_SOURCES) and (
             path.is_dir() or path.is_file() or not path.exists()
         ):
-            next(self._rows(), None)
+            next(self._read_source(), None)
 
     def encode(self, teacher: SD3Folder, device: torch.device, resumed: bool) -> Iterator[Any]:
         """Encode the source into the cache, or compare it with a complete cache of the run; yield progress.
@@ -69,7 +89,7 @@ class RunSource(Generic[Cache]):
             return
         if not self.is_encoded:
             yield from self._encode(teacher, self._rows(), self.cache, device)
-        elif resumed and source not in PROMPT_SOURCES and (source == "-" or not Path(source).exists()):
+        elif resumed and self._is_gone:
             what = "standard input" if source == "-" else source
             _log.warning("%s is not read again; the run goes on with what was encoded of it in %s", what, self.cache)
         else:
@@ -79,26 +99,116 @@ class RunSource(Generic[Cache]):
         """Open the cache. With a device, only the first `max_count` rows are used, and a small cache is held there."""
         return self._cache(self.cache, teacher, device, None if device is None else self.config.max_count)
 
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the source cannot be read again."""
+        source = self.config.source
+        return source not in PROMPT_SOURCES and (source == "-" or not Path(source).exists())
+
     def _rows(self) -> Iterator[Any]:
+        return self._read_source()
+
+    def _read_source(self) -> Iterator[Any]:
         return self._read(self.config.source, self.config.max_count, self.config.seed, self.config.column)
 
 
-class RunPrompts(RunSource[EmbeddingCache]):
-    """The prompts of a run."""
+class RunPrompts(RunSource[Conditions]):
+    """The prompts of a run: a cache of conditions, or texts that are encoded online."""
 
+    config: Prompts
     manifest, folder = embedding_cache.MANIFEST, "embeddings"
     _cache, _read = EmbeddingCache, staticmethod(read_prompts)
     _encode, _compare = staticmethod(embed_prompts), staticmethod(check_prompts)
 
+    def __init__(self, config: Prompts, out: Path) -> None:
+        """Raises ConfigError if a cache is given with a column or with encoding `online`."""
+        super().__init__(config, out)
+        if self.is_cache and config.encoding == "online":
+            raise ConfigError(f"prompts.encoding is online, but {config.source} is a cache; set it to auto")
+        self._file = out / TEXTS
+        self._read_rows: list[str] | None = None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the cache is complete, or the texts for online encoding are in the run folder."""
+        return self._file.exists() if self._has_texts else super().is_encoded
+
+    @property
+    def encoded(self) -> Path:
+        """The cache, or the file of texts."""
+        return self._file if self._has_texts else self.cache
+
+    def is_online(self, teacher: SD3Folder) -> bool:
+        """Whether the prompts are encoded online. `auto` is decided at the first start, by the size of the cache."""
+        if self._has_texts or self.is_encoded or self.config.encoding == "cached":
+            return self._has_texts
+        return self.distinct() * row_bytes(teacher) > RESIDENT_BYTES
+
+    def encode(self, teacher: SD3Folder, device: torch.device, resumed: bool) -> Iterator[Any]:
+        """Encode the source into the cache, or write its texts for online encoding; else compare with what is there.
+
+        Raises CacheError if the source has changed.
+        """
+        if not self.is_online(teacher):
+            yield from super().encode(teacher, device, resumed)
+        elif not resumed or not self._file.exists():
+            write_texts(self._rows(), self._file)
+            yield EmbedProgress(self.distinct(), 0)
+        elif self._is_gone:
+            _log.warning("%s is not read again; the run goes on with %s", self.config.source, self._file)
+        else:
+            source = DistinctPrompts(self._rows())
+            source.skip(sys.maxsize)
+            if source.sha256 != PromptTexts(self._file).sha256:
+                raise CacheError(
+                    f"{self._file} has other prompts than the source holds now; restore the source, or give another "
+                    "--out"
+                )
+        self._read_rows = None
+
+    def open(self, teacher: SD3Folder, device: torch.device | None = None) -> Conditions:
+        """Open the cache, or the texts for encoding on the device, unless `encoder_device` names another."""
+        if not self._has_texts:
+            return super().open(teacher, device)
+        place = self.config.encoder_device
+        where = (device or torch.device("cpu")) if place is None else resolve_device(place)
+        return OnlineConditions(PromptTexts(self._file), teacher, where, self.config.t5)
+
+    def first(self, count: int) -> list[str]:
+        """The first distinct prompts of an encoded source, at most `count`. Raises CacheError."""
+        if self._has_texts:
+            return list(islice(DistinctPrompts(PromptTexts(self._file)), count))
+        return cached_prompts(self.cache, min(count, self.config.max_count))
+
     def count(self) -> int | None:
-        """The number of distinct prompts in the cache; None if it cannot be read."""
+        """The number of distinct prompts of an encoded source; None if it cannot be read."""
         try:
+            if self._has_texts:
+                return len(set(PromptTexts(self._file)))
             return int(json.loads((self.cache / self.manifest).read_text())["prompts"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, CacheError):
             return None
 
+    def distinct(self) -> int:
+        """The number of distinct prompts; a source that is not encoded yet is read for it."""
+        counted = self.count() if self.is_encoded else None
+        return len(set(self._rows())) if counted is None else counted
 
-class RunImages(RunSource[ImageCache]):
+    @property
+    def _has_texts(self) -> bool:
+        """Whether the run is known to encode online: by its configuration, or by what is in its folder."""
+        if self.is_cache or self.config.encoding != "auto":
+            return self.config.encoding == "online"
+        return self._file.exists() and not super().is_encoded
+
+    def _rows(self) -> Iterator[str]:
+        """The prompts of the source, which may be a stream and is read once."""
+        if self._read_rows is None:
+            self._read_rows = list(self._read_source())
+        return iter(self._read_rows)
+
+
+class RunImages(RunSource[Reals]):
     """The real images of a run, for methods that take them."""
 
     manifest, folder = image_cache.MANIFEST, "images"
@@ -112,7 +222,7 @@ def run_sources(config: RunConfig, out: Path) -> tuple[RunPrompts, RunImages | N
 
 
 def check_digests(
-    out: Path, teacher: SD3Folder, prompts: EmbeddingCache, images: ImageCache | None, has_checkpoint: bool
+    out: Path, teacher: SD3Folder, prompts: Conditions, images: Reals | None, has_checkpoint: bool
 ) -> dict[str, str]:
     """The digests of what a run trains on. Raises CheckpointError if the run in `out` has trained on something else."""
     digests = {"prompts": prompts.sha256, **({"real images": images.sha256} if images is not None else {})}

@@ -55,8 +55,8 @@ def _measure(config: RunConfig, folder: Path) -> float:
     changes["evaluation"] = EvaluationSettings(evaluator="none")
     for name, source in zip(("prompts", "real"), run_sources(config, folder), strict=True):
         if source is not None:
-            cache = {"source": str(source.cache.resolve()), "column": None}
-            changes[name] = source.config.model_copy(update=cache)
+            encoded = {"source": str(source.encoded.resolve()), "column": None}
+            changes[name] = source.config.model_copy(update=encoded)
     endless = config.model_copy(update=changes)
     machine = run.accelerator(endless, scratch)
     if machine.is_main_process:

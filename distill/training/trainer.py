@@ -5,7 +5,7 @@ It owns optimizers, rhythm and checkpoints, and yields progress to its caller. E
 
 A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
 processes once: gradient accumulation that any method's turns can alternate over. On a GPU, without
-a CUDA graph, a thread reads the next micro-batch meanwhile.
+a CUDA graph, a thread reads or encodes the next micro-batches meanwhile.
 """
 
 import math
@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill.config import RunConfig
-from distill.data.batches import Conditions, MicroBatch, Reals, batches, micro_batch_size, prefetch
+from distill.data.batches import MicroBatch, batches, micro_batch_size, prefetch
+from distill.data.conditions import Conditions, Reals
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
-from distill.models import attention
+from distill.models import attention, quantize
 from distill.models.device import resolve_device
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
@@ -103,6 +104,13 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
     if config.batch % accelerator.num_processes:
         world = accelerator.num_processes
         raise ConfigError(f"batch {config.batch} does not divide over {world} processes; take a multiple of {world}")
+    if config.prompts.encoder_device is not None:
+        try:
+            resolve_device(config.prompts.encoder_device)
+        except ConfigError as error:
+            raise ConfigError(f"prompts.encoder_device: {error}") from None
+    if config.prompts.t5 == "int8":
+        quantize.check("int8", torch.bfloat16, accelerator.device, "prompts.t5")
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
         engine == DistributedType.FSDP and not accelerator.is_fsdp2

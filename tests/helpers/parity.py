@@ -46,6 +46,9 @@ class Prompts:
     def rows(self, indices):
         return self._all[torch.tensor(list(indices)) + 1]
 
+    def shuffle(self, generator):
+        return torch.randperm(len(self), generator=generator)
+
 
 def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
     """A base with adapters that matter, and differ: they would start as zero maps."""

@@ -117,6 +117,9 @@ def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_o
         def rows(self, indices):
             return Real(torch.zeros(len(indices), *SHAPE), Prompts().rows(torch.zeros(len(indices), dtype=torch.int64)))
 
+        def shuffle(self, generator):
+            return torch.randperm(len(self), generator=generator)
+
     gan = {"method": "{name: dmd, fake_steps: 1, gan: {}}", "real": "{source: scenes}"}
 
     def end(out, critic, **more):
