@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, SOURCE, TEACHER, Column, Device
+from distill.cli.options import LAST_SEED, MOST, SOURCE, TEACHER, Column, Device, TextLength
 
 _IMAGES = (
     "A folder of images with .txt captions or a metadata.jsonl, a folder of WebDataset .tar shards, one such shard, "
@@ -26,6 +26,7 @@ def embed(
             help="Number of processes, each with its own encoders; with cuda they use the GPUs in turn.", min=1
         ),
     ] = 1,
+    max_sequence_length: TextLength = None,
     device: Device = "auto",
 ) -> None:
     """Encode prompts into a cache, so that training needs no text encoder.
@@ -42,7 +43,7 @@ def embed(
 
     encoded = None
     where = resolve_device(device)
-    folder = open_teacher(teacher)  # before the cache's folder is created
+    folder = open_teacher(teacher).with_sequence_length(max_sequence_length)  # before the cache's folder is created
     with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
@@ -64,6 +65,7 @@ def encode(
         str | None, typer.Option(help="Key of the captions in JSON. Default: the first of prompt, caption and text.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(help="Maximum images per file; files stay under 1 GiB.", min=1)] = 4096,
+    max_sequence_length: TextLength = None,
     device: Device = "auto",
 ) -> None:
     """Encode real images and their captions into a cache, for methods that train on real images: RealUID, DMD2's GAN.
@@ -81,7 +83,7 @@ def encode(
 
     encoded = None
     where = resolve_device(device)
-    folder = open_teacher(teacher)  # before the cache's folder is created
+    folder = open_teacher(teacher).with_sequence_length(max_sequence_length)  # before the cache's folder is created
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})

@@ -60,6 +60,15 @@ SkipLayers = Annotated[
 ]
 SkipScale = Annotated[float, typer.Option(help="Scale of skip-layer guidance.", min=1e-3, max=100, callback=finite)]
 Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]
+TextLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-sequence-length",
+        help="T5 tokens of a prompt, a run's prompts.max_sequence_length. Default: the teacher's own number.",
+        min=0,
+        max=512,
+    ),
+]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")]
 
 

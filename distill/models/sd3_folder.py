@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -163,6 +163,10 @@ class SD3Folder:
         """(C, h, w) of another size in image pixels. Raises SizeError for one that the model cannot make."""
         check_size(width, height, self.vae_scale_factor * self.patch_size, self.pos_embed_max_size, self.name)
         return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def with_sequence_length(self, length: int | None) -> Self:
+        """The same folder with another number of T5 tokens for each prompt; None keeps its own."""
+        return self if length is None else replace(self, max_sequence_length=length)
 
     @property
     def text_shape(self) -> tuple[int, int]:

@@ -38,6 +38,7 @@ def export_run(
                 raise
             raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
     check_teacher(out, teacher)
+    teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
     state = _find_state(out, which)
     weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
     images = int(state.name)

@@ -153,16 +153,30 @@ def test_a_run_that_lost_its_end_makes_it_again_with_the_same_bits(whole, teache
 
 
 @pytest.mark.parametrize("whole", ["full"], indirect=True)
-def test_a_killed_run_ends_with_the_same_bits(whole, teacher, prompts, tmp_path):
-    kind, undisturbed = whole
-    out = tmp_path / "killed"
-    arguments = command(teacher, prompts, out, f"networks.kind={kind}")
+def test_a_killed_run_ends_with_the_same_bits_also_if_prompts_are_encoded_online(whole, teacher, prompts, tmp_path):
+    kind, cached = whole
+    source, out = tmp_path / "prompts.txt", tmp_path / "killed"
+    source.write_text(prompts.read_text())
+    arguments = command(teacher, source, out, f"networks.kind={kind}", "prompts.encoding=online")
     process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(process, lambda: checkpoint.latest(out / "checkpoints") is not None)
     process.kill()
     process.wait()
+    source.unlink()
     assert invoke(*arguments).exit_code == 0
-    assert_same_end(out, undisturbed)
+    assert_same_end(out, cached)
+    assert not (out / "embeddings").exists()
+    assert json.loads((out / "sources.json").read_text()) == json.loads((cached / "sources.json").read_text())
+    assert json.loads((out / "student" / "onestep.json").read_text())["prompts"]["count"] == 5
+
+    source.write_text("others\n")
+    changed = invoke(*arguments, "--set=images=104")
+    assert isinstance(changed.exception, CacheError)
+    assert "prompts.jsonl has other prompts than the source holds now" in str(changed.exception)
+    (out / "prompts.jsonl").write_text('"others"\n')
+    refused = invoke(*arguments, "--set=images=104")
+    assert isinstance(refused.exception, CheckpointError)
+    assert "was trained on other prompts than it is given now" in str(refused.exception)
 
 
 def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(whole, teacher, prompts):
@@ -334,7 +348,8 @@ def test_two_processes_end_where_one_does(whole, teacher, prompts, tmp_path):
     kind, alone = whole
     out = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "distill.cli", *command(teacher, prompts, out, f"networks.kind={kind}")]
+    words = command(teacher, prompts, out, f"networks.kind={kind}", "prompts.encoding=online")  # of its own rows only
+    arguments = ["-m", "distill.cli", *words]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -68,6 +68,57 @@ def test_a_cache_is_held_only_within_the_memory_for_it(cache, teacher, monkeypat
         EmbeddingCache(cache, SD3Folder.read(teacher), torch.device("cpu"))
 
 
+def test_a_large_cache_is_read_by_shards_each_row_once_an_epoch(teacher, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    list(embed_prompts(SD3Folder.read(teacher), TEXTS, cache, shard_rows=8))
+    small = EmbeddingCache(cache, SD3Folder.read(teacher))
+    expected = torch.randperm(len(TEXTS), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(small.shuffle(torch.Generator().manual_seed(0)), expected)
+
+    size = (cache / "shard-00000.safetensors").stat().st_size
+    monkeypatch.setattr(shards, "RESIDENT_BYTES", 1)
+    monkeypatch.setattr(shards, "WINDOW_BYTES", 2 * size)
+    large = EmbeddingCache(cache, SD3Folder.read(teacher))
+    first, again, other = (large.shuffle(torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    shard_of = torch.tensor([list(dict.fromkeys(TEXTS)).index(text) // 8 for text in TEXTS])
+    for order in (first, other):
+        assert sorted(order.tolist()) == list(range(len(TEXTS)))
+        read = shard_of[order]
+        assert len(read.unique_consecutive()) > 2 * 8  # rows of the two shards of a window alternate
+        windows = list(dict.fromkeys(read.tolist()))
+        assert windows != sorted(windows)
+        for early, late in zip(windows[::2], windows[2::2], strict=False):
+            assert (read == early).nonzero().max() < (read == late).nonzero().min()
+
+
+def test_opening_a_cache_reads_headers_and_each_block_is_checked_when_it_is_first_read(teacher, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    row = sum(
+        tensor[0].nbytes for tensor in SD3TextEncoder.load(SD3Folder.read(teacher)).encode([""]).__dict__.values()
+    )
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 2 * row)  # in bf16 twice as many rows
+    list(embed_prompts(SD3Folder.read(teacher), TEXTS[:20], cache))
+    path = cache / "shard-00000.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    path.write_bytes(whole[:header] + bytes(len(whole) - header))  # no row is left
+    opened = EmbeddingCache(cache, SD3Folder.read(teacher))
+    with pytest.raises(CacheError, match="shard-00000"):
+        opened.rows(torch.tensor([0]))
+
+    last = bytearray(whole)
+    last[-1] ^= 1  # of the last row of the last tensor
+    path.write_bytes(last)
+    opened = EmbeddingCache(cache, SD3Folder.read(teacher))
+    assert len(opened.rows(torch.arange(12))) == 12
+    with pytest.raises(CacheError, match="shard-00000"):
+        opened.rows(torch.tensor([19]))
+    path.write_bytes(whole[: header - 1] + b"\0" + whole[header:])
+    with pytest.raises(CacheError, match="shard-00000"):
+        EmbeddingCache(cache, SD3Folder.read(teacher))
+
+
 def test_cut_prompts_are_counted(teacher, tmp_path):
     *_, last = embed_prompts(SD3Folder.read(teacher), ["a red circle", "a " * 30], tmp_path / "cache")
     assert (last.prompts, last.truncated) == (2, 1)
