@@ -23,6 +23,7 @@ from distill.evaluate.references import ReferenceProgress
 from distill.models.device import fast_bfloat16
 from distill.models.teacher import open_teacher
 from distill.philox import key_of
+from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
 from distill.report.run_state import write_state
 from distill.student.run_export import export_run
@@ -44,13 +45,14 @@ with suppress(ImportError):  # the folder of toy datasets may be deleted
 
 def run(
     config: RunConfig, out: Path, machine: Accelerator, seconds: float | None = None
-) -> Generator[EmbedProgress | EncodeProgress | ReferenceProgress | Progress]:
+) -> Generator[RunEstimate | EmbedProgress | EncodeProgress | ReferenceProgress | Progress]:
     """Distill to the budget and export the student to `out/student`; resume what is there, and skip a finished run.
 
-    All processes of a run call this. The main process also yields the progress of encoding and of sampling the teacher.
-    `seconds` of training are a budget in place of `config.images`. Close the generator to interrupt the run, after
-    `progress.save()` to keep what was trained since the last checkpoint. Raises what `check_run` raises, ClaimedError
-    while another process writes to the folder, CacheError if the sources have changed, and DivergedError.
+    All processes of a run call this. The main process also yields what an unfinished run needs, and the progress of
+    encoding and of sampling the teacher. `seconds` of training are a budget in place of `config.images`. Close the
+    generator to interrupt the run, after `progress.save()` to keep what was trained since the last checkpoint. Raises
+    what `check_run` raises, ClaimedError while another process writes to the folder, OutputError if its disk is too
+    small, CacheError if the sources have changed, and DivergedError.
     """
     main, device = machine.is_main_process, machine.device
 
@@ -63,6 +65,10 @@ def run(
         prompts, reals = run_sources(config, out)
         if main:
             finished, resumed = is_finished(config, out), has_checkpoint(out)
+            if not finished:
+                estimate = estimate_run(config, out, teacher, prompts, device, machine.num_processes)
+                estimate.check_disk(out)
+                yield estimate
             prepare(config, out, teacher)
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):

@@ -1,11 +1,12 @@
 """`distill plan`: whether a distillation fits a device."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 import typer
 
-from distill.cli.options import TEACHER, finite
+from distill.cli.options import MOST, TEACHER, finite
 
 
 def plan(
@@ -32,6 +33,8 @@ def plan(
         ),
     ] = None,
     utilization: Annotated[float, typer.Option(help="Share of that peak.", min=1e-6, max=1, callback=finite)] = 0.35,
+    prompts: Annotated[int, typer.Option(help="Distinct prompts of the run.", min=1, max=MOST)] = 1_000_000,
+    images: Annotated[int, typer.Option(help="Images of the run.", min=1, max=MOST)] = 1_000_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
@@ -41,6 +44,7 @@ def plan(
     from distill.cli.console import out, table
     from distill.models.geometry import read_geometry
     from distill.plan.estimate import GIB, changes_that_fit, plan_input
+    from distill.plan.run_estimate import estimate_plan
 
     geometry = read_geometry(teacher)
     made = plan_input(
@@ -50,15 +54,19 @@ def plan(
     available = int((device_memory - reserve) * GIB)
     fits = result.peak <= available
     changes = [] if fits else changes_that_fit(made, result, available)
-    speed = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilization / result.flop_per_image
+    rate = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilization
+    speed = rate / result.flop_per_image
+    estimate = estimate_plan(made, result, prompts, images, rate)
     if as_json:
         values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
+        values |= {**asdict(estimate), "disk_bytes": estimate.disk, "encoding_share": estimate.encoding_share}
         typer.echo(json.dumps(values, indent=2))
         return
     rows = [(part, f"{size / GIB:.2f}") for part, size in result.parts().items()]
     rows += [(f"peak: {stage}", f"{size / GIB:.2f}") for stage, size in result.stages.items()]
     out.print(table(f"{geometry.name}, {result.parameters / 1e9:.2f} B parameters", ("", "GiB"), rows))
     out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image; about {speed:.2f} images/s on such a device.")
+    out.print("\n".join(estimate.lines()))
     needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
     if fits:
         out.print(f"It fits {device_memory:g} GiB: {needs}.")

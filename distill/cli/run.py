@@ -50,6 +50,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     from distill.data.image_cache import EncodeProgress
     from distill.data.sources import PROMPT_SOURCES
     from distill.evaluate.references import ReferenceProgress
+    from distill.plan.run_estimate import RunEstimate
     from distill.training.processes import wait_for_main
 
     machine = runs.accelerator(config, folder)
@@ -63,6 +64,10 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
         for progress in steps:
             if not shown and machine.is_main_process:
                 typer.echo(heading)
+            if isinstance(progress, RunEstimate):
+                shown = "estimate"
+                typer.echo("\n".join(progress.lines()))
+                continue
             if isinstance(progress, EmbedProgress):
                 phase, seen, metrics = "prompts", progress.prompts, {"truncated": float(progress.truncated)}
             elif isinstance(progress, EncodeProgress):

@@ -1,9 +1,9 @@
 """`Geometry`, the configurations of a Stable Diffusion 3 model: of a folder, or of a published model by name."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -58,13 +58,23 @@ _TEXT: dict[str, dict[str, Any]] = {"text_encoder": _CLIP_L, "text_encoder_2": _
 
 @dataclass(frozen=True)
 class Geometry:
-    """Configurations of a model's components; `tokens` is the length of an encoded prompt over all encoders."""
+    """Configurations of a model's components, and the lengths of an encoded prompt in CLIP's and in T5's tokens."""
 
     name: str
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, dict[str, Any]]
-    tokens: int
+    clip_tokens: int
+    t5_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Length of an encoded prompt over all encoders."""
+        return self.clip_tokens + self.t5_tokens
+
+    def with_text(self, clip_tokens: int, t5_tokens: int) -> Self:
+        """The same model with other lengths of an encoded prompt."""
+        return replace(self, clip_tokens=clip_tokens, t5_tokens=t5_tokens)
 
     @property
     def pixels_per_latent(self) -> int:
@@ -108,7 +118,7 @@ def read_geometry(teacher: str) -> Geometry:
     SD3 transformer.
     """
     if teacher in _NAMED:
-        return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, sum(_STOCK_TOKENS))
+        return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, *_STOCK_TOKENS)
     folder, name = TEACHERS.get(teacher, Path(teacher).expanduser()), ""
     if not folder.exists() and (model := HubModel.parse(teacher)) is not None:
         commit = model.resolve()
@@ -138,7 +148,7 @@ def read_geometry(teacher: str) -> Geometry:
     clip, t5 = _STOCK_TOKENS
     clip = read("tokenizer/tokenizer_config.json", {}).get("model_max_length", clip)
     t5 = read(RECORD, {}).get("max_sequence_length", t5)
-    return Geometry(name or folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip + t5)
+    return Geometry(name or folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip, t5)
 
 
 def _count(model: nn.Module) -> int:

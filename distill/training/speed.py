@@ -18,6 +18,7 @@ from distill.files import atomic_write_text
 from distill.training.preparation import SPEED
 from distill.training.processes import wait_for_main
 from distill.training.run_sources import run_sources
+from distill.training.trainer import Progress
 
 WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds
@@ -62,7 +63,8 @@ def _measure(config: RunConfig, folder: Path) -> float:
     if machine.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
     wait_for_main(machine)
-    rounds = run.run(endless, scratch, machine)
+    steps = run.run(endless, scratch, machine)
+    rounds = (progress for progress in steps if isinstance(progress, Progress))
     times = []
     for count in (WARM, TIMED):
         for _ in islice(rounds, count):
@@ -71,7 +73,7 @@ def _measure(config: RunConfig, folder: Path) -> float:
             torch.cuda.synchronize(machine.device)
         times.append(time.perf_counter())
     speed = TIMED * config.batch / (times[1] - times[0])
-    rounds.close()
+    steps.close()
     speed = float(broadcast_object_list([speed])[0])  # one number of images for all
     if machine.is_main_process:
         shutil.rmtree(scratch)

@@ -32,6 +32,7 @@ from distill.errors import (
 )
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline
+from distill.plan.run_estimate import RunEstimate
 from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
 from distill.run import accelerator, run
@@ -309,6 +310,7 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
 def test_a_run_that_stops_while_it_encodes_records_so(error, phase, teacher, prompts, tmp_path):
     config = load_config("scenes-debug", [f"teacher={teacher}", f"prompts.source={prompts}"])
     steps = run(config, tmp_path / "run", accelerator(config, tmp_path / "run"))
+    assert isinstance(next(steps), RunEstimate)
     next(steps)
     assert read_state(tmp_path / "run").phase == "encoding"
     with pytest.raises(error):

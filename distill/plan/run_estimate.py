@@ -1,0 +1,176 @@
+"""`RunEstimate`: what a run needs of disk and time, stated before its work begins."""
+
+import json
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from distill.config import Cadence, Lora, RunConfig
+from distill.data.embedding_cache import row_bytes, text_dtype
+from distill.data.shards import RESIDENT_BYTES
+from distill.errors import OutputError
+from distill.models.geometry import read_geometry
+from distill.models.sd3_folder import MODELS, SD3Folder, find_weights
+from distill.plan.estimate import Plan, PlanInput
+from distill.plan.flop import encoding_flop, training_flop
+from distill.report.units import duration, si
+from distill.training import checkpoint
+from distill.training.preparation import SPEED
+from distill.training.run_sources import RunPrompts
+
+UTILIZATION = 0.35  # share of the device's rate of matrix products that training reaches
+_MOMENTS = {"adam": 8, "adam-8bit": 2}  # bytes per number
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """Disk in bytes and time in seconds of what a run has left to do; `prompt_flop` and `image_flop` are FLOP."""
+
+    prompts: int  # distinct
+    prompt_bytes: int
+    is_online: bool
+    cache: int  # that is still to be written
+    checkpoints: int
+    student: int
+    prompt_flop: float
+    image_flop: float
+    encoding_seconds: float
+    training_seconds: float
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all that the run writes."""
+        return self.cache + self.checkpoints + self.student
+
+    def lines(self) -> list[str]:
+        """Sentences for people."""
+        how = "a cache" if not self.is_online else f"online, {self.encoding_share:.1%} of the arithmetic of training"
+        whole = si(self.prompts * self.prompt_bytes, "B")
+        beside = f" (a cache of them would take {whole})" if self.is_online else f" ({whole})"
+        encoding = "" if self.is_online else f"encoding {duration(self.encoding_seconds)}, "
+        return [
+            f"Prompts: {self.prompts} distinct, {si(self.prompt_bytes, 'B')} each when encoded; {how}{beside}.",
+            f"Disk: {si(self.disk, 'B')}: cache {si(self.cache, 'B')}, checkpoints {si(self.checkpoints, 'B')}, "
+            f"student {si(self.student, 'B')}.",
+            f"Time: about {encoding}training {duration(self.training_seconds)}.",
+        ]
+
+    @property
+    def encoding_share(self) -> float:
+        """Share of online encoding in the arithmetic of training, if each image's prompt is encoded once a round."""
+        return self.prompt_flop / (self.prompt_flop + self.image_flop)
+
+    def check_disk(self, out: Path) -> None:
+        """Raise OutputError if the file system of the run folder has no room for what is still to be written."""
+        folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+        there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
+        missing, disk = self.disk - there, shutil.disk_usage(folder)
+        if missing > disk.free and disk.total > 0:  # some network file systems do not say
+            ways = "free some, give another --out, or keep fewer checkpoints (cadence.keep_checkpoints)"
+            online = "" if self.is_online or not self.cache else ", or set prompts.encoding to online"
+            raise OutputError(
+                f"{out} will take {si(missing, 'B')} more, and its disk has {si(disk.free, 'B')}; {ways}{online}"
+            )
+
+
+def estimate_run(
+    config: RunConfig, out: Path, teacher: SD3Folder, prompts: RunPrompts, device: torch.device, processes: int = 1
+) -> RunEstimate:
+    """Estimate a run by formulas and a measurement of the device's matrix products, or by the speed it once had.
+
+    The prompts are counted, so a source that is not encoded yet is read.
+    """
+    geometry = read_geometry(str(teacher.path)).with_text(teacher.clip_length, teacher.max_sequence_length)
+    sizes = config.sizes or [(teacher.image_size, teacher.image_size)]
+    turns = config.method.turns()
+    image_flop = training_flop(geometry, config.networks, turns, sizes)
+    prompt_flop = encoding_flop(geometry)
+    count, online = prompts.distinct(), prompts.is_online(teacher)
+    row = row_bytes(teacher) * text_dtype(device).itemsize // torch.bfloat16.itemsize
+    rate = UTILIZATION * matrix_rate(device, text_dtype(device))
+
+    newest = checkpoint.latest(out / "checkpoints")
+    left = max(0, config.images - (int(newest.name) if newest else 0))
+    flop = left * (image_flop + prompt_flop * online)
+    training = flop / (rate * processes)
+    with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        training = left / float(json.loads((out / SPEED).read_text())["images_per_second"])
+
+    trainable = trainable_parameters(config, teacher)
+    roles = len({turn.role for turn in turns})
+    state = trainable * (4 + roles * (4 + _MOMENTS[config.optimizer.kind]))
+    kept = config.cadence.keep_checkpoints + 1  # the oldest is removed after the newest was written
+    others = [name for name in MODELS if name != "transformer" and (name != "text_encoder_3" or teacher.has_t5)]
+    files = [path for name in others for path in find_weights(teacher.path / name).files]
+    encodes = not (online or prompts.is_encoded)
+    return RunEstimate(
+        prompts=count,
+        prompt_bytes=row,
+        is_online=online,
+        cache=count * row * encodes,
+        checkpoints=kept * state + 2 * 4 * trainable,  # and the best student
+        student=2 * teacher.parameters + sum(path.stat().st_size for path in files),
+        prompt_flop=prompt_flop,
+        image_flop=image_flop,
+        encoding_seconds=count * prompt_flop / rate * encodes,
+        training_seconds=training,
+    )
+
+
+def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flop_rate: float) -> RunEstimate:
+    """Estimate a run of so many distinct prompts and images from its plan, at a rate in FLOP/s."""
+    geometry = setting.geometry
+    width, pooled = (geometry.transformer[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
+    row = setting.dtype.itemsize * (geometry.tokens * width + pooled)
+    online = prompts * row > RESIDENT_BYTES
+    prompt_flop = encoding_flop(geometry)
+    weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
+    average = plan.resident["averaged student"]
+    state = average + weights + plan.optimizer_states[setting.optimizer]
+    return RunEstimate(
+        prompts=prompts,
+        prompt_bytes=row,
+        is_online=online,
+        cache=0 if online else prompts * row,
+        checkpoints=(Cadence().keep_checkpoints + 1) * state + 2 * average,
+        student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
+        prompt_flop=prompt_flop,
+        image_flop=plan.flop_per_image,
+        encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,
+        training_seconds=images * (plan.flop_per_image + prompt_flop * online) / flop_rate,
+    )
+
+
+def trainable_parameters(config: RunConfig, teacher: SD3Folder) -> int:
+    """Count the parameters that one role trains, by the headers of the teacher's weights."""
+    networks = config.networks
+    if not isinstance(networks, Lora):
+        return teacher.parameters
+    total = 0
+    for path in find_weights(teacher.path / "transformer").files:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            for name in names:
+                shape = file.get_slice(name).get_shape()
+                layer = name.removesuffix(".weight")
+                if len(shape) == 2 and any(layer == each or layer.endswith(f".{each}") for each in networks.targets):
+                    total += networks.rank * sum(shape)
+    return total
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure FLOP/s of a matrix product on a device, in milliseconds."""
+    side = 8192 if device.type == "cuda" else 512
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        b = a @ a
+        float(b[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return float(2 * side**3 / best)
