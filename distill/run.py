@@ -58,6 +58,7 @@ def run(
 
     # 1. check, before the folder is made
     teacher = open_teacher(_from_main(pinned_teacher(config, out) if main else ""))
+    teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
     if main:
         check_run(config, out, teacher)
     with run_lock(out) if main else nullcontext():

@@ -15,7 +15,8 @@ from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.data.shards import RESIDENT_BYTES
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
-from distill.models.sd3_folder import MODELS, SD3Folder, find_weights
+from distill.models.sd3_files import MODELS, find_weights
+from distill.models.sd3_folder import SD3Folder
 from distill.plan.estimate import Plan, PlanInput
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
