@@ -61,6 +61,7 @@ class References:
         self.teacher, self.sampling, self.size = teacher, sampling, size
         self._record = {
             "teacher": teacher.digest,
+            "max_sequence_length": teacher.max_sequence_length,
             "sampling": sampling.as_dict(),
             "size": size,
             "prompts": self.texts,
