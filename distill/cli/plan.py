@@ -48,7 +48,16 @@ def plan(
 
     geometry = read_geometry(teacher)
     made = plan_input(
-        geometry, mode, rank, gradient_checkpointing, dtype, batch, size or geometry.image_size, method, optimizer
+        geometry,
+        mode,
+        rank,
+        gradient_checkpointing,
+        dtype,
+        batch,
+        size or geometry.image_size,
+        method,
+        optimizer,
+        prompts,
     )
     result = made.plan()
     available = int((device_memory - reserve) * GIB)

@@ -1,38 +1,32 @@
 """`OnlineConditions`: conditions of prompts that are encoded when training needs them."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distill.data.embedding_cache import text_dtype
 from distill.data.prompt_texts import PromptTexts
 from distill.data.shards import check_rows
-from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 
 KEPT_BYTES = 1 << 29  # recent conditions: those of one round, whose update phases share them, with batches up to 196
 
 
 class OnlineConditions:
-    """Conditions of prompts, encoded in the precision of a cache, each as often as its prompt occurs.
+    """Conditions of prompts, one row for each, encoded on a device.
 
     On a GPU the encoders have a stream of their own, so a thread that reads rows computes beside the training step.
     One thread may read at a time.
     """
 
-    def __init__(
-        self, texts: PromptTexts, teacher: SD3Folder, device: torch.device, t5: Literal["full", "int8"] = "full"
-    ) -> None:
-        """Encode on a device; the encoders are loaded at the first use. `t5` is T5's precision."""
+    def __init__(self, texts: PromptTexts, device: torch.device, load: Callable[[], SD3TextEncoder]) -> None:
+        """`load` loads the encoders on the device, at their first use."""
         self._texts = texts
-        self._teacher = teacher
         self._device = device
-        self._t5 = t5
+        self._load = load
         self._recent: OrderedDict[str, TextCondition] = OrderedDict()
         self.sha256 = texts.sha256  # of the prompts
 
@@ -68,8 +62,7 @@ class OnlineConditions:
 
     @cached_property
     def _encoder(self) -> SD3TextEncoder:
-        dtype = text_dtype(self._device)
-        encoder = SD3TextEncoder.load(self._teacher, self._device, dtype, t5=self._t5)
+        encoder = self._load()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # weights were copied on other streams
         return encoder

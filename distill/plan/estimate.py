@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import unpack_dual
 
 from distill.config import Full, Lora, load_config
+from distill.data.shards import RESIDENT_BYTES
 from distill.flow import derivative, one_step
 from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
 from distill.models.geometry import Geometry
@@ -96,6 +97,14 @@ class PlanInput:
     size: int
     method: Any
     optimizer: Literal["adam", "adam-8bit"] = "adam"
+    online: bool = False  # whether prompts are encoded during training
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of an encoded prompt."""
+        config = self.geometry.transformer
+        numbers = self.geometry.tokens * config["joint_attention_dim"] + config["pooled_projection_dim"]
+        return int(self.dtype.itemsize * numbers)
 
     def plan(self) -> Plan:
         """Measure the cost; takes half a minute and little memory for SD3-medium. Raises SizeError."""
@@ -140,6 +149,7 @@ class PlanInput:
             "averaged student": own["student"],
             "optimizer states": states[self.optimizer],
             "autoencoder for grids": vae_bytes,
+            "text encoders": dtype.itemsize * geometry.text_parameters if self.online else 0,
         }
         always = sum(resident.values())
         heaviest = max(costs.values(), key=lambda cost: cost.peak)
@@ -174,13 +184,16 @@ def plan_input(
     size: int,
     method: str = "fgm",
     optimizer: Literal["adam", "adam-8bit"] = "adam",
+    prompts: int = 0,
 ) -> PlanInput:
     """Build the input from the command's options, with the method's settings for SD3. Raises ConfigError."""
     chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
     kind = Lora(rank=rank) if mode == "lora" else Full()
     kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
+    made = PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
+    in_bf16 = prompts * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
+    return replace(made, online=in_bf16 > RESIDENT_BYTES)
 
 
 def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from distill.config import Cadence, Lora, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
-from distill.data.shards import RESIDENT_BYTES
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
 from distill.models.sd3_files import MODELS, find_weights
@@ -126,9 +125,7 @@ def estimate_run(
 def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flop_rate: float) -> RunEstimate:
     """Estimate a run of so many distinct prompts and images from its plan, at a rate in FLOP/s."""
     geometry = setting.geometry
-    width, pooled = (geometry.transformer[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
-    row = setting.dtype.itemsize * (geometry.tokens * width + pooled)
-    online = prompts * row > RESIDENT_BYTES
+    row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)
     weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
     average = plan.resident["averaged student"]

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,6 +21,7 @@ from distill.data.embedding_cache import (
     check_prompts,
     embed_prompts,
     row_bytes,
+    text_dtype,
 )
 from distill.data.image_cache import ImageCache, check_examples, encode_examples
 from distill.data.images import read_examples
@@ -32,6 +34,7 @@ from distill.errors import CacheError, CheckpointError, ConfigError
 from distill.files import atomic_write_text
 from distill.models.device import resolve_device
 from distill.models.sd3_folder import SD3Folder
+from distill.models.text import SD3TextEncoder
 
 SOURCES = "sources.json"  # digests of the teacher, prompts and real images that a run trains on
 TEXTS = "prompts.jsonl"  # the prompts of a run that encodes them online
@@ -172,7 +175,8 @@ class RunPrompts(RunSource[Conditions]):
             return super().open(teacher, device)
         place = self.config.encoder_device
         where = (device or torch.device("cpu")) if place is None else resolve_device(place)
-        return OnlineConditions(PromptTexts(self._file), teacher, where, self.config.t5)
+        load = partial(SD3TextEncoder.load, teacher, where, text_dtype(where), t5=self.config.t5)
+        return OnlineConditions(PromptTexts(self._file), where, load)
 
     def first(self, count: int) -> list[str]:
         """The first distinct prompts of an encoded source, at most `count`. Raises CacheError."""

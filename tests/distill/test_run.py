@@ -32,7 +32,7 @@ from distill.errors import (
 )
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline
-from distill.plan.run_estimate import RunEstimate
+from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
 from distill.run import accelerator, run
@@ -83,6 +83,10 @@ def final(out: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     assert newest.name == "000000000096"
     return load_file(newest / "state.safetensors")
+
+
+def weights(student: Path) -> list[Path]:
+    return list(student.glob("*/*.safetensors"))
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -140,6 +144,21 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert pipeline.spec.images_seen == 96
     assert pipeline(["a red circle"], [0]).shape == (1, 16, 16, 3)
     assert (out / "student" / "pytorch_lora_weights.safetensors").exists() is (kind == "lora")
+
+
+def test_a_run_takes_the_disk_that_is_stated_before_it_begins(whole, teacher, tmp_path):
+    def taken(*folders: Path) -> int:
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+    _, out = whole
+    config = read_config(out)
+    stated = estimate_run(
+        config, tmp_path, SD3Folder.read(teacher), RunPrompts(config.prompts, tmp_path), torch.device("cpu")
+    )
+    kept = taken(*checkpoint.states(out / "checkpoints"))
+    assert 1 < stated.checkpoints / kept < 2.5  # while a checkpoint is written, and the best student
+    assert stated.student == pytest.approx(sum(path.stat().st_size for path in weights(out / "student")), rel=0.2)
+    assert stated.cache < taken(out / "embeddings") < stated.cache + 20_000  # null, order, index
 
 
 def test_a_run_that_lost_its_end_makes_it_again_with_the_same_bits(whole, teacher, prompts, tmp_path):

@@ -17,6 +17,10 @@ from distill.models.text import SD3TextEncoder
 CPU = torch.device("cpu")
 
 
+def encoded_online(texts, teacher, kind=SD3TextEncoder, device=CPU) -> OnlineConditions:
+    return OnlineConditions(texts, device, lambda: kind.load(teacher, device, text_dtype(device)))
+
+
 @pytest.fixture
 def texts(tmp_path):
     write_texts([*PROMPTS, PROMPTS[0]], tmp_path / "prompts.jsonl")
@@ -26,7 +30,7 @@ def texts(tmp_path):
 def test_conditions_are_those_of_a_cache_in_any_batch(teacher_t5, texts, tmp_path):
     teacher = SD3Folder.read(teacher_t5).with_sequence_length(9)
     list(embed_prompts(teacher, texts, tmp_path / "cache"))
-    cached, online = EmbeddingCache(tmp_path / "cache", teacher, CPU), OnlineConditions(texts, teacher, CPU)
+    cached, online = EmbeddingCache(tmp_path / "cache", teacher, CPU), encoded_online(texts, teacher)
     assert len(online) == len(cached) == len(PROMPTS) + 1
     assert online.sha256 == cached.sha256
     assert torch.equal(online.null.embeds, cached.null.embeds)
@@ -50,8 +54,7 @@ def test_a_prompt_is_encoded_once_while_its_condition_is_kept(teacher, texts, mo
             encoded.append(list(prompts))
             return super().encode(prompts)
 
-    monkeypatch.setattr(online_conditions, "SD3TextEncoder", Counted)
-    online = OnlineConditions(texts, SD3Folder.read(teacher), CPU)
+    online = encoded_online(texts, SD3Folder.read(teacher), Counted)
     rows = [online.rows(torch.tensor(indices)) for indices in ([0, 1, 0, 4], [1, 0], [2])]
     assert encoded == [PROMPTS[:2], [PROMPTS[2]]]
     assert torch.equal(rows[1].embeds[1], rows[0].embeds[3])
@@ -64,7 +67,7 @@ def test_a_prompt_is_encoded_once_while_its_condition_is_kept(teacher, texts, mo
 
 def test_prompts_are_encoded_while_the_step_before_is_computed(teacher, texts):
     """A few batches ahead; the thread ends with its reader, and its error reaches the reader with its place."""
-    online, events, made = OnlineConditions(texts, SD3Folder.read(teacher), CPU), [], threading.Semaphore(0)
+    online, events, made = encoded_online(texts, SD3Folder.read(teacher)), [], threading.Semaphore(0)
 
     def batches():
         for step in range(20):
@@ -92,7 +95,7 @@ def test_prompts_are_encoded_while_the_step_before_is_computed(teacher, texts):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_conditions_of_another_stream_are_whole_when_a_step_uses_them(teacher, texts):
-    online = OnlineConditions(texts, SD3Folder.read(teacher), torch.device("cuda"))
+    online = encoded_online(texts, SD3Folder.read(teacher), device=torch.device("cuda"))
     encoder = SD3TextEncoder.load(SD3Folder.read(teacher), "cuda", text_dtype("cuda"))
     for step, rows in enumerate(prefetch(online.rows(torch.tensor([step % 4])) for step in range(40))):
         rows.embeds.record_stream(torch.cuda.current_stream())

@@ -1,0 +1,57 @@
+"""What a run is said to need, before it begins."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distill.config import load_config
+from distill.data.embedding_cache import text_dtype
+from distill.errors import OutputError
+from distill.models.geometry import read_geometry
+from distill.models.sd3_folder import SD3Folder
+from distill.plan.estimate import plan_input
+from distill.plan.run_estimate import estimate_run
+from distill.training.run_sources import RunPrompts
+
+CPU = torch.device("cpu")
+
+
+def estimated(teacher, tmp_path, *overrides):
+    (tmp_path / "prompts.txt").write_text("a\nred\nred\nblue\n")
+    words = [f"teacher={teacher}", f"prompts.source={tmp_path / 'prompts.txt'}", "prompts.max_sequence_length=9"]
+    config, out = load_config("scenes-debug", [*words, *overrides]), tmp_path / "run"
+    folder = SD3Folder.read(teacher).with_sequence_length(9)
+    return estimate_run(config, out, folder, RunPrompts(config.prompts, out), CPU)
+
+
+def test_a_million_prompts_of_sd3_are_encoded_online():
+    made = plan_input(read_geometry("sd3-medium"), "lora", 64, True, "bf16", 4, 1024, prompts=1_000_000)
+    assert made.prompt_bytes == (77 + 256) * 4096 * 2 + 2048 * 2  # 2.73 MB
+    assert made.online
+    assert not plan_input(read_geometry("sd3-medium"), "lora", 64, True, "bf16", 4, 1024, prompts=393).online
+
+
+def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
+    cached, online = (estimated(teacher_t5, tmp_path, f"prompts.encoding={way}") for way in ("auto", "online"))
+    row = ((8 + 9) * 48 + 40) * text_dtype(CPU).itemsize
+    assert (cached.prompts, cached.prompt_bytes) == (3, row)
+    assert (cached.cache, online.cache) == (3 * row, 0)
+    assert cached.disk - online.disk == 3 * row
+    assert "3 distinct" in cached.lines()[0]
+    assert "encoding" in cached.lines()[2]
+    assert "online" in online.lines()[0]
+    assert 0 < online.encoding_share < 1
+    assert min(cached.encoding_seconds, cached.training_seconds, online.training_seconds) > 0
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(teacher_t5, tmp_path, monkeypatch):
+    found = estimated(teacher_t5, tmp_path)
+    found.check_disk(tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=found.disk - 1))
+    with pytest.raises(OutputError, match=r"run will take .* more, and its disk has .*; free some"):
+        found.check_disk(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").write_bytes(b"1")  # what a resumed run has already
+    found.check_disk(tmp_path / "run")
