@@ -210,7 +210,7 @@ class ShardWriter:
         layout, path = self._layout, self._folder / self._layout.unfinished
         empty: dict[str, Any] = {
             **layout.cache_key,
-            "teacher": layout.teacher.name,
+            "teacher": layout.teacher.reference,
             "t5": layout.teacher.has_t5,
             "dtype": dtype,
             **dict.fromkeys(sorted(counts), 0),
@@ -414,7 +414,7 @@ def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:
                 mend = f"set prompts.max_sequence_length to {index.get(key)}, or {mend}"
             raise CacheError(
                 f"{path.parent} was made for teacher {index.get('teacher')!r} with {key} = {index.get(key)}, "
-                f"not {value} of {layout.teacher.name!r}; {mend}"
+                f"not {value} of {layout.teacher.reference!r}; {mend}"
             )
     if not index.keys() >= keys:
         raise layout.damaged(path)

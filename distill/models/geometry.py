@@ -1,6 +1,7 @@
 """`Geometry`, the configurations of a Stable Diffusion 3 model: of a folder, or of a published model by name."""
 
 import difflib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -119,7 +120,7 @@ def read_geometry(teacher: str) -> Geometry:
     """
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, *_STOCK_TOKENS)
-    folder, name = TEACHERS.get(teacher, Path(teacher).expanduser()), ""
+    folder, name = TEACHERS.get(teacher, Path(os.path.expanduser(teacher))), ""
     if not folder.exists() and (model := HubModel.parse(teacher)) is not None:
         commit = model.resolve()
         folder, name = fetch(commit, with_weights=False), commit.id

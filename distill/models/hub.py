@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import httpx2
 from huggingface_hub import DryRunFileInfo, HfApi, constants, get_cached_repo_tree, get_token, snapshot_download
@@ -106,22 +106,30 @@ def fetch(model: HubModel, with_weights: bool = True) -> Path:
         return folder
 
 
-class _TerminalBar(tqdm):  # type: ignore[misc]
-    """A progress bar on a terminal only, of one process of a host."""
+class _NoBar(tqdm):  # type: ignore[misc]
+    """A progress bar that is not shown."""
+
+    hidden: ClassVar[bool | None] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        super().__init__(*args, **kwargs | {"disable": None if first else True})  # None: unless it is no terminal
+        super().__init__(*args, **kwargs | {"disable": self.hidden})
+
+
+class _TerminalBar(_NoBar):
+    """A progress bar on a terminal only."""
+
+    hidden = None
 
 
 def _download(model: HubModel, names: Collection[str], dry_run: bool = False) -> Any:
     """Fetch files of a commit, or say with `dry_run` what that would fetch; return the folder of the commit."""
+    shown = any(name.endswith(".safetensors") for name in names) and os.environ.get("LOCAL_RANK", "0") == "0"
     return snapshot_download(
         model.id,
         revision=model.revision,
         allow_patterns=[glob.escape(name) for name in names],
         endpoint=constants.ENDPOINT,
-        tqdm_class=_TerminalBar,
+        tqdm_class=_TerminalBar if shown and not dry_run else _NoBar,
         dry_run=dry_run,
     )
 
@@ -169,10 +177,10 @@ def _explained(model: HubModel) -> Iterator[None]:
         cache = constants.HF_HUB_CACHE
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = f"free space in {cache}, or set HF_HOME to a folder on another disk"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fix = f"{cache} cannot be written; set HF_HOME to a folder that can be"
-        else:
+        elif error.errno is None:  # a file is shorter than the hub says
             fix = "run the same command again; complete files are kept"
+        else:
+            fix = f"set HF_HOME to a folder that can be written, in place of {cache}"
         raise TeacherError(f"{model} could not be fetched ({error}); {fix}") from error
 
 

@@ -1,5 +1,6 @@
 """Opens the teacher that a configuration or a command names, whatever form it has."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
     """
     if (built_in := TEACHERS.get(str(reference))) is not None:
         return SD3Folder.read(built_in, str(reference))
-    path = Path(reference).expanduser().resolve()
+    path = Path(os.path.expanduser(reference)).resolve()
     if path.is_dir():
         return SD3Folder.read(path)
     if path.exists():
@@ -37,9 +38,10 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
 
 def pin_teacher(reference: str) -> str:
     """Name the commit that a model of the hub is at; other references are returned as they are."""
-    if reference in TEACHERS or Path(reference).expanduser().exists() or (model := _hub_model(reference)) is None:
+    if reference in TEACHERS or os.path.exists(os.path.expanduser(reference)):
         return reference
-    return str(model.resolve())
+    model = _hub_model(reference)
+    return reference if model is None else str(model.resolve())
 
 
 def _hub_model(reference: str | Path) -> "HubModel | None":

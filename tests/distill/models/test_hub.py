@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import invoke
 from diffusers import SD3Transformer2DModel
 from hub_server import HubServer, hub_server
 from huggingface_hub import constants
 from tiny import distilled, make_teacher
 
 from distill.errors import CheckpointError, TeacherError
+from distill.models.geometry import read_geometry
 from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import MODELS
 from distill.models.sd3_folder import SD3Folder
@@ -196,7 +199,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused(
 
 
 @pytest.mark.parametrize("path", ["a/b/c", "./acme/tiny", "../tiny", "/acme/tiny", "~/tiny", "tiny", "acme/", "a b/c",
-                                  "acme/tiny.safetensors", "acme/tiny@", "C:/tiny"])  # fmt: skip
+                                  "acme/tiny.safetensors", "acme/tiny@", "C:/tiny", "~nobody/tiny"])  # fmt: skip
 def test_a_path_is_never_taken_for_a_model_of_the_hub(path: str, hub: HubServer) -> None:
     with pytest.raises(TeacherError, match="there is no teacher"):
         open_teacher(path)
@@ -238,3 +241,24 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: HubServer, teacher: P
     with pytest.raises(CheckpointError, match=f"another teacher than acme/tiny@{moved}; give .* acme/tiny@{commit}"):
         export_run(out, tmp_path / "student", teacher=open_teacher("acme/tiny"))
     assert fetch(HubModel("acme/tiny", commit)) != fetch(HubModel("acme/tiny", moved))
+
+
+def test_fetch_names_commit_and_place_and_a_plan_needs_no_weights(hub: HubServer, teacher: Path) -> None:
+    commit = hub.publish("acme/tiny", teacher)
+    geometry = read_geometry("acme/tiny")
+    assert (geometry.name, geometry.image_size) == ("acme/tiny", 16)
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+    fetched = invoke("fetch", "acme/tiny")
+    assert fetched.exit_code == 0
+    folder = Path(constants.HF_HUB_CACHE) / "models--acme--tiny" / "snapshots" / commit
+    assert re.search(rf"acme/tiny@{commit}: 0\.000\d+ GB in {folder}", fetched.output)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    hub: HubServer, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.publish("acme/tiny", teacher)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(TeacherError, match=r"set HF_HOME to a folder that can be written, in place of .*/file/cache"):
+        open_teacher("acme/tiny")
