@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from distill.cli.options import MOST, TEACHER, finite
+from distill.cli.options import MOST, TEACHER, SkipLayers, finite
 
 
 def plan(
@@ -18,6 +18,7 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
+    skip_layers: SkipLayers = "",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
     reserve: Annotated[
@@ -58,6 +59,7 @@ def plan(
         method,
         optimizer,
         prompts,
+        skip_layers,
     )
     result = made.plan()
     available = int((device_memory - reserve) * GIB)

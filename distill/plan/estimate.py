@@ -20,7 +20,7 @@ from distill.config import Full, Lora, load_config
 from distill.data.shards import RESIDENT_BYTES
 from distill.flow import derivative, one_step
 from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
-from distill.models.geometry import Geometry
+from distill.models.geometry import NAMES, Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.philox import Draw
@@ -30,6 +30,7 @@ from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
 GIB = 2**30
 
+_SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
 
 
@@ -185,9 +186,16 @@ def plan_input(
     method: str = "fgm",
     optimizer: Literal["adam", "adam-8bit"] = "adam",
     prompts: int = 0,
+    skip_layers: str = "",
 ) -> PlanInput:
-    """Build the input from the command's options, with the method's settings for SD3. Raises ConfigError."""
-    chosen = load_config("sd3-medium-lora", [f"method.name={method}"]).method
+    """Build the input from the command's options, with the settings of a published model's preset, or SD3-medium's.
+
+    Raises ConfigError.
+    """
+    preset = geometry.name if geometry.name in NAMES else "sd3-medium"
+    guidance = [f"method.guidance.skip_layers=[{skip_layers}]"] if skip_layers else []
+    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *guidance]).method
+    chosen.guidance.check_layers(geometry.transformer["num_layers"], "--skip-layers")
     kind = Lora(rank=rank) if mode == "lora" else Full()
     kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -269,7 +277,7 @@ def network_calls(turn: Turn) -> list[NetworkCall]:
         return record
 
     cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"))
+    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"), _SHIFT)
     x = torch.zeros(1, 1, 2, 2)
     turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
     return calls

@@ -25,6 +25,7 @@ def test_a_preset_distils_a_teacher_of_any_size(preset, teacher, tmp_path):
     small = ["batch=4", f"micro_batch={2 if config.micro_batch else 'null'}", "images=8", "precision=fp32"]
     small += ["sizes=[[16,16],[24,16]]"] if config.sizes else []
     small += ["networks.rank=4", "networks.alpha=4"] if config.networks.kind == "lora" else []
+    small += ["method.guidance.skip_layers=[0]"] if config.method.guidance.skip_layers else []
     small += ["optimizer.kind=adam"]  # in 8 bits it is for CUDA
     out = distilled(teacher, tmp_path, *small, preset=preset)
     assert OneStepPipeline.load(out / "student")(["a red circle"], [0]).shape == (1, 16, 16, 3)

@@ -520,7 +520,15 @@ def test_a_start_that_does_not_fit_is_found_before_anything_is_made(whole, teach
 
 
 @pytest.mark.parametrize(
-    "typo", ["teacher=nowhere", "init_from=nowhere", "prompts.source=nowhere.txt", "prompts.source=empty", "damaged"]
+    "typo",
+    [
+        "teacher=nowhere",
+        "init_from=nowhere",
+        "prompts.source=nowhere.txt",
+        "prompts.source=empty",
+        "damaged",
+        "method.guidance.skip_layers=[7,8,9]",  # of 2 blocks
+    ],
 )
 def test_a_typo_leaves_no_folder_and_locks_none(typo, teacher, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

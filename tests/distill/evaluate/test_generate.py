@@ -121,15 +121,28 @@ def test_more_steps_than_one_are_refused_for_a_student_of_one(tmp_path: Path) ->
 
 def test_prompts_come_round_to_as_many_images_as_asked_for(teacher: Path, tmp_path: Path) -> None:
     words = ["a red circle", "a blue square", "--count", 3, "--out", tmp_path / "out", "--teacher", teacher]
-    assert generate(*words, "--steps", 2, "--guidance", 1).exit_code == 0
+    assert generate(*words, "--steps", 8, "--guidance", 2, "--skip-layers", "0", "--skip-scale", 1.5).exit_code == 0
     pictures = {}
     for path in sorted((tmp_path / "out").iterdir()):
         with Image.open(path) as image:
             pictures[image.info["seed"]] = (image.info["prompt"], np.asarray(image).astype(int))
     assert [pictures[seed][0] for seed in "012"] == ["a red circle", "a blue square", "a red circle"]
     sampler = TeacherSampler(SD3Folder.read(teacher), torch.device("cpu"))
+    sampling = Sampling(8, TeacherGuidance(scale=2, skip_layers=(0,), skip_scale=1.5))
     for seed, (prompt, pixels) in pictures.items():
-        alone = sampler.generate(Sampling(2, TeacherGuidance(scale=1)), [prompt], [int(seed)])[0]
+        alone = sampler.generate(sampling, [prompt], [int(seed)])[0]
         assert abs(alone - pixels).max() <= 1  # a teacher rounds differently in a batch
     with pytest.raises(ConfigError, match="are both given; give one of them"):
         generate("a star", "--teacher", teacher, "--student", SHIPPED_STUDENT, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--skip-layers", "7"), "--skip-layers: .* 0 to 1"),
+        (("--skip-layers", "1", "--guidance", 1), "--guidance above 1"),
+    ],
+)
+def test_blocks_that_cannot_be_skipped_are_refused(options, sentence: str, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        generate("a star", "--teacher", teacher, *options, "--out", tmp_path)

@@ -178,6 +178,15 @@ def test_equal_shares_are_warned_of(caplog):
     assert "adds nothing" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("scale", "a", "warned"), [(4.5, 0.95, True), ((2, 8), 0.95, True), (1, 0.95, False), (4.5, 1, False)]
+)
+def test_realuid_with_a_guided_teacher_is_warned_of(scale, a, warned, caplog):
+    with caplog.at_level(logging.WARNING):
+        FGMConfig(alpha=0.5, guidance=Guidance(scale=scale), realuid=RealUID(a=a, b=1))
+    assert ("set guidance.scale to 1" in caplog.text) == warned
+
+
 def small_networks():
     torch.manual_seed(SEED)
     teacher, fake, student = (nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(3))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+from distill.errors import ConfigError
 from distill.flow import guided_velocity, shift_time
 from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.policies import Guidance, TeacherGuidance, Times, guided_at, guided_velocities
@@ -46,6 +47,16 @@ def test_a_teacher_without_guidance_is_not_asked_for_its_null_prompt():
     assert scales(TeacherGuidance(scale=1), t, Draw(0, "g", range(1))) is None
     x_t = torch.ones(1, 2)
     assert guided_velocity(lambda x, t, cond: 2 * x, None, x_t, t, None, None).equal(2 * x_t)
+
+
+def test_blocks_are_checked_against_the_teacher_and_need_guidance():
+    TeacherGuidance(skip_layers=(0, 23)).check_layers(24)
+    with pytest.raises(
+        ConfigError, match=r"^method.guidance.skip_layers: .* block 24; the teacher's blocks are 0 to 23"
+    ):
+        TeacherGuidance(skip_layers=(7, 24)).check_layers(24)
+    with pytest.raises(ValueError, match="skip_layers need a scale above 1"):
+        TeacherGuidance(scale=1, skip_layers=(7,))
 
 
 def skipped_steps(guidance: TeacherGuidance, steps: int, shift: float) -> list[int]:

@@ -10,6 +10,7 @@ from tiny import distilled
 from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.policies import TeacherGuidance
 from distill.methods.reflow import ReflowConfig
+from distill.models.sd3 import euler_times
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.pipeline import OneStepPipeline
@@ -63,6 +64,25 @@ def test_an_image_keeps_its_guidance_scale_along_its_whole_path():
     config = ReflowConfig(teacher_steps=7, guidance=TeacherGuidance(scale=(2.0, 8.0)))
     moved = config.student_loss(nets, TrainingBatch(torch.zeros(count, 1), cond, draw)).metrics["regression"].sqrt()
     torch.testing.assert_close(moved, 2 + 6 * Draw(0, "x", range(count)).uniform())
+
+
+def test_pairs_take_the_times_of_the_teacher_s_scheduler_and_skip_layers_only_at_those_in_the_interval():
+    times, skipped = [], []
+
+    def teacher(x_t, t, cond, skip_layers=()):
+        (skipped if skip_layers else times).append(float(t[0]))
+        return torch.zeros_like(x_t)
+
+    cond, null = (TextCondition(torch.zeros(n, 1, 1), torch.zeros(n, 1)) for n in (2, 1))
+    nets = Velocities(lambda x, t, cond: torch.zeros_like(x), teacher, lambda *_: None, null, shift=3.0)
+    batch = TrainingBatch(torch.zeros(2, 1), cond, Draw(0, "x", range(2)))
+    guidance = TeacherGuidance(skip_layers=(7, 8, 9))
+    ReflowConfig(guidance=guidance).student_loss(nets, batch)
+    assert times == euler_times(28, 3.0)[:-1].tolist()
+    assert skipped == times[1:6]  # the stock pipeline's at 28 steps
+    times.clear()
+    ReflowConfig(guidance=guidance, teacher_steps=4, teacher_shift=1.5).student_loss(nets, batch)
+    assert times == euler_times(4, 1.5)[:-1].tolist()
 
 
 def test_whole_runs_of_both_stages_move_the_student_alone(teacher: Path, tmp_path: Path):

@@ -191,6 +191,12 @@ def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
     assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
 
 
+def test_skip_layer_guidance_is_a_third_call_of_the_teacher_without_those_blocks():
+    role, (_, turn) = "teacher", METHOD.turns()
+    calls = [(call.rows, call.backward, call.skip_layers) for call in plans.network_calls(turn) if call.role == role]
+    assert calls == [(2, True, ()), (1, True, (0,))]
+
+
 def test_eight_bits_are_a_byte_for_each_moment_and_a_scale_for_each_block(teacher):
     sizes = [x.numel() for x in load_transformer(SD3Folder.read(teacher)).parameters()]
     moment = sum(size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes)
