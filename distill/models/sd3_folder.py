@@ -101,7 +101,7 @@ class SD3Folder:
             _check_words(folder / part)
         parameters = {}
         for part in sorted(MODELS.keys() & present):
-            parameters[part] = sum(_check_weights(path, identity) for path in find_weights(folder / part).files)
+            parameters[part] = sum(check_weights(path, identity) for path in find_weights(folder / part).files)
 
         configs = {part: read_json(folder / part / "config.json") for part in present if part in MODELS}
         for part, config in configs.items():
@@ -263,7 +263,7 @@ def _check_words(folder: Path) -> None:
         raise TeacherError(f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export it again")
 
 
-def _check_weights(path: Path, identity: "hashlib._Hash") -> int:
+def check_weights(path: Path, identity: "hashlib._Hash") -> int:
     """Count a file's parameters and add it to the identity: its header, and the first bytes of every tensor.
 
     Fine-tuning moves all values of the tensors it trains, so their first ones tell two models apart without

@@ -14,19 +14,27 @@ TEACHERS: dict[str, Path] = {}  # folders that ship with the package, by the nam
 
 
 def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
-    """Open a teacher: a built-in name, a folder, or a model of the hub, which is fetched into its cache.
+    """Open a teacher: a built-in name, a folder, a single file, or a model of the hub, which is fetched into its cache.
 
-    A folder that exists wins over a model of the hub. `base` is the teacher that completes a single file. Raises
-    TeacherError for a reference that names nothing, a model that cannot be fetched, and a folder that
-    `SD3Folder.read` refuses.
+    A path that exists wins over a model of the hub. `base` is the teacher that completes a single file, and is given
+    with one only. Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
+    `SD3Folder.read` refuses, and a file that `open_single_file` refuses.
     """
-    if (built_in := TEACHERS.get(str(reference))) is not None:
+    built_in = TEACHERS.get(str(reference))
+    file = Path(reference).expanduser().absolute()  # not resolved: in the hub's cache, files are links to nameless ones
+    if built_in is None and file.is_file():
+        from distill.models.single_file import open_single_file  # which imports torch
+
+        return open_single_file(file, None if base is None else open_teacher(base))
+    if base is not None:
+        raise TeacherError(
+            f"teacher_base (--teacher-base) completes a single file, and {reference} is none; leave it out"
+        )
+    if built_in is not None:
         return SD3Folder.read(built_in, str(reference))
     path = Path(os.path.expanduser(reference)).resolve()
     if path.is_dir():
         return SD3Folder.read(path)
-    if path.exists():
-        raise TeacherError(f"{path} is not a folder; give the folder of a Stable Diffusion 3")
     if (model := _hub_model(reference)) is not None:
         from distill.models.hub import fetch
 

@@ -28,6 +28,11 @@ from distill.worlds.tokenizer import build_clip_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "square", "and", "left", "of")
 CLIP_LENGTH = 8
+SD3_KINDS = {  # what their transformers differ in, as arguments of `make_transformer`
+    "sd3-medium": {"qk_norm": None},
+    "sd3.5-medium": {"dual_attention_layers": (0,)},
+    "sd3.5-large": {"num_layers": 3},
+}
 PROMPTS = ["a red circle", "a blue square left of a red circle", "", "ünknown words"]
 
 

@@ -1,0 +1,252 @@
+"""Single-file checkpoints in the layout of Stable Diffusion 3's original code, which ComfyUI reads and writes as well.
+
+A file holds a transformer, and may hold an autoencoder and text encoders, but no tokenizers and no configurations. One
+that is read is converted by diffusers into a folder, once, which lies in the user's cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from distill.errors import OutputError, TeacherError
+from distill.files import MARK, atomic_write
+from distill.models.original_layout import OriginalTensor, transformer_tensors, vae_tensors
+from distill.models.sd3_folder import COMPONENTS, RECORD, SD3Folder, check_weights, find_weights
+from distill.models.weights import tensor_shapes
+
+ENDING = ".safetensors"
+_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+_KINDS: dict[str, Any] = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+_PROJECTION = "text_projection.weight"  # of the first CLIP: the original uses its features without a projection
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+}  # fmt: skip
+
+
+def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
+    """Open a checkpoint as an SD3 folder with the file's name; `base` is the same model as a folder.
+
+    The folder holds what the file has and links to the other components of `base`. It is made once for a file and a
+    base. Whether there is a T5 follows from `base`.
+
+    Raises TeacherError for a file that is no plain SD3 checkpoint, without a base, and for a base of another geometry;
+    OutputError if the cache cannot be written.
+    """
+    if path.suffix != ENDING:
+        raise TeacherError(f"{path} is no {ENDING} file; only safetensors are loaded, so convert it or give a folder")
+    identity = hashlib.sha256()
+    check_weights(path, identity)
+    shapes = tensor_shapes(path)
+    parts = _parts(path, shapes)
+    if base is None:
+        raise TeacherError(
+            f"{path} holds {', '.join(parts)}, but no tokenizers and no configurations; name the folder or hub id of "
+            f"the same model in teacher_base, or with --teacher-base: {_published(shapes)}"
+        )
+    parts = {part: names for part, names in parts.items() if part != "text_encoder_3" or base.has_t5}
+    for part in ("transformer", "vae"):
+        if part in parts:
+            _check_geometry(path, part, {name: shapes[full] for name, full in parts[part].items()}, base)
+    identity.update(f"{base.digest} {base.path}".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flow-generator-matching" / "teachers"
+    folder = cache / identity.hexdigest()[:32]
+    if not folder.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # another process may convert the same file
+                if not folder.exists():
+                    with atomic_write(folder) as made:
+                        _convert(path, parts, base, made)
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be converted into {cache} ({error}); free space there, or set XDG_CACHE_HOME"
+            ) from error
+    return SD3Folder.read(folder, path.stem)
+
+
+def _parts(path: Path, shapes: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The components of a file: the names of their tensors without prefix, and the full names."""
+    prefixes = dict(_PREFIXES)
+    others = ("model.", "first_stage_model.", "text_encoders.")
+    if not any(name.startswith(prefixes["transformer"]) for name in shapes):
+        if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes:
+            raise TeacherError(
+                f"{path} holds no transformer of Stable Diffusion 3 in the original layout (joint_blocks...); give "
+                "such a checkpoint, or a folder"
+            )
+        prefixes["transformer"] = ""
+    parts: dict[str, dict[str, str]] = {}
+    for part, prefix in prefixes.items():
+        names = [name for name in shapes if name.startswith(prefix) and (prefix or not name.startswith(others))]
+        if names:
+            parts[part] = {name.removeprefix(prefix): name for name in names}
+    return parts
+
+
+def _published(shapes: Mapping[str, Any]) -> str:
+    """The published model of a file's kind."""
+    if any(".attn2." in name for name in shapes):
+        return "stabilityai/stable-diffusion-3.5-medium"
+    if any(".attn.ln_q." in name for name in shapes):
+        return "stabilityai/stable-diffusion-3.5-large"
+    return "stabilityai/stable-diffusion-3-medium-diffusers"
+
+
+def _check_geometry(path: Path, part: str, shapes: Mapping[str, tuple[int, ...]], base: SD3Folder) -> None:
+    """Raise TeacherError, naming the first tensor, unless a file's component fits the configuration of `base`."""
+    kind = _KINDS[part]
+    with torch.device("meta"):
+        state = kind.from_config(kind.load_config(base.path / part, local_files_only=True)).state_dict()
+    tensors = transformer_tensors(state) if part == "transformer" else vae_tensors(state)
+    expected = {tensor.name: tuple(tensor.build(state.__getitem__).shape) for tensor in tensors}
+    prefix = _PREFIXES[part]
+    for name, shape in expected.items():
+        if _squeezed(shapes.get(name)) != _squeezed(shape):
+            raise TeacherError(
+                f"{path} holds {prefix}{name} as {shapes.get(name, 'nothing')}, and {base.name} has it as {shape}; "
+                "give the base of the same model"
+            )
+    if unknown := next((name for name in shapes if name not in expected), None):
+        raise TeacherError(f"{path} holds {prefix}{unknown}, which {base.name} lacks; give the base of the same model")
+
+
+def _squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """A shape without the kernel of 1x1 that some files have and others leave out."""
+    return shape[:2] if shape is not None and shape[2:] == (1, 1) else shape
+
+
+def _convert(path: Path, parts: Mapping[str, Mapping[str, str]], base: SD3Folder, made: Path) -> None:
+    """Write the folder: one component after the other in the file's precision."""
+    made.mkdir()
+    for part, names in parts.items():
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(full) for name, full in names.items()}
+        kind = _KINDS[part]
+        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
+        if part in ("transformer", "vae"):
+            own: dict[str, Any] = {"config": str(base.path), "subfolder": part, "local_files_only": True}
+            model = kind.from_single_file(tensors, torch_dtype=dtype, **own)
+        else:
+            config = kind.config_class.from_pretrained(base.path / part, local_files_only=True)
+            if part == "text_encoder":
+                tensors[_PROJECTION] = torch.eye(config.projection_dim, config.hidden_size, dtype=dtype)
+            options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+            model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
+            bad = sorted(info["missing_keys"]) + sorted(str(name) for name, *_ in info["mismatched_keys"])
+            if bad:
+                raise TeacherError(
+                    f"{path} lacks {_PREFIXES[part]}{bad[0]} in the shape that {base.name} has; give the base of the "
+                    "same model"
+                )
+        model.save_pretrained(made / part)
+        shutil.copyfile(base.path / part / "config.json", made / part / "config.json")
+    for name in (*COMPONENTS, "README.md"):
+        if name not in parts and (base.path / name).exists():
+            (made / name).symlink_to(base.path / name)
+    (made / "model_index.json").write_text(json.dumps(dict(base.index), indent=2) + "\n")
+    record = {"max_sequence_length": base.max_sequence_length, "guidance": base.guidance}
+    (made / RECORD).write_text(json.dumps(record) + "\n")
+
+
+def write_single_file(folder: SD3Folder, out: Path, text_encoders: bool = False) -> Path:
+    """Write a folder's transformer and autoencoder, and if wanted its text encoders, into one file, atomically.
+
+    Each tensor has the precision that it has in the folder, and only one is in memory at a time. Raises TeacherError
+    for text encoders that the original layout cannot hold.
+    """
+    parts = ["transformer", "vae"]
+    if text_encoders:
+        parts += ["text_encoder", "text_encoder_2", *(["text_encoder_3"] if folder.has_t5 else [])]
+    with ExitStack() as files:
+        plan: list[tuple[str, Tensor, Callable[[], Tensor]]] = []  # name, shape and type, values
+        for part in parts:
+            component = _Component(folder.path / part, files)
+            for tensor in _original_tensors(part, component):
+                read = partial(tensor.build, component.read)
+                plan.append((_PREFIXES[part] + tensor.name, tensor.build(component.shape), read))
+        plan.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned
+        metadata = {"format": "pt", "software": MARK, "modelspec.title": folder.name}
+        with atomic_write(out) as made, made.open("wb") as file:
+            file.write(_header({name: shape for name, shape, _ in plan}, metadata))
+            for _, _, build in plan:
+                file.write(build().contiguous().flatten().view(torch.uint8).numpy().data)
+    return out
+
+
+class _Component:
+    """The tensors of a component's folder, read one at a time while `files` is open."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self.folder = folder
+        opened = [files.enter_context(safe_open(path, framework="pt")) for path in find_weights(folder).files]
+        self._files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, it is no mapping
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> Tensor:
+        """A tensor of the same shape and type without values."""
+        found = self._files[name].get_slice(name)
+        return torch.empty(found.get_shape(), dtype=_DTYPES[found.get_dtype()], device="meta")
+
+
+def _original_tensors(part: str, component: _Component) -> list[OriginalTensor]:
+    """The tensors of a component in the original. Raises TeacherError for a first CLIP with a projection."""
+    names = component.names
+    if part == "transformer":
+        return transformer_tensors(names)
+    if part == "vae":
+        return vae_tensors(names)
+    if part == "text_encoder":
+        projection = component.read(_PROJECTION)
+        if not projection.equal(torch.eye(*projection.shape, dtype=projection.dtype)):
+            raise TeacherError(
+                f"{component.folder}: {_PROJECTION} is not the identity, which programs that read single files take it "
+                "for; write the file without text encoders"
+            )
+        names.remove(_PROJECTION)
+    return [OriginalTensor(name, (name,)) for name in names]
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file with tensors in this order."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
