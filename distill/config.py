@@ -160,6 +160,7 @@ class RunConfig(ConfigGroup):
     """All that a run depends on."""
 
     teacher: _Path = "scenes"
+    teacher_base: _Path | None = None  # the same model as a folder, for what a teacher in a single file lacks
     # Folder of a run (its newest checkpoint) or a student for the initial weights; null takes the teacher's.
     init_from: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     prompts: Prompts = Prompts()
@@ -224,7 +225,8 @@ class RunConfig(ConfigGroup):
 
         The teacher may be moved; its digest in `sources.json` identifies it.
         """
-        free = ("cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "teacher", "trackers")
+        free = {"cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "trackers"}
+        free |= {"teacher", "teacher_base"}
         plain = {key: value for key, value in self.as_dict().items() if key not in free}
         for key in _Networks.model_fields:
             plain["networks"].pop(key)

@@ -90,7 +90,7 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
                 f"{text} sets the method {config.method.name}; name that method as the variant, or remove the key"
             )
         variants.append(Variant(name, config, source, sets))
-    for key in ("teacher", "precision"):
+    for key in ("teacher", "teacher_base", "precision"):
         values = {variant.name: getattr(variant.config, key) for variant in variants}
         if len(set(values.values())) > 1:
             raise ConfigError(f"{key} differs between variants ({values}); set one value for all with --set")

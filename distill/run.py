@@ -57,7 +57,7 @@ def run(
     main, device = machine.is_main_process, machine.device
 
     # 1. check, before the folder is made
-    teacher = open_teacher(_from_main(pinned_teacher(config, out) if main else ""))
+    teacher = open_teacher(_from_main(pinned_teacher(config, out) if main else ""), config.teacher_base)
     teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
     if main:
         check_run(config, out, teacher)

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, SOURCE, TEACHER, Column, Device, TextLength
+from distill.cli.options import (
+    LAST_SEED,
+    MOST,
+    SOURCE,
+    TEACHER,
+    Column,
+    Device,
+    TeacherBase,
+    TextLength,
+    open_given_teacher,
+)
 
 _IMAGES = (
     "A folder of images with .txt captions or a metadata.jsonl, a folder of WebDataset .tar shards, one such shard, "
@@ -28,6 +38,7 @@ def embed(
     ] = 1,
     max_sequence_length: TextLength = None,
     device: Device = "auto",
+    teacher_base: TeacherBase = None,
 ) -> None:
     """Encode prompts into a cache, so that training needs no text encoder.
 
@@ -43,7 +54,8 @@ def embed(
 
     encoded = None
     where = resolve_device(device)
-    folder = open_teacher(teacher).with_sequence_length(max_sequence_length)  # before the cache's folder is created
+    # before the cache's folder is created
+    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
     with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
@@ -67,6 +79,7 @@ def encode(
     shard_rows: Annotated[int, typer.Option(help="Maximum images per file; files stay under 1 GiB.", min=1)] = 4096,
     max_sequence_length: TextLength = None,
     device: Device = "auto",
+    teacher_base: TeacherBase = None,
 ) -> None:
     """Encode real images and their captions into a cache, for methods that train on real images: RealUID, DMD2's GAN.
 
@@ -83,7 +96,8 @@ def encode(
 
     encoded = None
     where = resolve_device(device)
-    folder = open_teacher(teacher).with_sequence_length(max_sequence_length)  # before the cache's folder is created
+    # before the cache's folder is created
+    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})
@@ -102,14 +116,14 @@ def stats(
     teacher: Annotated[
         str | None, typer.Option(help=f"Teacher whose tokenizers also measure lengths: {TEACHER}")
     ] = None,
+    teacher_base: TeacherBase = None,
     column: Column = None,
 ) -> None:
     """Count the prompts, repetitions and empty lines of a source, and show the lengths of its distinct prompts."""
     from distill.cli.console import out, table
     from distill.data.prompt_stats import prompt_stats
-    from distill.models.teacher import open_teacher
 
-    found = prompt_stats(source, None if teacher is None else open_teacher(teacher), column)
+    found = prompt_stats(source, open_given_teacher(teacher, teacher_base), column)
     rows = []
     for name, spread in found.lengths.items():
         metrics = (spread.minimum, spread.median, spread.p95, spread.maximum)

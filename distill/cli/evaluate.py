@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, TEACHER, Device, Guidance, SkipLayers, SkipScale, teacher_guidance
+from distill.cli.options import (
+    LAST_SEED,
+    MOST,
+    TEACHER,
+    Device,
+    Guidance,
+    SkipLayers,
+    SkipScale,
+    TeacherBase,
+    open_given_teacher,
+    teacher_guidance,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +29,7 @@ if TYPE_CHECKING:
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="Student folder. Default: the shipped student.")] = None,
     teacher: Annotated[str, typer.Option(help=f"Teacher: {TEACHER}")] = "scenes",
+    teacher_base: TeacherBase = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Compare with the teacher's images of the prompts in this file.", dir_okay=False)
     ] = None,
@@ -70,7 +82,7 @@ def evaluate(
     from distill.report.grid import save_png
 
     check_replaceable(picture)
-    folder = open_teacher(teacher)
+    folder = open_teacher(teacher, teacher_base)
     guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
     others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
     samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
@@ -168,6 +180,7 @@ def geneval(
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)],
     student: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
     teacher: Annotated[str | None, typer.Option(help=f"Instead of a student: {TEACHER}")] = None,
+    teacher_base: TeacherBase = None,
     images: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Sampling steps of a teacher.", min=1)] = 28,
     guidance: Guidance = None,
@@ -189,19 +202,17 @@ def geneval(
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
     from distill.methods.policies import TeacherGuidance
     from distill.models.device import resolve_device
-    from distill.models.teacher import open_teacher
     from distill.pipeline import OneStepPipeline
 
     if (student is None) == (teacher is None):
         raise ConfigError("give either --student or --teacher")
     metadata = read_geneval_prompts(prompts)
     where = resolve_device(device)
-    if student is not None:
-        pipeline = OneStepPipeline.load(student, where)
+    if (folder := open_given_teacher(teacher, teacher_base)) is None:
+        pipeline = OneStepPipeline.load(cast(Path, student), where)
         generate, digest = student_sampler(pipeline), pipeline.spec.digest
         sampling = Sampling(1, TeacherGuidance(scale=1))
     else:
-        folder = open_teacher(cast(str, teacher))
         sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
         sampler = TeacherSampler(folder, where)
         generate, digest = partial(sampler.generate, sampling), sampler.folder.digest

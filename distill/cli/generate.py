@@ -14,6 +14,8 @@ from distill.cli.options import (
     Guidance,
     SkipLayers,
     SkipScale,
+    TeacherBase,
+    open_given_teacher,
     teacher_guidance,
 )
 
@@ -24,6 +26,7 @@ def generate(
     column: Column = None,
     student: Annotated[Path | None, typer.Option(help="Student folder. Default: the shipped student.")] = None,
     teacher: Annotated[str | None, typer.Option(help=f"Instead of a student: {TEACHER}")] = None,
+    teacher_base: TeacherBase = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("runs/images"),
     count: Annotated[
         int | None, typer.Option(help="Number of images; prompts repeat in order. Default: one per prompt.", min=1)
@@ -54,7 +57,6 @@ def generate(
     from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
-    from distill.models.teacher import open_teacher
     from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
 
     if student is not None and teacher is not None:
@@ -64,8 +66,7 @@ def generate(
         raise PromptError("there are no prompts; give prompts or --file")
     texts = list(islice(cycle(texts), count or len(texts)))
     where = resolve_device(device)
-    if teacher is not None:
-        folder = open_teacher(teacher)
+    if (folder := open_given_teacher(teacher, teacher_base)) is not None:
         sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
         sampler = TeacherSampler(folder, where)
         generate_batch: Generate = partial(sampler.generate, sampling)

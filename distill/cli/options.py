@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.errors import ConfigError
+
 if TYPE_CHECKING:
     from distill.methods.policies import TeacherGuidance
     from distill.models.sd3_folder import SD3Folder
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
-TEACHER = "`scenes`, a folder of a Stable Diffusion 3, or a model of the hub as owner/name or owner/name@revision."
+TEACHER = "`scenes`, a folder or .safetensors file of Stable Diffusion 3, or a model of the hub: owner/name[@revision]."
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
@@ -59,6 +61,10 @@ SkipLayers = Annotated[
     ),
 ]
 SkipScale = Annotated[float, typer.Option(help="Scale of skip-layer guidance.", min=1e-3, max=100, callback=finite)]
+TeacherBase = Annotated[
+    str | None,
+    typer.Option(help="For a teacher in a single file: the same model as a folder or on the hub."),
+]
 Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]
 TextLength = Annotated[
     int | None,
@@ -89,3 +95,14 @@ def teacher_guidance(
     guidance = TeacherGuidance(scale=scale, skip_layers=layers, skip_scale=skip_scale)
     guidance.check_layers(teacher.layers, "--skip-layers")
     return guidance
+
+
+def open_given_teacher(teacher: str | None, base: str | None) -> "SD3Folder | None":
+    """Open the teacher of `--teacher` and `--teacher-base`, if one is given. Raises ConfigError for a base alone."""
+    from distill.models.teacher import open_teacher
+
+    if teacher is not None:
+        return open_teacher(teacher, base)
+    if base is not None:
+        raise ConfigError("--teacher-base completes the single file of --teacher; give both, or neither")
+    return None

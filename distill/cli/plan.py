@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from distill.cli.options import MOST, TEACHER, SkipLayers, finite
+from distill.cli.options import MOST, TEACHER, SkipLayers, TeacherBase, finite
 
 
 def plan(
     teacher: Annotated[str, typer.Argument(help=f"sd3-medium, sd3.5-medium, sd3.5-large, {TEACHER}")] = "sd3-medium",
+    teacher_base: TeacherBase = None,
     device_memory: Annotated[float, typer.Option(help="Device memory in GiB.", min=0, max=1e6, callback=finite)] = 80,
     mode: Annotated[Literal["lora", "full"], typer.Option(help="lora: adapters on a base. full: copies.")] = "lora",
     batch: Annotated[int, typer.Option(help="Images per forward pass, a run's `micro_batch`.", min=1, max=1 << 20)] = 4,
@@ -47,7 +48,7 @@ def plan(
     from distill.plan.estimate import GIB, changes_that_fit, plan_input
     from distill.plan.run_estimate import estimate_plan
 
-    geometry = read_geometry(teacher)
+    geometry = read_geometry(teacher, teacher_base)
     made = plan_input(
         geometry,
         mode,

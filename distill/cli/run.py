@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.options import Seconds
+from distill.cli.options import Seconds, TeacherBase, open_given_teacher
 from distill.cli.stopping import agreed, stop_signals, stopped
+from distill.errors import ConfigError
+from distill.files import check_replaceable
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
@@ -116,6 +118,12 @@ def export(
         str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Where the run's teacher is now. Default: as in the run.")] = None,
+    teacher_base: TeacherBase = None,
+    single_file: Annotated[
+        Path | None,
+        typer.Option(help="Also write this .safetensors file for ComfyUI: transformer and VAE.", dir_okay=False),
+    ] = None,
+    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Put them into the single file too.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare with stock diffusers; a difference fails.")] = False,
     device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
 ) -> None:
@@ -124,18 +132,29 @@ def export(
     The student is the averaged one of a checkpoint; a LoRA run's folder also holds the adapter, for diffusers and
     ComfyUI. An older student in the same place is replaced; a folder that holds anything else is refused.
     """
+    if single_file is None and text_encoders:
+        raise ConfigError("--text-encoders goes with --single-file; give both, or neither")
+    if single_file is not None:
+        if single_file.suffix != ".safetensors":
+            raise ConfigError(f"--single-file {single_file}: name a .safetensors file")
+        check_replaceable(single_file)
+
     import torch
 
     from distill.models.device import resolve_device
-    from distill.models.teacher import open_teacher
+    from distill.models.sd3_folder import SD3Folder
+    from distill.models.single_file import write_single_file
     from distill.student.parity import TOLERANCE, check_parity
     from distill.student.run_export import export_run
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    moved = None if teacher is None else open_teacher(teacher)
+    moved = open_given_teacher(teacher, teacher_base)
     folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
-    seen = json.loads((folder / "onestep.json").read_text())["images_seen"]
-    typer.echo(f"The student after {seen} images is in {folder}.")
+    record = json.loads((folder / "onestep.json").read_text())
+    typer.echo(f"The student after {record['images_seen']} images is in {folder}.")
+    if single_file is not None:
+        write_single_file(SD3Folder.read(folder, record["name"]), single_file, text_encoders)
+        typer.echo(f"Its single file is {single_file}.")
     if check:
         largest = check_parity(folder, resolve_device(device))
         typer.echo(

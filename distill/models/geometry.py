@@ -112,12 +112,18 @@ class Geometry:
         check_size(size, size, unit, int(self.transformer["pos_embed_max_size"]), self.name)
 
 
-def read_geometry(teacher: str) -> Geometry:
+def read_geometry(teacher: str, base: str | None = None) -> Geometry:
     """Read the geometry of a published model, a teacher that ships, a folder, or a model of the hub, without weights.
 
-    Components that a folder lacks have SD3's geometry. Raises TeacherError for an unknown name or a folder without an
-    SD3 transformer.
+    A single file has the geometry of its `base`. Components that a folder lacks have SD3's geometry. Raises
+    TeacherError for an unknown name, a folder without an SD3 transformer, and a file without a base.
     """
+    if Path(teacher).expanduser().is_file():
+        if base is None:
+            raise TeacherError(f"{teacher} is a single file; name the folder of the same model with --teacher-base")
+        return replace(read_geometry(base), name=Path(teacher).stem)
+    if base is not None:
+        raise TeacherError(f"--teacher-base completes a single file, and {teacher} is none; leave it out")
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, *_STOCK_TOKENS)
     folder, name = TEACHERS.get(teacher, Path(os.path.expanduser(teacher))), ""

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial, reduce
@@ -25,7 +24,9 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from distill.errors import OutputError, TeacherError
 from distill.files import MARK, atomic_write
 from distill.models.original_layout import OriginalTensor, transformer_tensors, vae_tensors
-from distill.models.sd3_folder import COMPONENTS, RECORD, SD3Folder, check_weights, find_weights
+from distill.models.sd3_files import COMPONENTS, RECORD, find_weights
+from distill.models.sd3_folder import SD3Folder, check_weights
+from distill.models.tensor_file import DTYPES, write_tensors
 from distill.models.weights import tensor_shapes
 
 ENDING = ".safetensors"
@@ -44,9 +45,7 @@ _KINDS: dict[str, Any] = {
     "text_encoder_3": T5EncoderModel,
 }
 _PROJECTION = "text_projection.weight"  # of the first CLIP: the original uses its features without a projection
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
@@ -184,18 +183,17 @@ def write_single_file(folder: SD3Folder, out: Path, text_encoders: bool = False)
     if text_encoders:
         parts += ["text_encoder", "text_encoder_2", *(["text_encoder_3"] if folder.has_t5 else [])]
     with ExitStack() as files:
-        plan: list[tuple[str, Tensor, Callable[[], Tensor]]] = []  # name, shape and type, values
+        shapes: dict[str, Tensor] = {}
+        builds: dict[str, Callable[[], Tensor]] = {}
         for part in parts:
             component = _Component(folder.path / part, files)
             for tensor in _original_tensors(part, component):
-                read = partial(tensor.build, component.read)
-                plan.append((_PREFIXES[part] + tensor.name, tensor.build(component.shape), read))
-        plan.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned
+                name = _PREFIXES[part] + tensor.name
+                shapes[name] = tensor.build(component.shape)
+                builds[name] = partial(tensor.build, component.read)
         metadata = {"format": "pt", "software": MARK, "modelspec.title": folder.name}
-        with atomic_write(out) as made, made.open("wb") as file:
-            file.write(_header({name: shape for name, shape, _ in plan}, metadata))
-            for _, _, build in plan:
-                file.write(build().contiguous().flatten().view(torch.uint8).numpy().data)
+        with atomic_write(out) as made:
+            write_tensors(made, shapes, lambda name: builds[name](), metadata)
     return out
 
 
@@ -237,16 +235,3 @@ def _original_tensors(part: str, component: _Component) -> list[OriginalTensor]:
             )
         names.remove(_PROJECTION)
     return [OriginalTensor(name, (name,)) for name in names]
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file with tensors in this order."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -45,6 +45,8 @@ def export_run(
     evaluation = next((line for line in run.evaluations if line["images"] == images), {})
     # A published record needs no paths of this machine.
     values, source = config.as_dict(), Path(config.prompts.source).name
+    if config.teacher_base is not None:
+        values["teacher_base"] = Path(config.teacher_base).name
     if config.real is not None:
         values["real"]["source"] = Path(config.real.source).name
     if config.init_from is not None:

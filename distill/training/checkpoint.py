@@ -3,10 +3,8 @@
 A state is a folder, written by `files.atomic_write`: what bears a final name is complete.
 """
 
-import hashlib
 import json
 import logging
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -20,20 +18,11 @@ from torch.optim import Optimizer
 
 from distill.errors import CheckpointError, DivergedError
 from distill.files import atomic_write, atomic_write_text, sha256
+from distill.models.tensor_file import write_tensors
 from distill.models.weights import first_nonfinite, tensor_shapes
 from distill.report.run_folder import images_of
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -55,40 +44,13 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
     try:
         with atomic_write(folder) as made:
             made.mkdir()
-            checked = {**record, "sha256": _write_tensors(made / _TENSORS, tensors)}
+            checked = {**record, "sha256": write_tensors(made / _TENSORS, tensors)}
             (made / _RECORD).write_text(json.dumps(checked, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not save {folder}: {error}; make room and run the same command, "
             "it continues from the checkpoint before"
         ) from error
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file and return its checksum. One tensor at a time is copied to the host.
-
-    safetensors' own writer needs all tensors on the host at once.
-    """
-    header: dict[str, dict[str, Any]] = {}
-    end = 0
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # readers need aligned tensors
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            file.write(data)
-
-        write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

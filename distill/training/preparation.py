@@ -38,7 +38,8 @@ def pinned_teacher(config: RunConfig, out: Path) -> str:
 
 def read_teacher(config: RunConfig, out: Path) -> SD3Folder:
     """Open the teacher of the run in `out`, with the run's number of T5 tokens."""
-    return open_teacher(pinned_teacher(config, out)).with_sequence_length(config.prompts.max_sequence_length)
+    teacher = open_teacher(pinned_teacher(config, out), config.teacher_base)
+    return teacher.with_sequence_length(config.prompts.max_sequence_length)
 
 
 def _read_pin(out: Path) -> tuple[str, str] | None:

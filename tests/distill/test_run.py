@@ -262,8 +262,10 @@ def test_a_run_reads_the_folder_of_its_teacher_once(teacher, prompts, tmp_path):
 def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     kind, out = whole
     arguments = ["export", str(out), "--checkpoint", "80", "--dtype", "fp32", "--license", "mit", "--check"]
-    result = invoke(*arguments, "--out", str(tmp_path / "student"))
+    single = tmp_path / "single.safetensors"
+    result = invoke(*arguments, "--out", str(tmp_path / "student"), "--single-file", str(single))
     assert "after 80 images" in result.output
+    assert f"Its single file is {single}." in result.output
     assert "Stock diffusers makes the same latents" in result.output
     record = json.loads((tmp_path / "student" / "onestep.json").read_text())
     assert (record["dtype"], record["images_seen"]) == ("float32", 80)
@@ -275,9 +277,25 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
     for path in (out / "student", tmp_path / "student"):
         assert all("/prompts.txt" not in (path / name).read_text() for name in ("onestep.json", "README.md"))
     weights = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert load_file(single)["model.diffusion_model.final_layer.linear.weight"].equal(weights["proj_out.weight"])
     average, _ = checkpoint.load(out / "checkpoints" / checkpoint.state_name(80), "average")
     if kind == "full":
         assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+
+
+def test_a_single_file_of_another_program_is_kept(whole, tmp_path):
+    single = tmp_path / "single.safetensors"
+    single.write_text("of another program")
+    arguments = ["export", str(whole[1]), "--out", str(tmp_path / "student")]
+    for options, kind in (
+        (["--single-file", str(single)], OutputError),
+        (["--single-file", str(tmp_path / "single.ckpt")], ConfigError),
+        (["--text-encoders"], ConfigError),
+        (["--teacher-base", str(tmp_path)], ConfigError),
+    ):
+        assert isinstance(invoke(*arguments, *options).exception, kind)
+    assert single.read_text() == "of another program"
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole, tmp_path):

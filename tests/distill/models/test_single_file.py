@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
-from tiny import SD3_KINDS, make_transformer, stock_pipeline
+from tiny import SD3_KINDS, distilled, make_transformer, stock_pipeline
 
 from distill.errors import OutputError, TeacherError
 from distill.models.sd3_folder import SD3Folder
@@ -19,10 +19,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = "model.diffusion_model."
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "flow-generator-matching" / "teachers"
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "flow-generator-matching" / "teachers"
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +97,11 @@ def test_what_the_file_lacks_comes_from_the_base_and_prefixes_may_be_absent(sing
         assert (opened.path / part).resolve() == base / part
 
 
-def test_two_processes_convert_a_file_once(single_file, base, cache):
-    with ProcessPoolExecutor(2) as pool:
-        first, second = pool.map(open_teacher, [single_file] * 2, [str(base)] * 2)
-    assert first == second
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [first.path.name]
+def test_a_run_and_its_student_have_the_file_s_name(single_file, base, tmp_path):
+    run = distilled(single_file, tmp_path, f"teacher_base={base}")
+    record = json.loads((run / "student" / "onestep.json").read_text())
+    assert (record["name"], record["teacher"]) == ("medium-3.5-one-step", "medium-3.5")
+    assert record["config"]["teacher_base"] == base.name
 
 
 def test_a_conversion_that_was_killed_begins_anew(single_file, base, cache):
@@ -108,6 +110,14 @@ def test_a_conversion_that_was_killed_begins_anew(single_file, base, cache):
     (left / "model_index.json").unlink()
     assert open_teacher(single_file, str(base)) == opened
     assert not left.exists()
+
+
+def test_two_processes_convert_a_file_once(single_file, models, cache):
+    before = set(cache.iterdir())
+    with ThreadPoolExecutor(2) as pool:  # each opens the lock's file by itself, as processes do
+        first, second = pool.map(open_teacher, [single_file] * 2, [str(models["sd3.5-medium"])] * 2)
+    assert first == second
+    assert {path for path in set(cache.iterdir()) - before if path.is_dir()} == {first.path}
 
 
 def test_without_a_base_the_error_says_what_is_lacking(single_file):
@@ -123,10 +133,9 @@ def test_a_base_completes_a_file_only(models):
 
 
 @pytest.mark.parametrize("other", ["sd3-medium", "sd3.5-large"])
-def test_a_base_of_another_model_is_refused_by_the_first_tensor(other, single_file, models, cache):
+def test_a_base_of_another_model_is_refused_by_the_first_tensor(other, single_file, models):
     with pytest.raises(TeacherError, match=rf"model\.diffusion_model\.joint_blocks\.\d\..*{other}"):
         open_teacher(single_file, str(models[other]))
-    assert not cache.exists()
 
 
 def test_tensors_in_another_shape_are_refused_by_name(single_file, base, tmp_path):
@@ -157,8 +166,9 @@ def test_other_files_are_refused(single_file, base, tmp_path):
             open_teacher(tmp_path / name, str(base))
 
 
-def test_a_cache_that_cannot_be_written_is_named(single_file, base, tmp_path):
+def test_a_cache_that_cannot_be_written_is_named(single_file, base, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(OutputError, match="set XDG_CACHE_HOME"):
         open_teacher(single_file, str(base))
 
@@ -176,4 +186,3 @@ def test_the_file_keeps_the_precision_of_the_folder(models, tmp_path):
     written = load_file(write_single_file(SD3Folder.read(folder), tmp_path / "mixed.safetensors"))
     assert {tensor.dtype for name, tensor in written.items() if name.startswith(TRANSFORMER)} == {torch.bfloat16}
     assert written["first_stage_model.encoder.conv_in.weight"].dtype == torch.float32
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
