@@ -7,9 +7,10 @@ take turns, each measurement in a process of its own, so that peak memory is a s
 
     python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
 
-Ours compiles its blocks on a GPU, and on a CPU only with `--compile`; `docs/scaling.md` says where it pays. Two more
-questions, each asked of our side alone:
+Ours compiles its blocks on a GPU, and on a CPU only with `--compile`; `docs/scaling.md` says where it pays. Other
+questions:
 
+    python benchmarks/train.py --online          our side encodes prompts during training, as it does for SD3's size
     python benchmarks/train.py --profile         where the time of a step goes, and how far it is from matrix products
     python benchmarks/train.py --processes 2     gloo processes that share the cores, against one with a thread on each
 """
@@ -25,11 +26,14 @@ import tempfile
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from distill.data.online_conditions import OnlineConditions
+    from distill.models.geometry import Geometry
     from distill.plan.estimate import PlanInput
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the metrics
@@ -41,7 +45,7 @@ WARM = 4  # steps before the clock starts; a CUDA graph is recorded in the fourt
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    """Train with the product's own loop; prompts were encoded before, so conditions are rows in memory."""
+    """Train with the product's own loop; without --online, conditions are rows in memory, as those of a small cache."""
     import torch
 
     from distill.config import RunConfig
@@ -93,6 +97,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             attention.use(attention.resolve(config.networks.attention, dtype, machine.device), model)
         shape, size = geometry.transformer, arguments.size or geometry.image_size
         rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])
+        if arguments.online:
+            rows = online_conditions(geometry, machine.device, dtype, Path(folder))
         latents = (shape["in_channels"], *[size // geometry.pixels_per_latent] * 2)
         began = time.perf_counter()
         with closing(train(config, Path(folder), networks, rows, [latents], machine)) as progress:
@@ -107,6 +113,51 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             _tell(profile, [each.metrics for each in rounds], setting, metrics["images_per_second"], machine.device)
         machine.end_training()
         return {**metrics, "seconds_to_start": started - began}
+
+
+def online_conditions(
+    geometry: "Geometry", device: "torch.device", dtype: "torch.dtype", folder: Path
+) -> "OnlineConditions":
+    """Conditions of as many prompts as a run never repeats soon, encoded by text encoders with random weights."""
+    import torch
+
+    from distill.data.online_conditions import OnlineConditions
+    from distill.data.prompt_texts import PromptTexts, write_texts
+    from distill.models.text import SD3TextEncoder
+
+    class Tokenizer:
+        """Token ids of the right shape; their values change no cost."""
+
+        model_max_length = geometry.clip_tokens
+
+        def __call__(self, prompts: list[str], max_length: int, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=torch.ones(len(prompts), max_length, dtype=torch.long))
+
+    def load() -> SD3TextEncoder:
+        encoders = _text_encoders(geometry, device, dtype)
+        t5 = encoders.pop("text_encoder_3", None)
+        token, width = Tokenizer(), geometry.transformer["joint_attention_dim"]
+        return SD3TextEncoder(list(encoders.values()), [token, token], t5, token, width, geometry.t5_tokens)
+
+    write_texts(map(str, range(10_000)), folder / "prompts.jsonl")
+    return OnlineConditions(PromptTexts(folder / "prompts.jsonl"), device, load)
+
+
+def _text_encoders(geometry: "Geometry", device: "torch.device", dtype: "torch.dtype") -> dict[str, "torch.nn.Module"]:
+    """The text encoders of a geometry with random weights, by the names of their folders."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    with device:
+        return {
+            name: (
+                T5EncoderModel(T5Config(**kind))
+                if name == "text_encoder_3"
+                else CLIPTextModelWithProjection(CLIPTextConfig(**kind))
+            )
+            .to(dtype)
+            .eval()
+            for name, kind in geometry.text.items()
+        }
 
 
 def _tell(
@@ -148,7 +199,7 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
     from diffusers import SD3Transformer2DModel
     from torch.nn import functional as F
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     from distill.config import RunConfig
     from distill.models.geometry import read_geometry
@@ -160,16 +211,10 @@ def baseline(arguments: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     with device:
         teacher, fake, student, average = (SD3Transformer2DModel.from_config(geometry.transformer) for _ in range(4))
-        encoders = [
-            T5EncoderModel(T5Config(**kind))
-            if name == "text_encoder_3"
-            else CLIPTextModelWithProjection(CLIPTextConfig(**kind))
-            for name, kind in geometry.text.items()
-        ]
+    encoders = list(_text_encoders(geometry, device, torch.bfloat16 if bf16 else torch.float32).values())
     for model in (teacher, average, *encoders):
         model.requires_grad_(False)
-    for model in (teacher, *encoders):
-        model.to(torch.bfloat16 if bf16 else torch.float32)
+    teacher.to(torch.bfloat16 if bf16 else torch.float32)
     if arguments.gradient_checkpointing:
         for model in (teacher, fake, student):
             model.enable_gradient_checkpointing()
@@ -282,6 +327,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side of the images in pixels; native if not given")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="gradient checkpointing, on both sides")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of our blocks; on GPUs if not given")
+    parser.add_argument("--online", action="store_true", help="our side encodes prompts during training")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--processes", type=int, help="gloo processes on the CPU's cores, against one process")
