@@ -30,6 +30,11 @@ REPEAT_EVERY = 16  # every so many images, the prompt is repeated for diversity
 REPEAT_SEEDS = 4
 
 
+def image_count(images: int) -> int:
+    """The number of images for `images` prompts, with those for diversity."""
+    return images + REPEAT_SEEDS * -(-images // REPEAT_EVERY)
+
+
 @dataclass(frozen=True)
 class ReferenceProgress:
     """Images of the teacher that exist, and how many there will be."""

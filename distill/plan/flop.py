@@ -39,6 +39,11 @@ def training_flop(
     return total
 
 
+def velocity_flop(geometry: Geometry, size: tuple[int, int]) -> float:
+    """FLOP of one network evaluation of an image of a (width, height) in pixels, without gradient."""
+    return sum(_network_flop(geometry, *size))
+
+
 def _network_flop(geometry: Geometry, width: int, height: int) -> tuple[float, float]:
     """FLOP of one image through the transformer: of its matrices, and of the products within attention."""
     config = geometry.transformer

@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from distill.config import Cadence, Lora, RunConfig
+from distill.config import Cadence, EvaluationSettings, Lora, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
 from distill.models.sd3_files import MODELS, find_weights
 from distill.models.sd3_folder import SD3Folder
 from distill.plan.estimate import Plan, PlanInput
+from distill.plan.evaluation import evaluation_cost
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
 from distill.training import checkpoint
 from distill.training.preparation import SPEED
+from distill.training.run_evaluator import evaluated_size, evaluator_kind, references_folder
 from distill.training.run_sources import RunPrompts
 
 UTILIZATION = 0.35  # share of the device's rate of matrix products that training reaches
@@ -41,6 +43,8 @@ class RunEstimate:
     image_flop: float
     encoding_seconds: float
     training_seconds: float
+    reference_seconds: float  # of the teacher's images that evaluations compare with
+    evaluation_seconds: float  # of all evaluations with them
 
     @property
     def disk(self) -> int:
@@ -53,11 +57,13 @@ class RunEstimate:
         whole = si(self.prompts * self.prompt_bytes, "B")
         beside = f" (a cache of them would take {whole})" if self.is_online else f" ({whole})"
         encoding = "" if self.is_online else f"encoding {duration(self.encoding_seconds)}, "
+        once = f", the teacher's images {duration(self.reference_seconds)}" if self.reference_seconds else ""
+        evaluation = f"{once}, evaluations {duration(self.evaluation_seconds)}" if self.evaluation_seconds else once
         return [
             f"Prompts: {self.prompts} distinct, {si(self.prompt_bytes, 'B')} each when encoded; {how}{beside}.",
             f"Disk: {si(self.disk, 'B')}: cache {si(self.cache, 'B')}, checkpoints {si(self.checkpoints, 'B')}, "
             f"student {si(self.student, 'B')}.",
-            f"Time: about {encoding}training {duration(self.training_seconds)}.",
+            f"Time: about {encoding}training {duration(self.training_seconds)}{evaluation}.",
         ]
 
     @property
@@ -108,6 +114,11 @@ def estimate_run(
     others = [name for name in MODELS if name != "transformer" and (name != "text_encoder_3" or teacher.has_t5)]
     files = [path for name in others for path in find_weights(teacher.path / name).files]
     encodes = not (online or prompts.is_encoded)
+    references = evaluations = 0.0
+    if evaluator_kind(config, teacher) == "reference":
+        cost = evaluation_cost(geometry, evaluated_size(config, teacher), config.method.guidance, config.evaluation)
+        references = 0.0 if references_folder(config, out).exists() else cost.references / rate
+        evaluations = (left // config.cadence.evaluate + 1) * cost.evaluation / rate
     return RunEstimate(
         prompts=count,
         prompt_bytes=row,
@@ -119,6 +130,8 @@ def estimate_run(
         image_flop=image_flop,
         encoding_seconds=count * prompt_flop / rate * encodes,
         training_seconds=training,
+        reference_seconds=references,
+        evaluation_seconds=evaluations,
     )
 
 
@@ -127,6 +140,7 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
     geometry = setting.geometry
     row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)
+    cost = evaluation_cost(geometry, (setting.size, setting.size), setting.method.guidance, EvaluationSettings())
     weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
     average = plan.resident["averaged student"]
     state = average + weights + plan.optimizer_states[setting.optimizer]
@@ -141,6 +155,8 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         image_flop=plan.flop_per_image,
         encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,
         training_seconds=images * (plan.flop_per_image + prompt_flop * online) / flop_rate,
+        reference_seconds=cost.references / flop_rate,
+        evaluation_seconds=(images // Cadence().evaluate) * cost.evaluation / flop_rate,
     )
 
 

@@ -70,16 +70,20 @@ def evaluation_prompts(config: RunConfig, own: Sequence[str]) -> list[str]:
     return list(islice(DistinctPrompts(own if source is None else read_prompts(source)), config.evaluation.images))
 
 
+def references_folder(config: RunConfig, out: Path) -> Path:
+    """The folder of the teacher's images, which has a folder for each digest."""
+    return out / REFERENCES if config.evaluation.references is None else Path(config.evaluation.references)
+
+
 def run_references(config: RunConfig, teacher: SD3Folder, out: Path, prompts: Sequence[str]) -> References | None:
     """The teacher's images that the run's evaluator compares with; None if it needs none. They may be missing yet."""
     if evaluator_kind(config, teacher) != "reference":
         return None
     settings = config.evaluation
-    folder = out / REFERENCES if settings.references is None else Path(settings.references)
     guided = config.method.guidance.model_dump(include=TeacherGuidance.model_fields.keys())
     sampling = Sampling(settings.teacher_steps, TeacherGuidance(**guided))
     texts = evaluation_prompts(config, prompts)
-    return References(folder, teacher, sampling, evaluated_size(config, teacher), texts, settings.images)
+    return References(references_folder(config, out), teacher, sampling, evaluated_size(config, teacher), texts, settings.images)
 
 
 def run_evaluator(

@@ -133,7 +133,7 @@ class JobFolder:
 
     def remove_checkpoints(self) -> None:
         """Delete what a finished run no longer needs: checkpoints, caches and measurements."""
-        for name in ("checkpoints", "best", "embeddings", "images", ".speed"):
+        for name in ("checkpoints", "best", "embeddings", "images", "references", ".speed"):
             shutil.rmtree(self.run / name, ignore_errors=True)
         (self.run / "prompts.jsonl").unlink(missing_ok=True)
 

@@ -89,11 +89,15 @@ def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, con
             assert np.array_equal(image, student(["a red circle"], [7]).numpy()[0])
 
             events = client.fine_tuning.jobs.list_events(job.id, limit=25)  # in pages
-            steps = [event.data["step"] for event in events if event.type == "metrics"]
+            metrics = [event.data for event in events if event.type == "metrics"]
+            steps = [data["step"] for data in metrics if "gap" in data]
             assert steps == list(range(480, 0, -8))  # each line once, newest first
             checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
             assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
             assert checkpoints[0].metrics.gap > 0
+            evaluated = {data["step"]: data["kernel"] for data in metrics if "kernel" in data}  # by the teacher's images
+            assert list(evaluated) == [480, *range(448, 0, -64)]
+            assert checkpoints[0].metrics.kernel == evaluated[480]
             assert client.fine_tuning.jobs.list(metadata=why).data[0].id == job.id
             for pair in ({"why": "other"}, {'a"b': "c"}):
                 assert client.fine_tuning.jobs.list(metadata=pair).data == []
