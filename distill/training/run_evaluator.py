@@ -83,7 +83,8 @@ def run_references(config: RunConfig, teacher: SD3Folder, out: Path, prompts: Se
     guided = config.method.guidance.model_dump(include=TeacherGuidance.model_fields.keys())
     sampling = Sampling(settings.teacher_steps, TeacherGuidance(**guided))
     texts = evaluation_prompts(config, prompts)
-    return References(references_folder(config, out), teacher, sampling, evaluated_size(config, teacher), texts, settings.images)
+    folder, size = references_folder(config, out), evaluated_size(config, teacher)
+    return References(folder, teacher, sampling, size, texts, settings.images)
 
 
 def run_evaluator(
