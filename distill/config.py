@@ -31,7 +31,7 @@ _RENAMED = {
     "method.guidance.teacher": "scale",
 }
 _Positive = Annotated[float, Field(gt=0)]
-_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or a built-in name
+_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]

@@ -67,7 +67,9 @@ class HubModel:
         Raises TeacherError if there is no such model, revision or permission.
         """
         with _explained(self):
-            return HubModel(self.id, HfApi().resolve_revision(self.id, revision=self.revision).resolved)
+            offline = constants.is_offline_mode()
+            found = HfApi().resolve_revision(self.id, revision=self.revision, local_files_only=offline)
+            return HubModel(self.id, found.resolved)
 
 
 def fetch(model: HubModel, with_weights: bool = True) -> Path:
