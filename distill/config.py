@@ -79,7 +79,7 @@ class _Networks(ConfigGroup):
 
     gradient_checkpointing: bool = False
     compile: bool = False
-    attention: Literal["auto", "sdpa", "math", "flash", "xformers"] = "auto"
+    attention: Literal["auto", "sdpa", "math", "flash", "cudnn", "xformers"] = "auto"
     cuda_graph: bool | Literal["auto"] = "auto"
 
 
@@ -208,7 +208,7 @@ class RunConfig(ConfigGroup):
         if self.real is not None and self.sizes:
             raise ValueError("sizes: real images have the teacher's native size only; leave sizes or real out")
         kernel = self.networks.attention
-        if kernel in ("flash", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
+        if kernel in ("flash", "cudnn", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
             raise ValueError(
                 f"networks.attention {kernel} has no forward-mode derivative, which {self.method.name} takes; "
                 "take sdpa or math"

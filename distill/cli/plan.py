@@ -18,7 +18,7 @@ def plan(
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: native.", min=1)] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
-    method: Annotated[str, typer.Option(help="`method.name` of the run, with its own settings as they are.")] = "fgm",
+    method: Annotated[str, typer.Option(help="`method.name` of the run, with the settings of a preset.")] = "fgm",
     skip_layers: SkipLayers = "",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
@@ -34,7 +34,19 @@ def plan(
             callback=finite,
         ),
     ] = None,
-    utilization: Annotated[float, typer.Option(help="Share of that peak.", min=1e-6, max=1, callback=finite)] = 0.35,
+    utilization: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of that peak; measured 0.26, or with --compile an estimate of 0.35, if not given.",
+            min=1e-6,
+            max=1,
+            callback=finite,
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="`networks.compile` of the run; for the speed.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="method.key=value, as for `distill run`; may be repeated.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Distinct prompts of the run.", min=1, max=MOST)] = 1_000_000,
     images: Annotated[int, typer.Option(help="Images of the run.", min=1, max=MOST)] = 1_000_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
@@ -45,7 +57,7 @@ def plan(
     """
     from distill.cli.console import out, table
     from distill.models.geometry import read_geometry
-    from distill.plan.estimate import GIB, changes_that_fit, plan_input
+    from distill.plan.estimate import GIB, PEAK, UTILIZATION, changes_that_fit, plan_input
     from distill.plan.run_estimate import estimate_plan
 
     geometry = read_geometry(teacher, teacher_base)
@@ -61,12 +73,14 @@ def plan(
         optimizer,
         prompts,
         skip_layers,
+        overrides or (),
     )
     result = made.plan()
     available = int((device_memory - reserve) * GIB)
     fits = result.peak <= available
     changes = [] if fits else changes_that_fit(made, result, available)
-    rate = (tflops or {"bf16": 989, "fp32": 67}[dtype]) * 1e12 * utilization
+    share = utilization or UTILIZATION["compiled" if compiled else "eager"]
+    rate = (tflops or PEAK[dtype]) * 1e12 * share
     speed = rate / result.flop_per_image
     estimate = estimate_plan(made, result, prompts, images, rate)
     if as_json:

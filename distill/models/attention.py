@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from distill.errors import ConfigError
 
-_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION}
+_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def resolve(name: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -18,6 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from distill.config import Full, Lora, load_config
 from distill.data.shards import RESIDENT_BYTES
+from distill.errors import ConfigError
 from distill.flow import derivative, one_step
 from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
 from distill.models.geometry import NAMES, Geometry
@@ -29,6 +30,10 @@ from distill.training.evaluation import GRID
 from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
 GIB = 2**30
+PEAK = {"bf16": 989, "fp32": 67}  # TFLOP/s of an H100 or H200, dense, by NVIDIA's data sheet
+# Share of the peak in a training step. Eager: measured on an H200, 1.53 images/s of 168.5 TFLOP, a LoRA step of
+# SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
+UTILIZATION = {"eager": 0.26, "compiled": 0.35}
 
 _SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
@@ -187,14 +192,19 @@ def plan_input(
     optimizer: Literal["adam", "adam-8bit"] = "adam",
     prompts: int = 0,
     skip_layers: str = "",
+    overrides: Sequence[str] = (),
 ) -> PlanInput:
     """Build the input from the command's options, with the settings of a published model's preset, or SD3-medium's.
 
-    Raises ConfigError.
+    `overrides` are settings of the method, as method.key=value. Raises ConfigError, also for an override of anything
+    else.
     """
+    for override in overrides:
+        if not override.startswith("method."):
+            raise ConfigError(f"--set {override}: here only method.* can be set; the rest are options of this command")
     preset = geometry.name if geometry.name in NAMES else "sd3-medium"
     guidance = [f"method.guidance.skip_layers=[{skip_layers}]"] if skip_layers else []
-    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *guidance]).method
+    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *guidance, *overrides]).method
     chosen.guidance.check_layers(geometry.transformer["num_layers"], "--skip-layers")
     kind = Lora(rank=rank) if mode == "lora" else Full()
     kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})

@@ -37,7 +37,7 @@ from distill.models.two_times import add_second_time
 
 ROLES = ("fake", "student")
 CRITIC = "critic."  # before the names of a critic's tensors, which are the fake's to train
-COMPILED_FORMS = 64  # of a block: by role, gradient, last or not, and batch; beyond them compilation is an error
+COMPILED_FORMS = 128  # of a block: by role, gradient, kind of block, and shape; beyond them compilation is an error
 
 
 class Networks(ABC):
@@ -144,7 +144,10 @@ class FullCopies(Networks):
 
 
 class SharedBase(Networks):
-    """One transformer with an adapter for each role; the teacher is the base alone."""
+    """One transformer with an adapter for each role; the teacher is the base alone.
+
+    Adapters are in fp32, so a base in bf16 is called under autocast.
+    """
 
     def __init__(
         self,
@@ -169,6 +172,9 @@ class SharedBase(Networks):
             for role in roles:
                 self._base.add_adapter(config, adapter_name=role)
         self._layers = [module for module in self._base.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            # Under autocast, peft's copy of each input in fp32, the dtype of adapters, would be cast back at once.
+            layer.cast_input_dtype_enabled = False
         self._weights = {role: {} for role in roles}
         for name, parameter in self._base.named_parameters():
             for role in roles:
@@ -251,10 +257,10 @@ def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
         model.enable_gradient_checkpointing()
         model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
     if kind.compile:
-        compiled: Any = torch.compile  # whose overloads leave out the limit
+        torch._dynamo.config.recompile_limit = COMPILED_FORMS
         # Blocks of one kind share their compiled forms, so a deep model starts as fast as a shallow one.
         for block in model.transformer_blocks:
-            block.forward = compiled(block.forward, fullgraph=True, recompile_limit=COMPILED_FORMS)
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def build(

@@ -4,7 +4,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -17,7 +17,10 @@ from service.errors import StartError
 from service.settings import Settings
 
 NAME = "flow-generator-matching"
-VERSION = version(NAME)  # once: it is read from the disk
+try:
+    VERSION = version(NAME)  # once: it is read from the disk
+except PackageNotFoundError:  # a checkout that is not installed
+    VERSION = "0"
 # IPTC's term for pictures made by a trained model, the same in XMP and C2PA
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MAX_PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all

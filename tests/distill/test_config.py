@@ -160,7 +160,7 @@ def test_a_file_may_name_a_method_alone(tmp_path):
         load_config(str(path), ["real.source=scenes"])
 
 
-@pytest.mark.parametrize("kernel", ["flash", "xformers"])
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "xformers"])
 def test_kernels_without_a_forward_derivative_are_refused_where_one_is_taken(kernel):
     own = ["method={name: flow_map}", "networks.kind=full"]
     with pytest.raises(ConfigError, match=f"attention {kernel} has no forward-mode derivative, which flow_map takes"):

@@ -86,6 +86,9 @@ def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_
         def rows(self, indices):
             return null
 
+        def shuffle(self, generator):
+            return torch.zeros(1, dtype=torch.long)
+
     side = size // geometry.pixels_per_latent
     networks = build(geometry, config.networks, torch.bfloat16, device="cuda")
     before = {name: tensor.detach().cpu() for name, tensor in networks.trainable("student").items()}

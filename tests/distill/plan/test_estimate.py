@@ -271,6 +271,8 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
         read_geometry(str(tmp_path))
     with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
         plans.plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
+    with pytest.raises(ConfigError, match=r"--set images=1: here only method\.\* can be set"):
+        plans.plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, overrides=["images=1"])
     with pytest.raises(SizeError, match="multiple of 4 up to 48"):
         PlanInput(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
 
@@ -296,3 +298,16 @@ def test_the_command_prints_parts_verdict_and_json(teacher):
     assert result["changes"] == []
     assert result["peak_bytes"] == max(result["stages_bytes"].values())
     assert result["images_per_second"] > 0
+
+
+def test_settings_of_the_method_can_be_planned(teacher):
+    geometry = read_geometry(str(teacher))
+    sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[1]"]
+    made = plans.plan_input(geometry, "lora", 4, True, "fp32", BATCH, SIZE, overrides=sets)
+    calls = [call for turn in made.method.turns() for call in plans.network_calls(turn) if turn.role == "student"]
+    assert [(call.role, call.rows, call.skip_layers) for call in calls] == [
+        ("student", 1, ()),
+        ("teacher", 2, ()),
+        ("teacher", 1, (1,)),
+        ("fake", 1, ()),
+    ]

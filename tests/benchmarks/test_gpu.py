@@ -1,0 +1,53 @@
+"""benchmarks/gpu.py in its short form: parts measure on any machine, and a part that fails loses nothing."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Figure, Setting
+
+TINY = Setting("cpu", tiny=True, end=math.inf)
+FOUND = Figure("train", "1024 px, eager", 1.5, "images/s", least=1)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "met"), [(None, None, None), (2, None, False), (1, 2, True), (1, 1.4, False)]
+)
+def test_a_target_is_met_or_missed(least, most, met):
+    assert Figure("train", "x", 1.5, "", least, most).met is met
+
+
+def test_a_training_step_is_measured_beside_its_plan(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what the part sets is put back
+    found = {figure.name: figure for figure in gpu.train(TINY)}
+    assert list(found) == ["matrix product, bf16", "16 px, eager", "16 px, eager: share of the matrix rate"]
+    assert all(figure.value > 0 and figure.met is None for figure in found.values())
+
+
+def test_stages_are_measured_beside_stock_diffusers():
+    assert [figure.value > 0 for figure in gpu.stages(TINY)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("then", "fault"), [("sys.exit(3)", "status 3"), ("signal.pause()", "stopped after 1 s"), ("", "")]
+)
+def test_what_a_part_measured_before_it_failed_is_kept(then, fault):
+    code = f"import signal, sys; print('a notice'); print({json.dumps(asdict(FOUND))!r}, flush=True); {then}"
+    found, said = gpu.run_part([sys.executable, "-S", "-c", code], 1)
+    assert found == [FOUND]
+    assert fault in said
+    assert bool(said) == bool(fault)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpu_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    assert "not measured: no GPU" in capsys.readouterr().out
