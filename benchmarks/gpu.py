@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,9 +116,12 @@ def train(setting: Setting) -> Iterator[Figure]:
     if device.type == "cuda":
         yield from attention_rates(device)
     cases = [(size, compiled) for compiled in (False, True) for size in ((16,) if setting.tiny else (1024, 512))]
-    # A plan needs a core for half a minute.
-    with ThreadPoolExecutor(1) if setting.tiny else ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        plans = {size: pool.submit(plan_of, size, setting.tiny) for size, compiled in cases if not compiled}
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a plan needs a core for half a minute
+        plans: "dict[int, Callable[[], Plan]]" = {
+            size: partial(plan_of, size, True) if setting.tiny else pool.submit(plan_of, size, False).result
+            for size, compiled in cases
+            if not compiled
+        }
         for size, compiled in cases:
             if setting.tiny and compiled:
                 continue  # takes a minute on a CPU
@@ -126,7 +130,7 @@ def train(setting: Setting) -> Iterator[Figure]:
             speed, peak = train_steps(setting, size, compiled)
             name = f"{size} px, {'compiled' if compiled else 'eager'}"
             yield Figure("train", name, speed, "images/s")
-            plan = plans[size].result()
+            plan = plans[size]()
             goal = 0.55 if size == 1024 and compiled else None
             share = speed * plan.flop_per_image / rate
             yield Figure("train", f"{name}: share of the matrix rate", share, "", None if setting.tiny else goal)
