@@ -117,7 +117,7 @@ def train(setting: Setting) -> Iterator[Figure]:
         yield from attention_rates(device)
     cases = [(size, compiled) for compiled in (False, True) for size in ((16,) if setting.tiny else (1024, 512))]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a plan needs a core for half a minute
-        plans: "dict[int, Callable[[], Plan]]" = {
+        plans: dict[int, Callable[[], Plan]] = {
             size: partial(plan_of, size, True) if setting.tiny else pool.submit(plan_of, size, False).result
             for size, compiled in cases
             if not compiled
