@@ -3,54 +3,24 @@
 import contextlib
 import os
 import re
-import secrets
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, TypeVar
+from typing import IO, Any, BinaryIO
 
-from sqlalchemy import Select, delete, func, or_, select, tuple_
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from service.errors import BodyTooLarge, Forbidden, InvalidRequest, NotFound, quoted
+from service.errors import BodyTooLarge, Forbidden, InvalidRequest
 from service.files import atomic_write
+from service.jobs import rows
 from service.jobs.database import Database
 from service.jobs.tables import ENDED, BatchRow, FileRow, JobRow
 
-R = TypeVar("R")
-Order = Literal["asc", "desc"]
 ORPHAN_SECONDS = 86_400  # after which bytes without a row are not an upload in progress, but the remains of one
 _PIECE = 1 << 20
 _OURS = re.compile(r"\.?file-[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")  # other files are never deleted
-
-
-def new_id(prefix: str) -> str:
-    """Return an unguessable id. Ids sort by their time of creation."""
-    return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
-
-
-def file_row(
-    file_id: str, owner: str, purpose: str, filename: str, size: int, now: int, lifetime: int | None = None
-) -> FileRow:
-    """Return the row of a file that is kept for `lifetime` seconds, or until it is deleted."""
-    expires = None if lifetime is None else now + lifetime
-    return FileRow(
-        id=file_id, owner=owner, purpose=purpose, filename=filename, bytes=size, created_at=now, expires_at=expires
-    )
-
-
-def page(
-    session: Session, rows: Select[R], columns: Sequence[Any], after: R | None, limit: int, order: Order = "desc"
-) -> tuple[Sequence[R], bool]:
-    """Return the rows behind the row `after`, in the order of columns, and whether there are more."""
-    if after is not None:
-        key, start = tuple_(*columns), tuple_(*(getattr(after, column.key) for column in columns))
-        rows = rows.where(key > start if order == "asc" else key < start)
-    rows = rows.order_by(*(column if order == "asc" else column.desc() for column in columns))
-    found = session.scalars(rows.limit(limit + 1)).all()
-    return found[:limit], len(found) > limit
 
 
 class FileStore:
@@ -81,7 +51,7 @@ class FileStore:
             raise BodyTooLarge(f"the file is over the limit of {self._max_bytes} bytes", "file", "file_too_large")
         with self._database.read() as session:
             self._check_quota(session, owner, size)
-        file = file_row(new_id("file-"), owner, purpose, _sanitized(filename), size, now, lifetime)
+        file = rows.file_row(rows.new_id("file-"), owner, purpose, _sanitized(filename), size, now, lifetime)
         try:
             with self.writing(file.id) as target:
                 shutil.copyfileobj(source, target, _PIECE)
@@ -103,15 +73,12 @@ class FileStore:
             return self.own(session, owner, file_id, now, param)
 
     def index(
-        self, owner: str, purpose: str | None, after: str | None, order: Order, limit: int, now: int
+        self, owner: str, purpose: str | None, after: str | None, order: rows.Order, limit: int, now: int
     ) -> tuple[Sequence[FileRow], bool]:
         """Return a page of files by time of creation, and whether there are more."""
-        rows = select(FileRow).where(FileRow.owner == owner, _unexpired(now))
-        if purpose is not None:
-            rows = rows.where(FileRow.purpose == purpose)
+        conditions = [_unexpired(now)] if purpose is None else [_unexpired(now), FileRow.purpose == purpose]
         with self._database.read() as session:
-            start = None if after is None else self.own(session, owner, after, now, "after")
-            return page(session, rows, (FileRow.created_at, FileRow.id), start, limit, order)
+            return rows.index(session, FileRow, owner, after, limit, *conditions, order=order)
 
     def remove(self, owner: str, file_id: str, now: int) -> None:
         """Delete a file. Raises NotFound, and InvalidRequest while an unfinished batch or job needs it."""
@@ -145,10 +112,7 @@ class FileStore:
 
     def own(self, session: Session, owner: str, file_id: str, now: int, param: str | None = None) -> FileRow:
         """Like `get`, within a transaction that relies on the file."""
-        file = session.get(FileRow, file_id) if file_id.isascii() and file_id.isprintable() else None
-        if file is None or file.owner != owner or (file.expires_at is not None and file.expires_at <= now):
-            raise NotFound(f"there is no file {quoted(file_id)}; GET /v1/files lists yours", param, "file_not_found")
-        return file
+        return rows.owned(session, FileRow, owner, file_id, param, _unexpired(now))
 
     def _check_quota(self, session: Session, owner: str, size: int) -> None:
         kept = session.scalar(select(func.coalesce(func.sum(FileRow.bytes), 0)).where(FileRow.owner == owner)) or 0

@@ -1,6 +1,6 @@
 """Rows of files, batches and jobs. Times are whole seconds since 1970; owners are the names of API keys."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -26,29 +26,38 @@ class Table(DeclarativeBase):
     }
 
 
-class FileRow(Table):
+class OwnedTable(Table):
+    """A row that clients see by its id, if they are its owner."""
+
+    __abstract__ = True
+    noun: ClassVar[str]
+    path: ClassVar[str]  # of the list of its rows
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    created_at: Mapped[int]
+
+
+class FileRow(OwnedTable):
     """A file whose bytes are in the files folder under its id."""
 
     __tablename__ = "files"
     __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "expires_at"))
+    noun, path = "file", "/v1/files"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str]
     purpose: Mapped[str]
     filename: Mapped[str]
     bytes: Mapped[int]
-    created_at: Mapped[int]
     expires_at: Mapped[int | None]
 
 
-class BatchRow(Table):
+class BatchRow(OwnedTable):
     """A bulk batch. Its counts change in the transactions that add answers."""
 
     __tablename__ = "batches"
     __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "status"))
+    noun, path = "batch", "/v1/batches"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str]
     status: Mapped[str]
     endpoint: Mapped[str]
     input_file_id: Mapped[str]
@@ -60,7 +69,6 @@ class BatchRow(Table):
     errors: Mapped[list[Any] | None]
     output_file_id: Mapped[str | None]
     error_file_id: Mapped[str | None]
-    created_at: Mapped[int]
     expires_at: Mapped[int]
     in_progress_at: Mapped[int | None]
     finalizing_at: Mapped[int | None]
@@ -87,14 +95,13 @@ class AnswerRow(Table):
     answer: Mapped[str]  # the line of the output or error file
 
 
-class JobRow(Table):
+class JobRow(OwnedTable):
     """A distillation job, as `fine_tuning.job` on the wire."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index(None, "owner", "created_at", "id"), Index(None, "status"))
+    noun, path = "job", "/v1/fine_tuning/jobs"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str]
     status: Mapped[str]
     requested_action: Mapped[str | None]  # pause or cancel, until it has happened
     starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first one; each start is a workflow
@@ -111,7 +118,6 @@ class JobRow(Table):
     fine_tuned_model: Mapped[str | None]
     deleted_at: Mapped[int | None]  # time of the student's deletion; the name above is removed with its files
     result_files: Mapped[list[Any]]
-    created_at: Mapped[int]
     finished_at: Mapped[int | None]
     estimated_finish: Mapped[int | None]
     images_seen: Mapped[int] = mapped_column(default=0, server_default="0")

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
 from service.jobs.database import Database
-from service.jobs.file_store import new_id
+from service.jobs.rows import new_id
 from service.jobs.tables import DeliveryRow
 from service.jobs.workflows import Workflows
 from service.settings import WebhookEndpoint

@@ -4,13 +4,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import delete, insert, select, update
 
-from service.errors import InvalidRequest, NotFound, Overloaded, quoted
+from service.errors import InvalidRequest
 from service.jobs.batches.lines import WINDOW_SECONDS, LineAnswer, LineError, Outcome
 from service.jobs.database import Database
-from service.jobs.file_store import FileStore, file_row, new_id, page
+from service.jobs.file_store import FileStore
+from service.jobs.rows import check_unfinished, file_row, index, new_id, owned
 from service.jobs.schemas import BatchRequest
 from service.jobs.tables import ENDED, AnswerRow, BatchRow
 from service.jobs.webhooks import Webhooks
@@ -65,10 +65,7 @@ class BatchStore:
             if file.purpose != "batch":
                 message = f"file {file.id} has purpose {file.purpose!r}; upload it with purpose 'batch'"
                 raise InvalidRequest(message, "input_file_id", "invalid_file_purpose")
-            limit = self._unfinished_per_owner
-            unfinished = select(func.count()).where(BatchRow.owner == owner, BatchRow.status.not_in(ENDED))
-            if (session.scalar(unfinished) or 0) >= limit:
-                raise Overloaded(f"{limit} of your batches are unfinished; wait for one or cancel it", 60, "too_many")
+            check_unfinished(session, BatchRow, owner, self._unfinished_per_owner, 60, "too_many")
             session.add(batch)
         self._workflows.begin("batch", batch.id)
         return batch
@@ -76,19 +73,17 @@ class BatchStore:
     def get(self, owner: str, batch_id: str) -> BatchRow:
         """Return a batch. Raises NotFound if it does not exist or has another owner."""
         with self._database.read() as session:
-            return _owned(session, owner, batch_id)
+            return owned(session, BatchRow, owner, batch_id)
 
     def index(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[BatchRow], bool]:
         """Return a page of batches, newest first, and whether there are more."""
         with self._database.read() as session:
-            start = None if after is None else _owned(session, owner, after, "after")
-            rows = select(BatchRow).where(BatchRow.owner == owner)
-            return page(session, rows, (BatchRow.created_at, BatchRow.id), start, limit)
+            return index(session, BatchRow, owner, after, limit)
 
     def cancel(self, owner: str, batch_id: str, now: int) -> BatchRow:
         """Start no further line. Raises NotFound, and InvalidRequest for a batch that has ended or is finalizing."""
         with self._database.begin() as session:
-            batch = _owned(session, owner, batch_id)
+            batch = owned(session, BatchRow, owner, batch_id)
             cancellable = BatchRow.status.in_(("validating", "in_progress"))
             cancelled = update(BatchRow).where(BatchRow.id == batch.id, cancellable)
             session.execute(cancelled.values(status="cancelling", cancelling_at=now))
@@ -214,10 +209,3 @@ class BatchStore:
             setattr(batch, f"{status}_at", now)
             self._webhooks.announce(session, batch.owner, f"batch.{status}", batch_id, now)
         return True
-
-
-def _owned(session: Session, owner: str, batch_id: str, param: str | None = None) -> BatchRow:
-    batch = session.get(BatchRow, batch_id) if batch_id.isascii() and batch_id.isprintable() else None
-    if batch is None or batch.owner != owner:
-        raise NotFound(f"there is no batch {quoted(batch_id)}; GET /v1/batches lists yours", param, "batch_not_found")
-    return batch

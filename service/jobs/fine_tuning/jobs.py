@@ -4,19 +4,20 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded, excerpt, quoted
+from service.errors import Forbidden, InvalidRequest, NotFound, excerpt, quoted
 from service.jobs.database import Database
-from service.jobs.file_store import FileStore, new_id, page
+from service.jobs.file_store import FileStore
 from service.jobs.fine_tuning.commands import find_teacher
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
+from service.jobs.rows import check_unfinished, index, new_id, owned, page
 from service.jobs.schemas import JobRequest
 from service.jobs.tables import ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.settings import SHIPPED_TEACHER, Settings
@@ -66,13 +67,8 @@ class FineTuningJobs:
             images_total=options.images,
         )
         with self._database.begin(owner) as session:
-            unfinished = select(func.count()).where(JobRow.owner == owner, JobRow.status.not_in(ENDED))
-            if (session.scalar(unfinished) or 0) >= self._settings.jobs.max_jobs_per_key:
-                raise Overloaded(
-                    f"{self._settings.jobs.max_jobs_per_key} of your jobs are unfinished; wait for one or cancel it",
-                    retry_after=600,
-                    code="job_quota_exceeded",
-                )
+            limit = self._settings.jobs.max_jobs_per_key
+            check_unfinished(session, JobRow, owner, limit, retry_after=600, code="job_quota_exceeded")
             session.add(job)
             session.flush()
             record_event(session, job, f"Validating the file {body.training_file}.")
@@ -82,13 +78,13 @@ class FineTuningJobs:
     def get(self, owner: str, name: str) -> JobRow:
         """Return a job of this owner. Raises NotFound."""
         with self._database.read() as session:
-            return _owned(session, owner, name)
+            return owned(session, JobRow, owner, name, "job_id")
 
     def index(
         self, owner: str, after: str | None, limit: int, metadata: dict[str, str] | None = None
     ) -> tuple[Sequence[JobRow], bool]:
         """Return a page of jobs with these metadata, newest first, and whether there are more."""
-        rows = select(JobRow).where(JobRow.owner == owner)
+        conditions = []
         pairs = metadata or {}
         if len(pairs) > MAX_PAIRS or "\0" in "".join([*pairs, *pairs.values()]):
             message = f"metadata: a job has {MAX_PAIRS} pairs at most, none with the character U+0000"
@@ -97,28 +93,33 @@ class FineTuningJobs:
             # Not a JSON path, whose syntax cannot express every key.
             unfold = func.json_each if self._database.is_sqlite else func.json_each_text
             pair = unfold(JobRow.details).table_valued("key", "value")
-            rows = rows.where(exists().where(pair.c.key == key, pair.c.value == value))
+            conditions.append(exists().where(pair.c.key == key, pair.c.value == value))
         with self._database.read() as session:
-            start = None if after is None else _owned(session, owner, after, "after")
-            return page(session, rows, (JobRow.created_at, JobRow.id), start, limit)
+            return index(session, JobRow, owner, after, limit, *conditions)
 
     def events(self, owner: str, name: str, after: str | None, limit: int) -> tuple[Sequence[JobEventRow], bool]:
         """Return a page of the events of a job, newest first, and whether there are more."""
-        with self._database.read() as session:
-            _owned(session, owner, name)
-            start = None if after is None else _part(session, JobEventRow, after, name)
-            rows = select(JobEventRow).where(JobEventRow.job_id == name)
-            return page(session, rows, [JobEventRow.number], start, limit)
+        return self._parts(JobEventRow, JobEventRow.number, owner, name, after, limit)
 
     def checkpoints(
         self, owner: str, name: str, after: str | None, limit: int
     ) -> tuple[Sequence[JobCheckpointRow], bool]:
         """Return a page of the checkpoints of a job, newest first, and whether there are more."""
+        return self._parts(JobCheckpointRow, JobCheckpointRow.step_number, owner, name, after, limit)
+
+    def _parts(
+        self, kind: type[Part], number: Any, owner: str, name: str, after: str | None, limit: int
+    ) -> tuple[Sequence[Part], bool]:
         with self._database.read() as session:
-            _owned(session, owner, name)
-            start = None if after is None else _part(session, JobCheckpointRow, after, name)
-            rows = select(JobCheckpointRow).where(JobCheckpointRow.job_id == name)
-            return page(session, rows, [JobCheckpointRow.step_number], start, limit)
+            job = owned(session, JobRow, owner, name, "job_id")
+            parts = select(kind).where(kind.job_id == job.id)
+            start = None
+            if after is not None:
+                printable = after.isascii() and after.isprintable()
+                start = session.scalar(parts.where(kind.id == after)) if printable else None
+                if start is None:
+                    raise NotFound(f"there is no {quoted(after)} in this job", "after")
+            return page(session, parts, [number], start, limit)
 
     def sample(self, owner: str, name: str) -> Path:
         """Return the newest grid of sample images, a PNG. Raises NotFound."""
@@ -213,25 +214,9 @@ def _check_file(file: FileRow) -> None:
         raise InvalidRequest(message, "training_file", "invalid_file_type")
 
 
-def _owned(session: Session, owner: str, name: str, param: str = "job_id", lock: bool = False) -> JobRow:
-    """Return a job of this owner, with a lock on its row if it will be changed. Raises NotFound."""
-    job = session.get(JobRow, name, with_for_update=lock) if name.isascii() and name.isprintable() else None
-    if job is None or job.owner != owner:
-        raise NotFound(f"there is no job {quoted(name)}", param, "job_not_found")
-    return job
-
-
 def _unfinished(session: Session, owner: str, name: str) -> JobRow:
     """Return an unfinished job of this owner, with a lock on its row. Raises NotFound or InvalidRequest."""
-    job = _owned(session, owner, name, lock=True)
+    job = owned(session, JobRow, owner, name, "job_id", lock=True)
     if job.status in ENDED:
         raise InvalidRequest(f"the job has {job.status} already", "job_id", "job_ended")
     return job
-
-
-def _part(session: Session, kind: type[Part], name: str, job: str) -> Part:
-    """Return an event or checkpoint of a job. Raises NotFound."""
-    found = session.get(kind, name) if name.isascii() and name.isprintable() else None
-    if found is None or found.job_id != job:
-        raise NotFound(f"there is no {quoted(name)} in this job", "after")
-    return found

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from service.errors import NotFound, shortened
 from service.files import DISK_FULL
 from service.jobs.database import Database
-from service.jobs.file_store import FileStore, file_row
+from service.jobs.file_store import FileStore
 from service.jobs.fine_tuning.commands import find_teacher, prompts_command, run_command
 from service.jobs.fine_tuning.eta import EtaEstimator
 from service.jobs.fine_tuning.events import Level, record_checkpoint, record_event, record_log_lines
@@ -28,6 +28,7 @@ from service.jobs.fine_tuning.job_folder import JobFolder
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import environment, run_process
 from service.jobs.fine_tuning.students import Students
+from service.jobs.rows import file_row
 from service.jobs.tables import ENDED, FileRow, JobRow
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows

@@ -59,7 +59,7 @@ def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 
-def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, connect, subtests):
+def test_a_job_succeeds_after_a_pause_and_kills_of_its_run_and_server(teacher, tmp_path, connect, subtests):
     data, teachers = tmp_path / "data", {"tiny": str(teacher)}
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
@@ -73,7 +73,13 @@ def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, con
         run.kill()
         until(client, job, lambda job: any("status 137" in message for message in event_messages(client, job)))
         seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
-        until(client, job, lambda job: job.images_seen > seen)
+        until(client, job, lambda job: job.images_seen > seen and job.estimated_finish)
+        client.fine_tuning.jobs.pause(job.id)
+        paused = until(client, job, lambda job: job.status == "paused")
+        assert paused.estimated_finish is None
+        assert client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data[0].step_number == paused.images_seen
+        assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+        until(client, job, lambda job: job.status == "running")
 
     with receiving(200) as receiver:
         webhooks = [{"url": receiver.url, "secret": SECRET}]
@@ -180,7 +186,7 @@ def _distills(process: psutil.Process) -> bool:
     return "distill.cli" in words and SUPERVISOR not in words
 
 
-def test_a_job_is_queued_paused_resumed_and_cancelled(teacher, tmp_path, connect):
+def test_jobs_wait_in_line_and_are_paused_resumed_and_cancelled(teacher, tmp_path, connect):
     with server(tmp_path, {"tiny": str(teacher)}, max_jobs_per_key=3) as url:
         client = connect(url)
         jobs = client.fine_tuning.jobs
@@ -198,13 +204,6 @@ def test_a_job_is_queued_paused_resumed_and_cancelled(teacher, tmp_path, connect
         with pytest.raises(openai.BadRequestError, match="cancelled already"):
             jobs.resume(third.id)
 
-        until(client, first, lambda job: job.images_seen and job.estimated_finish)
-        jobs.pause(first.id)
-        paused = until(client, first, lambda job: job.status == "paused")
-        assert paused.estimated_finish is None
-        assert [each.step_number for each in jobs.checkpoints.list(first.id)] == [paused.images_seen]
-        assert jobs.resume(first.id).status == "queued"
-        until(client, first, lambda job: job.images_seen > paused.images_seen)
         jobs.cancel(first.id)
         until(client, first, lambda job: job.status == "cancelled")
         assert event_messages(client, first)[0] == "The job is cancelled."
