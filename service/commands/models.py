@@ -26,15 +26,15 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
     with _server(url, key) as server:
-        found = server.models()
+        found = server.request("GET", "models")
     rows = [["student", "sizes", "adapters", "aliases"]]
-    for model in found.data:
-        rows.append([model.id, *(",".join(names) or "-" for names in (model.sizes, model.adapters, model.aliases))])
+    for model in found["data"]:
+        rows.append([model["id"], *(",".join(model[column]) or "-" for column in rows[0][1:])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"students to load: {', '.join(found.folders) or 'none'}")
-    print(f"adapters to load: {', '.join(found.adapter_folders) or 'none'}")
+    print(f"students to load: {', '.join(found['folders']) or 'none'}")
+    print(f"adapters to load: {', '.join(found['adapter_folders']) or 'none'}")
 
 
 @app.command("load")
@@ -49,7 +49,8 @@ def load(
     fgm-service models load sd3-medium --name new
     """
     with _server(url, key) as server:
-        print(f"{server.load(folder, name).id} is loaded.")
+        loaded = server.request("POST", "models", json={"folder": folder, "name": name})
+    print(f"{loaded['id']} is loaded.")
 
 
 @app.command("unload")
@@ -58,7 +59,7 @@ def unload(
 ) -> None:
     """Unload a student; returns when its accepted requests are answered. Its files are kept."""
     with _server(url, key) as server:
-        server.unload(name)
+        server.request("DELETE", "models", name)
     print(f"{name} is unloaded.")
 
 
@@ -77,8 +78,9 @@ def load_adapter(
     curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
     """
     with _server(url, key) as server:
-        loaded = server.load_adapter(model, folder, name or folder)
-    print(f"Adapters of {loaded.id}: {', '.join(loaded.adapters)}.")
+        given = {"model": model, "folder": folder, "name": name or folder}
+        loaded = server.request("POST", "adapters", json=given)
+    print(f"Adapters of {loaded['id']}: {', '.join(loaded['adapters'])}.")
 
 
 @app.command("unload-adapter")
@@ -90,7 +92,7 @@ def unload_adapter(
 ) -> None:
     """Unload an adapter of a student; returns when its accepted requests are answered. Its file is kept."""
     with _server(url, key) as server:
-        server.unload_adapter(model, name)
+        server.request("DELETE", "adapters", name, params={"model": model})
     print(f"{name} of {model} is unloaded.")
 
 

@@ -6,7 +6,6 @@ from urllib.parse import quote
 import httpx2
 
 from service.errors import StartError
-from service.schemas import LoadedModel, LoadedModels
 
 LOADING_SECONDS = 1800.0  # that a server may need to load a model, or to answer the accepted requests of one
 
@@ -14,7 +13,7 @@ LOADING_SECONDS = 1800.0  # that a server may need to load a model, or to answer
 class RemoteServer:
     """Client of a server at `url`, with an API key if it requires one; `with` closes the connection.
 
-    Every method raises StartError with the server's error, or if it cannot be reached.
+    Requests raise StartError with the server's error, or if it cannot be reached.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
@@ -32,27 +31,10 @@ class RemoteServer:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def models(self) -> LoadedModels:
-        """Return the loaded models, and the folders that can be loaded."""
-        return LoadedModels.model_validate(self._request("GET", "models"))
-
-    def load(self, folder: str, name: str | None) -> LoadedModel:
-        """Load a student, under its own name if none is given."""
-        return LoadedModel.model_validate(self._request("POST", "models", json={"folder": folder, "name": name}))
-
-    def unload(self, name: str) -> None:
-        self._request("DELETE", f"models/{quote(name, safe='')}")
-
-    def load_adapter(self, model: str, folder: str, name: str) -> LoadedModel:
-        given = {"model": model, "folder": folder, "name": name}
-        return LoadedModel.model_validate(self._request("POST", "adapters", json=given))
-
-    def unload_adapter(self, model: str, name: str) -> None:
-        self._request("DELETE", f"adapters/{quote(name, safe='')}", params={"model": model})
-
-    def _request(self, method: str, path: str, **content: Any) -> Any:
+    def request(self, method: str, *path: str, **content: Any) -> Any:
+        """Return the JSON of an admin route, given by the parts of its path."""
         try:
-            response = self._http.request(method, path, **content)
+            response = self._http.request(method, "/".join(quote(part, safe="") for part in path), **content)
             body = response.json()
             if response.is_success:
                 return body

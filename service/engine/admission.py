@@ -76,7 +76,7 @@ class Admission:
                 line.popleft()[1].set_result(None)
                 asyncio.get_running_loop().call_soon(self._entered)  # runs after the request, which was woken first
                 return
-            elif not self._queue.missing_own_room(line[0][0], owner, Priority.BATCH):
+            elif not self._queue.missing_own_room(line[0][0], owner, Priority.BULK):
                 return
 
     def release(self) -> None:
@@ -87,7 +87,7 @@ class Admission:
         self._lines.clear()
 
     def _has_room(self, images: int, owner: str) -> bool:
-        return not self._queue.missing_room(images, owner, Priority.BATCH)
+        return not self._queue.missing_room(images, owner, Priority.BULK)
 
     def _entered(self) -> None:
         self._entering = False

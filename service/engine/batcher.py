@@ -35,7 +35,7 @@ class Priority(IntEnum):
     """The lower value goes first."""
 
     INTERACTIVE = 0
-    BATCH = 1
+    BULK = 1
 
 
 @dataclass(eq=False)

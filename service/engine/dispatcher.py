@@ -95,7 +95,7 @@ class Dispatcher:
     @property
     def queue_seconds(self) -> float:
         """Seconds that the workers need for the queued images."""
-        return self.seconds_needed(self._batcher.ahead_of(Priority.BATCH))
+        return self.seconds_needed(self._batcher.ahead_of(Priority.BULK))
 
     def seconds_needed(self, images: Mapping[BatchKey, int]) -> float:
         """Seconds that the workers need for so many images of each key."""
@@ -149,7 +149,7 @@ class Dispatcher:
     def _check_finished(self) -> None:
         if self._finishing:
             running = [batch.key for worker in self.workers for batch in worker.batches()]
-            keys = {*self._batcher.ahead_of(Priority.BATCH), *running}
+            keys = {*self._batcher.ahead_of(Priority.BULK), *running}
             for matches, finished in self._finishing:
                 if not any(map(matches, keys)):
                     finished.set()

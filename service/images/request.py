@@ -55,7 +55,7 @@ def resolve(body: ImageRequest, info: ModelInfo, owner: str) -> tuple[Generation
         adapter=adapter,
         scale=body.lora.scale if body.lora else 1.0,
         steps=steps,
-        priority=Priority.BATCH if body.priority == "batch" else Priority.INTERACTIVE,
+        priority=Priority.BULK if body.priority == "batch" else Priority.INTERACTIVE,
         owner=owner,
         timeout=body.timeout,
     )

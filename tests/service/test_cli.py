@@ -17,6 +17,8 @@ import httpx
 import pytest
 from running import metric, until
 
+from service import cli
+
 SERVE = [sys.executable, "-m", "service.cli", "serve"]
 
 
@@ -111,10 +113,17 @@ def test_a_second_signal_ends_it_at_once():
         assert process.wait(60) in (-signal.SIGTERM, -signal.SIGINT)
 
 
+def test_a_missing_model_is_one_sentence(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*SERVE, "--model", "nowhere"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: .*nowhere.*\n", ended.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "named"),
     [
-        (["--model", "nowhere"], {}, "nowhere"),
         ([], {"SERVICE_ENGINE__MAX_BATCH": "none"}, "SERVICE_ENGINE__MAX_BATCH"),
         ([], {"SERVICE_HTTP__API_KEYS": "not json"}, "SERVICE_HTTP__API_KEYS"),
         (["--set", "engine.max_batch=0"], {}, "engine.max_batch"),
@@ -127,11 +136,13 @@ def test_a_second_signal_ends_it_at_once():
         (["--set", "http.api_keys=[oops"], {}, "lists are JSON"),
     ],
 )
-def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, arguments, environment, named):
-    root = Path(__file__).parents[2]
-    environment = os.environ | environment | {"PYTHONPATH": str(root)}
-    ended = subprocess.run([*SERVE, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ")
-    assert named in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+def test_what_keeps_it_from_starting_is_one_sentence(arguments, environment, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fgm-service", "serve", *arguments])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert named in said
+    assert len(said.strip().splitlines()) == 1

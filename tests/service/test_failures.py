@@ -32,9 +32,9 @@ from service.engine.simulator import Simulator
 from service.errors import StartError, Unavailable
 from service.images.artifacts import THREADS
 from service.jobs.database import Database
-from service.jobs.rows import new_id
 from service.jobs.jobs import Jobs
 from service.jobs.postgres import DeadlineConnection
+from service.jobs.rows import new_id
 from service.jobs.tables import BatchRow, ExecutorRow, FileRow, JobRow
 from service.jobs.workflows import LOOKS, Workflows
 from service.settings import Settings

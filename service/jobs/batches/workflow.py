@@ -92,9 +92,10 @@ class BatchWorkflow:
             if total > MAX_LINES:
                 errors.append(LineError("too_many_lines", f"a batch has {MAX_LINES} lines at most", number, None))
                 break
-            parsed = parse(self._images, self._settings, batch, number, line)
-            if isinstance(parsed, LineError):
-                errors.append(parsed)
+            try:
+                parsed = parse(self._images, self._settings, batch, number, line)
+            except ServiceError as error:
+                errors.append(LineError(error.code or "invalid_request", error.message, number, error.param))
                 continue
             digest = hashlib.blake2b(parsed.custom_id.encode(), digest_size=16).digest()
             if digest in seen:
@@ -158,13 +159,13 @@ class BatchWorkflow:
             except ServiceError as error:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:
-                    return _error_answer(batch, request, error)
+                    return _error_answer(batch, request.number, request.custom_id, error)
             except Exception:  # of a safety check or a signature, for example; the other lines continue
                 log.exception("line %d of %s failed", request.number, batch.id)
                 attempts += 1
                 if attempts == ATTEMPTS:
                     message = f"the server failed on this request; its log has the error under {batch.id}"
-                    return _error_answer(batch, request, ServiceError(message))
+                    return _error_answer(batch, request.number, request.custom_id, ServiceError(message))
                 await asyncio.sleep(random.uniform(0.5, 1.5))
             else:
                 body = answer.model_dump(mode="json", exclude_none=True)
@@ -175,14 +176,10 @@ class BatchWorkflow:
         for number, line in self._lines(batch):
             if number in answered:
                 continue
-            parsed = parse(self._images, self._settings, batch, number, line)
-            if isinstance(parsed, LineError):
-                kind = "invalid_request_error"
-                error = {"message": parsed.message, "type": kind, "param": parsed.param, "code": parsed.code}
-                status = 404 if parsed.code == "model_not_found" else 400
-                yield LineAnswer.of(batch.id, number, custom_id_of(line), status, {"error": error})
-            else:
-                yield parsed
+            try:
+                yield parse(self._images, self._settings, batch, number, line)
+            except ServiceError as error:
+                yield _error_answer(batch, number, custom_id_of(line), error)
 
     # Output files
 
@@ -232,6 +229,6 @@ class BatchWorkflow:
             raise InputFileGone from None
 
 
-def _error_answer(batch: BatchRow, request: LineRequest, error: ServiceError) -> LineAnswer:
+def _error_answer(batch: BatchRow, number: int, custom_id: str, error: ServiceError) -> LineAnswer:
     status, body, _ = to_openai(error)
-    return LineAnswer.of(batch.id, request.number, request.custom_id, status, body)
+    return LineAnswer.of(batch.id, number, custom_id, status, body)

@@ -12,25 +12,21 @@ _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 KEYS = {
-    "images": "images",
     "max_prompts": "prompts.max_count",
     "column": "prompts.column",
-    "batch": "batch",
-    "micro_batch": "micro_batch",
     "guidance_scale": "method.guidance.scale",
     "student_lr": "optimizer.student_lr",
     "fake_lr": "optimizer.fake_lr",
     "warmup_images": "optimizer.warmup_images",
     "decay_images": "optimizer.decay_images",
-    "ema_half_life": "ema_half_life",
-    "precision": "precision",
-    "sizes": "sizes",
-    "early_stopping_patience": "early_stopping_patience",
     "log_every": "cadence.log",
     "sample_every": "cadence.sample",
     "checkpoint_every": "cadence.checkpoint",
     "evaluate_every": "cadence.evaluate",
-}  # fields that are passed on unchanged, and their keys in the configuration of a run
+    "rank": "networks.rank",
+    "gradient_checkpointing": "networks.gradient_checkpointing",
+}  # of fields whose key in the configuration of a run is another one
+FLAGS = {"preset", "method", "seconds"}  # fields that `distill run` takes as arguments of their own
 
 
 class DistillationOptions(RequestModel):
@@ -87,11 +83,8 @@ class DistillationOptions(RequestModel):
 
     def overrides(self) -> list[str]:
         """Return the changes as arguments of `--set`."""
-        given = self.model_dump(exclude_none=True)
-        sets = {key: given[name] for name, key in KEYS.items() if name in given}
-        networks = {name: given[name] for name in ("rank", "gradient_checkpointing") if name in given}
+        given = self.model_dump(exclude_none=True, exclude=FLAGS)
         if "networks" in given:  # replaces the whole object, which may be of the other kind
-            sets["networks"] = {"kind": given["networks"], **networks}
-        else:
-            sets |= {f"networks.{name}": value for name, value in networks.items()}
-        return [f"{key}={json.dumps(value)}" for key, value in sets.items()]
+            parts = {name: given.pop(name) for name in ("rank", "gradient_checkpointing") if name in given}
+            given["networks"] = {"kind": given["networks"], **parts}
+        return [f"{KEYS.get(name, name)}={json.dumps(value)}" for name, value in given.items()]

@@ -58,8 +58,8 @@ def test_owners_take_turns_whatever_they_have_sent():
 def test_bulk_work_waits_for_interactive_work_and_fills_its_batches_up():
     queue = batcher(max_batch=4)
     for seed in range(3):
-        queue.add(image(A, seed, priority=Priority.BATCH), 0)
-        queue.add(image(B, seed + 10, priority=Priority.BATCH), 0)
+        queue.add(image(A, seed, priority=Priority.BULK), 0)
+        queue.add(image(B, seed + 10, priority=Priority.BULK), 0)
     queue.add(image(A, 20), 5)
     queue.add(image(A, 21, "other"), 6)
     assert drain(queue) == [[20, 21, 0, 1], [2], [10, 11, 12]]
@@ -70,11 +70,11 @@ def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
     queue = batcher(max_batch=1)
     styled = BatchKey("a", 64, 64, "ink", 1.0)
     for seed, key in enumerate([A, styled, B]):
-        queue.add(image(key, seed, priority=Priority.BATCH), seed)
+        queue.add(image(key, seed, priority=Priority.BULK), seed)
     for seed in (10, 11):
         queue.add(image(B, seed), seed)
     queue.promote("a", adapter)
-    queue.add(image(B, 12, priority=Priority.BATCH), 12)
+    queue.add(image(B, 12, priority=Priority.BULK), 12)
     assert [seed for batch in drain(queue) for seed in batch] == order
 
 
@@ -116,13 +116,13 @@ def test_the_bounds_count_images_over_all_and_for_each_owner():
 
 def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
     queue = batcher(limit=4, owner_limit=3)
-    bulk = [image(A, seed, "one", Priority.BATCH) for seed in range(4)]
+    bulk = [image(A, seed, "one", Priority.BULK) for seed in range(4)]
     queue.retry(ImageBatch(A, bulk[:2], "retry"))
     for item in bulk[2:]:
         queue.add(item, 0)
 
     def check() -> None:
-        assert queue.missing_room(1, "two", Priority.BATCH) == 1
+        assert queue.missing_room(1, "two", Priority.BULK) == 1
         assert queue.missing_room(3, "one", Priority.INTERACTIVE) == 0
         assert queue.missing_room(4, "one", Priority.INTERACTIVE) == 1
 
@@ -133,7 +133,7 @@ def test_bulk_work_takes_no_room_from_interactive_work_whatever_becomes_of_it():
         queue.add(image(A, seed, "one"), 1)
     assert queue.missing_room(1, "one", Priority.INTERACTIVE) == 1
     assert queue.missing_room(1, "two", Priority.INTERACTIVE) == 0
-    assert queue.missing_room(1, "two", Priority.BATCH) == 4
+    assert queue.missing_room(1, "two", Priority.BULK) == 4
 
 
 def test_cancelled_work_is_dropped_and_frees_its_room():
@@ -175,8 +175,8 @@ def test_a_lowered_cap_holds_for_its_size_alone(cap, sizes):
 
 def test_what_is_ahead_is_counted_by_priority():
     queue = batcher()
-    queue.add(image(A, priority=Priority.BATCH), 0)
+    queue.add(image(A, priority=Priority.BULK), 0)
     queue.add(image(A), 0)
     queue.add(image(B), 0)
     assert queue.ahead_of(Priority.INTERACTIVE) == {A: 1, B: 1}
-    assert queue.ahead_of(Priority.BATCH) == {A: 2, B: 1}
+    assert queue.ahead_of(Priority.BULK) == {A: 2, B: 1}

@@ -160,7 +160,7 @@ def test_unloading_does_not_wait_behind_all_that_is_interactive(folder):
 
     async def test(engine: Engine) -> None:
         await engine.catalog.load(folder)
-        images = [make(engine, seed, priority=Priority.BATCH) for seed in range(4)]
+        images = [make(engine, seed, priority=Priority.BULK) for seed in range(4)]
         images += [make(engine, seed, model="second") for seed in range(4, 8)]
         asked = [asyncio.create_task(keep(seed, image)) for seed, image in enumerate(images)]
         await asyncio.sleep(0)

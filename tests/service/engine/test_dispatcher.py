@@ -160,7 +160,7 @@ def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
 
     async def test(engine: Engine) -> None:
         def line(seed: int, owner: str):
-            options = {"owner": owner, "priority": Priority.BATCH, "timeout": 1000.0, "patient": True}
+            options = {"owner": owner, "priority": Priority.BULK, "timeout": 1000.0, "patient": True}
             return asyncio.create_task(make_all(engine, range(seed, seed + 4), "bulk", **options))
 
         bulk = [line(100 * owner + 4 * i, f"bulk{owner}") for i in range(10) for owner in range(4)]
@@ -174,7 +174,7 @@ def test_bulk_work_waits_for_room_and_interactive_requests_find_theirs():
         with pytest.raises(Overloaded):
             await make(engine, 3000)
         with pytest.raises(Overloaded):
-            await make(engine, 3000, priority=Priority.BATCH)
+            await make(engine, 3000, priority=Priority.BULK)
         gate.open.set()
         await asyncio.gather(*answers)
         for images in await asyncio.gather(*bulk):
@@ -192,7 +192,7 @@ def test_bulk_owners_take_turns_in_front_of_a_full_queue():
 
     async def test(engine: Engine) -> None:
         def line(seed: int, owner: str):
-            options = {"owner": owner, "priority": Priority.BATCH, "patient": True}
+            options = {"owner": owner, "priority": Priority.BULK, "patient": True}
             return asyncio.create_task(make(engine, seed, **options))
 
         greedy = [line(seed, "greedy") for seed in range(100)]
@@ -210,7 +210,7 @@ def test_bulk_work_that_waits_for_room_ends_when_the_server_drains():
     gate = Gate()
 
     async def test(engine: Engine) -> None:
-        options = {"priority": Priority.BATCH, "patient": True}
+        options = {"priority": Priority.BULK, "patient": True}
         lines = [asyncio.create_task(make(engine, seed, **options)) for seed in range(30)]
         await asyncio.sleep(0)
         draining = asyncio.create_task(engine.drain())

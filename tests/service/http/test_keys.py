@@ -3,8 +3,6 @@
 import json
 import os
 import stat
-import subprocess
-import sys
 
 import httpx
 import pytest
@@ -157,10 +155,9 @@ def test_keys_are_managed_from_the_command_line(tmp_path):
 
 
 def test_without_keys_the_server_listens_on_the_loopback_only():
-    command = [sys.executable, "-m", "service.cli", "serve", "--device", "simulator", "--host", "0.0.0.0"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "--open-to-all" in ended.stderr
+    done = CliRunner().invoke(cli.app, ["serve", "--device", "simulator", "--host", "0.0.0.0"])
+    assert isinstance(done.exception, StartError)
+    assert "--open-to-all" in str(done.exception)
 
 
 def test_open_to_all_does_not_replace_the_keys_of_a_file(tmp_path):

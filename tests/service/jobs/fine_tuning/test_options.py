@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from distill.config import load_config
-from service.jobs.fine_tuning.options import KEYS, DistillationOptions
+from service.jobs.fine_tuning.options import FLAGS, DistillationOptions
 
 EVERYTHING = {
     "images": 64,
@@ -29,8 +29,9 @@ EVERYTHING = {
 
 
 def test_every_option_is_a_key_of_a_run():
-    assert EVERYTHING.keys() == KEYS.keys()
-    options = DistillationOptions(**EVERYTHING, networks="lora", rank=4, gradient_checkpointing=True)
+    networks = {"networks": "lora", "rank": 4, "gradient_checkpointing": True}
+    assert EVERYTHING.keys() | networks.keys() == DistillationOptions.model_fields.keys() - FLAGS
+    options = DistillationOptions(**EVERYTHING, **networks)
     run = load_config("scenes-debug", options.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.max_count) == (64, 4, 2, 8)
     assert run.prompts.column == "words"
