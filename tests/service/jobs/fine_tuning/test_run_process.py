@@ -1,6 +1,5 @@
 """A process of a job, its supervisor, and how they end."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,9 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from service.jobs.fine_tuning.commands import run_command
 from service.jobs.fine_tuning.job_folder import JobFolder
-from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import RunProcess, environment, run_process
 from service.jobs.fine_tuning.workflow import REFUSED
 
@@ -29,6 +26,17 @@ if os.environ["RANK"] == "1":
     print("error: what it is\\nand more", file=sys.stderr)
     sys.exit(2)
 signal.pause()
+"""
+
+
+MEETS = """
+import torch
+from accelerate import PartialState
+state = PartialState()
+met = torch.ones(1)
+torch.distributed.all_reduce(met)
+print(f"process {state.process_index} of {state.num_processes} on {state.device} has met all {int(met)}")
+state.destroy_process_group()
 """
 
 
@@ -94,16 +102,9 @@ def test_the_status_is_that_of_the_process_that_failed_first(tmp_path):
         assert process.status() == 128 + signal.SIGKILL
 
 
-def test_two_processes_share_one_run(teacher, tmp_path):
-    folder = JobFolder(tmp_path / "job")
-    folder.run.mkdir(parents=True)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n")
-    words = run_command(
-        DistillationOptions(preset="scenes-debug", images=4, batch=4), str(teacher), prompts, 1, folder.run
-    )
-    with run_process(words, environment(["cpu", "cpu"]), 0, folder.console, 2) as process:
+def test_two_processes_find_each_other_as_accelerate_does(tmp_path):
+    folder = JobFolder(tmp_path)
+    with run_process([sys.executable, "-c", MEETS], environment(["cpu", "cpu"]), 0, folder.console, 2) as process:
         process._supervisor.wait()
         assert process.status() == 0, folder.log_tail()
-    assert folder.has_student()
-    assert json.loads((folder.run / "checkpoints" / f"{4:012d}" / "state.json").read_text())["processes"] == 2
+    assert folder.log_tail() == "process 0 of 2 on cpu has met all 2"
