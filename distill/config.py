@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,7 @@ _RENAMED = {
     "method.times.law": "distribution",
     "method.guidance.teacher": "scale",
 }
+_Group = TypeVar("_Group", bound=ConfigGroup)
 _Positive = Annotated[float, Field(gt=0)]
 _Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -267,6 +268,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(_explain(error)) from error
 
 
+def read_group(kind: type[_Group], overrides: Sequence[str]) -> _Group:
+    """Read a group of settings from `key=value` overrides of its defaults. Raises ConfigError naming the key."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        _put(values, key.split("."), value, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "[key]"]
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"unknown key {where[-1]!r}{_nearest(where[-1], list(kind.model_fields))}") from error
+        raise ConfigError(_sentence(first, where)) from error
+
+
 def parse_override(override: str) -> tuple[str, Any]:
     """Read `key=value`, where the value is YAML. Raises ConfigError for anything else."""
     key, equals, text = override.partition("=")
@@ -350,8 +367,13 @@ def _explain(error: ValidationError) -> str:
         return f"networks.kind: there is no {first['input']['kind']!r}; take {kinds}"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{'.'.join(where)} holds keys of its own, {', '.join(_keys_beside([*where, '']))}; set one of them"
-    given = f", not {first['input']!r}" if where and not isinstance(first["input"], dict) else ""
-    return f"{'.'.join(where) or 'configuration'}: {first['msg'].removeprefix('Value error, ')}{given}"
+    return _sentence(first, where)
+
+
+def _sentence(error: Any, where: Sequence[str]) -> str:
+    """One of pydantic's errors as a sentence about a key."""
+    given = f", not {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
+    return f"{'.'.join(where) or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _keys_of(place: Sequence[int | str]) -> list[str]:

@@ -68,8 +68,9 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
 
 def recover(folder: Path) -> None:
     """Restore what a killed process left between two renames, in a folder of this process or directly below it."""
-    for old in (*folder.glob(_hidden(Path("*"), "old").name), *folder.glob(f"*/{_hidden(Path('*'), 'old')}")):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(_suffix("old")))
+    pattern = _hidden(Path("*"), "old").name
+    for old in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".distill-old"))
         if path.exists():
             _remove(old)
         else:
@@ -96,11 +97,7 @@ def flush(path: Path) -> None:
 
 def _hidden(path: Path, what: str) -> Path:
     """A name beside `path` that only this program uses, so that a file with it may be removed."""
-    return path.with_name(f".{path.name}{_suffix(what)}")
-
-
-def _suffix(what: str) -> str:
-    return f".distill-{what}"
+    return path.with_name(f".{path.name}.distill-{what}")
 
 
 def _remove(path: Path) -> None:

@@ -83,12 +83,10 @@ def _read_record(folder: SD3Folder) -> OneStepSpec:
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{path} is of another format; export the student again with this version")
     try:
-        native = int(record["image_size"])
-        sizes = record.get("sizes", [[native, native]])  # students exported before sizes were a choice have one
         return OneStepSpec(
             name=str(record["name"]),
             digest=folder.digest,
-            sizes=tuple((int(width), int(height)) for width, height in sizes),
+            sizes=tuple((int(width), int(height)) for width, height in record["sizes"]),
             latent_channels=folder.latent_channels,
             vae_scale_factor=folder.vae_scale_factor,
             patch_size=folder.patch_size,

@@ -9,6 +9,7 @@ the end `student/`. The same call resumes a run.
 
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -39,7 +40,7 @@ from distill.training.trainer import Progress, accelerator_for, check, mesh, tra
 
 _Value = TypeVar("_Value", bool, str)
 
-with suppress(ImportError):  # the folder of toy datasets may be deleted
+if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
 
 
@@ -64,8 +65,9 @@ def run(
     with run_lock(out) if main else nullcontext():
         # 2. write the configuration, encode prompts and real images
         prompts, reals = run_sources(config, out)
+        finished = main and is_finished(config, out)
         if main:
-            finished, resumed = is_finished(config, out), has_checkpoint(out)
+            resumed = has_checkpoint(out)
             if not finished:
                 estimate = estimate_run(config, out, teacher, prompts, device, machine.num_processes)
                 estimate.check_disk(out)
@@ -102,9 +104,10 @@ def run(
             config = config.model_copy(update={"images": images_within(seconds, config, out)})
             if main:
                 prepare(config, out, teacher)
+                finished = is_finished(config, out)
 
         # 5. train, unless the run is finished
-        finished = _from_main(main and is_finished(config, out))
+        finished = _from_main(finished)
         if finished and not all(source.is_encoded for source in (prompts, reals) if source is not None):
             return
         conditions = prompts.open(teacher, None if finished else device)

@@ -3,14 +3,15 @@
 import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import typer
 
 from distill.cli import caches, cifar10, compare, evaluate, fetch, generate, jobs, plan, run, runs, scenes
 from distill.errors import ClaimedError, DistillError
 
-with suppress(ImportError):  # the folder of toy datasets may be deleted
+if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
 
 # The libraries' progress bars and messages would interrupt ours.
@@ -57,14 +58,14 @@ _cifar10.command()(cifar10.images)
 app.add_typer(_cifar10, name="cifar10")
 
 
-def main() -> None:
-    """Entry point of the console command. Errors that a user can fix print one sentence and exit with status 2.
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command of `words`, by default those of the process, and exit with its status.
 
-    These are the errors of this package, system errors of files or memory, and invalid Unicode text. Status 75 means
-    that the command can be tried again later.
+    Errors that a user can fix print one sentence and exit with status 2: the errors of this package, system errors of
+    files or memory, and invalid Unicode text. Status 75 means that the command can be tried again later.
     """
     try:
-        app()
+        app(words)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if isinstance(error, ClaimedError) else 2)

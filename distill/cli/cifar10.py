@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, Compiled, Device
+from distill.cli.options import Compiled, Device, Overrides
 from distill.cli.stopping import train_with_bar
 
 _CIFAR10 = "Folder of CIFAR-10's binary version, with data_batch_1.bin to data_batch_5.bin and test_batch.bin."
@@ -17,27 +17,25 @@ def teacher(
     out: Annotated[Path, typer.Option(help="Folder of the teacher and its training state.", file_okay=False)] = Path(
         "runs/cifar10-teacher"
     ),
-    images: Annotated[int, typer.Option(help="Budget in training images.", min=1)] = 51_200_000,
-    batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 128,
-    conditional: Annotated[bool, typer.Option("--conditional", help=_CONDITIONAL)] = False,
-    layers: Annotated[int, typer.Option(help="Transformer blocks.", min=1)] = 12,
-    heads: Annotated[int, typer.Option(help="Attention heads, of 64 channels each.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=LAST_SEED)] = 1,
+    overrides: Overrides = None,
     device: Device = "auto",
     compiled: Compiled = False,
 ) -> None:
     """Train a pixel-space teacher of CIFAR-10 in Stable Diffusion 3's format.
 
-    Run the same command again to resume. A larger budget continues a finished training.
+    Run the same command again to resume. A larger budget continues a finished training. The keys of `--set` are in
+    docs/distill.md.
     """
+    from distill.config import read_group
     from distill.models.device import resolve_device
     from distill.training.run_lock import run_lock
-    from distill.worlds.cifar10.teacher import Cifar10Recipe, check_teacher_folder, train_teacher
+    from distill.worlds.cifar10.recipe import Cifar10Recipe
+    from distill.worlds.cifar10.teacher import check_teacher_folder, train_teacher
 
-    recipe = Cifar10Recipe(images=images, batch=batch, conditional=conditional, layers=layers, heads=heads, seed=seed)
+    recipe = read_group(Cifar10Recipe, overrides or [])
     check_teacher_folder(out)
     with run_lock(out):
-        train_with_bar("teacher", images, train_teacher(data, recipe, out, resolve_device(device), compiled))
+        train_with_bar("teacher", recipe.images, train_teacher(data, recipe, out, resolve_device(device), compiled))
     typer.echo(f"The teacher is in {out}; `distill run cifar10 --set teacher={out}` distills it.")
 
 

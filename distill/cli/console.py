@@ -3,10 +3,20 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,27 +33,14 @@ def quiet(silent: bool) -> None:
     out.quiet = _bars.quiet = silent
 
 
-class ImageProgress(Protocol):
-    """Progress of a command, as a bar or as lines."""
-
-    def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
-        """Set the number of images done, the metrics shown and the total; None leaves them unchanged."""
-
-    def advance(self, images: int) -> None:
-        """Add to the number of images done."""
-
-    def print(self, note: str) -> None:
-        """Print a permanent line."""
-
-
 @contextmanager
-def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator[ImageProgress]:
+def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]":
     """Show progress in images, images/s and remaining time; `total` is None if it is unknown.
 
     On a terminal it is a bar; otherwise (nohup, container logs, schedulers) a line every EVERY seconds and at the end.
     """
     if not _bars.is_terminal:
-        lines = ImageLines(what, total, seen, _plain, time.monotonic)
+        lines = ImageLines(what, total, _plain, time.monotonic)
         yield lines
         lines.end()
         return
@@ -57,7 +54,7 @@ def image_bar(what: str, total: int | None, seen: int = 0) -> Iterator[ImageProg
         TextColumn("{task.fields[metrics]}"),
     )
     with Progress(*columns, console=_bars, speed_estimate_period=60) as progress:
-        yield _ImageBar(progress, progress.add_task(what, total=total, completed=seen, metrics=""))
+        yield ImageBar(progress, progress.add_task(what, total=total, metrics=""))
 
 
 def _plain(line: str) -> None:
@@ -72,23 +69,25 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:.0f} images/s", style="progress.data.speed")
 
 
-class _ImageBar:
-    """Progress as a bar."""
+class ImageBar:
+    """Progress of a command as a bar."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
-        self._task = progress.task_ids[task]
+        self._task = task
 
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
-        self._progress.update(self._task, completed=seen, total=total)
-        if metrics:
-            self._progress.update(self._task, metrics=_format(metrics))
+        """Set the number of images done, the metrics shown and the total; None leaves them unchanged."""
+        fields: dict[str, Any] = {"metrics": _format(metrics)} if metrics else {}
+        self._progress.update(self._task, completed=seen, total=total, **fields)
 
     def advance(self, images: int) -> None:
+        """Add to the number of images done."""
         self._progress.advance(self._task, images)
 
     def print(self, note: str) -> None:
-        _plain(note)  # rich prints it above the bar
+        """Print a permanent line, above the bar."""
+        _plain(note)
 
 
 class ImageLines:
@@ -97,30 +96,26 @@ class ImageLines:
     Speed counts from the first update, because earlier images belong to an earlier start of the run.
     """
 
-    def __init__(
-        self, what: str, total: int | None, seen: int, write: Callable[[str], None], clock: Callable[[], float]
-    ) -> None:
-        self._what, self._total, self._seen = what, total, seen
-        self._write, self._clock = write, clock
+    def __init__(self, what: str, total: int | None, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._what, self._total, self._seen = what, total, 0
+        self._clock, self.print = clock, write
         self._metrics = ""
         self._start: tuple[float, int] | None = None
-        self._shown = (clock(), seen)
+        self._shown = (clock(), 0)
 
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
+        """As for a bar; also write a line if it is time."""
         self._seen = seen
         self._total = self._total if total is None else total
-        if metrics:
-            self._metrics = _format(metrics)
+        self._metrics = _format(metrics) if metrics else self._metrics
         if self._start is None:
             self._start = self._shown = (self._clock(), seen)
         elif self._clock() - self._shown[0] >= EVERY:
             self._write_line(self._shown)
 
     def advance(self, images: int) -> None:
+        """Add to the number of images done."""
         self.update(self._seen + images)
-
-    def print(self, note: str) -> None:
-        self._write(note)
 
     def end(self) -> None:
         """Write the last line, with the overall speed, if there was progress."""
@@ -134,19 +129,13 @@ class ImageLines:
             speed = images / (now - since[0])
             parts.append(f"{speed:.3g} images/s")
             if self._total is not None and self._seen < self._total:
-                parts.append(f"{_format_duration((self._total - self._seen) / speed)} left")
-        self._write("  ".join([*parts, self._metrics]).rstrip())
+                parts.append(f"{timedelta(seconds=round((self._total - self._seen) / speed))} left")
+        self.print("  ".join([*parts, self._metrics]).rstrip())
         self._shown = (now, self._seen)
 
 
 def _format(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}"
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,6 +1,5 @@
 """`make demo`: generate, distill, evaluate and serve in one command. Completed steps are not repeated."""
 
-import argparse
 import base64
 import os
 import signal
@@ -11,33 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
+import typer
 
+from distill.cli import main
+from distill.cli.options import Overrides
 from distill.files import atomic_write
 
 PROMPT = "a photo of a red circle to the left of a blue square"
 SHOWN = (PROMPT, "three green stars", "a purple heart", "a yellow ring above a pink cross", "a star and a diamond")
-SECONDS = 270  # budget of the distillation
 
 
-def main() -> int:
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that is made.", file_okay=False)] = Path("runs/demo"),
+    overrides: Overrides = None,
+    seconds: Annotated[int, typer.Option(help="Seconds to distill; 0 takes the preset's images.", min=0)] = 270,
+    per_task: Annotated[int, typer.Option(help="Prompts per task in the evaluation.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Teacher's sampling steps in the evaluation.", min=1)] = 28,
+    port: Annotated[int, typer.Option(help="Port of the server.", min=1, max=65535)] = 8000,
+    ends: Annotated[bool, typer.Option("--exit", help="Exit instead of serving until Ctrl-C.")] = False,
+) -> None:
     """Generate with the shipped student, distill another for a short time, evaluate it, and serve it until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting, as in `distill run`")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="seconds to distill; 0 takes the preset's images")
-    parser.add_argument("--per-task", type=int, default=16, metavar="N", help="prompts per task in the evaluation")
-    parser.add_argument("--steps", type=int, default=28, metavar="N", help="teacher's sampling steps in the evaluation")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--exit", action="store_true", help="exit instead of serving until Ctrl-C")
-    arguments = parser.parse_args()
-    for name, least, most in (("seconds", 0, 10**8), ("per_task", 1, 10**6), ("steps", 1, 10**4), ("port", 1, 65535)):
-        if not least <= getattr(arguments, name) <= most:
-            parser.error(f"argument --{name.replace('_', '-')}: give a number from {least} to {most}")
-    out: Path = arguments.out
-    address = f"http://127.0.0.1:{arguments.port}"
+    address = f"http://127.0.0.1:{port}"
     signal.signal(signal.SIGTERM, _exit_on_signal)
 
     grid = out / "shipped-student.png"
@@ -48,18 +44,21 @@ def main() -> int:
 
     # The same command resumes a stopped run and does nothing for a finished one.
     print("\nNow a new student is distilled from the shipped teacher:", flush=True)
-    budget = ("--seconds", str(arguments.seconds)) if arguments.seconds else ()
-    _distill("run", "demo", "--out", str(out), *budget, *(f"--set={setting}" for setting in arguments.set))
+    budget = ("--seconds", str(seconds)) if seconds else ()
+    _distill("run", "demo", "--out", str(out), *budget, *(f"--set={override}" for override in overrides or []))
     picture, metrics = out / "teacher-vs-student.png", out / "evaluation.txt"
     if not (picture.exists() and metrics.exists()):
-        options = ("--per-task", str(arguments.per_task), "--steps", str(arguments.steps))
-        evaluation = (*options, "--picture", str(picture))
-        with atomic_write(metrics) as made, made.open("w") as file:
-            _distill("evaluate", "--student", str(out / "student"), *evaluation, stdout=file)
+        words = ("evaluate", "--student", str(out / "student"), "--picture", str(picture))
+        options = ("--per-task", str(per_task), "--steps", str(steps))
+        with atomic_write(metrics) as made, made.open("w") as file:  # in a process of its own: the text has no colors
+            with _process("distill.cli", *words, *options, stdout=file) as evaluation:
+                status = evaluation.wait()
+            if status:
+                sys.exit(status)
     print(metrics.read_text())
 
     logs = {"SERVICE_OBSERVABILITY__LOG_FORMAT": "text", "SERVICE_OBSERVABILITY__LOG_LEVEL": "warning"}
-    serve = ("serve", "--model", str(out / "student"), "--port", str(arguments.port))
+    serve = ("serve", "--model", str(out / "student"), "--port", str(port))
     with suppress(KeyboardInterrupt), _process("service.cli", *serve, env=os.environ | logs) as server:
         _wait_until_ready(server, address)
         image = out / "first-image.png"
@@ -68,9 +67,8 @@ def main() -> int:
         print(f"The server runs on {address}, with a page that draws as you type; docs/service.md describes its API")
         print(f"""Next: curl {address}/v1/images/generations --json '{{"prompt": "two green stars", "seed": 1}}'""")
         sys.stdout.flush()
-        if not arguments.exit:
+        if not ends:
             server.wait()
-    return 0
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -94,11 +92,13 @@ def _process(module: str, *arguments: str, **options: Any) -> "Iterator[subproce
         process.wait()
 
 
-def _distill(*arguments: str, **options: Any) -> None:
-    with _process("distill.cli", *arguments, **options) as process:
-        status = process.wait()
-    if status:
-        sys.exit(status)
+def _distill(*words: str) -> None:
+    """Run a `distill` command in this process. Exit with its status if it fails."""
+    try:
+        main(words)
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def _wait_until_ready(server: "subprocess.Popen[bytes]", address: str) -> None:
@@ -118,7 +118,4 @@ def _generate(prompt: str, address: str) -> bytes:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    typer.run(demo)

@@ -75,6 +75,7 @@ TextLength = Annotated[
         max=512,
     ),
 ]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.options import Seconds, TeacherBase, open_given_teacher
+from distill.cli.options import Overrides, Seconds, TeacherBase, open_given_teacher
 from distill.cli.stopping import agreed, stop_signals, stopped
 from distill.errors import ConfigError
 from distill.files import check_replaceable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(
     config: Annotated[str, typer.Argument(help="Preset (scenes-debug, scenes, sd3-medium-lora, ...) or YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example images=50000.")] = None,
+    overrides: Overrides = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET if not given.", file_okay=False)] = None,

@@ -1,6 +1,7 @@
 """Line charts of metrics over images seen, as coordinates that the page's template draws as SVG."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,20 +76,20 @@ def chart(panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] |
     def up(y: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low), 1)
 
-    labels = _labels(list(curves))
+    styles = _styles(list(curves))
     lines = []
-    for (name, curve), color in zip(curves.items(), _colors(list(curves)), strict=True):
+    for name, curve in curves.items():
+        label, color = styles[name] if len(curves) > 1 else ("", styles[name][1])
         points = [(across(x), up(y)) for x, y in curve]
         path = "M" + "L".join(f"{x} {y}" for x, y in points)
         dots = points if len(points) <= DOTTED else points[-1:]
-        label = labels[name] if len(curves) > 1 else ""
         lines.append(Line(label, color, path, dots, si(curve[0][1]), si(curve[-1][1])))
 
     values = {name: dict(curve) for name, curve in curves.items()}
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(xs)), xs[-1]]
     strips = []
     for x, (start, stop) in zip(xs, pairwise(edges), strict=True):
-        found = [f"{labels[name]}: {si(points[x])}" for name, points in values.items() if x in points]
+        found = [f"{styles[name][0]}: {si(points[x])}" for name, points in values.items() if x in points]
         tooltip = "\n".join([f"{si(x)} images", *found])
         strips.append(Strip(across(x), across(start), round(across(stop) - across(start), 1), tooltip))
 
@@ -103,30 +104,18 @@ def chart(panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] |
     )
 
 
-def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Label curves `t0.2`, `t0.4` of time buckets by their ranges, other curves by their names."""
-    starts = [_bucket(name) for name in names]
-    if len(names) > 1 and all(start is not None for start in starts):
-        stops = [*starts[1:], 1.0]
-        return {name: f"t {a}–{b}" for name, a, b in zip(names, starts, stops, strict=True)}
-    return {name: name.replace("_", " ") for name in names}
-
-
-def _colors(names: Sequence[str]) -> list[str]:
-    """CSS colors: a ramp for time buckets, which are ordered, else a color for each role or curve."""
-    if len(names) > 1 and all(_bucket(name) is not None for name in names):
-        shares = [100 * i / (len(names) - 1) for i in range(len(names))]
-        return [f"color-mix(in oklab, var(--late) {share:.0f}%, var(--early))" for share in shares]
+def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Label and CSS color of each curve: ranges on a ramp for time buckets `t0.2`, `t0.4`, else names."""
+    starts = [name[1:] for name in names if re.fullmatch(r"t\d\.\d", name)]
+    if len(names) > 1 and len(starts) == len(names):
+        ranges = zip(names, starts, [*starts[1:], "1.0"], strict=True)
+        late = 100 / (len(names) - 1)  # percent of a step on the ramp
+        return {
+            name: (f"t {start}–{stop}", f"color-mix(in oklab, var(--late) {late * i:.0f}%, var(--early))")
+            for i, (name, start, stop) in enumerate(ranges)
+        }
     roles = {"student": 0, "fake": 1}
-    return [f"var(--c{roles.get(name, i)})" for i, name in enumerate(names)]
-
-
-def _bucket(name: str) -> float | None:
-    """The start of a time bucket, from the name of its curve."""
-    try:
-        return float(name[1:]) if name[:1] == "t" else None
-    except ValueError:
-        return None
+    return {name: (name.replace("_", " "), f"var(--c{roles.get(name, i)})") for i, name in enumerate(names)}
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

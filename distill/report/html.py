@@ -5,11 +5,13 @@ Jinja2 escapes every value of the run folder. torch is not imported.
 
 import base64
 import json
+import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -76,11 +78,7 @@ def write_report(run: RunFolder, out: Path) -> None:
 
 def render_report(run: RunFolder) -> str:
     """Render the report of a run as HTML."""
-    speeds = _speeds(run.metrics)
-    rows = []
-    for row in run.metrics:
-        speed = {"images_per_second": speeds[row["images"]]} if row["images"] in speeds else {}
-        rows.append({**speed, **{name: value for name, value in row.items() if name != "wall_seconds"}})
+    rows = _with_speeds(run.metrics)
     thinned = _thin(rows)
     method = run.config.get("method")
     environment = Environment(
@@ -97,10 +95,10 @@ def render_report(run: RunFolder) -> str:
         frame=charts,
         method=(method.get("name") if isinstance(method, dict) else None) or "distillation",
         percent=f"{min(100, 100 * run.images / max(run.budget, 1)):.1f}",
-        tiles=list(_tiles(run, speeds)),
+        tiles=list(_tiles(run, rows)),
         evaluation_names=_names(run.evaluations),
         evaluation_charts=list(_evaluation_charts(run.evaluations)),
-        comparison=_Comparison(run),
+        comparison=_comparison(run),
         differences=_differences(run),
         samples=_samples(run.folder),
         rows=thinned,
@@ -111,17 +109,19 @@ def render_report(run: RunFolder) -> str:
     )
 
 
-def _speeds(rows: Sequence[Metrics]) -> dict[float, float]:
-    """Images per second of training at each line of the log, since the line before."""
-    speeds = {}
+def _with_speeds(rows: Sequence[Metrics]) -> list[Metrics]:
+    """The log with images per second of training since the line before, in place of the time since the start."""
+    found = []
     for before, after in pairwise([{"images": 0, "wall_seconds": 0.0}, *rows]):
-        if "wall_seconds" in before and "wall_seconds" in after and after["wall_seconds"] > before["wall_seconds"]:
-            images, seconds = (after[name] - before[name] for name in ("images", "wall_seconds"))
-            speeds[after["images"]] = images / seconds
-    return speeds
+        row = {name: value for name, value in after.items() if name != "wall_seconds"}
+        seconds = after.get("wall_seconds", math.nan) - before.get("wall_seconds", math.nan)
+        if seconds > 0:
+            row = {"images_per_second": (after["images"] - before["images"]) / seconds, **row}
+        found.append(row)
+    return found
 
 
-def _tiles(run: RunFolder, speeds: Mapping[float, float]) -> Iterator[tuple[str, str]]:
+def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]:
     """The most important numbers, each with its label."""
     yield si(run.images), f"images seen of {si(run.budget)}"
     where = f"best student, at {si(run.best['images'])}" if "images" in run.best else "best student"
@@ -130,13 +130,11 @@ def _tiles(run: RunFolder, speeds: Mapping[float, float]) -> Iterator[tuple[str,
             yield si(run.best[name]), f"{panel.title}, {where}"
     if run.metrics and "wall_seconds" in run.metrics[-1]:
         yield duration(run.metrics[-1]["wall_seconds"]), "training time"
-    if speeds:
-        yield si(sorted(speeds.values())[len(speeds) // 2]), "images/s, median"
-    peak = max((row.get("memory/peak", 0) for row in run.metrics), default=0)
-    if peak:
+    if speeds := [row["images_per_second"] for row in rows if "images_per_second" in row]:
+        yield si(median_high(speeds)), "images/s, median"
+    if peak := max((row.get("memory/peak", 0) for row in rows), default=0):
         yield si(peak, "B"), "peak memory"
-    size = sum(path.stat().st_size for path in (run.folder / "student").rglob("*") if path.is_file())
-    if size:
+    if size := sum(path.stat().st_size for path in (run.folder / "student").rglob("*") if path.is_file()):
         yield si(size, "B"), "student folder on disk"
 
 
@@ -153,33 +151,31 @@ def _evaluation_charts(evaluations: list[Metrics]) -> Iterator[Chart]:
         yield chart(panel, {task: _curve(evaluations, task)}, (0.0, highest))
 
 
-class _Comparison:
-    """The output of `distill evaluate` in a run folder, and the command that writes it."""
+def _comparison(run: RunFolder) -> dict[str, Any]:
+    """The output of `distill evaluate` in a run folder, as rows or text, and the command that writes it."""
+    folder = run.folder
+    values, text, picture = folder / "evaluation.json", folder / "evaluation.txt", folder / "teacher-vs-student.png"
+    words = ["distill", "evaluate", "--student", str(folder / "student"), "--picture", str(picture)]
+    if run.config["teacher"] != "scenes":
+        prompts = run.config.get("prompts")
+        source = prompts.get("source") if isinstance(prompts, dict) else None
+        words += ["--teacher", str(run.config["teacher"]), "--prompts", str(source or "prompts.txt")]
+    return {
+        "rows": _read_evaluation(values) if values.exists() else None,
+        "text": text.read_text(encoding="utf-8").strip() if text.exists() else None,
+        "picture": _data_uri(picture) if picture.exists() else None,
+        "command": f"{shlex.join(words)} --json > {shlex.quote(str(values))}",
+    }
 
-    def __init__(self, run: RunFolder) -> None:
-        folder = run.folder
-        self._json, text = folder / "evaluation.json", folder / "evaluation.txt"
-        picture = folder / "teacher-vs-student.png"
-        self.rows = self._read() if self._json.exists() else None
-        self.text = text.read_text(encoding="utf-8").strip() if self.rows is None and text.exists() else None
-        self.picture = _data_uri(picture) if picture.exists() else None
-        words = ["distill", "evaluate", "--student", str(folder / "student"), "--picture", str(picture)]
-        if run.config["teacher"] != "scenes":
-            prompts = run.config.get("prompts")
-            source = prompts.get("source") if isinstance(prompts, dict) else None
-            words += ["--teacher", str(run.config["teacher"]), "--prompts", str(source or "prompts.txt")]
-        self.command = f"{shlex.join(words)} --json > {shlex.quote(str(self._json))}"
 
-    def _read(self) -> list[tuple[str, Any, Any]]:
-        """Name, teacher's value and student's value of each metric."""
-        try:
-            found = json.loads(self._json.read_text(encoding="utf-8"))
-            teacher, student = (dict(flat(found[model])) for model in ("teacher", "student"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RunError(
-                f"{self._json} is not the output of `distill evaluate --json`; write it again or remove it"
-            ) from error
-        return [(_label(name), value, student.get(name)) for name, value in teacher.items()]
+def _read_evaluation(path: Path) -> list[tuple[str, Any, Any]]:
+    """Name, teacher's value and student's value of each metric. Raises RunError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        teacher, student = (dict(flat(found[model])) for model in ("teacher", "student"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} is not the output of `distill evaluate --json`; write it again or remove it") from error
+    return [(_label(name), value, student.get(name)) for name, value in teacher.items()]
 
 
 def _label(name: str) -> str:
@@ -191,8 +187,7 @@ def _label(name: str) -> str:
 def _samples(folder: Path) -> dict[str, Any]:
     """The sample grids, newest first: captions and data URIs, and the number of all grids."""
     paths = sorted(path for path in (folder / "samples").glob("[0-9]*.png") if path.stem.isdigit())
-    last = len(paths) - 1
-    chosen = sorted({round(k * last / (GRIDS - 1)) for k in range(GRIDS)}, reverse=True) if paths else []
+    chosen = sorted({round(k * (len(paths) - 1) / (GRIDS - 1)) for k in range(GRIDS)}, reverse=True) if paths else []
     grids = [(f"Samples after {si(int(paths[i].stem))} images", _data_uri(paths[i])) for i in chosen]
     return {"grids": grids, "total": len(paths)}
 
@@ -211,31 +206,27 @@ def _data_uri(path: Path) -> str:
 
 def _sections(rows: list[Metrics], thinned: list[Metrics]) -> Iterator[tuple[str, list[Chart], list[str]]]:
     """Title, charts and metric names of each section with metrics."""
-    sections: dict[str, dict[str, list[str]]] = {
-        section: {key: [] for key in panels} for section, panels in _SECTIONS.items()
-    }
+    sections: dict[str, dict[str, list[str]]] = {title: {key: [] for key in _SECTIONS[title]} for title in _SECTIONS}
     sections["More"] = {}
     for name in _names(rows):
-        section, key = _place(name)
-        sections[section].setdefault(key, []).append(name)
-    for section, keys in sections.items():
-        names = [name for found in keys.values() for name in found]
+        title, key = _place(name)
+        sections[title].setdefault(key, []).append(name)
+    for title, charted in sections.items():
+        names = [name for found in charted.values() for name in found]
         if names:
-            yield section, [c for key, found in keys.items() for c in _charts(section, key, found, thinned)], names
+            panels = _SECTIONS.get(title, {})
+            drawn = (_charts(panels.get(key) or Panel(_title(key)), key, charted[key], thinned) for key in charted)
+            yield title, list(chain.from_iterable(drawn)), names
 
 
 def _place(name: str) -> tuple[str, str]:
     """Section and chart of a metric."""
     group = name.partition("/")[0]
-    for section, panels in _SECTIONS.items():
-        for key in (name, group):
-            if key in panels:
-                return section, key
-    return ("Cost" if "second" in name else "More"), group
+    found = ((title, key) for title, panels in _SECTIONS.items() for key in (name, group) if key in panels)
+    return next(found, ("Cost" if "second" in name else "More", group))
 
 
-def _charts(section: str, key: str, names: Sequence[str], rows: list[Metrics]) -> Iterator[Chart]:
-    panel = _SECTIONS.get(section, {}).get(key) or Panel(_title(key))
+def _charts(panel: Panel, key: str, names: Sequence[str], rows: list[Metrics]) -> Iterator[Chart]:
     curves = {name.removeprefix(f"{key}/"): _curve(rows, name) for name in names}
     if len(curves) > CURVES:
         for label, curve in curves.items():

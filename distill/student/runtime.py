@@ -37,13 +37,9 @@ def fingerprint(options: RuntimeOptions, device: torch.device, tiny_vae: str | N
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     parts = [names[compute_dtype(options, device)], "buckets", *map(str, options.batch_buckets)]
-    if options.attention != "sdpa":
-        parts += ["attention", options.attention]
-    if options.quantize != "none":
-        parts += ["quantize", options.quantize]
-    if options.t5 != "full":
-        parts += ["t5", options.t5]
+    changed = options.model_dump(exclude={"precision", "batch_buckets", "tiny_vae"}, exclude_defaults=True)
+    for name, value in changed.items():
+        parts += [name] if value is True else [name, value]
     if tiny_vae:
         parts += ["tiny-vae", tiny_vae[:16]]
-    parts += [name for name in ("channels_last", "compile", "cuda_graphs") if getattr(options, name)]
     return "-".join(parts)

@@ -1,14 +1,14 @@
 """What trainings share: progress, and the states that trainings of teachers resume from."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from distill.config_group import ConfigGroup
 from distill.errors import CheckpointError, OutputError
 from distill.models.sd3_files import COMPONENTS, RECORD
 from distill.training import checkpoint
@@ -31,12 +31,14 @@ class TrainingProgress:
         return checkpoint.crosses(self.before, self.images, every)
 
 
-def save_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: Any) -> None:
+def save_state(
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, images: int, recipe: ConfigGroup
+) -> None:
     """Write all that training needs to continue, in place of older states. Raises CheckpointError if writing fails."""
     tensors = checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
     for name, module in modules.items():
         tensors |= checkpoint.pack(name, module.state_dict())
-    checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": asdict(recipe)})
+    checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": recipe.model_dump()})
     checkpoint.prune(folder, 1)
 
 
@@ -49,15 +51,15 @@ def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) ->
             raise OutputError(f"{folder} holds {name}, but no state of this training; give another --out")
 
 
-def check_state(folder: Path, recipe: Any) -> None:
+def check_state(folder: Path, recipe: ConfigGroup) -> None:
     """Raise CheckpointError when the newest state, if any, was made by a recipe that differs in more than FREE."""
     newest = checkpoint.latest(folder)
     if newest is not None:
         _check_recipe(newest, checkpoint.load_record(newest)["recipe"], recipe)
 
 
-def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: Any) -> None:
-    for key, value in json.loads(json.dumps(asdict(recipe))).items():
+def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: ConfigGroup) -> None:
+    for key, value in recipe.model_dump(mode="json").items():
         if key not in FREE and made_with.get(key) != value:
             raise CheckpointError(
                 f"{newest} was trained with {key} = {made_with.get(key)}, not {value}; "
@@ -65,7 +67,7 @@ def _check_recipe(newest: Path, made_with: Mapping[str, Any], recipe: Any) -> No
             )
 
 
-def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: Any) -> int:
+def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, recipe: ConfigGroup) -> int:
     """Restore what `save_state` wrote and return the images seen, or 0. Raises CheckpointError for another recipe."""
     newest = checkpoint.latest(folder)
     if newest is None:

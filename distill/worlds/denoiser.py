@@ -6,7 +6,6 @@ logit-normal t, caption dropout for classifier-free guidance, and an exponential
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,31 +27,12 @@ from distill.student.cuda_graphs import CudaGraphed
 from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
 from distill.training.state import TrainingProgress, load_state, save_state
+from distill.worlds.recipe import TrainingRecipe
 
 LOG_EVERY = 12_800  # images between two log lines; metrics are means over them
 FINAL_LR = 0.02  # final learning rate, as a share of the peak
 
 Sample = Callable[[Draw], tuple[Tensor, Tensor]]  # latents x_0 (B, C, h, w) and token ids (B, L) of their captions
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
-    """How a teacher is trained. Warm-up, decay, half-life and intervals are counted in images."""
-
-    images: int
-    batch: int
-    learning_rate: float
-    warmup: int
-    decay: int
-    ema_half_life: float
-    checkpoint_every: int
-    seed: int
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    caption_dropout: float = 0.1
-    time_mean: float = 0.0
-    time_std: float = 1.0
 
 
 class Denoiser(nn.Module):

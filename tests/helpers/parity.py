@@ -1,18 +1,23 @@
 """Gradients of one base with adapters, as one process or two find them.
 
 As a script it is one of two processes: `torchrun --nproc-per-node 2 parity.py TEACHER OUT` leaves in OUT what
-each form finds on its half of the images, averaged, and two runs of the trainer.
+each form finds on its half of the images, averaged, two runs of the trainer, a whole run, and one that is stopped.
 """
 
+import signal
 import sys
+from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
 
 import torch
+import typer
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from distill import run as runs
+from distill.cli.run import run_with_bars
 from distill.config import Lora, RunConfig, load_config
 from distill.errors import ConfigError
 from distill.methods.base import TrainingBatch, Velocities
@@ -89,6 +94,30 @@ def run(**more) -> RunConfig:
     return load_config("scenes-debug", [f"{key}={value}" for key, value in sets.items()])
 
 
+def whole(teacher: Path, prompts: Path, *more: str) -> RunConfig:
+    """A run of full copies with all that belongs to it: encoded prompts, samples, an export."""
+    sets = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=8", "images=48", "optimizer.warmup_images=0")
+    return load_config("scenes-debug", [*sets, "precision=fp32", "cadence.log=8", "cadence.checkpoint=48", *more])
+
+
+def stop(teacher: Path, out: Path, rank: int) -> int:
+    """The exit status of a run by the command, whose second process receives SIGTERM."""
+    original = runs.run
+
+    def signaled(*arguments):
+        for progress in original(*arguments):
+            if rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield progress
+
+    runs.run = signaled
+    try:
+        run_with_bars(whole(teacher, out / "prompts.txt"), out / "stopped", "a run")
+    except typer.Exit as ended:
+        return ended.exit_code
+    return 0
+
+
 def main(teacher: Path, out: Path) -> None:
     """One of two processes."""
     accelerator = Accelerator(cpu=True)
@@ -124,7 +153,11 @@ def main(teacher: Path, out: Path) -> None:
         steps = trainer.train(run(), out / form, networks, Prompts(), [SHAPE], accelerator)
         for progress in islice(steps, rounds):
             progress.generate(Prompts().null, torch.zeros(1, *SHAPE))
-    accelerator.end_training()
+    config = whole(teacher, out / "prompts.txt")
+    list(runs.run(config, out / "full", accelerator))
+    with (out / f"said-{rank}").open("w") as file, redirect_stdout(file):
+        status = stop(teacher, out, rank)  # which ends the training of all
+    (out / f"status-{rank}").write_text(str(status))
 
 
 def expected(teacher, role):

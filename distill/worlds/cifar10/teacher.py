@@ -7,7 +7,6 @@ the same word for all images.
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,27 +18,14 @@ from distill.models.vae import to_pixels
 from distill.philox import Draw, key_of
 from distill.training.state import TrainingProgress, check_folder
 from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
-from distill.worlds.denoiser import Denoiser, TrainingRecipe, fit, save_pipeline, tokenize
+from distill.worlds.cifar10.recipe import Cifar10Recipe
+from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
 from distill.worlds.identity import identity_autoencoder
 from distill.worlds.tokenizer import build_clip_tokenizer
 
 PROMPTS = "prompts.txt"  # in the teacher's folder: every possible prompt
 STATE = "state"  # in the teacher's folder: the state that training resumes from
 TOKENS = 3  # of a prompt: start, one word, end
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cifar10Recipe(TrainingRecipe):
-    """How the teacher is trained. The defaults suit 51 200 000 images, mirrored copies included."""
-
-    conditional: bool
-    layers: int
-    heads: int
-    learning_rate: float = 2e-4
-    warmup: int = 38_400
-    decay: int = 20_480_000
-    ema_half_life: float = 887_000
-    checkpoint_every: int = 128_000
 
 
 def check_teacher_folder(folder: Path) -> None:
@@ -79,5 +65,5 @@ def train_teacher(
     yield from fit(model, average, sample, null, recipe, folder / STATE, device, compiled)
     save_pipeline(average, vae, tokenizer, folder)
     atomic_write_text(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
-    record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": asdict(recipe)}
+    record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": recipe.model_dump()}
     atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")

@@ -6,17 +6,17 @@ Training sees every shape, color and relation in other combinations.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
+from typing import Literal, get_args
 
 import numpy as np
 
-from distill.errors import ConfigError
 from distill.worlds.scenes.shapes import COLORS, SHAPES
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's names
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]  # GenEval's names
+TASKS: tuple[Task, ...] = get_args(Task)
 RELATIONS = ("left", "right", "above", "below")
 _MIRRORED = {"right": "left", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -110,28 +110,7 @@ def evaluation_prompts(per_task: int, seed: int, held_out: bool = True) -> list[
     return chosen
 
 
-def parse_task_weights(text: str | None) -> dict[str, float]:
-    """Parse shares of tasks, such as "counting=2,position=1", to sum 1; None is equal shares. Raises ConfigError."""
-    if text is None:
-        return dict.fromkeys(TASKS, 1 / len(TASKS))
-    weights = dict.fromkeys(TASKS, 0.0)
-    for part in text.split(","):
-        task, _, number = (word.strip() for word in part.partition("="))
-        if task not in weights:
-            raise ConfigError(f"--task-weights: there is no task {task!r}; the tasks are {', '.join(TASKS)}")
-        try:
-            weights[task] = float(number)
-        except ValueError:
-            raise ConfigError(f"--task-weights: {part!r} is not task=number") from None
-        if not 0 <= weights[task] < math.inf:
-            raise ConfigError(f"--task-weights: {part!r} is negative or not finite; give 0 or more")
-    total = math.fsum(weights.values())
-    if total == 0:
-        raise ConfigError("--task-weights: all are 0; give at least one task a positive number")
-    return {task: weight / total for task, weight in weights.items()}
-
-
-def sample_prompt(rng: np.random.Generator, task_weights: Mapping[str, float] | None = None) -> Prompt:
+def sample_prompt(rng: np.random.Generator, task_weights: Mapping[Task, float] | None = None) -> Prompt:
     """Draw a training prompt. Half of the counting and position prompts name colors.
 
     `task_weights` are the shares of the tasks. Without them tasks are drawn uniformly before held-out prompts are

@@ -5,12 +5,11 @@ This file does not import torch, so that the processes start fast.
 """
 
 import os
-from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import starmap
 from multiprocessing import get_context
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from distill.data.worker_process import follow_parent
 from distill.errors import CacheError
-from distill.worlds.scenes.captions import sample_prompt, wording
+from distill.worlds.scenes.captions import Task, sample_prompt, wording
 from distill.worlds.scenes.render import place, render
 
 CHUNK = 1024  # scenes
@@ -33,7 +32,7 @@ class Chunk:
     images: NDArray[np.uint8]
 
 
-def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[str, float]) -> Chunk:
+def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[Task, float]) -> Chunk:
     """Render the first `count` scenes of a chunk."""
     rng = np.random.default_rng((seed, 1, index))
     texts, scenes = [], []
@@ -45,24 +44,19 @@ def make_chunk(seed: int, index: int, count: int, task_weights: Mapping[str, flo
 
 
 def make_chunks(
-    seed: int, count: int, task_weights: Mapping[str, float], processes: int | None = None
+    seed: int, count: int, task_weights: Mapping[Task, float], processes: int | None = None
 ) -> Generator[Chunk]:
     """Render `count` scenes in order, by default with one process per core."""
     work = [(seed, i, min(CHUNK, count - start), task_weights) for i, start in enumerate(range(0, count, CHUNK))]
     processes = min(len(work), processes or os.cpu_count() or 1)
     if processes <= 1:
-        yield from (make_chunk(*arguments) for arguments in work)
+        yield from starmap(make_chunk, work)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), follow_parent)
     try:
-        submitted = (pool.submit(make_chunk, *arguments) for arguments in work)
-        running = deque(islice(submitted, 2 * processes))  # bounded, because finished chunks wait in memory
-        while running:
-            yield running.popleft().result()
-            running.extend(islice(submitted, 1))
+        with ProcessPoolExecutor(processes, get_context("spawn"), follow_parent) as pool:
+            for first in range(0, len(work), 2 * processes):  # bounded, because finished chunks wait in memory
+                yield from pool.map(make_chunk, *zip(*work[first : first + 2 * processes], strict=True))
     except BrokenProcessPool as error:
         raise CacheError(
             "a process that renders scenes was killed, possibly out of memory; run the same command again"
         ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -46,10 +46,10 @@ class Scenes:
 def encode_scenes(
     recipe: ScenesRecipe, folder: Path, device: torch.device, processes: int | None = None
 ) -> Iterator[int]:
-    """Render and encode the training scenes with `folder/vae`, unless they are there; yield the count."""
-    vae = load_vae(folder, device)
+    """Render and encode the training scenes, unless they are there; yield the count."""
+    vae = load_vae(recipe, folder, device)
     key = _key(recipe, vae, device)
-    if _key_in(folder / SCENES) == key:
+    if key_in(folder / SCENES) == key:
         return
     parts, texts = [], []
     for chunk in make_chunks(recipe.seed, recipe.scenes, recipe.task_weights, processes):
@@ -65,15 +65,16 @@ def encode_scenes(
 def read_scenes(recipe: ScenesRecipe, folder: Path, vae: AutoencoderKL, device: torch.device) -> Scenes:
     """Read the encoded scenes of a folder. Raises CacheError unless they match the recipe and the autoencoder."""
     path = folder / SCENES
-    if _key_in(path) != _key(recipe, vae, device):
+    if key_in(path) != _key(recipe, vae, device):
         raise CacheError(f"{path} is missing, or its scenes belong to another recipe or autoencoder; encode them first")
     return Scenes(**load_file(path, device=str(device)))
 
 
-def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
-    """Load the autoencoder of a teacher folder. Raises TeacherError for weights that are not finite."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, local_files_only=True)
-    check_finite(vae, folder / "vae")
+def load_vae(recipe: ScenesRecipe, folder: Path, device: torch.device) -> AutoencoderKL:
+    """Load the folder's autoencoder, or that of `recipe.start`. Raises TeacherError for weights that are not finite."""
+    path = (folder if recipe.vae_images is not None else Path(str(recipe.start))) / "vae"
+    vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    check_finite(vae, path)
     return vae.to(device).eval()
 
 
@@ -96,11 +97,12 @@ def _key(recipe: ScenesRecipe, vae: AutoencoderKL, device: torch.device) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _key_in(path: Path) -> str | None:
+def key_in(path: Path) -> str | None:
+    """The key of a file of encoded scenes; None for another file, or none."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             return str((file.metadata() or {}).get("key"))
     except SafetensorError:
-        return None  # a damaged file is replaced
+        return None

@@ -5,6 +5,7 @@ Its shape is the one whose anti-aliased template, fitted to the region's bounds,
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,17 +89,16 @@ def _overlap(alpha: NDArray[np.float32], shape: int, x: float, y: float, radius:
     best = 0.0
     nearest = round((radius - float(RADII[0])) / STEP)
     for r in {int(np.clip(nearest + d, 0, len(RADII) - 1)) for d in (-2, 0, 2)}:
-        for dy in (-1, 1):
-            for dx in (-1, 1):
-                qx, qy = round(x / STEP) + dx, round(y / STEP) + dy
-                canvas = np.zeros((WINDOW, WINDOW), np.float32)
-                # Position of the region's upper left corner in the template's window.
-                cx, cy = WINDOW // 2 - qx // 4, WINDOW // 2 - qy // 4
-                if cx < 0 or cy < 0 or cx + width > WINDOW or cy + height > WINDOW:
-                    continue
-                canvas[cy : cy + height, cx : cx + width] = alpha
-                template = coverage()[shape, r, qy % 4, qx % 4]
-                best = max(best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum()))
+        for dy, dx in product((-1, 1), repeat=2):
+            qx, qy = round(x / STEP) + dx, round(y / STEP) + dy
+            canvas = np.zeros((WINDOW, WINDOW), np.float32)
+            # Position of the region's upper left corner in the template's window.
+            cx, cy = WINDOW // 2 - qx // 4, WINDOW // 2 - qy // 4
+            if cx < 0 or cy < 0 or cx + width > WINDOW or cy + height > WINDOW:
+                continue
+            canvas[cy : cy + height, cx : cx + width] = alpha
+            template = coverage()[shape, r, qy % 4, qx % 4]
+            best = max(best, float(np.minimum(canvas, template).sum() / np.maximum(canvas, template).sum()))
     return best
 
 

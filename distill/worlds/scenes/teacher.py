@@ -8,12 +8,9 @@ cheaply which words mean which colors and positions. Then the same blocks contin
 learn exact shapes. Training that starts from another teacher uses small patches only.
 """
 
-import filecmp
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from distill.errors import TeacherError
-from distill.files import atomic_write, atomic_write_text
+from distill.files import atomic_write_text
 from distill.flow import noise
 from distill.methods.policies import TeacherGuidance, guided_at
 from distill.models.device import autocast
@@ -37,7 +34,7 @@ from distill.philox import key_of
 from distill.training.state import TrainingProgress, check_folder, check_state
 from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
 from distill.worlds.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
-from distill.worlds.scenes.latents import SCENES, TOKENS, load_vae, read_scenes
+from distill.worlds.scenes.latents import SCENES, TOKENS, key_in, load_vae, read_scenes
 from distill.worlds.scenes.recipe import ScenesRecipe
 from distill.worlds.scenes.render import SIZE
 from distill.worlds.scenes.score import score
@@ -75,28 +72,7 @@ def check_teacher_folder(recipe: ScenesRecipe, folder: Path) -> None:
     states = [_state_folder(folder, patch).name for patch in (COARSE, FINE)]
     if recipe.vae_images is not None:
         states.append(VAE_STATE)
-    elif recipe.start is not None and _holds_autoencoder(folder, Path(recipe.start)):
-        return  # an earlier start stopped after copying the autoencoder
-    check_folder(folder, states, (SCENES,))
-
-
-def _holds_autoencoder(folder: Path, start: Path) -> bool:
-    """Return whether the folder holds a copy of a teacher's autoencoder and no pipeline yet."""
-    if (folder / "model_index.json").exists() or not (folder / "vae").is_dir():
-        return False
-    names = {path.name for path in (start / "vae").iterdir() if path.is_file()}
-    if names != {path.name for path in (folder / "vae").iterdir()}:
-        return False
-    return all(filecmp.cmp(start / "vae" / name, folder / "vae" / name, shallow=False) for name in names)
-
-
-def copy_autoencoder(start: Path, folder: Path) -> None:
-    """Copy a teacher's autoencoder. The copies are writable even if the originals are read-only."""
-    with atomic_write(folder / "vae") as partial:
-        partial.mkdir()
-        for path in (start / "vae").iterdir():
-            if path.is_file():
-                shutil.copyfile(path, partial / path.name)
+    check_folder(folder, states, () if key_in(folder / SCENES) else (SCENES,))
 
 
 def check_states(recipe: ScenesRecipe, folder: Path) -> None:
@@ -131,17 +107,22 @@ def refine(coarse: Denoiser, fine: Denoiser) -> None:
 def train_teacher(
     recipe: ScenesRecipe, folder: Path, device: torch.device, compiled: bool = False, scales: Sequence[float] = GUIDANCE
 ) -> Iterator[TrainingProgress]:
-    """Train to the budget, continuing from the folder's states. `folder/vae` and the encoded scenes must exist.
+    """Train to the budget, continuing from the folder's states. The autoencoder and the encoded scenes must exist.
 
     At the end `folder` holds the whole pipeline in the layout of `StableDiffusion3Pipeline`, with EMA weights. Its
     record names the guidance of `scales` that scores highest on seen prompts; held-out prompts are not used for that.
     """
     torch.manual_seed(key_of(recipe.seed, "weights"))
-    vae = load_vae(folder, device)
+    vae = load_vae(recipe, folder, device)
     tokenizer = build_clip_tokenizer(vocabulary(), TOKENS)
     scenes = read_scenes(recipe, folder, vae, device)
     null = tokenize(tokenizer, [""])[0].to(device)
-    held_out, seen = (_eval_prompts(tokenizer, recipe.per_task, split, device) for split in (True, False))
+    held_out, seen = (evaluation_prompts(recipe.per_task, seed=0, held_out=split) for split in (True, False))
+
+    def evaluate(prompts: Sequence[Prompt], guidance: float, steps: int) -> dict[str, float]:
+        rng = np.random.default_rng(0)
+        ids = tokenize(tokenizer, [wording(prompt, rng) for prompt in prompts]).to(device)
+        return score(prompts, generate(average, vae, ids, null, guidance, steps))
 
     average: Any = None
     stages = [(COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)]
@@ -156,35 +137,17 @@ def train_teacher(
         state = _state_folder(folder, patch)
         for progress in fit(model, average, scenes.sample, null, recipe, state, device, compiled, first, last):
             if progress.images >= last or progress.crosses(recipe.evaluate_every):
-                progress.metrics.update(evaluate(average, vae, *held_out, null, 2.5, 16))
+                progress.metrics.update(evaluate(held_out, 2.5, 16))
             yield progress
 
     save_pipeline(average, vae, tokenizer, folder)
-    scores = [evaluate(average, vae, *seen, null, scale, 28)["overall"] for scale in scales]
-    record = {"max_sequence_length": T5_TOKENS, "guidance": scales[int(np.argmax(scores))], "recipe": asdict(recipe)}
+    scores = [evaluate(seen, scale, 28)["overall"] for scale in scales]
+    record = {
+        "max_sequence_length": T5_TOKENS,
+        "guidance": scales[int(np.argmax(scores))],
+        "recipe": recipe.model_dump(),
+    }
     atomic_write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-
-
-def _eval_prompts(
-    tokenizer: CLIPTokenizer, per_task: int, held_out: bool, device: torch.device
-) -> tuple[list[Prompt], Tensor]:
-    """Prompts of an evaluation, and their token ids (N, TOKENS)."""
-    prompts = evaluation_prompts(per_task, seed=0, held_out=held_out)
-    rng = np.random.default_rng(0)
-    return prompts, tokenize(tokenizer, [wording(prompt, rng) for prompt in prompts]).to(device)
-
-
-def evaluate(
-    model: Denoiser,
-    vae: AutoencoderKL,
-    prompts: Sequence[Prompt],
-    ids: Tensor,
-    null: Tensor,
-    guidance: float,
-    steps: int,
-) -> dict[str, float]:
-    """Score guided samples, by task and overall, from the seeds 0 to N - 1."""
-    return score(prompts, generate(model, vae, ids, null, guidance, steps))
 
 
 @torch.no_grad()

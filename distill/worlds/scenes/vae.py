@@ -6,7 +6,6 @@ images after encoding and decoding.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.config_group import ConfigGroup
 from distill.models.device import autocast
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
@@ -31,8 +31,7 @@ LOG_EVERY = 800  # images between two log lines
 STATE = "vae-state"  # in the teacher's folder: the training state
 
 
-@dataclass(frozen=True)
-class VaeRecipe:
+class VaeRecipe(ConfigGroup):
     """How the autoencoder is trained; the learning rate decays over the budget of `images`."""
 
     images: int

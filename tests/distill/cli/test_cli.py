@@ -54,9 +54,6 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (*PLAN, "--batch", str(10**30)),
         ("scenes", "show", "--count", "-1"),
         ("scenes", "show", "--seed", "-1"),
-        ("teacher", "--learning-rate", "inf"),
-        ("teacher", "--learning-rate", "-1"),
-        ("cifar10", "teacher", "data", "--seed", "-1"),
         ("submit", "prompts.txt", "--seconds", "inf"),
     ],
     ids=" ".join,
@@ -65,6 +62,21 @@ def test_numbers_out_of_range_are_refused_by_the_name_of_the_option(words, monke
     monkeypatch.chdir(tmp_path)
     option = next(word for word in reversed(words) if word.startswith("--"))
     assert f"'{option}'" in said(monkeypatch, capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("teacher", "--set", "learning_rate=.inf"), "learning_rate: "),
+        (("teacher", "--set", "learning_rate=-1"), "learning_rate: "),
+        (("teacher", "--set", "learning_rte=1"), "did you mean 'learning_rate'?"),
+        (("cifar10", "teacher", "data", "--set", "seed=-1"), "seed: "),
+    ],
+)
+def test_recipes_out_of_range_are_refused_by_the_name_of_the_key(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert message in said(monkeypatch, capsys, *words)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ class Recorder:
     def __init__(self, total: int | None) -> None:
         self.now = 0.0
         self.lines: list[str] = []
-        self.progress = ImageLines("distilling", total, 0, self.lines.append, lambda: self.now)
+        self.progress = ImageLines("distilling", total, self.lines.append, lambda: self.now)
 
     def at(self, now: float, seen: int, **metrics: float) -> None:
         self.now = now

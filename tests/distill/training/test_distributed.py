@@ -1,6 +1,7 @@
 """Two processes learn what one does: gradients of three copies, whole and sharded, and a run that changes hands."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from parity import IMAGES, SHAPE, Prompts, assert_same, expected
 from safetensors.torch import load_file
 
+from distill.pipeline import read_student
+from distill.run import accelerator, run
 from distill.training import checkpoint, trainer
 from distill.training.networks import ROLES
 
@@ -24,6 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "accelerate").glob("*.
 def two(teacher, tmp_path_factory) -> Path:
     """What two processes left."""
     out = tmp_path_factory.mktemp("two")
+    (out / "prompts.txt").write_text("a red circle\na blue square\ncircle and square\nred\nleft of a circle\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, parity.__file__, str(teacher), str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -42,10 +46,10 @@ def finished(teacher: Path, out: Path) -> dict[str, torch.Tensor]:
     return last(out)
 
 
-def last(out: Path) -> dict[str, torch.Tensor]:
+def last(out: Path, images: int = 4 * IMAGES) -> dict[str, torch.Tensor]:
     state = checkpoint.latest(out / "checkpoints")
     assert state is not None
-    assert int(state.name) == 4 * IMAGES
+    assert int(state.name) == images
     return checkpoint.load(state)[0]
 
 
@@ -80,6 +84,32 @@ def test_a_run_ends_alike_on_any_number_of_processes(teacher, two, alone, form, 
 
 def test_processes_wait_for_work_of_the_main_one(two):
     assert [(two / f"waited-{rank}").read_text() for rank in range(2)] == ["done", "done"]
+
+
+def test_a_whole_run_ends_alike_on_two_processes(teacher, two, tmp_path):
+    config = parity.whole(teacher, two / "prompts.txt")
+    list(run(config, tmp_path, accelerator(config, tmp_path)))
+    assert checkpoint.load_record(checkpoint.latest(two / "full" / "checkpoints"))["processes"] == 2
+    expected, found = last(tmp_path, 48), last(two / "full", 48)
+    for name, tensor in expected.items():
+        if name.startswith("average/"):
+            torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+    moved = max(
+        (tensor - expected[name.replace("student/", "average/")]).abs().max()
+        for name, tensor in found.items()
+        if name.startswith("student/")
+    )
+    assert moved > 1e-5  # it did learn
+    assert read_student(two / "full" / "student").images_seen == 48
+
+
+def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(two):
+    assert [int((two / f"status-{rank}").read_text()) for rank in range(2)] == [128 + signal.SIGTERM] * 2
+    saved = checkpoint.latest(two / "stopped" / "checkpoints")
+    assert saved is not None
+    assert f"Stopped after {int(saved.name)} images" in (two / "said-0").read_text()
+    assert int(saved.name) < 48
+    assert (two / "said-1").read_text() == ""
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(two):

@@ -18,7 +18,8 @@ from distill.models.sd3 import decode_latents, encode_images
 from distill.models.sd3_folder import SD3Folder
 from distill.models.vae import to_pixels
 from distill.worlds.cifar10.data import CLASSES, read_images, write_images
-from distill.worlds.cifar10.teacher import Cifar10Recipe, check_teacher_folder, train_teacher
+from distill.worlds.cifar10.recipe import Cifar10Recipe
+from distill.worlds.cifar10.teacher import check_teacher_folder, train_teacher
 from distill.worlds.identity import identity_autoencoder
 
 CPU = torch.device("cpu")
@@ -88,8 +89,8 @@ def test_pixels_survive_their_autoencoder(dtype: torch.dtype, steps: float) -> N
 
 def test_the_whole_path_runs_on_its_files(data: Path, clip_folder: Path, tmp_path: Path) -> None:
     teacher, out, made, real = (tmp_path / name for name in ("teacher", "run", "made", "real"))
-    small = ["--images", 8, "--batch", 4, "--layers", 1, "--heads", 1, "--device", "cpu"]
-    invoke("cifar10", "teacher", data, "--out", teacher, *small)
+    small = [f"--set={setting}" for setting in ("images=8", "batch=4", "layers=1", "heads=1")]
+    invoke("cifar10", "teacher", data, "--out", teacher, "--device", "cpu", *small)
     assert SD3Folder.read(teacher).latent_shape == (3, 32, 32)
     assert (teacher / "prompts.txt").read_text() == "image\n"
 

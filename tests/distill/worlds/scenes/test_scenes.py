@@ -12,13 +12,13 @@ from distill.worlds.scenes.captions import (
     Thing,
     all_prompts,
     evaluation_prompts,
-    parse_task_weights,
     sample_prompt,
     training_prompts,
     vocabulary,
     wording,
 )
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
+from distill.worlds.scenes.recipe import ScenesRecipe
 from distill.worlds.scenes.render import SIZE, Object, place, render
 from distill.worlds.scenes.score import detect, score, verdict
 from distill.worlds.scenes.shapes import COLORS, GROUND, PALETTE, SHAPES
@@ -101,12 +101,12 @@ def test_training_never_sees_what_is_held_out():
 
 
 def test_task_weights_are_the_tasks_shares_of_training_prompts():
-    weights = parse_task_weights("counting=3, position=1")
+    weights = ScenesRecipe(task_weights={"counting": 3, "position": 1}).task_weights
     assert weights == {**dict.fromkeys(TASKS, 0.0), "counting": 0.75, "position": 0.25}
     rng = np.random.default_rng(6)
     tasks = [sample_prompt(rng, weights).task for _ in range(4000)]
     assert {task: tasks.count(task) / 4000 for task in TASKS} == pytest.approx(weights, abs=0.03)
-    assert sum(parse_task_weights(None).values()) == pytest.approx(1)
+    assert sum(ScenesRecipe().task_weights.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.state import TrainingProgress
 from distill.worlds.denoiser import FINAL_LR, lr_factor, tokenize, training_step
-from distill.worlds.scenes.captions import parse_task_weights, training_prompts, vocabulary
+from distill.worlds.scenes.captions import TASKS, training_prompts, vocabulary
 from distill.worlds.scenes.data import CHUNK, make_chunks
 from distill.worlds.scenes.latents import SCENES, TOKENS, Scenes, encode_scenes
 from distill.worlds.scenes.recipe import ScenesRecipe
@@ -34,7 +33,6 @@ from distill.worlds.scenes.teacher import (
     check_start_folder,
     check_states,
     check_teacher_folder,
-    copy_autoencoder,
     make_denoiser,
     refine,
     train_teacher,
@@ -49,7 +47,6 @@ RECIPE = ScenesRecipe(
     images=32,
     coarse_images=16,
     scenes=32,
-    task_weights=parse_task_weights(None),
     batch=8,
     learning_rate=1e-3,
     warmup=16,
@@ -109,25 +106,31 @@ def test_the_folder_runs_in_stock_diffusers_as_our_reader_describes_it(trained: 
 
 def test_another_recipe_does_not_continue_a_training_but_another_budget_does(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"learning_rate = 0\.001, not 0\.0001"):
-        list(train_teacher(replace(RECIPE, learning_rate=1e-4), trained, CPU))
+        list(train_teacher(RECIPE.model_copy(update={"learning_rate": 1e-4}), trained, CPU))
     with pytest.raises(CheckpointError, match="trained with vae_images = "):
-        check_states(replace(RECIPE, vae_images=64), trained)  # another autoencoder would make other latents
-    check_states(replace(RECIPE, images=400), trained)
-    more = replace(RECIPE, images=40, evaluate_every=8, checkpoint_every=8, per_task=2)
+        check_states(
+            RECIPE.model_copy(update={"vae_images": 64}), trained
+        )  # another autoencoder would make other latents
+    check_states(RECIPE.model_copy(update={"images": 400}), trained)
+    more = RECIPE.model_copy(update={"images": 40, "evaluate_every": 8, "checkpoint_every": 8, "per_task": 2})
     assert next(train_teacher(more, shutil.copytree(trained, tmp_path / "copy"), CPU)).images == 40
 
 
 def test_scenes_are_encoded_once_and_again_for_whatever_changes_them(trained: Path) -> None:
     assert list(encode_scenes(RECIPE, trained, CPU)) == []
-    for change in ({"seed": 3}, {"scenes": 31}, {"task_weights": parse_task_weights("counting=1")}):
-        other = replace(RECIPE, **change)
+    for change in (
+        {"seed": 3},
+        {"scenes": 31},
+        {"task_weights": ScenesRecipe(task_weights={"counting": 1}).task_weights},
+    ):
+        other = RECIPE.model_copy(update=change)
         with pytest.raises(CacheError, match=SCENES):
             next(train_teacher(other, trained, CPU))
         assert next(encode_scenes(other, trained, CPU)) == other.scenes
 
 
 def test_scenes_do_not_depend_on_the_number_of_processes() -> None:
-    weights = parse_task_weights("two_object=3,counting=1")
+    weights = ScenesRecipe(task_weights={"two_object": 3, "counting": 1}).task_weights
     alone, many = (list(make_chunks(7, CHUNK + 5, weights, processes)) for processes in (1, 2))
     assert [len(chunk.images) for chunk in alone] == [CHUNK, 5]
     for one, other in zip(alone, many, strict=True):
@@ -136,7 +139,7 @@ def test_scenes_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_scenes_that_are_not_awaited_end_their_processes() -> None:
-    chunks = make_chunks(7, 64 * CHUNK, parse_task_weights(None), processes=2)
+    chunks = make_chunks(7, 64 * CHUNK, dict.fromkeys(TASKS, 1 / 6), processes=2)
     next(chunks)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     assert len(children.read_text().split()) >= 2
@@ -211,7 +214,7 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
     from distill.worlds.denoiser import fit
 
     cuda = torch.device("cuda")
-    recipe = replace(RECIPE, images=80, batch=8)  # of ten steps seven are replays of a graph
+    recipe = RECIPE.model_copy(update={"images": 80, "batch": 8})  # of ten steps seven are replays of a graph
 
     def training(folder: Path) -> tuple[Any, Iterator[TrainingProgress]]:
         model, scenes, null = denoiser(cuda)
@@ -229,12 +232,16 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
 
 
 def test_the_rate_rises_holds_and_falls_and_the_average_follows() -> None:
-    recipe = replace(RECIPE, batch=10, warmup=100, decay=500)
+    recipe = RECIPE.model_copy(update={"batch": 10, "warmup": 100, "decay": 500})
     assert lr_factor(recipe, 0, 1000) == pytest.approx(0.1)
     assert lr_factor(recipe, 90, 1000) == lr_factor(recipe, 500, 1000) == 1
     assert lr_factor(recipe, 750, 1000) == pytest.approx((1 + FINAL_LR) / 2)
     assert lr_factor(recipe, 990, 1000) == pytest.approx(FINAL_LR, abs=0.02)
-    assert lr_factor(replace(recipe, warmup=0, decay=0), 0, 1000) == lr_factor(replace(recipe, decay=0), 990, 1000) == 1
+    assert (
+        lr_factor(recipe.model_copy(update={"warmup": 0, "decay": 0}), 0, 1000)
+        == lr_factor(recipe.model_copy(update={"decay": 0}), 990, 1000)
+        == 1
+    )
 
 
 def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> None:
@@ -256,17 +263,20 @@ def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> 
 
 
 def test_the_command_starts_from_a_teacher_and_records_its_recipe(trained: Path, tmp_path: Path) -> None:
-    words = "--task-weights two_object=.28,counting=.26,position=.13,color_attr=.13,single_object=.10,colors=.10"
-    given = {"images": 8, "batch": 4, "scenes": 16, "learning-rate": 0.0, "per-task": 1, "warmup": 4, "decay": 4,
-             "ema-half-life": 5, "evaluate-every": 4, "checkpoint-every": 4, "seed": 7}  # fmt: skip
-    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    result = invoke(
-        "teacher", "--out", str(tmp_path), "--start", str(trained), "--device", "cpu", *words.split(), *options
-    )
-    assert result.exit_code == 0, result.output
+    given = {"images": 8, "batch": 4, "scenes": 16, "learning_rate": 0.0, "per_task": 1, "warmup": 4, "decay": 4,
+             "ema_half_life": 5, "evaluate_every": 4, "checkpoint_every": 4, "seed": 7}  # fmt: skip
+    weights = "{two_object: .28, counting: .26, position: .13, color_attr: .13, single_object: .1, colors: .1}"
+    settings = {**given, "start": trained, "task_weights": weights}
+
+    def train(**changed: Any) -> None:
+        sets = [f"--set={name}={value}" for name, value in (settings | changed).items()]
+        result = invoke("teacher", "--out", str(tmp_path), "--device", "cpu", *sets)
+        assert result.exit_code == 0, result.output
+
+    train()
     record = json.loads((tmp_path / "onestep.json").read_text())
     recipe = record["recipe"]
-    assert {name.replace("-", "_"): value for name, value in given.items()}.items() <= recipe.items()
+    assert given.items() <= recipe.items()
     assert recipe["task_weights"]["two_object"] == 0.28
     assert (recipe["start"], recipe["vae_images"], recipe["coarse_images"]) == (str(trained), None, 0)
     assert (recipe["betas"], recipe["clip"], recipe["caption_dropout"]) == ([0.9, 0.98], 1.0, 0.1)
@@ -279,22 +289,17 @@ def test_the_command_starts_from_a_teacher_and_records_its_recipe(trained: Path,
     state = checkpoint.latest(tmp_path / f"patch-{FINE}-state")
     assert state is not None
     assert checkpoint.load_record(state)["recipe"] == recipe
-    options[options.index("--images") + 1] = "12"
-    assert (
-        invoke(
-            "teacher", "--out", str(tmp_path), "--start", str(trained), "--device", "cpu", *words.split(), *options
-        ).exit_code
-        == 0
-    )  # its own pipeline is replaced
+    train(images=12)  # its own pipeline is replaced
 
 
 def test_a_training_replaces_no_model_that_was_not_trained_there(teacher: Path, trained: Path, tmp_path: Path) -> None:
-    started = replace(RECIPE, start=str(trained), vae_images=None, coarse_images=0)
+    started = RECIPE.model_copy(update={"start": str(trained), "vae_images": None, "coarse_images": 0})
     for recipe in (RECIPE, started):
         with pytest.raises(OutputError, match="but no state of this training"):
             check_teacher_folder(recipe, teacher)
-    copy_autoencoder(trained, tmp_path)
-    check_teacher_folder(started, tmp_path)  # stopped here
+    shutil.copy(trained / SCENES, tmp_path)
+    check_teacher_folder(started, tmp_path)  # stopped before its first state
+    (tmp_path / "vae").mkdir()
     with pytest.raises(OutputError, match="holds vae"):
         check_teacher_folder(RECIPE, tmp_path)
     check_teacher_folder(RECIPE, trained)
@@ -310,23 +315,30 @@ def test_a_teacher_of_another_architecture_is_no_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("setting", "message"),
     [
-        ("--task-weights counting=1,kites=2", "no task 'kites'"),
-        ("--task-weights counting=-1", "'counting=-1' is negative"),
-        ("--task-weights counting=many", "'counting=many' is not task=number"),
-        ("--task-weights counting=0", "all are 0"),
-        ("--start somewhere --coarse-images 8", "has no large patches"),
+        ("task_weights.kites=2", "task_weights.kites: Input should be 'single_object', "),
+        ("task_weights={counting: -1}", "task_weights.counting: Input should be greater than or equal to 0, not -1"),
+        ("task_weights={counting: .nan}", "task_weights.counting: Input should be "),
+        ("task_weights={counting: 0}", "task_weights: all are 0"),
+        ("images=600000", "images are not more than the 660000 on large patches"),
+        ("learning_rate=2", "learning_rate: Input should be less than or equal to 1, not 2"),
+        ("sizes=8", "unknown key 'sizes'"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(options: str, message: str, tmp_path: Path) -> None:
-    result = invoke("teacher", "--out", str(tmp_path / "out"), *options.split())
+def test_recipes_that_make_no_sense_are_refused(setting: str, message: str, tmp_path: Path) -> None:
+    result = invoke("teacher", "--out", str(tmp_path / "out"), "--set", setting)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
-def test_task_weights_are_refused_before_torch_is_imported() -> None:
-    code = "import sys; from distill.cli import main; sys.argv[1:] = ['teacher', '--task-weights', 'kites=1']\n"
+def test_a_start_has_no_large_patches() -> None:
+    with pytest.raises(ValueError, match="training with start has no large patches"):
+        ScenesRecipe(start="somewhere", coarse_images=8)
+
+
+def test_a_recipe_is_refused_before_torch_is_imported() -> None:
+    code = "import sys; from distill.cli import main; sys.argv[1:] = ['teacher', '--set', 'kites=1']\n"
     code += "try: main()\nfinally: print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "False\n")
