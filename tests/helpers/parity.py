@@ -96,8 +96,8 @@ def run(**more) -> RunConfig:
 
 def whole(teacher: Path, prompts: Path, *more: str) -> RunConfig:
     """A run of full copies with all that belongs to it: encoded prompts, samples, an export."""
-    sets = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=8", "images=48", "optimizer.warmup_images=0")
-    return load_config("scenes-debug", [*sets, "precision=fp32", "cadence.log=8", "cadence.checkpoint=48", *more])
+    sets = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=8", "images=96", "optimizer.warmup_images=0")
+    return load_config("scenes-debug", [*sets, "precision=fp32", "cadence.log=8", "cadence.checkpoint=96", *more])
 
 
 def stop(teacher: Path, out: Path, rank: int) -> int:

@@ -90,7 +90,7 @@ def test_a_whole_run_ends_alike_on_two_processes(teacher, two, tmp_path):
     config = parity.whole(teacher, two / "prompts.txt")
     list(run(config, tmp_path, accelerator(config, tmp_path)))
     assert checkpoint.load_record(checkpoint.latest(two / "full" / "checkpoints"))["processes"] == 2
-    expected, found = last(tmp_path, 48), last(two / "full", 48)
+    expected, found = last(tmp_path, 96), last(two / "full", 96)
     for name, tensor in expected.items():
         if name.startswith("average/"):
             torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
@@ -100,7 +100,7 @@ def test_a_whole_run_ends_alike_on_two_processes(teacher, two, tmp_path):
         if name.startswith("student/")
     )
     assert moved > 1e-5  # it did learn
-    assert read_student(two / "full" / "student").images_seen == 48
+    assert read_student(two / "full" / "student").images_seen == 96
 
 
 def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(two):
@@ -108,7 +108,7 @@ def test_a_signal_to_any_process_of_a_run_stops_and_saves_all_of_it(two):
     saved = checkpoint.latest(two / "stopped" / "checkpoints")
     assert saved is not None
     assert f"Stopped after {int(saved.name)} images" in (two / "said-0").read_text()
-    assert int(saved.name) < 48
+    assert int(saved.name) < 96
     assert (two / "said-1").read_text() == ""
 
 
