@@ -1,6 +1,6 @@
 """The settings that the teacher of CIFAR-10 is trained with."""
 
-from distill.worlds.recipe import Count, TrainingRecipe
+from distill.worlds.recipe import Count, Period, Rate, TrainingRecipe
 
 
 class Cifar10Recipe(TrainingRecipe):
@@ -11,9 +11,9 @@ class Cifar10Recipe(TrainingRecipe):
 
     images: Count = 51_200_000
     batch: Count = 128
-    learning_rate: float = 2e-4
-    warmup: int = 38_400
-    decay: int = 20_480_000
+    learning_rate: Rate = 2e-4
+    warmup: Period = 38_400
+    decay: Period = 20_480_000
     ema_half_life: Count = 887_000
     checkpoint_every: Count = 128_000
     conditional: bool = False

@@ -1,11 +1,12 @@
 """The settings that the teacher of the toy dataset is trained with."""
 
 import math
+import os
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distill.worlds.recipe import Count, TrainingRecipe
+from distill.worlds.recipe import Count, Period, Positive, Rate, TrainingRecipe
 from distill.worlds.scenes.captions import TASKS, Task
 
 _FRESH = {"vae_images": 26_000, "coarse_images": 660_000}  # defaults of a training from random weights
@@ -22,16 +23,16 @@ class ScenesRecipe(TrainingRecipe):
 
     images: Count = 1_600_000
     batch: Count = 64
-    learning_rate: Annotated[float, Field(ge=0, le=1)] = 1e-3
-    warmup: Annotated[int, Field(ge=0)] = 19_200
-    decay: Annotated[int, Field(ge=0)] = 400_000
+    learning_rate: Rate = 1e-3
+    warmup: Period = 19_200
+    decay: Period = 400_000
     ema_half_life: Count = 44_000
     checkpoint_every: Count = 64_000
     time_mean: float = 0.4
-    time_std: float = 1.2
-    start: str | None = None
+    time_std: Positive = 1.2
+    start: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     vae_images: Count | None = None
-    coarse_images: Annotated[int, Field(ge=0)] = 0
+    coarse_images: Period = 0
     scenes: Count = 40_960
     task_weights: dict[Task, Annotated[float, Field(ge=0)]] = dict.fromkeys(TASKS, 1 / len(TASKS))
     per_task: Count = 32
