@@ -106,7 +106,7 @@ def stop(teacher: Path, out: Path, rank: int) -> int:
 
     def signaled(*arguments):
         for progress in original(*arguments):
-            if rank == 1:
+            if rank == 1 and isinstance(progress, trainer.Progress):
                 signal.raise_signal(signal.SIGTERM)
             yield progress
 
@@ -153,7 +153,7 @@ def main(teacher: Path, out: Path) -> None:
         steps = trainer.train(run(), out / form, networks, Prompts(), [SHAPE], accelerator)
         for progress in islice(steps, rounds):
             progress.generate(Prompts().null, torch.zeros(1, *SHAPE))
-    config = whole(teacher, out / "prompts.txt")
+    config = whole(teacher, out / "prompts.txt", "prompts.encoding=online")  # each process of its own rows only
     list(runs.run(config, out / "full", accelerator))
     with (out / f"said-{rank}").open("w") as file, redirect_stdout(file):
         status = stop(teacher, out, rank)  # which ends the training of all
