@@ -110,11 +110,15 @@ def train(setting: Setting) -> Iterator[Figure]:
     """A LoRA step of SD3-medium, in images/s, share of the matrix rate, and memory beside the plan's."""
     import torch
 
+    from distill.plan.estimate import PEAK, UTILIZATION
+
     device = torch.device(setting.device)
     rate = matrix_rate(device, 128 if setting.tiny else 8192)
     yield Figure("train", "matrix product, bf16", rate / 1e12, "TFLOP/s")
     if device.type == "cuda":
         yield from attention_rates(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    of_plan = any(name in card for name in ("H100", "H200"))  # whose peak the plan takes
     cases = [(size, compiled) for compiled in (False, True) for size in ((16,) if setting.tiny else (1024, 512))]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a plan needs a core for half a minute
         plans: dict[int, Callable[[], Plan]] = {
@@ -122,25 +126,31 @@ def train(setting: Setting) -> Iterator[Figure]:
             for size, compiled in cases
             if not compiled
         }
+        speeds: dict[tuple[int, bool], float] = {}
         for size, compiled in cases:
             if setting.tiny and compiled:
                 continue  # takes a minute on a CPU
             if setting.left() < 0:
                 return
             speed, peak = train_steps(setting, size, compiled)
+            speeds[size, compiled] = speed
             name = f"{size} px, {'compiled' if compiled else 'eager'}"
             yield Figure("train", name, speed, "images/s")
             plan = plans[size]()
             goal = 0.55 if size == 1024 and compiled else None
             share = speed * plan.flop_per_image / rate
             yield Figure("train", f"{name}: share of the matrix rate", share, "", None if setting.tiny else goal)
-            if device.type == "cuda" and size == 1024 and compiled:
-                encoding = speed * encoding_seconds(device, geometry_of(setting.tiny))
-                yield Figure("train", f"{name}: online encoding over a step", encoding, "", most=0.03)
+            if size == 1024 and of_plan:
+                reached = UTILIZATION["compiled" if compiled else "eager"] * PEAK["bf16"] * 1e12
+                yield Figure("train", f"{name}: speed over plan", speed * plan.flop_per_image / reached, "", 0.8, 1.2)
             if device.type == "cuda":
                 yield Figure("train", f"{name}: peak memory", peak / GIB, "GiB")
                 least = None if compiled else 0.9  # fused operations keep less
                 yield Figure("train", f"{name}: peak memory over plan", peak / planned(plan), "", least, 1.1)
+        if device.type == "cuda" and not setting.tiny:
+            speed, _ = train_steps(setting, 1024, True, online=True)
+            added = speeds[1024, True] / speed - 1
+            yield Figure("train", "1024 px, compiled: time added by online encoding", added, most=0.03)
 
 
 def serve(setting: Setting) -> Iterator[Figure]:
@@ -320,10 +330,14 @@ def random_conditions(geometry: "Geometry") -> "Conditions":
     return Rows()
 
 
-def train_steps(setting: Setting, size: int, compiled: bool) -> tuple[float, int]:
-    """Images/s of the trainer's own rounds, and the most bytes that the device held meanwhile."""
+def train_steps(setting: Setting, size: int, compiled: bool, online: bool = False) -> tuple[float, int]:
+    """Images/s of the trainer's own rounds, and the most bytes that the device held meanwhile.
+
+    With `online`, text encoders with random weights encode the prompts of each step.
+    """
     import torch
 
+    from benchmarks.train import online_conditions
     from distill.plan.estimate import build
     from distill.run import accelerator
     from distill.training.trainer import train
@@ -337,7 +351,9 @@ def train_steps(setting: Setting, size: int, compiled: bool) -> tuple[float, int
         machine = accelerator(config, Path(folder))
         dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
         networks = build(geometry, config.networks, dtype, device=str(machine.device))
-        conditions = random_conditions(geometry)
+        conditions: Conditions = random_conditions(geometry)
+        if online:
+            conditions = online_conditions(geometry, machine.device, dtype, Path(folder))
         with closing(train(config, Path(folder), networks, conditions, [latents], machine)) as rounds:
             for _ in islice(rounds, 2):  # optimizer states, compilation
                 pass
@@ -354,26 +370,6 @@ def train_steps(setting: Setting, size: int, compiled: bool) -> tuple[float, int
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()
     return count * BATCH / passed, peak
-
-
-def encoding_seconds(device: "torch.device", geometry: "Geometry") -> float:
-    """Seconds in which the text encoders encode a prompt, a training step's batch at a time."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    def encoder(name: str, config: dict[str, Any]) -> Callable[[], object]:
-        t5 = name == "text_encoder_3"
-        model: Any = T5EncoderModel(T5Config(**config)) if t5 else CLIPTextModelWithProjection(CLIPTextConfig(**config))
-        ids = torch.ones(BATCH, geometry.t5_tokens if t5 else geometry.clip_tokens, dtype=torch.long)
-        return torch.no_grad()(lambda: model.eval()(ids))
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            encoders = [encoder(name, config) for name, config in geometry.text.items()]
-        return seconds_of(lambda: [encode() for encode in encoders], device) / BATCH
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def serving_seconds(setting: Setting, device: "torch.device", size: int, batch: int) -> tuple[float, float, float]:
