@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from distill.cli.options import MOST, TEACHER, SkipLayers, TeacherBase, finite
+from distill.cli.options import MOST, TEACHER, TeacherBase, finite
 
 
 def plan(
@@ -19,7 +19,6 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
     method: Annotated[str, typer.Option(help="`method.name` of the run, with the settings of a preset.")] = "fgm",
-    skip_layers: SkipLayers = "",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
     reserve: Annotated[
@@ -72,7 +71,6 @@ def plan(
         method,
         optimizer,
         prompts,
-        skip_layers,
         overrides or (),
     )
     result = made.plan()

@@ -1,6 +1,7 @@
 """`Geometry`, the configurations of a Stable Diffusion 3 model: of a folder, or of a published model by name."""
 
 import difflib
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,15 @@ class Geometry:
     def with_text(self, clip_tokens: int, t5_tokens: int) -> Self:
         """The same model with other lengths of an encoded prompt."""
         return replace(self, clip_tokens=clip_tokens, t5_tokens=t5_tokens)
+
+    @property
+    def published(self) -> str | None:
+        """The published model that has this transformer, one of NAMES, wherever its files are."""
+        own = json.loads(json.dumps(self.transformer))  # files have lists where there are tuples here
+        for name, transformer in _NAMED.items():
+            if all(own.get(key) == value for key, value in json.loads(json.dumps(transformer)).items()):
+                return name
+        return None
 
     @property
     def pixels_per_latent(self) -> int:

@@ -21,7 +21,7 @@ from distill.data.shards import RESIDENT_BYTES
 from distill.errors import ConfigError
 from distill.flow import derivative, one_step
 from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
-from distill.models.geometry import NAMES, Geometry
+from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.philox import Draw
@@ -191,10 +191,9 @@ def plan_input(
     method: str = "fgm",
     optimizer: Literal["adam", "adam-8bit"] = "adam",
     prompts: int = 0,
-    skip_layers: str = "",
     overrides: Sequence[str] = (),
 ) -> PlanInput:
-    """Build the input from the command's options, with the settings of a published model's preset, or SD3-medium's.
+    """Build the input from the command's options, with the settings of the model's own preset, or of SD3-medium's.
 
     `overrides` are settings of the method, as method.key=value. Raises ConfigError, also for an override of anything
     else.
@@ -202,10 +201,9 @@ def plan_input(
     for override in overrides:
         if not override.startswith("method."):
             raise ConfigError(f"--set {override}: here only method.* can be set; the rest are options of this command")
-    preset = geometry.name if geometry.name in NAMES else "sd3-medium"
-    guidance = [f"method.guidance.skip_layers=[{skip_layers}]"] if skip_layers else []
-    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *guidance, *overrides]).method
-    chosen.guidance.check_layers(geometry.transformer["num_layers"], "--skip-layers")
+    preset = geometry.published or "sd3-medium"
+    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *overrides]).method
+    chosen.guidance.check_layers(geometry.transformer["num_layers"])
     kind = Lora(rank=rank) if mode == "lora" else Full()
     kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32

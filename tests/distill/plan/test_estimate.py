@@ -242,6 +242,19 @@ def test_named_models_have_the_published_size(name, low, high):
     assert low <= read_geometry(name).parameters / 1e9 <= high
 
 
+def test_a_published_model_is_known_by_its_transformer_and_planned_with_its_own_guidance(teacher):
+    for name in NAMES:
+        named = read_geometry(name)
+        fetched = replace(named, name="mine", transformer=json.loads(json.dumps(named.transformer | {"more": 1})))
+        assert fetched.published == name
+        made = plans.plan_input(fetched, "lora", 4, True, "bf16", 1, 1024)
+        assert bool(made.method.guidance.skip_layers) == (name == "sd3.5-medium")
+    other = read_geometry(str(teacher))
+    assert other.published is None
+    with pytest.raises(ConfigError, match=r"^method.guidance.skip_layers: there is no block 7"):
+        plans.plan_input(other, "lora", 4, True, "bf16", 1, 16, overrides=["method.guidance.skip_layers=[7]"])
+
+
 def test_a_change_that_is_said_to_fit_does(teacher):
     made = setting(teacher, Full())
     plan, least = made.plan(), replace(made, batch=1).plan().peak
