@@ -11,6 +11,7 @@ shows the figures beside their targets. The exit status is 1 if a target is miss
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -347,6 +348,8 @@ def train_steps(setting: Setting, size: int, compiled: bool, online: bool = Fals
         os.environ["ACCELERATE_USE_CPU"] = "true"
     side = size // geometry.pixels_per_latent
     latents = (geometry.transformer["in_channels"], side, side)
+    gc.collect()  # the networks of the case before, which refer to themselves
+    before = torch.cuda.memory_allocated() if setting.device != "cpu" else 0
     with tempfile.TemporaryDirectory() as folder:
         machine = accelerator(config, Path(folder))
         dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
@@ -365,10 +368,7 @@ def train_steps(setting: Setting, size: int, compiled: bool, online: bool = Fals
                 next(rounds)
                 count += 1
                 passed = synchronized(machine.device) - began
-            peak = torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else 0
-        del networks
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+            peak = torch.cuda.max_memory_allocated() - before if machine.device.type == "cuda" else 0
     return count * BATCH / passed, peak
 
 
