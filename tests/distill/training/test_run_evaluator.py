@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke
 from safetensors.torch import load_file
 from tiny import PROMPTS
 
 from distill.config import load_config
 from distill.errors import ConfigError, PromptError, ScorerError
 from distill.evaluate.references import ReferenceProgress
-from distill.report.run_folder import RunFolder, read_run
+from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
 from distill.run import accelerator, run
 from distill.training import checkpoint
@@ -37,33 +38,27 @@ def distill(out: Path, settings: list[str], *more: str) -> list[object]:
     return list(run(config, out, accelerator(config, out)))
 
 
-def best_of(found: RunFolder, metric: str) -> float:
-    values = [line[metric] for line in found.evaluations]
-    return max(values) if metric == "clip_score" else min(values)
-
-
-@pytest.fixture(scope="module", params=["kernel", "clip_score"])
-def whole(request, settings, clip_folder, tmp_path_factory) -> tuple[str, Path, list[object]]:
+@pytest.fixture(scope="module")
+def whole(settings, clip_folder, tmp_path_factory) -> tuple[Path, list[object]]:
+    """A run that nothing disturbed, and its progress."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    progress = distill(out, settings, f"evaluation.clip={clip_folder}", f"evaluation.metric={request.param}")
-    return request.param, out, progress
+    return out, distill(out, settings, f"evaluation.clip={clip_folder}")
 
 
 def test_the_best_student_by_the_metric_is_kept_and_exported(whole) -> None:
-    metric, out, progress = whole
+    out, progress = whole
     found = read_run(out)
     assert [line["images"] for line in found.evaluations] == [8, 16, 24]
     assert {"kernel", "frechet", "relative_diversity", "grid", "saturation", "clip_score"} < found.evaluations[0].keys()
-    assert found.best[metric] == best_of(found, metric)
+    assert found.best["kernel"] == min(line["kernel"] for line in found.evaluations)
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == found.best["images"]
     assert len(list((out / "evaluations").glob("*.png"))) == 3
     assert sum(isinstance(each, ReferenceProgress) for each in progress) == 2
     assert len(list((out / "references").glob("*/*.png"))) == 8 + 4
 
 
-@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
 def test_an_evaluation_does_not_change_what_a_student_learns(whole, settings, tmp_path) -> None:
-    _, out, _ = whole
+    out, _ = whole
     distill(tmp_path, settings, "evaluation.evaluator=none")
     newest = Path("checkpoints") / checkpoint.state_name(24) / "state.safetensors"
     evaluated, alone = load_file(out / newest), load_file(tmp_path / newest)
@@ -72,27 +67,28 @@ def test_an_evaluation_does_not_change_what_a_student_learns(whole, settings, tm
     assert read_run(tmp_path).evaluations == []
 
 
-@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
 def test_a_resumed_run_reuses_its_references_and_ends_alike(whole, settings, clip_folder, tmp_path) -> None:
-    _, undisturbed, _ = whole
+    undisturbed, _ = whole
     out = shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(out / "student")
     shutil.rmtree(out / "checkpoints" / checkpoint.state_name(24))
-    progress = distill(out, settings, f"evaluation.clip={clip_folder}")  # null is the kernel distance
+    progress = distill(out, settings, f"evaluation.clip={clip_folder}")
     assert not any(isinstance(each, ReferenceProgress) for each in progress)
     assert (out / "evaluations.jsonl").read_text() == (undisturbed / "evaluations.jsonl").read_text()
     assert read_run(out).best["images"] == read_run(undisturbed).best["images"]
 
 
-@pytest.mark.parametrize("whole", ["kernel"], indirect=True)
-def test_other_metrics_choose_the_best_student_anew(whole, settings, tmp_path) -> None:
-    """They are not comparable with those of the best student so far."""
-    _, undisturbed, _ = whole
+def test_another_metric_chooses_the_best_student_anew(whole, settings, clip_folder, tmp_path) -> None:
+    """Its values are not comparable with those of the best student so far. A higher CLIP score is better."""
+    undisturbed, _ = whole
     out = shutil.copytree(undisturbed, tmp_path / "run")
-    progress = distill(out, settings, "images=32", "evaluation.teacher_steps=1")
+    changed = (f"evaluation.clip={clip_folder}", "evaluation.metric=clip_score", "evaluation.teacher_steps=1")
+    progress = distill(out, settings, "images=48", *changed)
     assert any(isinstance(each, ReferenceProgress) for each in progress)
     assert len(list((out / "references").iterdir())) == 2
-    assert read_run(out).best["images"] == 32
+    found = read_run(out)
+    assert found.best["clip_score"] == max(line["clip_score"] for line in found.evaluations if line["images"] > 24)
+    assert found.best["images"] > 24
 
 
 def test_a_run_that_stops_while_the_teacher_is_sampled_goes_on(settings, tmp_path) -> None:
@@ -103,10 +99,10 @@ def test_a_run_that_stops_while_the_teacher_is_sampled_goes_on(settings, tmp_pat
     assert read_state(tmp_path).phase == "sampling"
     steps.close()
     assert read_state(tmp_path).phase == "interrupted"
-    progress = distill(tmp_path, settings, "evaluation.images=20")
-    first = next(each for each in progress if isinstance(each, ReferenceProgress))
-    assert first.images == 16
-    assert read_run(tmp_path).state == "finished"
+    resumed = run(config, tmp_path, accelerator(config, tmp_path))
+    first = next(each for each in resumed if isinstance(each, ReferenceProgress))
+    resumed.close()
+    assert (first.images, first.total) == (16, 20 + 2 * 4)
 
 
 def test_early_stopping_takes_any_metric(settings, tmp_path) -> None:
@@ -114,8 +110,31 @@ def test_early_stopping_takes_any_metric(settings, tmp_path) -> None:
     distill(tmp_path, settings, *worse)
     found = read_run(tmp_path)
     assert read_state(tmp_path).phase == "ended early"
-    assert found.best["kernel"] == best_of(found, "kernel")
+    assert found.best["kernel"] == min(line["kernel"] for line in found.evaluations)
     assert found.images < 800
+
+
+def test_a_student_is_evaluated_with_the_images_of_its_run(whole, teacher, settings, clip_folder, tmp_path) -> None:
+    out, _ = whole
+    words = ["--student", str(out / "student"), "--teacher", str(teacher), "--prompts", settings[1].partition("=")[2]]
+    words += ["--images", "8", "--steps", "2", "--guidance", "2.5", "--references", str(out / "references")]
+    words += ["--clip", str(clip_folder), "--teacher-steps", "1", "--picture", str(tmp_path / "worst.png")]
+    done = invoke("evaluate", *words, "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert list(found) == [
+        "features",
+        "teacher",
+        "student",
+        "teacher, 1 step, guidance 2.5",
+        "teacher, 1 step, unguided",
+    ]
+    assert found["student"].keys() == found["teacher"].keys() == read_run(out).evaluations[0].keys() - {"images"}
+    assert found["teacher"]["kernel"] == 0 < found[others[1]]["frechet"]
+    assert len(list((out / "references").iterdir())) == 1
+    assert (tmp_path / "worst.png").stat().st_size
+    refused = invoke("evaluate", "--clip", str(clip_folder), "--picture", str(tmp_path / "worst.png"))
+    assert "--clip is given without --prompts" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
