@@ -122,13 +122,8 @@ def test_a_student_is_evaluated_with_the_images_of_its_run(whole, teacher, setti
     done = invoke("evaluate", *words, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert list(found) == [
-        "features",
-        "teacher",
-        "student",
-        "teacher, 1 step, guidance 2.5",
-        "teacher, 1 step, unguided",
-    ]
+    others = ["teacher, 1 step, guidance 2.5", "teacher, 1 step, unguided"]
+    assert list(found) == ["features", "teacher", "student", *others]
     assert found["student"].keys() == found["teacher"].keys() == read_run(out).evaluations[0].keys() - {"images"}
     assert found["teacher"]["kernel"] == 0 < found[others[1]]["frechet"]
     assert len(list((out / "references").iterdir())) == 1
