@@ -25,9 +25,13 @@ class Clip:
     """
 
     def __init__(self, reference: Path | str, device: torch.device) -> None:
-        """Read a folder or a hub id; weights are loaded when they are needed. Raises ScorerError if it is no CLIP."""
-        self.name = Path(reference).name if Path(reference).is_dir() else str(reference)
-        self._reference, self._device = reference, device
+        """Read a folder or a hub id, `owner/name[@revision]`. Raises ScorerError if it is no CLIP model.
+
+        Weights are loaded when they are needed.
+        """
+        self._is_local = Path(reference).is_dir()
+        self.name = Path(reference).name if self._is_local else str(reference)
+        self._reference, self._device = str(reference), device
         config = self._load(CLIPConfig)
         if config.model_type != "clip":
             raise self._no_clip(f"its model_type is {config.model_type}")
@@ -64,7 +68,10 @@ class Clip:
 
     def _load(self, kind: Any, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(self._reference, local_files_only=Path(self._reference).is_dir(), **options)
+            if self._is_local:
+                return kind.from_pretrained(self._reference, local_files_only=True, **options)
+            model, _, revision = self._reference.partition("@")
+            return kind.from_pretrained(model, revision=revision or "main", **options)
         except (OSError, ValueError) as error:
             raise self._no_clip(str(error)) from error
 

@@ -101,9 +101,7 @@ def test_a_job_succeeds_after_a_pause_and_kills_of_its_run_and_server(teacher, t
             checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
             assert checkpoints[0].step_number == checkpoints[0].metrics.step == 480
             assert checkpoints[0].metrics.gap > 0
-            evaluated = {
-                data["step"]: data["kernel"] for data in metrics if "kernel" in data
-            }  # by the teacher's images
+            evaluated = {data["step"]: data["kernel"] for data in metrics if "kernel" in data}
             assert list(evaluated) == [480, *range(448, 0, -64)]
             assert checkpoints[0].metrics.kernel == evaluated[480]
             assert client.fine_tuning.jobs.list(metadata=why).data[0].id == job.id
