@@ -53,17 +53,27 @@ class RunEstimate:
 
     def lines(self) -> list[str]:
         """Sentences for people."""
-        how = "a cache" if not self.is_online else f"online, {self.encoding_share:.1%} of the arithmetic of training"
-        whole = si(self.prompts * self.prompt_bytes, "B")
-        beside = f" (a cache of them would take {whole})" if self.is_online else f" ({whole})"
-        encoding = "" if self.is_online else f"encoding {duration(self.encoding_seconds)}, "
-        once = f", the teacher's images {duration(self.reference_seconds)}" if self.reference_seconds else ""
-        evaluation = f"{once}, evaluations {duration(self.evaluation_seconds)}" if self.evaluation_seconds else once
+        each, together = si(self.prompt_bytes, "B"), si(self.prompts * self.prompt_bytes, "B")
+        if self.is_online:
+            share = f"{self.encoding_share:.1%} of the arithmetic of training"
+            how = f"encoded online, {share}; a cache of them would take {together}, {each} each"
+        elif self.cache:
+            how = f"encoded before training, into a cache of {together}, {each} each"
+        else:
+            how = f"read from a cache of {together}"
+        sizes = {"cache": self.cache, "checkpoints": self.checkpoints, "student": self.student}
+        disk = ", ".join(f"{name} {si(size, 'B')}" for name, size in sizes.items() if size)
+        works = {
+            "encoding": self.encoding_seconds,
+            "training": self.training_seconds,
+            "the teacher's images": self.reference_seconds,
+            "evaluations": self.evaluation_seconds,
+        }
+        work = ", ".join(f"{name} {duration(seconds)}" for name, seconds in works.items() if seconds)
         return [
-            f"Prompts: {self.prompts} distinct, {si(self.prompt_bytes, 'B')} each when encoded; {how}{beside}.",
-            f"Disk: {si(self.disk, 'B')}: cache {si(self.cache, 'B')}, checkpoints {si(self.checkpoints, 'B')}, "
-            f"student {si(self.student, 'B')}.",
-            f"Time: about {encoding}training {duration(self.training_seconds)}{evaluation}.",
+            f"Prompts: {self.prompts} distinct, {how}.",
+            f"Disk: {si(self.disk, 'B')} ({disk}).",
+            f"Time: about {work or 'nothing'}.",
         ]
 
     @property

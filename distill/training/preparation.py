@@ -18,12 +18,12 @@ from distill.student.export import check_place
 from distill.training import checkpoint
 from distill.training.initial_weights import check_initial_weights
 from distill.training.run_evaluator import check_evaluator
-from distill.training.run_sources import SOURCES, read_digests, run_sources
+from distill.training.run_sources import SOURCES, TEXTS, read_digests, run_sources
 
 PIN = "teacher.json"  # the commit of a teacher of the hub
 SPEED = "speed.json"  # what `distill.training.speed` measured
 _FOLDERS = ("checkpoints", "best", "student", "samples", EVALUATED)
-_RUN_FILES = (*_FOLDERS, PIN, SOURCES, METRICS, EVALUATIONS, ALARMS, STATE)
+_RUN_FILES = (*_FOLDERS, PIN, SOURCES, TEXTS, METRICS, EVALUATIONS, ALARMS, STATE)
 _log = logging.getLogger(__name__)
 
 

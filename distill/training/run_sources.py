@@ -37,7 +37,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 
 SOURCES = "sources.json"  # digests of the teacher, prompts and real images that a run trains on
-TEXTS = "prompts.jsonl"  # the prompts of a run that encodes them online
+TEXTS = "online-prompts.jsonl"  # the prompts of a run that encodes them online
 Cache = TypeVar("Cache", Conditions, Reals)
 _log = logging.getLogger(__name__)
 

@@ -191,8 +191,8 @@ def test_a_killed_run_ends_with_the_same_bits_also_if_prompts_are_encoded_online
     source.write_text("others\n")
     changed = invoke(*arguments, "--set=images=104")
     assert isinstance(changed.exception, CacheError)
-    assert "prompts.jsonl has other prompts than the source holds now" in str(changed.exception)
-    (out / "prompts.jsonl").write_text('"others"\n')
+    assert "online-prompts.jsonl has other prompts than the source holds now" in str(changed.exception)
+    (out / "online-prompts.jsonl").write_text('"others"\n')
     refused = invoke(*arguments, "--set=images=104")
     assert isinstance(refused.exception, CheckpointError)
     assert "was trained on other prompts than it is given now" in str(refused.exception)
@@ -390,7 +390,16 @@ def test_a_full_disk_under_any_command_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["student/notes.txt", "student/onestep.json", "metrics.jsonl", "checkpoints/1/a", "best/a", "alarms.jsonl"]
+    "name",
+    [
+        "student/notes.txt",
+        "student/onestep.json",
+        "metrics.jsonl",
+        "online-prompts.jsonl",
+        "checkpoints/1/a",
+        "best/a",
+        "alarms.jsonl",
+    ],
 )
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_run_begins_where_it_replaces_nothing(name, begun, teacher, tmp_path):

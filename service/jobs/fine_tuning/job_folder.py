@@ -135,7 +135,7 @@ class JobFolder:
         """Delete what a finished run no longer needs: checkpoints, caches and measurements."""
         for name in ("checkpoints", "best", "embeddings", "images", "references", ".speed"):
             shutil.rmtree(self.run / name, ignore_errors=True)
-        (self.run / "prompts.jsonl").unlink(missing_ok=True)
+        (self.run / "online-prompts.jsonl").unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)

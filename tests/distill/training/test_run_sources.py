@@ -24,7 +24,7 @@ def test_prompts_are_encoded_online_where_their_cache_is_too_large_for_memory(te
     assert encode("auto", tmp_path / "small") == (False, {"embeddings"})
     monkeypatch.setattr(run_sources, "RESIDENT_BYTES", 5 * row_bytes(folder) - 1)
     assert encode("auto", tmp_path / "small") == (False, {"embeddings"})  # as it was decided
-    assert encode("auto", tmp_path / "large") == (True, {"prompts.jsonl"})
+    assert encode("auto", tmp_path / "large") == (True, {"online-prompts.jsonl"})
     assert encode("cached", tmp_path / "cached") == (False, {"embeddings"})
     cache = tmp_path / "cached" / "embeddings"
     assert RunPrompts(Prompts(source=str(cache)), tmp_path).is_online(folder) is False
