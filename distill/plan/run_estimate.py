@@ -89,9 +89,8 @@ class RunEstimate:
         if missing > disk.free and disk.total > 0:  # some network file systems do not say
             ways = "free some, give another --out, or keep fewer checkpoints (cadence.keep_checkpoints)"
             online = "" if self.is_online or not self.cache else ", or set prompts.encoding to online"
-            raise OutputError(
-                f"{out} will take {si(missing, 'B')} more, and its disk has {si(disk.free, 'B')}; {ways}{online}"
-            )
+            needed, free = si(missing, "B"), si(disk.free, "B")
+            raise OutputError(f"No space left for {out}: it needs {needed}, and its disk has {free}; {ways}{online}")
 
 
 def estimate_run(

@@ -50,7 +50,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(teacher_
     found = estimated(teacher_t5, tmp_path)
     found.check_disk(tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=found.disk - 1))
-    with pytest.raises(OutputError, match=r"run will take .* more, and its disk has .*; free some"):
+    with pytest.raises(OutputError, match=r"No space left for .*run: it needs .*, and its disk has .*; free some"):
         found.check_disk(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "kept").write_bytes(b"1")  # what a resumed run has already
