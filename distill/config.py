@@ -163,7 +163,7 @@ class RunConfig(ConfigGroup):
     teacher: _Path = "scenes"
     teacher_base: _Path | None = None  # the same model as a folder, for what a teacher in a single file lacks
     # Folder of a run (its newest checkpoint) or a student for the initial weights; null takes the teacher's.
-    init_from: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    init_from: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))] | None = None
     prompts: Prompts = Prompts()
     real: RealImages | None = None
     method: Any = Field(default_factory=lambda: methods.config_class("fgm")())

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +35,7 @@ from distill.pipeline import OneStepPipeline, read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
-from distill.training.preparation import read_teacher
+from distill.training.preparation import PINS, pin_teachers, read_teacher, write_pins
 from distill.training.run_evaluator import (
     REFERENCES,
     evaluated_size,
@@ -95,6 +95,21 @@ def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], ima
         if len(set(values.values())) > 1:
             raise ConfigError(f"{key} differs between variants ({values}); set one value for all with --set")
     return variants
+
+
+def pin_variants(variants: Sequence[Variant], out: Path) -> list[Variant]:
+    """Name the commits of models of the hub that the experiment in `out` began with, in all variants."""
+    first = variants[0].config
+    pins = pin_teachers(first, out)
+    if not (out / PINS).exists():
+        write_pins(out, pins)
+    named = {"teacher": first.teacher, "teacher_base": first.teacher_base}
+    changed = {key: pins[value] for key, value in named.items() if value is not None and pins[value] != value}
+    sets = [f"{key}={value}" for key, value in changed.items()]
+    return [
+        replace(each, config=each.config.model_copy(update=changed), overrides=(*each.overrides, *sets))
+        for each in variants
+    ]
 
 
 def check_folder(out: Path) -> None:

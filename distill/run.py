@@ -22,7 +22,6 @@ from distill.data.embedding_cache import EmbedProgress
 from distill.data.image_cache import EncodeProgress
 from distill.evaluate.references import ReferenceProgress
 from distill.models.device import fast_bfloat16
-from distill.models.teacher import open_teacher
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
@@ -31,14 +30,14 @@ from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
-from distill.training.preparation import check_run, has_checkpoint, latent_shapes, pinned_teacher, prepare
+from distill.training.preparation import check_run, has_checkpoint, latent_shapes, open_pinned, pin_teachers, prepare
 from distill.training.processes import wait_for_main
 from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
 from distill.training.trainer import Progress, accelerator_for, check, mesh, train
 
-_Value = TypeVar("_Value", bool, str)
+_Value = TypeVar("_Value", bool, dict[str, str])
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
@@ -58,8 +57,8 @@ def run(
     main, device = machine.is_main_process, machine.device
 
     # 1. check, before the folder is made
-    teacher = open_teacher(_from_main(pinned_teacher(config, out) if main else ""), config.teacher_base)
-    teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
+    pins = _from_main(pin_teachers(config, out) if main else {})
+    teacher = open_pinned(config, pins)
     if main:
         check_run(config, out, teacher)
     with run_lock(out) if main else nullcontext():
@@ -72,7 +71,7 @@ def run(
                 estimate = estimate_run(config, out, teacher, prompts, device, machine.num_processes)
                 estimate.check_disk(out)
                 yield estimate
-            prepare(config, out, teacher)
+            prepare(config, out, pins)
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):
                     continue
@@ -103,7 +102,7 @@ def run(
 
             config = config.model_copy(update={"images": images_within(seconds, config, out)})
             if main:
-                prepare(config, out, teacher)
+                prepare(config, out, pins)
                 finished = is_finished(config, out)
 
         # 5. train, unless the run is finished

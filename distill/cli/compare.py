@@ -41,6 +41,7 @@ def compare(
         check_budget,
         check_folder,
         evaluate_variants,
+        pin_variants,
         read_variants,
         share_caches,
     )
@@ -60,6 +61,7 @@ def compare(
     where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
     check_folder(out)
+    planned = pin_variants(planned, out)
     finished, diverged, failed = [], {}, {}
     for variant in planned:
         try:

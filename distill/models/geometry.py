@@ -128,7 +128,7 @@ def read_geometry(teacher: str, base: str | None = None) -> Geometry:
     A single file has the geometry of its `base`. Components that a folder lacks have SD3's geometry. Raises
     TeacherError for an unknown name, a folder without an SD3 transformer, and a file without a base.
     """
-    if Path(teacher).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(teacher)):
         if base is None:
             raise TeacherError(f"{teacher} is a single file; name the folder of the same model with --teacher-base")
         return replace(read_geometry(base), name=Path(teacher).stem)

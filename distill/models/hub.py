@@ -39,7 +39,7 @@ from distill.models.sd3_files import (
 )
 
 CARD = "README.md"  # for the license
-_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+|refs/pr/\d+))?", re.ASCII)
+_REFERENCE = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?", re.ASCII)
 _log = logging.getLogger(__name__)
 
 

@@ -7,6 +7,7 @@ in the middle of a run.
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ class SD3Folder:
         Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
         settings that the sampler here does not follow.
         """
-        folder = Path(path).expanduser().resolve()
+        folder = Path(os.path.expanduser(path)).resolve()
         if not folder.is_dir():
             raise TeacherError(f"{folder} is not a folder; give the path of a {PIPELINE} folder")
         index = read_json(folder / INDEX)

@@ -21,7 +21,10 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
     `SD3Folder.read` refuses, and a file that `open_single_file` refuses.
     """
     built_in = TEACHERS.get(str(reference))
-    file = Path(reference).expanduser().absolute()  # not resolved: in the hub's cache, files are links to nameless ones
+    # Not resolved, because files in the hub's cache are links to nameless ones.
+    file = Path(os.path.expanduser(reference)).absolute()
+    if built_in is None and file.suffix == ".safetensors" and not file.exists():
+        raise TeacherError(f"there is no teacher {str(reference)!r}; that file does not exist")
     if built_in is None and file.is_file():
         from distill.models.single_file import open_single_file  # which imports torch
 
@@ -32,15 +35,14 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
         )
     if built_in is not None:
         return SD3Folder.read(built_in, str(reference))
-    path = Path(os.path.expanduser(reference)).resolve()
-    if path.is_dir():
-        return SD3Folder.read(path)
+    if file.is_dir():
+        return SD3Folder.read(file)
     if (model := _hub_model(reference)) is not None:
         from distill.models.hub import fetch
 
         commit = model.resolve()
         return SD3Folder.read(fetch(commit), commit.id, commit.revision)
-    names = ", ".join([*TEACHERS, "a folder", "or a model of the hub as owner/name"])
+    names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
     raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
 
 

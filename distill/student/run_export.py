@@ -34,7 +34,7 @@ def export_run(
         try:
             teacher = read_teacher(config, out)
         except TeacherError as error:
-            if Path(config.teacher).expanduser().exists():
+            if Path(config.teacher).exists():
                 raise
             raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
     check_teacher(out, teacher)

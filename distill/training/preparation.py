@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -20,37 +21,50 @@ from distill.training.initial_weights import check_initial_weights
 from distill.training.run_evaluator import check_evaluator
 from distill.training.run_sources import SOURCES, TEXTS, read_digests, run_sources
 
-PIN = "teacher.json"  # the commit of a teacher of the hub
+PINS = "teacher.json"  # the commits of models of the hub
 SPEED = "speed.json"  # what `distill.training.speed` measured
 _FOLDERS = ("checkpoints", "best", "student", "samples", EVALUATED)
-_RUN_FILES = (*_FOLDERS, PIN, SOURCES, TEXTS, METRICS, EVALUATIONS, ALARMS, STATE)
+_RUN_FILES = (*_FOLDERS, PINS, SOURCES, TEXTS, METRICS, EVALUATIONS, ALARMS, STATE)
 _log = logging.getLogger(__name__)
 
 
-def pinned_teacher(config: RunConfig, out: Path) -> str:
-    """The teacher of the run in `out`, with its commit if it is a model of the hub.
+def pin_teachers(config: RunConfig, out: Path) -> dict[str, str]:
+    """Map the teacher of the run in `out`, and its base, to references with the commit of models of the hub.
 
-    A run keeps the commit that it began with when the branch moves, as long as it is given the same teacher.
+    A run keeps the commits that it began with when branches move, as long as it is given the same teacher and base.
     """
-    given, pinned = _read_pin(out) or (None, None)
-    return pinned if pinned and given == config.teacher else pin_teacher(config.teacher)
+    known = _read_pins(out)
+    given = (config.teacher, config.teacher_base)
+    return {each: known.get(each) or pin_teacher(each) for each in given if each is not None}
+
+
+def write_pins(out: Path, pins: Mapping[str, str]) -> None:
+    """Write what `pin_teachers` returned, if any of it is a model of the hub."""
+    pinned = {given: commit for given, commit in pins.items() if commit != given}
+    if pinned:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out / PINS, json.dumps(pinned, indent=2) + "\n")
+
+
+def open_pinned(config: RunConfig, pins: Mapping[str, str]) -> SD3Folder:
+    """Open a run's teacher at these commits, with the run's number of T5 tokens."""
+    base = None if config.teacher_base is None else pins[config.teacher_base]
+    return open_teacher(pins[config.teacher], base).with_sequence_length(config.prompts.max_sequence_length)
 
 
 def read_teacher(config: RunConfig, out: Path) -> SD3Folder:
     """Open the teacher of the run in `out`, with the run's number of T5 tokens."""
-    teacher = open_teacher(pinned_teacher(config, out), config.teacher_base)
-    return teacher.with_sequence_length(config.prompts.max_sequence_length)
+    return open_pinned(config, pin_teachers(config, out))
 
 
-def _read_pin(out: Path) -> tuple[str, str] | None:
-    """The teacher that a run was given and the commit of the hub that it was then, if it is a model of the hub."""
-    path = out / PIN
+def _read_pins(out: Path) -> dict[str, str]:
+    """The references that `write_pins` wrote, by what the run was given."""
+    path = out / PINS
     try:
-        record = json.loads(path.read_text())
-        return str(record["given"]), str(record["teacher"])
+        return {str(given): str(pinned) for given, pinned in json.loads(path.read_text()).items()}
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not name the commit of the teacher ({error}); give another --out") from None
 
 
@@ -66,8 +80,8 @@ def read_config(out: Path) -> RunConfig:
         ) from error
 
 
-def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
-    """Write the resolved configuration of a checked run, and the commit of a teacher of the hub."""
+def prepare(config: RunConfig, out: Path, pins: Mapping[str, str]) -> None:
+    """Write the resolved configuration of a checked run, and the commits of models of the hub."""
     path = out / "config.yaml"
     if path.exists():
         before = read_config(out)
@@ -75,9 +89,7 @@ def prepare(config: RunConfig, out: Path, teacher: SD3Folder) -> None:
             (out / SPEED).unlink(missing_ok=True)  # it was measured with the other configuration
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, yaml.safe_dump(config.as_dict(), sort_keys=False))
-    if teacher.revision is not None:
-        pin = {"given": config.teacher, "teacher": teacher.reference}
-        atomic_write_text(out / PIN, json.dumps(pin, indent=2) + "\n")
+    write_pins(out, pins)
     if read_state(out) is None:
         write_state(out, "prepared", 0, config.images)
 
@@ -117,8 +129,8 @@ def check_teacher(out: Path, teacher: SD3Folder) -> None:
     """Raise CheckpointError if the run in `out` was trained from a teacher with another digest."""
     digests = read_digests(out)
     if digests is not None and digests["teacher"] != teacher.digest:
-        _, pinned = _read_pin(out) or (None, None)
-        own = "the current path of its own teacher" if pinned is None else f"its own teacher, {pinned}"
+        pinned = " and ".join(_read_pins(out).values())
+        own = f"its own teacher, {pinned}" if pinned else "the current path of its own teacher"
         named = teacher.path if teacher.revision is None else teacher.reference
         raise CheckpointError(f"{out} was trained from another teacher than {named}; give {own}, or another --out")
 

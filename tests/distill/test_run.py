@@ -37,7 +37,7 @@ from distill.report.run_state import read_state
 from distill.run import accelerator, run
 from distill.student.run_export import export_run
 from distill.training import checkpoint
-from distill.training.preparation import check_run, prepare, read_config, read_teacher
+from distill.training.preparation import check_run, open_pinned, pin_teachers, prepare, read_config, read_teacher
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts
 from distill.training.trainer import accelerator_for
@@ -68,9 +68,9 @@ def command(teacher: Path, prompts: Path, out: Path, *overrides: str) -> list[st
 
 
 def check_and_prepare(config, out: Path) -> None:
-    teacher = read_teacher(config, out)
-    check_run(config, out, teacher)
-    prepare(config, out, teacher)
+    pins = pin_teachers(config, out)
+    check_run(config, out, open_pinned(config, pins))
+    prepare(config, out, pins)
 
 
 def encode_prompts(config, out: Path):

@@ -74,9 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        hub, path = self.server_hub, unquote(urlsplit(self.path).path)
-        hub.requests.append((self.command, path))
-        words = path.strip("/").split("/")
+        hub, path = self.server_hub, urlsplit(self.path).path
+        hub.requests.append((self.command, unquote(path)))
+        words = [unquote(word) for word in path.strip("/").split("/")]  # a revision is one word
         api = words[:2] == ["api", "models"]
         words = words[2:] if api else words
         model, (kind, name), rest = "/".join(words[:2]), [*words[2:4], "revision", "main"][:2], "/".join(words[4:])

@@ -17,7 +17,9 @@ from hub_server import HubServer, hub_server
 from huggingface_hub import constants
 from tiny import distilled, make_teacher
 
+from distill.config import load_config
 from distill.errors import CheckpointError, TeacherError
+from distill.experiments import pin_variants, read_variants
 from distill.models.geometry import read_geometry
 from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import MODELS
@@ -25,7 +27,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.teacher import open_teacher, pin_teacher
 from distill.pipeline import OneStepPipeline
 from distill.student.run_export import export_run
-from distill.training.preparation import pinned_teacher, read_config
+from distill.training.preparation import pin_teachers, read_config, write_pins
 
 CARD = "---\nlicense: other\nlicense_name: acme-community\n---\nA tiny model.\n"
 
@@ -91,8 +93,9 @@ def test_only_what_is_loaded_is_fetched(hub: HubServer, crowded: Path, tmp_path:
 def test_a_cached_model_needs_no_network(
     hub: HubServer, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    commit = hub.publish("acme/tiny", teacher, "main", "v1")
+    commit = hub.publish("acme/tiny", teacher, "main", "v1", "release/2.0")
     found = open_teacher("acme/tiny@v1")
+    assert open_teacher("acme/tiny@release/2.0") == found
     assert (found.path / "vae" / "config.json").is_symlink()
     hub.requests.clear()
     with monkeypatch.context() as offline:
@@ -199,7 +202,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused(
 
 
 @pytest.mark.parametrize("path", ["a/b/c", "./acme/tiny", "../tiny", "/acme/tiny", "~/tiny", "tiny", "acme/", "a b/c",
-                                  "acme/tiny.safetensors", "acme/tiny@", "C:/tiny", "~nobody/tiny"])  # fmt: skip
+                                  "acme/tiny.safetensors", "acme/tiny@", "C:/tiny", "~nobody-here/tiny"])  # fmt: skip
 def test_a_path_is_never_taken_for_a_model_of_the_hub(path: str, hub: HubServer) -> None:
     with pytest.raises(TeacherError, match="there is no teacher"):
         open_teacher(path)
@@ -217,8 +220,10 @@ def test_a_folder_wins_over_a_model_of_the_hub(
     assert hub.requests == []
 
 
-def test_revisions_may_be_those_of_pull_requests() -> None:
+def test_revisions_may_be_branches_with_slashes_and_pull_requests() -> None:
     assert HubModel.parse("acme/tiny@refs/pr/7") == HubModel("acme/tiny", "refs/pr/7")
+    assert HubModel.parse("acme/tiny@release/2.0") == HubModel("acme/tiny", "release/2.0")
+    assert HubModel.parse("acme/tiny@../../other") is None
     assert str(HubModel.parse("acme/sd3.5_m-x@v1.0")) == "acme/sd3.5_m-x@v1.0"
 
 
@@ -237,7 +242,7 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: HubServer, teacher: P
     assert (header["base_model"], header["license_name"]) == ("acme/tiny", "acme-community")
     assert f"student of `acme/tiny` at commit `{commit}`" in card
     assert OneStepPipeline.load(out / "student", "cpu").spec.teacher == "acme/tiny"
-    assert pinned_teacher(read_config(out), out) == f"acme/tiny@{commit}"
+    assert pin_teachers(read_config(out), out) == {"acme/tiny": f"acme/tiny@{commit}"}
     with pytest.raises(CheckpointError, match=f"another teacher than acme/tiny@{moved}; give .* acme/tiny@{commit}"):
         export_run(out, tmp_path / "student", teacher=open_teacher("acme/tiny"))
     assert fetch(HubModel("acme/tiny", commit)) != fetch(HubModel("acme/tiny", moved))
@@ -262,3 +267,18 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(TeacherError, match=r"set HF_HOME to a folder that can be written, in place of .*/file/cache"):
         open_teacher("acme/tiny")
+
+
+def test_variants_and_bases_keep_their_commits(hub: HubServer, teacher: Path, tmp_path: Path) -> None:
+    commit = hub.publish("acme/tiny", teacher)
+    variants = read_variants(["fgm", "dmd"], "scenes-debug", ["teacher=acme/tiny"], None)
+    pinned = pin_variants(variants, tmp_path / "compare")
+    config = load_config("scenes-debug", ["teacher=any.safetensors", "teacher_base=acme/tiny"])
+    pins = pin_teachers(config, tmp_path / "run")
+    write_pins(tmp_path / "run", pins)
+    hub.publish("acme/tiny", teacher)
+    assert pin_variants(variants, tmp_path / "compare") == pinned
+    assert {variant.config.teacher for variant in pinned} == {f"acme/tiny@{commit}"}
+    assert f"teacher=acme/tiny@{commit}" in pinned[1].command(tmp_path)
+    assert pin_teachers(config, tmp_path / "run") == pins
+    assert pins["acme/tiny"] == f"acme/tiny@{commit}"
