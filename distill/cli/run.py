@@ -143,12 +143,15 @@ def export(
 
     from distill.models.device import resolve_device
     from distill.models.sd3_folder import SD3Folder
-    from distill.models.single_file import write_single_file
+    from distill.models.single_file import check_projection, write_single_file
     from distill.student.parity import TOLERANCE, check_parity
     from distill.student.run_export import export_run
+    from distill.training.preparation import read_config, read_teacher
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     moved = open_given_teacher(teacher, teacher_base)
+    if text_encoders:
+        check_projection(moved or read_teacher(read_config(run), run))  # before the folder is written
     folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
     record = json.loads((folder / "onestep.json").read_text())
     typer.echo(f"The student after {record['images_seen']} images is in {folder}.")

@@ -39,7 +39,7 @@ _WORDS = {  # files of a tokenizer's vocabulary if there is no tokenizer.json
     "tokenizer_2": ("vocab.json", "merges.txt"),
     "tokenizer_3": (SENTENCEPIECE,),
 }
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantized
+PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # safetensors' names; others are quantized
 # Settings without effect under a static shift. Any other setting of a scheduler that is on changes its times.
 _WITHOUT_EFFECT = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "time_shift_type"}
 _TRAIN_TIMESTEPS = 1000
@@ -264,8 +264,10 @@ def _check_words(folder: Path) -> None:
         raise TeacherError(f"{folder} has neither tokenizer.json nor {' and '.join(words)}; fetch or export it again")
 
 
-def check_weights(path: Path, identity: "hashlib._Hash") -> int:
+def check_weights(path: Path, identity: "hashlib._Hash", replaced: str | None = None) -> int:
     """Count a file's parameters and add it to the identity: its header, and the first bytes of every tensor.
+
+    Only tensors whose names begin with `replaced` may be quantized.
 
     Fine-tuning moves all values of the tensors it trains, so their first ones tell two models apart without
     reading them whole.
@@ -277,9 +279,11 @@ def check_weights(path: Path, identity: "hashlib._Hash") -> int:
             file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             header = file.read(length)
-            tensors = [entry for key, entry in json.loads(header).items() if key != "__metadata__"]
+            named = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+            tensors = list(named.values())
             ends = [entry["data_offsets"][1] for entry in tensors]
-            if packed := {entry["dtype"] for entry in tensors} - _DTYPES:
+            loaded = [name for name in named if replaced is None or not name.startswith(replaced)]
+            if packed := {named[name]["dtype"] for name in loaded} - PLAIN_DTYPES:
                 raise TeacherError(
                     f"{path} holds quantized weights ({packed.pop()}), which cannot be distilled; give the plain model"
                 )

@@ -6,9 +6,10 @@ that is read is converted by diffusers into a folder, once, which lies in the us
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial, reduce
 from pathlib import Path
@@ -25,7 +26,7 @@ from distill.errors import OutputError, TeacherError
 from distill.files import MARK, atomic_write
 from distill.models.original_layout import OriginalTensor, transformer_tensors, vae_tensors
 from distill.models.sd3_files import COMPONENTS, RECORD, find_weights
-from distill.models.sd3_folder import SD3Folder, check_weights
+from distill.models.sd3_folder import PLAIN_DTYPES, SD3Folder, check_weights
 from distill.models.tensor_file import DTYPES, write_tensors
 from distill.models.weights import tensor_shapes
 
@@ -37,6 +38,7 @@ _PREFIXES = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
+_TEXT = "text_encoders."
 _KINDS: dict[str, Any] = {
     "transformer": SD3Transformer2DModel,
     "vae": AutoencoderKL,
@@ -46,13 +48,14 @@ _KINDS: dict[str, Any] = {
 }
 _PROJECTION = "text_projection.weight"  # of the first CLIP: the original uses its features without a projection
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_log = logging.getLogger(__name__)
 
 
 def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
     """Open a checkpoint as an SD3 folder with the file's name; `base` is the same model as a folder.
 
     The folder holds what the file has and links to the other components of `base`. It is made once for a file and a
-    base. Whether there is a T5 follows from `base`.
+    base. Whether there is a T5 follows from `base`, which also replaces text encoders in 8 bits.
 
     Raises TeacherError for a file that is no plain SD3 checkpoint, without a base, and for a base of another geometry;
     OutputError if the cache cannot be written.
@@ -60,7 +63,7 @@ def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
     if path.suffix != ENDING:
         raise TeacherError(f"{path} is no {ENDING} file; only safetensors are loaded, so convert it or give a folder")
     identity = hashlib.sha256()
-    check_weights(path, identity)
+    check_weights(path, identity, replaced=_TEXT)
     shapes = tensor_shapes(path)
     parts = _parts(path, shapes)
     if base is None:
@@ -68,10 +71,13 @@ def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
             f"{path} holds {', '.join(parts)}, but no tokenizers and no configurations; name the folder or hub id of "
             f"the same model in teacher_base, or with --teacher-base: {_published(shapes)}"
         )
-    parts = {part: names for part, names in parts.items() if part != "text_encoder_3" or base.has_t5}
+    quantized = [part for part, names in parts.items() if _is_quantized(path, names.values())]
+    if not base.has_t5:
+        parts.pop("text_encoder_3", None)
+    parts = {part: names for part, names in parts.items() if part not in quantized}
     for part in ("transformer", "vae"):
         if part in parts:
-            _check_geometry(path, part, {name: shapes[full] for name, full in parts[part].items()}, base)
+            _check_geometry(path, part, parts[part], shapes, base)
     identity.update(f"{base.digest} {base.path}".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flow-generator-matching" / "teachers"
     folder = cache / identity.hexdigest()[:32]
@@ -80,6 +86,8 @@ def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):  # another process may convert the same file
                 if not folder.exists():
+                    for part in quantized:
+                        _log.warning("the %s of %s is quantized, so that of %s is used", part, path, base.name)
                     with atomic_write(folder) as made:
                         _convert(path, parts, base, made)
         except OSError as error:
@@ -92,7 +100,7 @@ def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
 def _parts(path: Path, shapes: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The components of a file: the names of their tensors without prefix, and the full names."""
     prefixes = dict(_PREFIXES)
-    others = ("model.", "first_stage_model.", "text_encoders.")
+    others = ("model.", "first_stage_model.", _TEXT)
     if not any(name.startswith(prefixes["transformer"]) for name in shapes):
         if "joint_blocks.0.x_block.attn.qkv.weight" not in shapes:
             raise TeacherError(
@@ -117,7 +125,14 @@ def _published(shapes: Mapping[str, Any]) -> str:
     return "stabilityai/stable-diffusion-3-medium-diffusers"
 
 
-def _check_geometry(path: Path, part: str, shapes: Mapping[str, tuple[int, ...]], base: SD3Folder) -> None:
+def _is_quantized(path: Path, names: Collection[str]) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return any(file.get_slice(name).get_dtype() not in PLAIN_DTYPES for name in names)
+
+
+def _check_geometry(
+    path: Path, part: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], base: SD3Folder
+) -> None:
     """Raise TeacherError, naming the first tensor, unless a file's component fits the configuration of `base`."""
     kind = _KINDS[part]
     with torch.device("meta"):
@@ -126,13 +141,16 @@ def _check_geometry(path: Path, part: str, shapes: Mapping[str, tuple[int, ...]]
     expected = {tensor.name: tuple(tensor.build(state.__getitem__).shape) for tensor in tensors}
     prefix = _PREFIXES[part]
     for name, shape in expected.items():
-        if _squeezed(shapes.get(name)) != _squeezed(shape):
+        if name not in names:
+            raise TeacherError(f"{path} lacks {prefix}{name}, which {base.name} has; give the base of the same model")
+        given = shapes[names[name]]
+        if _squeezed(given) != _squeezed(shape):
             raise TeacherError(
-                f"{path} holds {prefix}{name} as {shapes.get(name, 'nothing')}, and {base.name} has it as {shape}; "
-                "give the base of the same model"
+                f"{path} holds {names[name]} as {given}, and {base.name} has it as {shape}; give the base of the same "
+                "model"
             )
-    if unknown := next((name for name in shapes if name not in expected), None):
-        raise TeacherError(f"{path} holds {prefix}{unknown}, which {base.name} lacks; give the base of the same model")
+    if unknown := next((full for name, full in names.items() if name not in expected), None):
+        raise TeacherError(f"{path} holds {unknown}, which {base.name} lacks; give the base of the same model")
 
 
 def _squeezed(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -181,6 +199,7 @@ def write_single_file(folder: SD3Folder, out: Path, text_encoders: bool = False)
     """
     parts = ["transformer", "vae"]
     if text_encoders:
+        check_projection(folder)
         parts += ["text_encoder", "text_encoder_2", *(["text_encoder_3"] if folder.has_t5 else [])]
     with ExitStack() as files:
         shapes: dict[str, Tensor] = {}
@@ -195,6 +214,18 @@ def write_single_file(folder: SD3Folder, out: Path, text_encoders: bool = False)
         with atomic_write(out) as made:
             write_tensors(made, shapes, lambda name: builds[name](), metadata)
     return out
+
+
+def check_projection(folder: SD3Folder) -> None:
+    """Raise TeacherError if the first CLIP has a projection, because single files have none."""
+    with ExitStack() as files:
+        component = _Component(folder.path / "text_encoder", files)
+        projection = component.read(_PROJECTION)
+        if not projection.equal(torch.eye(*projection.shape, dtype=projection.dtype)):
+            raise TeacherError(
+                f"{component.folder}: {_PROJECTION} is not the identity, which programs that read single files take it "
+                "for; write the file without text encoders"
+            )
 
 
 class _Component:
@@ -220,18 +251,12 @@ class _Component:
 
 
 def _original_tensors(part: str, component: _Component) -> list[OriginalTensor]:
-    """The tensors of a component in the original. Raises TeacherError for a first CLIP with a projection."""
+    """The tensors of a component in the original."""
     names = component.names
     if part == "transformer":
         return transformer_tensors(names)
     if part == "vae":
         return vae_tensors(names)
     if part == "text_encoder":
-        projection = component.read(_PROJECTION)
-        if not projection.equal(torch.eye(*projection.shape, dtype=projection.dtype)):
-            raise TeacherError(
-                f"{component.folder}: {_PROJECTION} is not the identity, which programs that read single files take it "
-                "for; write the file without text encoders"
-            )
         names.remove(_PROJECTION)
     return [OriginalTensor(name, (name,)) for name in names]

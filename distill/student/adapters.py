@@ -75,9 +75,11 @@ def read_adapter(path: Path | str, transformer: SD3Transformer2DModel) -> Adapte
         rank = len(pair.down)
         divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
         scale = settings.get("lora_alpha", divisor) / divisor if pair.alpha is None else pair.alpha / rank
-        if not math.isfinite(scale):
-            raise TeacherError(f"{path} is damaged: its alpha is not finite; download or export it again")
-        factors[module] = (scale * pair.up).to(transformer.device), pair.down.to(transformer.device)
+        up, down = (scale * pair.up).to(transformer.device), pair.down.to(transformer.device)
+        if not (up @ down).to(transformer.dtype).isfinite().all():
+            raise TeacherError(f"{path} is damaged: its change of {module} is not finite in {transformer.dtype}; "
+                               "download or export it again")  # fmt: skip
+        factors[module] = up, down
     return Adapter(digest, factors)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.models.original_layout import OriginalLayer, transformer_layout
 
 _TENSOR = re.compile(
-    r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
+    r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight"
     r"|(?P<alpha>alpha))"
 )
 _PREFIX = re.compile(r"(?:base_model\.model\.)?(?:(?:lora_)?transformer\.|(?:model\.)?diffusion_model\.)?")
@@ -75,7 +75,7 @@ def read_pairs(tensors: Mapping[str, Tensor], transformer: SD3Transformer2DModel
         up, down, alpha = parts["up"], parts["down"], parts.get("alpha")
         sizes = [linears[module].out_features for module in source.modules]
         width, rank = linears[source.modules[0]].in_features, up.shape[-1] if up.dim() else 0
-        if down.shape != (rank, width) or up.shape != (sum(sizes), rank):
+        if rank == 0 or down.shape != (rank, width) or up.shape != (sum(sizes), rank):
             raise ValueError(f"is for another transformer: {plain} is not a linear layer of its shape")
         if alpha is not None and alpha.numel() != 1:
             raise ValueError(f"holds {layer}.alpha, which is not one number")

@@ -293,6 +293,10 @@ def test_a_single_file_of_another_program_is_kept(whole, tmp_path):
         (["--single-file", str(tmp_path / "single.ckpt")], ConfigError),
         (["--text-encoders"], ConfigError),
         (["--teacher-base", str(tmp_path)], ConfigError),
+        (
+            ["--single-file", str(tmp_path / "new.safetensors"), "--text-encoders"],
+            TeacherError,
+        ),  # CLIP has a projection
     ):
         assert isinstance(invoke(*arguments, *options).exception, kind)
     assert single.read_text() == "of another program"

@@ -87,13 +87,15 @@ def test_a_file_is_opened_as_the_folder_that_it_was_written_from(single_file, mo
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
-def test_what_the_file_lacks_comes_from_the_base_and_prefixes_may_be_absent(single_file, base, tmp_path):
+def test_what_the_file_lacks_comes_from_the_base_and_prefixes_may_be_absent(single_file, base, tmp_path, caplog):
     tensors = load_file(single_file)
     bare = {name.removeprefix(TRANSFORMER): tensor for name, tensor in tensors.items() if TRANSFORMER in name}
-    save_file({name: tensor.half() for name, tensor in bare.items()}, tmp_path / "bare.safetensors")
+    t5 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items() if "t5xxl" in name}
+    save_file({name: tensor.half() for name, tensor in bare.items()} | t5, tmp_path / "bare.safetensors")
     opened = open_teacher(tmp_path / "bare.safetensors", str(base))
     weights = load_file(opened.path / "transformer" / WEIGHTS)
     assert weights["proj_out.weight"].equal(bare["final_layer.linear.weight"].half())
+    assert "text_encoder_3 of" in caplog.text  # it is in 8 bits
     for part in ("vae", "text_encoder", "text_encoder_3", "tokenizer_3"):
         assert (opened.path / part).resolve() == base / part
 
@@ -147,6 +149,8 @@ def test_tensors_in_another_shape_are_refused_by_name(single_file, base, tmp_pat
         save_file(load_file(single_file) | {name: torch.zeros(2, 2)}, path)
         with pytest.raises(TeacherError, match=name):
             open_teacher(path, str(base))
+    with pytest.raises(TeacherError, match="that file does not exist"):
+        open_teacher(tmp_path / "moved.safetensors", str(base))
 
 
 def test_other_files_are_refused(single_file, base, tmp_path):

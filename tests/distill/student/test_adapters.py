@@ -14,6 +14,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.student.adapters import FILE, Merger, read_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "proj_out")
+EMPTY = {"A": (0, 32), "B": (32, 0)}  # a pair of rank 0
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_an_rslora_adapter_has_the_scale_that_peft_gives_it(beside, teacher, ada
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
-        ({"lora_alpha": float("nan")}, "alpha is not finite"),
+        ({"lora_alpha": float("nan")}, "its change of .* is not finite"),
         ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
     ],
 )
@@ -154,6 +155,11 @@ def test_settings_that_are_nested_without_end_are_refused(teacher, adapter_folde
         ({f"transformer.{MODULES[0]}.lora_A.weight": torch.zeros(2, 5)}, "not a linear layer of its shape"),
         ({f"transformer.{MODULES[2]}.lora_A.weight": torch.full((4, 32), torch.nan)}, "lora_A.weight is not finite"),
         ({"text_encoder.x.weight": torch.zeros(1)}, "holds text_encoder.x.weight"),
+        ({f"transformer.{MODULES[2]}.lora_A.weight": torch.full((4, 32), 3e38)}, "its change of .* is not finite"),
+        (
+            {f"transformer.{MODULES[2]}.lora_{part}.weight": torch.zeros(shape) for part, shape in EMPTY.items()},
+            "not a linear layer of its shape",
+        ),
     ],
 )
 def test_what_is_no_adapter_of_it_is_refused(teacher, adapter_folder, tmp_path, change, match):

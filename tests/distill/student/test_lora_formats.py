@@ -69,7 +69,7 @@ LAYOUTS = {  # program: layers, prefix, whether flat, suffixes of down and up
     "diffusers": ("diffusers", "transformer.", False, "lora_A", "lora_B"),
     "diffusers of 2024": ("diffusers", "transformer.", False, "lora.down", "lora.up"),
     "peft": ("diffusers", "base_model.model.", False, "lora_A", "lora_B"),
-    "peft, adapter's name": ("diffusers", "base_model.model.", False, "lora_A.default", "lora_B.default"),
+    "peft, adapter's name": ("diffusers", "base_model.model.", False, "lora_A.style_1", "lora_B.style_1"),
     "kohya": ("original", "lora_unet_", True, "lora_down", "lora_up"),
     "ComfyUI": ("original", "diffusion_model.", False, "lora_A", "lora_B"),
     "OneTrainer": ("diffusers", "lora_transformer_", True, "lora_down", "lora_up"),
