@@ -18,7 +18,7 @@ def soak(out: Path, *arguments: str) -> None:
 
 
 def test_a_killed_server_answers_every_line_once(tmp_path):
-    soak(tmp_path, "--kills", "2", "--lines", "120", "--longest", "0.2")
+    soak(tmp_path, "--kills", "1", "--lines", "120", "--longest", "0.2")
 
 
 def test_two_servers_answer_every_line_once_though_one_is_killed_and_postgresql_twice_away(tmp_path):

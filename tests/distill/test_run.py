@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import invoke, start, until
+from commands import invoke, signal_once
 from safetensors.torch import load_file
 from tiny import make_teacher
 
@@ -177,10 +177,15 @@ def test_a_killed_run_ends_with_the_same_bits_also_if_prompts_are_encoded_online
     source, out = tmp_path / "prompts.txt", tmp_path / "killed"
     source.write_text(prompts.read_text())
     arguments = command(teacher, source, out, f"networks.kind={kind}", "prompts.encoding=online")
-    process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(process, lambda: checkpoint.latest(out / "checkpoints") is not None)
-    process.kill()
-    process.wait()
+    values = [word.removeprefix("--set=") for word in arguments if word.startswith("--set=")]
+    config = load_config("scenes-debug", values)
+    begun = tmp_path / "begun"
+    steps = run(config, begun, accelerator(config, begun))
+    next(steps)
+    while checkpoint.latest(begun / "checkpoints") is None:
+        next(steps)
+    shutil.copytree(begun, out)  # what a kill leaves
+    steps.close()
     source.unlink()
     assert invoke(*arguments).exit_code == 0
     assert_same_end(out, cached)
@@ -331,18 +336,13 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     out = tmp_path / "interrupted"
     endless = ("images=100000", "cadence.log=8", "cadence.checkpoint=100000", "cadence.sample=100000")
     arguments, metrics = command(teacher, prompts, out, *endless), out / "metrics.jsonl"
-    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    until(process, metrics.exists)
-    refused = invoke(*arguments)
-    assert isinstance(refused.exception, CheckpointError)
-    assert f"another run is writing to {out}" in str(refused.exception)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGINT
+    with signal_once(metrics.exists, signal.SIGINT):
+        interrupted = invoke(*arguments)
+    assert interrupted.exit_code == 128 + signal.SIGINT
     saved = checkpoint.latest(out / "checkpoints")
     assert saved is not None
     images = int(saved.name)
-    assert f"Stopped after {images} images" in said
+    assert f"Stopped after {images} images" in interrupted.output
     assert (read_state(out).phase, read_state(out).images) == ("interrupted", images)
     assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
@@ -535,18 +535,18 @@ def test_a_driven_run_raises_alarms_once_and_only_there(teacher, prompts, tmp_pa
     assert not (out / "tensorboard").exists()
 
 
-def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(tmp_path):
+def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(teacher, prompts, tmp_path):
     out = tmp_path / "early"
-    values = ("images=4000", "batch=4", "prompts.max_count=8", "early_stopping_patience=1",
-              "ema_half_life=0", "optimizer.warmup_images=0",
-              "optimizer.student_lr=0.1", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
-    arguments = ["run", "scenes-debug", *(f"--set={value}" for value in values), "--out", str(out)]
+    values = ("images=4000", "early_stopping_patience=1", "ema_half_life=0", "optimizer.student_lr=0.5",
+              "evaluation.evaluator=reference", "cadence.evaluate=8", "cadence.sample=4000")  # fmt: skip
+    arguments = command(teacher, prompts, out, *values)
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     run = read_run(out)
     assert run.state == "finished"
     assert read_state(out).phase == "ended early"
     assert run.images == run.evaluations[-1]["images"] < 4000
+    assert run.best["kernel"] == min(line["kernel"] for line in run.evaluations)
     assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
     before = (out / "student" / "onestep.json").stat().st_mtime_ns

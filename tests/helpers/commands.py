@@ -1,9 +1,10 @@
-"""The `distill` command: in this process, which has its libraries loaded, or as one of its own, to be stopped."""
+"""The `distill` command in this process, which has its libraries loaded."""
 
+import os
 import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -18,8 +19,24 @@ def invoke(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def start(*words: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "distill.cli", *words], text=True, **options)
+@contextmanager
+def signal_once(reached: Callable[[], bool], number: int) -> Iterator[None]:
+    """Send a signal to this process as soon as the block has got there."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            if reached():
+                os.kill(os.getpid(), number)
+                break
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 def until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:

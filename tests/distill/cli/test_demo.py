@@ -2,26 +2,24 @@
 
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
-from commands import until
+from commands import signal_once
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from distill.cli.demo import demo
+from distill.report.run_state import read_state
 
 SMALL = (
-    "images=24",
     "batch=8",
     "prompts.max_count=16",
     "cadence.log=8",
     "cadence.sample=100000",
-    "cadence.evaluate=100000",
+    "evaluation.evaluator=none",
 )
 
 
@@ -46,14 +44,13 @@ def test_it_continues_what_was_stopped_and_does_nothing_twice(tmp_path, monkeypa
     options = f"--out {tmp_path} --exit --port {port} --seconds 0 --per-task 1 --steps 2".split()
     words = [*options, *(f"--set={each}" for each in SMALL)]
 
-    command = [sys.executable, "-m", "distill.cli.demo", *words]
-    stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until(stopped, (tmp_path / "metrics.jsonl").exists)
-    stopped.send_signal(signal.SIGTERM)
-    said, _ = stopped.communicate()  # returns when no process holds the pipe any more
-    assert stopped.returncode == 128 + signal.SIGTERM
-    assert "which are saved" in said
+    with signal_once((tmp_path / "metrics.jsonl").exists, signal.SIGTERM):
+        stopped = invoke(*words, "--set=images=100000")
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert "which are saved" in stopped.output
     assert not (tmp_path / "student").exists()
+    images = read_state(tmp_path).images
+    words.append(f"--set=images={images + 8}")
 
     whole = invoke(*words)
     assert whole.exit_code == 0, whole.output

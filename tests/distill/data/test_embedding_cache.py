@@ -1,12 +1,11 @@
 """The embedding cache: what comes out is what the encoder makes, and what is not whole or not ours is refused."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from commands import invoke, start, until
+from commands import invoke
 from tiny import PROMPTS, WORDS, make_teacher
 
 from distill.data import shards
@@ -223,27 +222,19 @@ def test_a_teacher_that_is_not_there_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_command_continues_to_the_same_bytes(teacher, tmp_path):
+def test_the_command_continues_a_killed_call_to_the_same_bytes(teacher, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
     whole, out = tmp_path / "whole", tmp_path / "killed"
 
-    def command(source: str, folder: Path) -> list[str]:
-        return ["embed", str(teacher), source, "--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
-
-    # Standard input that stays open holds the command between two shards, so the kill always finds it at work.
-    process = start(*command("-", out), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    process.stdin.write("\n".join(TEXTS[:30]) + "\n")
-    process.stdin.flush()
-    until(process, (out / UNFINISHED).exists)
-    process.kill()
-    process.communicate()
+    begin(teacher, out, TEXTS[:30])
     kept = out / "shard-00000.safetensors"
     written = kept.stat().st_mtime_ns
     assert not (out / MANIFEST).exists()
 
     for folder in (out, whole):
-        done = invoke(*command(str(prompts), folder))
+        words = ["embed", str(teacher), str(prompts), "--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
+        done = invoke(*words)
         assert done.exit_code == 0, done.output
         repeated = len(TEXTS) - DIFFERENT
         assert f"{DIFFERENT} prompts are in {folder}; {repeated} repeated prompts were skipped." in done.output

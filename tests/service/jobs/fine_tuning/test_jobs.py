@@ -59,7 +59,7 @@ def pixels(client: openai.OpenAI, model: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 
-def test_a_job_succeeds_after_a_pause_and_kills_of_its_run_and_server(teacher, tmp_path, connect, subtests):
+def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, connect, subtests):
     data, teachers = tmp_path / "data", {"tiny": str(teacher)}
     with killed_server(data, teachers) as (process, url):
         client = connect(url)
@@ -74,12 +74,6 @@ def test_a_job_succeeds_after_a_pause_and_kills_of_its_run_and_server(teacher, t
         until(client, job, lambda job: any("status 137" in message for message in event_messages(client, job)))
         seen = client.fine_tuning.jobs.retrieve(job.id).images_seen
         until(client, job, lambda job: job.images_seen > seen and job.estimated_finish)
-        client.fine_tuning.jobs.pause(job.id)
-        paused = until(client, job, lambda job: job.status == "paused")
-        assert paused.estimated_finish is None
-        assert client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data[0].step_number == paused.images_seen
-        assert client.fine_tuning.jobs.resume(job.id).status == "queued"
-        until(client, job, lambda job: job.status == "running")
 
     with receiving(200) as receiver:
         webhooks = [{"url": receiver.url, "secret": SECRET}]
@@ -190,7 +184,7 @@ def test_jobs_wait_in_line_and_are_paused_resumed_and_cancelled(teacher, tmp_pat
         jobs = client.fine_tuning.jobs
         file = upload(client)
         first = submit(client, file, ENDLESS)
-        until(client, first, lambda job: job.status == "running")
+        until(client, first, lambda job: job.images_seen)
         second, third = (submit(client, file, ENDLESS) for _ in range(2))
         with pytest.raises(openai.RateLimitError, match="3 of your jobs") as refused:
             submit(client, file, ENDLESS)
@@ -202,6 +196,11 @@ def test_jobs_wait_in_line_and_are_paused_resumed_and_cancelled(teacher, tmp_pat
         with pytest.raises(openai.BadRequestError, match="cancelled already"):
             jobs.resume(third.id)
 
+        jobs.pause(first.id)
+        paused = until(client, first, lambda job: job.status == "paused")
+        assert paused.estimated_finish is None
+        assert jobs.checkpoints.list(first.id, limit=1).data[0].step_number == paused.images_seen
+        assert jobs.resume(first.id).status == "queued"
         jobs.cancel(first.id)
         until(client, first, lambda job: job.status == "cancelled")
         assert event_messages(client, first)[0] == "The job is cancelled."
