@@ -69,8 +69,11 @@ _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
 
 def _teacher(text: str) -> str:
     """The shipped teacher and models of the hub as they are; folders by their absolute path."""
-    is_hub_model = HUB_MODEL.fullmatch(text) is not None and not Path(text).exists()
-    return text if text == SHIPPED_TEACHER or is_hub_model else str(Path(text).absolute())
+    path = Path(os.path.expanduser(text))
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{text} is a single file, and jobs take folders and models of the hub")
+    is_hub_model = HUB_MODEL.fullmatch(text) is not None and not path.exists()
+    return text if text == SHIPPED_TEACHER or is_hub_model else str(path.absolute())
 
 
 def _each_gpu_once(devices: str) -> None:

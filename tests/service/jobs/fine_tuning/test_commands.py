@@ -1,8 +1,11 @@
 """The commands of a job are commands of `distill`."""
 
+from pathlib import Path
+
 import pytest
 from commands import invoke
 from huggingface_hub import constants
+from pydantic import ValidationError
 from typer.main import get_command
 
 from distill.cli import app
@@ -62,3 +65,6 @@ def test_a_folder_wins_over_a_model_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "acme" / "tiny").mkdir(parents=True)
     teachers = Settings(jobs={"teachers": {"tiny": "acme/tiny", "far": "a/b/c"}}).jobs.teachers
     assert teachers == {"tiny": str(tmp_path / "acme" / "tiny"), "far": str(tmp_path / "a" / "b" / "c")}
+    assert Settings(jobs={"teachers": {"mine": "~/tiny"}}).jobs.teachers == {"mine": str(Path.home() / "tiny")}
+    with pytest.raises(ValidationError, match="is a single file, and jobs take folders"):
+        Settings(jobs={"teachers": {"file": "acme/tiny.safetensors"}})
