@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     import torch
 
     from distill.config import RunConfig
-    from distill.data.conditions import Conditions
     from distill.models.geometry import Geometry
     from distill.plan.estimate import Plan
 
@@ -303,34 +302,6 @@ def planned(plan: "Plan") -> int:
     return max(steps) - plan.resident["autoencoder for grids"]
 
 
-def random_conditions(geometry: "Geometry") -> "Conditions":
-    """Text conditions of random numbers, which cost what real ones cost."""
-    import torch
-
-    from distill.models.text import TextCondition
-
-    shape = geometry.transformer
-    width, pooled = shape["joint_attention_dim"], shape["pooled_projection_dim"]
-
-    class Rows:
-        sha256 = ""
-
-        def __init__(self) -> None:
-            self._all = TextCondition(torch.randn(8, geometry.tokens, width), torch.randn(8, pooled))
-            self.null = self._all[0]
-
-        def __len__(self) -> int:
-            return len(self._all)
-
-        def rows(self, indices: torch.Tensor) -> TextCondition:
-            return self._all[indices]
-
-        def shuffle(self, generator: torch.Generator) -> torch.Tensor:
-            return torch.randperm(len(self), generator=generator)
-
-    return Rows()
-
-
 def train_steps(setting: Setting, size: int, compiled: bool, online: bool = False) -> tuple[float, int]:
     """Images/s of the trainer's own rounds, and the most bytes that the device held meanwhile.
 
@@ -338,7 +309,7 @@ def train_steps(setting: Setting, size: int, compiled: bool, online: bool = Fals
     """
     import torch
 
-    from benchmarks.train import online_conditions
+    from benchmarks.train import online_conditions, random_conditions
     from distill.plan.estimate import build
     from distill.run import accelerator
     from distill.training.trainer import train
@@ -354,7 +325,7 @@ def train_steps(setting: Setting, size: int, compiled: bool, online: bool = Fals
         machine = accelerator(config, Path(folder))
         dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
         networks = build(geometry, config.networks, dtype, device=str(machine.device))
-        conditions: Conditions = random_conditions(geometry)
+        conditions = random_conditions(geometry)
         if online:
             conditions = online_conditions(geometry, machine.device, dtype, Path(folder))
         with closing(train(config, Path(folder), networks, conditions, [latents], machine)) as rounds:

@@ -1,9 +1,9 @@
 """Our distillation against the way it is usually written, in the same run: images/s, peak memory, and their ratios.
 
-The baseline holds whole copies of the model for every role, encodes prompts in every step, asks the teacher's guided
-field in two calls, and compiles nothing. Ours is the trainer as `distill run` drives it. Both train the same
-geometry with random weights, which cost what trained ones cost, with the same method, batch and precision. The sides
-take turns, each measurement in a process of its own, so that peak memory is a side's alone.
+The baseline holds whole copies of the model for every role, encodes prompts in every step, evaluates the
+guided teacher in two calls, and compiles nothing. Ours is the trainer of `distill run`. Both train the same geometry
+with random weights, which cost what trained ones cost, with the same method, batch and precision. The two alternate,
+and each measurement has its own process, so that its peak memory is its own.
 
     python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
 
@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from distill.data.online_conditions import OnlineConditions
+    from distill.data.conditions import Conditions
     from distill.models.geometry import Geometry
     from distill.plan.estimate import PlanInput
 
-for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their notices would run through the metrics
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # their messages would interrupt the output
     os.environ.setdefault(_name, "error")
 
 SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "teacher"
@@ -51,26 +51,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from distill.config import RunConfig
     from distill.models import attention
     from distill.models.geometry import read_geometry
-    from distill.models.text import TextCondition
     from distill.plan.estimate import PlanInput, build
     from distill.run import accelerator
     from distill.training.trainer import train
-
-    class Rows:
-        """As many random conditions as there are prompts; a prompt's values change no cost."""
-
-        def __init__(self, tokens: int, width: int, pooled: int) -> None:
-            self.null = TextCondition(torch.randn(1, tokens, width), torch.randn(1, pooled))
-            self._all = TextCondition(torch.randn(64, tokens, width), torch.randn(64, pooled))
-
-        def __len__(self) -> int:
-            return len(self._all)
-
-        def rows(self, indices: torch.Tensor) -> TextCondition:
-            return self._all[indices]
-
-        def shuffle(self, generator: torch.Generator) -> torch.Tensor:
-            return torch.randperm(len(self), generator=generator)
 
     compiled = torch.cuda.is_available() if arguments.compile is None else arguments.compile
     geometry = read_geometry(arguments.teacher)
@@ -96,7 +79,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         for model in networks.modules():
             attention.use(attention.resolve(config.networks.attention, dtype, machine.device), model)
         shape, size = geometry.transformer, arguments.size or geometry.image_size
-        rows = Rows(geometry.tokens, shape["joint_attention_dim"], shape["pooled_projection_dim"])
+        rows = random_conditions(geometry)
         if arguments.online:
             rows = online_conditions(geometry, machine.device, dtype, Path(folder))
         latents = (shape["in_channels"], *[size // geometry.pixels_per_latent] * 2)
@@ -115,10 +98,35 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         return {**metrics, "seconds_to_start": started - began}
 
 
-def online_conditions(
-    geometry: "Geometry", device: "torch.device", dtype: "torch.dtype", folder: Path
-) -> "OnlineConditions":
-    """Conditions of as many prompts as a run never repeats soon, encoded by text encoders with random weights."""
+def random_conditions(geometry: "Geometry") -> "Conditions":
+    """Random text conditions, which cost what real ones cost."""
+    import torch
+
+    from distill.models.text import TextCondition
+
+    width, pooled = (geometry.transformer[name] for name in ("joint_attention_dim", "pooled_projection_dim"))
+
+    class Rows:
+        sha256 = ""
+
+        def __init__(self) -> None:
+            self._all = TextCondition(torch.randn(64, geometry.tokens, width), torch.randn(64, pooled))
+            self.null = self._all[0]
+
+        def __len__(self) -> int:
+            return len(self._all)
+
+        def rows(self, indices: torch.Tensor) -> TextCondition:
+            return self._all[indices]
+
+        def shuffle(self, generator: torch.Generator) -> torch.Tensor:
+            return torch.randperm(len(self), generator=generator)
+
+    return Rows()
+
+
+def online_conditions(geometry: "Geometry", device: "torch.device", dtype: "torch.dtype", folder: Path) -> "Conditions":
+    """Conditions of distinct prompts, encoded online by text encoders with random weights."""
     import torch
 
     from distill.data.online_conditions import OnlineConditions

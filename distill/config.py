@@ -17,19 +17,6 @@ from distill.errors import CheckpointError, ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
-# Keys of older checkouts whose new names do not resemble them.
-_RENAMED = {
-    "start": "init_from",
-    "stop": "early_stopping_patience",
-    "prompts.count": "max_count",
-    "real.count": "max_count",
-    "optimizer.clip": "max_grad_norm",
-    "optimizer.skips": "max_skipped_steps",
-    "cadence.keep": "keep_checkpoints",
-    "method.law": "objective",
-    "method.times.law": "distribution",
-    "method.guidance.teacher": "scale",
-}
 _Group = TypeVar("_Group", bound=ConfigGroup)
 _Positive = Annotated[float, Field(gt=0)]
 _Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
@@ -358,8 +345,7 @@ def _explain(error: ValidationError) -> str:
         where = [*_keys_of(first["loc"][:-1]), str(first["loc"][-1])]
         if where[-1] in _keys_beside(where):
             return f"{'.'.join(where)} belongs to another kind of {where[0]}; leave it out, or choose that kind"
-        key, known = ".".join(where), _keys_beside(where)
-        return f"unknown key {key!r}{_nearest(_RENAMED.get(key, where[-1]), known)}"
+        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
     kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
     if first["type"] == "union_tag_not_found":
         return f"networks.kind is missing; with other keys of networks, set it to {kinds}"

@@ -293,7 +293,7 @@ def _measure(
     if evaluator is None:
         return Measurements()
     found = compare_students(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
-    metrics = {**({"teacher": found.teacher} if found.teacher else {}), **found.as_dict()}
+    metrics: dict[str, dict[str, Any]] = {**found.as_dict()}
     cells = {model: {name: f"{value:.4g}" for name, value in values.items()} for model, values in metrics.items()}
     return Measurements(metrics, cells, features, note)
 

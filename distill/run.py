@@ -7,8 +7,8 @@ evaluation), `metrics.jsonl`, `evaluations.jsonl`, `evaluations/`, `alarms.jsonl
 the end `student/`. The same call resumes a run.
 """
 
-from collections.abc import Generator
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar, cast
@@ -25,9 +25,10 @@ from distill.models.device import fast_bfloat16
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
-from distill.report.run_state import write_state
+from distill.report.run_state import Phase, write_state
 from distill.student.run_export import export_run
 from distill.training import checkpoint
+from distill.training.accelerator import accelerator_for, check, mesh
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
 from distill.training.preparation import check_run, has_checkpoint, latent_shapes, open_pinned, pin_teachers, prepare
@@ -35,7 +36,7 @@ from distill.training.processes import wait_for_main
 from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
-from distill.training.trainer import Progress, accelerator_for, check, mesh, train
+from distill.training.trainer import Progress, train
 
 _Value = TypeVar("_Value", bool, dict[str, str])
 
@@ -75,25 +76,14 @@ def run(
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):
                     continue
-                begins = not source.is_encoded
-                if begins:
-                    write_state(out, "encoding", 0, config.images)
-                try:
+                with nullcontext() if source.is_encoded else _phase(out, "encoding", config.images):
                     yield from source.encode(teacher, device, resumed)
-                except BaseException as error:
-                    if begins:
-                        _record_stop(out, error, 0, config.images)
-                    raise
 
             # 3. sample the teacher, for the images that evaluations compare with
             references = None if finished else run_references(config, teacher, out, _first_prompts(config, prompts))
             if references is not None and references.missing():
-                write_state(out, "sampling", 0, config.images)
-                try:
+                with _phase(out, "sampling", config.images):
                     yield from references.make(device)
-                except BaseException as error:
-                    _record_stop(out, error, 0, config.images)
-                    raise
         wait_for_main(machine)
 
         # 4. turn seconds into images
@@ -183,6 +173,17 @@ def is_finished(config: RunConfig, out: Path) -> bool:
 def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:
     """The run's first prompts, as many as sample grids and evaluations take."""
     return prompts.first(max(GRID, config.evaluation.images))
+
+
+@contextmanager
+def _phase(out: Path, phase: Phase, budget: int) -> Iterator[None]:
+    """Record a phase before training, and its interruption or failure."""
+    write_state(out, phase, 0, budget)
+    try:
+        yield
+    except BaseException as error:
+        _record_stop(out, error, 0, budget)
+        raise
 
 
 def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> None:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 APPS = {"distill": distill_cli.app, "fgm-service": service_cli.app}
-TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers"
+TEACHER = "stabilityai/stable-diffusion-3.5-medium"
 NOT_RUN = {
     "pip": "the suite needs no network: its environment has the package installed",
     "hf": "the suite needs no network and no account",
@@ -122,7 +122,7 @@ def test_every_block_of_the_readme_is_run_here():
 
 def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
     (block,) = blocks(README, "python")
-    here = block.replace("runs/sd3-medium-lora/student", str(teacher_t5))
+    here = block.replace("runs/sd3.5-medium-lora/student", str(teacher_t5))
     assert here != block
     names: dict[str, object] = {}
     exec(here, names)
@@ -143,6 +143,8 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
         "precision=fp32",
         "networks.rank=2",
         "networks.alpha=2",
+        "sizes=[]",
+        "method.guidance.skip_layers=[]",
     ]
     with ExitStack() as servers:
         for words in block_commands(README):
@@ -160,7 +162,7 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
                 assert words[0] in NOT_RUN
     with Image.open("shapes.png") as image:
         assert image.size == (64, 64)
-    assert Path("runs/sd3-medium-lora/report.html").exists()
+    assert Path("runs/sd3.5-medium-lora/report.html").exists()
 
 
 @contextmanager

@@ -168,8 +168,7 @@ def _compare_with_teacher(
     assert found.picture is not None
     save_png(found.picture, picture)
     if as_json:
-        values = {"features": FEATURES, "teacher": found.teacher, **found.as_dict()}
-        typer.echo(json.dumps(values, indent=2))
+        typer.echo(json.dumps({"features": FEATURES, **found.as_dict()}, indent=2))
         return
     out.print(table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
     out.print(f"{images} prompts; features: {FEATURES}. The picture of the largest differences is {picture}.")

@@ -72,7 +72,7 @@ class Layout:
 
     def damaged(self, path: Path) -> CacheError:
         """The error of a file that differs from what was written."""
-        return CacheError(f"{path} is damaged; remove {path.parent} and {self.verb} again")
+        return CacheError(f"{path} is missing or damaged; remove {path.parent} and {self.verb} again")
 
 
 def rows_of_shard(most: int, row: Mapping[str, Tensor]) -> int:
@@ -376,7 +376,7 @@ class _Shard:
         except (OSError, SafetensorError):
             sound = False
         if not sound:
-            raise self._damaged()
+            raise layout.damaged(self._path)
         self._file = file
         blocks = json.loads(file.metadata()["blocks"])
         self._block_rows: int = blocks["rows"]
@@ -388,15 +388,11 @@ class _Shard:
         size = self._block_rows
         for block in self._unchecked.keys() & set(range(start // size, -(-stop // size))):
             if _checksum(self._slice(block * size, (block + 1) * size)) != self._unchecked.pop(block):
-                raise self._damaged()
+                raise self._layout.damaged(self._path)
         return self._slice(start, stop)
 
     def _slice(self, start: int, stop: int) -> dict[str, Tensor]:
         return {name: self._file.get_slice(name)[start : min(stop, self.rows)] for name in self._layout.shapes}
-
-    def _damaged(self) -> CacheError:
-        mend = f"remove {self._path.parent} and {self._layout.verb} again"
-        return CacheError(f"{self._path} is missing or damaged; {mend}")
 
 
 def _read_index(path: Path, layout: Layout, keys: Set[str]) -> dict[str, Any]:

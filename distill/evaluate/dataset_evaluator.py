@@ -1,35 +1,25 @@
 """The evaluator of a dataset with a scorer, such as `scenes`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from distill.evaluate.base import Encode, EvalPrompts, Generate, Report, evaluate
 from distill.evaluate.evaluator import Evaluation, digest_of
 
 
-@dataclass(frozen=True)
 class DatasetEvaluator:
     """Scores one-step students. `fitness`, overall times diversity, decides: a collapsed student may score well."""
 
-    eval_prompts: EvalPrompts
-    seed: int
-    metric: str = "fitness"
-    higher_is_better: bool = True
+    metric = "fitness"
+    higher_is_better = True
 
-    @property
-    def prompts(self) -> Sequence[str]:
-        return self.eval_prompts.texts
-
-    @property
-    def count(self) -> int:
-        return self.eval_prompts.count
-
-    @property
-    def digest(self) -> str:
-        return digest_of({"prompts": self.eval_prompts.texts, "seed": self.seed})
+    def __init__(self, prompts: EvalPrompts, seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
+        self.prompts: Sequence[str] = prompts.texts
+        self.count = prompts.count
+        self.digest = digest_of({"prompts": prompts.texts, "seed": seed})
 
     def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
-        result, _ = evaluate(self.eval_prompts, generate, 1, encode, self.seed, report)
+        result, _ = evaluate(self._prompts, generate, 1, encode, self._seed, report)
         metrics = {
             "fitness": result.overall * result.diversity,
             "overall": result.overall,

@@ -26,30 +26,11 @@ class Evaluation:
 class Evaluator(Protocol):
     """Measures models on fixed prompts and seeds, the same at every call."""
 
-    @property
-    def metric(self) -> str:
-        """The metric that decides which checkpoint is the best."""
-        ...
-
-    @property
-    def higher_is_better(self) -> bool:
-        """The direction of that metric."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Identity of all that the metrics depend on besides the model; metrics of two digests are not comparable."""
-        ...
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """All prompts that a model gets, so that they can be encoded in advance."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Images that a model generates."""
-        ...
+    metric: str  # decides which checkpoint is the best
+    higher_is_better: bool  # of that metric
+    digest: str  # identity of all that the metrics depend on besides the model; those of two digests do not compare
+    prompts: Sequence[str]  # all that a model gets, so that they can be encoded in advance
+    count: int  # images that a model generates
 
     def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
         """Generate images and measure them. `encode` is the teacher's; `report` gets the size of each batch."""

@@ -22,7 +22,7 @@ from distill.models.sd3 import (
 )
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
-from distill.models.vae import to_images, to_pixels
+from distill.models.vae import to_images
 from distill.pipeline import OneStepPipeline
 
 
@@ -103,7 +103,6 @@ class TeacherSampler:
         """For each prompt, whether it is cut to the token limit."""
         return self._text.truncated(prompts)
 
-    @torch.no_grad()
     def encode(self, images: Images) -> torch.Tensor:
         """Encode images to latents (N, C, h, w)."""
-        return encode_in_parts(self._vae, to_pixels(images))
+        return encode_in_parts(self._vae, images)

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
 
-from distill.evaluate.base import Encode, Generate, Images, Report
+from distill.evaluate.base import Generate, Report
 from distill.evaluate.evaluator import Evaluation, Evaluator
 from distill.evaluate.sampler import student_sampler
 from distill.models.sd3 import encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
-from distill.models.vae import to_pixels
 from distill.pipeline import OneStepPipeline
 
 
@@ -34,13 +34,15 @@ class StudentComparison:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows: the teacher, then each model."""
-        rows = {**({"teacher": self.teacher} if self.teacher else {}), **self.as_dict()}
         names = list(next(iter(self.models.values())).metrics)
-        return ["", *names], [[model, *(f"{found[name]:.4g}" for name in names)] for model, found in rows.items()]
+        return ["", *names], [
+            [model, *(f"{found[name]:.4g}" for name in names)] for model, found in self.as_dict().items()
+        ]
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """The metrics of each model."""
-        return {name: evaluation.metrics for name, evaluation in self.models.items()}
+        """The metrics of the teacher's images, where they are known, and of each model."""
+        teacher = {"teacher": self.teacher} if self.teacher else {}
+        return teacher | {name: evaluation.metrics for name, evaluation in self.models.items()}
 
 
 def compare_students(
@@ -54,21 +56,10 @@ def compare_students(
     others: Mapping[str, Generate] | None = None,
 ) -> StudentComparison:
     """Evaluate students of a (width, height), one in memory at a time, and then `others`. Raises SizeError."""
-    encode = encoder(teacher, device)
+    encode = partial(encode_in_parts, load_vae(teacher, device=device))
     models = {}
     for name, folder in students.items():
         generate = student_sampler(OneStepPipeline.load(folder, device), steps, size)
         models[name] = evaluator.evaluate(generate, encode, report)
     models |= {name: evaluator.evaluate(generate, encode, report) for name, generate in (others or {}).items()}
     return StudentComparison(models)
-
-
-def encoder(teacher: SD3Folder, device: torch.device) -> Encode:
-    """The teacher's autoencoder as a function from images to latents."""
-    vae = load_vae(teacher, device=device)
-
-    @torch.no_grad()
-    def encode(images: Images) -> torch.Tensor:
-        return encode_in_parts(vae, to_pixels(images))
-
-    return encode

@@ -175,8 +175,7 @@ def guided_teacher(guidance: TeacherGuidance, nets: Velocities, draw: Draw) -> V
     scale = guidance.sample_scale(draw)
 
     def u(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        skip_scale = guidance.skip_scale_at(t)
-        scales = guidance.scale_at(t, scale), guidance.skip_layers, skip_scale
+        scales = guidance.scale_at(t, scale), guidance.skip_layers, guidance.skip_scale_at(t)
         return guided_velocity(nets.teacher, nets.null, x_t, t, cond, *scales)
 
     return u

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +12,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from distill.errors import TeacherError
-from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import RECORD, read_json
 from distill.models.sd3_folder import check_size
-from distill.models.teacher import TEACHERS
+from distill.models.teacher import find_teacher, is_single_file
 
 _STOCK_TOKENS = (77, 256)  # CLIP's and T5's
 _SD3 = {
@@ -128,23 +126,18 @@ def read_geometry(teacher: str, base: str | None = None) -> Geometry:
     A single file has the geometry of its `base`. Components that a folder lacks have SD3's geometry. Raises
     TeacherError for an unknown name, a folder without an SD3 transformer, and a file without a base.
     """
-    if os.path.isfile(os.path.expanduser(teacher)):
+    if is_single_file(teacher, base):
         if base is None:
             raise TeacherError(f"{teacher} is a single file; name the folder of the same model with --teacher-base")
         return replace(read_geometry(base), name=Path(teacher).stem)
-    if base is not None:
-        raise TeacherError(f"--teacher-base completes a single file, and {teacher} is none; leave it out")
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, *_STOCK_TOKENS)
-    folder, name = TEACHERS.get(teacher, Path(os.path.expanduser(teacher))), ""
-    if not folder.exists() and (model := HubModel.parse(teacher)) is not None:
-        commit = model.resolve()
-        folder, name = fetch(commit, with_weights=False), commit.id
-    if not folder.is_dir():
+    if (found := find_teacher(teacher, with_weights=False)) is None:
         close = difflib.get_close_matches(teacher, NAMES, len(NAMES), 0.5) or NAMES
         raise TeacherError(
             f"{teacher!r} is no folder, no known model and no name of the hub; the nearest are {', '.join(close)}"
         )
+    folder, name, _ = found
     path = folder / "transformer" / "config.json"
     transformer = read_json(path)
     if transformer.get("_class_name") != SD3Transformer2DModel.__name__:

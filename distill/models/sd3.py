@@ -9,14 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.flow import shift_time
 from distill.models.sd3_files import find_weights
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
+from distill.models.vae import to_pixels
 from distill.models.weights import check_finite, check_shapes
 
 VelocityAt = Callable[[Tensor, float, TextCondition], Tensor]  # of a batch at one time
@@ -67,8 +70,10 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Ten
     return pixels
 
 
-def encode_in_parts(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Encode in parts of at most PIXELS_AT_ONCE pixels, or one image, to bound the memory."""
+@torch.no_grad()
+def encode_in_parts(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
+    """Encode images (N, H, W, 3) in parts of at most PIXELS_AT_ONCE pixels, or one image, to bound the memory."""
+    pixels = to_pixels(images)
     at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1]))
     return torch.cat([encode_images(vae, part) for part in torch.split(pixels, at_once)])
 

@@ -28,7 +28,7 @@ from distill.models.original_layout import OriginalTensor, transformer_tensors, 
 from distill.models.sd3_files import COMPONENTS, RECORD, find_weights
 from distill.models.sd3_folder import PLAIN_DTYPES, SD3Folder, check_weights
 from distill.models.tensor_file import DTYPES, write_tensors
-from distill.models.weights import tensor_shapes
+from distill.models.weights import first_missing, tensor_shapes
 
 ENDING = ".safetensors"
 _PREFIXES = {
@@ -175,10 +175,9 @@ def _convert(path: Path, parts: Mapping[str, Mapping[str, str]], base: SD3Folder
                 tensors[_PROJECTION] = torch.eye(config.projection_dim, config.hidden_size, dtype=dtype)
             options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
             model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
-            bad = sorted(info["missing_keys"]) + sorted(str(name) for name, *_ in info["mismatched_keys"])
-            if bad:
+            if (name := first_missing(info)) is not None:
                 raise TeacherError(
-                    f"{path} lacks {_PREFIXES[part]}{bad[0]} in the shape that {base.name} has; give the base of the "
+                    f"{path} lacks {_PREFIXES[part]}{name} in the shape that {base.name} has; give the base of the "
                     "same model"
                 )
         model.save_pretrained(made / part)

@@ -20,30 +20,49 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
     with one only. Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
     `SD3Folder.read` refuses, and a file that `open_single_file` refuses.
     """
-    built_in = TEACHERS.get(str(reference))
-    # Not resolved, because files in the hub's cache are links to nameless ones.
-    file = Path(os.path.expanduser(reference)).absolute()
-    if built_in is None and file.suffix == ".safetensors" and not file.exists():
-        raise TeacherError(f"there is no teacher {str(reference)!r}; that file does not exist")
-    if built_in is None and file.is_file():
+    if is_single_file(reference, base):
         from distill.models.single_file import open_single_file  # which imports torch
 
+        # Not resolved, because files in the hub's cache are links to nameless ones.
+        file = Path(os.path.expanduser(reference)).absolute()
         return open_single_file(file, None if base is None else open_teacher(base))
+    if (found := find_teacher(reference)) is None:
+        names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
+        raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
+    return SD3Folder.read(*found)
+
+
+def is_single_file(reference: str | Path, base: str | None) -> bool:
+    """Whether a teacher is a single file. Raises TeacherError for a missing one, and for a base of any other teacher."""
+    if str(reference) not in TEACHERS:
+        path = Path(os.path.expanduser(reference))
+        if path.suffix == ".safetensors" and not path.exists():
+            raise TeacherError(f"there is no teacher {str(reference)!r}; that file does not exist")
+        if path.is_file():
+            return True
     if base is not None:
         raise TeacherError(
             f"teacher_base (--teacher-base) completes a single file, and {reference} is none; leave it out"
         )
-    if built_in is not None:
-        return SD3Folder.read(built_in, str(reference))
-    if file.is_dir():
-        return SD3Folder.read(file)
-    if (model := _hub_model(reference)) is not None:
-        from distill.models.hub import fetch
+    return False
 
-        commit = model.resolve()
-        return SD3Folder.read(fetch(commit), commit.id, commit.revision)
-    names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
-    raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
+
+def find_teacher(reference: str | Path, with_weights: bool = True) -> tuple[Path, str | None, str | None] | None:
+    """Find the folder of a teacher, its name if that is not the folder's, and its commit if it is of the hub.
+
+    A model of the hub is fetched, with its weights or without. None if there is no such teacher.
+    """
+    if str(reference) in TEACHERS:
+        return TEACHERS[str(reference)], str(reference), None
+    path = Path(os.path.expanduser(reference))
+    if path.is_dir():
+        return path, None, None
+    if (model := _hub_model(reference)) is None:
+        return None
+    from distill.models.hub import fetch
+
+    commit = model.resolve()
+    return fetch(commit, with_weights), commit.id, commit.revision
 
 
 def pin_teacher(reference: str) -> str:

@@ -44,10 +44,16 @@ def check_shapes(kind: Any, path: Path) -> None:
             raise _mismatch(path, f"hold {name} as {given[name]}, and the configuration requires {shape}")
 
 
-def check_loading_info(info: dict[str, Any], path: Path) -> None:
+def first_missing(info: Mapping[str, Any]) -> str | None:
+    """Name the first weight that the loading info of transformers reports as missing or of another shape."""
+    bad = sorted(info["missing_keys"]) + sorted(str(name) for name, *_ in info["mismatched_keys"])
+    return bad[0] if bad else None
+
+
+def check_loading_info(info: Mapping[str, Any], path: Path) -> None:
     """Raise TeacherError if the loading info of transformers reports weights that are missing or of another shape."""
-    if bad := sorted(info["missing_keys"]) + sorted(str(name) for name, *_ in info["mismatched_keys"]):
-        raise _mismatch(path, f"lack {bad[0]} in the shape that the configuration requires")
+    if (name := first_missing(info)) is not None:
+        raise _mismatch(path, f"lack {name} in the shape that the configuration requires")
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

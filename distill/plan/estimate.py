@@ -35,7 +35,7 @@ PEAK = {"bf16": 989, "fp32": 67}  # TFLOP/s of an H100 or H200, dense, by NVIDIA
 # SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
 UTILIZATION = {"eager": 0.26, "compiled": 0.35}
 
-_SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
+SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
 
 
@@ -285,7 +285,7 @@ def network_calls(turn: Turn) -> list[NetworkCall]:
         return record
 
     cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"), _SHIFT)
+    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"), SHIFT)
     x = torch.zeros(1, 1, 2, 2)
     turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
     return calls

@@ -12,10 +12,10 @@ from distill.evaluate.sampler import Sampling
 from distill.methods.policies import TeacherGuidance
 from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_latents, encode_images
+from distill.plan.estimate import SHIFT
 from distill.plan.flop import velocity_flop
 from distill.plan.meter import Meter, without_data
 
-SHIFT = 3.0  # of the teachers' schedule; it decides only which steps leave out layers
 AUTOENCODER_SPEED = 0.5  # relative to bf16: the autoencoder is in fp32, which GPUs multiply as TF32
 
 

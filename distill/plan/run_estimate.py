@@ -1,6 +1,7 @@
 """`RunEstimate`: what a run needs of disk and time, stated before its work begins."""
 
 import json
+import math
 import shutil
 import time
 from contextlib import suppress
@@ -8,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from distill.config import Cadence, EvaluationSettings, Lora, RunConfig
+from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
@@ -21,6 +21,7 @@ from distill.plan.evaluation import evaluation_cost
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
 from distill.training import checkpoint
+from distill.training.initial_weights import trained_shapes
 from distill.training.preparation import SPEED
 from distill.training.run_evaluator import evaluated_size, evaluator_kind, references_folder
 from distill.training.run_sources import RunPrompts
@@ -116,7 +117,7 @@ def estimate_run(
     with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         training = left / float(json.loads((out / SPEED).read_text())["images_per_second"])
 
-    trainable = trainable_parameters(config, teacher)
+    trainable = sum(map(math.prod, trained_shapes(config, teacher).values()))
     roles = len({turn.role for turn in turns})
     state = trainable * (4 + roles * (4 + _MOMENTS[config.optimizer.kind]))
     kept = config.cadence.keep_checkpoints + 1  # the oldest is removed after the newest was written
@@ -167,23 +168,6 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         reference_seconds=cost.references / flop_rate,
         evaluation_seconds=(images // Cadence().evaluate) * cost.evaluation / flop_rate,
     )
-
-
-def trainable_parameters(config: RunConfig, teacher: SD3Folder) -> int:
-    """Count the parameters that one role trains, by the headers of the teacher's weights."""
-    networks = config.networks
-    if not isinstance(networks, Lora):
-        return teacher.parameters
-    total = 0
-    for path in find_weights(teacher.path / "transformer").files:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            for name in names:
-                shape = file.get_slice(name).get_shape()
-                layer = name.removesuffix(".weight")
-                if len(shape) == 2 and any(layer == each or layer.endswith(f".{each}") for each in networks.targets):
-                    total += networks.rank * sum(shape)
-    return total
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

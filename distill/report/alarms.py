@@ -67,12 +67,6 @@ class Alarms:
         return raised
 
 
-def alarms(history: Iterable[Metrics]) -> list[Alarm]:
-    """Return all alarms of a log."""
-    rules = Alarms()
-    return [alarm for line in history for alarm in rules.add(line)]
-
-
 def collapse(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
     """The images of a batch become alike. Diversity rises from a blurred start, so its maximum is the reference."""
     diversity, most = now.get("latent/diversity"), highest.get("latent/diversity", 0.0)

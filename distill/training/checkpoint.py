@@ -1,6 +1,6 @@
 """States of a run on disk: tensors in safetensors, numbers and a checksum in JSON, written completely or not at all.
 
-A state is a folder, written by `files.atomic_write`: what bears a final name is complete.
+A state is a folder, written by `files.atomic_write`, so a folder with a final name is complete.
 """
 
 import json
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a state to `folder`, in place of what may lie there; beside the tensors, memory for one of them is needed.
+    """Write a state to `folder`, in place of an older one. It needs memory for a copy of one tensor at a time.
 
     Raises DivergedError for numbers that are not finite, and CheckpointError if writing fails or `folder` contains
     other files. No partly written state has a final name.
@@ -54,7 +54,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
 
 
 def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a state, or of one `part` that was packed. Raises CheckpointError for a damaged one."""
+    """Load the tensors, or those of one packed `part`, and the record. Raises CheckpointError for a damaged state."""
     start = f"{part}/" if part else ""
     try:
         _check(folder)
@@ -69,7 +69,7 @@ def load(folder: Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `pack` put under a part, by name. Raises CheckpointError when they cannot be read."""
+    """Read the shapes of the tensors of a packed part by name. Raises CheckpointError for an unreadable state."""
     try:
         return unpack(part, tensor_shapes(folder / _TENSORS))
     except (OSError, SafetensorError) as error:
@@ -77,7 +77,7 @@ def shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def load_record(folder: Path) -> dict[str, Any]:
-    """The record of a state alone, whatever its tensors weigh. Raises CheckpointError when it cannot be read."""
+    """Read the record of a state without its tensors. Raises CheckpointError for an unreadable one."""
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -108,7 +108,7 @@ def _unreadable(folder: Path, error: object) -> CheckpointError:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest state in a folder that can be read, or None; damaged ones are passed over with a warning."""
+    """Find the newest readable state in a folder; damaged ones are skipped with a warning. None without one."""
     for path in reversed(states(folder)):
         try:
             _check(path)
@@ -137,7 +137,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def crosses(before: int, after: int, every: int) -> bool:
-    """Whether a cadence of `every` images fell due between two numbers of images seen."""
+    """Whether a multiple of `every` images was reached between two numbers of images seen."""
     return after // every > before // every
 
 
@@ -147,7 +147,7 @@ def state_name(images: int) -> str:
 
 
 def trim_lines(path: Path, images: int) -> None:
-    """Drop incomplete lines of a JSONL log, and those after the state of `images`, which will be written again."""
+    """Remove incomplete lines of a JSONL log, and lines after `images`, which will be written again."""
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
         ends = zip(lines, map(images_of, lines), strict=True)
@@ -155,26 +155,26 @@ def trim_lines(path: Path, images: int) -> None:
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under `prefix/`."""
+    """Prefix the names of tensors with `prefix/`."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def unpack(prefix: str, tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """What `pack` put under `prefix/`, or values by the same names."""
+    """Select the entries of `prefix/` and remove the prefix."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as flat tensors, by the index of the parameter and the entry's name."""
-    state = Optimizer.state_dict(optimizer)["state"]  # bitsandbytes' own nests it for another use
+    state = Optimizer.state_dict(optimizer)["state"]  # bitsandbytes' own method nests it
     return {
         f"{index}/{name}": torch.as_tensor(value) for index, entries in state.items() for name, value in entries.items()
     }
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took; whole numbers, as bitsandbytes counts its steps in, are numbers again."""
+    """Restore the state of `optimizer_tensors`. Integers, as bitsandbytes' step counts, become Python numbers again."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distill.flow import noise
 from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
-from distill.models.vae import to_images, to_pixels
+from distill.models.vae import to_images
 from distill.report.alarms import Alarm, Alarms
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, ended_early, read_run
@@ -84,16 +85,12 @@ class EvaluationCallback:
                 path = self._out / "samples" / f"{progress.images:012d}.png"
                 save_png(labeled_grid([("student", images)], self._texts), path)
         if self._evaluator is not None and (progress.crosses(cadence.evaluate) or finished):
-            evaluation = self._evaluator.evaluate(generate, self._encode)
+            evaluation = self._evaluator.evaluate(generate, partial(encode_in_parts, self._vae))
             progress.metrics.update(evaluation.metrics)
             if self._write:
                 if evaluation.picture is not None:
                     save_png(evaluation.picture, self._out / EVALUATED / f"{progress.images:012d}.png")
                 self._keep(progress, self._evaluator, evaluation.metrics)
-
-    @torch.no_grad()
-    def _encode(self, images: Images) -> torch.Tensor:
-        return encode_in_parts(self._vae, to_pixels(images))
 
     def _record(self, alarms: Sequence[Alarm], progress: Progress) -> None:
         for alarm in alarms:

@@ -1,4 +1,4 @@
-"""Check that the weights of `start` fit a run, by names and shapes alone, before anything is computed."""
+"""The shapes of a run's trained weights, and the check that those of `init_from` fit, before anything is loaded."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
 def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
-    """Raise ConfigError if `start` has no weights or does not fit the networks; TeacherError if they are damaged."""
+    """Raise ConfigError if `init_from` has no weights or those of other networks; TeacherError if they are damaged."""
     start = config.init_from
     if start is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
     read = _of_student if (start / "model_index.json").exists() else _of_run
     given, second = split(read(config, start))
-    if given != _expected(config, teacher) or bool(second) is not two_times:
+    if given != trained_shapes(config, teacher) or bool(second) is not two_times:
         raise ConfigError(f"init_from: {start} has other weights for the student; networks and teacher must be alike")
 
 
@@ -48,8 +48,8 @@ def _of_run(config: RunConfig, start: Path) -> _Shapes:
     return checkpoint.shapes(newest, "student")
 
 
-def _expected(config: RunConfig, teacher: SD3Folder) -> _Shapes:
-    """The shapes of the student's weights in this run, without those of a second time."""
+def trained_shapes(config: RunConfig, teacher: SD3Folder) -> _Shapes:
+    """The shapes of the weights that a role trains in this run, without those of a second time or a critic."""
     base = _shapes_of(teacher)
     if not isinstance(config.networks, Lora):
         return base

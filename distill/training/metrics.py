@@ -19,15 +19,15 @@ from distill.report.run_folder import METRICS
 from distill.training import checkpoint
 
 BUCKETS = 5  # of t, for the gap between teacher and fake
-SATURATED = 3.0  # latents have standard deviation 1; beyond this they are called saturated
-_LOG10 = "log10_"  # of a figure whose mean is shown as its logarithm
+SATURATED = 3.0  # absolute value above which latents, of standard deviation 1, are saturated
+_LOG10 = "log10_"  # prefix of metrics whose mean is logged as its logarithm
 
 
 class RoundMetrics:
-    """Sums and counts of one round's metrics, as tensors on their device: nothing waits for their values.
+    """Sums and counts of one round's metrics, as tensors on the device, without synchronization.
 
-    The losses swing round zero and say little. What tells whether a run is well: `gap` (|u - v|^2, and its log10 by t),
-    the fake's flow matching error, gradient norms, and the latents' spread, diversity and saturation.
+    The losses oscillate around zero. More informative are `gap` (|u - v|^2, and its log10 by t), the fake's flow
+    matching error, gradient norms, and the latents' standard deviation, diversity and saturation.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class RoundMetrics:
         self._sums[name] = self._sums[name] + sum_and_count if name in self._sums else sum_and_count
 
     def add_loss(self, role: str, loss: Loss) -> None:
-        """Squared distances by bucket of t, and over all; in the student's turn also how its images are spread."""
+        """Add a loss and its metrics, over all t and by bucket of t; for the student also statistics of its latents."""
         self.add(f"loss/{role}", loss.value.detach())
         if role == "student":
             self._add_latents(loss.x_0)
@@ -69,10 +69,10 @@ class RoundMetrics:
 
 
 class MetricsLog:
-    """Rounds are added as they end, and written as a line at the cadence.
+    """Collects the metrics of rounds, and writes their means as a line of metrics.jsonl and to the trackers.
 
-    `seconds/` are sums: what the roles' turns took, or whole rounds where these are CUDA graphs, and how long they
-    waited for data. `memory/peak` is of the main process, in bytes.
+    `seconds/` are sums of the time of the roles' turns, or of whole rounds as CUDA graphs, and of waiting for data.
+    `memory/peak` is that of the main process, in bytes.
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, images: int, config: RunConfig) -> None:
@@ -87,7 +87,7 @@ class MetricsLog:
             checkpoint.trim_lines(self._path, images)
         accelerator.init_trackers("distill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # which would write a second file of events for it
+            if tracker.name != "tensorboard":  # it would write a second file of events
                 tracker.store_init_configuration(config.identity())
 
     def add_round(self, names: Sequence[str], sums: Tensor) -> None:
@@ -96,12 +96,12 @@ class MetricsLog:
         self._rounds[key] = self._rounds[key] + sums if key in self._rounds else sums
 
     def add_number(self, name: str, value: float) -> None:
-        """A figure that is known as it is."""
+        """Set a metric that is no mean."""
         self._numbers[name] = value
 
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
-        """Count what is done here as time of `name`, less what is counted inside of it."""
+        """Add the time of the block to `name`, without that of blocks inside of it."""
         outer, self._inner = self._inner, 0.0
         began = time.perf_counter()
         yield
@@ -131,7 +131,7 @@ class MetricsLog:
 
 
 def sample_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Evenly spaced numbers of each tensor, 8191 at most, scaled so that their norm is about that of all."""
+    """Sample at most 8191 evenly spaced elements of each tensor, scaled so that their norm estimates that of all."""
     parts = []
     for tensor in tensors:
         part = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float()
@@ -140,7 +140,7 @@ def sample_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes at the process's heaviest moment so far: on its GPU, or all that it held where there is none."""
+    """Peak memory of the process so far in bytes: on its GPU, or resident memory without a GPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

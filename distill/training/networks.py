@@ -1,14 +1,14 @@
 """Teacher, fake and student: full copies, or two LoRA adapters on one shared base.
 
-Whichever it is, the trainer sees the same: three velocities, the trainable tensors of two roles, and the weights of
-the student. A loss differentiates through teacher and fake into their *input* only. That derivative is taken by
-`_InputGradient`, which puts the role's adapter on again before it goes backward: gradient checkpointing runs a
-network's forward a second time there, and with one base it would otherwise run whichever adapter is active by then.
-Weights that would learn are held meanwhile, so that nothing is kept or computed for their sake.
+Both have the same interface: three velocities, and the trainable tensors of each role. A loss differentiates through
+teacher and fake with respect to their *input* only. `_InputGradient` computes that derivative and activates the role's
+adapter again for the backward pass: gradient checkpointing repeats the forward pass there, which would otherwise run
+with the adapter that is active by then. Trainable weights are frozen meanwhile, so that nothing is stored or computed
+for their gradients.
 
-A shared base can be sharded over a mesh of devices (FSDP2): each block is gathered for its forward and for its
-backward. It is frozen, so nothing of it is ever reduced; adapters stay whole on every device, and their gradients are
-averaged as without sharding.
+A shared base can be sharded over a mesh of devices (FSDP2): each block is gathered for its forward and backward pass.
+The base is frozen, so it has no gradients to reduce. Adapters are replicated, and their gradients are averaged as
+without sharding.
 """
 
 import warnings
@@ -41,7 +41,7 @@ COMPILED_FORMS = 128  # of a block: by role, gradient, kind of block, and shape;
 
 
 class Networks(ABC):
-    """The three roles as the trainer sees them; `roles` are those that learn. A fake that does not is the teacher."""
+    """The networks of the three roles; `roles` are the trained ones. A fake that is not trained is the teacher."""
 
     _weights: dict[str, dict[str, torch.nn.Parameter]]  # by role and name
 
@@ -54,19 +54,19 @@ class Networks(ABC):
 
     @abstractmethod
     def using(self, role: str) -> AbstractContextManager[None]:
-        """A context in which a backward through `velocity(role)` is right."""
+        """A context in which `velocity(role)` can be differentiated: the role's adapter is active."""
 
     def size(self) -> int:
-        """Numbers in the weights of one network, the frozen base of adapters included."""
+        """Parameters of one network, including the frozen base of adapters."""
         return sum(parameter.numel() for parameter in self._model("teacher").parameters())
 
     def modules(self) -> list[torch.nn.Module]:
-        """Every network that holds memory, each once."""
+        """The distinct networks in memory."""
         models = dict.fromkeys(self._model(role) for role in ("teacher", *self.roles))
         return [*models, *([] if self._head is None else [self._head])]
 
     def velocity(self, role: str) -> NetworkVelocity:
-        """The field of "teacher", "fake" or "student" with gradient to its trainable weights, if it has any."""
+        """The velocity of "teacher", "fake" or "student", with gradient to its trainable weights, if it has any."""
 
         def v(x_t: Tensor, t: Tensor, cond: Any, skip_layers: Sequence[int] = ()) -> Tensor:
             with self.using(role):
@@ -76,10 +76,10 @@ class Networks(ABC):
 
     def field(self, role: str) -> NetworkVelocity:
         """The same with gradient to `x_t` only."""
-        return self._passing(role, self.velocity(role))
+        return self._to_input(role, self.velocity(role))
 
     def critic(self, learns: bool) -> Critic:
-        """The critic on the fake's features, with gradient to its weights and the fake's if it learns, or to `x_t`."""
+        """The critic on the fake's features, with gradient to both weights if it `learns`, else to `x_t` only."""
         head = self._head
         assert head is not None  # a turn with a critic has one
 
@@ -87,21 +87,21 @@ class Networks(ABC):
             with self.using("fake"):
                 return logits(self._model("fake"), head, x_t, t, cond)
 
-        return critic_logits if learns else self._passing("fake", critic_logits)
+        return critic_logits if learns else self._to_input("fake", critic_logits)
 
     def trainable(self, role: str) -> dict[str, Tensor]:
-        """The trainable tensors of a role that learns by name; alike for all, but for a critic's among the fake's."""
+        """The trainable tensors of a trained role by name. All roles have the same; the fake also has the critic's."""
         head = self._head if role == "fake" else None
         critic = {} if head is None else {CRITIC + name: tensor for name, tensor in head.named_parameters()}
         return {**self._weights[role], **critic}
 
-    def _passing(self, role: str, v: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`v` with gradient to x_t only, right under gradient checkpointing, with the role on and what learns held."""
+    def _to_input(self, role: str, v: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`v` with gradient to x_t only, also under gradient checkpointing."""
         weights = list(self.trainable(role).values()) if role in self.roles else []
 
         @contextmanager
-        def passing() -> Iterator[None]:
-            with self.using(role), _held(weights):
+        def context() -> Iterator[None]:
+            with self.using(role), _frozen(weights):
                 yield
 
         def field(x_t: Tensor, *others: Any) -> Tensor:
@@ -109,14 +109,14 @@ class Networks(ABC):
                 with torch.no_grad():
                     return v(x_t, *others)
             apply: Any = _InputGradient.apply
-            out: Tensor = apply(x_t, lambda x: v(x, *others), passing)
+            out: Tensor = apply(x_t, lambda x: v(x, *others), context)
             return out
 
         return field
 
 
 class FullCopies(Networks):
-    """Transformers from one in fp32: a copy for each role that learns, and the teacher itself, held in `dtype`."""
+    """A copy of the transformer in fp32 for each trained role, and the teacher itself in `dtype`."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class SharedBase(Networks):
                 raise ConfigError(f"networks.targets: the teacher has no layer {target!r}; take names as to_q or net.2")
         self._base = teacher.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two adapters on purpose
             for role in roles:
                 self._base.add_adapter(config, adapter_name=role)
         self._layers = [module for module in self._base.modules() if isinstance(module, BaseTunerLayer)]
@@ -184,11 +184,11 @@ class SharedBase(Networks):
         if two_times:  # with one time, the base ignores it
             self._weights["student"] |= add_second_time(self._base)
         self._active: str | None = ""
-        self._put_on("student")
+        self._activate("student")
         _prepare(self._base, kind)
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Keep of the base only this process's share, gathered block by block where it is needed."""
+        """Shard the base over a mesh of devices; its blocks are gathered one by one."""
         whole = {parameter for parameters in self._weights.values() for parameter in parameters.values()}
         for part in (*self._base.transformer_blocks, self._base):
             fully_shard(part, mesh=mesh, ignored_params=whole)
@@ -199,20 +199,20 @@ class SharedBase(Networks):
     @contextmanager
     def using(self, role: str) -> Iterator[None]:
         before = self._active
-        self._put_on(role if role in self.roles else None)
+        self._activate(role if role in self.roles else None)
         try:
             yield
         finally:
-            self._put_on(before)
+            self._activate(before)
 
-    def _put_on(self, adapter: str | None) -> None:
+    def _activate(self, adapter: str | None) -> None:
         if adapter == self._active:
             return
         for layer in self._layers:
             layer.enable_adapters(adapter is not None)
             if adapter is not None:
                 layer.set_adapter(adapter)
-        # peft turns gradients off for what it takes off; a graph that still holds it would lose them in silence.
+        # peft turns off gradients of inactive adapters; a graph that still needs them would silently have none.
         for parameters in self._weights.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -220,12 +220,12 @@ class SharedBase(Networks):
 
 
 class _InputGradient(torch.autograd.Function):
-    """y = f(x), computed and with dy/dx taken under `passing()`, and no gradient to f's weights."""
+    """y = f(x) without gradient to f's weights; f and dy/dx are computed in `context()`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], passing: Callable[[], Any]) -> Tensor:
-        ctx.passing = passing
-        with torch.enable_grad(), passing():
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], context: Callable[[], Any]) -> Tensor:
+        ctx.context = context
+        with torch.enable_grad(), context():
             ctx.x = x.detach().requires_grad_(True)
             ctx.y = f(ctx.x)
         y: Tensor = ctx.y.detach()
@@ -233,15 +233,15 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        with ctx.passing():
+        with ctx.context():
             (gradient,) = torch.autograd.grad(ctx.y, ctx.x, grads[0])
         del ctx.x, ctx.y
         return gradient, None, None
 
 
 @contextmanager
-def _held(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Weights that learn, taking no gradient for a while."""
+def _frozen(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Freeze trainable weights for the duration of the block."""
     for tensor in weights:
         tensor.requires_grad_(False)
     try:
@@ -252,7 +252,7 @@ def _held(weights: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
-    """What `kind` says of memory and speed; the blocks compile when they first run."""
+    """Set up gradient checkpointing and compilation; the blocks are compiled at their first call."""
     if kind.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
@@ -273,10 +273,10 @@ def build(
     critic: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> Networks:
-    """The three roles from a teacher folder, of which `roles` learn; the frozen weights are held in `dtype`.
+    """Build the networks of a run from a teacher folder; `roles` are trained, frozen weights are in `dtype`.
 
-    With `two_times` the student takes a second time, learned in full beside an adapter; with a `critic` the fake gets
-    its head. With a mesh the shared base is sharded over it. Raises ConfigError for full copies then.
+    With `two_times` the student takes a second time, whose weights are trained in full beside an adapter; with a
+    `critic` the fake gets its head. With a mesh the shared base is sharded over it, and full copies raise ConfigError.
     """
     if mesh is not None and isinstance(kind, Full):
         raise ConfigError(

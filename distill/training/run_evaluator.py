@@ -1,4 +1,4 @@
-"""The evaluator of a run's students, as the group `evaluation` of its configuration says."""
+"""The evaluator of a run's students, from the group `evaluation` of its configuration."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -10,7 +10,7 @@ from distill.config import RunConfig
 from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError
-from distill.evaluate.base import EvalDataset, find_eval_dataset
+from distill.evaluate.base import find_eval_dataset
 from distill.evaluate.clip_evaluator import ClipEvaluator
 from distill.evaluate.dataset_evaluator import DatasetEvaluator
 from distill.evaluate.evaluator import Evaluator
@@ -25,7 +25,7 @@ PROMPTS_PER_TASK = 16  # of a dataset with a scorer
 
 
 def evaluator_kind(config: RunConfig, teacher: SD3Folder) -> str:
-    """The evaluator that `evaluation.evaluator` means: `none`, `clip`, `reference` or the name of a dataset.
+    """Resolve `evaluation.evaluator` to `none`, `clip`, `reference` or the name of a dataset.
 
     `auto` is the dataset of the teacher's or the prompts' name, if it scores images of this size, else `reference`.
     Raises ConfigError for an unknown name, and for settings that the evaluator does not take.
@@ -103,11 +103,8 @@ def run_evaluator(
         return ReferenceEvaluator(references, clip, settings.metric or "kernel")
     if clip is not None:
         return ClipEvaluator(clip, evaluation_prompts(config, prompts), settings.images)
-    return DatasetEvaluator(_dataset(kind).prompts(PROMPTS_PER_TASK, config.seed, held_out=False), config.seed)
-
-
-def _dataset(name: str) -> EvalDataset:
-    return EVAL_DATASETS[name]()
+    prompts_of_tasks = EVAL_DATASETS[kind]().prompts(PROMPTS_PER_TASK, config.seed, held_out=False)
+    return DatasetEvaluator(prompts_of_tasks, config.seed)
 
 
 def evaluated_size(config: RunConfig, teacher: SD3Folder) -> tuple[int, int]:

@@ -250,7 +250,9 @@ def read_digests(out: Path) -> dict[str, str] | None:
         digests: dict[str, str] = json.loads(path.read_text())
         digests["teacher"]  # every record has it
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not say what the run learns from ({error}); give another --out") from None
+        raise CheckpointError(
+            f"{path} does not hold the digests of the run's sources ({error}); give another --out"
+        ) from None
     return digests
 
 

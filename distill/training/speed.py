@@ -1,4 +1,4 @@
-"""How many images a run makes in a time: measured once, over a few rounds of its own."""
+"""The training speed of a run, measured once over a few rounds, and the images that it makes in a time."""
 
 import json
 import math
@@ -20,15 +20,15 @@ from distill.training.processes import wait_for_main
 from distill.training.run_sources import run_sources
 from distill.training.trainer import Progress
 
-WARM = 4  # rounds before the clock starts; a CUDA graph is recorded in the fourth
+WARM = 4  # rounds before the measurement; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds
 
 
 def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
-    """Images, in whole batches, that training makes in so many seconds in this run folder; its prompts are encoded.
+    """Return the images, in whole batches, that a run in this folder trains on in `seconds`; its prompts are encoded.
 
-    Rates decay by images, so a run must know how many it will see: its speed is measured in a scratch folder that
-    goes away again, and kept in `speed.json` for a run that is continued. Every process of a run calls this.
+    Learning rates decay by images, so a run needs a budget in images. The speed is measured in a temporary folder and
+    stored in `speed.json` for a resumed run. Every process of a run calls this.
     """
     kept = folder / SPEED
     speed = _read_speed(kept) if kept.exists() else None
@@ -37,7 +37,7 @@ def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
 
 
 def _read_speed(path: Path) -> float:
-    """Images a second that were measured before. Raises RunError for a file that holds no speed."""
+    """Read images/s that were measured before. Raises RunError for a file that holds no speed."""
     try:
         speed = float(json.loads(path.read_text())["images_per_second"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -48,7 +48,7 @@ def _read_speed(path: Path) -> float:
 
 
 def _measure(config: RunConfig, folder: Path) -> float:
-    """Images a second of a run's rounds, from its own beginning."""
+    """Measure images/s of a run's first rounds."""
     scratch = folder / ".speed"
     never = 10**12
     quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)

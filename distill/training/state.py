@@ -1,4 +1,4 @@
-"""What trainings share: progress, and the states that trainings of teachers resume from."""
+"""Progress of any training, and the states that trainings of small teachers resume from."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget an
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Images seen before and after a step, out of how many, and metrics; `save()` writes a state off the cadence."""
+    """Images seen before and after a step, their budget, and metrics; `save()` writes a state at once."""
 
     before: int
     images: int
@@ -27,7 +27,7 @@ class TrainingProgress:
     save: Callable[[], None]
 
     def crosses(self, every: int) -> bool:
-        """Whether a cadence of `every` images fell due in this step."""
+        """Whether a multiple of `every` images was reached in this step."""
         return checkpoint.crosses(self.before, self.images, every)
 
 

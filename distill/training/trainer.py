@@ -1,16 +1,13 @@
-"""The loop: for each turn of the method, for its steps: loss, backward, average over devices, clip, step.
+"""The training loop: for each step of each turn of the method: loss, backward, average over devices, clip, step.
 
-It owns optimizers, rhythm and checkpoints, and yields progress to its caller. Every random number is a function of
-(seed, purpose, image index), so a run needs no generator's state to continue, and devices share one global batch.
+The trainer owns optimizers and checkpoints, and yields progress to its caller. Every random number is a function of
+(seed, purpose, image index), so a run resumes without generator state, and devices share one global batch.
 
 A step sums the gradients of its micro-batches, which are this process's share of the batch, and averages the sums over
-processes once: gradient accumulation that any method's turns can alternate over. On a GPU, without
-a CUDA graph, a thread reads or encodes the next micro-batches meanwhile.
+processes once. On a GPU without a CUDA graph, a thread reads or encodes the next micro-batches meanwhile.
 """
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,10 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill.config import RunConfig
 from distill.data.batches import MicroBatch, batches, micro_batch_size, prefetch
@@ -33,126 +27,35 @@ from distill.data.conditions import Conditions, Reals
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
-from distill.models import attention, quantize
-from distill.models.device import resolve_device
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.student.cuda_graphs import CudaGraphed
 from distill.training import checkpoint, optimizers
+from distill.training.accelerator import graph_obstacles
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
 from distill.training.networks import CRITIC, Networks
-from distill.training.processes import COLLECTIVE_TIMEOUT, wait_for_main
+from distill.training.processes import wait_for_main
 from distill.training.state import TrainingProgress
 
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
-_ENGINES = "cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2"
 GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels take longer than their launches
 
 
 @dataclass(frozen=True)
 class Progress(TrainingProgress):
-    """Where a run stands after a round of turns, for as long as its next round has not begun.
+    """The state of a run after a round of turns; valid until the next round begins.
 
     `seconds` is the time of all rounds so far, without checkpoints and without what the caller does between rounds.
-    `generate(cond, z)` is the averaged student, `average` its weights.
-    Whoever looks at a run on the way adds metrics, and notes, which are sentences for people.
+    `generate(cond, z)` is the averaged student, `average` its weights. A caller may add metrics, and notes, which are
+    sentences for people.
     """
 
     seconds: float
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
-
-
-def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
-    """Accelerate's view of the machine, one process or many; trackers that write files do so under `out/tensorboard`.
-
-    Raises ConfigError for a tracker that is unknown or not installed, for an environment in which accelerate cannot
-    start, and for one that asks for an engine that cannot train roles in alternation.
-    """
-    for name in ("DEEPSPEED", "MEGATRON_LM", "SAGEMAKER"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ConfigError(f"ACCELERATE_USE_{name} is set, and this engine {_ENGINES}; unset it")
-    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
-    for name in trackers:
-        if name not in known:
-            raise ConfigError(f"trackers: there is no {name!r}; there are {', '.join(known)}")
-        if LoggerType(name) not in get_available_trackers():
-            package = name.replace("_", "-")
-            raise ConfigError(f"trackers: {name} is not installed; `pip install {package}`, or take it off the list")
-    folders = ProjectConfiguration(project_dir=out, logging_dir=out / "tensorboard")
-    waiting = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
-    try:
-        return Accelerator(
-            mixed_precision=precision,
-            log_with=list(trackers) or None,
-            project_config=folders,
-            kwargs_handlers=[waiting],
-        )
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"accelerate does not start: {error}; check the variables of a launcher (ACCELERATE_..., FSDP_..., "
-            "WORLD_SIZE, RANK, MASTER_ADDR), or unset them to train in one process"
-        ) from error
-
-
-def check(config: RunConfig, accelerator: Accelerator) -> None:
-    """Raise ConfigError for what the configuration asks and this machine, as it was launched, cannot do."""
-    resolve_device(str(accelerator.device))  # an environment variable may name a missing device
-    if config.batch % accelerator.num_processes:
-        world = accelerator.num_processes
-        raise ConfigError(f"batch {config.batch} does not divide over {world} processes; take a multiple of {world}")
-    if config.prompts.encoder_device is not None:
-        try:
-            resolve_device(config.prompts.encoder_device)
-        except ConfigError as error:
-            raise ConfigError(f"prompts.encoder_device: {error}") from None
-    if config.prompts.t5 == "int8":
-        quantize.check("int8", torch.bfloat16, accelerator.device, "prompts.t5")
-    engine = accelerator.distributed_type
-    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        engine == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise ConfigError(f"{engine.value} {_ENGINES}")
-    dimensions = accelerator.parallelism_config
-    if dimensions is not None and (dimensions.tp_enabled or dimensions.cp_enabled):
-        raise ConfigError(f"tensor or context parallelism {_ENGINES}")
-    if accelerator.is_fsdp2 and config.networks.kind == "full":
-        raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    compiler = os.environ.get("CXX", "g++")  # that torch asks for where there is no GPU
-    if config.networks.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or set it to false"
-        )
-    attention.check(config.networks.attention, dtype, accelerator.device)
-    optimizers.check(config.optimizer.kind, accelerator.device)
-    if config.networks.cuda_graph is True and (against := _against_graphs(config, accelerator)):
-        raise ConfigError(f"networks.cuda_graph needs {', '.join(against)}; set it to auto, or change that")
-
-
-def mesh(accelerator: Accelerator) -> DeviceMesh | None:
-    """The devices that a shared base is sharded over: accelerate's own mesh, else all; None without FSDP2."""
-    if not accelerator.is_fsdp2:
-        return None
-    own: DeviceMesh | None = accelerator.torch_device_mesh
-    if own is not None:
-        return own[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-
-
-def _against_graphs(config: RunConfig, accelerator: Accelerator) -> list[str]:
-    """What a CUDA graph of a round needs, and this configuration or machine has not."""
-    against = {
-        "a CUDA device": accelerator.device.type != "cuda",
-        "a single process without FSDP": accelerator.num_processes > 1 or accelerator.is_fsdp2,
-        "one size of images": len(config.sizes) > 1,
-        "networks.gradient_checkpointing false": config.networks.gradient_checkpointing,
-        "optimizer.kind adam": config.optimizer.kind != "adam",
-    }
-    return [need for need, missing in against.items() if missing]
 
 
 def train(
@@ -165,11 +68,11 @@ def train(
     reals: Reals | None = None,
     shift: float = 1.0,
 ) -> Iterator[Progress]:
-    """Run to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
+    """Train to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
-    `shapes` are the latents (C, h, w) that each step draws one of, `shift` is the time shift of the teacher's
-    scheduler. Raises CheckpointError for a checkpoint of another
-    configuration, DivergedError for gradients that are not finite, RunError when `out` vanishes meanwhile.
+    Each step draws one of the latent `shapes` (C, h, w); `shift` is the time shift of the teacher's scheduler. Raises
+    CheckpointError for a checkpoint of another configuration, DivergedError for gradients that are not finite, RunError
+    if `out` disappears.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     local = config.batch // world
@@ -189,16 +92,16 @@ def train(
     velocities = {turn.role: _velocities(networks, turn, null, shift) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
-    skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row, now
-    most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # at any time of this process
+    skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
+    most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # the maximum in this process
     share = torch.zeros((), device=device)  # of the new weights in the average
     names: list[str] = []  # of a round's metrics
-    graphed = not _against_graphs(config, accelerator) and (
+    graphed = not graph_obstacles(config, accelerator) and (
         networks.size() < GRAPHED if config.networks.cuda_graph == "auto" else config.networks.cuda_graph
     )
 
     def take_round(coming: Iterator[MicroBatch]) -> Tensor:
-        """One step for each turn; the metrics' sums (names, 2)."""
+        """Take the steps of all turns; return the sums and counts of metrics (names, 2)."""
         metrics = RoundMetrics()
         for turn in turns:
             with log.seconds(turn.role):
@@ -264,7 +167,7 @@ def train(
                     for role in networks.roles:
                         check_soundness(role)
 
-            # 5. report and keep
+            # 5. log and save
             if not out.is_dir():
                 raise RunError(
                     f"{out} is gone; if it was moved, the same command with its new place as --out continues "
@@ -287,7 +190,7 @@ def train(
 
 
 def _fed(made: Iterator[MicroBatch], device: torch.device, log: MetricsLog) -> Iterator[MicroBatch]:
-    """Micro-batches on the device; the time that is waited for them is logged."""
+    """Yield the micro-batches on the device, and log the time of waiting for them."""
     while True:
         with log.seconds("data"):
             part = next(made, None)
@@ -300,7 +203,7 @@ def _fed(made: Iterator[MicroBatch], device: torch.device, log: MetricsLog) -> I
 def _graphed(
     take_round: Callable[[Iterator[MicroBatch]], Tensor], count: int, log: MetricsLog
 ) -> Callable[[Iterator[MicroBatch]], Tensor]:
-    """The same rounds, of so many micro-batches, as replays of one CUDA graph."""
+    """The same function of `count` micro-batches, replayed as one CUDA graph."""
     forms: list[MicroBatch] = []
 
     def from_tensors(*tensors: Tensor) -> Tensor:
@@ -318,7 +221,7 @@ def _graphed(
 
 
 def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: float) -> Velocities:
-    """In its own turn a role learns; in the other's it only passes gradient on to its input."""
+    """The networks of a turn: its role has gradient to its weights, the others to their input only."""
     fields: dict[str, Any] = {
         name: networks.velocity(name) if name == turn.role else networks.field(name)
         for name in ("student", "teacher", "fake")
@@ -329,7 +232,7 @@ def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: floa
 
 
 def _rate(config: RunConfig, images: int) -> float:
-    """Share of the full rate: a linear rise over `warmup` images, a plateau, a half cosine over the last `decay`."""
+    """Factor of the learning rate: linear warm-up, constant, and half a cosine over the last `decay_images`."""
     warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup_images, 1))
     start = max(0, config.images - config.optimizer.decay_images)
     if images <= start:
@@ -338,7 +241,7 @@ def _rate(config: RunConfig, images: int) -> float:
 
 
 def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
-    """Mean over processes, in few messages; any number of forwards before it stays right."""
+    """Average the gradients over processes, in messages of at most MESSAGE numbers."""
     if accelerator.num_processes == 1:
         return
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
@@ -353,7 +256,7 @@ def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
 
 @contextmanager
 def _swapped(weights: dict[str, Tensor], others: dict[str, Tensor]) -> Iterator[None]:
-    """`weights` hold `others` for a while."""
+    """Replace the values of `weights` by those of `others` for the duration of the block."""
     own = {name: tensor.detach().clone() for name, tensor in weights.items()}
     _copy(others, weights)
     try:
@@ -383,7 +286,7 @@ class _State:
         checkpoint.prune(self.folder, self.config.cadence.keep_checkpoints)
 
     def restore(self) -> tuple[int, float]:
-        """Images seen by the newest checkpoint, whose state is put back, and seconds taken for them; 0 without one."""
+        """Restore the newest checkpoint; return its images and its seconds of training, 0 without one."""
         newest = checkpoint.latest(self.folder)
         if newest is None:
             return 0, 0.0
@@ -396,9 +299,9 @@ class _State:
         return int(record["images"]), float(record.get("seconds", 0))
 
     def begin(self, start: Path) -> None:
-        """Roles take the weights of another run's newest checkpoint, or the student those of a student folder.
+        """Copy the weights of another run's newest checkpoint, or for the student those of a student folder.
 
-        Optimizers and data begin anew. Raises ConfigError when there are no weights, or they are of other networks.
+        Optimizers and data start from the beginning. Raises ConfigError for missing weights or other networks.
         """
         if (start / "model_index.json").exists():
             loaded = load_transformer(SD3Folder.read(start)).state_dict()
@@ -414,7 +317,7 @@ class _State:
             given = found.get(part, {})
             if not given and part != "student":
                 continue  # a method that trained no such role
-            # A critic that only one of the two runs has begins anew, or is left behind.
+            # A critic that only one of the two runs has is not copied.
             critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
             own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
             if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:

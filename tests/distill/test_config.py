@@ -64,32 +64,6 @@ def test_mistakes_are_named(name, override, words):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("start=runs/a", "init_from"),
-        ("stop.patience=3", "early_stopping_patience"),
-        ("prompts.count=3", "max_count"),
-        ("real={source: scenes, count: 3}", "max_count"),
-        ("networks={kind: full, checkpointing: true}", "gradient_checkpointing"),
-        ("optimizer.student_rate=1e-4", "student_lr"),
-        ("optimizer.fake_rate=1e-4", "fake_lr"),
-        ("optimizer.warmup=0", "warmup_images"),
-        ("optimizer.decay=0", "decay_images"),
-        ("optimizer.clip=1", "max_grad_norm"),
-        ("optimizer.skips=3", "max_skipped_steps"),
-        ("cadence.keep=2", "keep_checkpoints"),
-        ("method={name: flow_map, law: lagrangian}", "objective"),
-        ("method.times.law=uniform", "distribution"),
-        ("method.guidance.teacher=2", "scale"),
-        ("method.guidance.fake=alike", "guide_fake"),
-    ],
-)
-def test_the_keys_of_older_checkouts_are_refused_with_their_new_names(old, new):
-    with pytest.raises(ConfigError, match=f"did you mean '{new}'"):
-        load_config("scenes", [old])
-
-
-@pytest.mark.parametrize(
     "override",
     [
         "method.guidance.scale=0",

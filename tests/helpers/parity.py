@@ -27,6 +27,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.training import trainer
+from distill.training.accelerator import check
 from distill.training.networks import ROLES, SharedBase, build
 from distill.training.processes import wait_for_main
 
@@ -144,7 +145,7 @@ def main(teacher: Path, out: Path) -> None:
     wait_for_main(accelerator)
     (out / f"waited-{rank}").write_text((out / "main").read_text())
     try:
-        trainer.check(run(batch=3), accelerator)
+        check(run(batch=3), accelerator)
     except ConfigError as error:
         (out / "refused").write_text(str(error))
 

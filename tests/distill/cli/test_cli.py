@@ -11,7 +11,7 @@ from distill.config import load_config
 from distill.errors import ConfigError, OutputError
 from distill.models.device import resolve_device
 from distill.student.export import check_size
-from distill.training.trainer import accelerator_for, check
+from distill.training.accelerator import accelerator_for, check
 
 PLAN = ("plan", "sd3-medium")
 RUN = ("run", "scenes-debug")

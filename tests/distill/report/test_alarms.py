@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.report.alarms import WINDOW, Alarms, alarms
+from distill.report.alarms import WINDOW, Alarm, Alarms
 
 # The start of a healthy run: a blurred student gains contrast, so error, spread and gap triple and settle.
 STD = [0.39, 0.45, 0.65, 0.90, 1.01, 1.11, 1.13, 1.14, 1.15, 1.18, 1.18, 1.17]
@@ -31,6 +31,12 @@ def worsened(**last: float) -> list[dict[str, float]]:
     """A healthy log, and then lines with other metrics."""
     log = healthy()
     return [*log, *({**log[-1], "images": 640.0 * (len(log) + i + 1), **last} for i in range(2 * WINDOW))]
+
+
+def alarms(log: list[dict[str, float]]) -> list[Alarm]:
+    """All alarms of a log."""
+    rules = Alarms()
+    return [alarm for line in log for alarm in rules.add(line)]
 
 
 @pytest.mark.parametrize(("metric", "good", "bad"), [("grid", 1.2, 2.5), ("relative_diversity", 0.9, 0.3)])

@@ -1,4 +1,4 @@
-"""The loop's promises: what a step sums, what it draws, what it reads ahead, and what it refuses at the door."""
+"""The promises of the training loop: what a step sums, what it draws, and what it reads ahead."""
 
 import threading
 
@@ -279,27 +279,3 @@ def test_adam_takes_the_steps_of_its_definition():
         v = 0.9 * v + 0.1 * (gradient * step) ** 2
         weight = weight - 0.1 * (m / (1 - 0.5**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-3)
     torch.testing.assert_close(tensor.detach(), weight)
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ({"optimizer.kind": "adam-8bit"}, r"optimizer\.kind adam-8bit needs the package bitsandbytes"),
-        (
-            {"networks.kind": "lora", "networks.attention": "xformers"},
-            r"networks\.attention xformers needs the package xformers",
-        ),
-        (
-            {"networks.kind": "lora", "networks.cuda_graph": True, "networks.gradient_checkpointing": True},
-            r"networks\.cuda_graph needs a CUDA device, networks\.gradient_checkpointing false; set it to auto",
-        ),
-        (
-            {"networks.kind": "lora", "networks.compile": True},
-            r"networks\.compile needs a C\+\+ compiler but there is no c\+\+0",
-        ),
-    ],
-)
-def test_what_this_machine_cannot_do_is_refused(override, words, monkeypatch):
-    monkeypatch.setenv("CXX", "c++0")
-    with pytest.raises(ConfigError, match=words):
-        trainer.check(parity.run(**override), Accelerator(cpu=True))
