@@ -129,7 +129,7 @@ def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
 
 
 def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
-    """As printed, one after the other, but with a tiny teacher, two batches of two images, and a free port."""
+    """As printed, one after the other, but with a tiny teacher, two batches and evaluations of two images, and a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -145,6 +145,8 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
         "networks.alpha=2",
         "sizes=[]",
         "method.guidance.skip_layers=[]",
+        "evaluation.images=2",
+        "evaluation.teacher_steps=2",
     ]
     with ExitStack() as servers:
         for words in block_commands(README):

@@ -35,7 +35,7 @@ def run(
 
     chosen = [] if method is None else [f"method.name={method}"]
     resolved = load_config(config, [*chosen, *(overrides or [])])
-    folder = out or Path("runs") / Path(config).stem
+    folder = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
 
     if run_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
         typer.echo(

@@ -22,17 +22,9 @@ from torch import Tensor
 
 from distill.data.prompt_files import EMBEDDED
 from distill.data.prompts import DistinctPrompts
-from distill.data.shards import (
-    SHARD_ROWS,
-    Layout,
-    ShardReader,
-    ShardWriter,
-    check_rows,
-    check_source,
-    rows_of_shard,
-    shard_name,
-    write_rows,
-)
+from distill.data.shard_reader import ShardReader
+from distill.data.shard_writer import ShardWriter, check_source
+from distill.data.shards import SHARD_ROWS, Layout, check_rows, rows_of_shard, shard_name, write_rows
 from distill.data.worker_process import follow_parent
 from distill.errors import CacheError, PromptError
 from distill.models.device import fast_bfloat16

@@ -21,7 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from distill.data.embedding_cache import tensors, text_dtype, text_shapes
-from distill.data.shards import SHARD_ROWS, Layout, ShardReader, ShardWriter, check_source, rows_of_shard
+from distill.data.shard_reader import ShardReader
+from distill.data.shard_writer import ShardWriter, check_source
+from distill.data.shards import SHARD_ROWS, Layout, rows_of_shard
 from distill.data.sources import Example
 from distill.data.srgb import to_srgb
 from distill.errors import ImageError

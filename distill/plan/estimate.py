@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import unpack_dual
 
 from distill.config import Full, Lora, load_config
-from distill.data.shards import RESIDENT_BYTES
+from distill.data.shard_reader import RESIDENT_BYTES
 from distill.errors import ConfigError
 from distill.flow import derivative, one_step
 from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity

@@ -28,7 +28,7 @@ from distill.data.images import read_examples
 from distill.data.online_conditions import OnlineConditions
 from distill.data.prompt_texts import PromptTexts, write_texts
 from distill.data.prompts import DistinctPrompts, read_prompts
-from distill.data.shards import RESIDENT_BYTES
+from distill.data.shard_reader import RESIDENT_BYTES
 from distill.data.sources import PROMPT_SOURCES
 from distill.errors import CacheError, CheckpointError, ConfigError
 from distill.files import atomic_write_text

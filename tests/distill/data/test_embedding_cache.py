@@ -8,7 +8,7 @@ import torch
 from commands import invoke
 from tiny import PROMPTS, WORDS, make_teacher
 
-from distill.data import shards
+from distill.data import shard_reader, shards
 from distill.data.embedding_cache import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
 from distill.data.prompts import read_prompts
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
@@ -56,7 +56,7 @@ def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, 
 
 
 def test_a_cache_is_held_only_within_the_memory_for_it(cache, teacher, monkeypatch):
-    monkeypatch.setattr(shards, "RESIDENT_BYTES", 1)
+    monkeypatch.setattr(shard_reader, "RESIDENT_BYTES", 1)
     shard = cache / "shard-00000.safetensors"
     opened = EmbeddingCache(cache, SD3Folder.read(teacher), torch.device("cpu"))
     shard.write_bytes(shard.read_bytes()[:-4] + b"\0\1\2\3")
@@ -75,8 +75,8 @@ def test_a_large_cache_is_read_by_shards_each_row_once_an_epoch(teacher, tmp_pat
     assert torch.equal(small.shuffle(torch.Generator().manual_seed(0)), expected)
 
     size = (cache / "shard-00000.safetensors").stat().st_size
-    monkeypatch.setattr(shards, "RESIDENT_BYTES", 1)
-    monkeypatch.setattr(shards, "WINDOW_BYTES", 2 * size)
+    monkeypatch.setattr(shard_reader, "RESIDENT_BYTES", 1)
+    monkeypatch.setattr(shard_reader, "WINDOW_BYTES", 2 * size)
     large = EmbeddingCache(cache, SD3Folder.read(teacher))
     first, again, other = (large.shuffle(torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
