@@ -129,7 +129,7 @@ def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
 
 
 def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
-    """As printed, one after the other, but with a tiny teacher, two batches and evaluations of two images, and a free port."""
+    """As printed, in order, but with a tiny teacher, batches and evaluations of two images, and a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -33,7 +33,7 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
 
 
 def is_single_file(reference: str | Path, base: str | None) -> bool:
-    """Whether a teacher is a single file. Raises TeacherError for a missing one, and for a base of any other teacher."""
+    """Whether a teacher is a single file. Raises TeacherError for a missing one, and for a base of another teacher."""
     if str(reference) not in TEACHERS:
         path = Path(os.path.expanduser(reference))
         if path.suffix == ".safetensors" and not path.exists():
