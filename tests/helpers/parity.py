@@ -113,7 +113,7 @@ def stop(teacher: Path, out: Path, rank: int) -> int:
 
     runs.run = signaled
     try:
-        run_with_bars(whole(teacher, out / "prompts.txt"), out / "stopped", "a run")
+        run_with_bars(whole(teacher, out / "prompts.txt", "evaluation.evaluator=none"), out / "stopped", "a run")
     except typer.Exit as ended:
         return ended.exit_code
     return 0

@@ -176,7 +176,8 @@ def any_step_student(teacher, tmp_path_factory):
 
 def test_an_any_step_student_takes_steps_over_rest(any_step_student, url, connect):
     pipeline = OneStepPipeline.load(any_step_student)
-    with serving(create_app(Settings(models=(any_step_student,), engine={"devices": "cpu"}))) as any_step:
+    backend = load_backend(str(any_step_student), None, "cpu")
+    with serving(create_app(Settings(), worker_threads(backend))) as any_step:
         client = connect(any_step)
         for steps in (1, 4):
             answer = client.images.generate(prompt="a", extra_body={"seed": 1, "steps": steps})
