@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from distill.errors import ScorerError
 from distill.evaluate.metrics import Features
+from distill.models.hub import HubModel
 
 BATCH = 64
 
@@ -32,6 +33,8 @@ class Clip:
         self._is_local = Path(reference).is_dir()
         self.name = Path(reference).name if self._is_local else str(reference)
         self._reference, self._device = str(reference), device
+        if not self._is_local and HubModel.parse(str(reference)) is None:
+            raise self._no_clip("there is no such folder")
         config = self._load(CLIPConfig)
         if config.model_type != "clip":
             raise self._no_clip(f"its model_type is {config.model_type}")

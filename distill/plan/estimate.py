@@ -34,6 +34,7 @@ PEAK = {"bf16": 989, "fp32": 67}  # TFLOP/s of an H100 or H200, dense, by NVIDIA
 # Share of the peak in a training step. Eager: measured on an H200, 1.53 images/s of 168.5 TFLOP, a LoRA step of
 # SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
 UTILIZATION = {"eager": 0.26, "compiled": 0.35}
+MATRIX_SHARE = 0.75  # of the peak, by a large matrix product on that H200: 741 TFLOP/s
 
 SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale

@@ -13,20 +13,21 @@ import torch
 from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError
+from distill.evaluate.references import image_count
 from distill.models.geometry import read_geometry
 from distill.models.sd3_files import MODELS, find_weights
 from distill.models.sd3_folder import SD3Folder
-from distill.plan.estimate import Plan, PlanInput
+from distill.plan.estimate import MATRIX_SHARE, UTILIZATION, Plan, PlanInput
 from distill.plan.evaluation import evaluation_cost
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
 from distill.training import checkpoint
 from distill.training.initial_weights import trained_shapes
 from distill.training.preparation import SPEED
-from distill.training.run_evaluator import evaluated_size, evaluator_kind, references_folder
+from distill.training.run_evaluator import evaluated_size, evaluator_kind, references_folder, run_references
 from distill.training.run_sources import RunPrompts
 
-UTILIZATION = 0.35  # share of the device's rate of matrix products that training reaches
+SMALL = 1e12  # FLOP per image below which a device mostly waits, and training takes longer than its arithmetic
 _MOMENTS = {"adam": 8, "adam-8bit": 2}  # bytes per number
 
 
@@ -40,17 +41,18 @@ class RunEstimate:
     cache: int  # that is still to be written
     checkpoints: int
     student: int
+    references: int  # the teacher's images that evaluations compare with, in the run folder
     prompt_flop: float
     image_flop: float
     encoding_seconds: float
     training_seconds: float
-    reference_seconds: float  # of the teacher's images that evaluations compare with
+    reference_seconds: float
     evaluation_seconds: float  # of all evaluations with them
 
     @property
     def disk(self) -> int:
         """Bytes of all that the run writes."""
-        return self.cache + self.checkpoints + self.student
+        return self.cache + self.checkpoints + self.student + self.references
 
     def lines(self) -> list[str]:
         """Sentences for people."""
@@ -63,6 +65,7 @@ class RunEstimate:
         else:
             how = f"read from a cache of {together}"
         sizes = {"cache": self.cache, "checkpoints": self.checkpoints, "student": self.student}
+        sizes["the teacher's images"] = self.references
         disk = ", ".join(f"{name} {si(size, 'B')}" for name, size in sizes.items() if size)
         works = {
             "encoding": self.encoding_seconds,
@@ -71,10 +74,11 @@ class RunEstimate:
             "evaluations": self.evaluation_seconds,
         }
         work = ", ".join(f"{name} {duration(seconds)}" for name, seconds in works.items() if seconds)
+        longer = "; a model as small as this one takes longer than its arithmetic" if self.image_flop < SMALL else ""
         return [
             f"Prompts: {self.prompts} distinct, {how}.",
             f"Disk: {si(self.disk, 'B')} ({disk}).",
-            f"Time: about {work or 'nothing'}.",
+            f"Time: about {work or 'nothing'}{longer}.",
         ]
 
     @property
@@ -108,7 +112,8 @@ def estimate_run(
     prompt_flop = encoding_flop(geometry)
     count, online = prompts.distinct(), prompts.is_online(teacher)
     row = row_bytes(teacher) * text_dtype(device).itemsize // torch.bfloat16.itemsize
-    rate = UTILIZATION * matrix_rate(device, text_dtype(device))
+    share = UTILIZATION["compiled" if config.networks.compile else "eager"] / MATRIX_SHARE
+    rate = share * matrix_rate(device, text_dtype(device))
 
     newest = checkpoint.latest(out / "checkpoints")
     left = max(0, config.images - (int(newest.name) if newest else 0))
@@ -124,11 +129,15 @@ def estimate_run(
     others = [name for name in MODELS if name != "transformer" and (name != "text_encoder_3" or teacher.has_t5)]
     files = [path for name in others for path in find_weights(teacher.path / name).files]
     encodes = not (online or prompts.is_encoded)
+    settings, size = config.evaluation, evaluated_size(config, teacher)
     references = evaluations = 0.0
     if evaluator_kind(config, teacher) == "reference":
-        cost = evaluation_cost(geometry, evaluated_size(config, teacher), config.method.guidance, config.evaluation)
-        references = 0.0 if references_folder(config, out).exists() else cost.references / rate
+        cost = evaluation_cost(geometry, size, config.method.guidance, settings)
+        references = cost.references / rate
+        if prompts.is_encoded and (made := run_references(config, teacher, out, prompts.first(settings.images))):
+            references *= len(made.missing()) / len(list(made.batches()))
         evaluations = (left // config.cadence.evaluate + 1) * cost.evaluation / rate
+    own = references_folder(config, out).parent == out and evaluations > 0
     return RunEstimate(
         prompts=count,
         prompt_bytes=row,
@@ -136,6 +145,7 @@ def estimate_run(
         cache=count * row * encodes,
         checkpoints=kept * state + 2 * 4 * trainable,  # and the best student
         student=2 * teacher.parameters + sum(path.stat().st_size for path in files),
+        references=reference_bytes(settings.images, size) * own,
         prompt_flop=prompt_flop,
         image_flop=image_flop,
         encoding_seconds=count * prompt_flop / rate * encodes,
@@ -150,7 +160,8 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
     geometry = setting.geometry
     row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)
-    cost = evaluation_cost(geometry, (setting.size, setting.size), setting.method.guidance, EvaluationSettings())
+    size = (setting.size, setting.size)
+    cost = evaluation_cost(geometry, size, setting.method.guidance, EvaluationSettings())
     weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
     average = plan.resident["averaged student"]
     state = average + weights + plan.optimizer_states[setting.optimizer]
@@ -161,6 +172,7 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         cache=0 if online else prompts * row,
         checkpoints=(Cadence().keep_checkpoints + 1) * state + 2 * average,
         student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
+        references=reference_bytes(EvaluationSettings().images, size),
         prompt_flop=prompt_flop,
         image_flop=plan.flop_per_image,
         encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,
@@ -168,6 +180,11 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         reference_seconds=cost.references / flop_rate,
         evaluation_seconds=(images // Cadence().evaluate) * cost.evaluation / flop_rate,
     )
+
+
+def reference_bytes(images: int, size: tuple[int, int]) -> int:
+    """Bytes of the teacher's images for so many prompts, of (width, height) pixels that PNG does not compress."""
+    return image_count(images) * 3 * size[0] * size[1]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,6 +1,7 @@
 """What a run is said to need, before it begins."""
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,20 @@ def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
     assert "online" in online.lines()[0]
     assert 0 < online.encoding_share < 1
     assert min(cached.encoding_seconds, cached.training_seconds, online.training_seconds) > 0
+
+
+def test_a_run_that_keeps_the_teachers_images_needs_room_for_them(teacher_t5, tmp_path):
+    words = ("evaluation.evaluator=reference", "evaluation.images=32")
+    own, shared = (estimated(teacher_t5, tmp_path, *words, *more) for more in ((), ("evaluation.references=shared",)))
+    assert own.disk - shared.disk == own.references == (32 + 2 * 4) * 3 * 16 * 16
+    assert "the teacher's images" in own.lines()[1]
+    assert "the teacher's images" not in shared.lines()[1]
+
+
+def test_the_time_of_a_small_model_is_stated_as_less_than_it_takes(teacher_t5, tmp_path):
+    small = estimated(teacher_t5, tmp_path)
+    assert "takes longer" in small.lines()[2]
+    assert "takes longer" not in replace(small, image_flop=1e14).lines()[2]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(teacher_t5, tmp_path, monkeypatch):
