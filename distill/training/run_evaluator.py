@@ -53,11 +53,14 @@ def check_evaluator(config: RunConfig, teacher: SD3Folder) -> None:
     """Check what an evaluator needs before anything is computed; nothing is written.
 
     Raises what `evaluator_kind` raises, PromptError for a file of prompts, ScorerError for a CLIP model, and
-    ConfigError for `early_stopping_patience` without evaluations.
+    ConfigError for `early_stopping_patience` without evaluations and for `references` that is a file.
     """
     if evaluator_kind(config, teacher) == "none" and config.early_stopping_patience is not None:
         raise ConfigError("early_stopping_patience counts evaluations; set evaluation.evaluator, or set it to null")
     evaluation_prompts(config, ())
+    references = config.evaluation.references
+    if references is not None and Path(references).exists() and not Path(references).is_dir():
+        raise ConfigError(f"evaluation.references: {references} is no folder; give one, or leave the key out")
     if config.evaluation.clip is not None:
         from distill.evaluate.clip import Clip
 

@@ -166,6 +166,7 @@ def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -
         (["evaluation.evaluator=scenes"], ConfigError, "scenes does not score images of 16x16 pixels; take reference"),
         (["evaluation.prompts=nowhere.txt"], PromptError, "nowhere.txt"),
         (["evaluation.clip=nowhere"], ScorerError, "nowhere is not a CLIP model .* no such folder"),
+        ([f"evaluation.references={__file__}"], ConfigError, "evaluation.references: .* is no folder"),
         (["evaluation.evaluator=none", "early_stopping_patience=1"], ConfigError, "early_stopping_patience"),
         (["teacher=scenes", "evaluation.metric=frechet"], ConfigError, "evaluation.metric: the evaluator scenes"),
     ],
