@@ -19,7 +19,7 @@ def compare(
     seconds: Seconds = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all variants.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and results.", file_okay=False)] = Path("runs/compare"),
-    per_task: Annotated[int, typer.Option(help="Held-out prompts per task.", min=1)] = 128,
+    per_task: Annotated[int, typer.Option(help="Held-out prompts per task of the toy dataset.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
     seed: Annotated[int, typer.Option(help="Seed of the evaluation's prompts and images.", min=0, max=LAST_SEED)] = 0,
 ) -> None:

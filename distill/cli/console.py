@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -55,6 +56,11 @@ def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]"
     )
     with Progress(*columns, console=_bars, speed_estimate_period=60) as progress:
         yield ImageBar(progress, progress.add_task(what, total=total, metrics=""))
+
+
+def working(what: str) -> Status:
+    """Show on a terminal that a step without a count is in progress, as a context manager."""
+    return _bars.status(what)
 
 
 def _plain(line: str) -> None:

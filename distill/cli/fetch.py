@@ -11,7 +11,7 @@ def fetch(teacher: Annotated[str, typer.Argument(help=TEACHER)]) -> None:
     """Fetch a teacher of the Hugging Face Hub, so that runs, jobs and machines without a network find it in the cache.
 
     Only what is loaded is fetched: one variant of the weights in safetensors. Run the same command again to resume.
-    Prints the reference with the commit, the size and the folder; of any other teacher, too.
+    Prints commit, size and folder. For a teacher that is not of the hub, nothing is fetched.
     """
     from distill.models.teacher import open_teacher
 

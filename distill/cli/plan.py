@@ -18,7 +18,7 @@ def plan(
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: native.", min=1)] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
-    method: Annotated[str, typer.Option(help="`method.name` of the run, with the settings of a preset.")] = "fgm",
+    method: Annotated[str, typer.Option(help="`method.name` of the run, with settings of the preset.")] = "fgm",
     optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
     reserve: Annotated[
@@ -52,9 +52,10 @@ def plan(
 ) -> None:
     """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
 
-    Only configuration files are read: the real networks run the real training steps on tensors without data.
+    Only configuration files are read: the real networks run the real training steps on tensors without data. This
+    takes a minute or two for SD3. Set the options as in the run: the presets of SD3 have --gradient-checkpointing.
     """
-    from distill.cli.console import out, table
+    from distill.cli.console import out, table, working
     from distill.models.geometry import read_geometry
     from distill.plan.estimate import GIB, PEAK, UTILIZATION, changes_that_fit, plan_input
     from distill.plan.run_estimate import estimate_plan
@@ -73,10 +74,11 @@ def plan(
         prompts,
         overrides or (),
     )
-    result = made.plan()
     available = int((device_memory - reserve) * GIB)
-    fits = result.peak <= available
-    changes = [] if fits else changes_that_fit(made, result, available)
+    with working("planning, without data"):
+        result = made.plan()
+        fits = result.peak <= available
+        changes = [] if fits else changes_that_fit(made, result, available)
     share = utilization or UTILIZATION["compiled" if compiled else "eager"]
     rate = (tflops or PEAK[dtype]) * 1e12 * share
     speed = rate / result.flop_per_image
