@@ -76,7 +76,7 @@ def test_a_teacher_is_told_from_a_student_with_and_without_a_record(
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"start_time": 0.9}, "another format"), ({"format": 2}, "another format"), ({"image_size": "big"}, "garbles")],
+    [({"start_time": 0.9}, "another format"), ({"format": 2}, "another format"), ({"sizes": "big"}, "garbles")],
 )
 def test_a_record_that_this_version_cannot_serve_is_refused(
     change: dict[str, object], sentence: str, student: Path, tmp_path: Path

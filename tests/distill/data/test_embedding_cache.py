@@ -297,7 +297,7 @@ def test_what_was_begun_is_refused_when_it_is_damaged_or_foreign(teacher, tmp_pa
     with pytest.raises(CacheError, match="begun in another, and this device computes in"):
         list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
     (out / UNFINISHED).write_text(index[:-20])
-    with pytest.raises(CacheError, match=f"{UNFINISHED} is damaged; remove"):
+    with pytest.raises(CacheError, match=f"{UNFINISHED} is missing or damaged; remove"):
         list(embed_prompts(SD3Folder.read(teacher), TEXTS, out))
     (out / UNFINISHED).write_text(index)
     shard = out / "shard-00000.safetensors"

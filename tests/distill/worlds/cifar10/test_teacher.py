@@ -95,6 +95,7 @@ def test_the_whole_path_runs_on_its_files(data: Path, clip_folder: Path, tmp_pat
     assert (teacher / "prompts.txt").read_text() == "image\n"
 
     settings = {"teacher": teacher, "prompts.source": teacher / "prompts.txt", "images": 8, "batch": 4}
+    settings |= {"evaluation.images": 2, "evaluation.teacher_steps": 2}
     invoke("run", "cifar10", "--out", out, *(f"--set={key}={value}" for key, value in settings.items()))
     with Image.open(next((out / "samples").iterdir())) as grid:
         assert grid.height > 2 * 128  # one prompt, but a grid full of seeds
