@@ -267,8 +267,8 @@ def test_a_published_model_is_known_by_its_transformer_and_planned_with_its_own_
         plans.plan_input(other, "lora", 4, True, "bf16", 1, 16, overrides=["method.guidance.skip_layers=[7]"])
 
 
-def test_a_change_that_is_said_to_fit_does(tmp_path):
-    made = setting(make_teacher(tmp_path), Full())
+def test_a_change_that_is_said_to_fit_does(teacher):
+    made = setting(teacher, Full(), batch=4 * BATCH)
     plan, least = made.plan(), replace(made, batch=1).plan().peak
     assert plan.peak == max(plan.stages.values())
     available = (least + plan.peak + 1) // 2
@@ -281,7 +281,7 @@ def test_a_change_that_is_said_to_fit_does(tmp_path):
     enough = {change for change, other in changed.items() if other.plan().peak <= available}
     assert {change for change in changes if not change.startswith("--batch")} == enough
     (batch,) = [int(change.split()[1]) for change in changes if change.startswith("--batch")]
-    assert 1 <= batch < BATCH
+    assert 1 <= batch < made.batch
     assert replace(made, batch=batch).plan().peak <= available
     assert changes_that_fit(made, plan, 1) == []
 
