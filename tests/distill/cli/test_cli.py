@@ -112,6 +112,8 @@ def test_what_the_system_says_of_a_file_is_one_sentence(monkeypatch, capsys, tmp
     (tmp_path / "half.yaml").write_text('teacher: "\\uD83D"\n')
     half = said(monkeypatch, capsys, "run", str(tmp_path / "half.yaml"), "--out", str(tmp_path / "run"))
     assert "there is no teacher '\\ud83d'" in half.encode("ascii", "backslashreplace").decode()
+    monkeypatch.setattr("distill.models.geometry.read_geometry", lambda *_: "\ud83d".encode())
+    assert "'\\ud83d' is an incomplete Unicode character" in said(monkeypatch, capsys, *PLAN)
 
 
 @pytest.mark.parametrize(
