@@ -257,8 +257,7 @@ def evaluate_variants(
         return ExperimentResult(commands, costs, _of_dataset(found), found.picture(), diverged, failed)
 
     settings = config.evaluation.model_copy(update={"teacher_steps": steps})
-    count = min(max(SHOWN, settings.images), config.prompts.max_count)
-    prompts = RunPrompts(config.prompts, first).first(count)
+    prompts = RunPrompts(config.prompts, first).first(max(SHOWN, settings.images))
     config = config.model_copy(update={"evaluation": settings})
     measured = _measure(config, first, teacher, prompts, students, device, report)
     picture = _draw(teacher, students, list(islice(cycle(prompts), SHOWN)), steps, seed, device)

@@ -80,13 +80,12 @@ Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile 
 
 
 def teacher_guidance(
-    teacher: "SD3Folder", scale: float | None, skip_layers: str = "", skip_scale: float = 2.8
+    teacher: "SD3Folder", scale: float | None, skip_layers: str, skip_scale: float
 ) -> "TeacherGuidance":
     """Guidance of a teacher from options; a scale of None is that of its folder.
 
     Raises ConfigError for blocks that the teacher lacks, and for skip-layer guidance of an unguided teacher.
     """
-    from distill.errors import ConfigError
     from distill.methods.policies import TeacherGuidance
 
     scale = teacher.guidance if scale is None else scale

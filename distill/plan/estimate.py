@@ -114,7 +114,7 @@ class PlanInput:
         return int(self.dtype.itemsize * numbers)
 
     def plan(self) -> Plan:
-        """Measure the cost; takes half a minute and little memory for SD3-medium. Raises SizeError."""
+        """Measure the cost; takes a minute or two and little memory for SD3-medium. Raises SizeError."""
         geometry, dtype = self.geometry, self.dtype
         geometry.check_size(self.size)
         # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.

@@ -1,6 +1,6 @@
 """FLOP of Stable Diffusion 3's networks by closed formulas: matrix products and attention, a multiply-add is two.
 
-A plan counts a training step exactly, which takes half a minute for a large model; these agree with it within a few
+A plan counts a training step exactly, which takes minutes for a large model; these agree with it within a few
 percent and take no time, so a run can state its cost at its start.
 """
 
