@@ -14,6 +14,7 @@ import click
 import httpx
 import pytest
 import typer
+from cards import run_card
 from commands import invoke, until
 from PIL import Image
 from typer.testing import CliRunner
@@ -21,6 +22,9 @@ from typer.testing import CliRunner
 from distill import cli as distill_cli
 from distill.config import load_config
 from distill.experiments import read_variants
+from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
+from distill.student.export import export_student
 from service import cli as service_cli
 from service.schemas import ImageRequest
 
@@ -120,12 +124,25 @@ def test_every_block_of_the_readme_is_run_here():
     assert len(blocks(README, "python")) == 1
 
 
-def test_the_student_runs_in_stock_diffusers_as_the_readme_says(teacher_t5):
+def test_the_python_block_of_the_readme_runs(teacher_t5, tmp_path, monkeypatch):
+    """As printed, with a student of fp16 files, but without a GPU."""
+    read = SD3Folder.read(teacher_t5)
+    weights = load_transformer(read).state_dict()
+    recipe = {"name": "tiny", "method": "fgm", "images_seen": 1}
+    export_student(read, weights, tmp_path / "runs" / "sd3.5-medium-lora" / "student", recipe)
+    monkeypatch.chdir(tmp_path)
     (block,) = blocks(README, "python")
-    here = block.replace("runs/sd3.5-medium-lora/student", str(teacher_t5))
+    here = block.replace('"cuda", torch.bfloat16', "torch.float32")
     assert here != block
-    names: dict[str, object] = {}
-    exec(here, names)
+    exec(here, {})
+    with Image.open("circle.png") as image:
+        assert image.size == (16, 16)
+
+
+def test_the_examples_of_the_shipped_students_card_run():
+    ours, stock = run_card(ROOT / "distill" / "worlds" / "scenes" / "weights" / "student")
+    assert ours["images"].shape == (1, 64, 64, 3)
+    assert stock["image"].size == (64, 64)
 
 
 def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):

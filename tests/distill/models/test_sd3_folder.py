@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cards import run_card
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, make_teacher, stock_pipeline
 
@@ -187,6 +188,21 @@ def test_variants_are_loaded_and_become_plain_files_of_a_student(teacher_t5: Pat
     stock_pipeline(out)
 
 
+def test_the_card_of_a_student_runs_if_its_files_are_fp16(teacher_t5: Path, tmp_path: Path) -> None:
+    """transformers keeps the precision of files, diffusers loads fp32. Other tests run cards of fp32 and bf16."""
+    folder = shutil.copytree(teacher_t5, tmp_path / "teacher")
+    for path in folder.glob("text_encoder*/model.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        config = path.with_name("config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    read = SD3Folder.read(folder)
+    weights = load_transformer(read).state_dict()
+    out = export_student(read, weights, tmp_path / "out", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    ours, stock = run_card(out)
+    assert ours["images"].shape == (1, 16, 16, 3)
+    assert stock["image"].size == (16, 16)
+
+
 def _as_half(model: Any, folder: Path, variant: str) -> None:
     """Replace a component's weights with those that its library writes of a variant, in several files."""
     for path in folder.glob("*.safetensors"):
@@ -228,6 +244,7 @@ def test_each_component_may_have_its_own_variant_in_several_files(teacher_t5: Pa
         .embeds.equal(SD3TextEncoder.load(spec).encode(PROMPTS[:1]).embeds)
     )
     assert load_vae(SD3Folder.read(out)).state_dict().keys() == load_vae(spec).state_dict().keys()
+    assert len(run_card(out)) == 2
 
 
 def test_links_to_files_and_folders_are_followed(teacher: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cards import run_card
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS, stock_pipeline
@@ -338,9 +339,9 @@ def test_only_what_stock_loads_is_copied_and_no_path_of_this_machine_with_it(tea
 
     assert files(out) == files(teacher) | {"README.md"}
     assert all(str(tmp_path) not in path.read_text() for path in out.rglob("*.json"))
-    card = (out / "README.md").read_text()
-    assert "text_encoder_3=None" in card
-    assert "max_sequence_length=0" in card
+    ours, stock = run_card(out)  # without T5
+    assert ours["images"].shape == (1, 16, 16, 3)
+    assert stock["image"].size == (16, 16)
 
 
 def test_a_disk_that_refuses_is_told_in_one_sentence(teacher, tmp_path):
