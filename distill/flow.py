@@ -5,15 +5,17 @@ predict the velocity w = eps - x_0 = dx_t/dt. The FGM paper runs time the other 
 Batches are (B, ...), times (B,).
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
+from distill.lazy_torch import torch
 from distill.philox import Draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Cond = TypeVar("Cond")
 
@@ -90,7 +92,7 @@ def guided_velocity(
 
 
 def _scaled(scale: Tensor | float, x: Tensor) -> Tensor:
-    return (_expand(scale, x) if isinstance(scale, Tensor) else scale) * x
+    return (_expand(scale, x) if isinstance(scale, torch.Tensor) else scale) * x
 
 
 def between(t: Tensor, s: Tensor) -> Tensor:
@@ -105,6 +107,8 @@ def jump(velocity: Callable[[Tensor, Tensor, Cond], Tensor], x_t: Tensor, t: Ten
 
 def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """f and its directional derivative in forward mode, which fused attention and compiled blocks do not support."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         pair: tuple[Tensor, Tensor] = torch.func.jvp(f, at, along)  # type: ignore[assignment]
     return pair

@@ -6,12 +6,17 @@ image's index, the number of the draw, and the position in it. All images of a b
 device, also inside of a CUDA graph.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from distill.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -48,7 +53,7 @@ class Draw:
         """`images` are indices (B,); numbers are generated on their device, or on the CPU."""
         key = key_of(seed, purpose)
         self._key = (key & _WORD, key >> 32)
-        self._images = images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64)
+        self._images = images if isinstance(images, torch.Tensor) else torch.tensor(list(images), dtype=torch.int64)
         self._draws = 0
 
     def normal(self, shape: Sequence[int]) -> Tensor:

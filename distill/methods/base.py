@@ -4,16 +4,19 @@ Times t are (B,). A student of two times also takes (B, 2), t and s, and returns
 time, s is 0.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.philox import Draw
 
-Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # x_t (B, C, h, w), t (B,), conditions -> (B, C, h, w)
-Critic = Callable[[Tensor, Tensor, Any], Tensor]  # the same -> logits (B,)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Velocity = Callable[["Tensor", "Tensor", Any], "Tensor"]  # x_t (B, C, h, w), t (B,), conditions -> (B, C, h, w)
+Critic = Callable[["Tensor", "Tensor", Any], "Tensor"]  # the same -> logits (B,)
 
 
 class NetworkVelocity(Protocol):

@@ -15,17 +15,20 @@ student is trained, through D, to make images that D takes for real:
     student:  softplus(-D(x_t))
 """
 
-from typing import Annotated, Any, Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
+from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import Guidance, Times, add_noise, dot, fake_loss, generate_x0, guided_velocities
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Gan(ConfigGroup):
@@ -65,6 +68,7 @@ class DMDConfig(ConfigGroup):
             eps = batch.draw.normal(x_0.shape[1:]).to(x_0.device)
             return nets.critic(interpolate(x_0, eps, t), t, cond)
 
+        softplus = torch.nn.functional.softplus
         critic = softplus(logits(matched.x_0, batch.cond)) + softplus(-logits(real.x_0, real.cond))
         loss = matched.value + self.gan.fake * critic.mean()
         return Loss(loss, {**matched.metrics, "critic": critic.detach()}, matched.x_0)
@@ -81,7 +85,7 @@ class DMDConfig(ConfigGroup):
         loss = weight * dot(f_v - f_u, x_0)  # (B,)
         metrics = {"t": t, "gap": dot(u - v, u - v)}
         if self.gan is not None:
-            doubt = softplus(-nets.critic(x_t, t, batch.cond))
+            doubt = torch.nn.functional.softplus(-nets.critic(x_t, t, batch.cond))
             loss = loss + self.gan.student * doubt
             metrics["doubt"] = doubt.detach()
         return Loss(loss.mean(), metrics, x_0.detach())

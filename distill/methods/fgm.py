@@ -23,10 +23,10 @@ the densities of noised student and real images. It is 0 for a student that make
 import logging
 from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from distill.config_group import ConfigGroup
+from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import (
     WEIGHTS,

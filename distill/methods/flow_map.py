@@ -18,17 +18,21 @@ the others serve students of several steps. The eulerian objective has to reach 
 derivatives of the teacher's time embedding, and is the less stable one in all of these papers.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from distill.config_group import ConfigGroup
 from distill.flow import between, derivative, jump, x_0_from_velocity
+from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities, Velocity
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SMALLEST = 1e-3  # MeanFlow's constant in the adaptive weight
 

@@ -4,18 +4,22 @@ Each is a named setting from the literature. Notation as in `flow.py`: x_t = (1 
 u is the teacher's velocity and v the fake's.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from distill.config_group import ConfigGroup
 from distill.errors import ConfigError
 from distill.flow import guided_velocity, interpolate, one_step, shift_time, x_0_from_velocity
+from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Velocities, Velocity
 from distill.philox import Draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Scale = Annotated[float, Field(ge=1, le=100)]
 _Time = Annotated[float, Field(ge=0, le=1)]

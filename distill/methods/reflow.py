@@ -11,14 +11,13 @@ Each pair is made when it is needed and used once.
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
+from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_at
-from distill.models.sd3 import sample
 
 
 class ReflowConfig(ConfigGroup):
@@ -40,6 +39,8 @@ class ReflowConfig(ConfigGroup):
 
     def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
         """|v - w|^2 on pairs of the teacher, which carry no gradient."""
+        from distill.models.sd3 import sample  # which imports PyTorch and diffusers
+
         z = batch.z
         u = guided_at(self.guidance, nets.teacher, nets.null, self.guidance.sample_scale(batch.draw))
         x_0 = sample(u, z, batch.cond, self.teacher_steps, self.teacher_shift or nets.shift)
