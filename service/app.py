@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service import __doc__ as summary
 from service import routers
@@ -20,6 +19,7 @@ from service.engine.stored_models import StoredModels
 from service.errors import StartError
 from service.http import error_handlers
 from service.http.authentication import Authenticator
+from service.http.forwarded_headers import ForwardedHeaders
 from service.http.idempotency import IDEMPOTENCY_SECONDS, IdempotencyStore
 from service.http.middleware import BODY_SECONDS, BodyLimit, CorsMiddleware, RequestMiddleware
 from service.http.origins import pattern
@@ -139,7 +139,7 @@ def create_app(
             expose_headers=EXPOSED,
         )
     trusted = "*" if "*" in settings.http.trusted_proxies else list(settings.http.trusted_proxies)
-    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)
+    app.add_middleware(ForwardedHeaders, trusted_hosts=trusted)
     error_handlers.install(app)
     return app
 

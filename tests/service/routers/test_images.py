@@ -138,6 +138,13 @@ def test_links_are_https_behind_a_trusted_proxy(serve):
         assert link.startswith(f"{scheme}://127.0.0.1:")
 
 
+@pytest.mark.parametrize("value", ["HTTPS", "Https, http", "https,https"])
+def test_the_scheme_of_a_proxy_may_have_capitals_and_others_behind_it(value, serve):
+    url = serve(Simulator(0, 0))
+    link = generate(url, {"x-forwarded-proto": value}, response_format="url").json()["data"][0]["url"]
+    assert link.startswith("https://")
+
+
 @pytest.fixture(scope="module")
 def warning():
     with serving(create_app(Settings(images={"unsupported_fields": "warn"}), worker_threads(Simulator(0, 0)))) as url:
