@@ -42,6 +42,7 @@ from distill.training.run_evaluator import (
     evaluator_kind,
     run_evaluator,
     run_references,
+    teacher_sampling,
 )
 from distill.training.run_sources import RunPrompts
 
@@ -260,7 +261,7 @@ def evaluate_variants(
     prompts = RunPrompts(config.prompts, first).first(max(SHOWN, settings.images))
     config = config.model_copy(update={"evaluation": settings})
     measured = _measure(config, first, teacher, prompts, students, device, report)
-    picture = _draw(teacher, students, list(islice(cycle(prompts), SHOWN)), steps, seed, device)
+    picture = _draw(config, teacher, students, list(islice(cycle(prompts), SHOWN)), seed, device)
     return ExperimentResult(commands, costs, measured, picture, diverged, failed)
 
 
@@ -298,15 +299,22 @@ def _measure(
 
 
 def _draw(
-    teacher: SD3Folder, students: Mapping[str, Path], texts: Sequence[str], steps: int, seed: int, device: torch.device
+    config: RunConfig,
+    teacher: SD3Folder,
+    students: Mapping[str, Path],
+    texts: Sequence[str],
+    seed: int,
+    device: torch.device,
 ) -> Image:
-    """Draw a row of the teacher's images and a row of each student's."""
-    seeds = range(seed, seed + len(texts))
-    sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
+    """Draw a row of the teacher's images and a row of each student's, sampled as in the evaluations of a run."""
+    seeds, sampling = range(seed, seed + len(texts)), teacher_sampling(config)
+    width, height = evaluated_size(config, teacher)
+    shape = teacher.latent_shape_of(width, height)
     sampler = TeacherSampler(teacher, device)
-    images = [sampler.generate(sampling, [text], [image_seed]) for text, image_seed in zip(texts, seeds, strict=True)]
+    images = [sampler.generate(sampling, [text], [each], shape) for text, each in zip(texts, seeds, strict=True)]
     rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
     del sampler  # one model in memory at a time
     for name, folder in students.items():
-        rows.append((f"{name}, 1 NFE", np.asarray(OneStepPipeline.load(folder, device)(texts, seeds))))
+        made = OneStepPipeline.load(folder, device)(texts, seeds, width, height)
+        rows.append((f"{name}, 1 NFE", np.asarray(made)))
     return labeled_grid(rows, texts)

@@ -1,5 +1,7 @@
 """A CLIP model: normalized embeddings of images and texts, and their CLIP score."""
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import islice
@@ -12,9 +14,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from distill.errors import ScorerError
+from distill.errors import ScorerError, TeacherError
 from distill.evaluate.metrics import Features
-from distill.models.hub import HubModel
+from distill.models.hub import HubModel, fetch_single
+from distill.models.sd3_files import find_weights, read_bytes, setting_names
+from distill.models.sd3_folder import check_weights
 
 BATCH = 64
 
@@ -26,25 +30,44 @@ class Clip:
     """
 
     def __init__(self, reference: Path | str, device: torch.device) -> None:
-        """Read a folder or a hub id, `owner/name[@revision]`. Raises ScorerError if it is no CLIP model.
+        """Read a folder or a hub id, `owner/name[@revision]`, which is fetched. Raises ScorerError if it is no CLIP.
 
-        Weights are loaded when they are needed.
+        The files of the weights must be there; they are loaded when they are needed. `digest` identifies all files.
         """
-        self._is_local = Path(reference).is_dir()
-        self.name = Path(reference).name if self._is_local else str(reference)
         self._reference, self._device = str(reference), device
-        if not self._is_local and HubModel.parse(str(reference)) is None:
-            raise self._no_clip("there is no such folder")
+        given = Path(os.path.expanduser(reference))
+        self._folder = given if given.is_dir() else self._fetch()
+        self.name = given.name if given.is_dir() else self._reference
         config = self._load(CLIPConfig)
         if config.model_type != "clip":
             raise self._no_clip(f"its model_type is {config.model_type}")
         self._processor = self._load(CLIPImageProcessorPil)
         self._tokenizer = self._load(CLIPTokenizer)
+        identity = hashlib.sha256()
+        try:
+            weights = find_weights(self._folder)
+            names = [path.name for path in self._folder.iterdir()]
+            for name in ("config.json", "preprocessor_config.json", *setting_names("tokenizer", names)):
+                identity.update(read_bytes(self._folder / name))
+            for path in weights.files:
+                check_weights(path, identity)
+        except TeacherError as error:
+            raise self._no_clip(str(error)) from error
+        self.digest, self._variant = identity.hexdigest(), weights.variant
         self._texts: dict[str, Features] = {}
+
+    def _fetch(self) -> Path:
+        """The folder of a model of the hub in its cache."""
+        if (model := HubModel.parse(self._reference)) is None:
+            raise self._no_clip("there is no such folder")
+        try:
+            return fetch_single(model)
+        except TeacherError as error:
+            raise self._no_clip(str(error)) from error
 
     @cached_property
     def _model(self) -> Any:
-        return self._load(CLIPModel, use_safetensors=True).to(self._device).eval()
+        return self._load(CLIPModel, use_safetensors=True, variant=self._variant).to(self._device).eval()
 
     @torch.no_grad()
     def images(self, images: Iterable[NDArray[np.uint8]]) -> Features:
@@ -71,10 +94,7 @@ class Clip:
 
     def _load(self, kind: Any, **options: Any) -> Any:
         try:
-            if self._is_local:
-                return kind.from_pretrained(self._reference, local_files_only=True, **options)
-            model, _, revision = self._reference.partition("@")
-            return kind.from_pretrained(model, revision=revision or "main", **options)
+            return kind.from_pretrained(self._folder, local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise self._no_clip(str(error)) from error
 

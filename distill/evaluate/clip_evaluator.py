@@ -28,7 +28,7 @@ class ClipEvaluator:
         self._clip = clip
         self.prompts: Sequence[str] = list(islice(cycle(prompts), images))
         self.count = images
-        self.digest = digest_of({"clip": clip.name, "prompts": self.prompts})
+        self.digest = digest_of({"clip": clip.digest, "prompts": self.prompts})
 
     def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
         scores, saturation, tiles = [], [], []

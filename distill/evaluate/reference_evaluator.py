@@ -58,7 +58,7 @@ class ReferenceEvaluator:
         self.higher_is_better = HIGHER_IS_BETTER[metric]
         self.prompts: Sequence[str] = references.texts
         self.count = len(references.texts)
-        self.digest = digest_of({"references": references.digest, "clip": clip and clip.name, "metric": metric})
+        self.digest = digest_of({"references": references.digest, "clip": clip and clip.digest, "metric": metric})
 
     def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
         if self._teacher is None:

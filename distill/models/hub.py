@@ -5,6 +5,7 @@ import glob
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -61,12 +62,12 @@ class HubModel:
     def __str__(self) -> str:
         return self.id if self.revision is None else f"{self.id}@{self.revision}"
 
-    def resolve(self) -> "HubModel":
+    def resolve(self, command: str = "") -> "HubModel":
         """The same model at the commit that its revision names now, or named last if the hub cannot be reached.
 
-        Raises TeacherError if there is no such model, revision or permission.
+        Raises TeacherError if there is no such model, revision or permission; `command` is named as what fetches it.
         """
-        with _explained(self):
+        with _explained(self, command):
             offline = constants.is_offline_mode()
             found = HfApi().resolve_revision(self.id, revision=self.revision, local_files_only=offline)
             return HubModel(self.id, found.resolved)
@@ -104,6 +105,31 @@ def fetch(model: HubModel, with_weights: bool = True) -> Path:
             weights += [f"{name.partition('/')[0]}/{shard}" for shard in shard_names(folder / name)]
         if not all((folder / name).exists() for name in weights) and not constants.is_offline_mode():
             _check_space(model, _download(model, weights, dry_run=True))
+        _download(model, weights)
+        return folder
+
+
+def fetch_single(model: HubModel) -> Path:
+    """Fetch a single model in transformers' format, such as CLIP; return its folder in the hub's cache.
+
+    Settings, vocabulary and one variant of the weights are fetched. Raises TeacherError for a model without weights in
+    safetensors, and for whatever keeps it from being fetched.
+    """
+    revision = [] if model.revision is None else ["--revision", model.revision]
+    command = shlex.join(["hf", "download", model.id, *revision])
+    model = model.resolve(command)
+    with _explained(model, command):
+        folder = Path(_download(model, ["config.json"]))
+        files = [name for name in _file_names(model, folder) if "/" not in name]
+        try:
+            weights = [weights_name("", files)[0]]
+        except LookupError as error:
+            raise TeacherError(
+                f"{model} has no {error.args[0]}; only models with weights in safetensors can be used"
+            ) from None
+        _download(model, [name for name in files if name.endswith((".json", ".txt"))])
+        if weights[0].endswith(".json"):
+            weights = shard_names(folder / weights[0])
         _download(model, weights)
         return folder
 
@@ -167,12 +193,12 @@ def _not_a_pipeline(model: HubModel, files: Collection[str]) -> str:
 
 
 @contextmanager
-def _explained(model: HubModel) -> Iterator[None]:
-    """Turn the hub's errors into sentences with the fix."""
+def _explained(model: HubModel, command: str = "") -> Iterator[None]:
+    """Turn the hub's errors into sentences with the fix. `command` fetches the model; empty is `distill fetch`."""
     try:
         yield
     except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError, RevisionResolutionError) as error:
-        raise TeacherError(_explain(model, error)) from error
+        raise TeacherError(_explain(model, error, command)) from error
     except HFValidationError as error:
         raise TeacherError(f"{model.id!r} is neither a folder here nor a name of a model on the hub") from error
     except OSError as error:
@@ -186,7 +212,7 @@ def _explained(model: HubModel) -> Iterator[None]:
         raise TeacherError(f"{model} could not be fetched ({error}); {fix}") from error
 
 
-def _explain(model: HubModel, error: Exception) -> str:
+def _explain(model: HubModel, error: Exception, command: str) -> str:
     """The sentence for an error of the hub, of the network, or of a cache that lacks the model."""
     login = "`hf auth login` or HF_TOKEN"
     page = f"{constants.ENDPOINT}/{model.id}"
@@ -206,7 +232,8 @@ def _explain(model: HubModel, error: Exception) -> str:
         return f"{constants.ENDPOINT} answers {status} for {model}; {fix}"
     missing = f"{str(model)!r} is not a folder here, and as a model of the hub it is not wholly in the cache"
     if constants.is_offline_mode():
-        return f"{missing} while HF_HUB_OFFLINE is set; fetch it with `HF_HUB_OFFLINE=0 distill fetch {model}`"
+        command = command or f"distill fetch {model}"
+        return f"{missing} while HF_HUB_OFFLINE is set; fetch it with `HF_HUB_OFFLINE=0 {command}`"
     reason = str(error.__cause__ or error).partition("\n")[0]
     return (
         f"{missing} while {constants.ENDPOINT} cannot be reached ({reason}); check the network, HTTPS_PROXY and "

@@ -10,7 +10,7 @@ from distill.report.units import si
 
 DOTTED = 16  # a curve of at most so many points has a dot on each
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, WIDTH - 14, 10, HEIGHT - 38  # of the plot
+LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 10, HEIGHT - 38  # of the plot
 
 Curve = list[tuple[float, float]]  # images seen and value
 Tick = tuple[float, str]  # coordinate and label

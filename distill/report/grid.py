@@ -45,8 +45,14 @@ def labeled_grid(
 
 
 def tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Resize an image (H, W, 3) to a tile of a grid."""
-    return np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS))
+    """Resize an image (H, W, 3) to a tile of a grid; if it is not square, with margins."""
+    height, width = image.shape[:2]
+    size = tuple(max(1, round(side * TILE / max(height, width))) for side in (width, height))
+    page = Image.new("RGB", (TILE, TILE), PAPER)
+    page.paste(
+        Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), tuple((TILE - side) // 2 for side in size)
+    )
+    return np.asarray(page)
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:

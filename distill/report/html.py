@@ -9,6 +9,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median_high
@@ -153,19 +154,50 @@ def _evaluation_charts(evaluations: list[Metrics]) -> Iterator[Chart]:
 
 def _comparison(run: RunFolder) -> dict[str, Any]:
     """The output of `distill evaluate` in a run folder, as rows or text, and the command that writes it."""
-    folder = run.folder
-    values, text, picture = folder / "evaluation.json", folder / "evaluation.txt", folder / "teacher-vs-student.png"
-    words = ["distill", "evaluate", "--student", str(folder / "student"), "--picture", str(picture)]
-    if run.config["teacher"] != "scenes":
-        prompts = run.config.get("prompts")
-        source = prompts.get("source") if isinstance(prompts, dict) else None
-        words += ["--teacher", str(run.config["teacher"]), "--prompts", str(source or "prompts.txt")]
+    values, text = run.folder / "evaluation.json", run.folder / "evaluation.txt"
+    picture = run.folder / "teacher-vs-student.png"
     return {
         "rows": _read_evaluation(values) if values.exists() else None,
         "text": text.read_text(encoding="utf-8").strip() if text.exists() else None,
         "picture": _data_uri(picture) if picture.exists() else None,
-        "command": f"{shlex.join(words)} --json > {shlex.quote(str(values))}",
+        "command": f"{_evaluate_command(run, picture)} --json > {shlex.quote(str(values))}",
     }
+
+
+def _evaluate_command(run: RunFolder, picture: Path) -> str:
+    """The `distill evaluate` command for a run's student, with the run's own images of the teacher."""
+    options: dict[str, Any] = {"student": run.folder / "student", "picture": picture}
+    if run.config["teacher"] != "scenes":
+        prompts, settings = (_group(run.config, name) for name in ("prompts", "evaluation"))
+        guidance = _group(_group(run.config, "method"), "guidance")
+        scale, layers = guidance.get("scale"), guidance.get("skip_layers")
+        options |= {
+            "teacher": run.config["teacher"],
+            "teacher-base": run.config.get("teacher_base"),
+            "prompts": settings.get("prompts") or prompts.get("source") or "prompts.txt",
+            "images": settings.get("images"),
+            "steps": settings.get("teacher_steps"),
+            "guidance": _middle(scale),
+            "skip-layers": ",".join(map(str, layers)) if isinstance(layers, list) and layers else None,
+            "skip-scale": guidance.get("skip_scale") if layers else None,
+            "clip": settings.get("clip"),
+            "references": settings.get("references") or run.folder / "references",
+        }
+    given = {name: value for name, value in options.items() if value is not None}
+    return shlex.join(["distill", "evaluate", *(part for name in given for part in (f"--{name}", str(given[name])))])
+
+
+def _middle(scale: Any) -> Any:
+    """The middle of a range of guidance scales; a single scale as it is."""
+    with suppress(TypeError, ZeroDivisionError):
+        return sum(scale) / len(scale)
+    return scale
+
+
+def _group(values: Any, name: str) -> dict[str, Any]:
+    """A group of a configuration, which is taken as it stands; empty if there is none."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_evaluation(path: Path) -> list[tuple[str, Any, Any]]:
@@ -193,11 +225,13 @@ def _samples(folder: Path) -> dict[str, Any]:
 
 
 def _differences(run: RunFolder) -> tuple[str, str] | None:
-    """Caption and data URI of the newest picture of the largest differences from the teacher."""
+    """Caption and data URI of the newest picture of an evaluation."""
     paths = sorted(path for path in (run.folder / EVALUATED).glob("[0-9]*.png") if path.stem.isdigit())
     if not paths:
         return None
-    return f"Largest differences after {si(int(paths[-1].stem))} images", _data_uri(paths[-1])
+    by_clip = _group(run.config, "evaluation").get("evaluator") == "clip"
+    shown = "Lowest CLIP scores" if by_clip else "Largest differences from the teacher"
+    return f"{shown} after {si(int(paths[-1].stem))} images", _data_uri(paths[-1])
 
 
 def _data_uri(path: Path) -> str:

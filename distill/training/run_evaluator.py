@@ -82,12 +82,15 @@ def run_references(config: RunConfig, teacher: SD3Folder, out: Path, prompts: Se
     """The teacher's images that the run's evaluator compares with; None if it needs none. They may be missing yet."""
     if evaluator_kind(config, teacher) != "reference":
         return None
-    settings = config.evaluation
-    guided = config.method.guidance.model_dump(include=TeacherGuidance.model_fields.keys())
-    sampling = Sampling(settings.teacher_steps, TeacherGuidance(**guided))
     texts = evaluation_prompts(config, prompts)
     folder, size = references_folder(config, out), evaluated_size(config, teacher)
-    return References(folder, teacher, sampling, size, texts, settings.images)
+    return References(folder, teacher, teacher_sampling(config), size, texts, config.evaluation.images)
+
+
+def teacher_sampling(config: RunConfig) -> Sampling:
+    """How evaluations sample the teacher: in `evaluation.teacher_steps`, with the guidance of the method."""
+    guided = config.method.guidance.model_dump(include=TeacherGuidance.model_fields.keys())
+    return Sampling(config.evaluation.teacher_steps, TeacherGuidance(**guided))
 
 
 def run_evaluator(

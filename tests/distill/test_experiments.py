@@ -16,6 +16,7 @@ from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
 from distill.experiments import Cost, Variant, check_budget, evaluate_variants, read_variants
 from distill.pipeline import SHIPPED_STUDENT
+from distill.report.grid import GAP, TILE
 from distill.training import checkpoint
 from distill.training.speed import images_within
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
@@ -151,7 +152,8 @@ def test_a_run_that_went_beyond_the_budget_is_refused(tmp_path) -> None:
 
 
 def test_students_of_any_teacher_are_compared_with_its_images_in_one_table(teacher, prompts, tmp_path) -> None:
-    done = invoke(teacher, prompts, tmp_path, "fgm", "fgm,method.alpha=0.5", "--images", "4", evaluator="reference")
+    variants = ["fgm", "fgm,method.alpha=0.5", "--images", "4", "--set", "sizes=[[24,16]]"]
+    done = invoke(teacher, prompts, tmp_path, *variants, evaluator="reference")
     assert done.exit_code == 0, done.output + str(done.exception)
     found = json.loads((tmp_path / "compare.json").read_text())
     assert found["teacher"]["relative_diversity"] == 1
@@ -162,6 +164,12 @@ def test_students_of_any_teacher_are_compared_with_its_images_in_one_table(teach
     shared = tmp_path / "fgm,method.alpha=0.5" / "references"
     assert shared.samefile(tmp_path / "fgm" / "references")
     assert len(list(shared.iterdir())) == 1  # both runs and the comparison take the same images
+    with Image.open(tmp_path / "compare.png") as picture:
+        pixels = np.asarray(picture)
+    for row in range(3):  # the teacher's images and those of both students are as wide as the run's, with margins
+        tiles = pixels[GAP + row * (TILE + GAP) :][:TILE, -TILE - GAP :]
+        assert (tiles[:20] == 255).all()
+        assert (tiles[25:100, 5:TILE] < 255).any(axis=-1).mean() > 0.9
 
 
 def test_seconds_become_whole_batches_at_a_speed_that_is_measured_once(tmp_path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import invoke
 from diffusers import SD3Transformer2DModel
@@ -18,7 +19,8 @@ from huggingface_hub import constants
 from tiny import distilled, make_teacher
 
 from distill.config import load_config
-from distill.errors import CheckpointError, TeacherError
+from distill.errors import CheckpointError, ScorerError, TeacherError
+from distill.evaluate.clip import Clip
 from distill.experiments import pin_variants, read_variants
 from distill.models.geometry import read_geometry
 from distill.models.hub import HubModel, fetch
@@ -104,7 +106,7 @@ def test_a_cached_model_needs_no_network(
         with pytest.raises(TeacherError, match=r"HF_HUB_OFFLINE is set; fetch it with .*distill fetch acme/tiny`"):
             open_teacher("acme/tiny")  # no commit of main is known
         (found.path / "vae" / "config.json").resolve().unlink()
-        with pytest.raises(TeacherError, match="not wholly in the cache while HF_HUB_OFFLINE is set"):
+        with pytest.raises(TeacherError, match=r"not wholly in the cache while HF_HUB_OFFLINE is set"):
             open_teacher("acme/tiny@v1")
     assert hub.requests == []
     assert open_teacher("acme/tiny@v1") == found  # what is missing is fetched
@@ -134,6 +136,31 @@ def test_a_killed_download_goes_on_with_the_files_that_it_lacks(hub: HubServer, 
     assert "transformer/diffusion_pytorch_model.safetensors" in hub.fetched()
     assert "model_index.json" not in hub.fetched()
     assert "model_index.json" in before
+
+
+def test_a_clip_model_is_fetched_before_it_is_used(
+    hub: HubServer, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "README.md"):
+        (folder / name).write_bytes(b"not loaded")
+    hub.publish("acme/clip", folder, "main", "v1")
+    found, cpu = Clip("acme/clip@v1", torch.device("cpu")), torch.device("cpu")
+    assert sorted(hub.fetched()) == sorted(path.name for path in clip_folder.iterdir())
+    assert (found.name, found.digest) == ("acme/clip@v1", Clip(clip_folder, cpu).digest)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert found.texts(["a"]).shape == (1, 8)
+    cached = next(Path(constants.HF_HUB_CACHE).glob("*clip/snapshots/*/model.safetensors"))
+    cached.resolve().unlink()
+    with pytest.raises(ScorerError, match=r"not wholly in the cache .* `HF_HUB_OFFLINE=0 hf download acme/clip --rev"):
+        Clip("acme/clip@v1", cpu)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (folder / "model.safetensors").unlink()
+    hub.publish("acme/pickled", folder)
+    with pytest.raises(
+        ScorerError, match=r"acme/pickled.* has no model.safetensors; only models with weights in safet"
+    ):
+        Clip("acme/pickled", cpu)
 
 
 def test_a_gated_model_says_where_to_accept_and_how_to_log_in(

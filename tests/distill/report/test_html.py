@@ -1,5 +1,6 @@
 """The report and the list of runs say what lies in the run folders, and the report stands alone."""
 
+import html
 import json
 import subprocess
 import sys
@@ -126,8 +127,22 @@ def test_the_newest_picture_of_differences_is_shown(tmp_path: Path) -> None:
         tile = np.full((1, 4, 4, 3), images % 255, np.uint8)
         save_png(labeled_grid([("student", tile)], ["a circle"]), folder / "evaluations" / f"{images:012d}.png")
     words = [image["alt"] for image in page_of(folder).all("img")]
-    assert words[0] == "Largest differences after 6.4 k images"
-    assert "--teacher sd3 --prompts" in render_report(read_run(folder))
+    assert words[0] == "Largest differences from the teacher after 6.4 k images"
+
+
+def test_the_command_that_compares_takes_the_settings_of_the_run(tmp_path: Path) -> None:
+    """Its guidance and sampling decide which images of the teacher are used; those of the run exist."""
+    folder = make_run(tmp_path / "run", 6400, teacher="sd3")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["method"] = {"guidance": {"scale": [2, 6], "skip_layers": [7, 8], "skip_scale": 2.8}}
+    config["evaluation"] = {"evaluator": "clip", "images": 32, "teacher_steps": 4, "prompts": "held out.txt"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    add_results(folder)
+    save_png(labeled_grid([("student", np.zeros((1, 4, 4, 3), np.uint8))], ["a"]), folder / "evaluations" / "64.png")
+    text = html.unescape(render_report(read_run(folder)))
+    options = "--teacher sd3 --prompts 'held out.txt' --images 32 --steps 4 --guidance 4.0 --skip-layers 7,8"
+    assert f"{options} --skip-scale 2.8 --references {folder}/references --json > {folder}/evaluation.json" in text
+    assert "Lowest CLIP scores after 64 images" in text
 
 
 def test_every_picture_and_chart_has_words(tmp_path: Path) -> None:

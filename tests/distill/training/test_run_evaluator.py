@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import invoke
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import PROMPTS
 
 from distill.config import load_config
@@ -176,6 +176,38 @@ def test_what_cannot_be_evaluated_is_refused_before_the_run(given, error, words,
     with pytest.raises(error, match=words):
         check_run(config, tmp_path / "run", read_teacher(config, tmp_path))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_clip_model_without_whole_weights_is_refused_before_the_run(settings, clip_folder, tmp_path) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / clip_folder.name)
+    config = load_config("scenes-debug", [*settings, f"evaluation.clip={folder}"])
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4])
+    with pytest.raises(ScorerError, match="truncated"):
+        check_run(config, tmp_path / "run", read_teacher(config, tmp_path))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ScorerError, match=r"no model.safetensors; pytorch_model.bin is not loaded"):
+        check_run(config, tmp_path / "run", read_teacher(config, tmp_path))
+
+
+def test_clip_models_of_one_name_are_told_apart(settings, clip_folder, tmp_path) -> None:
+    """Scores of two models do not compare, so the second one chooses the best student anew."""
+    folder = shutil.copytree(clip_folder, tmp_path / clip_folder.name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["text_projection.weight"] *= -1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    digests = set()
+    for evaluator in ("clip", "reference"):
+        for each in (clip_folder, folder):
+            config = load_config(
+                "scenes-debug", [*settings, f"evaluation.evaluator={evaluator}", f"evaluation.clip={each}"]
+            )
+            teacher = read_teacher(config, tmp_path)
+            found = run_evaluator(config, teacher, tmp_path, PROMPTS[:2], torch.device("cpu"))
+            assert found is not None
+            digests.add(found.digest)
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("given", ["evaluator=clip", "metric=clip_score"])
