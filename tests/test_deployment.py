@@ -3,17 +3,20 @@
 import fnmatch
 import json
 import re
+import shlex
 import tomllib
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from service.cli import app
 from service.observability.metrics import Metrics
-from service.settings import HttpSettings, variables
+from service.settings import HttpSettings, Settings, variables
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -24,7 +27,8 @@ OURS = {name: service for name, service in SERVICES.items() if service["image"].
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "service.json"
 ADAPTER = DOCKER / "k8s" / "adapter.yaml"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-CONFIGURED = [path for end in ("*.y*ml", "*.sh", "*.env") for path in DOCKER.rglob(end)]
+DEPLOY = ROOT / "deploy"
+CONFIGURED = [*DEPLOY.iterdir(), *(path for end in ("*.y*ml", "*.sh", "*.env") for path in DOCKER.rglob(end))]
 CONFIGURING = [ROOT / "Dockerfile", ROOT / "docker-compose.yml", *CONFIGURED, *PAGES]
 MANIFESTS = {
     manifest["kind"]: manifest
@@ -72,6 +76,63 @@ def test_the_dashboard_asks_the_provisioned_source():
     mounted = [volume.split(":")[1] for volume in SERVICES["grafana"]["volumes"]]
     assert provider["options"]["path"] in mounted
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_proxies_suit_the_servers_times_and_port():
+    settings = Settings()
+    nginx, caddy = (DEPLOY / "nginx.conf").read_text(), (DEPLOY / "Caddyfile").read_text()
+    (idle,) = re.findall(r"keepalive_timeout (\w+);", nginx)
+    (silent,) = re.findall(r"proxy_read_timeout (\w+);", nginx)
+    (caddy_idle,) = re.findall(r"\bkeepalive (\w+)$", caddy, re.MULTILINE)
+    assert max(seconds(idle), seconds(caddy_idle)) < settings.http.keep_alive_seconds
+    assert seconds(silent) > max(settings.http.realtime_idle_seconds, settings.engine.request_timeout_seconds)
+    assert "client_max_body_size 0;" in nginx  # the server has limits of its own
+    for text in (nginx, caddy):
+        assert re.findall(r"127\.0\.0\.1:(\d+)", text) == [str(settings.http.port)]
+    assert "127.0.0.1" in settings.http.trusted_proxies
+    for name in ("Host", "X-Forwarded-For", "X-Forwarded-Proto", "Upgrade", "Connection"):
+        assert f"proxy_set_header {name} $" in nginx
+
+
+def test_the_systemd_unit_runs_the_command_with_time_to_drain():
+    lines = (DEPLOY / "fgm-service.service").read_text().splitlines()
+    unit = dict(line.split("=", 1) for line in lines if line and line[0] not in "#[")
+    program, command, *options = unit["ExecStart"].split()
+    typer.main.get_command(app).commands[command].make_context(command, [*options], resilient_parsing=True)
+    config = tomllib.loads((DEPLOY / "service.toml").read_text())
+    settings = Settings(**config)
+    assert str(settings.http.keys_file).startswith(f"/var/lib/{unit['StateDirectory']}/")
+    assert f"SERVICE_DATA=/var/lib/{unit['StateDirectory']}" in unit["Environment"].split()
+    assert seconds(unit["TimeoutStopSec"]) >= DRAIN_SECONDS + 10
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    (option,) = (word for word in options if word.startswith("/"))
+    folder, _, name = option.rpartition("/")
+    assert f"--target-directory {folder} deploy/{name}" in guide
+    assert f"python3 -m venv {program.removesuffix('/bin/fgm-service')}\n" in guide
+
+
+def test_docker_run_starts_the_container_of_the_compose_file():
+    (block,) = re.findall(
+        r"^(docker run .*?[^\\])$", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    _, _, *words, image = shlex.split(block.replace("\\\n", ""))
+    flags = {"--detach", "--read-only", "--init"}
+    given: dict[str, list[str]] = {}
+    rest = iter(words)
+    for word in rest:
+        given.setdefault(word, []).append("true" if word in flags else next(rest))
+    ours = SERVICES["service"]
+    assert image == ours["image"]
+    assert given["--publish"] == ours["ports"]
+    assert (given["--cap-drop"], given["--security-opt"]) == (ours["cap_drop"], ours["security_opt"])
+    assert (given["--tmpfs"], given["--restart"]) == (ours["tmpfs"], [ours["restart"]])
+    assert [f"{seconds}s" for seconds in given["--stop-timeout"]] == [ours["stop_grace_period"]]
+    environment = [f"{name}={value}" for name, value in ours["environment"].items()]
+    environment += [line for line in (DOCKER / "loopback.env").read_text().splitlines() if line[0] != "#"]
+    assert given["--env"] == environment
+    assert given["--volume"][0].split(":")[1] in {volume.split(":")[1] for volume in ours["volumes"]}
+    assert ours["read_only"] is ours["init"] is True
+    assert flags <= given.keys()
 
 
 def test_prometheus_asks_the_servers_of_its_profile():

@@ -207,7 +207,9 @@ def serving(*words: str, port: int) -> Iterator[None]:
 def test_every_path_that_is_named_exists(page):
     """From the root, or, for Python files, from one of the packages."""
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?<![\w./:-])(?:distill|service|tests|benchmarks|configs|docs|docker)/[\w./*-]*[\w*]", text)
+    named = re.findall(
+        r"(?<![\w./:-])(?:distill|service|tests|benchmarks|configs|deploy|docs|docker)/[\w./*-]*[\w*]", text
+    )
     python = re.findall(r"(?<![\w./:-])(?:\w+/)+\w+\.py", text)
     found = {path for path in named if any(ROOT.glob(path))}
     found |= {path for path in python if any((ROOT / root / path).exists() for root in ("", "distill", "service"))}
