@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -32,6 +32,17 @@ EVERY = 30.0  # seconds between two lines without a terminal
 def quiet(silent: bool) -> None:
     """Suppress all output, as in all processes but the first."""
     out.quiet = _bars.quiet = silent
+
+
+@contextmanager
+def results_to(file: TextIO) -> Iterator[None]:
+    """Print the results of commands to a file, without the terminal's colors, while the block lasts."""
+    global out
+    terminal, out = out, Console(file=file, soft_wrap=True)
+    try:
+        yield
+    finally:
+        out = terminal
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import httpx2
 import typer
 
 from distill.cli import main
+from distill.cli.console import results_to
 from distill.cli.options import Overrides
 from distill.files import atomic_write
 
@@ -50,11 +51,8 @@ def demo(
     if not (picture.exists() and metrics.exists()):
         words = ("evaluate", "--student", str(out / "student"), "--picture", str(picture))
         options = ("--per-task", str(per_task), "--steps", str(steps))
-        with atomic_write(metrics) as made, made.open("w") as file:  # in a process of its own: the text has no colors
-            with _process("distill.cli", *words, *options, stdout=file) as evaluation:
-                status = evaluation.wait()
-            if status:
-                sys.exit(status)
+        with atomic_write(metrics) as made, made.open("w") as file, results_to(file):
+            _distill(*words, *options)
     print(metrics.read_text())
 
     logs = {"SERVICE_OBSERVABILITY__LOG_FORMAT": "text", "SERVICE_OBSERVABILITY__LOG_LEVEL": "warning"}

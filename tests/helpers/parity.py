@@ -1,10 +1,12 @@
 """Gradients of one base with adapters, as one process or two find them.
 
-As a script it is one of two processes: `torchrun --nproc-per-node 2 parity.py TEACHER OUT` leaves in OUT what
-each form finds on its half of the images, averaged, two runs of the trainer, a whole run, and one that is stopped.
+As a script it is two processes: `parity.py TEACHER OUT` leaves in OUT what each form finds on its half of the images,
+averaged, two runs of the trainer, a whole run, and one that is stopped.
 """
 
+import os
 import signal
+import socket
 import sys
 from contextlib import redirect_stdout
 from itertools import islice
@@ -15,6 +17,7 @@ import typer
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing import start_processes
 
 from distill import run as runs
 from distill.cli.run import run_with_bars
@@ -175,5 +178,15 @@ def assert_same(found, gradients):
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
+def process(rank: int, port: int, teacher: Path, out: Path) -> None:
+    """What a launcher starts, with the variables that it sets."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+    main(teacher, out)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number = free.getsockname()[1]
+    # Forks of one process, which has imported the libraries for both.
+    start_processes(process, (number, *map(Path, sys.argv[1:])), nprocs=2, start_method="fork")

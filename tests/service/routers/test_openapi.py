@@ -1,10 +1,7 @@
 """The OpenAPI description: generated requests, valid and invalid, get no 5xx and no undocumented response."""
 
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
 from running import serving
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from worker_threads import worker_threads
 
 from service.app import create_app
@@ -17,6 +14,10 @@ KEY = "sk-a-key-for-tests"
 # The threads of the server, which is in this process, draw from `random` meanwhile; its requests are not drawn from it.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_responses_match_the_openapi_description(tmp_path):
+    import schemathesis  # here, for each process of the suite would take seconds to import it
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     quick = settings(
         max_examples=20,
         deadline=None,

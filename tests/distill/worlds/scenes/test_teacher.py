@@ -289,7 +289,9 @@ def test_the_command_starts_from_a_teacher_and_records_its_recipe(trained: Path,
     state = checkpoint.latest(tmp_path / f"patch-{FINE}-state")
     assert state is not None
     assert checkpoint.load_record(state)["recipe"] == recipe
-    train(images=12)  # its own pipeline is replaced
+    check_teacher_folder(longer := ScenesRecipe(**recipe | {"images": 12}), tmp_path)
+    list(train_teacher(longer, tmp_path, CPU, scales=(2.5,)))  # its own pipeline is replaced
+    assert json.loads((tmp_path / "onestep.json").read_text())["recipe"]["images"] == 12
 
 
 def test_a_training_replaces_no_model_that_was_not_trained_there(teacher: Path, trained: Path, tmp_path: Path) -> None:
