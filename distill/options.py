@@ -13,7 +13,7 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
 class RuntimeOptions(BaseModel):
     """Options of `OneStepPipeline.load`. Defaults give the student's own images, independent of their batch.
 
-    Every option may change an image's last bits. `quantize`, `t5` and `tiny_vae` visibly change images.
+    Every option may change an image's last bits. `quantize`, `t5` and `decoder` visibly change images.
     Importing this module imports no torch. `OneStepPipeline.load` refuses what a device or student cannot do.
     """
 
@@ -33,8 +33,11 @@ class RuntimeOptions(BaseModel):
     """8-bit matrix products in the transformer, by torchao. Excludes LoRA adapters."""
     t5: Literal["full", "int8", "cpu", "none"] = "full"
     """`int8` quantizes T5's weights by torchao, `cpu` runs T5 on the CPU, `none` replaces its output by zeros."""
-    tiny_vae: Annotated[Path, AfterValidator(Path.absolute)] | None = None
-    """Folder of an `AutoencoderTiny` that decodes in place of the student's VAE."""
+    decoder: Literal["auto", "full", "small"] | Annotated[Path, AfterValidator(Path.absolute)] = "auto"
+    """`full` is the student's VAE, `small` the small decoder in its folder, `auto` the one that its record names.
+
+    A path is the folder of another `AutoencoderTiny` for the same latents.
+    """
     channels_last: bool = False
     """Memory format of the VAE's convolutions."""
     compile: bool = False

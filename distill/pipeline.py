@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
@@ -23,8 +23,8 @@ from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
 from distill.models.sd3_files import FORMAT, RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
+from distill.models.small_decoder import DECODER, load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
-from distill.models.tiny_vae import load_tiny_vae
 from distill.models.two_times import load_second_time
 from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
@@ -55,6 +55,8 @@ class OneStepSpec:
     created: int  # Unix time in seconds, of the record
     any_step: bool = False  # whether it also generates in several steps, with better images
     has_t5: bool = False
+    decoder: Literal["full", "small"] = "full"  # that it is used with by default
+    small_decoder: str | None = None  # digest of the small decoder in its folder
 
     @property
     def image_tokens(self) -> int:
@@ -83,6 +85,7 @@ def _read_record(folder: SD3Folder) -> OneStepSpec:
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{path} is of another format; export the student again with this version")
     try:
+        small = record.get("decoder") or {}
         return OneStepSpec(
             name=str(record["name"]),
             digest=folder.digest,
@@ -98,8 +101,10 @@ def _read_record(folder: SD3Folder) -> OneStepSpec:
             created=int(path.stat().st_mtime),
             any_step=bool(record.get("any_step", False)),
             has_t5=folder.has_t5,
+            decoder="small" if small.get("default") == "small" else "full",
+            small_decoder=str(small["digest"]) if small else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{path} lacks or garbles {error}; export the student again") from None
 
 
@@ -121,12 +126,13 @@ class OneStepPipeline:
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderTiny,
         options: RuntimeOptions,
-        tiny_vae: str | None = None,
+        small_decoder: str | None = None,
     ) -> None:
-        """Wrap loaded networks; `load` does so for a folder. `tiny_vae` is the digest of another VAE than its own."""
+        """Wrap loaded networks; `load` does so for a folder. `small_decoder` is the digest of `vae` if it is one."""
         self.spec = spec
+        self.small_decoder = small_decoder
         self.batch_buckets = options.batch_buckets
-        self.fingerprint = runtime.fingerprint(options, transformer.device, tiny_vae)
+        self.fingerprint = runtime.fingerprint(options, transformer.device, small_decoder)
         self._text = text
         self._transformer = transformer
         self._vae = vae
@@ -159,11 +165,7 @@ class OneStepPipeline:
             load_second_time(transformer, read.path)
         attention.use(options.attention, transformer)
         quantize.use(options.quantize, transformer)
-        tiny = None
-        if options.tiny_vae is None:
-            vae = load_vae(read, dtype, device)
-        else:
-            vae, tiny = load_tiny_vae(options.tiny_vae, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+        vae, small_decoder = _load_decoder(read, spec, options.decoder, dtype, device)
         if options.channels_last:
             vae.to(memory_format=torch.channels_last)
         if not options.batch_buckets:
@@ -173,7 +175,12 @@ class OneStepPipeline:
             shapes = len(options.batch_buckets) * len(spec.sizes)
             transformer.compile(dynamic=False, recompile_limit=shapes)
             vae.decoder.compile(dynamic=False, recompile_limit=shapes)
-        return cls(spec, text, transformer, vae, options, tiny)
+        return cls(spec, text, transformer, vae, options, small_decoder)
+
+    @property
+    def decoder(self) -> Literal["full", "small"]:
+        """Return which decoder makes the images: the student's VAE, or a small one."""
+        return "full" if self.small_decoder is None else "small"
 
     def read_adapter(self, path: Path | str) -> Adapter:
         """Read a LoRA adapter's file, or that of a folder, for this student. Safe while a batch runs.
@@ -283,6 +290,32 @@ class OneStepPipeline:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae, latents)
+
+
+def _load_decoder(
+    folder: SD3Folder, spec: OneStepSpec, decoder: str | Path, dtype: torch.dtype, device: torch.device
+) -> tuple[AutoencoderKL | AutoencoderTiny, str | None]:
+    """Load the decoder of `RuntimeOptions`, and its digest if it is a small one. Raises ConfigError naming the option.
+
+    The student's own small decoder has to be the one that its record names.
+    """
+    if decoder == "auto":
+        decoder = spec.decoder
+    if decoder == "full":
+        return load_vae(folder, dtype, device), None
+    own = decoder == "small"
+    if own and spec.small_decoder is None:
+        raise ConfigError(
+            f"decoder small: {folder.path} has no small decoder; make one with `distill decoder`, or take full"
+        )
+    path = folder.path / DECODER if own else Path(decoder)
+    vae, digest = load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+    if own and digest != spec.small_decoder:
+        raise ConfigError(
+            f"decoder small: {path} is not the one that {RECORD} names; add it again with `distill decoder`, or take "
+            "full"
+        )
+    return vae, digest
 
 
 def _batches(count: int, buckets: Sequence[int]) -> Iterator[Tensor]:

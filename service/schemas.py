@@ -29,6 +29,7 @@ MAX_NAMED_FIELDS = 16  # maximum number of unsupported fields that a warning nam
 MAX_NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["interactive", "batch"]
+Decoder = Literal["full", "small"]
 STEPS = "Extension. Network evaluations per image, at most the model's `max_steps`; 1 by default."
 
 
@@ -149,7 +150,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The response. `warnings` is an extension, present if there are any."""
+    """The response. Extensions: `decoder`, what made the pixels, and `warnings`, present if there are any."""
 
     created: int
     data: list[ImageData]
@@ -157,11 +158,12 @@ class ImagesResponse(BaseModel):
     output_format: OutputFormat
     size: str
     usage: Usage
+    decoder: Decoder
     warnings: list[str] | None = None
 
 
 class ImageCompleted(BaseModel):
-    """The one event of a stream. `seed` and `warnings` are extensions."""
+    """The one event of a stream. `decoder`, `seed` and `warnings` are extensions."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     b64_json: str
@@ -171,14 +173,16 @@ class ImageCompleted(BaseModel):
     quality: Literal["auto"] = "auto"
     size: str
     usage: Usage
+    decoder: Decoder
     seed: int
     warnings: list[str] | None = None
 
 
 class Model(BaseModel):
-    """One student, or another name of one. `sizes`, `adapters` and `max_steps` are extensions.
+    """One student, or another name of one. `sizes`, `adapters`, `max_steps` and `decoder` are extensions.
 
-    They are the values of a request's `size`, `lora` and `steps` that the model supports.
+    The first three are the values of a request's `size`, `lora` and `steps` that the model supports. `decoder` is what
+    makes the pixels: `full`, the model's VAE, or `small`.
     """
 
     id: str
@@ -188,6 +192,7 @@ class Model(BaseModel):
     sizes: list[str]
     adapters: list[str]
     max_steps: int
+    decoder: Decoder
 
 
 class ModelList(BaseModel):

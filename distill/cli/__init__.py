@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import typer
 
-from distill.cli import caches, cifar10, compare, evaluate, fetch, generate, jobs, plan, run, runs, scenes
+from distill.cli import caches, cifar10, compare, decoder, evaluate, fetch, generate, jobs, plan, run, runs, scenes
 from distill.errors import ClaimedError, DistillError
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
@@ -31,6 +31,7 @@ app.command()(run.run)
 app.command()(run.export)
 app.command()(caches.embed)
 app.command()(caches.encode)
+app.command()(decoder.decoder)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.geneval)

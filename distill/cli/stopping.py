@@ -58,6 +58,8 @@ def train_with_bar(name: str, images: int, training: "Iterable[TrainingProgress]
     with image_bar(name, images) as bar, stop_signals() as signals:
         for progress in training:
             bar.update(progress.images, progress.metrics)
+            for note in progress.notes:
+                bar.print(note)
             if signals:
                 progress.save()
                 raise stopped(progress.images, signals)

@@ -68,7 +68,7 @@ def encode_examples(
     CacheError when `out` holds a complete cache, was begun with other images or another teacher, or cannot be written.
     """
     dtype = text_dtype(device)
-    source = _ReadExamples(examples)
+    source = ReadExamples(examples)
     names = ("images", "skipped", "truncated", "unused")
     writer = ShardWriter(out, _layout(teacher), dtype, source, set(names))
     counts = {name: writer.count(name) for name in names}
@@ -79,7 +79,7 @@ def encode_examples(
     row = {"latents": torch.empty(1, *teacher.latent_shape), **tensors(text.encode([""]))}
     shard_rows = rows_of_shard(shard_rows, row)
     batch = max(1, min(BATCH, BATCH_PIXELS // teacher.image_size**2))
-    decode = partial(_decode, side=teacher.image_size)
+    decode = partial(decode_example, side=teacher.image_size)
     faults: list[dict[str, str]] = []
     with ThreadPoolExecutor() as pool:
         more = True
@@ -125,7 +125,7 @@ def encode_examples(
 
 def check_examples(teacher: SD3Folder, examples: Iterable[Example], folder: Path) -> None:
     """Raise CacheError unless this is a complete cache of these images for this teacher."""
-    check_source(folder, _layout(teacher), _ReadExamples(examples))
+    check_source(folder, _layout(teacher), ReadExamples(examples))
 
 
 def _layout(teacher: SD3Folder) -> Layout:
@@ -158,7 +158,7 @@ class ImageCache:
         return self._reader.shuffle(torch.arange(len(self)), generator)
 
 
-class _ReadExamples:
+class ReadExamples:
     """Iterates over examples, and counts and digests what it reads."""
 
     def __init__(self, examples: Iterable[Example]) -> None:
@@ -186,7 +186,7 @@ class _ReadExamples:
         return self._digest.hexdigest()
 
 
-def _decode(example: Example, side: int) -> NDArray[np.uint8] | str:
+def decode_example(example: Example, side: int) -> NDArray[np.uint8] | str:
     """Decode to upright, center-cropped sRGB pixels (side, side, 3) on white, or say why that is impossible."""
     if example.fault:
         return example.fault

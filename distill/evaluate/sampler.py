@@ -92,12 +92,22 @@ class TeacherSampler:
 
         Raises ConfigError for a block that the teacher lacks.
         """
+        return to_images(decode_in_parts(self._vae, self.latents(sampling, prompts, seeds, shape)))
+
+    @torch.no_grad()
+    def latents(
+        self,
+        sampling: Sampling,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        shape: tuple[int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """Generate latents (N, C, h, w) on the device, as `generate` does for its images."""
         sampling.guidance.check_layers(self.folder.layers)
         z = noise(seeds, shape or self.folder.latent_shape).to(self._transformer.device)
         null, cond = (self._text.encode(texts).to(z.device) for texts in ([""], prompts))
         u = guided_at(sampling.guidance, partial(velocity, self._transformer), null, sampling.scale)
-        latents = sample(u, z, cond, sampling.steps, self.folder.shift)
-        return to_images(decode_in_parts(self._vae, latents))
+        return sample(u, z, cond, sampling.steps, self.folder.shift)
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """For each prompt, whether it is cut to the token limit."""

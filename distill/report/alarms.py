@@ -18,6 +18,9 @@ COLLAPSED = 0.5  # share of the highest diversity so far
 OVERSATURATED = 0.1  # share of the latents' values; healthy runs stay below 0.05
 STALLED = 2.0  # times the lowest error of the fake so far
 GRID = 2.0  # times the teacher's energy at the period of a patch
+PSNR_FALL = 3.0  # dB below the highest mean so far
+BLURRED = 0.9  # share of the VAE's differences between neighboring pixels
+COLOR_SHIFT = 2.0  # levels of 255
 TOO_FAST = 0.05  # |update| / |weights| of a round; healthy runs stay below 0.01
 
 
@@ -33,8 +36,15 @@ class Alarm:
 class Alarms:
     """Applies the rules to a log, line by line."""
 
-    def __init__(self, raised: Iterable[str] = ()) -> None:
-        """`raised` are names of alarms that are not raised again."""
+    def __init__(
+        self,
+        raised: Iterable[str] = (),
+        rules: "Mapping[str, Rule] | None" = None,
+        evaluation_rules: "Mapping[str, Rule] | None" = None,
+    ) -> None:
+        """`raised` are names of alarms that are not raised again. The rules are a distillation's unless given."""
+        self._rules = RULES if rules is None else rules
+        self._evaluation_rules = EVALUATION_RULES if evaluation_rules is None else evaluation_rules
         self._recent: deque[Metrics] = deque(maxlen=WINDOW)
         self._lowest: Metrics = {}
         self._highest: Metrics = {}
@@ -51,11 +61,11 @@ class Alarms:
         for name, value in now.items():
             self._lowest[name] = min(value, self._lowest.get(name, value))
             self._highest[name] = max(value, self._highest.get(name, value))
-        return self._apply(RULES, int(line["images"]), now)
+        return self._apply(self._rules, int(line["images"]), now)
 
     def add_evaluation(self, line: Metrics) -> list[Alarm]:
         """Add the metrics of an evaluation and return the alarms that they raise."""
-        return self._apply(EVALUATION_RULES, int(line["images"]), line)
+        return self._apply(self._evaluation_rules, int(line["images"]), line)
 
     def _apply(self, rules: Mapping[str, Rule], images: int, now: Metrics) -> list[Alarm]:
         raised = []
@@ -142,6 +152,44 @@ def grid_artifacts(now: Metrics, lowest: Metrics, highest: Metrics) -> str | Non
     )
 
 
+def decoder_skipped(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """Steps of a small decoder are skipped; several in a row end its training."""
+    share = now.get("skipped", 0.0)
+    if not share:
+        return None
+    return f"{share:.1%} of the steps had a gradient that was not finite and were skipped; lower learning_rate"
+
+
+def decoder_diverges(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """A small decoder becomes worse on its own training images."""
+    value, best = now.get("psnr"), highest.get("psnr", 0.0)
+    if value is None or value >= best - PSNR_FALL:
+        return None
+    return f"the PSNR of training fell from {best:.1f} to {value:.1f} dB: steps are too large; lower learning_rate"
+
+
+def decoder_blurs(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """A small decoder's images lack detail."""
+    sharpness = now.get("sharpness", 1.0)
+    if sharpness >= BLURRED:
+        return None
+    return (
+        f"images have {sharpness:.0%} of the edges of the VAE's: they are blurred; train longer, or raise width, "
+        "blocks or weights.gradient in a new --out"
+    )
+
+
+def decoder_shifts_colors(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
+    """A small decoder changes the colors."""
+    shift = now.get("color_shift", 0.0)
+    if shift <= COLOR_SHIFT:
+        return None
+    return (
+        f"the mean of a color channel is {shift:.1f} levels of 255 off the VAE's: colors shift; train longer, or raise "
+        "weights.squared in a new --out"
+    )
+
+
 RULES: dict[str, Rule] = {
     "collapse": collapse,
     "oversaturation": oversaturation,
@@ -149,6 +197,8 @@ RULES: dict[str, Rule] = {
     "too-fast": too_fast,
     "not-finite": not_finite,
 }
+DECODER_RULES: dict[str, Rule] = {"not-finite": decoder_skipped, "diverging": decoder_diverges}
+DECODER_EVALUATION_RULES: dict[str, Rule] = {"blurred": decoder_blurs, "color-shift": decoder_shifts_colors}
 EVALUATION_RULES: dict[str, Rule] = {"lost-diversity": lost_diversity, "grid-artifacts": grid_artifacts}
 
 _FAKE = "flow_matching/relative"

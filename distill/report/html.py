@@ -45,6 +45,7 @@ _SECTIONS = {
         "gradient_norm": Panel("Gradient norms", "before clipping"),
         "update_ratio": Panel("Update ratios", "|update| / |weights|", "Of one round, at each line of the log."),
         "skipped": Panel("Skipped steps", "share", "Steps whose gradient was not finite."),
+        "psnr": Panel("PSNR in training", "dB", "Of parts of images, against the VAE's."),
     },
     "The student's latents": {
         "latent/std": Panel("Standard deviation", "", "1 for the autoencoder's latents of real images."),
@@ -68,6 +69,13 @@ _EVALUATED = {
     "grid": Panel("Grid artifacts", "1 = the teacher's", "Energy at the period of the transformer's patches."),
     "saturation": Panel("Saturation", "share of 0 and 255"),
     "recall": Panel("Recall", "", "Higher is better."),
+    "psnr": Panel("PSNR", "dB", "Against the VAE's images; higher is better."),
+    "ssim": Panel("SSIM", "", "Against the VAE's images; 1 for equal ones."),
+    "sharpness": Panel("Sharpness", "1 = the VAE's", "Differences between neighboring pixels."),
+    "color_shift": Panel("Color shift", "levels of 255", "Largest difference of a channel's mean."),
+    "score": Panel("Score", "share correct", "Of the dataset; higher is better."),
+    "full_score": Panel("Score of the VAE", "share correct"),
+    "score_ratio": Panel("Score", "1 = the VAE's"),
 }
 
 
@@ -92,6 +100,7 @@ def render_report(run: RunFolder) -> str:
     environment.filters.update(si=si, cell=_cell, plain=_plain, words=_words, time=_local_time)
     return environment.get_template("report.html").render(
         run=run,
+        product="decoder" if run.is_decoder else "student",
         mark=MARK,
         frame=charts,
         method=(method.get("name") if isinstance(method, dict) else None) or "distillation",

@@ -41,6 +41,11 @@ class RunFolder:
     changed: float | None
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether it trains a small decoder, and not a student."""
+        return self.config.get("kind") == "decoder"
+
+    @property
     def name(self) -> str:
         """The folder's own name, also for `.`."""
         return self.folder.resolve().name
@@ -94,7 +99,14 @@ def holds_student(folder: Path, budget: int) -> bool:
     A run that was killed before its export has none, or an older one: of a smaller budget, or exported on the way.
     """
     state = read_state(folder)
-    if state is None or not state.is_final or state.budget < budget or not (folder / "student" / RECORD).exists():
+    if (
+        state is None
+        or not state.is_final
+        or state.budget < budget
+        or not any(
+            (folder / product).exists() for product in (Path("student") / RECORD, Path("decoder") / "config.json")
+        )
+    ):
         return False
     return all(int(path.name) <= state.images for path in _checkpoints(folder))
 

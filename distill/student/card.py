@@ -29,19 +29,55 @@ def license_of(folder: Path) -> dict[str, str]:
 
 def card(record: Mapping[str, Any], folder: SD3Folder, license: Mapping[str, str], adapter: bool) -> str:
     """Write the card: a YAML header for the hub, then Markdown. `adapter`: the folder also holds the adapter."""
+    base = {"base_model": folder.name} if folder.revision else {}  # the hub links to it
+    width, height = record["sizes"][0]
+    return (
+        _environment()
+        .get_template("card.jinja")
+        .render(
+            record=record,
+            header={"library_name": "diffusers", "pipeline_tag": "text-to-image", **base, **license},
+            settings={key: record["config"][key] for key in _SETTINGS} if record.get("config") else {},
+            width=width,
+            height=height,
+            has_t5=folder.has_t5,
+            adapter=adapter,
+            license=license,
+        )
+    )
+
+
+def decoder_card(
+    config: Mapping[str, Any],
+    folder: SD3Folder,
+    parameters: int,
+    images: int,
+    metrics: Mapping[str, float],
+) -> str:
+    """Write the card of a small decoder that was distilled from the VAE of `folder`."""
+    license = license_of(folder.path)
+    shown = {key: value for key, value in config.items() if key not in ("kind", "model_digest")}
+    return (
+        _environment()
+        .get_template("decoder_card.jinja")
+        .render(
+            config=config,
+            header={"library_name": "diffusers", **license},
+            settings=shown,
+            channels=folder.latent_channels,
+            factor=folder.vae_scale_factor,
+            parameters=parameters,
+            images=images,
+            metrics=metrics,
+            folder="decoder",
+            license=license,
+        )
+    )
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(yaml=partial(yaml.safe_dump, sort_keys=False), number=lambda count: f"{count:,}")
-    base = {"base_model": folder.name} if folder.revision else {}  # the hub links to it
-    width, height = record["sizes"][0]
-    return environment.get_template("card.jinja").render(
-        record=record,
-        header={"library_name": "diffusers", "pipeline_tag": "text-to-image", **base, **license},
-        settings={key: record["config"][key] for key in _SETTINGS} if record.get("config") else {},
-        width=width,
-        height=height,
-        has_t5=folder.has_t5,
-        adapter=adapter,
-        license=license,
-    )
+    return environment

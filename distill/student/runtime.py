@@ -29,17 +29,17 @@ def check(options: RuntimeOptions, device: torch.device, has_t5: bool) -> None:
         raise ConfigError(f"cuda_graphs needs a CUDA device, not {device.type}; set it to false")
 
 
-def fingerprint(options: RuntimeOptions, device: torch.device, tiny_vae: str | None = None) -> str:
+def fingerprint(options: RuntimeOptions, device: torch.device, small_decoder: str | None = None) -> str:
     """Name all that an image's bits depend on besides the student's files and the kind of device.
 
-    Options at their defaults are left out, except the precision and the batch buckets. `tiny_vae` is the digest of
-    the VAE that replaces the student's own.
+    Options at their defaults are left out, except the precision and the batch buckets. `small_decoder` is the
+    digest of the decoder that replaces the student's VAE.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     parts = [names[compute_dtype(options, device)], "buckets", *map(str, options.batch_buckets)]
-    changed = options.model_dump(exclude={"precision", "batch_buckets", "tiny_vae"}, exclude_defaults=True)
+    changed = options.model_dump(exclude={"precision", "batch_buckets", "decoder"}, exclude_defaults=True)
     for name, value in changed.items():
         parts += [name] if value is True else [name, value]
-    if tiny_vae:
-        parts += ["tiny-vae", tiny_vae[:16]]
+    if small_decoder:
+        parts += ["small-decoder", small_decoder[:16]]
     return "-".join(parts)

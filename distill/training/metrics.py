@@ -113,7 +113,7 @@ class MetricsLog:
         """Write a line, and return its metrics. `wall_seconds` is the training time of all images so far."""
         metrics = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
         metrics["wall_seconds"] = wall_seconds
-        metrics["memory/peak"] = _peak_memory(self._accelerator.device)
+        metrics["memory/peak"] = peak_memory(self._accelerator.device)
         for names, sums in self._rounds.items():
             for name, (total, count) in zip(names, sums.tolist(), strict=True):
                 if count:
@@ -139,7 +139,7 @@ def sample_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """Peak memory of the process so far in bytes: on its GPU, or resident memory without a GPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from distill.config import RunConfig, load_config
-from distill.errors import CheckpointError, ConfigError, OutputError
+from distill.errors import CheckpointError, ConfigError, OutputError, RunError
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
@@ -66,6 +67,17 @@ def _read_pins(out: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not name the commit of the teacher ({error}); give another --out") from None
+
+
+def read_speed(path: Path) -> float:
+    """Read images/s that were measured before. Raises RunError for a file that holds no speed."""
+    try:
+        speed = float(json.loads(path.read_text())["images_per_second"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        speed = 0
+    if not 0 < speed < math.inf:
+        raise RunError(f"{path} holds no speed; remove it, and the run is measured again")
+    return speed
 
 
 def read_config(out: Path) -> RunConfig:

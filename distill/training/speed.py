@@ -1,7 +1,6 @@
 """The training speed of a run, measured once over a few rounds, and the images that it makes in a time."""
 
 import json
-import math
 import shutil
 import time
 from itertools import islice
@@ -13,9 +12,8 @@ from accelerate.utils import broadcast_object_list
 
 from distill import run
 from distill.config import Cadence, EvaluationSettings, RunConfig
-from distill.errors import RunError
 from distill.files import atomic_write_text
-from distill.training.preparation import SPEED
+from distill.training.preparation import SPEED, read_speed
 from distill.training.processes import wait_for_main
 from distill.training.run_sources import run_sources
 from distill.training.trainer import Progress
@@ -31,20 +29,9 @@ def images_within(seconds: float, config: RunConfig, folder: Path) -> int:
     stored in `speed.json` for a resumed run. Every process of a run calls this.
     """
     kept = folder / SPEED
-    speed = _read_speed(kept) if kept.exists() else None
+    speed = read_speed(kept) if kept.exists() else None
     speed = broadcast_object_list([speed])[0] or _measure(config, folder)
     return max(1, int(speed * seconds / config.batch)) * config.batch
-
-
-def _read_speed(path: Path) -> float:
-    """Read images/s that were measured before. Raises RunError for a file that holds no speed."""
-    try:
-        speed = float(json.loads(path.read_text())["images_per_second"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        speed = 0
-    if not 0 < speed < math.inf:
-        raise RunError(f"{path} holds no speed; remove it, and the run is measured again")
-    return speed
 
 
 def _measure(config: RunConfig, folder: Path) -> float:

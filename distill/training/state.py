@@ -1,7 +1,7 @@
 """Progress of any training, and the states that trainings of small teachers resume from."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,23 @@ from distill.errors import CheckpointError, OutputError
 from distill.models.sd3_files import COMPONENTS, RECORD
 from distill.training import checkpoint
 
-FREE = ("images", "per_task", "evaluate_every", "checkpoint_every")  # budget and cadences of a recipe
+# Budget and cadences of a recipe, and how much is evaluated
+FREE = ("images", "per_task", "evaluation_images", "log_every", "evaluate_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Images seen before and after a step, their budget, and metrics; `save()` writes a state at once."""
+    """Images seen before and after a step, their budget, and metrics; `save()` writes a state at once.
+
+    `notes` are messages for the user, such as alarms.
+    """
 
     before: int
     images: int
     total: int
     metrics: dict[str, float]
     save: Callable[[], None]
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
     def crosses(self, every: int) -> bool:
         """Whether a multiple of `every` images was reached in this step."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -48,14 +48,12 @@ class Progress(TrainingProgress):
     """The state of a run after a round of turns; valid until the next round begins.
 
     `seconds` is the time of all rounds so far, without checkpoints and without what the caller does between rounds.
-    `generate(cond, z)` is the averaged student, `average` its weights. A caller may add metrics, and notes, which are
-    sentences for people.
+    `generate(cond, z)` is the averaged student, `average` its weights. A caller may add metrics and notes.
     """
 
     seconds: float
     generate: Callable[[TextCondition, Tensor], Tensor]
     average: dict[str, Tensor]
-    notes: list[str] = field(default_factory=list)
 
 
 def train(

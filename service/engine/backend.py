@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class ModelInfo:
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name; equal digests give equal images
     max_steps: int = 1  # largest number of network evaluations per image; 1 for a one-step student
     runtime_fingerprint: str = ""  # what images depend on besides the files, such as precision and batch buckets
+    decoder: Literal["full", "small"] = "full"  # what makes pixels of latents: the VAE, or a small decoder
+    decoder_digest: str | None = None  # of a small decoder's files
 
     @property
     def cache_key(self) -> str:

@@ -49,6 +49,8 @@ class StudentBackend:
             batch_multiple=self._pipeline.batch_buckets[0],
             max_steps=MAX_STEPS if spec.any_step else 1,
             runtime_fingerprint=self._pipeline.fingerprint,
+            decoder=self._pipeline.decoder,
+            decoder_digest=self._pipeline.small_decoder,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"

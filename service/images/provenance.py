@@ -35,6 +35,8 @@ class Provenance:
     digest: str  # of the model's files
     seed: int
     prompt: str | None = None  # None if images do not hold prompts
+    decoder: str = "full"  # or small
+    decoder_digest: str | None = None  # of a small decoder's files
 
     @property
     def software(self) -> str:
@@ -44,7 +46,7 @@ class Provenance:
 def image_metadata(provenance: Provenance, output_format: str) -> dict[str, Any]:
     """Return arguments for Pillow's `save`: XMP with IPTC's fields in all formats, and PNG text or EXIF."""
     xmp = _xmp(provenance)
-    description = f"model {provenance.model}, seed {provenance.seed}"
+    description = f"model {provenance.model}, seed {provenance.seed}, {provenance.decoder} decoder"
     if output_format == "png":
         text = PngInfo()
         text.add_text("Software", provenance.software)
@@ -119,7 +121,10 @@ def _xmp(provenance: Provenance) -> str:
         "Iptc4xmpExt:AISystemUsed": provenance.model,
         "Iptc4xmpExt:AISystemVersionUsed": provenance.digest,
         "fgm:seed": str(provenance.seed),
+        "fgm:decoder": provenance.decoder,
     }
+    if provenance.decoder_digest is not None:
+        fields["fgm:decoderDigest"] = provenance.decoder_digest
     if provenance.prompt is not None:
         fields["Iptc4xmpExt:AIPromptInformation"] = provenance.prompt[:MAX_PROMPT_CHARACTERS]
     attributes = " ".join(f"{name}={quoteattr(_NOT_XML.sub('', value))}" for name, value in fields.items())

@@ -21,7 +21,7 @@ from service.images.provenance import Provenance, Signer
 from service.images.request import OutputOptions, resolve
 from service.images.safety import SafetyChecker
 from service.observability.metrics import Metrics
-from service.schemas import ImageData, ImageRequest, ImagesResponse, TokenDetails, Usage
+from service.schemas import Decoder, ImageData, ImageRequest, ImagesResponse, TokenDetails, Usage
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class GeneratedImages:
     usage: Usage
     warnings: list[str] | None
     seconds: dict[str, float]  # by stage; of the image that took longest, and only of stages that ran
+    decoder: Decoder
 
     @property
     def server_timing(self) -> str:
@@ -60,6 +61,7 @@ class GeneratedImages:
             output_format=self.output.format,
             size=self.request.size,
             usage=self.usage,
+            decoder=self.decoder,
             warnings=self.warnings,
         )
 
@@ -125,7 +127,7 @@ class ImageService:
         if images[0].truncated:
             warnings.append(f"the prompt was cut to the model's {info.token_limit} tokens")
         usage = _usage(request, info, images[0].tokens)
-        return GeneratedImages(request, output, encoded, usage, warnings or None, seconds)
+        return GeneratedImages(request, output, encoded, usage, warnings or None, seconds, info.decoder)
 
     async def links(self, images: GeneratedImages, base: str, lifetime: int | None = None) -> ImagesResponse:
         """Store images; the answer with links below the server's base URL, which last `lifetime` seconds."""
@@ -144,7 +146,8 @@ class ImageService:
         model = info.name if request.adapter is None else f"{info.name} with {request.adapter} at {request.scale:g}"
         if request.steps > 1:
             model += f" in {request.steps} steps"
-        provenance = Provenance(model, info.digest, seed, request.prompt if policy == "prompt" else None)
+        prompt = request.prompt if policy == "prompt" else None
+        provenance = Provenance(model, info.digest, seed, prompt, info.decoder, info.decoder_digest)
         data = encode(image.pixels, output.format, output.compression, None if policy == "none" else provenance)
         return self._signer.sign(data, output.format) if self._signer else data
 

@@ -130,6 +130,7 @@ def _event(images: GeneratedImages) -> str:
         output_format=images.output.format,
         size=images.request.size,
         usage=images.usage,
+        decoder=images.decoder,
         seed=images.request.seeds[0],
         warnings=images.warnings,
     )

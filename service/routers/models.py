@@ -50,4 +50,5 @@ def model_object(name: str, info: ModelInfo) -> Model:
         sizes=sizes,
         adapters=[*info.adapters],
         max_steps=info.max_steps,
+        decoder=info.decoder,
     )

@@ -1,0 +1,1 @@
+"""Training of small decoders: networks that decode what a VAE decodes, distilled from it without data."""

@@ -1,0 +1,314 @@
+"""One training of a small decoder, from a model to the folder `decoder/`: what `distill decoder` calls.
+
+The folder: `config.yaml` (resolved), `state.json` (its phase), `latents/`, `real-latents/` and `evaluation-latents/`
+(caches of what it is trained and evaluated on), `speed.json` (measured for a budget in seconds), `checkpoints/`,
+`metrics.jsonl`, `evaluations.jsonl`, `alarms.jsonl`, `samples/` (grids), and at the end `decoder/`. The same call
+resumes a training. `distill report` and `distill runs` read it like the folder of a distillation.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import AutoencoderTiny
+
+from distill.data.images import read_examples
+from distill.data.prompts import DistinctPrompts, read_prompts
+from distill.data.sources import PROMPT_SOURCES, Example
+from distill.decoder.evaluation import DecoderEvaluator, meets_score
+from distill.decoder.export import export_decoder
+from distill.decoder.latents import LatentProgress, MakeLatents, Pool, PromptLatents, RealLatents, latent_maker
+from distill.decoder.recipe import DecoderConfig, DecoderRecipe
+from distill.decoder.train import CHECKPOINTS, DecoderTraining
+from distill.errors import CheckpointError, ConfigError, OutputError
+from distill.evaluate.base import EvalPrompts, find_eval_dataset
+from distill.evaluate.sampler import Sampling
+from distill.files import atomic_write_text
+from distill.models.sd3 import load_vae
+from distill.models.sd3_files import RECORD, find_weights, read_json
+from distill.models.sd3_folder import SD3Folder, check_weights
+from distill.models.small_decoder import DECODER, decoder_digest, make_small_decoder
+from distill.philox import key_of
+from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm, Alarms
+from distill.report.grid import save_png
+from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
+from distill.report.run_state import STATE, Phase, write_state
+from distill.student.decoder import Default, add_decoder, check_decoder_place, is_student
+from distill.training import checkpoint
+from distill.training.preparation import SPEED, read_speed
+from distill.training.run_lock import run_lock
+from distill.training.state import TrainingProgress, check_state
+
+CONFIG = "config.yaml"
+LATENTS, REAL, EVALUATION = "latents", "real-latents", "evaluation-latents"
+_FILES = (CHECKPOINTS, METRICS, EVALUATIONS, ALARMS, STATE, SPEED, DECODER, "samples")  # of a training
+
+
+@dataclass(frozen=True)
+class DecoderRun:
+    """What a training is started with: the model, how it is sampled, and the folder of the training.
+
+    `sampling` is None for a student. `students` get the decoder at the end, with this `default`; None is `small` if the
+    score of a dataset shows no loss, else `full`.
+    """
+
+    config: DecoderConfig
+    model: SD3Folder
+    sampling: Sampling | None
+    out: Path
+    students: tuple[SD3Folder, ...] = ()
+    default: Default | None = None
+
+
+def resolve(
+    recipe: DecoderRecipe, model: SD3Folder, sampling: Sampling | None, prompts: str | None, real: str | None
+) -> DecoderConfig:
+    """Complete a recipe: its width and blocks, and the source of prompts, which is the model's own if None.
+
+    Raises ConfigError if the model's own prompts are not known here.
+    """
+    widths = read_json(model.path / "vae" / "config.json")["block_out_channels"]
+    stages = model.vae_scale_factor.bit_length()
+    values = recipe.model_dump() | {
+        "width": recipe.width or max(16, min(widths) // 2),
+        "blocks": recipe.blocks if recipe.blocks is not None else (*(3,) * (stages - 1), 1),
+    }
+    return DecoderConfig(
+        **values,
+        teacher=str(read_json(model.path / RECORD)["name"]) if is_student(model) else model.reference,
+        model_digest=model.digest,
+        teacher_steps=1 if sampling is None else sampling.steps,
+        guidance=1.0 if sampling is None else sampling.scale,
+        prompts=_own_prompts(model) if prompts is None else prompts,
+        real=real,
+    )
+
+
+def _own_prompts(model: SD3Folder) -> str:
+    """The source of a student's prompts by its record, or the source of a teacher's name."""
+    name = model.name
+    if is_student(model):
+        own = read_json(model.path / RECORD).get("prompts")
+        name = str(own.get("source")) if isinstance(own, dict) else ""
+    if name not in PROMPT_SOURCES:
+        which = f"its prompts were {name!r}" if is_student(model) and name else "it names no prompts"
+        raise ConfigError(
+            f"{model.name} makes the images that the decoder learns from, and {which}; give --prompts FILE"
+        )
+    return name
+
+
+def distill_decoder(
+    run: DecoderRun, device: torch.device, seconds: float | None = None
+) -> Generator[LatentProgress | TrainingProgress]:
+    """Train to the budget, export to `out/decoder` and add it to the students; skip what is done.
+
+    `seconds` of training are a budget in place of `config.images`. Close the generator to interrupt the training, after
+    `progress.save()`. Raises what `check` raises before anything is written, ClaimedError while another process writes
+    to the folder, and what the caches and the training raise.
+    """
+    check(run)
+    with run_lock(run.out):
+        # 1. latents of prompts, and of real images
+        with _phase(run, "sampling", run.config.images):
+            atomic_write_text(run.out / CONFIG, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+            texts, scored = _evaluation_prompts(run.config, run.model)
+            training, evaluation = _prompt_latents(run, texts)
+            yield from _make(run, (training, evaluation), device)
+            readers = [training.open(device)]
+            if run.config.real is not None:
+                real = RealLatents(run.out / REAL, run.model, lambda: _real_images(run.config))
+                yield from real.make(device)
+                readers.append(real.open(device))
+            pool = Pool(readers)
+        vae = load_vae(run.model, device=device)
+
+        # 2. turn seconds into images
+        config = run.config
+        if seconds is not None:
+            if not (run.out / SPEED).exists():
+                speed = DecoderTraining(config, vae, _untrained(config, run.model), pool).speed()
+                atomic_write_text(run.out / SPEED, json.dumps({"images_per_second": speed}) + "\n")
+            images = max(1, int(read_speed(run.out / SPEED) * seconds / config.batch)) * config.batch
+            config = config.model_copy(update={"images": images})
+            atomic_write_text(run.out / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+        # 3. train
+        with _phase(run, "training", config.images):
+            trained = DecoderTraining(config, vae, _untrained(config, run.model), pool)
+            latents = evaluation.open()
+            rows = latents.rows(torch.arange(len(latents)))["latents"]
+            watch = _Watch(run.out, DecoderEvaluator(vae, rows, texts, scored))
+            for progress in trained.run(run.out):
+                watch.record(progress)
+                if progress.images >= config.images or progress.crosses(config.evaluate_every):
+                    progress.metrics.update(watch.evaluate(progress, trained.average))
+                yield progress
+
+            # 4. export
+            metrics = watch.metrics or watch.evaluator.evaluate(trained.average).metrics  # of a finished training
+            export_decoder(run.out / DECODER, config, run.model, trained.average, metrics, _seen(run.out))
+            for student in run.students:
+                default: Default = run.default or ("small" if meets_score(metrics) else "full")
+                add_decoder(student.path, run.out / DECODER, default, metrics)
+        write_state(run.out, "finished", _seen(run.out), config.images)
+
+
+def check(run: DecoderRun) -> None:
+    """Check the model, the sources, the folder and the students; nothing is written.
+
+    Raises ConfigError for blocks that do not fit the VAE and for a student of another VAE, PromptError and ImageError
+    for the sources, CheckpointError for a training with other settings, and OutputError if files would be replaced that
+    belong to no training of a decoder.
+    """
+    config, out = run.config, run.out
+    _untrained(config, run.model)
+    path = out / CONFIG
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as YAML ({error}); give another --out") from None
+    if path.exists() and not (isinstance(before, dict) and before.get("kind") == "decoder"):
+        raise OutputError(f"{out} holds another run than that of a decoder; give another --out")
+    if not path.exists():
+        for name in _FILES:
+            if (out / name).exists():
+                raise OutputError(f"{out} holds {name}, but no {CONFIG} of a decoder; give another --out")
+    check_state(out / CHECKPOINTS, config)
+    next(iter(read_prompts(config.prompts, 1)))
+    if config.real is not None:
+        next(_real_images(config))
+    for student in run.students:
+        check_decoder_place(student.path, _digest_of(out / DECODER))
+        if _vae_digest(student) != _vae_digest(run.model):
+            raise ConfigError(f"{student.path} has another VAE than {run.model.name}; name a student of the same VAE")
+
+
+def _digest_of(decoder: Path) -> str | None:
+    """The digest of a decoder that was exported before."""
+    with suppress(OSError):
+        return decoder_digest(decoder)
+    return None
+
+
+def _vae_digest(model: SD3Folder) -> str:
+    """The identity of a VAE's weights, whatever its files are called, with the scale of its latents."""
+    identity = hashlib.sha256(f"{model.scaling_factor} {model.shift_factor}".encode())
+    for file in find_weights(model.path / "vae").files:
+        check_weights(file, identity)
+    return identity.hexdigest()
+
+
+def _untrained(config: DecoderConfig, model: SD3Folder) -> AutoencoderTiny:
+    torch.manual_seed(key_of(config.seed, "decoder weights"))
+    return make_small_decoder(model.latent_channels, model.vae_scale_factor, config.width or 0, config.blocks or ())
+
+
+def _evaluation_prompts(config: DecoderConfig, model: SD3Folder) -> tuple[list[str], EvalPrompts | None]:
+    """The prompts of the evaluation: held-out ones of a dataset with a scorer, else the first ones of the source.
+
+    Those of a dataset are, with their seeds, the ones of `distill evaluate`.
+    """
+    dataset = find_eval_dataset((config.prompts, model.name), (model.image_size, model.image_size))
+    if dataset is not None:
+        scored = dataset.prompts(config.per_task, 0)
+        return list(scored.texts), scored
+    texts = list(islice(DistinctPrompts(read_prompts(config.prompts)), config.evaluation_images))
+    return [texts[i % len(texts)] for i in range(config.evaluation_images)], None
+
+
+def _prompt_latents(run: DecoderRun, texts: list[str]) -> tuple[PromptLatents, PromptLatents]:
+    """The caches of the training and of the evaluation; their seeds differ."""
+    config = run.config
+    prompts = list(islice(DistinctPrompts(read_prompts(config.prompts)), config.latents))
+    source = run.model, run.sampling
+    return (
+        PromptLatents(run.out / LATENTS, *source, prompts, config.latents),
+        PromptLatents(run.out / EVALUATION, *source, texts, len(texts), first_seed=0),
+    )
+
+
+def _make(
+    run: DecoderRun, caches: tuple[PromptLatents, PromptLatents], device: torch.device
+) -> Iterator[LatentProgress]:
+    """Make what is missing of the caches; the model is loaded at most once, and freed afterwards."""
+    loaded: list[MakeLatents] = []
+
+    def maker() -> MakeLatents:
+        if not loaded:
+            loaded.append(latent_maker(run.model, run.sampling, device))
+        return loaded[0]
+
+    for cache, what in zip(caches, ("latents", "evaluation latents"), strict=True):
+        yield from cache.make(maker, what)
+    loaded.clear()
+    gc.collect()
+
+
+def _real_images(config: DecoderConfig) -> Iterator[Example]:
+    return read_examples(str(config.real), None, config.seed)
+
+
+def _seen(out: Path) -> int:
+    """The images of the newest checkpoint."""
+    found = checkpoint.states(out / CHECKPOINTS)
+    return int(found[-1].name) if found else 0
+
+
+@contextmanager
+def _phase(run: DecoderRun, phase: Phase, budget: int) -> Iterator[None]:
+    """Record a phase, and its interruption or failure."""
+    write_state(run.out, phase, _seen(run.out), budget)
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
+        if run.out.is_dir():
+            with suppress(OSError):
+                write_state(run.out, "interrupted" if interrupted else "failed", _seen(run.out), budget)
+        raise
+
+
+class _Watch:
+    """Evaluates the averaged decoder, saves grids and raises alarms. `metrics` are those of the last evaluation."""
+
+    def __init__(self, out: Path, evaluator: DecoderEvaluator) -> None:
+        self.evaluator = evaluator
+        self.metrics: dict[str, float] = {}
+        self._out = out
+        for log in (EVALUATIONS, METRICS, ALARMS):
+            checkpoint.trim_lines(out / log, _seen(out))
+        before = read_run(out)
+        self._alarms = Alarms((alarm.name for alarm in before.alarms), DECODER_RULES, DECODER_EVALUATION_RULES)
+        for line in before.metrics:
+            self._alarms.add(line)
+
+    def record(self, progress: TrainingProgress) -> None:
+        """Raise the alarms of a line of the log."""
+        if progress.metrics:
+            self._raise(self._alarms.add({"images": progress.images, **progress.metrics}), progress)
+
+    def evaluate(self, progress: TrainingProgress, average: AutoencoderTiny) -> dict[str, float]:
+        """Evaluate, and save the line of the log and the grid; return the metrics."""
+        found = self.evaluator.evaluate(average)
+        self.metrics = found.metrics
+        line = {"images": progress.images, **found.metrics}
+        with (self._out / EVALUATIONS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        save_png(found.picture, self._out / "samples" / f"{progress.images:012d}.png")
+        if progress.images >= progress.total / 2:  # images of early decoders are blurred in any case
+            self._raise(self._alarms.add_evaluation(line), progress)
+        return found.metrics
+
+    def _raise(self, alarms: list[Alarm], progress: TrainingProgress) -> None:
+        for alarm in alarms:
+            progress.notes.append(f"alarm, {alarm.name}: {alarm.message}")
+            with (self._out / ALARMS).open("a") as file:
+                file.write(json.dumps(asdict(alarm)) + "\n")

@@ -1,0 +1,66 @@
+"""A small decoder in a student folder: the folder `decoder/`, named by its digest in `onestep.json`."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from distill.errors import OutputError, TeacherError
+from distill.files import atomic_write, atomic_write_text
+from distill.models.sd3_files import RECORD, read_json
+from distill.models.sd3_folder import SD3Folder
+from distill.models.small_decoder import CONFIG, DECODER, WEIGHTS, decoder_digest
+
+README = "README.md"
+FILES = (CONFIG, WEIGHTS, README)  # of a small decoder
+Default = Literal["full", "small"]
+
+
+def is_student(folder: SD3Folder) -> bool:
+    """Whether a folder is a student's, not a teacher's."""
+    path = folder.path / RECORD
+    return path.exists() and "start_time" in read_json(path)
+
+
+def check_decoder_place(student: Path, replacing: str | None = None) -> None:
+    """Raise OutputError unless a student folder has no small decoder, or one that `add_decoder` may replace.
+
+    That is the one which its record names, without other files, or that of the digest `replacing`.
+    """
+    path = student / DECODER
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"{path} is in the place of the small decoder; move it away, or name another student")
+    held = sorted(file for file in path.rglob("*") if file.name not in FILES) if path.exists() else []
+    if held:
+        raise OutputError(f"{held[0]} is not a part of a small decoder; move it away, or name another student")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    try:
+        named = (read_json(student / RECORD).get("decoder") or {}).get("digest")
+        known = decoder_digest(path) in (named, replacing)
+    except (AttributeError, OSError, TeacherError):
+        known = False
+    if not known:
+        raise OutputError(
+            f"{path} is not the decoder that {RECORD} names, so it is not replaced; move it away, or name another "
+            "student"
+        )
+
+
+def add_decoder(student: Path, decoder: Path, default: Default, metrics: Mapping[str, float]) -> None:
+    """Copy a small decoder into a student folder and name it in the record, with its default and its metrics.
+
+    An older one is replaced. The decoder is written first: until the record names it, `small` is refused. Raises
+    OutputError for a decoder that is not this program's, and OSError.
+    """
+    digest = decoder_digest(decoder)
+    check_decoder_place(student, digest)
+    record = read_json(student / RECORD)
+    with atomic_write(student / DECODER) as made:
+        made.mkdir()
+        for name in FILES:
+            if (decoder / name).exists():
+                shutil.copyfile(decoder / name, made / name)
+    record["decoder"] = {"default": default, "digest": digest, "metrics": dict(metrics)}
+    atomic_write_text(student / RECORD, json.dumps(record, indent=2) + "\n")
