@@ -25,13 +25,14 @@ from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, Report
 from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
-from distill.evaluate.sampler import Sampling, TeacherSampler
+from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, SideBySide, cell, metric_names
 from distill.evaluate.student_comparison import compare_students
 from distill.files import atomic_write_text, check_replaceable
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
-from distill.pipeline import OneStepPipeline, read_student
+from distill.options import DecoderChoice
+from distill.pipeline import read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
 from distill.training import checkpoint
@@ -239,14 +240,16 @@ def evaluate_variants(
     report: Report,
     diverged: Mapping[str, str] = MappingProxyType({}),
     failed: Mapping[str, str] = MappingProxyType({}),
+    decoder: DecoderChoice = "auto",
 ) -> ExperimentResult:
     """Evaluate all students by the first variant's evaluator; its `per_task` and `seed` are those of a dataset.
 
-    With the evaluator `none` only the picture is drawn.
+    `decoder` is that of `RuntimeOptions`; a folder of a small decoder serves all, because they share the VAE. With the
+    evaluator `none` only the picture is drawn.
     """
     config, first = variants[0].config, out / variants[0].name
     teacher = read_teacher(config, first)
-    students = {variant.name: out / variant.name / "student" for variant in variants}
+    students = {variant.name: StudentModel(out / variant.name / "student", decoder) for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     kind = evaluator_kind(config, teacher)
@@ -278,7 +281,7 @@ def _measure(
     folder: Path,
     teacher: SD3Folder,
     prompts: Sequence[str],
-    students: Mapping[str, Path],
+    students: Mapping[str, StudentModel],
     device: torch.device,
     report: Report,
 ) -> Measurements:
@@ -301,7 +304,7 @@ def _measure(
 def _draw(
     config: RunConfig,
     teacher: SD3Folder,
-    students: Mapping[str, Path],
+    students: Mapping[str, StudentModel],
     texts: Sequence[str],
     seed: int,
     device: torch.device,
@@ -314,7 +317,7 @@ def _draw(
     images = [sampler.generate(sampling, [text], [each], shape) for text, each in zip(texts, seeds, strict=True)]
     rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
     del sampler  # one model in memory at a time
-    for name, folder in students.items():
-        made = OneStepPipeline.load(folder, device)(texts, seeds, width, height)
+    for name, model in students.items():
+        made = model.load(device)(texts, seeds, width, height)
         rows.append((f"{name}, 1 NFE", np.asarray(made)))
     return labeled_grid(rows, texts)

@@ -10,6 +10,9 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
+DecoderChoice = Literal["auto", "full", "small"] | Annotated[Path, AfterValidator(Path.absolute)]
+
+
 class RuntimeOptions(BaseModel):
     """Options of `OneStepPipeline.load`. Defaults give the student's own images, independent of their batch.
 
@@ -33,7 +36,7 @@ class RuntimeOptions(BaseModel):
     """8-bit matrix products in the transformer, by torchao. Excludes LoRA adapters."""
     t5: Literal["full", "int8", "cpu", "none"] = "full"
     """`int8` quantizes T5's weights by torchao, `cpu` runs T5 on the CPU, `none` replaces its output by zeros."""
-    decoder: Literal["auto", "full", "small"] | Annotated[Path, AfterValidator(Path.absolute)] = "auto"
+    decoder: DecoderChoice = "auto"
     """`full` is the student's VAE, `small` the small decoder in its folder, `auto` the one that its record names.
 
     A path is the folder of another `AutoencoderTiny` for the same latents.

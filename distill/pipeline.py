@@ -26,6 +26,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.small_decoder import DECODER, load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
+from distill.options import DecoderChoice
 from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
@@ -293,7 +294,7 @@ class OneStepPipeline:
 
 
 def _load_decoder(
-    folder: SD3Folder, spec: OneStepSpec, decoder: str | Path, dtype: torch.dtype, device: torch.device
+    folder: SD3Folder, spec: OneStepSpec, decoder: DecoderChoice, dtype: torch.dtype, device: torch.device
 ) -> tuple[AutoencoderKL | AutoencoderTiny, str | None]:
     """Load the decoder of `RuntimeOptions`, and its digest if it is a small one. Raises ConfigError naming the option.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, Seconds
+from distill.cli.options import LAST_SEED, MOST, Decoder, Seconds, decoder_choice
 from distill.cli.run import run_with_bars
 
 
@@ -21,6 +21,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for runs and results.", file_okay=False)] = Path("runs/compare"),
     per_task: Annotated[int, typer.Option(help="Held-out prompts per task of the toy dataset.", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
+    decoder: Decoder = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the evaluation's prompts and images.", min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Distill one teacher in several ways with equal images or seconds, and evaluate the students on the same prompts.
@@ -57,6 +58,7 @@ def compare(
         )
     words = [*variants, "--config", config, *(part for each in overrides or [] for part in ("--set", each))]
     words += ["--images", str(images)] if images else ["--seconds", f"{seconds:g}"] if seconds else []
+    words += [] if decoder == "auto" else ["--decoder", decoder]
     words += ["--per-task", str(per_task), "--steps", str(steps), "--seed", str(seed)]
     where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
@@ -84,7 +86,9 @@ def compare(
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
     with image_bar("images", None) as bar:
-        result = evaluate_variants(finished, out, per_task, steps, seed, where, bar.advance, diverged, failed)
+        result = evaluate_variants(
+            finished, out, per_task, steps, seed, where, bar.advance, diverged, failed, decoder_choice(decoder)
+        )
     result.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *result.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

@@ -10,11 +10,13 @@ from distill.cli.options import (
     LAST_SEED,
     MOST,
     TEACHER,
+    Decoders,
     Device,
     Guidance,
     SkipLayers,
     SkipScale,
     TeacherBase,
+    decoder_choice,
     open_given_teacher,
     teacher_guidance,
 )
@@ -22,7 +24,7 @@ from distill.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from distill.evaluate.sampler import Sampling
+    from distill.evaluate.sampler import Sampling, StudentModel
     from distill.models.sd3_folder import SD3Folder
 
 
@@ -51,6 +53,7 @@ def evaluate(
         str, typer.Option(help="Further step counts of the teacher, guided and unguided, such as 1,4,28.")
     ] = "",
     student_steps: Annotated[int, typer.Option(help="Sampling steps of an any-step student.", min=1)] = 1,
+    decoder: Decoders = None,
     seed: Annotated[int, typer.Option(help="Without --prompts: seed of prompts and images.", min=0, max=LAST_SEED)] = 0,
     device: Device = "auto",
     picture: Annotated[Path, typer.Option(help="PNG file for a picture of both models.", dir_okay=False)] = Path(
@@ -72,7 +75,7 @@ def evaluate(
     from distill.data.sources import EVAL_DATASETS
     from distill.errors import ConfigError
     from distill.evaluate.base import FEATURES
-    from distill.evaluate.sampler import Sampling
+    from distill.evaluate.sampler import Sampling, StudentModel
     from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.files import check_replaceable
     from distill.methods.policies import TeacherGuidance
@@ -87,9 +90,16 @@ def evaluate(
     others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
     samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
     where = resolve_device(device)
+    choices = list(dict.fromkeys(decoder or ["auto"]))
+    students = {
+        "student" if i == 0 else f"student, decoder {name}": StudentModel(
+            student or SHIPPED_STUDENT, decoder_choice(name)
+        )
+        for i, name in enumerate(choices)
+    }
     if prompts is not None:
         _compare_with_teacher(
-            student or SHIPPED_STUDENT, folder, prompts, images, clip, references, samplings, student_steps, where,
+            students, folder, prompts, images, clip, references, samplings, student_steps, where,
             picture, as_json,
         )  # fmt: skip
         return
@@ -97,7 +107,7 @@ def evaluate(
         raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
     if "scenes" not in EVAL_DATASETS:
         raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
-    students, dataset = {"student": student or SHIPPED_STUDENT}, EVAL_DATASETS["scenes"]()
+    dataset = EVAL_DATASETS["scenes"]()
     comparison = Comparison(folder, students, samplings, dataset, where, student_steps)
     splits = ("held-out", "seen") if split == "both" else (split,)
     drawn = {name: dataset.prompts(per_task, seed, name == "held-out") for name in splits}
@@ -112,8 +122,9 @@ def evaluate(
         typer.echo(json.dumps(values, indent=2))
         return
     for name, result in results.items():
-        rows = ratio_table(result.teacher, result.students["student"][0])
-        out.print(table(f"{name} prompts", ("", "teacher", "student", "student / teacher"), rows))
+        for model, (measured, _) in result.students.items():
+            header = ("", "teacher", model, "student / teacher")
+            out.print(table(f"{name} prompts", header, ratio_table(result.teacher, measured)))
         if counts:
             out.print(table(f"{name} prompts", *result.overview()))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
@@ -121,7 +132,7 @@ def evaluate(
 
 
 def _compare_with_teacher(
-    student: Path,
+    students: "dict[str, StudentModel]",
     teacher: "SD3Folder",
     prompts: Path,
     images: int,
@@ -133,7 +144,10 @@ def _compare_with_teacher(
     picture: Path,
     as_json: bool,
 ) -> None:
-    """Compare a student with the teacher's images of the first sampling; the other samplings are further rows."""
+    """Compare a student with the teacher's images of the first sampling; the other samplings are further rows.
+
+    `students` are the same student with several decoders.
+    """
     from functools import partial
     from itertools import islice
 
@@ -147,7 +161,7 @@ def _compare_with_teacher(
     from distill.pipeline import read_student
     from distill.report.grid import save_png
 
-    spec = read_student(student)
+    spec = read_student(next(iter(students.values())).folder)
     spec.check_steps(student_steps)
     model = None if clip is None else Clip(clip, device)
     texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
@@ -161,10 +175,8 @@ def _compare_with_teacher(
         sampler = TeacherSampler(teacher, device, kept.texts)
         shape = teacher.latent_shape_of(*kept.size)
         others = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in samplings[1:]}
-    with image_bar("images", (1 + len(others)) * evaluator.count) as bar:
-        found = compare_students(
-            evaluator, teacher, {"student": student}, kept.size, device, bar.advance, student_steps, others
-        )
+    with image_bar("images", (len(students) + len(others)) * evaluator.count) as bar:
+        found = compare_students(evaluator, teacher, students, kept.size, device, bar.advance, student_steps, others)
     assert found.picture is not None
     save_png(found.picture, picture)
     if as_json:

@@ -10,11 +10,13 @@ from distill.cli.options import (
     SOURCE,
     TEACHER,
     Column,
+    Decoder,
     Device,
     Guidance,
     SkipLayers,
     SkipScale,
     TeacherBase,
+    decoder_choice,
     open_given_teacher,
     teacher_guidance,
 )
@@ -40,6 +42,7 @@ def generate(
     guidance: Guidance = None,
     skip_layers: SkipLayers = "",
     skip_scale: SkipScale = 2.8,
+    decoder: Decoder = "auto",
     device: Device = "auto",
 ) -> None:
     """Generate an image of each prompt, with a student in one step or with a teacher in many.
@@ -55,12 +58,14 @@ def generate(
     from distill.errors import ConfigError, PromptError
     from distill.evaluate.base import Generate
     from distill.evaluate.generate import generate_images
-    from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
+    from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, student_sampler
     from distill.models.device import resolve_device
-    from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+    from distill.pipeline import SHIPPED_STUDENT
 
     if student is not None and teacher is not None:
         raise ConfigError("--student and --teacher are both given; give one of them")
+    if decoder != "auto" and teacher is not None:
+        raise ConfigError("--decoder is of students; a teacher's images are decoded by its VAE")
     texts = [*(prompts or ()), *(read_prompts(file, column=column) if file is not None else ())]
     if not texts:
         raise PromptError("there are no prompts; give prompts or --file")
@@ -72,7 +77,7 @@ def generate(
         generate_batch: Generate = partial(sampler.generate, sampling)
         truncated = sampler.truncated
     else:
-        pipeline = OneStepPipeline.load(student or SHIPPED_STUDENT, where)
+        pipeline = StudentModel(student or SHIPPED_STUDENT, decoder_choice(decoder)).load(where)
         pipeline.spec.check_steps(steps)
         generate_batch, truncated = student_sampler(pipeline, steps), pipeline.truncated
     with image_bar("images", len(texts)) as bar:

@@ -1,11 +1,13 @@
 """Options that several commands share."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from distill.errors import ConfigError
+from distill.options import DecoderChoice
 
 if TYPE_CHECKING:
     from distill.methods.policies import TeacherGuidance
@@ -65,6 +67,18 @@ TeacherBase = Annotated[
     str | None,
     typer.Option(help="For a teacher in a single file: the same model as a folder or on the hub."),
 ]
+_DECODER = "full, the VAE; small, the student's small decoder; auto, its default; or the folder of one."
+Decoder = Annotated[str, typer.Option("--decoder", help=f"Decoder: {_DECODER}")]
+Decoders = Annotated[
+    list[str] | None, typer.Option("--decoder", help=f"Decoder, repeated to evaluate several: {_DECODER}")
+]
+
+
+def decoder_choice(name: str) -> DecoderChoice:
+    """The value of `RuntimeOptions.decoder` that an option gives: one of its names, or a folder."""
+    return cast(DecoderChoice, name) if name in ("auto", "full", "small") else Path(name)
+
+
 Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]
 TextLength = Annotated[
     int | None,

@@ -38,7 +38,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Folder that contains the r
         return
     rows = []
     for each in found:
-        name = next((name for name in ("overall", "kernel", "clip_score") if name in each.best), None)
+        name = next((name for name in ("overall", "kernel", "clip_score", "psnr") if name in each.best), None)
         best = "-" if name is None else f"{name} {each.best[name]:.3g}"
         changed = "-" if each.changed is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed))
         seen = f"{si(each.images)} / {si(each.budget)}"

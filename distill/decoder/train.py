@@ -7,7 +7,7 @@ is bit-identical to an uninterrupted one.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -35,6 +35,7 @@ from distill.training.state import TrainingProgress, load_state, save_state
 
 CHECKPOINTS = "checkpoints"
 MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
+TARGET_BYTES = 1 << 30  # targets of small images are held in so much memory at most
 WARM, TIMED = 3, 6  # steps of the measurement of the speed
 
 
@@ -46,6 +47,8 @@ class DecoderTraining:
         self.config = config
         self.device = vae.device
         self._vae, self._pool = vae, pool
+        self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._targets: dict[int, Tensor] = {}  # by row of the pool, in fp16
         if self.device.type == "cpu":  # where convolutions are faster in this format
             vae.to(memory_format=torch.channels_last)
             small.to(memory_format=torch.channels_last)
@@ -58,15 +61,11 @@ class DecoderTraining:
 
     def step(self, images: int) -> tuple[dict[str, Tensor], Tensor]:
         """Train on the batch from an index on; return the metrics (), and whether the gradient was finite ()."""
-        # 1. parts of latents
+        # 1. parts of latents, and what the VAE decodes
         indices = torch.arange(images, images + self.config.batch)
-        z = to_device(self._crops(Draw(self.config.seed, "decoder", indices)), self.device).float()
-        if self.device.type == "cpu":
-            z = z.contiguous(memory_format=torch.channels_last)
+        z, target = self._examples(Draw(self.config.seed, "decoder", indices))
 
-        # 2. what the VAE decodes, and what the small decoder does
-        with torch.no_grad(), autocast(self.device):
-            target = decode_latents(self._vae, z).float().clamp(-1, 1)
+        # 2. what the small decoder does
         made = decode_latents(self._small, z)
 
         # 3. losses
@@ -96,15 +95,32 @@ class DecoderTraining:
         metrics["skipped"] = (~sound).float()
         return metrics, sound
 
-    def _crops(self, draw: Draw) -> Tensor:
-        """Draw square parts (B, C, c, c) of latents."""
-        latents = self._pool.rows(draw.integers(len(self._pool))).cpu()
+    def _examples(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Draw square parts (B, C, c, c) of latents; return them and the pixels (B, 3, H, W) that the VAE decodes."""
+        rows = draw.integers(len(self._pool))
+        latents = self._pool.rows(rows).cpu()
         height, width = latents.shape[-2:]
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        side = max(1, min(height, width, self.config.crop // factor))
+        side = max(1, min(height, width, self.config.crop // self._factor))
         tops, lefts = draw.integers(height - side + 1).tolist(), draw.integers(width - side + 1).tolist()
         parts = zip(latents, tops, lefts, strict=True)
-        return torch.stack([x[:, top : top + side, left : left + side] for x, top, left in parts])
+        z = torch.stack([x[:, top : top + side, left : left + side] for x, top, left in parts])
+        z = to_device(z, self.device).float()
+        if self.device.type == "cpu":
+            z = z.contiguous(memory_format=torch.channels_last)
+        if side == height == width and len(self._pool) * 2 * 3 * (side * self._factor) ** 2 <= TARGET_BYTES:
+            return z, self._kept_targets(z, rows.tolist())
+        return z, self._decode(z)
+
+    def _kept_targets(self, z: Tensor, rows: Sequence[int]) -> Tensor:
+        """The targets of whole latents, each decoded alone and once, so that its bits do not depend on a batch."""
+        for i, row in enumerate(rows):
+            if row not in self._targets:
+                self._targets[row] = self._decode(z[i : i + 1]).half()
+        return torch.cat([self._targets[row] for row in rows]).float()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(self.device):
+            return decode_latents(self._vae, z).float().clamp(-1, 1)
 
     def run(self, out: Path) -> Iterator[TrainingProgress]:
         """Train to the budget, from the newest checkpoint in `out`; write metrics and checkpoints.

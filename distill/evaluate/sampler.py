@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from distill.models.sd3 import (
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images
-from distill.pipeline import OneStepPipeline
+from distill.options import DecoderChoice
+from distill.pipeline import OneStepPipeline, RuntimeOptions
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,18 @@ class Sampling:
             mode="json", include=TeacherGuidance.model_fields.keys() - {"scale"}, exclude_defaults=True
         )
         return {"steps": self.steps, "guidance": self.scale, **others}
+
+
+@dataclass(frozen=True)
+class StudentModel:
+    """A student folder, and the decoder that it is evaluated with: one of `RuntimeOptions.decoder`."""
+
+    folder: Path
+    decoder: DecoderChoice = "auto"
+
+    def load(self, device: torch.device) -> OneStepPipeline:
+        """Load the student onto a device. Raises what `OneStepPipeline.load` raises."""
+        return OneStepPipeline.load(self.folder, device, RuntimeOptions(decoder=self.decoder))
 
 
 def student_sampler(pipeline: OneStepPipeline, steps: int = 1, size: tuple[int, int] | None = None) -> Generate:

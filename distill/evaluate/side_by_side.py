@@ -10,9 +10,9 @@ from PIL.Image import Image
 
 from distill.errors import SizeError
 from distill.evaluate.base import FEATURES, EvalDataset, EvalPrompts, EvalResult, Images, Report, evaluate
-from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
+from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, student_sampler
 from distill.models.sd3_folder import SD3Folder
-from distill.pipeline import OneStepPipeline, read_student
+from distill.pipeline import read_student
 from distill.report.grid import labeled_grid
 
 PICTURED = 4  # prompts of each task in the picture
@@ -68,7 +68,7 @@ class Comparison:
     def __init__(
         self,
         teacher: SD3Folder,
-        students: Mapping[str, Path],
+        students: Mapping[str, StudentModel],
         samplings: Sequence[Sampling],
         dataset: EvalDataset,
         device: torch.device,
@@ -76,10 +76,10 @@ class Comparison:
     ) -> None:
         """Check all models and load the teacher. Raises SizeError for a model of another size than the dataset's."""
         _check_size(teacher.path, (teacher.image_size, teacher.image_size), dataset)
-        for folder in students.values():
-            student = read_student(folder)
+        for model in students.values():
+            student = read_student(model.folder)
             student.check_steps(student_steps)
-            _check_size(folder, student.sizes[0], dataset)
+            _check_size(model.folder, student.sizes[0], dataset)
         self.samplings = list(dict.fromkeys(samplings))
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
@@ -99,8 +99,8 @@ class Comparison:
             nfe = sampling.nfe(self._teacher.folder.shift)
             teachers[sampling] = evaluate(prompts, generate, nfe, encode, seed, report)
         students = {}
-        for name, folder in self._students.items():
-            generate_student = student_sampler(OneStepPipeline.load(folder, self._device), self._student_steps)
+        for name, model in self._students.items():
+            generate_student = student_sampler(model.load(self._device), self._student_steps)
             students[name] = evaluate(prompts, generate_student, self._student_steps, encode, seed, report)
         return SideBySide(prompts, teachers, students)
 

@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL.Image import Image
 
 from distill.evaluate.base import Generate, Report
 from distill.evaluate.evaluator import Evaluation, Evaluator
-from distill.evaluate.sampler import student_sampler
+from distill.evaluate.sampler import StudentModel, student_sampler
 from distill.models.sd3 import encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
-from distill.pipeline import OneStepPipeline
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class StudentComparison:
 def compare_students(
     evaluator: Evaluator,
     teacher: SD3Folder,
-    students: Mapping[str, Path],
+    students: Mapping[str, StudentModel],
     size: tuple[int, int],
     device: torch.device,
     report: Report,
@@ -58,8 +56,8 @@ def compare_students(
     """Evaluate students of a (width, height), one in memory at a time, and then `others`. Raises SizeError."""
     encode = partial(encode_in_parts, load_vae(teacher, device=device))
     models = {}
-    for name, folder in students.items():
-        generate = student_sampler(OneStepPipeline.load(folder, device), steps, size)
+    for name, model in students.items():
+        generate = student_sampler(model.load(device), steps, size)
         models[name] = evaluator.evaluate(generate, encode, report)
     models |= {name: evaluator.evaluate(generate, encode, report) for name, generate in (others or {}).items()}
     return StudentComparison(models)

@@ -134,7 +134,9 @@ def _with_speeds(rows: Sequence[Metrics]) -> list[Metrics]:
 def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]:
     """The most important numbers, each with its label."""
     yield si(run.images), f"images seen of {si(run.budget)}"
-    where = f"best student, at {si(run.best['images'])}" if "images" in run.best else "best student"
+    product = "decoder" if run.is_decoder else "student"
+    best = "last decoder" if run.is_decoder else "best student"
+    where = f"{best}, at {si(run.best['images'])}" if "images" in run.best else best
     for name, panel in _EVALUATED.items():
         if name in run.best:
             yield si(run.best[name]), f"{panel.title}, {where}"
@@ -144,8 +146,8 @@ def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]
         yield si(median_high(speeds)), "images/s, median"
     if peak := max((row.get("memory/peak", 0) for row in rows), default=0):
         yield si(peak, "B"), "peak memory"
-    if size := sum(path.stat().st_size for path in (run.folder / "student").rglob("*") if path.is_file()):
-        yield si(size, "B"), "student folder on disk"
+    if size := sum(path.stat().st_size for path in (run.folder / product).rglob("*") if path.is_file()):
+        yield si(size, "B"), f"{product} folder on disk"
 
 
 def _evaluation_charts(evaluations: list[Metrics]) -> Iterator[Chart]:

@@ -78,6 +78,8 @@ def read_run(folder: Path) -> RunFolder:
     metrics, evaluations = map(_lines, logs)
     records = sorted((folder / "best").glob("[0-9]*/state.json"))
     best = _metrics(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
+    if config.get("kind") == "decoder" and evaluations:
+        best = evaluations[-1]  # its last decoder is the one that is exported
     checkpoints = _checkpoints(folder)
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))

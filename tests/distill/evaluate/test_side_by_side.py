@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import SizeError
 from distill.evaluate.base import FEATURES
-from distill.evaluate.sampler import Sampling
+from distill.evaluate.sampler import Sampling, StudentModel
 from distill.evaluate.side_by_side import Comparison
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
@@ -53,7 +53,11 @@ def test_a_teacher_of_another_size_is_refused_before_it_is_loaded(tmp_path: Path
     small = make_teacher(tmp_path / "small")
     with pytest.raises(SizeError, match="give --prompts FILE"):
         Comparison(
-            SD3Folder.read(small), {"student": SHIPPED_STUDENT}, [UNGUIDED], ScenesEvalDataset(), torch.device("cpu")
+            SD3Folder.read(small),
+            {"student": StudentModel(SHIPPED_STUDENT)},
+            [UNGUIDED],
+            ScenesEvalDataset(),
+            torch.device("cpu"),
         )
 
 

@@ -12,6 +12,7 @@ from tiny import PROMPTS, stock_pipeline
 from distill.errors import ConfigError
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
+from distill.models.small_decoder import LATENT_SCALE, make_small_decoder
 from distill.pipeline import OneStepPipeline, RuntimeOptions
 from distill.student.export import export_student
 from distill.student.runtime import fingerprint
@@ -36,17 +37,9 @@ def plain(student: Path) -> torch.Tensor:
     return OneStepPipeline.load(student)(PROMPTS, SEEDS).int()
 
 
-def tiny_vae(folder: Path, channels: int = 4, stages: int = 2) -> Path:
+def small_decoder(folder: Path, channels: int = 4, factor: int = 2) -> Path:
     torch.manual_seed(0)
-    blocks, widths = (1,) * stages, (8,) * stages
-    vae = AutoencoderTiny(
-        latent_channels=channels,
-        num_encoder_blocks=blocks,
-        num_decoder_blocks=blocks,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-    )
-    vae.save_pretrained(folder)
+    make_small_decoder(channels, factor, 8, (1,) * factor.bit_length()).save_pretrained(folder)
     return folder
 
 
@@ -82,12 +75,13 @@ def test_a_dropped_t5_gives_what_stock_gives_without_it(student: Path) -> None:
     assert not cond.embeds[:, -length:].any()
 
 
-def test_a_tiny_vae_decodes_the_students_latents(student: Path, tmp_path: Path) -> None:
-    folder = tiny_vae(tmp_path / "tiny")
-    pipeline = OneStepPipeline.load(student, options=RuntimeOptions(tiny_vae=folder))
+def test_a_small_decoder_decodes_the_students_latents(student: Path, tmp_path: Path) -> None:
+    folder = small_decoder(tmp_path / "small")
+    pipeline = OneStepPipeline.load(student, options=RuntimeOptions(decoder=folder))
+    assert pipeline.decoder == "small"
     latents = pipeline.latents(pipeline.encode(PROMPTS), SEEDS)
     with torch.no_grad():
-        pixels = AutoencoderTiny.from_pretrained(folder).decode(latents).sample
+        pixels = AutoencoderTiny.from_pretrained(folder).decode(latents / LATENT_SCALE).sample
     expected = (127.5 * (pixels + 1)).round().clamp(0, 255).permute(0, 2, 3, 1)
     assert (pipeline.decode(latents).float() - expected).abs().max() <= 1
     assert pipeline.fingerprint != OneStepPipeline.load(student).fingerprint
@@ -98,13 +92,13 @@ def test_a_tiny_vae_decodes_the_students_latents(student: Path, tmp_path: Path) 
     [
         (lambda folder, student: folder / "nothing", "is not a complete AutoencoderTiny"),
         (lambda folder, student: student / "vae", "holds AutoencoderKL"),
-        (lambda folder, student: tiny_vae(folder, channels=16), "decodes 16 channels"),
-        (lambda folder, student: tiny_vae(folder, stages=3), "at 4 pixels per latent"),
+        (lambda folder, student: small_decoder(folder, channels=16), "decodes 16 channels"),
+        (lambda folder, student: small_decoder(folder, factor=4), "at 4 pixels per latent"),
     ],
 )
-def test_a_folder_that_is_no_tiny_vae_of_the_student_is_refused(make, sentence, student, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=rf"tiny_vae .*{sentence}"):
-        OneStepPipeline.load(student, options=RuntimeOptions(tiny_vae=make(tmp_path, student)))
+def test_a_folder_that_is_no_small_decoder_of_the_student_is_refused(make, sentence, student, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=rf"decoder .*{sentence}"):
+        OneStepPipeline.load(student, options=RuntimeOptions(decoder=make(tmp_path, student)))
 
 
 @pytest.mark.parametrize(

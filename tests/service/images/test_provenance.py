@@ -22,7 +22,7 @@ from service.settings import Settings
 
 FORMATS = ["png", "jpeg", "webp"]
 PIXELS = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
-ORIGIN = Provenance("scenes-student", "d1ge57", 7, 'a "red" <circle> & \x00 a 星')
+ORIGIN = Provenance("scenes-student", "d1ge57", 7, 'a "red" <circle> & \x00 a 星', "small", "5ma11")
 
 
 def _attributes(data: bytes) -> dict[str, str]:
@@ -41,6 +41,7 @@ def test_metadata_is_readable_and_keeps_the_pixels(output_format):
     assert fields["CreatorTool"].startswith("flow-generator-matching ")
     assert fields["DigitalSourceType"] == SOURCE_TYPE
     assert (fields["AISystemUsed"], fields["AISystemVersionUsed"], fields["seed"]) == ("scenes-student", "d1ge57", "7")
+    assert (fields["decoder"], fields["decoderDigest"]) == ("small", "5ma11")
     assert fields["AIPromptInformation"] == 'a "red" <circle> &  a 星'  # XML has no NUL
     image = Image.open(io.BytesIO(data))
     assert np.array_equal(image, Image.open(io.BytesIO(plain)))
