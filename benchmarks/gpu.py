@@ -394,9 +394,9 @@ def serving_seconds(setting: Setting, device: "torch.device", size: int, batch: 
     return network, decode, seconds_of(call, device)
 
 
-def rate_over(rounds: Iterator[Any], seconds: float) -> float:
-    """Images/s of a training over so many seconds, after eight rounds to warm up."""
-    for progress in islice(rounds, 8):
+def rate_over(rounds: Iterator[Any], seconds: float, warm_up: int) -> float:
+    """Images/s of a training over so many seconds, after some rounds to warm up."""
+    for progress in islice(rounds, warm_up):
         first = progress.images
     began, images = time.perf_counter(), first
     while time.perf_counter() - began < seconds:
@@ -408,25 +408,23 @@ def teacher_speed(setting: Setting, folder: Path, seconds: float) -> float:
     """Images/s of `distill teacher` on images of 64 pixels, from the shipped teacher's autoencoder."""
     import torch
 
-    from distill.worlds.scenes.captions import parse_task_weights
     from distill.worlds.scenes.latents import encode_scenes
     from distill.worlds.scenes.recipe import ScenesRecipe
-    from distill.worlds.scenes.teacher import copy_autoencoder, train_teacher
+    from distill.worlds.scenes.teacher import train_teacher
 
     never, batch = 10**12, 8 if setting.tiny else 1024
     recipe = ScenesRecipe(
         start=str(WEIGHTS / "teacher"), vae_images=None, coarse_images=0, images=never,
-        scenes=64 if setting.tiny else 4096, task_weights=parse_task_weights(None), batch=batch,
+        scenes=64 if setting.tiny else 4096, batch=batch,
         learning_rate=1e-3, warmup=never, decay=never, ema_half_life=never, per_task=1, evaluate_every=never,
         checkpoint_every=never, seed=1,
     )  # fmt: skip
     device, out = torch.device(setting.device), folder / "teacher"
-    copy_autoencoder(WEIGHTS / "teacher", out)
     for _ in encode_scenes(recipe, out, device):
         pass
     rounds: Any = train_teacher(recipe, out, device, compiled=not setting.tiny)
     with closing(rounds):
-        return rate_over(rounds, seconds)
+        return rate_over(rounds, seconds, 1 if setting.tiny else 8)
 
 
 def student_speed(setting: Setting, folder: Path, seconds: float) -> float:
@@ -443,7 +441,8 @@ def student_speed(setting: Setting, folder: Path, seconds: float) -> float:
     values |= {"early_stopping_patience": "null"} | ({"batch": 4} if setting.tiny else {})
     config = load_config("scenes", [f"{key}={value}" for key, value in values.items()])
     with closing(run(config, folder / "run", accelerator(config, folder / "run"))) as rounds:
-        return rate_over((each for each in rounds if isinstance(each, Progress)), seconds)
+        trained = (each for each in rounds if isinstance(each, Progress))
+        return rate_over(trained, seconds, 1 if setting.tiny else 8)
 
 
 def environment() -> dict[str, str]:
@@ -501,9 +500,13 @@ def main() -> None:
         for figure in PARTS[arguments.part](setting):
             print(json.dumps(asdict(figure)), flush=True)
         return
-    chosen = arguments.only.split(",")
+    chosen = list(dict.fromkeys(part.strip() for part in arguments.only.split(",")))
     if unknown := sorted(set(chosen) - PARTS.keys()):
         parser.error(f"--only: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if arguments.minutes <= 0:
+        parser.error("--minutes must be above 0")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.parent}")
 
     import torch
 
@@ -514,18 +517,15 @@ def main() -> None:
     print(f"{card}, torch {torch.__version__}", file=sys.stderr)
     figures: list[Figure] = []
     faults: dict[str, str] = {}
-    end = time.monotonic() + 60 * arguments.minutes
-    for i, part in enumerate(chosen):
-        share = SHARES[part] / sum(SHARES[each] for each in chosen[i:])
-        seconds = share * (end - time.monotonic())
-        command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--minutes", str(seconds / 60)]
-        command += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
-        found, fault = run_part(command, seconds)
-        figures += found
-        if fault:
-            faults[part] = fault
-        for each in found:
-            print(f"{each.part}: {each.name} {each.value:.4g} {each.unit}", file=sys.stderr)
+    try:
+        for part, found, fault in run_parts(chosen, arguments):
+            figures += found
+            if fault:
+                faults[part] = fault
+            for each in found:
+                print(f"{each.part}: {each.name} {each.value:.4g} {each.unit}", file=sys.stderr)
+    except KeyboardInterrupt:
+        faults["all"] = "interrupted; the figures are those of the parts before"
     show(figures, faults)
     if arguments.device == "cpu":
         print("not measured: no GPU; these figures only show that the script works")
@@ -535,6 +535,17 @@ def main() -> None:
         arguments.json.write_text(json.dumps(values | {"figures": lines, "faults": faults}, indent=2) + "\n")
     if faults or any(each.met is False for each in figures):
         raise SystemExit(1)
+
+
+def run_parts(chosen: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, list[Figure], str]]:
+    """Run parts one after the other; yield their names, figures and faults."""
+    end = time.monotonic() + 60 * arguments.minutes
+    for i, part in enumerate(chosen):
+        share = SHARES[part] / sum(SHARES[each] for each in chosen[i:])
+        seconds = share * (end - time.monotonic())
+        command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--minutes", str(seconds / 60)]
+        command += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
+        yield part, *run_part(command, seconds)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,39 @@ def test_stages_are_measured_beside_stock_diffusers():
     assert [figure.value > 0 for figure in gpu.stages(TINY)] == [True] * 4
 
 
+def test_the_toy_dataset_s_teacher_and_student_are_trained(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what the part sets is put back
+    assert [(figure.name, figure.value > 0) for figure in gpu.scenes(TINY)] == [("teacher", True), ("student", True)]
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch, capsys, tmp_path):
+    def parts(command, seconds):
+        if "serve" in command:
+            raise KeyboardInterrupt
+        return [FOUND], ""
+
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "run_part", parts)
+    words = ["gpu.py", "--device", "cpu", "--tiny", "--only", "train, serve,train", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    found = json.loads(out.read_text())
+    assert [figure["name"] for figure in found["figures"]] == [FOUND.name]
+    assert "interrupted" in found["faults"]["all"]
+    assert "| train | 1024 px, eager | 1.5 images/s | >= 1 | met |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--json", "nowhere/gpu.json"], ["--only", "trian"]])
+def test_wrong_options_are_refused_before_anything_is_measured(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("then", "fault"), [("sys.exit(3)", "status 3"), ("signal.pause()", "stopped after 1 s"), ("", "")]
 )

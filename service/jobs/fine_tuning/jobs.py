@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from service.errors import Forbidden, InvalidRequest, NotFound, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
-from service.jobs.fine_tuning.commands import find_teacher
+from service.jobs.fine_tuning.commands import check_fetched, find_teacher
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
 from service.jobs.fine_tuning.options import DistillationOptions
@@ -50,6 +50,7 @@ class FineTuningJobs:
             )
         _check_budget(options, self._settings)
         _check_file(self._files.get(owner, body.training_file, int(time.time()), "training_file"))
+        check_fetched(teacher, body.model)
         options = options.model_copy(update={"preset": options.preset or SHIPPED_TEACHER})
         job = JobRow(
             id=new_id("ftjob-"),

@@ -12,7 +12,7 @@ from distill.cli import app
 from distill.config import load_config
 from distill.data.prompts import read_prompts
 from service.errors import NotFound
-from service.jobs.fine_tuning.commands import DISTILL, find_teacher, prompts_command, run_command
+from service.jobs.fine_tuning.commands import DISTILL, check_fetched, find_teacher, prompts_command, run_command
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.settings import Settings
 
@@ -40,7 +40,8 @@ def test_the_column_of_the_prompts_is_passed_to_both_commands(tmp_path):
     assert invoke(*prompts_command(DistillationOptions(preset="scenes", column="2025"), prompts)[3:]).exit_code == 1
 
 
-def test_a_model_of_the_hub_is_offered_where_it_was_fetched(tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_offered_where_it_was_fetched(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     commit = "b1148b4028b9ec56ebd36444c193d56aeff7ab56"
     snapshot = tmp_path / "models--acme--tiny" / "snapshots" / commit
@@ -53,6 +54,13 @@ def test_a_model_of_the_hub_is_offered_where_it_was_fetched(tmp_path, monkeypatc
     assert teachers == models
     assert find_teacher(teachers, "tiny") == "acme/tiny"
     assert find_teacher(teachers, "pinned") == f"acme/tiny@{commit}"
+    with pytest.raises(NotFound, match="the teacher 'tiny' is not wholly on the server") as refused:
+        check_fetched("acme/tiny", "tiny")
+    assert refused.value.code == "model_gone"
+    assert "tiny cannot be used: error: acme/tiny@" in caplog.text
+    (tmp_path / "half").mkdir()
+    with pytest.raises(NotFound, match="the teacher 'half' is not on the server"):
+        find_teacher({"half": str(tmp_path / "half")}, "half")
     for name in ("moved", "other"):
         with pytest.raises(NotFound, match=f"the teacher '{name}' is not on the server"):
             find_teacher(teachers, name)
