@@ -25,7 +25,7 @@ from distill.models.device import fast_bfloat16
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
-from distill.report.run_state import Phase, write_state
+from distill.report.run_state import Phase, WallClock, write_state
 from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.accelerator import accelerator_for, check, mesh
@@ -57,6 +57,7 @@ def run(
     """
     main, device = machine.is_main_process, machine.device
 
+    clock = WallClock(out)
     # 1. check, before the folder is made
     pins = _from_main(pin_teachers(config, out) if main else {})
     teacher = open_pinned(config, pins)
@@ -76,13 +77,13 @@ def run(
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):
                     continue
-                with nullcontext() if source.is_encoded else _phase(out, "encoding", config.images):
+                with nullcontext() if source.is_encoded else _phase(out, "encoding", config.images, clock):
                     yield from source.encode(teacher, device, resumed)
 
             # 3. sample the teacher, for the images that evaluations compare with
             references = None if finished else run_references(config, teacher, out, _first_prompts(config, prompts))
             if references is not None and references.missing():
-                with _phase(out, "sampling", config.images):
+                with _phase(out, "sampling", config.images, clock):
                     yield from references.make(device)
         wait_for_main(machine)
 
@@ -127,14 +128,14 @@ def run(
         stops = _from_main(callback is not None and callback.stops)
         try:
             if main:
-                write_state(out, "training", seen, config.images)
+                write_state(out, "training", seen, config.images, clock.seconds())
             for progress in () if stops else rounds:
                 seen = progress.images
                 if callback is not None:
                     callback(progress)
                 wait_for_main(machine)
                 if main and progress.metrics:
-                    write_state(out, "training", seen, config.images)
+                    write_state(out, "training", seen, config.images, clock.seconds())
                 yield progress
                 if progress.crosses(config.cadence.evaluate) and _from_main(callback is not None and callback.stops):
                     stops = True
@@ -143,10 +144,11 @@ def run(
             # 6. export
             if main:
                 export_run(out, teacher=teacher)
-                write_state(out, "ended early" if stops and seen < config.images else "finished", seen, config.images)
+                phase: Phase = "ended early" if stops and seen < config.images else "finished"
+                write_state(out, phase, seen, config.images, clock.seconds())
         except BaseException as error:
             if main:
-                _record_stop(out, error, seen, config.images)
+                _record_stop(out, error, seen, config.images, clock)
             raise
         wait_for_main(machine)
 
@@ -176,22 +178,22 @@ def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:
 
 
 @contextmanager
-def _phase(out: Path, phase: Phase, budget: int) -> Iterator[None]:
+def _phase(out: Path, phase: Phase, budget: int, clock: WallClock) -> Iterator[None]:
     """Record a phase before training, and its interruption or failure."""
-    write_state(out, phase, 0, budget)
+    write_state(out, phase, 0, budget, clock.seconds())
     try:
         yield
     except BaseException as error:
-        _record_stop(out, error, 0, budget)
+        _record_stop(out, error, 0, budget, clock)
         raise
 
 
-def _record_stop(out: Path, error: BaseException, seen: int, budget: int) -> None:
+def _record_stop(out: Path, error: BaseException, seen: int, budget: int, clock: WallClock) -> None:
     """Record that a run was interrupted or failed, unless its folder is gone or the disk is full."""
     interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
     if out.is_dir():
         with suppress(OSError):
-            write_state(out, "interrupted" if interrupted else "failed", seen, budget)
+            write_state(out, "interrupted" if interrupted else "failed", seen, budget, clock.seconds())
 
 
 def _from_main(value: _Value) -> _Value:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from distill.report.run_folder import TIME_BUCKETS
 from distill.report.units import si
 
 DOTTED = 16  # a curve of at most so many points has a dot on each
@@ -56,14 +57,19 @@ class Chart:
     y_ticks: list[Tick]
     lines: list[Line]
     strips: list[Strip]
+    teacher: Tick | None  # vertical coordinate and value of the teacher's metric
     description: str  # for screen readers
 
 
-def chart(panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] | None = None) -> Chart:
-    """Lay out a chart; the vertical axis includes at least `span`."""
+def chart(
+    panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] | None = None, teacher: float | None = None
+) -> Chart:
+    """Lay out a chart; the vertical axis includes at least `span`, and the `teacher`'s value, which is drawn."""
+    curves = _by_time(curves)
     xs = sorted({x for curve in curves.values() for x, _ in curve})
     ys = [y for curve in curves.values() for _, y in curve]
-    low, high = min([*ys, *(span or ())]), max([*ys, *(span or ())])
+    ys += [*(span or ()), *([] if teacher is None else [teacher])]
+    low, high = min(ys), max(ys)
     if 0 < low < high / 2:  # zero is close enough to be shown
         low = 0.0
     y_values, x_values = _ticks(low, high, 4), _ticks(0, xs[-1], 4)
@@ -94,28 +100,40 @@ def chart(panel: Panel, curves: Mapping[str, Curve], span: tuple[float, float] |
         strips.append(Strip(across(x), across(start), round(across(stop) - across(start), 1), tooltip))
 
     ranges = "; ".join(f"{line.label} from {line.first} to {line.last}".strip() for line in lines)
+    mark = None if teacher is None else (up(teacher), si(teacher))
     return Chart(
         panel,
         [(across(x), si(x)) for x in x_values],
         [(up(y), si(y, digits=digits)) for y in y_values],
         lines,
         strips,
-        f"{panel.title} over {si(xs[-1])} images seen: {ranges}",
+        mark,
+        f"{panel.title} over {si(xs[-1])} images seen: {ranges}" + (f"; teacher {mark[1]}" if mark else ""),
     )
 
 
 def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Label and CSS color of each curve: ranges on a ramp for time buckets `t0.2`, `t0.4`, else names."""
-    starts = [name[1:] for name in names if re.fullmatch(r"t\d\.\d", name)]
-    if len(names) > 1 and len(starts) == len(names):
-        ranges = zip(names, starts, [*starts[1:], "1.0"], strict=True)
-        late = 100 / (len(names) - 1)  # percent of a step on the ramp
+    if all(map(_is_bucket, names)):
+        starts = {name: float(name[1:]) for name in names}
         return {
-            name: (f"t {start}–{stop}", f"color-mix(in oklab, var(--late) {late * i:.0f}%, var(--early))")
-            for i, (name, start, stop) in enumerate(ranges)
+            name: (
+                f"t {start:.1f}–{start + 1 / TIME_BUCKETS:.1f}",
+                f"color-mix(in oklab, var(--late) {100 * start / (1 - 1 / TIME_BUCKETS):.0f}%, var(--early))",
+            )
+            for name, start in starts.items()
         }
     roles = {"student": 0, "fake": 1}
     return {name: (name.replace("_", " "), f"var(--c{roles.get(name, i)})") for i, name in enumerate(names)}
+
+
+def _by_time(curves: Mapping[str, Curve]) -> Mapping[str, Curve]:
+    """Curves of time buckets in the order of time. A log has them in the order in which they first had samples."""
+    return dict(sorted(curves.items())) if all(map(_is_bucket, curves)) else curves
+
+
+def _is_bucket(name: str) -> bool:
+    return re.fullmatch(r"t\d\.\d", name) is not None
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

@@ -107,7 +107,7 @@ def render_report(run: RunFolder) -> str:
         percent=f"{min(100, 100 * run.images / max(run.budget, 1)):.1f}",
         tiles=list(_tiles(run, rows)),
         evaluation_names=_names(run.evaluations),
-        evaluation_charts=list(_evaluation_charts(run.evaluations)),
+        evaluation_charts=list(_evaluation_charts(run)),
         comparison=_comparison(run),
         differences=_differences(run),
         samples=_samples(run.folder),
@@ -142,6 +142,8 @@ def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]
             yield si(run.best[name]), f"{panel.title}, {where}"
     if run.metrics and "wall_seconds" in run.metrics[-1]:
         yield duration(run.metrics[-1]["wall_seconds"]), "training time"
+    if run.seconds:
+        yield duration(run.seconds), "wall time of all sessions, with evaluations"
     if speeds := [row["images_per_second"] for row in rows if "images_per_second" in row]:
         yield si(median_high(speeds)), "images/s, median"
     if peak := max((row.get("memory/peak", 0) for row in rows), default=0):
@@ -150,17 +152,33 @@ def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]
         yield si(size, "B"), f"{product} folder on disk"
 
 
-def _evaluation_charts(evaluations: list[Metrics]) -> Iterator[Chart]:
-    """A chart for each metric of the evaluations. The charts of tasks have the same scale."""
+def _evaluation_charts(run: RunFolder) -> Iterator[Chart]:
+    """A chart for each metric of the evaluations, with the teacher's where known. Those of tasks have one scale."""
+    evaluations, teacher = run.evaluations, _teacher_metrics(run)
     names = _names(evaluations)
     tasks = [name for name in names if name not in _EVALUATED]
-    highest = max((row[name] for row in evaluations for name in tasks if name in row), default=0.0)
+    highest = max((row[name] for row in [*evaluations, teacher] for name in tasks if name in row), default=0.0)
     for name, panel in _EVALUATED.items():
         if name in names:
-            yield chart(panel, {name: _curve(evaluations, name)})
+            yield chart(panel, {name: _curve(evaluations, name)}, teacher=teacher.get(name))
     for task in tasks:
         panel = Panel(_title(task), "share correct")
-        yield chart(panel, {task: _curve(evaluations, task)}, (0.0, highest))
+        yield chart(panel, {task: _curve(evaluations, task)}, (0.0, highest), teacher.get(task))
+
+
+def _teacher_metrics(run: RunFolder) -> Metrics:
+    """The teacher's metrics of the run's evaluations; else, of a dataset's scores, those of `distill evaluate`.
+
+    A Frechet distance depends on the number of images, which differs there, so it is left out.
+    """
+    path = run.folder / "evaluation.json"
+    if run.teacher or not path.exists():
+        return run.teacher
+    found = {name: value for name, value, _ in _read_evaluation(path) if isinstance(value, int | float)}
+    scores = {name.removeprefix("tasks."): value for name, value in found.items() if name != "frechet"}
+    if {"overall", "diversity"} <= scores.keys():
+        scores["fitness"] = scores["overall"] * scores["diversity"]
+    return scores
 
 
 def _comparison(run: RunFolder) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def _comparison(run: RunFolder) -> dict[str, Any]:
     values, text = run.folder / "evaluation.json", run.folder / "evaluation.txt"
     picture = run.folder / "teacher-vs-student.png"
     return {
-        "rows": _read_evaluation(values) if values.exists() else None,
+        "rows": [(_label(name), *each) for name, *each in _read_evaluation(values)] if values.exists() else None,
         "text": text.read_text(encoding="utf-8").strip() if text.exists() else None,
         "picture": _data_uri(picture) if picture.exists() else None,
         "command": f"{_evaluate_command(run, picture)} --json > {shlex.quote(str(values))}",
@@ -218,7 +236,7 @@ def _read_evaluation(path: Path) -> list[tuple[str, Any, Any]]:
         teacher, student = (dict(flat(found[model])) for model in ("teacher", "student"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is not the output of `distill evaluate --json`; write it again or remove it") from error
-    return [(_label(name), value, student.get(name)) for name, value in teacher.items()]
+    return [(name, value, student.get(name)) for name, value in teacher.items()]
 
 
 def _label(name: str) -> str:

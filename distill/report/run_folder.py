@@ -23,12 +23,18 @@ State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 EVALUATED = "evaluations"  # folder of pictures, named by images
+TEACHER_METRICS = f"{EVALUATED}/teacher.json"  # those that evaluations compare with
 ALARMS = "alarms.jsonl"
+TIME_BUCKETS = 5  # equal parts of t, by each of which losses are logged
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run: the images it has seen, the metrics of its best student, and when its state changed, in Unix seconds."""
+    """One run: the images it has seen, its metrics, and when its state changed, in Unix seconds.
+
+    `best` has the metrics of the best student, `teacher` those of the teacher in the run's evaluations. `seconds` is
+    the wall time of all sessions.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -39,6 +45,8 @@ class RunFolder:
     best: Metrics
     alarms: list[Alarm]
     changed: float | None
+    seconds: float
+    teacher: Metrics
 
     @property
     def is_decoder(self) -> bool:
@@ -91,8 +99,9 @@ def read_run(folder: Path) -> RunFolder:
     else:
         over = images >= config["images"] or ended_early(config, evaluations, best)
         state = "finished" if over and holds_student(folder, config["images"]) else "stopped"
-    changed = recorded.time if recorded else None
-    return RunFolder(folder, config, state, images, metrics, evaluations, best, _alarms(folder / ALARMS), changed)
+    changed, seconds = (recorded.time, recorded.seconds) if recorded else (None, 0.0)
+    alarms, teacher = _alarms(folder / ALARMS), _teacher_metrics(folder)
+    return RunFolder(folder, config, state, images, metrics, evaluations, best, alarms, changed, seconds, teacher)
 
 
 def holds_student(folder: Path, budget: int) -> bool:
@@ -146,6 +155,12 @@ def images_of(line: str) -> int | None:
     """The number of images in a line of a log; None if the line is not valid."""
     images: Any = _metrics(line).get("images")
     return images if isinstance(images, int) and 0 <= images < 2**63 else None
+
+
+def _teacher_metrics(folder: Path) -> Metrics:
+    """The teacher's metrics as the run's evaluations measured them; none if they are unknown."""
+    path = folder / TEACHER_METRICS
+    return _metrics(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
 
 
 def _alarms(path: Path) -> list[Alarm]:

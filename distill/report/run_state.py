@@ -16,6 +16,8 @@ Phase = Literal["prepared", "encoding", "sampling", "training", "interrupted", "
 class RunState:
     """`images` that a run had seen of its `budget` when it recorded its phase, at `time` in Unix seconds.
 
+    `seconds` is the wall time of the run until then, of all its sessions: encoding, training, evaluations, checkpoints.
+
     A phase of encoding, sampling the teacher or training without a live process is that of a run that was killed.
     """
 
@@ -23,6 +25,7 @@ class RunState:
     images: int
     budget: int
     time: float
+    seconds: float = 0.0
 
     @property
     def is_final(self) -> bool:
@@ -30,15 +33,30 @@ class RunState:
         return self.phase in ("finished", "ended early")
 
 
-def write_state(out: Path, phase: Phase, images: int, budget: int) -> None:
+class WallClock:
+    """Measures the wall time of a run from its construction on, after that of earlier sessions."""
+
+    def __init__(self, out: Path) -> None:
+        """`out` is the run folder, whose recorded state has the time of earlier sessions."""
+        earlier = read_state(out)
+        self._earlier = 0.0 if earlier is None else earlier.seconds
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of all sessions, without the time between them."""
+        return self._earlier + time.monotonic() - self._began
+
+
+def write_state(out: Path, phase: Phase, images: int, budget: int, seconds: float = 0.0) -> None:
     """Record the state of a run."""
-    atomic_write_text(out / STATE, json.dumps(asdict(RunState(phase, images, budget, time.time()))) + "\n")
+    atomic_write_text(out / STATE, json.dumps(asdict(RunState(phase, images, budget, time.time(), seconds))) + "\n")
 
 
 def read_state(out: Path) -> RunState | None:
     """Read the state of a run; None if none was recorded or it cannot be read."""
     try:
         values = json.loads((out / STATE).read_text(encoding="utf-8"))
-        return RunState(str(values["phase"]), int(values["images"]), int(values["budget"]), float(values["time"]))  # type: ignore[arg-type]
+        phase, images, budget = str(values["phase"]), int(values["images"]), int(values["budget"])
+        return RunState(phase, images, budget, float(values["time"]), float(values.get("seconds", 0)))  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -13,6 +13,7 @@ from distill.config import RunConfig
 from distill.evaluate.base import Images
 from distill.evaluate.evaluator import Evaluator, is_better
 from distill.evaluate.known_prompts import KnownPrompts
+from distill.files import atomic_write_text
 from distill.flow import noise
 from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
@@ -20,7 +21,7 @@ from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images
 from distill.report.alarms import Alarm, Alarms
 from distill.report.grid import labeled_grid, save_png
-from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, ended_early, read_run
+from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, TEACHER_METRICS, ended_early, read_run
 from distill.training import checkpoint
 from distill.training.preparation import latent_shapes
 from distill.training.trainer import Progress
@@ -90,6 +91,9 @@ class EvaluationCallback:
             if self._write:
                 if evaluation.picture is not None:
                     save_png(evaluation.picture, self._out / EVALUATED / f"{progress.images:012d}.png")
+                if evaluation.teacher:
+                    (self._out / EVALUATED).mkdir(exist_ok=True)
+                    atomic_write_text(self._out / TEACHER_METRICS, json.dumps(evaluation.teacher) + "\n")
                 self._keep(progress, self._evaluator, evaluation.metrics)
 
     def _record(self, alarms: Sequence[Alarm], progress: Progress) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from distill.config import RunConfig
 from distill.methods.base import Loss
-from distill.report.run_folder import METRICS
+from distill.report.run_folder import METRICS, TIME_BUCKETS
 from distill.training import checkpoint
 
-BUCKETS = 5  # of t, for the gap between teacher and fake
 SATURATED = 3.0  # absolute value above which latents, of standard deviation 1, are saturated
 _LOG10 = "log10_"  # prefix of metrics whose mean is logged as its logarithm
 
@@ -48,10 +47,10 @@ class RoundMetrics:
             if name == "t":
                 continue
             self.add(name, values.float())
-            bucket = (loss.metrics["t"] * BUCKETS).long().clamp(max=BUCKETS - 1)
-            for number in range(BUCKETS):
+            bucket = (loss.metrics["t"] * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+            for number in range(TIME_BUCKETS):
                 inside = torch.where(bucket == number, values.float(), torch.nan)
-                self.add(f"{_LOG10}{name}/t{number / BUCKETS:.1f}", inside)
+                self.add(f"{_LOG10}{name}/t{number / TIME_BUCKETS:.1f}", inside)
 
     def _add_latents(self, x_0: Tensor) -> None:
         self.add("latent/std", x_0.std())

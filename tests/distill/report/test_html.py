@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,13 +19,14 @@ from typer.testing import CliRunner
 
 from distill.cli import app, console
 from distill.errors import OutputError, RunError
+from distill.report.charts import BOTTOM, TOP
 from distill.report.grid import labeled_grid, save_png
 from distill.report.html import GRIDS, POINTS, render_report, write_report
 from distill.report.run_folder import read_run, read_runs
-from distill.report.run_state import STATE, RunState
+from distill.report.run_state import STATE, RunState, WallClock, write_state
 from distill.report.units import si
 
-SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.5", "gradient_norm/fake", "gradient_norm/student", "latent/std")
+SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.4", "gradient_norm/fake", "gradient_norm/student", "latent/std")
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
 
@@ -179,9 +181,12 @@ def test_every_logged_series_is_drawn_and_stands_in_a_table(tmp_path: Path) -> N
 
 
 def test_buckets_of_time_are_named_by_their_ranges(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "run", 6400))
-    assert "t 0.0–0.5" in page.text
-    assert "t 0.5–1.0" in page.text
+    """In the order of time, also if a log's first line lacks a bucket, and without those that no line has."""
+    folder = make_run(tmp_path / "run", 0)
+    logged = [("t0.4", "t0.8"), ("t0.0", "t0.4", "t0.8"), ("t0.0", "t0.8")]
+    lines = [{"images": 640 * i, **{f"log10_gap/{name}": 0.5 for name in names}} for i, names in enumerate(logged, 1)]
+    write_lines(folder / "metrics.jsonl", lines)
+    assert re.findall(r"t \d\.\d–\d\.\d", page_of(folder).text)[:3] == ["t 0.0–0.2", "t 0.4–0.6", "t 0.8–1.0"]
 
 
 def test_a_number_that_is_not_finite_and_half_a_line_are_left_out(tmp_path: Path) -> None:
@@ -214,6 +219,37 @@ def test_evaluations_stand_in_the_report_and_the_best_is_marked(tmp_path: Path) 
         assert figure in page.text
     assert len([row for row in page.all("tr") if row.get("class") == "best"]) == 1
     assert "3.2 k · best" in page.text
+
+
+def test_the_teachers_metrics_are_drawn_in_the_panels(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 6400, teacher="sd3")
+    add_results(folder)
+
+    def drawn() -> list[str]:
+        spoken = [chart["aria-label"] or "" for chart in page_of(folder).all("svg")]
+        return [text.rpartition("; ")[2] for text in spoken if "teacher" in text]
+
+    assert drawn() == []
+    both = {
+        "teacher": {"overall": 0.9, "frechet": 7.0, "diversity": 0.5, "tasks": {"two_object": 0.875}},
+        "student": {},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(both))
+    assert drawn() == ["teacher 0.9", "teacher 0.5", "teacher 0.875"]  # a Frechet distance of other images is not
+    (folder / "evaluations").mkdir()
+    (folder / "evaluations" / "teacher.json").write_text(json.dumps({"frechet": 0.0, "diversity": 1.0}))
+    assert drawn() == ["teacher 0", "teacher 1"]
+    heights = [line["y1"] for line in page_of(folder).all("line") if line.get("class") == "teacher"]
+    assert all(TOP <= float(height or "nan") <= BOTTOM for height in heights)
+    assert len(heights) == 2
+
+
+def test_the_wall_time_is_that_of_all_sessions(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 640)
+    assert "wall time" not in page_of(folder).text
+    write_state(folder, "interrupted", 640, 6400, WallClock(folder).seconds() + 3600)
+    write_state(folder, "training", 640, 6400, WallClock(folder).seconds() + 60)
+    assert "1 h 01 min" in page_of(folder).text
 
 
 def test_teacher_against_student_is_shown_once_it_is_judged(tmp_path: Path) -> None:
