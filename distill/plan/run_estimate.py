@@ -14,6 +14,7 @@ from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError
 from distill.evaluate.references import image_count
+from distill.evaluate.sampler import Sampling
 from distill.models.geometry import read_geometry
 from distill.models.sd3_files import MODELS, find_weights
 from distill.models.sd3_folder import SD3Folder
@@ -24,7 +25,14 @@ from distill.report.units import duration, si
 from distill.training import checkpoint
 from distill.training.initial_weights import trained_shapes
 from distill.training.preparation import SPEED
-from distill.training.run_evaluator import evaluated_size, evaluator_kind, references_folder, run_references
+from distill.training.run_evaluator import (
+    evaluated_images,
+    evaluated_size,
+    evaluator_kind,
+    references_folder,
+    run_references,
+    teacher_sampling,
+)
 from distill.training.run_sources import RunPrompts
 
 SMALL = 1e12  # FLOP per image below which a device mostly waits, and training takes longer than its arithmetic
@@ -74,11 +82,12 @@ class RunEstimate:
             "evaluations": self.evaluation_seconds,
         }
         work = ", ".join(f"{name} {duration(seconds)}" for name, seconds in works.items() if seconds)
+        total = duration(sum(works.values()))
         longer = "; a model as small as this one takes longer than its arithmetic" if self.image_flop < SMALL else ""
         return [
             f"Prompts: {self.prompts} distinct, {how}.",
             f"Disk: {si(self.disk, 'B')} ({disk}).",
-            f"Time: about {work or 'nothing'}{longer}.",
+            f"Time: about {total} ({work or 'nothing is left to do'}){longer}.",
         ]
 
     @property
@@ -131,13 +140,16 @@ def estimate_run(
     encodes = not (online or prompts.is_encoded)
     settings, size = config.evaluation, evaluated_size(config, teacher)
     references = evaluations = 0.0
-    if evaluator_kind(config, teacher) == "reference":
-        cost = evaluation_cost(geometry, size, config.method.guidance, settings)
+    kind = evaluator_kind(config, teacher)
+    if kind != "none":
+        images = evaluated_images(config, kind)
+        cost = evaluation_cost(geometry, size, teacher_sampling(config), images, encodes=kind != "clip")
+        evaluations = (left // config.cadence.evaluate + 1) * cost.evaluation / rate
+    if kind == "reference":
         references = cost.references / rate
         if prompts.is_encoded and (made := run_references(config, teacher, out, prompts.first(settings.images))):
             references *= len(made.missing()) / len(list(made.batches()))
-        evaluations = (left // config.cadence.evaluate + 1) * cost.evaluation / rate
-    own = references_folder(config, out).parent == out and evaluations > 0
+    own = references_folder(config, out).parent == out and kind == "reference"
     return RunEstimate(
         prompts=count,
         prompt_bytes=row,
@@ -161,7 +173,9 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
     row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)
     size = (setting.size, setting.size)
-    cost = evaluation_cost(geometry, size, setting.method.guidance, EvaluationSettings())
+    settings = EvaluationSettings()
+    sampling = Sampling(settings.teacher_steps, setting.method.guidance)
+    cost = evaluation_cost(geometry, size, sampling, image_count(settings.images))
     weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
     average = plan.resident["averaged student"]
     state = average + weights + plan.optimizer_states[setting.optimizer]
@@ -172,7 +186,7 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         cache=0 if online else prompts * row,
         checkpoints=(Cadence().keep_checkpoints + 1) * state + 2 * average,
         student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
-        references=reference_bytes(EvaluationSettings().images, size),
+        references=reference_bytes(settings.images, size),
         prompt_flop=prompt_flop,
         image_flop=plan.flop_per_image,
         encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,

@@ -15,7 +15,7 @@ from distill.evaluate.clip_evaluator import ClipEvaluator
 from distill.evaluate.dataset_evaluator import DatasetEvaluator
 from distill.evaluate.evaluator import Evaluator
 from distill.evaluate.reference_evaluator import ReferenceEvaluator
-from distill.evaluate.references import References
+from distill.evaluate.references import References, image_count
 from distill.evaluate.sampler import Sampling
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
@@ -111,6 +111,13 @@ def run_evaluator(
         return ClipEvaluator(clip, evaluation_prompts(config, prompts), settings.images)
     prompts_of_tasks = EVAL_DATASETS[kind]().prompts(PROMPTS_PER_TASK, config.seed, held_out=False)
     return DatasetEvaluator(prompts_of_tasks, config.seed)
+
+
+def evaluated_images(config: RunConfig, kind: str) -> int:
+    """The number of images that a student makes for an evaluation by an evaluator, which is not `none`."""
+    if kind in EVAL_DATASETS:
+        return EVAL_DATASETS[kind]().prompts(PROMPTS_PER_TASK, config.seed, held_out=False).count
+    return image_count(config.evaluation.images) if kind == "reference" else config.evaluation.images
 
 
 def evaluated_size(config: RunConfig, teacher: SD3Folder) -> tuple[int, int]:

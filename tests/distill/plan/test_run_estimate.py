@@ -14,7 +14,9 @@ from distill.models.geometry import read_geometry
 from distill.models.sd3_folder import SD3Folder
 from distill.plan.estimate import plan_input
 from distill.plan.run_estimate import estimate_run
+from distill.training.run_evaluator import evaluated_images
 from distill.training.run_sources import RunPrompts
+from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,21 @@ def test_a_run_that_keeps_the_teachers_images_needs_room_for_them(teacher_t5, tm
     assert own.disk - shared.disk == own.references == (32 + 2 * 4) * 3 * 16 * 16
     assert "the teacher's images" in own.lines()[1]
     assert "the teacher's images" not in shared.lines()[1]
+
+
+def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
+    """That of a CLIP model alone takes no images of the teacher, and half as many student's images half the time."""
+    words = ("evaluation.evaluator=clip", "evaluation.clip=folder")
+    clip, half = (estimated(teacher_t5, tmp_path, *words, f"evaluation.images={count}") for count in (64, 32))
+    shares = [each.evaluation_seconds / each.training_seconds for each in (clip, half)]  # at any measured speed
+    assert shares[0] == pytest.approx(2 * shares[1])
+    assert half.evaluation_seconds > 0
+    assert clip.reference_seconds == clip.references == 0
+    assert "evaluations" in clip.lines()[2]
+    assert estimated(teacher_t5, tmp_path, "evaluation.evaluator=none").evaluation_seconds == 0
+    config = load_config("scenes-debug")
+    assert evaluated_images(config, "scenes") == ScenesEvalDataset().prompts(16, 0).count
+    assert evaluated_images(config, "reference") == 16 + 4
 
 
 def test_the_time_of_a_small_model_is_stated_as_less_than_it_takes(teacher_t5, tmp_path):
