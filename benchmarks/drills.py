@@ -38,8 +38,8 @@ import numpy as np
 from PIL import Image
 
 from service.commands.bench import free_port, measure_engine, measure_server, read_metrics, running_server
-from service.engine.backend import ModelInfo, Timing
-from service.engine.profile import Profile
+from service.engine.backend import BatchLimits, ModelInfo, Timing
+from service.engine.profile import FORMAT, Profile
 from service.observability.metrics import Metrics
 from service.settings import EngineSettings, Settings
 
@@ -126,10 +126,12 @@ def open_files(pid: int) -> int:
 
 def simulated(folder: str, seconds: float) -> Path:
     """Return a profile of a model whose batches of any size take so many seconds."""
-    card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, 1)
+    card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, (BatchLimits(1, 1024),))
     times = {"text": 0.0, "model": seconds, "vae": 0.0}
     path = Path(folder) / "simulated.json"
-    path.write_bytes(msgspec.json.encode(Profile(1, "simulated", card, [Timing("simulated", 64, 64, 1, times, 0)])))
+    path.write_bytes(
+        msgspec.json.encode(Profile(FORMAT, "simulated", card, [Timing("simulated", 64, 64, 1, times, 0)]))
+    )
     return path
 
 

@@ -34,8 +34,7 @@ from distill.student.adapters import Merger, read_adapter
 from distill.student.cuda_graphs import CudaGraphed
 
 SHIPPED_STUDENT = Path(__file__).parent / "worlds" / "scenes" / "weights" / "student"
-FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
-DEFAULT_BUCKET = 4  # images in a batch of smaller ones
+COMPILED_FORMS = 64  # of transformer blocks: three kinds of blocks, each batch and image size
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,10 @@ class OneStepPipeline:
     Call the pipeline for whole images, or its stages one by one: `encode`, `latents`, `decode`. A server runs the
     stages of different batches at the same time; each stage may be called by one thread at a time.
 
-    Every stage splits its inputs into batches of a size in `batch_buckets`; the last batch is padded. Matrix products
-    round differently at different batch sizes. With one bucket, an image is therefore bit-identical alone and in any
-    batch. With several buckets, a single image costs less, and images may differ in their last bits.
+    Every stage splits its inputs into batches of the sizes in `choice`; the last batch is padded. Matrix products round
+    differently at different batch sizes. With one batch size for each stage and image size, an image is therefore
+    bit-identical alone and in any batch. With several, a single image costs less, and images may differ in their last
+    bits.
     """
 
     def __init__(
@@ -126,57 +126,89 @@ class OneStepPipeline:
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderTiny,
-        options: RuntimeOptions,
+        choice: RuntimeOptions | runtime.RuntimeChoice,
         small_decoder: str | None = None,
     ) -> None:
         """Wrap loaded networks; `load` does so for a folder. `small_decoder` is the digest of `vae` if it is one."""
         self.spec = spec
         self.small_decoder = small_decoder
-        self.batch_buckets = options.batch_buckets
-        self.fingerprint = runtime.fingerprint(options, transformer.device, small_decoder)
         self._text = text
         self._transformer = transformer
         self._vae = vae
-        # Convolutions on a CPU are no faster in batches, and larger batches do not fit its caches.
-        self._decode_buckets = (1,) if vae.device.type == "cpu" else self.batch_buckets
         self._merger = Merger(transformer)
-        self._quantize = options.quantize
-        self._network: Callable[..., Tensor] = self._velocity
-        self._decoder: Callable[..., Tensor] = self._pixels
+        self._computed_as: RuntimeOptions | None = None
+        self._network: Callable[..., Tensor]
+        self._decoder: Callable[..., Tensor]
+        if isinstance(choice, RuntimeOptions):
+            choice = runtime.unmeasured(choice, transformer.device, spec.sizes, spec.image_tokens)
+        self.use(choice)
+
+    def use(self, choice: runtime.RuntimeChoice) -> None:
+        """Compute as chosen from now on. Precision, `quantize`, `t5` and the decoder stay those of the loading."""
+        if self._computed_as != choice.options:
+            self._compute_as(choice.options)
+        self._computed_as = choice.options
+        self.choice = choice
+        self.fingerprint = runtime.fingerprint(choice, self.small_decoder)
+
+    def _compute_as(self, options: RuntimeOptions) -> None:
+        attention.use(options.attention, self._transformer)
+        self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self._vae.to(memory_format=self._memory_format)
+        if options.cudnn_benchmark:
+            torch.backends.cudnn.benchmark = True
+        # Blocks of one kind share their compiled forms, so a deep transformer starts as fast as a shallow one.
+        for module in (*self._transformer.transformer_blocks, self._vae.decoder):
+            module.__dict__.pop("forward", None)
+            if options.compile:
+                torch._dynamo.config.recompile_limit = COMPILED_FORMS
+                # Without timing kernels: results would differ between two starts.
+                module.forward = torch.compile(module.forward, dynamic=False, options={"deterministic": True})
+        self._network, self._decoder = self._velocity, self._pixels
         if options.cuda_graphs:
             self._network, self._decoder = CudaGraphed(self._velocity), CudaGraphed(self._pixels)
 
     @classmethod
     def load(
-        cls, folder: Path | str, device: torch.device | str = "cpu", options: RuntimeOptions = RuntimeOptions()
+        cls,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        options: RuntimeOptions | runtime.RuntimeChoice = RuntimeOptions(),
     ) -> Self:
         """Load a student folder onto a device: `cpu`, `cuda` or `cuda:1`.
 
-        Raises TeacherError if the folder is no complete student, ConfigError naming the option that the device, the
-        student or the installation does not support.
+        `options` are the caller's, or a choice that was made from them. Raises TeacherError if the folder is no
+        complete student, ConfigError naming the option that the device, the student or the installation does not
+        support.
         """
         read = SD3Folder.read(folder)
         spec = _read_record(read)
         device = torch.device(device)
+        if isinstance(options, RuntimeOptions):
+            choice = runtime.unmeasured(options, device, spec.sizes, spec.image_tokens)
+        else:
+            choice, options = options, options.options
         runtime.check(options, device, spec.has_t5)
         dtype = runtime.compute_dtype(options, device)
         text = SD3TextEncoder.load(read, device, dtype, spec.max_sequence_length, options.t5)
         transformer = load_transformer(read, dtype, device)
         if spec.any_step:
             load_second_time(transformer, read.path)
-        attention.use(options.attention, transformer)
         quantize.use(options.quantize, transformer)
         vae, small_decoder = _load_decoder(read, spec, options.decoder, dtype, device)
-        if options.channels_last:
-            vae.to(memory_format=torch.channels_last)
-        if not options.batch_buckets:
-            bucket = DEFAULT_BUCKET if spec.image_tokens < FULL_LOAD_TOKENS else 1
-            options = options.model_copy(update={"batch_buckets": (bucket,)})
-        if options.compile:
-            shapes = len(options.batch_buckets) * len(spec.sizes)
-            transformer.compile(dynamic=False, recompile_limit=shapes)
-            vae.decoder.compile(dynamic=False, recompile_limit=shapes)
-        return cls(spec, text, transformer, vae, options, small_decoder)
+        return cls(spec, text, transformer, vae, choice, small_decoder)
+
+    @classmethod
+    def load_tuned(
+        cls, folder: Path, device: torch.device, options: RuntimeOptions, kept_in: Path, seconds: float, max_batch: int
+    ) -> Self:
+        """Load a student, computed as is fastest here where the options say `auto`. Raises what `load` does.
+
+        The choice is read from the folder `kept_in`, or measured for about so many seconds and kept there.
+        """
+        from distill.student.tuning import tuned  # which loads pipelines
+
+        return cls.load(folder, device, tuned(folder, device, options, kept_in, seconds, max_batch))
 
     @property
     def decoder(self) -> Literal["full", "small"]:
@@ -188,8 +220,8 @@ class OneStepPipeline:
 
         Raises TeacherError if the adapter does not fit the transformer, ConfigError if the weights are quantized.
         """
-        if self._quantize != "none":
-            raise ConfigError(f"quantize {self._quantize}: adapters need unquantized weights; set it to none")
+        if (kind := self.choice.options.quantize) != "none":
+            raise ConfigError(f"quantize {kind}: adapters need unquantized weights; set it to none")
         return read_adapter(path, self._transformer)
 
     def adapt(self, adapter: Adapter | None, scale: float = 1.0) -> None:
@@ -206,23 +238,33 @@ class OneStepPipeline:
 
     def encode(self, prompts: Sequence[str]) -> TextCondition:
         """Encode prompts on the device; the result has one row per prompt and can be indexed and reused."""
-        parts = [self._text.encode([prompts[i] for i in batch]) for batch in _batches(len(prompts), self.batch_buckets)]
+        parts = [self._text.encode([prompts[i] for i in batch]) for batch in _batches(len(prompts), self.choice.text)]
         return TextCondition.cat(parts)[: len(prompts)]
+
+    def noise(self, seeds: Sequence[int], width: int | None = None, height: int | None = None) -> Tensor:
+        """Draw the noise (B, C, H / f, W / f) of seeds for `latents`, where f is `spec.vae_scale_factor`.
+
+        A seed is an integer of up to 64 bits. `width` and `height` are pixels, one of `spec.sizes`; None is the native
+        size. Noise is drawn on the CPU and copied to the device. Raises SizeError for an unsupported size.
+        """
+        width, height = self.size(width, height)
+        factor = self.spec.vae_scale_factor
+        z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))
+        return to_device(z, self._transformer.device)
 
     @torch.no_grad()
     def latents(
         self,
         cond: TextCondition,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | Tensor,
         width: int | None = None,
         height: int | None = None,
         steps: int = 1,
     ) -> Tensor:
         """Generate latents (B, C, H / f, W / f) on the device, where f is `spec.vae_scale_factor`.
 
-        `cond` and `seeds` have one entry per image; a seed is an integer of up to 64 bits. `width` and `height` are
-        pixels, one of `spec.sizes`; None is the native size. `steps` is the number of network evaluations, at evenly
-        spaced times.
+        `cond` and `seeds` have one entry per image; in place of seeds, `seeds` may be their noise, drawn by `noise` for
+        the same size. `steps` is the number of network evaluations, at evenly spaced times.
 
         Raises SizeError for an unsupported size, ConfigError for an unsupported number of steps, ValueError if there
         is not one seed per condition.
@@ -230,17 +272,14 @@ class OneStepPipeline:
         if len(cond) != len(seeds):
             raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
         self.spec.check_steps(steps)
-        width, height = self.size(width, height)
-        factor = self.spec.vae_scale_factor
-        z = noise(seeds, (self.spec.latent_channels, height // factor, width // factor))
-        z = to_device(z, self._transformer.device)
+        z = seeds if isinstance(seeds, Tensor) else self.noise(seeds, width, height)
 
         def v(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
             return self._network(x_t, t, cond.embeds, cond.pooled)
 
         times = torch.linspace(1, 0, steps + 1, device=z.device)
         parts = []
-        for batch in _batches(len(z), self.batch_buckets):
+        for batch in _batches(len(z), self._batch_sizes(z).network):
             x = z[batch]
             if steps == 1:
                 x = one_step(v, x, cond[batch])
@@ -254,7 +293,7 @@ class OneStepPipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to uint8 RGB (B, H, W, 3) on the CPU. Raises DivergedError unless finite."""
         parts, finite = [], []
-        for batch in _batches(len(latents), self._decode_buckets):
+        for batch in _batches(len(latents), self._batch_sizes(latents).decoder):
             pixels = self._decoder(latents[batch]).float()
             finite.append(pixels.isfinite().all())
             # Rounded on the device: a quarter of the bytes to copy.
@@ -286,11 +325,17 @@ class OneStepPipeline:
         """Generate one RGB image per prompt and seed, uint8 (B, H, W, 3) on the CPU, as `latents` and `decode` do."""
         return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
 
+    def _batch_sizes(self, latents: Tensor) -> runtime.SizeBatches:
+        """Return the batch sizes for the image size of latents (B, C, h, w)."""
+        height, width = latents.shape[-2:]
+        factor = self.spec.vae_scale_factor
+        return self.choice.of(self.size(width * factor, height * factor))
+
     def _velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
         return velocity(self._transformer, x_t, t, TextCondition(embeds, pooled))
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return decode_latents(self._vae, latents)
+        return decode_latents(self._vae, latents.contiguous(memory_format=self._memory_format))
 
 
 def _load_decoder(

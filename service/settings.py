@@ -135,6 +135,7 @@ class EngineSettings(_Group):
     max_batch: _Count = 16  # images in one batch
     batching_window_seconds: Annotated[float, Field(ge=0)] = 0.0  # how long an idle worker waits for more images
     target_p95_seconds: _Seconds | None = None  # caps batches so that p95 latency holds when all workers are busy
+    tuning_seconds: Annotated[float, Field(ge=0)] = 60.0  # longest search for the fastest `runtime`; 0 does not search
     profiles_folder: _Path | None = None  # measured batch times; what is missing is measured at the start
     on_demand_adapters: Annotated[int, Field(ge=0)] = 8  # LoRA adapters of `models_folder`, loaded for requests
     on_demand_students: Annotated[int, Field(ge=0)] = 0  # the same of students

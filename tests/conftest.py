@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the libraries: nothing here may reach for a network
 os.environ["SERVICE_DATA"] = "none"  # servers keep nothing, but where a test gives them a folder
+os.environ["SERVICE_ENGINE__TUNING_SECONDS"] = "0"  # nothing is measured at the start of a server
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in every process that a test starts: all round their sums alike
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)  # nobody is trusted; each client would read them all anew

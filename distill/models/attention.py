@@ -47,7 +47,9 @@ def check(name: str, dtype: torch.dtype, device: torch.device, setting: str = "n
 
 def use(name: str, model: SD3Transformer2DModel) -> None:
     """Set the kernel of all attention layers of a transformer; `sdpa` leaves the choice to torch."""
-    if name == "xformers":
+    if name == "sdpa":
+        model.set_attn_processor(JointAttnProcessor2_0())
+    elif name == "xformers":
         model.set_attn_processor(XFormersJointAttnProcessor())
     elif name == "math":
         model.set_attn_processor(MatrixAttention())

@@ -1,19 +1,59 @@
-"""What `RuntimeOptions` mean on a device: the data type, the check, and the fingerprint of the resulting images."""
+"""What `RuntimeOptions` mean on a device: the check, the values of `auto`, and the fingerprint of images."""
+
+from collections.abc import Sequence
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from distill.errors import ConfigError
 from distill.models import attention, quantize
 from distill.options import RuntimeOptions
 
+FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
+DEFAULT_BATCH = 4  # images in a batch of smaller ones
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WITHOUT_MEASUREMENT = {"attention": "sdpa", "channels_last": False, "compile": False, "cuda_graphs": False}
+
+Size = tuple[int, int]  # width and height of an image in pixels
+BatchSizes = tuple[int, ...]  # that a stage computes, in ascending order; the last batch is padded to one of them
+
+
+class SizeBatches(BaseModel):
+    """Batch sizes of the stages that depend on the image size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Size
+    network: BatchSizes
+    decoder: BatchSizes
+
+
+class RuntimeChoice(BaseModel):
+    """Runtime options without `auto`, and the batch sizes of every stage. Images depend on all of it to the bit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: RuntimeOptions
+    text: BatchSizes
+    sizes: tuple[SizeBatches, ...]
+
+    def of(self, size: Size) -> SizeBatches:
+        """Return the batch sizes for an image size. Raises KeyError for one that the choice lacks."""
+        for each in self.sizes:
+            if each.size == size:
+                return each
+        raise KeyError(size)
 
 
 def compute_dtype(options: RuntimeOptions, device: torch.device) -> torch.dtype:
     """Return the data type of weights and activations on a device."""
+    return _DTYPES[_precision(options, device)]
+
+
+def _precision(options: RuntimeOptions, device: torch.device) -> str:
     if options.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[options.precision]
+        return "bf16" if device.type == "cuda" else "fp32"
+    return options.precision
 
 
 def check(options: RuntimeOptions, device: torch.device, has_t5: bool) -> None:
@@ -25,21 +65,39 @@ def check(options: RuntimeOptions, device: torch.device, has_t5: bool) -> None:
         raise ConfigError(f"t5 {options.t5}: the student has no T5; leave t5 at full")
     if options.t5 == "int8":
         quantize.check("int8", dtype, device, "t5")
-    if options.cuda_graphs and device.type != "cuda":
+    if options.cuda_graphs is True and device.type != "cuda":
         raise ConfigError(f"cuda_graphs needs a CUDA device, not {device.type}; set it to false")
 
 
-def fingerprint(options: RuntimeOptions, device: torch.device, small_decoder: str | None = None) -> str:
+def unmeasured(options: RuntimeOptions, device: torch.device, sizes: Sequence[Size], tokens: int) -> RuntimeChoice:
+    """Choose without measurement, so that the same options give the same images everywhere.
+
+    `tokens` is the transformer's number of tokens for an image of the native size.
+    """
+    values = {name: value for name, value in _WITHOUT_MEASUREMENT.items() if getattr(options, name) == "auto"}
+    resolved = options.model_copy(update={"precision": _precision(options, device), **values})
+    network = options.batch_buckets or ((DEFAULT_BATCH,) if tokens < FULL_LOAD_TOKENS else (1,))
+    decoder = options.batch_buckets or ((1,) if device.type == "cpu" else network)
+    batches = tuple(SizeBatches(size=size, network=network, decoder=decoder) for size in sizes)
+    return RuntimeChoice(options=resolved, text=network, sizes=batches)
+
+
+def fingerprint(choice: RuntimeChoice, small_decoder: str | None = None) -> str:
     """Name all that an image's bits depend on besides the student's files and the kind of device.
 
-    Options at their defaults are left out, except the precision and the batch buckets. `small_decoder` is the
-    digest of the decoder that replaces the student's VAE.
+    Switches that are off are left out. `small_decoder` is the digest of the decoder that replaces the student's
+    VAE.
     """
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    parts = [names[compute_dtype(options, device)], "buckets", *map(str, options.batch_buckets)]
-    changed = options.model_dump(exclude={"precision", "batch_buckets", "decoder"}, exclude_defaults=True)
+    options = choice.options
+    parts = [options.precision, "text", *map(str, choice.text)]
+    for each in choice.sizes:
+        parts += [f"{each.size[0]}x{each.size[1]}", "network", *map(str, each.network)]
+        parts += ["decoder", *map(str, each.decoder)]
+    parts += ["attention", options.attention]
+    changed = options.model_dump(exclude={"precision", "batch_buckets", "decoder", "attention"}, exclude_defaults=True)
     for name, value in changed.items():
-        parts += [name] if value is True else [name, value]
+        if value is not False:
+            parts += [name] if value is True else [name, value]
     if small_decoder:
         parts += ["small-decoder", small_decoder[:16]]
     return "-".join(parts)

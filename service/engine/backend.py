@@ -14,6 +14,17 @@ Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
 
 @dataclass(frozen=True)
+class BatchLimits:
+    """How a model computes the images of one size: batches are padded to a multiple of so many images.
+
+    More images than `largest` gain nothing by being in one batch.
+    """
+
+    multiple: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a server knows of a loaded model. Sizes are (width, height), the native one first."""
 
@@ -24,12 +35,16 @@ class ModelInfo:
     sizes: tuple[tuple[int, int], ...]
     pixels_per_token: int  # side of the image patch of one transformer token
     token_limit: int
-    batch_multiple: int  # batches are padded to a multiple of so many images
+    batches: tuple[BatchLimits, ...]  # of each size
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name; equal digests give equal images
     max_steps: int = 1  # largest number of network evaluations per image; 1 for a one-step student
     runtime_fingerprint: str = ""  # what images depend on besides the files, such as precision and batch buckets
     decoder: Literal["full", "small"] = "full"  # what makes pixels of latents: the VAE, or a small decoder
     decoder_digest: str | None = None  # of a small decoder's files
+
+    def limits(self, width: int, height: int) -> BatchLimits:
+        """Return the batches of a supported size."""
+        return self.batches[self.sizes.index((width, height))]
 
     @property
     def cache_key(self) -> str:
@@ -88,8 +103,9 @@ class Backend(Protocol):
     """
 
     info: ModelInfo
-    environment: str  # what times and last bits depend on besides the model: device, data type, threads, batch buckets
+    environment: str  # what times and last bits depend on besides the model: device, data type, threads, batch sizes
     text_bytes: int  # of one prompt's embedding; 0 if embeddings are not shared
+    slow_first_runs: Sequence[int]  # batch sizes that are compiled or recorded when they run first
 
     def encode(self, prompts: Sequence[str], shared: SharedEmbeddings = UNSHARED) -> EncodedPrompts:
         """Encode prompts. Embeddings in `shared` are read, and the others are written to it."""
@@ -106,8 +122,11 @@ class Backend(Protocol):
     def adapt(self, name: str | None, scale: float) -> None:
         """Use this adapter, or none, from now on. Called by the thread of `denoise`."""
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
-        """Return the latents, one for each condition and seed. Raises FloatingPointError if one is not finite."""
+    def noise(self, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Draw the noise of seeds for `denoise`. Called by the thread of `encode`."""
+
+    def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
+        """Return the latents, one for each condition and its noise. Raises FloatingPointError if one is not finite."""
 
     def decode(self, latents: Any) -> Pixels:
         """Decode latents to images."""

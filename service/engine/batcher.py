@@ -4,7 +4,7 @@ All images of a batch have one model, size, number of steps, and adapter at one 
 Interactive images go before bulk images. Owners (API keys) take turns, and an owner's oldest image leads a batch; the
 rest of the batch is filled with images of the same key, one of each owner in turn.
 
-Models pad a batch to a multiple of `batch_multiples[model]` images, so a busy worker is only given batches that need no
+Models pad a batch to a multiple of `batch_multiples[size]` images, so a busy worker is only given batches that need no
 padding. The other images wait until the worker is idle. Then they are sent at once, or after the lingering time.
 """
 
@@ -82,12 +82,12 @@ class Batcher:
         max_batch: int,
         limit: int,
         owner_limit: int,
-        batch_multiples: Mapping[str, int],
+        batch_multiples: Mapping[BatchKey, int],
         linger_seconds: float = 0.0,
     ) -> None:
-        """`batch_multiples` is read at every batch; `linger_seconds` is how long an idle worker waits for a full batch.
+        """`batch_multiples`, by model and size, is read at every batch.
 
-        Both limits are in images.
+        `linger_seconds` is how long an idle worker waits for a full batch. Both limits are in images.
         """
         self._max_batch = max_batch
         self._limit = limit
@@ -175,7 +175,7 @@ class Batcher:
             return None
         lead = self._lead()
         cap = self.cap(lead.key)
-        multiple = min(self._batch_multiples[lead.key.model], cap)
+        multiple = min(self._batch_multiples[lead.key.size], cap)
         lines = self._lines_of(lead)
         queued = sum(len(self._lines[line]) for line in lines)
         if queued < multiple and not idle:

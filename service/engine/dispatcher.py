@@ -109,6 +109,8 @@ class Dispatcher:
         for timing in loaded.timings:
             timings.setdefault(BatchKey(loaded.info.name, timing.width, timing.height), []).append(timing)
         self._latency.add(loaded.info, timings)
+        for (width, height), limits in zip(loaded.info.sizes, loaded.info.batches, strict=True):
+            self._batcher.lower_cap(BatchKey(loaded.info.name, width, height), limits.largest)
         settings = self._settings
         # A request that meets a busy worker waits for the batches in it and then for its own.
         longest = settings.engine.target_p95_seconds and settings.engine.target_p95_seconds / (BATCHES_AHEAD + 1)

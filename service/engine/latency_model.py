@@ -13,17 +13,19 @@ class LatencyModel:
     """A running mean over finished batches for each model, size and number of steps; it starts at profiled times."""
 
     def __init__(self) -> None:
-        self.batch_multiples: dict[str, int] = {}  # by model, also where a batch holds fewer images
+        self.batch_multiples: dict[BatchKey, int] = {}  # by model and size, also where a batch holds fewer images
         self._timings: dict[BatchKey, Timing] = {}  # of the largest batch, by model and size
         self._seconds: dict[BatchKey, float] = {}  # for each image of an unpadded batch
 
     def add(self, info: ModelInfo, timings: Mapping[BatchKey, Sequence[Timing]]) -> None:
         """Add a model with the timings of its sizes, in order of batch size."""
-        self.batch_multiples[info.name] = info.batch_multiple
+        for size, limits in zip(info.sizes, info.batches, strict=True):
+            self.batch_multiples[BatchKey(info.name, *size)] = limits.multiple
         self._timings |= {size: known[-1] for size, known in timings.items()}
 
     def forget(self, model: str) -> None:
-        del self.batch_multiples[model]
+        for size in [size for size in self.batch_multiples if size.model == model]:
+            del self.batch_multiples[size]
         self._timings = {size: timing for size, timing in self._timings.items() if size.model != model}
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
 
@@ -41,7 +43,7 @@ class LatencyModel:
         return self._seconds.get(_without_adapter(key), timing.total(key.steps) / timing.batch)
 
     def _padded(self, key: BatchKey, images: int) -> int:
-        multiple = self.batch_multiples[key.model]
+        multiple = self.batch_multiples[key.size]
         return math.ceil(images / multiple) * multiple
 
 

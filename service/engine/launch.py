@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import msgspec
 import numpy as np
 
 from service.engine.backend import Pixels
-from service.engine.messages import Channel, LoadFailed, LoadModel, Profiling, Ready, WorkerConfig
+from service.engine.messages import Channel, LoadFailed, LoadModel, Profiling, Ready, Tuning, WorkerConfig
 from service.engine.profile import growing_sizes
 from service.engine.shared_memory import read
 from service.engine.worker import SLOT_BYTES
 from service.errors import StartError
 from service.settings import Settings
+
+CHOICES = "choices"  # folder in the data folder: how workers compute each kind of model
 
 
 @dataclass(eq=False)
@@ -159,25 +162,33 @@ def worker_processes(settings: Settings) -> WorkerPool:
     runtime = settings.runtime.model_dump(mode="json")
     simulated = str(engine.simulated_profile) if engine.simulated_profile else None
     embeddings = SharedMemory()
+    folder = settings.data / CHOICES if settings.data else None
+    # Without a data folder, choices last as long as the server: a restarted worker must compute the same images.
+    temporary = tempfile.mkdtemp(prefix="fgm-choices-") if folder is None and engine.tuning_seconds else None
+    tuning = (
+        Tuning(temporary or str(folder), engine.tuning_seconds, engine.max_batch) if engine.tuning_seconds else None
+    )
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[LoadModel]) -> Worker:
-            config = WorkerConfig(device, models, runtime, profiling(settings), simulated)
+            config = WorkerConfig(device, models, runtime, profiling(settings), tuning, simulated)
             return start_process(config, threads, engine.heartbeat_timeout_seconds, embeddings)
 
         return start
 
     models = [LoadModel(str(folder)) for folder in settings.models]
-    return WorkerPool([launch(name) for name in names], models or [LoadModel(None)])
+    pool = WorkerPool([launch(name) for name in names], models or [LoadModel(None)])
+    if temporary:
+        weakref.finalize(pool, shutil.rmtree, temporary, ignore_errors=True)
+    return pool
 
 
 def profiling(settings: Settings) -> Profiling:
-    """Which batch sizes workers run before they take work. The first run of a compiled or recorded size is slow."""
-    runtime, engine = settings.runtime, settings.engine
+    """Which batch sizes workers time before they take work."""
+    engine = settings.engine
     timed = engine.profiles_folder is not None or engine.target_p95_seconds is not None
     return Profiling(
         timed_batches=growing_sizes(engine.max_batch) if timed else (),
-        warm_up_batches=runtime.batch_buckets if runtime.compile or runtime.cuda_graphs else (),
         folder=str(engine.profiles_folder) if engine.profiles_folder else None,
     )
 

@@ -43,8 +43,15 @@ class Profiling(msgspec.Struct, frozen=True):
     """Batch sizes that a worker runs of each model before it takes requests."""
 
     timed_batches: Sequence[int] = ()  # none is one padded batch alone
-    warm_up_batches: Sequence[int] = ()  # run even where a profile holds their times
     folder: str | None = None  # of the profiles
+
+
+class Tuning(msgspec.Struct, frozen=True):
+    """How long a worker measures what is fastest for a model, and where the choice is kept."""
+
+    folder: str
+    seconds: float
+    max_batch: int
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -54,6 +61,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     models: Sequence[LoadModel]
     runtime: Mapping[str, Any] = {}  # `RuntimeOptions` as JSON
     profiling: Profiling = Profiling()
+    tuning: Tuning | None = None  # None takes the choices that need no measurement
     simulated_profile: str | None = None
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, RuntimeOptions
-from service.engine.backend import DeviceLost, EncodedPrompts, ModelInfo, Pixels
+from service.engine.backend import BatchLimits, DeviceLost, EncodedPrompts, ModelInfo, Pixels
 from service.engine.embeddings import UNSHARED, SharedEmbeddings
+from service.engine.messages import Tuning
 from service.errors import StartError
 
 MAX_STEPS = 50  # of any-step students, so that one request cannot occupy a device without bound
@@ -25,8 +26,14 @@ class StudentBackend:
     frees is no longer read.
     """
 
-    def __init__(self, folder: Path, name: str | None, device: torch.device, options: RuntimeOptions) -> None:
-        self._pipeline = OneStepPipeline.load(folder, device, options)
+    def __init__(
+        self, folder: Path, name: str | None, device: torch.device, options: RuntimeOptions, tuning: Tuning | None
+    ) -> None:
+        if tuning is None:
+            self._pipeline = OneStepPipeline.load(folder, device, options)
+        else:
+            limits = Path(tuning.folder), tuning.seconds, tuning.max_batch
+            self._pipeline = OneStepPipeline.load_tuned(folder, device, options, *limits)
         self._device = device
         blank = self._pipeline.encode([""])
         self.text_bytes = blank.embeds.nbytes + blank.pooled.nbytes
@@ -37,7 +44,9 @@ class StudentBackend:
             for stage in ("text", "model", "vae"):
                 self._streams[stage] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(device)  # the weights are there for every stream
-        spec = self._pipeline.spec
+        spec, choice = self._pipeline.spec, self._pipeline.choice
+        recorded = choice.options.compile or choice.options.cuda_graphs
+        self.slow_first_runs: Sequence[int] = choice.options.batch_buckets if recorded else ()
         self.info = ModelInfo(
             name=name or spec.name,
             owner=spec.teacher,
@@ -46,7 +55,7 @@ class StudentBackend:
             sizes=spec.sizes,
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
-            batch_multiple=self._pipeline.batch_buckets[0],
+            batches=tuple(BatchLimits(each.network[0], each.network[-1]) for each in choice.sizes),
             max_steps=MAX_STEPS if spec.any_step else 1,
             runtime_fingerprint=self._pipeline.fingerprint,
             decoder=self._pipeline.decoder,
@@ -98,10 +107,15 @@ class StudentBackend:
         with self._stage("model"):
             self._pipeline.adapt(None if name is None else self._adapters[name], scale)
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
+    def noise(self, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Return noise (B, C, h, w) on the device."""
+        with self._stage("text"):
+            return self._pipeline.noise(seeds, width, height)
+
+    def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
         """Return latents (B, C, h, w) on the device."""
         with self._stage("model"):
-            latents = self._pipeline.latents(conditions, seeds, width, height, steps)
+            latents = self._pipeline.latents(conditions, noise, width, height, steps)
             if not latents.isfinite().all():
                 raise FloatingPointError("the network gave latents that are not finite")
             return latents
@@ -142,7 +156,9 @@ class StudentBackend:
             raise DeviceLost(str(error)) from error
 
 
-def load_backend(folder: str | None, name: str | None, device: str, runtime: Mapping[str, Any] = {}) -> StudentBackend:
+def load_backend(
+    folder: str | None, name: str | None, device: str, runtime: Mapping[str, Any] = {}, tuning: Tuning | None = None
+) -> StudentBackend:
     """Return a backend for a student folder, the shipped one if None, under its own name or another. Slow.
 
     `runtime` is `RuntimeOptions` as JSON. Raises StartError for a folder that cannot be loaded.
@@ -150,6 +166,7 @@ def load_backend(folder: str | None, name: str | None, device: str, runtime: Map
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), RuntimeOptions(**runtime))
+        options = RuntimeOptions(**runtime)
+        return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), options, tuning)
     except Exception as error:  # a foreign folder, no such device, too little memory: none is the server's end
         raise StartError(f"model {folder or SHIPPED_STUDENT} on {device}: {error}") from error

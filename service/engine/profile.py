@@ -13,13 +13,14 @@ from service.engine.backend import Backend, ModelInfo, Timing
 from service.errors import StartError
 from service.files import atomic_write
 
+FORMAT: Literal[2] = 2
 REPEATS = 3  # the median counts; the first run of a size is not timed
 
 
 class Profile(msgspec.Struct, frozen=True):
     """A model's times on one device, in the order of its sizes and of batch size."""
 
-    format: Literal[1]
+    format: Literal[2]
     environment: str
     info: ModelInfo
     timings: Sequence[Timing]
@@ -30,34 +31,37 @@ def growing_sizes(max_batch: int) -> list[int]:
     return [*(2**i for i in range((max_batch - 1).bit_length())), max_batch]
 
 
-def measure(backend: Backend, batches: Sequence[int], repeats: int = REPEATS) -> list[Timing]:
+def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEATS) -> list[Timing]:
     """Time every size with each batch size, rounded up to the model's multiple. This also warms the device up.
 
-    Larger batches than fit into the device's memory are left out. Raises StartError when a run fails otherwise, or when
-    not even the smallest batch fits.
+    The smallest batch of each size is timed in any case, and none above the largest that gains. Larger batches than fit
+    into the device's memory are left out. Raises StartError when a run fails otherwise, or when not even the smallest
+    batch fits.
     """
-    multiple = backend.info.batch_multiple
-    padded = sorted({-(-batch // multiple) * multiple for batch in (multiple, *batches)})
     timings = []
-    for width, height in backend.info.sizes:
-        for batch in padded:
+    for (width, height), limits in zip(backend.info.sizes, backend.info.batches, strict=True):
+        padded = {-(-batch // limits.multiple) * limits.multiple for batch in (1, *batches)}
+        for batch in sorted(batch for batch in padded if batch <= limits.largest):
             try:
                 timings.append(_time(backend, width, height, batch, repeats))
             except Exception as error:
-                if isinstance(error, MemoryError) and batch > multiple:
+                if isinstance(error, MemoryError) and batch > limits.multiple:
                     break
                 raise StartError(f"{backend.info.name} fails at {width}x{height}: {error}") from error
     return timings
 
 
-def recall(backend: Backend, batches: Sequence[int], folder: Path, run: Sequence[int] = ()) -> list[Timing]:
-    """Read the profile of a backend, or measure and write it. Smallest batches and those of `run` run in any case."""
+def recall(backend: Backend, batches: Sequence[int], folder: Path) -> list[Timing]:
+    """Read the profile of a backend, or measure and write it.
+
+    Smallest batches, and those whose first run is slow, run in any case.
+    """
     path = profile_path(folder, backend)
     if path.exists():
-        measure(backend, run, repeats=1)
+        measure(backend, backend.slow_first_runs, repeats=1)
         # A copy of a model under another name has the same digest.
         return [replace(timing, model=backend.info.name) for timing in read_profile(path).timings]
-    profile = Profile(1, backend.environment, backend.info, measure(backend, (*batches, *run)))
+    profile = Profile(FORMAT, backend.environment, backend.info, measure(backend, (*batches, *backend.slow_first_runs)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:  # workers that start side by side may write the same one
         file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
@@ -96,7 +100,7 @@ def _run(backend: Backend, width: int, height: int, prompts: Sequence[str]) -> d
     began = time.perf_counter()
     text = backend.encode(prompts)
     encoded = time.perf_counter()
-    latents = backend.denoise(text.conditions, range(len(prompts)), width, height)
+    latents = backend.denoise(text.conditions, backend.noise(range(len(prompts)), width, height), width, height)
     denoised = time.perf_counter()
     backend.decode(latents)
     return {"text": encoded - began, "model": denoised - encoded, "vae": time.perf_counter() - denoised}

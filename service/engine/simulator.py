@@ -1,6 +1,7 @@
 """`Simulator`: a backend without a model, for load tests and clients under development."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.backend import EncodedPrompts, ModelInfo, Pixels, Timing
+from service.engine.backend import BatchLimits, EncodedPrompts, ModelInfo, Pixels, Timing
 from service.engine.embeddings import UNSHARED, SharedEmbeddings
 from service.errors import StartError
+
+_ANY_BATCH = BatchLimits(1, sys.maxsize)
+_INFO = ModelInfo("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, (_ANY_BATCH, _ANY_BATCH))
 
 
 class Simulator:
@@ -22,13 +26,14 @@ class Simulator:
 
     environment = "simulator"
     text_bytes = 0
+    slow_first_runs: Sequence[int] = ()
 
     def __init__(
         self,
         call_seconds: float = 0.01,
         image_seconds: float = 0.002,
         fails_on: str | None = None,
-        info: ModelInfo = ModelInfo("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, 1),
+        info: ModelInfo = _INFO,
         timings: Sequence[Timing] = (),
     ) -> None:
         """A batch with a prompt that contains `fails_on` fails."""
@@ -59,12 +64,16 @@ class Simulator:
         """Shift the seed, and with it the color, by the scale."""
         self._shift = int(1000 * scale) if name else 0
 
-    def denoise(self, conditions: Any, seeds: Sequence[int], width: int, height: int, steps: int = 1) -> Any:
+    def noise(self, seeds: Sequence[int], width: int, height: int) -> Any:
+        """Return the seeds, which have the place of noise here."""
+        return seeds
+
+    def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
         for _ in range(steps):
-            self._sleep("model", len(seeds), width, height)
+            self._sleep("model", len(noise), width, height)
         if self._fails_on is not None and any(self._fails_on in prompt for prompt in conditions):
             raise RuntimeError("simulated failure")
-        return [seed + self._shift + 10**6 * (steps - 1) for seed in seeds], width, height
+        return [seed + self._shift + 10**6 * (steps - 1) for seed in noise], width, height
 
     def decode(self, latents: Any) -> Pixels:
         seeds, width, height = latents
@@ -82,7 +91,8 @@ class Simulator:
         """Take a stage's time for so many images, with padding."""
         known = [timing for timing in self._timings if (timing.width, timing.height) == (width, height)]
         if known:
-            padded = math.ceil(images / self.info.batch_multiple) * self.info.batch_multiple
+            multiple = self.info.limits(width, height).multiple
+            padded = math.ceil(images / multiple) * multiple
             seconds = [timing.seconds[stage] for timing in known]
             time.sleep(float(np.interp(padded, [timing.batch for timing in known], seconds)))
         elif stage == "model":

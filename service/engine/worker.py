@@ -61,7 +61,7 @@ class _Job:
     run: RunBatch
     backend: Backend
     text: EncodedPrompts | None = None
-    value: Any = None  # conditions, then latents
+    value: Any = None  # conditions and noise, then latents
     seconds: dict[str, float] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)  # by stage, as `seconds`
 
@@ -134,12 +134,14 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         places = zip(job.run.prompts, job.run.embedding_slots, strict=True)
         shared = SharedEmbeddings(memory.embeddings, {prompt: place for prompt, place in places if place})
         job.text = job.backend.encode(job.run.prompts, shared)
-        job.value = job.text.conditions
+        key = job.run.key
+        job.value = job.text.conditions, job.backend.noise(job.run.seeds, key.width, key.height)
 
     def model(job: _Job) -> None:
         key = job.run.key
         job.backend.adapt(key.adapter, key.scale)
-        job.value = job.backend.denoise(job.value, job.run.seeds, key.width, key.height, key.steps)
+        conditions, noise = job.value
+        job.value = job.backend.denoise(conditions, noise, key.width, key.height, key.steps)
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))
@@ -243,19 +245,18 @@ def loader(start: WorkerConfig) -> ModelLoader:
             raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
         from service.engine.model_loader import load_backend
 
-        return load_backend(command.folder, command.name, start.device, start.runtime)
+        return load_backend(command.folder, command.name, start.device, start.runtime, start.tuning)
 
     return load
 
 
 def make_timer(profiling: Profiling) -> Timer:
     """Return the function that times a model, or reads its profile."""
-    timed, warm_up = profiling.timed_batches, profiling.warm_up_batches
 
     def timer(backend: Backend) -> Sequence[Timing]:
         if profiling.folder:
-            return recall(backend, timed, Path(profiling.folder), warm_up)
-        return measure(backend, (*timed, *warm_up), repeats=1)
+            return recall(backend, profiling.timed_batches, Path(profiling.folder))
+        return measure(backend, (*profiling.timed_batches, *backend.slow_first_runs), repeats=1)
 
     return timer
 

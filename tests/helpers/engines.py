@@ -67,11 +67,11 @@ class Gate(Simulator):
         """Whether this batch waits."""
         return not prompts[0].startswith("warm-up")
 
-    def denoise(self, conditions, seeds, width, height, steps=1):
-        if self.holds(conditions, seeds):
+    def denoise(self, conditions, noise, width, height, steps=1):
+        if self.holds(conditions, noise):
             self.prompts += conditions
-            self.seeds += seeds
+            self.seeds += noise
             self.entered.set()
             assert self.open.wait(60)
         time.sleep(self.slow)
-        return super().denoise(conditions, seeds, width, height, steps)
+        return super().denoise(conditions, noise, width, height, steps)

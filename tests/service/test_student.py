@@ -143,7 +143,7 @@ def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
     options = {"precision": "bf16", "attention": "math", "channels_last": True, "batch_buckets": [2, 1]}
     runtime = Settings(runtime=options).runtime.model_dump(mode="json")
     info, setup = (backend := load_backend(str(student), None, "cpu", runtime)).info, backend.environment
-    assert info.runtime_fingerprint == "bf16-buckets-1-2-attention-math-channels_last"
+    assert info.runtime_fingerprint == "bf16-text-1-2-16x16-network-1-2-decoder-1-2-attention-math-channels_last"
     assert info.runtime_fingerprint in setup
     assert info.cache_key != load_backend(str(student), None, "cpu").info.cache_key
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
@@ -157,10 +157,10 @@ def test_a_device_that_is_none_is_named(student):
 
 def test_a_network_that_gives_no_numbers_fails_its_batch(student):
     backend = load_backend(str(student), None, "cpu")
-    conditions = backend.encode(["a", "b"]).conditions
+    conditions, size = backend.encode(["a", "b"]).conditions, backend.info.sizes[0]
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
-        backend.denoise(conditions, [1, 2], *backend.info.sizes[0])
+        backend.denoise(conditions, backend.noise([1, 2], *size), *size)
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +264,9 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
         return (torch.where(latents.abs().amax((1, 2, 3), keepdim=True) > 1e4, torch.inf, pixels),)
 
     backend._pipeline._vae.decode = overflowing
-    denoise = backend.denoise
-    backend.denoise = lambda conditions, seeds, *size: (
-        denoise(conditions, seeds, *size)
-        * torch.tensor([1e6 if seed == 103 else 1.0 for seed in seeds]).view(-1, 1, 1, 1)
+    denoise, large = backend.denoise, backend.noise([103], *backend.info.sizes[0])
+    backend.denoise = lambda conditions, noise, *size: torch.where(
+        (noise == large).flatten(1).all(1).view(-1, 1, 1, 1), 1e6, denoise(conditions, noise, *size)
     )
 
     async def test(engine: Engine) -> None:

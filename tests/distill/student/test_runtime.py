@@ -15,11 +15,15 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.small_decoder import LATENT_SCALE, make_small_decoder
 from distill.pipeline import OneStepPipeline, RuntimeOptions
 from distill.student.export import export_student
-from distill.student.runtime import fingerprint
+from distill.student.runtime import fingerprint, unmeasured
 
 CPU = torch.device("cpu")
 SEEDS = range(4)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def named(options: RuntimeOptions, vae: str | None = None) -> str:
+    return fingerprint(unmeasured(options, CPU, [(16, 16)], 16), vae)
 
 
 def exported(teacher: Path, folder: Path) -> Path:
@@ -52,7 +56,7 @@ def small_decoder(folder: Path, channels: int = 4, factor: int = 2) -> Path:
         (RuntimeOptions(channels_last=True), 1),
         (RuntimeOptions(t5="cpu"), 2),
     ],
-    ids=lambda value: fingerprint(value, CPU) if isinstance(value, RuntimeOptions) else None,
+    ids=lambda value: named(value) if isinstance(value, RuntimeOptions) else None,
 )
 def test_images_stay_within_so_many_of_255_levels(
     options: RuntimeOptions, levels: int, student: Path, plain: torch.Tensor
@@ -142,10 +146,11 @@ def test_every_option_changes_the_fingerprint() -> None:
         changed(channels_last=True),
         changed(compile=True),
         changed(cuda_graphs=True),
+        changed(cudnn_benchmark=True),
     ]
-    found = {fingerprint(each, CPU) for each in others} | {fingerprint(base, CPU, vae) for vae in ("0123", "4567")}
+    found = {named(each) for each in others} | {named(base, vae) for vae in ("0123", "4567")}
     assert len(found) == len(others) + 2
-    assert fingerprint(base, CPU) == "fp32-buckets-4"
+    assert named(base) == "fp32-text-4-16x16-network-4-decoder-4-attention-sdpa"
 
 
 def test_eight_bits_stay_near_and_an_image_does_not_depend_on_its_company(student: Path, plain: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ import pytest
 from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 
 A, B = BatchKey("a", 64, 64), BatchKey("b", 64, 64)
-MULTIPLES = {"a": 1, "b": 1}
+MULTIPLES = {A: 1, B: 1, A._replace(width=128): 1}
 
 
 def image(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
@@ -79,7 +79,7 @@ def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
 
 
 def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
-    queue = batcher(max_batch=8, multiples={"a": 4})
+    queue = batcher(max_batch=8, multiples={A: 4})
     for seed in range(3):
         queue.add(image(A, seed), 0)
     assert queue.take(1, idle=False) is None

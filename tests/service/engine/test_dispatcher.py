@@ -21,11 +21,11 @@ def test_only_the_work_at_fault_fails_and_too_little_memory_lowers_the_cap():
     class Small(Simulator):
         calls: ClassVar[list[int]] = []
 
-        def denoise(self, conditions, seeds, width, height, steps=1):
-            self.calls.append(len(seeds))
-            if len(seeds) > 4:
+        def denoise(self, conditions, noise, width, height, steps=1):
+            self.calls.append(len(noise))
+            if len(noise) > 4:
                 raise MemoryError
-            return super().denoise(conditions, seeds, width, height, steps)
+            return super().denoise(conditions, noise, width, height, steps)
 
     async def test(engine: Engine) -> None:
         prompts = ["poison" if seed == 11 else "good" for seed in range(32)]
@@ -232,9 +232,9 @@ def test_batches_keep_to_what_was_measured_fast_enough():
     class Counting(Simulator):
         sizes: ClassVar[list[int]] = []
 
-        def denoise(self, conditions, seeds, width, height, steps=1):
-            self.sizes.append(len(seeds))
-            return super().denoise(conditions, seeds, width, height, steps)
+        def denoise(self, conditions, noise, width, height, steps=1):
+            self.sizes.append(len(noise))
+            return super().denoise(conditions, noise, width, height, steps)
 
     async def test(engine: Engine) -> None:
         Counting.sizes.clear()

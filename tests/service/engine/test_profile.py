@@ -4,29 +4,38 @@ import dataclasses
 
 import pytest
 
-from service.engine.backend import ModelInfo, Timing
-from service.engine.launch import profiling
+from service.engine.backend import BatchLimits, ModelInfo, Timing
 from service.engine.messages import Profiling
-from service.engine.profile import Profile, batch_cap, growing_sizes, measure, profile_path, read_profile, recall
+from service.engine.profile import (
+    FORMAT,
+    Profile,
+    batch_cap,
+    growing_sizes,
+    measure,
+    profile_path,
+    read_profile,
+    recall,
+)
 from service.engine.simulator import Simulator
 from service.engine.worker import make_timer
 from service.errors import StartError
-from service.settings import Settings
 
 
 class Blocks(Simulator):
     """A model that computes two images together, and has memory for four."""
 
     def __init__(self):
-        info = ModelInfo("blocks", "simulator", 0, "0123456789abcdef0123", ((64, 64), (128, 64)), 16, 77, 2)
+        info = ModelInfo(
+            "blocks", "simulator", 0, "0123456789abcdef0123", ((64, 64), (128, 64)), 16, 77, (BatchLimits(2, 16),) * 2
+        )
         super().__init__(0, 0, info=info)
         self.batches = []
 
-    def denoise(self, conditions, seeds, width, height, steps=1):
-        self.batches.append((width, len(seeds)))
-        if len(seeds) > 4:
+    def denoise(self, conditions, noise, width, height, steps=1):
+        self.batches.append((width, len(noise)))
+        if len(noise) > 4:
             raise MemoryError
-        return super().denoise(conditions, seeds, width, height, steps)
+        return super().denoise(conditions, noise, width, height, steps)
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
@@ -42,7 +51,7 @@ def test_every_size_is_timed_in_whole_blocks_as_far_as_memory_goes():
 
 def test_too_little_memory_for_one_block_keeps_the_worker_from_starting():
     class Full(Blocks):
-        def denoise(self, conditions, seeds, width, height, steps=1):
+        def denoise(self, conditions, noise, width, height, steps=1):
             raise MemoryError("of this device")
 
     with pytest.raises(StartError, match="blocks fails at 64x64: of this device"):
@@ -64,25 +73,25 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
     }
 
 
+def test_a_batch_above_the_largest_that_gains_is_neither_timed_nor_sent():
+    small = Blocks()
+    small.info = dataclasses.replace(small.info, batches=(BatchLimits(2, 2), BatchLimits(4, 4)))
+    assert [(timing.width, timing.batch) for timing in measure(small, [1, 2, 8])] == [(64, 2), (128, 4)]
+
+
 @pytest.mark.parametrize("known", [False, True])
-def test_batches_to_warm_up_run_before_a_request_also_where_a_profile_has_their_times(known, tmp_path):
+def test_batches_whose_first_run_is_slow_run_before_a_request_also_where_a_profile_has_their_times(known, tmp_path):
     if known:
         recall(Blocks(), [4], tmp_path)
     backend = Blocks()
-    folder = str(tmp_path) if known else None
-    make_timer(Profiling(warm_up_batches=(2, 4), folder=folder))(backend)
+    backend.slow_first_runs = (2, 4)
+    make_timer(Profiling(folder=str(tmp_path) if known else None))(backend)
     assert set(backend.batches) == {(64, 2), (64, 4), (128, 2), (128, 4)}
-
-
-@pytest.mark.parametrize("option", ["compile", "cuda_graphs"])
-def test_every_batch_bucket_is_warmed_up_where_its_first_run_is_slow(option):
-    assert profiling(Settings(runtime={"batch_buckets": [1, 4], option: True})).warm_up_batches == (1, 4)
-    assert profiling(Settings(runtime={"batch_buckets": [1, 4]})).warm_up_batches == ()
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path):
     path = profile_path(tmp_path, Blocks())
-    path.write_text('{"format": 1}')
+    path.write_text('{"format": 2}')
     with pytest.raises(StartError, match=r"simulator\.0123456789abcdef\.json is no profile"):
         read_profile(path)
 
@@ -98,9 +107,9 @@ def test_the_cap_is_the_largest_batch_that_is_fast_enough(seconds, cap):
 
 def test_the_simulator_takes_the_times_of_a_profile():
     seconds = {"text": 0.0, "model": 0.004, "vae": 0.008}
-    info = dataclasses.replace(Blocks().info, sizes=((64, 64),))
+    info = dataclasses.replace(Blocks().info, sizes=((64, 64),), batches=(BatchLimits(2, 16),))
     known = [Timing("blocks", 64, 64, 2, seconds, 0), Timing("blocks", 64, 64, 4, seconds, 0)]
-    profile = Profile(1, "a device", info, known)
+    profile = Profile(FORMAT, "a device", info, known)
     measured = measure(Simulator(info=profile.info, timings=profile.timings), [2, 4])
     assert [timing.batch for timing in measured] == [2, 4]
     assert all(timing.seconds["model"] >= 0.004 and timing.seconds["vae"] >= 0.008 for timing in measured)

@@ -1,0 +1,322 @@
+"""Chooses by measurement how a student is computed on a device, where its runtime options say `auto`.
+
+A choice is kept in a folder for each device, architecture, set of options and version of the libraries, so that it is
+made once: the last bits of images depend on it. Students of one architecture share it, whatever their weights.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distill.files import atomic_write_text
+from distill.models.device import fast_bfloat16
+from distill.options import RuntimeOptions
+from distill.pipeline import OneStepPipeline, read_student
+from distill.student.runtime import BatchSizes, RuntimeChoice, Size, SizeBatches, unmeasured
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+GAIN = 0.95  # of the time so far; a value that takes more of it is not worth leaving the one without measurement
+WASTE = 1.25  # of the least time per image; the smallest batch within it is chosen, because a lone image fills it too
+REPEATS = 5  # of which the fastest counts
+SHARE = 0.05  # of the time for all measurements; a call that takes more is not repeated
+_PROMPT = "a red circle left of a blue star, number {}"  # another one in each row
+
+
+class _Kept(BaseModel):
+    """A choice on disk, with what it was made for and the milliseconds that decided."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    made_for: dict[str, Any]
+    choice: RuntimeChoice
+    milliseconds: dict[str, float]
+
+
+def tuned(
+    student: Path, device: torch.device, options: RuntimeOptions, folder: Path, seconds: float, max_batch: int = 16
+) -> RuntimeChoice:
+    """Return the kept choice for a student, or measure for about so many seconds and keep the choice in `folder`.
+
+    Processes that ask at the same time wait for the first one, so they get the same choice. No batch is larger than
+    `max_batch`, unless the options say so. Raises what `OneStepPipeline.load` raises.
+    """
+    made_for = _made_for(student, device, options, max_batch)
+    digest = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()
+    path = folder / f"choice-{digest[:16]}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if (kept := _read(path, made_for)) is not None:
+            return kept
+        log.warning("measuring for at most about %g s how %s computes %s fastest", seconds, device, student)
+        tuner = _Tuner(student, device, options, max_batch, seconds)
+        choice = tuner.choose()
+        kept_now = _Kept(format=FORMAT, made_for=made_for, choice=choice, milliseconds=tuner.milliseconds)
+        atomic_write_text(path, kept_now.model_dump_json(indent=1))
+        cut = "" if tuner.time_left() > 0 else "; the time ended before everything was measured"
+        log.warning("chosen in %.1f s: %s; kept in %s%s", tuner.seconds_taken(), describe(choice), path, cut)
+        return choice
+
+
+def describe(choice: RuntimeChoice) -> str:
+    """Name the measured values of a choice."""
+    options = choice.options
+    names = [options.precision, f"attention {options.attention}"]
+    names += [name for name in ("channels_last", "compile", "cuda_graphs") if getattr(options, name)]
+    names += [f"text batch {_joined(choice.text)}"]
+    names += [
+        f"{each.size[0]}x{each.size[1]}: network batch {_joined(each.network)}, decoder batch {_joined(each.decoder)}"
+        for each in choice.sizes
+    ]
+    return ", ".join(names)
+
+
+def device_name(device: torch.device) -> str:
+    """Name what times and last bits depend on: the GPU, or the CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{names[0] if names else platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def _joined(sizes: BatchSizes) -> str:
+    return "/".join(map(str, sizes))
+
+
+def _made_for(student: Path, device: torch.device, options: RuntimeOptions, max_batch: int) -> dict[str, Any]:
+    """Return all that a choice depends on."""
+    spec = read_student(student)
+    architecture = {}
+    for path in sorted(student.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
+        architecture[path.parent.name] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "options": options.model_dump(mode="json"),
+        "max_batch": max_batch,
+        "architecture": architecture,
+        "sizes": [list(size) for size in spec.sizes],
+        "sequence_length": spec.max_sequence_length,
+        "any_step": spec.any_step,
+    }
+
+
+def _read(path: Path, made_for: Mapping[str, Any]) -> RuntimeChoice | None:
+    """Read a kept choice; None if there is none, or none that this version can use."""
+    if not path.exists():
+        return None
+    try:
+        kept = _Kept.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        log.warning("%s is no choice of this version and is measured again: %s", path, error)
+        return None
+    return kept.choice if (kept.format, kept.made_for) == (FORMAT, made_for) else None
+
+
+@dataclass
+class _Tuner:
+    """Measures one option after the other, each with the best values of those before it."""
+
+    student: Path
+    device: torch.device
+    options: RuntimeOptions
+    max_batch: int
+    seconds: float
+    milliseconds: dict[str, float] = field(default_factory=dict)  # for each image, by what was measured
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+
+    def seconds_taken(self) -> float:
+        return time.monotonic() - self._began
+
+    def time_left(self) -> float:
+        return self.seconds - self.seconds_taken()
+
+    def choose(self) -> RuntimeChoice:
+        """Return the fastest choice that was found in the time."""
+        spec = read_student(self.student)
+        best, least = unmeasured(self.options, self.device, spec.sizes, spec.image_tokens), math.inf
+        for precision in self._precisions():
+            options = self.options.model_copy(update={"precision": precision})
+            start = unmeasured(options, self.device, spec.sizes, spec.image_tokens)
+            if start != best and self.time_left() <= 0:
+                break
+            pipeline = OneStepPipeline.load(self.student, self.device, start)
+            cost = self._trial(pipeline, start)
+            found, cost = self._switch(pipeline, start, cost, self._kernels())
+            if cost < GAIN * least:
+                found = self._batches(pipeline, found)
+                if self.device.type == "cuda":  # whose shapes are known now: compiling takes seconds for each
+                    found, cost = self._switch(pipeline, found, self._trial(pipeline, found), self._compilers())
+                best, least = found, cost
+            del pipeline
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return best
+
+    def _precisions(self) -> list[str]:
+        if self.options.precision != "auto":
+            return [self.options.precision]
+        if self.device.type == "cuda":
+            return ["bf16"]
+        return ["fp32", "bf16"] if fast_bfloat16(self.device) else ["fp32"]
+
+    def _kernels(self) -> list[tuple[str, object]]:
+        """Return options and the value to try of each."""
+        if self.device.type == "cuda":
+            return [("attention", "flash"), ("cuda_graphs", True)]
+        return [("attention", "math"), ("channels_last", True)]
+
+    def _compilers(self) -> list[tuple[str, object]]:
+        """Return the same for what needs fixed shapes, on GPUs alone: on CPUs, compiling takes minutes.
+
+        Normalization in the memory format channels_last is only fast where it is compiled, so this comes last.
+        """
+        return [("compile", True), ("channels_last", True)]
+
+    def _switch(
+        self, pipeline: OneStepPipeline, best: RuntimeChoice, least: float, candidates: Sequence[tuple[str, object]]
+    ) -> tuple[RuntimeChoice, float]:
+        """Try values one after the other; return the choice with those that gain, and its seconds for each image."""
+        for name, value in candidates:
+            if getattr(self.options, name) != "auto":
+                continue
+            if self.time_left() <= (self.seconds / 2 if name == "compile" else 0):
+                break
+            found = best.model_copy(update={"options": best.options.model_copy(update={name: value})})
+            try:
+                cost = self._trial(pipeline, found)
+            except Exception as error:  # no compiler, no kernel, too little memory: the value cannot be had
+                log.warning("%s %s cannot be used here: %r", name, value, error)
+                continue
+            if cost < GAIN * least:
+                best, least = found, cost
+        pipeline.use(best)
+        return best, least
+
+    def _trial(self, pipeline: OneStepPipeline, choice: RuntimeChoice) -> float:
+        """Return the seconds for each image of the native size, without text."""
+        pipeline.use(choice)
+        each = choice.sizes[0]
+        network = self._network(pipeline, each.size, each.network[-1])
+        decoder = self._decoder(pipeline, each.size, each.decoder[-1])
+        self.milliseconds[describe(choice)] = 1000 * (network + decoder)
+        return network + decoder
+
+    def _batches(self, pipeline: OneStepPipeline, choice: RuntimeChoice) -> RuntimeChoice:
+        """Return the choice with the best batch size of each stage and image size."""
+        if self.options.batch_buckets:
+            return choice
+        text = self._smallest("text", choice.text, lambda batch: self._text(pipeline, batch))
+        choice = choice.model_copy(update={"text": text})
+        for each in choice.sizes:
+            name = f"{each.size[0]}x{each.size[1]}"
+
+            def network(batch: int, size: Size = each.size) -> float:
+                return self._network(pipeline, size, batch)
+
+            def decoder(batch: int, size: Size = each.size) -> float:
+                return self._decoder(pipeline, size, batch)
+
+            best = SizeBatches(
+                size=each.size,
+                network=self._smallest(f"network, {name}", each.network, network),
+                decoder=self._smallest(f"decoder, {name}", each.decoder, decoder),
+            )
+            sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
+            choice = choice.model_copy(update={"sizes": sizes})
+        pipeline.use(choice)
+        return choice
+
+    def _smallest(self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float]) -> BatchSizes:
+        """Return the smallest batch that takes little more for each image than the best one."""
+        found: dict[int, float] = {}
+        batch = 1
+        while batch <= self.max_batch and self.time_left() > 0:
+            try:
+                found[batch] = seconds(batch)
+            except torch.OutOfMemoryError:
+                break
+            self.milliseconds[f"{stage}, batch {batch}"] = 1000 * found[batch]
+            if batch > 1 and found[batch] > found[batch // 2]:
+                break
+            batch *= 2
+        if not found or (batch <= self.max_batch and self.time_left() <= 0):
+            return otherwise  # unknown beyond what was measured
+        return (min(batch for batch, each in found.items() if each <= WASTE * min(found.values())),)
+
+    # Stages: seconds for each image
+
+    def _text(self, pipeline: OneStepPipeline, batch: int) -> float:
+        self._use_batch(pipeline, batch)
+        return self._seconds(lambda: pipeline.encode(_prompts(batch))) / batch
+
+    def _network(self, pipeline: OneStepPipeline, size: Size, batch: int) -> float:
+        self._use_batch(pipeline, batch)
+        cond, noise = pipeline.encode(_prompts(batch)), pipeline.noise(range(batch), *size)
+        return self._seconds(lambda: pipeline.latents(cond, noise)) / batch
+
+    def _decoder(self, pipeline: OneStepPipeline, size: Size, batch: int) -> float:
+        noise = pipeline.noise(range(batch), *size)
+        self._use_batch(pipeline, batch)
+        return self._seconds(lambda: pipeline.decode(noise)) / batch
+
+    def _use_batch(self, pipeline: OneStepPipeline, batch: int) -> None:
+        """Compute every stage in batches of one size from now on, in the way that the pipeline computes already."""
+        alike = tuple(
+            each.model_copy(update={"network": (batch,), "decoder": (batch,)}) for each in pipeline.choice.sizes
+        )
+        pipeline.use(pipeline.choice.model_copy(update={"text": (batch,), "sizes": alike}))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        """Return the least seconds of several calls, after one that is not counted."""
+        began = time.monotonic()
+        self._timed(call)
+        single = self._timed(call)
+        if time.monotonic() - began > SHARE * self.seconds:
+            return single
+        return min(single, *(self._timed(call) for _ in range(REPEATS - 1)))
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        """Return the seconds of a call: of the device, or of this thread on a CPU that others use meanwhile."""
+        if self.device.type == "cpu":
+            began = time.thread_time()
+            call()
+            return time.thread_time() - began
+        torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+
+def _prompts(count: int) -> list[str]:
+    return [_PROMPT.format(i) for i in range(count)]
