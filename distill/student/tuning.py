@@ -64,7 +64,7 @@ def tuned(
         if (kept := _read(path, made_for)) is not None:
             return kept
         log.warning("measuring for at most about %g s how %s computes %s fastest", seconds, device, student)
-        tuner = _Tuner(student, device, options, max_batch, seconds)
+        tuner = Tuner(student, device, options, max_batch, seconds)
         choice = tuner.choose()
         kept_now = _Kept(format=FORMAT, made_for=made_for, choice=choice, milliseconds=tuner.milliseconds)
         atomic_write_text(path, kept_now.model_dump_json(indent=1))
@@ -140,7 +140,7 @@ def _read(path: Path, made_for: Mapping[str, Any]) -> RuntimeChoice | None:
 
 
 @dataclass
-class _Tuner:
+class Tuner:
     """Measures one option after the other, each with the best values of those before it."""
 
     student: Path
@@ -235,7 +235,7 @@ class _Tuner:
         """Return the choice with the best batch size of each stage and image size."""
         if self.options.batch_buckets:
             return choice
-        text = self._smallest("text", choice.text, lambda batch: self._text(pipeline, batch))
+        text = self.smallest("text", choice.text, lambda batch: self._text(pipeline, batch))
         choice = choice.model_copy(update={"text": text})
         for each in choice.sizes:
             name = f"{each.size[0]}x{each.size[1]}"
@@ -248,15 +248,15 @@ class _Tuner:
 
             best = SizeBatches(
                 size=each.size,
-                network=self._smallest(f"network, {name}", each.network, network),
-                decoder=self._smallest(f"decoder, {name}", each.decoder, decoder),
+                network=self.smallest(f"network, {name}", each.network, network),
+                decoder=self.smallest(f"decoder, {name}", each.decoder, decoder),
             )
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
         pipeline.use(choice)
         return choice
 
-    def _smallest(self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float]) -> BatchSizes:
+    def smallest(self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float]) -> BatchSizes:
         """Return the smallest batch that takes little more for each image than the best one."""
         found: dict[int, float] = {}
         batch = 1

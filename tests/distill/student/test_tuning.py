@@ -1,0 +1,115 @@
+"""What is fastest is measured once, kept, and used; what the caller chose stays."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PROMPTS
+
+from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
+from distill.pipeline import OneStepPipeline, RuntimeOptions, read_student
+from distill.student.export import export_student
+from distill.student.runtime import RuntimeChoice, unmeasured
+from distill.student.tuning import WASTE, Tuner, tuned
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = SD3Folder.read(teacher)
+    weights = dict(load_transformer(folder).named_parameters())
+    recipe = {"name": "tiny", "method": "fgm", "images_seen": 0}
+    return export_student(folder, weights, tmp_path_factory.mktemp("students") / "student", recipe)
+
+
+@pytest.fixture(scope="module")
+def choices(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the measured choice of the student."""
+    folder = tmp_path_factory.mktemp("choices")
+    tuned(student, CPU, RuntimeOptions(), folder, 60.0, 4)
+    return folder
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
+
+
+def without_measurement(student: Path, options: RuntimeOptions) -> RuntimeChoice:
+    spec = read_student(student)
+    return unmeasured(options, CPU, spec.sizes, spec.image_tokens)
+
+
+def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(student: Path, choices: Path) -> None:
+    pipeline = OneStepPipeline.load_tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
+    assert "auto" not in pipeline.choice.options.model_dump().values()
+    images = pipeline(PROMPTS, range(len(PROMPTS)))
+    for i, prompt in enumerate(PROMPTS):
+        assert pipeline([prompt], [i])[0].equal(images[i])
+    assert pipeline(PROMPTS[1:], range(1, len(PROMPTS))).equal(images[1:])
+
+
+def test_a_kept_choice_is_read_and_another_one_is_made_for_other_options(student: Path, choices: Path) -> None:
+    (path,) = kept(choices)
+    record = json.loads(path.read_text())
+    assert record["milliseconds"]
+    record["choice"]["text"] = [3]
+    path.write_text(json.dumps(record))
+    read = tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
+    assert read.text == (3,)
+    tuned(student, CPU, RuntimeOptions(attention="math"), choices, 0.001, 4)
+    tuned(student, CPU, RuntimeOptions(), choices, 0.001, 2)
+    assert len(kept(choices)) == 3
+
+
+def test_students_of_one_architecture_share_a_choice(student: Path, choices: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(student, tmp_path / "other")
+    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    before = kept(choices)
+    tuned(other, CPU, RuntimeOptions(), choices, 0.001, 4)
+    assert kept(choices) == before
+
+
+def test_what_the_caller_chose_stays(student: Path, tmp_path: Path) -> None:
+    options = RuntimeOptions(
+        precision="fp32", attention="math", channels_last=False, compile=False, cuda_graphs=False, batch_buckets=(1, 2)
+    )
+    choice = tuned(student, CPU, options, tmp_path, 60.0, 4)
+    assert choice == without_measurement(student, options)
+    assert choice.options == options
+
+
+def test_without_time_the_choice_is_the_one_without_measurement(student: Path, tmp_path: Path) -> None:
+    options = RuntimeOptions()
+    assert tuned(student, CPU, options, tmp_path, 1e-6, 4) == without_measurement(student, options)
+
+
+def test_a_damaged_choice_is_made_again(student: Path, tmp_path: Path) -> None:
+    options = RuntimeOptions(precision="fp32", attention="sdpa", channels_last=False, batch_buckets=(1,))
+    choice = tuned(student, CPU, options, tmp_path, 60.0)
+    (path,) = kept(tmp_path)
+    path.write_text(path.read_text()[:-20])
+    assert tuned(student, CPU, options, tmp_path, 60.0) == choice
+    assert json.loads(path.read_text())["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 1),  # nothing is gained
+        ({1: 1.0, 2: 0.6, 4: 0.5, 8: 0.45}, 2 if WASTE * 0.45 >= 0.6 else 4),
+        ({1: 1.0, 2: 0.5, 4: 0.25, 8: 0.125}, 8),
+        ({1: 1.0, 2: 1.1}, 1),  # and larger ones are not tried
+    ],
+)
+def test_the_batch_is_the_smallest_that_takes_little_more_for_each_image_than_the_best(
+    seconds: dict[int, float], batch: int, student: Path
+) -> None:
+    tuner = Tuner(student, CPU, RuntimeOptions(), 8 if 8 in seconds else max(seconds), 60.0)
+    assert tuner.smallest("network", (4,), seconds.__getitem__) == (batch,)
