@@ -85,8 +85,7 @@ def unmeasured(options: RuntimeOptions, device: torch.device, sizes: Sequence[Si
 def fingerprint(choice: RuntimeChoice, small_decoder: str | None = None) -> str:
     """Name all that an image's bits depend on besides the student's files and the kind of device.
 
-    Switches that are off are left out. `small_decoder` is the digest of the decoder that replaces the student's
-    VAE.
+    Switches that are off are left out. `small_decoder` is the digest of the decoder that replaces the student's VAE.
     """
     options = choice.options
     parts = [options.precision, "text", *map(str, choice.text)]

@@ -119,6 +119,7 @@ def _made_for(student: Path, device: torch.device, options: RuntimeOptions, max_
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "options": options.model_dump(mode="json"),
+        "decoder": spec.decoder if options.decoder == "auto" else str(options.decoder),
         "max_batch": max_batch,
         "architecture": architecture,
         "sizes": [list(size) for size in spec.sizes],

@@ -17,6 +17,12 @@ from service.settings import keys, read_settings
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.fixture(autouse=True)
+def _without_the_suites_group(monkeypatch):
+    """A group in the environment hides a file that has a value in the group's place."""
+    monkeypatch.delenv("SERVICE_ENGINE__TUNING_SECONDS")
+
+
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path, monkeypatch):
     file = tmp_path / "service.toml"
     file.write_text("""

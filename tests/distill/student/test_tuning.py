@@ -45,7 +45,7 @@ def without_measurement(student: Path, options: RuntimeOptions) -> RuntimeChoice
 
 def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(student: Path, choices: Path) -> None:
     pipeline = OneStepPipeline.load_tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
-    assert "auto" not in pipeline.choice.options.model_dump().values()
+    assert "auto" not in pipeline.choice.options.model_dump(exclude={"decoder"}).values()
     images = pipeline(PROMPTS, range(len(PROMPTS)))
     for i, prompt in enumerate(PROMPTS):
         assert pipeline([prompt], [i])[0].equal(images[i])
