@@ -1,5 +1,6 @@
 """The documentation: commands, options, paths and links exist, the README's blocks run, and terms are the field's."""
 
+import ast
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -214,6 +216,25 @@ def test_every_path_that_is_named_exists(page):
     found = {path for path in named if any(ROOT.glob(path))}
     found |= {path for path in python if any((ROOT / root / path).exists() for root in ("", "distill", "service"))}
     assert {*named, *python} - found - ELSEWHERE == set()
+
+
+def templates() -> Iterator[str]:
+    """Every string of the sources, with `…` for what an f-string or a % inserts."""
+    for path in chain((ROOT / "distill").rglob("*.py"), (ROOT / "service").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_of_the_troubleshooting_page_are_printed_by_the_product():
+    sources = [re.sub(r"\s+", " ", template) for template in templates()]
+    for block in blocks(ROOT / "docs" / "troubleshooting.md", "text"):
+        for message in block.splitlines():
+            parts = [re.escape(part) for part in re.split(r"…", message) if part.strip("; ,()")]
+            pattern = re.compile(".*".join(parts))
+            assert any(pattern.search(source) for source in sources), message
 
 
 def anchors(page: Path) -> set[str]:
