@@ -122,8 +122,9 @@ def stats(
     """Count the prompts, repetitions and empty lines of a source, and show the lengths of its distinct prompts."""
     from distill.cli.console import out, table
     from distill.data.prompt_stats import prompt_stats
+    from distill.models.teacher import open_tokenizers
 
-    found = prompt_stats(source, open_given_teacher(teacher, teacher_base), column)
+    found = prompt_stats(source, open_given_teacher(teacher, teacher_base, open_tokenizers), column)
     rows = []
     for name, spread in found.lengths.items():
         metrics = (spread.minimum, spread.median, spread.p95, spread.maximum)

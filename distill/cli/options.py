@@ -111,12 +111,17 @@ def teacher_guidance(
     return guidance
 
 
-def open_given_teacher(teacher: str | None, base: str | None) -> "SD3Folder | None":
-    """Open the teacher of `--teacher` and `--teacher-base`, if one is given. Raises ConfigError for a base alone."""
+def open_given_teacher(
+    teacher: str | None, base: str | None, opener: "Callable[[str, str | None], SD3Folder] | None" = None
+) -> "SD3Folder | None":
+    """Open the teacher of `--teacher` and `--teacher-base`, if one is given; `opener` is `open_teacher` by default.
+
+    Raises ConfigError for a base alone.
+    """
     from distill.models.teacher import open_teacher
 
     if teacher is not None:
-        return open_teacher(teacher, base)
+        return (opener or open_teacher)(teacher, base)
     if base is not None:
         raise ConfigError("--teacher-base completes the single file of --teacher; give both, or neither")
     return None

@@ -35,7 +35,8 @@ class Velocities:
 
     `shift` is the time shift of the teacher's scheduler, for losses that sample the teacher. `critic` returns logits
     that noised images are real. It is a head on the fake and learns with it. Gradient reaches the weights of the role
-    that learns, and the inputs of the others.
+    that learns, and the inputs of the others. With `conditional_calls`, a loss may leave out a call of a network that
+    no image of its batch needs.
     """
 
     student: Velocity
@@ -44,6 +45,7 @@ class Velocities:
     null: Any
     critic: Critic = _no_critic
     shift: float = 1.0
+    conditional_calls: bool = False
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,17 @@ class TeacherGuidance(ConfigGroup):
             return None
         return torch.where(_inside(self.interval, t), torch.ones_like(t) * scale, torch.ones_like(t))
 
-    def skip_scale_at(self, t: Tensor) -> Tensor | None:
-        """The scale (B,) of the skip-layer term: 0 at times t (B,) outside of its interval. None without the term."""
+    def skip_scale_at(self, t: Tensor, conditional: bool = False) -> Tensor | None:
+        """The scale (B,) of the skip-layer term: 0 at times t (B,) outside of its interval. None without the term.
+
+        With `conditional` it is also None if all times are outside, which waits for the device.
+        """
         if not self.skip_layers:
             return None
-        return torch.where(_inside(self.skip_interval, t), self.skip_scale * torch.ones_like(t), torch.zeros_like(t))
+        inside = _inside(self.skip_interval, t)
+        if conditional and not inside.any():
+            return None
+        return torch.where(inside, self.skip_scale * torch.ones_like(t), torch.zeros_like(t))
 
     def skips_at(self, t: float) -> bool:
         """Whether there is a skip-layer term at a time that all images share."""
@@ -168,7 +174,7 @@ def guided_velocities(
 ) -> tuple[Tensor, Tensor]:
     """The teacher's and the fake's velocities u, v at x_t, guided as configured."""
     scale = guidance.scale_at(t, guidance.sample_scale(batch.draw))
-    skip_scale = guidance.skip_scale_at(t)  # its call is made for all images, so that every process makes the same
+    skip_scale = guidance.skip_scale_at(t, nets.conditional_calls)
     u = guided_velocity(nets.teacher, nets.null, x_t, t, batch.cond, scale, guidance.skip_layers, skip_scale)
     v = guided_velocity(nets.fake, nets.null, x_t, t, batch.cond, scale if guidance.guide_fake else None)
     return u, v
@@ -179,7 +185,7 @@ def guided_teacher(guidance: TeacherGuidance, nets: Velocities, draw: Draw) -> V
     scale = guidance.sample_scale(draw)
 
     def u(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        scales = guidance.scale_at(t, scale), guidance.skip_layers, guidance.skip_scale_at(t)
+        scales = guidance.scale_at(t, scale), guidance.skip_layers, guidance.skip_scale_at(t, nets.conditional_calls)
         return guided_velocity(nets.teacher, nets.null, x_t, t, cond, *scales)
 
     return u

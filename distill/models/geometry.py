@@ -132,7 +132,7 @@ def read_geometry(teacher: str, base: str | None = None) -> Geometry:
         return replace(read_geometry(base), name=Path(teacher).stem)
     if teacher in _NAMED:
         return Geometry(teacher, _NAMED[teacher], _VAE, _TEXT, *_STOCK_TOKENS)
-    if (found := find_teacher(teacher, with_weights=False)) is None:
+    if (found := find_teacher(teacher, weights=())) is None:
         close = difflib.get_close_matches(teacher, NAMES, len(NAMES), 0.5) or NAMES
         raise TeacherError(
             f"{teacher!r} is no folder, no known model and no name of the hub; the nearest are {', '.join(close)}"

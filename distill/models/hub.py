@@ -73,8 +73,8 @@ class HubModel:
             return HubModel(self.id, found.resolved)
 
 
-def fetch(model: HubModel, with_weights: bool = True) -> Path:
-    """Fetch a commit of a Stable Diffusion 3, or only its configurations; return its folder in the hub's cache.
+def fetch(model: HubModel, weights: Collection[str] = tuple(MODELS)) -> Path:
+    """Fetch a commit of a Stable Diffusion 3, with the weights of some components; return its folder in the hub's cache.
 
     Complete files are not fetched again, and nothing is requested for a model whose files are all there. Raises
     TeacherError if the model is not a Stable Diffusion 3, and for whatever keeps it from being fetched.
@@ -86,26 +86,25 @@ def fetch(model: HubModel, with_weights: bool = True) -> Path:
             raise TeacherError(_not_a_pipeline(model, files))
         settings = [name for name in (CARD, RECORD) if name in files]
         indices: list[str] = []
-        weights: list[str] = []
+        whole: list[str] = []
         for part in present_components(read_json(folder / INDEX), str(model)):
             names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
             settings += [f"{part}/{name}" for name in setting_names(part, names)]
-            if part in MODELS:
+            if part in weights:
                 try:
                     name = f"{part}/{weights_name(part, names)[0]}"
                 except LookupError as error:
                     raise TeacherError(
                         f"{model} has no {part}/{error.args[0]}; only models with weights in safetensors can be used"
                     ) from None
-                (indices if name.endswith(".json") else weights).append(name)
+                (indices if name.endswith(".json") else whole).append(name)
         _download(model, settings + indices)
-        if not with_weights:
-            return folder
         for name in indices:
-            weights += [f"{name.partition('/')[0]}/{shard}" for shard in shard_names(folder / name)]
-        if not all((folder / name).exists() for name in weights) and not constants.is_offline_mode():
-            _check_space(model, _download(model, weights, dry_run=True))
-        _download(model, weights)
+            whole += [f"{name.partition('/')[0]}/{shard}" for shard in shard_names(folder / name)]
+        if not all((folder / name).exists() for name in whole) and not constants.is_offline_mode():
+            _check_space(model, _download(model, whole, dry_run=True))
+        if whole:  # no pattern at all would fetch every file
+            _download(model, whole)
         return folder
 
 

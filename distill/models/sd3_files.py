@@ -77,11 +77,8 @@ def weights_name(component: str, names: Collection[str]) -> tuple[str, str | Non
 
 
 def setting_files(folder: Path) -> list[Path]:
-    """The files of a component that are loaded besides its weights: settings, vocabulary, and the index of shards."""
-    found = [folder / name for name in setting_names(folder.name, _names(folder))]
-    if folder.name in MODELS and (index := find_weights(folder).index):
-        found.append(index)
-    return found
+    """The files of a component that are loaded besides its weights and their index: settings or vocabulary."""
+    return [folder / name for name in setting_names(folder.name, _names(folder))]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -79,8 +79,17 @@ class SD3Folder:
     guidance: float  # scale to sample the teacher with
 
     @classmethod
-    def read(cls, path: Path | str, name: str | None = None, revision: str | None = None) -> Self:
+    def read(
+        cls,
+        path: Path | str,
+        name: str | None = None,
+        revision: str | None = None,
+        weights: Collection[str] = tuple(MODELS),
+    ) -> Self:
         """Check a folder and read its numbers. The model has the folder's name unless another is given.
+
+        Of the components that are not in `weights`, the folder may lack the weights. They do not count in `digest` and
+        `parameters` then.
 
         Raises TeacherError when it is missing, lacks a file, has a truncated one, is another kind of pipeline, or has
         settings that the sampler here does not follow.
@@ -95,14 +104,16 @@ class SD3Folder:
                 raise _missing_component(folder / part)
 
         identity = hashlib.sha256()
-        for file in sorted(file for part in present for file in setting_files(folder / part)):
+        loaded = sorted(MODELS.keys() & present & set(weights))
+        indices = [found.index for part in loaded if (found := find_weights(folder / part)).index]
+        for file in sorted([*indices, *(file for part in present for file in setting_files(folder / part))]):
             content = read_bytes(file)
             identity.update(file.relative_to(folder).as_posix().encode() + content)
         for part in sorted(_WORDS.keys() & present):
             _check_words(folder / part)
-        parameters = {}
-        for part in sorted(MODELS.keys() & present):
-            parameters[part] = sum(check_weights(path, identity) for path in find_weights(folder / part).files)
+        parameters = {
+            part: sum(check_weights(path, identity) for path in find_weights(folder / part).files) for part in loaded
+        }
 
         configs = {part: read_json(folder / part / "config.json") for part in present if part in MODELS}
         for part, config in configs.items():
@@ -117,7 +128,7 @@ class SD3Folder:
                 revision=revision,
                 index=index,
                 digest=identity.hexdigest(),
-                parameters=parameters["transformer"],
+                parameters=parameters.get("transformer", 0),
                 latent_channels=int(transformer["in_channels"]),
                 sample_size=int(transformer["sample_size"]),
                 patch_size=int(transformer["patch_size"]),

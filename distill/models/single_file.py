@@ -25,8 +25,9 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from distill.errors import OutputError, TeacherError
 from distill.files import MARK, atomic_write
 from distill.models.original_layout import OriginalTensor, transformer_tensors, vae_tensors
-from distill.models.sd3_files import COMPONENTS, RECORD, find_weights
+from distill.models.sd3_files import COMPONENTS, MODELS, RECORD, find_weights
 from distill.models.sd3_folder import PLAIN_DTYPES, SD3Folder, check_weights
+from distill.models.teacher import open_teacher
 from distill.models.tensor_file import DTYPES, write_tensors
 from distill.models.weights import first_missing, tensor_shapes
 
@@ -51,11 +52,11 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _log = logging.getLogger(__name__)
 
 
-def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
-    """Open a checkpoint as an SD3 folder with the file's name; `base` is the same model as a folder.
+def open_single_file(path: Path, reference: str | None) -> SD3Folder:
+    """Open a checkpoint as an SD3 folder with the file's name; `reference` names its base, the same model as a folder.
 
-    The folder holds what the file has and links to the other components of `base`. It is made once for a file and a
-    base. Whether there is a T5 follows from `base`, which also replaces text encoders in 8 bits.
+    The folder holds what the file has and links to the other components of the base, whose weights are fetched if the
+    base is a model of the hub. It is made once for a file and a base. Whether there is a T5 follows from the base, which also replaces text encoders in 8 bits.
 
     Raises TeacherError for a file that is no plain SD3 checkpoint, without a base, and for a base of another geometry;
     OutputError if the cache cannot be written.
@@ -66,15 +67,16 @@ def open_single_file(path: Path, base: SD3Folder | None) -> SD3Folder:
     check_weights(path, identity, replaced=_TEXT)
     shapes = tensor_shapes(path)
     parts = _parts(path, shapes)
-    if base is None:
+    if reference is None:
         raise TeacherError(
             f"{path} holds {', '.join(parts)}, but no tokenizers and no configurations; name the folder or hub id of "
             f"the same model in teacher_base, or with --teacher-base: {_published(shapes)}"
         )
     quantized = [part for part, names in parts.items() if _is_quantized(path, names.values())]
+    parts = {part: names for part, names in parts.items() if part not in quantized}
+    base = open_teacher(reference, weights=MODELS.keys() - parts)
     if not base.has_t5:
         parts.pop("text_encoder_3", None)
-    parts = {part: names for part, names in parts.items() if part not in quantized}
     for part in ("transformer", "vae"):
         if part in parts:
             _check_geometry(path, part, parts[part], shapes, base)

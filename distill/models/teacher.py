@@ -1,10 +1,12 @@
 """Opens the teacher that a configuration or a command names, whatever form it has."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import TeacherError
+from distill.models.sd3_files import MODELS
 from distill.models.sd3_folder import SD3Folder
 
 if TYPE_CHECKING:
@@ -13,11 +15,11 @@ if TYPE_CHECKING:
 TEACHERS: dict[str, Path] = {}  # folders that ship with the package, by the name that a configuration gives
 
 
-def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
+def open_teacher(reference: str | Path, base: str | None = None, weights: Collection[str] = tuple(MODELS)) -> SD3Folder:
     """Open a teacher: a built-in name, a folder, a single file, or a model of the hub, which is fetched into its cache.
 
     A path that exists wins over a model of the hub. `base` is the teacher that completes a single file, and is given
-    with one only. Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
+    with one only. Weights are fetched and checked of the components in `weights`. Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
     `SD3Folder.read` refuses, and a file that `open_single_file` refuses.
     """
     if is_single_file(reference, base):
@@ -25,11 +27,21 @@ def open_teacher(reference: str | Path, base: str | None = None) -> SD3Folder:
 
         # Not resolved, because files in the hub's cache are links to nameless ones.
         file = Path(os.path.expanduser(reference)).absolute()
-        return open_single_file(file, None if base is None else open_teacher(base))
-    if (found := find_teacher(reference)) is None:
+        return open_single_file(file, base)
+    if (found := find_teacher(reference, weights)) is None:
         names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
         raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
-    return SD3Folder.read(*found)
+    return SD3Folder.read(*found, weights)
+
+
+def open_tokenizers(reference: str | Path, base: str | None = None) -> SD3Folder:
+    """Open a teacher as `open_teacher` does, for its tokenizers and numbers only: no weights are fetched or converted.
+
+    A single file has those of its base.
+    """
+    if is_single_file(reference, base) and base is not None:
+        reference = base
+    return open_teacher(reference, weights=())
 
 
 def is_single_file(reference: str | Path, base: str | None) -> bool:
@@ -47,10 +59,12 @@ def is_single_file(reference: str | Path, base: str | None) -> bool:
     return False
 
 
-def find_teacher(reference: str | Path, with_weights: bool = True) -> tuple[Path, str | None, str | None] | None:
+def find_teacher(
+    reference: str | Path, weights: Collection[str] = tuple(MODELS)
+) -> tuple[Path, str | None, str | None] | None:
     """Find the folder of a teacher, its name if that is not the folder's, and its commit if it is of the hub.
 
-    A model of the hub is fetched, with its weights or without. None if there is no such teacher.
+    A model of the hub is fetched, with the weights of some components. None if there is no such teacher.
     """
     if str(reference) in TEACHERS:
         return TEACHERS[str(reference)], str(reference), None
@@ -62,7 +76,7 @@ def find_teacher(reference: str | Path, with_weights: bool = True) -> tuple[Path
     from distill.models.hub import fetch
 
     commit = model.resolve()
-    return fetch(commit, with_weights), commit.id, commit.revision
+    return fetch(commit, weights), commit.id, commit.revision
 
 
 def pin_teacher(reference: str) -> str:

@@ -151,7 +151,8 @@ def _copy_frozen(teacher: SD3Folder, made: Path) -> None:
             (made / name).mkdir()
             weights = find_weights(teacher.path / name) if name in MODELS else Weights(())
             ending = f".{weights.variant}"
-            for path in (*setting_files(teacher.path / name), *weights.files):
+            indices = () if weights.index is None else (weights.index,)
+            for path in (*setting_files(teacher.path / name), *indices, *weights.files):
                 renamed = weights.index in (None, path)
                 shutil.copyfile(path, made / name / (path.name.replace(ending, "") if renamed else path.name))
     (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -86,8 +86,6 @@ def train(
         state.begin(config.init_from)
     log = MetricsLog(out, accelerator, images, config)
 
-    null = conditions.null.to(device)
-    velocities = {turn.role: _velocities(networks, turn, null, shift) for turn in config.method.turns()}
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
     parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
@@ -97,6 +95,10 @@ def train(
     graphed = not graph_obstacles(config, accelerator) and (
         networks.size() < GRAPHED if config.networks.cuda_graph == "auto" else config.networks.cuda_graph
     )
+    null = conditions.null.to(device)
+    # A CUDA graph replays all its calls, and processes that share a sharded base must make the same ones.
+    conditional = not graphed and not accelerator.is_fsdp2
+    velocities = {turn.role: _velocities(networks, turn, null, shift, conditional) for turn in config.method.turns()}
 
     def take_round(coming: Iterator[MicroBatch]) -> Tensor:
         """Take the steps of all turns; return the sums and counts of metrics (names, 2)."""
@@ -218,7 +220,7 @@ def _graphed(
     return run_round
 
 
-def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: float) -> Velocities:
+def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: float, conditional: bool) -> Velocities:
     """The networks of a turn: its role has gradient to its weights, the others to their input only."""
     fields: dict[str, Any] = {
         name: networks.velocity(name) if name == turn.role else networks.field(name)
@@ -226,7 +228,7 @@ def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: floa
     }
     if turn.critic:
         fields["critic"] = networks.critic(turn.role == "fake")
-    return Velocities(**fields, null=null, shift=shift)
+    return Velocities(**fields, null=null, shift=shift, conditional_calls=conditional)
 
 
 def _rate(config: RunConfig, images: int) -> float:

@@ -1,5 +1,7 @@
 """Policies that methods share: the distribution of times, and which images are guided."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy import stats
@@ -97,6 +99,13 @@ def test_skip_layer_guidance_of_images_at_different_times_and_none_for_the_fake(
     assert u.flatten().tolist() == [3.0, 3.0 + 2 * 0.75, 3.0]
     assert v.flatten().tolist() == [3.0, 3.0, 3.0]
     assert calls == [(6, ()), (3, (1, 2)), (6, ())]  # teacher, teacher without blocks, fake
+
+    calls.clear()
+    nets = replace(nets, conditional_calls=True)
+    assert torch.equal(guided_velocities(guidance, nets, x_t, t, TrainingBatch(x_t, cond, draw))[0], u)
+    before, _ = guided_velocities(guidance, nets, x_t, t.clamp(max=0.4), TrainingBatch(x_t, cond, draw))
+    assert before.flatten().tolist() == [3.0, 3.0, 3.0]
+    assert calls == [(6, ()), (3, (1, 2)), (6, ()), (6, ()), (6, ())]  # without the call that no image needs
 
     calls.clear()
     sampled = guided_at(guidance, network, null, 3.0)

@@ -275,10 +275,15 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub: HubServer, teacher: P
     assert fetch(HubModel("acme/tiny", commit)) != fetch(HubModel("acme/tiny", moved))
 
 
-def test_fetch_names_commit_and_place_and_a_plan_needs_no_weights(hub: HubServer, teacher: Path) -> None:
+def test_fetch_names_commit_and_place_and_plan_and_statistics_need_no_weights(
+    hub: HubServer, teacher: Path, tmp_path: Path
+) -> None:
     commit = hub.publish("acme/tiny", teacher)
     geometry = read_geometry("acme/tiny")
     assert (geometry.name, geometry.image_size) == ("acme/tiny", 16)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle")
+    assert "tokenizer_2" in invoke("prompts", "stats", str(prompts), "--teacher", "acme/tiny").output
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
     fetched = invoke("fetch", "acme/tiny")
     assert fetched.exit_code == 0

@@ -44,10 +44,11 @@ def models(teacher_t5, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(models, tmp_path_factory):
-    """The same geometry as sd3.5-medium with other weights: what is in the file must not come from here."""
+    """sd3.5-medium with other weights and none of the transformer: what is in the file must not come from here."""
     folder = shutil.copytree(models["sd3.5-medium"], tmp_path_factory.mktemp("bases") / "base")
     for path in folder.rglob("*.safetensors"):
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    (folder / "transformer" / WEIGHTS).unlink()
     return folder
 
 
