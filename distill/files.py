@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill.errors import OutputError
@@ -31,6 +31,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield made
         for each in (*made.rglob("*"), made):
+            if each != made and each.is_file() and not each.is_symlink():
+                make_readable(each)
             flush(each)
         if made.is_dir() and path.exists():
             if not path.is_dir():
@@ -93,6 +95,12 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def make_readable(path: Path) -> None:
+    """Let those read a file who can read its folder. The writer of safetensors makes files for their owner alone."""
+    with suppress(OSError):  # file systems without permissions
+        path.chmod(path.stat().st_mode | path.parent.stat().st_mode & 0o444)
 
 
 def _hidden(path: Path, what: str) -> Path:

@@ -114,7 +114,7 @@ def run(
         if main or machine.is_fsdp2:
             texts = _first_prompts(config, prompts)
             evaluator = run_evaluator(config, teacher, out, texts, device)
-            callback = EvaluationCallback(config, out, teacher, texts, evaluator, device, dtype, main)
+            callback = EvaluationCallback(config, out, teacher, texts, evaluator, device, dtype, main, machine.log)
         wait_for_main(machine)
         torch.manual_seed(key_of(config.seed, "weights"))
         turns = config.method.turns()

@@ -127,7 +127,7 @@ class ImageLines:
         self._metrics = _format(metrics) if metrics else self._metrics
         if self._start is None:
             self._start = self._shown = (self._clock(), seen)
-        elif self._clock() - self._shown[0] >= EVERY:
+        elif self._clock() - self._shown[0] >= EVERY and seen != self._total:  # `end` writes the last line
             self._write_line(self._shown)
 
     def advance(self, images: int) -> None:
@@ -135,8 +135,8 @@ class ImageLines:
         self.update(self._seen + images)
 
     def end(self) -> None:
-        """Write the last line, with the overall speed, if there was progress."""
-        if self._start is not None:
+        """Write the last line, with the overall speed, if there was progress that no line shows."""
+        if self._start is not None and (self._seen != self._shown[1] or self._shown is self._start):
             self._write_line(self._start)
 
     def _write_line(self, since: tuple[float, int]) -> None:

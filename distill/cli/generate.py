@@ -9,6 +9,7 @@ from distill.cli.options import (
     LAST_SEED,
     SOURCE,
     TEACHER,
+    TEACHER_STEPS,
     Column,
     Decoder,
     Device,
@@ -38,10 +39,16 @@ def generate(
     grid: Annotated[
         Path | None, typer.Option(help="PNG file for a grid of the first 64 images with prompts.", dir_okay=False)
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps; above 1 for teachers and any-step students.", min=1)] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Sampling steps; students but any-step ones take 1. Default: 1, with --teacher {TEACHER_STEPS}.",
+            min=1,
+        ),
+    ] = None,
     guidance: Guidance = None,
     skip_layers: SkipLayers = "",
-    skip_scale: SkipScale = 2.8,
+    skip_scale: SkipScale = None,
     decoder: Decoder = "auto",
     device: Device = "auto",
 ) -> None:
@@ -72,14 +79,14 @@ def generate(
     texts = list(islice(cycle(texts), count or len(texts)))
     where = resolve_device(device)
     if (folder := open_given_teacher(teacher, teacher_base)) is not None:
-        sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
+        sampling = Sampling(steps or TEACHER_STEPS, teacher_guidance(folder, guidance, skip_layers, skip_scale))
         sampler = TeacherSampler(folder, where)
         generate_batch: Generate = partial(sampler.generate, sampling)
         truncated = sampler.truncated
     else:
         pipeline = StudentModel(student or SHIPPED_STUDENT, decoder_choice(decoder)).load(where)
-        pipeline.spec.check_steps(steps)
-        generate_batch, truncated = student_sampler(pipeline, steps), pipeline.truncated
+        pipeline.spec.check_steps(steps or 1)
+        generate_batch, truncated = student_sampler(pipeline, steps or 1), pipeline.truncated
     with image_bar("images", len(texts)) as bar:
         for done in generate_images(generate_batch, texts, seed, batch, out, grid):
             bar.update(done)

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -17,6 +18,7 @@ SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a save
 TEACHER = "`scenes`, a folder or .safetensors file of Stable Diffusion 3, or a model of the hub: owner/name[@revision]."
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
+TEACHER_STEPS = 28  # of the published models
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
 MOST = 10**10  # upper bound of options that count something
 
@@ -62,7 +64,12 @@ SkipLayers = Annotated[
         callback=block_indices,
     ),
 ]
-SkipScale = Annotated[float, typer.Option(help="Scale of skip-layer guidance.", min=1e-3, max=100, callback=finite)]
+SkipScale = Annotated[
+    float | None,
+    typer.Option(
+        help="Scale of skip-layer guidance. Default: as in diffusers' pipeline.", min=1e-3, max=100, callback=finite
+    ),
+]
 TeacherBase = Annotated[
     str | None,
     typer.Option(help="For a teacher in a single file: the same model as a folder or on the hub."),
@@ -94,9 +101,9 @@ Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile 
 
 
 def teacher_guidance(
-    teacher: "SD3Folder", scale: float | None, skip_layers: str, skip_scale: float
+    teacher: "SD3Folder", scale: float | None, skip_layers: str, skip_scale: float | None
 ) -> "TeacherGuidance":
-    """Guidance of a teacher from options; a scale of None is that of its folder.
+    """Guidance of a teacher from options; a scale of None is that of its folder, or the default of `TeacherGuidance`.
 
     Raises ConfigError for blocks that the teacher lacks, and for skip-layer guidance of an unguided teacher.
     """
@@ -106,7 +113,8 @@ def teacher_guidance(
     layers = tuple(int(part) for part in skip_layers.split(",") if part.strip())
     if layers and scale == 1:
         raise ConfigError("--skip-layers needs guidance; give a --guidance above 1")
-    guidance = TeacherGuidance(scale=scale, skip_layers=layers, skip_scale=skip_scale)
+    skip = {} if skip_scale is None else {"skip_scale": skip_scale}
+    guidance = TeacherGuidance(scale=scale, skip_layers=layers, **skip)
     guidance.check_layers(teacher.layers, "--skip-layers")
     return guidance
 

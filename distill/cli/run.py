@@ -139,6 +139,8 @@ def export(
             raise ConfigError(f"--single-file {single_file}: name a .safetensors file")
         check_replaceable(single_file)
 
+    from functools import partial
+
     import torch
 
     from distill.models.device import resolve_device
@@ -146,10 +148,10 @@ def export(
     from distill.models.single_file import check_projection, write_single_file
     from distill.student.parity import TOLERANCE, check_parity
     from distill.student.run_export import export_run
-    from distill.training.preparation import read_config, read_teacher
+    from distill.training.preparation import open_moved, read_config, read_teacher
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    moved = open_given_teacher(teacher, teacher_base)
+    moved = open_given_teacher(teacher, teacher_base, partial(open_moved, run))
     if text_encoders:
         check_projection(moved or read_teacher(read_config(run), run))  # before the folder is written
     folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.data.shards import Layout, header_checksum, open_shards, read_index, shard_name, write_rows
 from distill.errors import CacheError, OutputError
-from distill.files import atomic_write_text, flush, sha256
+from distill.files import atomic_write_text, flush, make_readable, sha256
 
 
 class Source(Protocol):
@@ -155,6 +155,7 @@ class ShardWriter:
             write_rows(rows, made)
         with safe_open(made, "pt") as file:
             count = int(file.get_slice(next(iter(file.keys()))).get_shape()[0])
+        make_readable(made)
         flush(made)
         made.replace(path)
         flush(self._folder)

@@ -74,7 +74,7 @@ class HubModel:
 
 
 def fetch(model: HubModel, weights: Collection[str] = tuple(MODELS)) -> Path:
-    """Fetch a commit of a Stable Diffusion 3, with the weights of some components; return its folder in the hub's cache.
+    """Fetch a commit of a Stable Diffusion 3, with weights of some components; return its folder in the hub's cache.
 
     Complete files are not fetched again, and nothing is requested for a model whose files are all there. Raises
     TeacherError if the model is not a Stable Diffusion 3, and for whatever keeps it from being fetched.

@@ -19,7 +19,9 @@ def open_teacher(reference: str | Path, base: str | None = None, weights: Collec
     """Open a teacher: a built-in name, a folder, a single file, or a model of the hub, which is fetched into its cache.
 
     A path that exists wins over a model of the hub. `base` is the teacher that completes a single file, and is given
-    with one only. Weights are fetched and checked of the components in `weights`. Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
+    with one only. Weights are fetched and checked of the components in `weights`.
+
+    Raises TeacherError for a reference that names nothing, a model that cannot be fetched, a folder that
     `SD3Folder.read` refuses, and a file that `open_single_file` refuses.
     """
     if is_single_file(reference, base):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging
 
 from distill.errors import ParityError
 from distill.flow import noise
@@ -24,6 +25,7 @@ def check_parity(student: Path, device: torch.device | str = "cpu") -> float:
     del ours  # one model in memory at a time
 
     absent = {} if (student / "text_encoder_3").exists() else {"text_encoder_3": None, "tokenizer_3": None}
+    logging.disable_progress_bar()  # of loading, which no argument turns off
     stock = StableDiffusion3Pipeline.from_pretrained(student, use_safetensors=True, local_files_only=True, **absent).to(
         device, torch.float32
     )

@@ -1,7 +1,7 @@
 """What happens to the averaged student on the way: samples, alarms, evaluations, the best student, early stopping."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, islice
@@ -46,11 +46,16 @@ class EvaluationCallback:
         device: torch.device,
         dtype: torch.dtype,
         write: bool,
+        track: Callable[[dict[str, float], int], object],
     ) -> None:
-        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards."""
+        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards.
+
+        `track` gets the metrics of an evaluation and the images seen, for trackers.
+        """
         self._config = config
         self._out = out
         self._write = write
+        self._track = track
         self._shape = latent_shapes(config, teacher)[0]
         self._evaluator = evaluator
         self.stops = False
@@ -107,6 +112,7 @@ class EvaluationCallback:
         line = {"images": progress.images, **metrics}
         with (self._out / EVALUATIONS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self._track({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
         self._record(self._alarms.add_evaluation(line), progress)
         best = checkpoint.latest(self._out / "best")
         record = checkpoint.load_record(best) if best is not None else {}

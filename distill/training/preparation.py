@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 
 from distill.config import RunConfig, load_config
-from distill.errors import CheckpointError, ConfigError, OutputError, RunError
+from distill.errors import CheckpointError, ConfigError, OutputError, RunError, SizeError
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
-from distill.models.teacher import open_teacher, pin_teacher
-from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS
+from distill.models.teacher import is_single_file, open_teacher, pin_teacher
+from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, read_run
 from distill.report.run_state import STATE, read_state, write_state
 from distill.student.export import check_place
 from distill.training import checkpoint
@@ -56,6 +56,18 @@ def open_pinned(config: RunConfig, pins: Mapping[str, str]) -> SD3Folder:
 def read_teacher(config: RunConfig, out: Path) -> SD3Folder:
     """Open the teacher of the run in `out`, with the run's number of T5 tokens."""
     return open_pinned(config, pin_teachers(config, out))
+
+
+def open_moved(out: Path, teacher: str, base: str | None) -> SD3Folder:
+    """Open the teacher of the run in `out` at another place. A single file is completed by the run's base by default.
+
+    Raises RunError if there is no run.
+    """
+    read_run(out)
+    own = read_config(out).teacher_base
+    if base is None and own is not None and is_single_file(teacher, None):
+        base = _read_pins(out).get(own, own)
+    return open_teacher(teacher, base)
 
 
 def _read_pins(out: Path) -> dict[str, str]:
@@ -154,7 +166,10 @@ def has_checkpoint(out: Path) -> bool:
 
 def latent_shapes(config: RunConfig, teacher: SD3Folder) -> list[tuple[int, int, int]]:
     """(C, h, w) of each size that the run draws from. Raises SizeError for one that the teacher cannot make."""
-    return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
+    try:
+        return [teacher.latent_shape_of(*size) for size in config.sizes] or [teacher.latent_shape]
+    except SizeError as error:
+        raise SizeError(f"sizes: {error}") from None
 
 
 def _warn_of_patience(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.errors import TeacherError
+from distill.files import make_readable
 from distill.flow import interpolate
 from distill.models import attention
 from distill.models.device import autocast, fast_bfloat16
@@ -244,3 +245,5 @@ def save_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer,
         tokenizer_3=None,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for path in folder.rglob("*.safetensors"):
+        make_readable(path)

@@ -546,6 +546,7 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert run.state == "finished"
     assert read_state(out).phase == "ended early"
     assert run.images == run.evaluations[-1]["images"] < 4000
+    assert any(b"evaluation/kernel" in path.read_bytes() for path in (out / "tensorboard").rglob("events*"))
     assert run.best["kernel"] == min(line["kernel"] for line in run.evaluations)
     assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]

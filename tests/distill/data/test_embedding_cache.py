@@ -45,6 +45,7 @@ def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, 
     assert len(opened) == len(PROMPTS) + 1
     assert json.loads((cache / MANIFEST).read_text())["prompts"] == len(PROMPTS)  # a repetition is encoded once
     encoder = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu"))
+    assert {path.stat().st_mode & 0o444 for path in (cache, *cache.iterdir())} == {cache.stat().st_mode & 0o444}
     rows = opened.rows(torch.tensor([2, 0, 1, len(PROMPTS)]))
     expected = encoder.encode([PROMPTS[i] for i in (2, 0, 1, 0)])
     torch.testing.assert_close(rows.embeds, expected.embeds)

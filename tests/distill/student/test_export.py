@@ -218,6 +218,8 @@ def test_a_seed_is_one_image_alone_and_in_any_batch(student):
 
 
 def test_the_record_says_what_serving_must_know(student, teacher):
+    readers = student.stat().st_mode & 0o444
+    assert all(path.stat().st_mode & 0o444 == readers for path in student.rglob("*"))  # a server is often another user
     record = json.loads((student / "onestep.json").read_text())
     assert record["start_time"] == 1.0
     assert record["latent_shape"] == [4, 8, 8]
