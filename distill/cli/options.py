@@ -113,8 +113,9 @@ def teacher_guidance(
     layers = tuple(int(part) for part in skip_layers.split(",") if part.strip())
     if layers and scale == 1:
         raise ConfigError("--skip-layers needs guidance; give a --guidance above 1")
-    skip = {} if skip_scale is None else {"skip_scale": skip_scale}
-    guidance = TeacherGuidance(scale=scale, skip_layers=layers, **skip)
+    guidance = TeacherGuidance(scale=scale, skip_layers=layers)
+    if skip_scale is not None:
+        guidance = guidance.model_copy(update={"skip_scale": skip_scale})
     guidance.check_layers(teacher.layers, "--skip-layers")
     return guidance
 

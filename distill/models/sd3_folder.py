@@ -105,15 +105,14 @@ class SD3Folder:
 
         identity = hashlib.sha256()
         loaded = sorted(MODELS.keys() & present & set(weights))
-        indices = [found.index for part in loaded if (found := find_weights(folder / part)).index]
+        files = {part: find_weights(folder / part) for part in loaded}
+        indices = [each.index for each in files.values() if each.index is not None]
         for file in sorted([*indices, *(file for part in present for file in setting_files(folder / part))]):
             content = read_bytes(file)
             identity.update(file.relative_to(folder).as_posix().encode() + content)
         for part in sorted(_WORDS.keys() & present):
             _check_words(folder / part)
-        parameters = {
-            part: sum(check_weights(path, identity) for path in find_weights(folder / part).files) for part in loaded
-        }
+        parameters = {part: sum(check_weights(path, identity) for path in each.files) for part, each in files.items()}
 
         configs = {part: read_json(folder / part / "config.json") for part in present if part in MODELS}
         for part, config in configs.items():

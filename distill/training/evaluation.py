@@ -59,15 +59,18 @@ class EvaluationCallback:
         self._shape = latent_shapes(config, teacher)[0]
         self._evaluator = evaluator
         self.stops = False
+        newest = checkpoint.latest(out / "checkpoints")
+        self._resumed = int(newest.name) if newest else 0
         if write:
-            newest = checkpoint.latest(out / "checkpoints")
             for log in (EVALUATIONS, METRICS, ALARMS):
-                checkpoint.trim_lines(out / log, int(newest.name) if newest else 0)
+                checkpoint.trim_lines(out / log, self._resumed)
             run = read_run(out)
             self._alarms = Alarms(alarm.name for alarm in run.alarms)
             for line in run.metrics:
-                self._alarms.add(line)
+                self._record(self._alarms.add(line))  # those that a kill left out
             self.stops = ended_early(run.config, run.evaluations, run.best)
+        self._evaluated = any(line["images"] == self._resumed for line in read_run(out).evaluations)
+        self._sampled = self._grid(self._resumed).exists()
         self._vae = load_vae(teacher, device=device)
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
         self._texts = list(islice(cycle(prompts), GRID))
@@ -75,22 +78,21 @@ class EvaluationCallback:
         self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
 
     def __call__(self, progress: Progress) -> None:
-        """Do what is due after a round."""
+        """Do what is due after a round, and at the start of a resumed run what a kill left out at its checkpoint."""
         if progress.metrics and self._write:
-            self._record(self._alarms.add({"images": progress.images, **progress.metrics}), progress)
+            self._record(self._alarms.add({"images": progress.images, **progress.metrics}), progress.notes)
 
         @torch.no_grad()
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
             cond = self._conditions.encode(prompts)
             return to_images(decode_in_parts(self._vae, progress.generate(cond, noise(seeds, self._shape))))
 
-        cadence, finished = self._config.cadence, progress.images >= self._config.images
-        if progress.crosses(cadence.sample) or finished:
+        cadence = self._config.cadence
+        if self._is_due(progress, cadence.sample, self._sampled):
             images = generate(self._texts, list(range(len(self._texts))))
             if self._write:
-                path = self._out / "samples" / f"{progress.images:012d}.png"
-                save_png(labeled_grid([("student", images)], self._texts), path)
-        if self._evaluator is not None and (progress.crosses(cadence.evaluate) or finished):
+                save_png(labeled_grid([("student", images)], self._texts), self._grid(progress.images))
+        if self._evaluator is not None and self._is_due(progress, cadence.evaluate, self._evaluated):
             evaluation = self._evaluator.evaluate(generate, partial(encode_in_parts, self._vae))
             progress.metrics.update(evaluation.metrics)
             if self._write:
@@ -101,19 +103,25 @@ class EvaluationCallback:
                     atomic_write_text(self._out / TEACHER_METRICS, json.dumps(evaluation.teacher) + "\n")
                 self._keep(progress, self._evaluator, evaluation.metrics)
 
-    def _record(self, alarms: Sequence[Alarm], progress: Progress) -> None:
+    def _is_due(self, progress: Progress, every: int, done: bool) -> bool:
+        """Whether something is due: at its cadence and at the end, unless it was `done` before the run was resumed."""
+        due = progress.crosses(every) or progress.images >= self._config.images
+        return due and not (done and progress.images == self._resumed)
+
+    def _grid(self, images: int) -> Path:
+        return self._out / "samples" / f"{images:012d}.png"
+
+    def _record(self, alarms: Sequence[Alarm], notes: list[str] | None = None) -> None:
         for alarm in alarms:
-            progress.notes.append(f"alarm, {alarm.name}: {alarm.message}")
+            if notes is not None:
+                notes.append(f"alarm, {alarm.name}: {alarm.message}")
             with (self._out / ALARMS).open("a") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
 
     def _keep(self, progress: Progress, evaluator: Evaluator, metrics: dict[str, float]) -> None:
-        """Record the metrics; keep the student if it is the best so far; end the run if none was for too long."""
+        """Keep the student if it is the best so far; record the metrics; end the run if none was for too long."""
         line = {"images": progress.images, **metrics}
-        with (self._out / EVALUATIONS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._track({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
-        self._record(self._alarms.add_evaluation(line), progress)
+        self._record(self._alarms.add_evaluation(line), progress.notes)
         best = checkpoint.latest(self._out / "best")
         record = checkpoint.load_record(best) if best is not None else {}
         comparable = record.get("evaluator") == evaluator.digest
@@ -122,6 +130,9 @@ class EvaluationCallback:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             checkpoint.save(target, progress.average, {**line, **made_with})
             checkpoint.prune(self._out / "best", 1)
+        with (self._out / EVALUATIONS).open("a") as file:  # last, so that a killed evaluation is made again
+            file.write(json.dumps(line) + "\n")
+        self._track({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
         run = read_run(self._out)
         self.stops = ended_early(run.config, run.evaluations, run.best)
         if self.stops and progress.images < self._config.images:

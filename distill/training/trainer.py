@@ -68,9 +68,9 @@ def train(
 ) -> Iterator[Progress]:
     """Train to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
-    Each step draws one of the latent `shapes` (C, h, w); `shift` is the time shift of the teacher's scheduler. Raises
-    CheckpointError for a checkpoint of another configuration, DivergedError for gradients that are not finite, RunError
-    if `out` disappears.
+    Each step draws one of the latent `shapes` (C, h, w); `shift` is the time shift of the teacher's scheduler. A
+    resumed run first yields its checkpoint's state, as after its last round. Raises CheckpointError for a checkpoint of
+    another configuration, DivergedError for gradients that are not finite, RunError if `out` disappears.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     local = config.batch // world
@@ -145,6 +145,13 @@ def train(
             return one_step(velocities["student"].student, z.to(device), cond.to(device))
 
     total = -(-config.images // config.batch) * config.batch  # a step is never cut
+
+    def progress_from(seen: int) -> Progress:
+        save = partial(state.save, images, seconds, world)
+        return Progress(seen, images, total, {}, save, seconds, generate, average)
+
+    if images:
+        yield progress_from(max(0, images - config.batch))
     run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
     coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
     # On a CPU the thread would take cores from the step itself; a graph is recorded without other threads.
@@ -178,13 +185,12 @@ def train(
                 change = sample_of(list(weights[role].values())) - old
                 log.add_number(f"update_ratio/{role}", float(change.norm() / old.norm()))
             seconds += time.perf_counter() - started
-            save = partial(state.save, images, seconds, world)
-            progress = Progress(seen, images, total, {}, save, seconds, generate, average)
+            progress = progress_from(seen)
             if logged:
                 progress.metrics.update(log.write(images, seconds))
             if saved:
                 if accelerator.is_main_process:
-                    save()
+                    progress.save()
                 wait_for_main(accelerator)
             yield progress
 

@@ -78,6 +78,22 @@ def test_a_resumed_run_reuses_its_references_and_ends_alike(whole, settings, cli
     assert read_run(out).best["images"] == read_run(undisturbed).best["images"]
 
 
+def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_again(whole, settings, clip_folder, tmp_path):
+    undisturbed, _ = whole
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    evaluations = (out / "evaluations.jsonl").read_text()
+    pictures = [Path(folder) / f"{24:012d}.png" for folder in ("samples", "evaluations")]
+    for path in pictures:
+        (out / path).unlink()
+    for name in ("student", f"best/{24:012d}"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "evaluations.jsonl").write_text("".join(evaluations.splitlines(keepends=True)[:-1]))
+    distill(out, settings, f"evaluation.clip={clip_folder}")
+    assert (out / "evaluations.jsonl").read_text() == evaluations
+    assert read_run(out).best == read_run(undisturbed).best
+    assert all((out / path).read_bytes() == (undisturbed / path).read_bytes() for path in pictures)
+
+
 def test_another_metric_chooses_the_best_student_anew(whole, settings, clip_folder, tmp_path) -> None:
     """Its values are not comparable with those of the best student so far. A higher CLIP score is better."""
     undisturbed, _ = whole

@@ -85,7 +85,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_goes_on_where_it_went(teacher
     with pytest.raises(RunError, match="here is gone; if it was moved, the same command"):
         next(going)
     assert not here.exists()
-    assert [progress.images for progress in rounds(there)] == [3 * IMAGES, 4 * IMAGES]
+    assert [progress.images for progress in rounds(there)] == [2 * IMAGES, 3 * IMAGES, 4 * IMAGES]
 
 
 def test_a_run_starts_where_another_stands(teacher, tmp_path):
