@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import LAST_SEED, MOST, Decoder, Seconds, decoder_choice
+from distill.cli.options import LAST_SEED, MOST, TEACHER_STEPS, Decoder, Seconds, decoder_choice
 from distill.cli.run import run_with_bars
 
 
@@ -20,7 +20,7 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for all variants.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and results.", file_okay=False)] = Path("runs/compare"),
     per_task: Annotated[int, typer.Option(help="Held-out prompts per task of the toy dataset.", min=1)] = 128,
-    steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = 28,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the teacher.", min=1)] = TEACHER_STEPS,
     decoder: Decoder = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the evaluation's prompts and images.", min=0, max=LAST_SEED)] = 0,
 ) -> None:

@@ -47,7 +47,7 @@ def decoder(
     steps: Annotated[int, typer.Option(help="Sampling steps of a teacher.", min=1)] = 8,
     guidance: Guidance = None,
     skip_layers: SkipLayers = "",
-    skip_scale: SkipScale = 2.8,
+    skip_scale: SkipScale = None,
     student: Annotated[
         list[Path] | None,
         typer.Option(help="Student folder that gets the decoder; repeatable. Default: the given student."),
