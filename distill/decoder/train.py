@@ -130,6 +130,7 @@ class DecoderTraining:
         """
         config, modules = self.config, {"decoder": self._small, "ema": self.average}
         images = load_state(out / CHECKPOINTS, modules, self._optimizer, config)
+        self._match_formats()
         log = _Log(out / METRICS, images, self.device)
         skipped = 0
         with _deterministic():
@@ -152,6 +153,13 @@ class DecoderTraining:
                 if finished or progress.crosses(config.checkpoint_every):
                     save()
                 yield progress
+
+    def _match_formats(self) -> None:
+        """Give the optimizer's moments the memory format of their weights, as the fused kernel expects them."""
+        for weight, moments in self._optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == weight.shape:
+                    moments[name] = torch.empty_like(weight).copy_(moment)
 
     def speed(self) -> float:
         """Measure images per second. The weights change, so a training that is measured is not continued."""

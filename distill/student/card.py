@@ -69,7 +69,7 @@ def decoder_card(
             parameters=parameters,
             images=images,
             metrics=metrics,
-            folder="decoder",
+            has_t5=folder.has_t5,
             license=license,
         )
     )
