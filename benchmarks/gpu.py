@@ -110,7 +110,8 @@ def train(setting: Setting) -> Iterator[Figure]:
     """A LoRA step of SD3-medium, in images/s, share of the matrix rate, and memory beside the plan's."""
     import torch
 
-    from distill.plan.estimate import PEAK, UTILIZATION
+    from distill.plan.devices import DEVICES
+    from distill.plan.estimate import UTILIZATION
 
     device = torch.device(setting.device)
     rate = matrix_rate(device, 128 if setting.tiny else 8192)
@@ -141,7 +142,7 @@ def train(setting: Setting) -> Iterator[Figure]:
             share = speed * plan.flop_per_image / rate
             yield Figure("train", f"{name}: share of the matrix rate", share, "", None if setting.tiny else goal)
             if size == 1024 and of_plan:
-                reached = UTILIZATION["compiled" if compiled else "eager"] * PEAK["bf16"] * 1e12
+                reached = UTILIZATION["compiled" if compiled else "eager"] * DEVICES["h200"].bf16 * 1e12
                 yield Figure("train", f"{name}: speed over plan", speed * plan.flop_per_image / reached, "", 0.8, 1.2)
             if device.type == "cuda":
                 yield Figure("train", f"{name}: peak memory", peak / GIB, "GiB")

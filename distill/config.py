@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,16 @@ _Positive = Annotated[float, Field(gt=0)]
 _Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
+# The name of a student, which its folder, its card and a server's requests have.
+_Name = Annotated[str, AfterValidator(lambda name: check_name(name))]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+def check_name(name: str) -> str:
+    """Return a student's name. Raises ValueError for one that servers would refuse."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("a name has at most 64 letters, digits and . _ -, and begins with a letter or digit")
+    return name
 
 
 class Prompts(ConfigGroup):
@@ -147,6 +157,7 @@ class EvaluationSettings(ConfigGroup):
 class RunConfig(ConfigGroup):
     """All that a run depends on."""
 
+    name: _Name | None = None  # of the student; null is that of the teacher with `-one-step`
     teacher: _Path = "scenes"
     teacher_base: _Path | None = None  # the same model as a folder, for what a teacher in a single file lacks
     # Folder of a run (its newest checkpoint) or a student for the initial weights; null takes the teacher's.
@@ -213,7 +224,7 @@ class RunConfig(ConfigGroup):
 
         The teacher may be moved; its digest in `sources.json` identifies it.
         """
-        free = {"cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "trackers"}
+        free = {"cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "name", "trackers"}
         free |= {"teacher", "teacher_base"}
         plain = {key: value for key, value in self.as_dict().items() if key not in free}
         for key in _Networks.model_fields:
@@ -229,6 +240,11 @@ class RunConfig(ConfigGroup):
                     f"{where} was made with {key} = {identity.get(key)}, not {value}; "
                     "set it back, or give another --out folder"
                 )
+
+
+def is_preset(name: str) -> bool:
+    """Whether `load_config` takes the name: a preset, or a YAML file."""
+    return name.endswith((".yaml", ".yml")) or (PRESETS / f"{name}.yaml").exists()
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -253,6 +269,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def changes(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """The dotted keys whose values differ from those of another configuration, with their new values."""
+    old, new = (dict(flat(config.as_dict())) for config in (before, after))
+    return {key: value for key, value in new.items() if key not in old or old[key] != value}
 
 
 def read_group(kind: type[_Group], overrides: Sequence[str]) -> _Group:

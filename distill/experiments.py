@@ -6,10 +6,8 @@ experiment, and a finished run is not repeated.
 
 import json
 import os
-import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +17,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from distill import methods
-from distill.config import RunConfig, load_config
+from distill.config import RunConfig
 from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, Report
@@ -28,15 +25,15 @@ from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
 from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, SideBySide, cell, metric_names
 from distill.evaluate.student_comparison import compare_students
-from distill.files import atomic_write_text, check_replaceable
+from distill.files import atomic_write_text
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.options import DecoderChoice
 from distill.pipeline import read_student
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import read_run
+from distill.report.units import rounded
 from distill.training import checkpoint
-from distill.training.preparation import PINS, pin_teachers, read_teacher, write_pins
 from distill.training.run_evaluator import (
     REFERENCES,
     evaluated_size,
@@ -46,79 +43,10 @@ from distill.training.run_evaluator import (
     teacher_sampling,
 )
 from distill.training.run_sources import RunPrompts
+from distill.training.run_teacher import read_teacher
+from distill.variants import Variant
 
 SHOWN = 8  # prompts in the picture, except of a dataset with a scorer
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the compared runs, named by its argument and folder; `config` is that of `source`, with `overrides`."""
-
-    name: str
-    config: RunConfig
-    source: str
-    overrides: tuple[str, ...]
-
-    def command(self, out: Path) -> str:
-        """The `distill run` command of the variant alone, for the experiment in `out`."""
-        sets = (*self.overrides, f"images={self.config.images}")
-        words = ["distill", "run", self.source, *(part for each in sets for part in ("--set", each))]
-        return shlex.join([*words, "--out", str(out / self.name)])
-
-
-def read_variants(texts: Sequence[str], base: str, overrides: Sequence[str], images: int | None) -> list[Variant]:
-    """Read variants from `METHOD_OR_FILE,key=value,...`: a method that replaces the base's, or a YAML file.
-
-    A method keeps all other settings of the base, including guidance, which belongs to the teacher. `overrides` apply
-    to all variants; a variant's own keys take precedence. The budget is `images`, or that of the base.
-    Raises ConfigError for an invalid or repeated variant, and for one that is not comparable with the first.
-    """
-    budget = f"images={load_config(base, overrides).images if images is None else images}"
-    variants: list[Variant] = []
-    for text in texts:
-        head, *own = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside brackets belong to a value
-        if head in methods.names():
-            source, sets = base, (f"method.name={head}", *overrides, *own)
-        elif head.endswith((".yaml", ".yml")):
-            source, sets = head, (*overrides, *own)
-        else:
-            raise ConfigError(f"no method {head!r}; there are {', '.join(methods.names())}, or give a YAML file")
-        name = ",".join([Path(head).stem, *own]).replace("/", "-")
-        if name in {variant.name for variant in variants}:
-            raise ConfigError(f"two variants are named {name!r}; rename a file or add a key to one of them")
-        config = load_config(source, [*sets, budget])
-        if head in methods.names() and config.method.name != head:
-            raise ConfigError(
-                f"{text} sets the method {config.method.name}; name that method as the variant, or remove the key"
-            )
-        variants.append(Variant(name, config, source, sets))
-    for key in ("teacher", "teacher_base", "precision"):
-        values = {variant.name: getattr(variant.config, key) for variant in variants}
-        if len(set(values.values())) > 1:
-            raise ConfigError(f"{key} differs between variants ({values}); set one value for all with --set")
-    return variants
-
-
-def pin_variants(variants: Sequence[Variant], out: Path) -> list[Variant]:
-    """Name the commits of models of the hub that the experiment in `out` began with, in all variants."""
-    first = variants[0].config
-    pins = pin_teachers(first, out)
-    if not (out / PINS).exists():
-        write_pins(out, pins)
-    named = {"teacher": first.teacher, "teacher_base": first.teacher_base}
-    changed = {key: pins[value] for key, value in named.items() if value is not None and pins[value] != value}
-    sets = [f"{key}={value}" for key, value in changed.items()]
-    return [
-        replace(each, config=each.config.model_copy(update=changed), overrides=(*each.overrides, *sets))
-        for each in variants
-    ]
-
-
-def check_folder(out: Path) -> None:
-    """Raise OutputError if the output would replace a file of another program."""
-    for name in ("compare.json", "compare.md"):
-        check_replaceable(out / name, "distill compare")
-    check_replaceable(out / "compare.png")
 
 
 def share_caches(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
@@ -202,16 +130,16 @@ class ExperimentResult:
         return {**teacher, "runs": runs, **{state: reasons for state, reasons in without.items() if reasons}}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: the teacher, then each run with its cost."""
+        """Header and rows: a cost or metric per row; the teacher and each run are the columns."""
         cells = self.measured.cells
-        names = list(next(iter(cells.values()), {}))
-        rows = [["teacher", "-", "-", "-", *cells["teacher"].values()]] if "teacher" in cells else []
+        columns = {"teacher": cells["teacher"]} if "teacher" in cells else {}
         for name, cost in self.costs.items():
-            values = cells.get(name, {}).values()
-            rows.append([name, str(cost.images), f"{cost.seconds:.0f}", str(cost.exported), *values])
+            costs = {"images": str(cost.images), "seconds": f"{cost.seconds:.0f}", "exported": str(cost.exported)}
+            columns[name] = costs | cells.get(name, {})
         for state, reasons in (("diverged", self.diverged), ("failed", self.failed)):
-            rows += [[name, state, *["-"] * (2 + len(names))] for name in reasons]
-        return ["", "images", "seconds", "exported", *names], rows
+            columns |= {name: {"images": state} for name in reasons}
+        names = ["images", "seconds", "exported", *next(iter(cells.values()), {})]
+        return ["", *columns], [[name, *(values.get(name, "-") for values in columns.values())] for name in names]
 
     def save(self, out: Path, record: Mapping[str, Any]) -> None:
         """Write `compare.json`, `compare.md` and `compare.png`; `record` holds the command and the budget."""
@@ -297,7 +225,7 @@ def _measure(
         return Measurements()
     found = compare_students(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
     metrics: dict[str, dict[str, Any]] = {**found.as_dict()}
-    cells = {model: {name: f"{value:.4g}" for name, value in values.items()} for model, values in metrics.items()}
+    cells = {model: {name: rounded(value) for name, value in values.items()} for model, values in metrics.items()}
     return Measurements(metrics, cells, features, note)
 
 

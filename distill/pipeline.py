@@ -7,7 +7,6 @@ images = pipeline(["a red circle", "a blue star"], seeds=[1, 2])  # uint8 (2, H,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
@@ -16,96 +15,28 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
 from torch import Tensor
 
-from distill.errors import ConfigError, DivergedError, SizeError, TeacherError
+from distill.errors import ConfigError, DivergedError, SizeError
 from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
 from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
-from distill.models.sd3_files import FORMAT, RECORD, read_json
+from distill.models.sd3_files import RECORD
 from distill.models.sd3_folder import SD3Folder
 from distill.models.small_decoder import DECODER, load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
+from distill.options import SHIPPED_STUDENT as SHIPPED_STUDENT
 from distill.options import DecoderChoice
 from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
 from distill.student.adapters import Merger, read_adapter
 from distill.student.cuda_graphs import CudaGraphed
+from distill.student.spec import OneStepSpec as OneStepSpec
+from distill.student.spec import read_record
+from distill.student.spec import read_student as read_student
 
-SHIPPED_STUDENT = Path(__file__).parent / "worlds" / "scenes" / "weights" / "student"
 COMPILED_FORMS = 64  # of transformer blocks: three kinds of blocks, each batch and image size
-
-
-@dataclass(frozen=True)
-class OneStepSpec:
-    """Describe a student, from its folder's `onestep.json`."""
-
-    name: str
-    digest: str
-    sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels, the native one first
-    latent_channels: int
-    vae_scale_factor: int
-    patch_size: int
-    token_limit: int  # CLIP tokens of a prompt, with start and end token; longer prompts are truncated
-    max_sequence_length: int  # T5 tokens
-    teacher: str
-    method: str
-    images_seen: int
-    created: int  # Unix time in seconds, of the record
-    any_step: bool = False  # whether it also generates in several steps, with better images
-    has_t5: bool = False
-    decoder: Literal["full", "small"] = "full"  # that it is used with by default
-    small_decoder: str | None = None  # digest of the small decoder in its folder
-
-    @property
-    def image_tokens(self) -> int:
-        """Return the transformer's tokens for an image of the native size."""
-        width, height = self.sizes[0]
-        return width * height // (self.vae_scale_factor * self.patch_size) ** 2
-
-    def check_steps(self, steps: int) -> None:
-        """Raise ConfigError unless the student supports this number of steps: 1, or any for an any-step student."""
-        if steps < 1 or (steps > 1 and not self.any_step):
-            supported = "any number of steps from 1" if self.any_step else "one step; set steps to 1"
-            raise ConfigError(f"{self.name} makes images in {supported}, not {steps}")
-
-
-def read_student(folder: Path | str) -> OneStepSpec:
-    """Check a student folder and read its record. Raises TeacherError if it is missing, incomplete or no student."""
-    return _read_record(SD3Folder.read(folder))
-
-
-def _read_record(folder: SD3Folder) -> OneStepSpec:
-    """A student folder's record. Raises TeacherError for a folder that is no student."""
-    path = folder.path / RECORD
-    record = read_json(path) if path.exists() else {}
-    if "start_time" not in record:
-        raise TeacherError(f"{folder.path} is a teacher, not a one-step student; distill it with `distill run` first")
-    if record["start_time"] != 1.0 or record.get("format") != FORMAT:
-        raise TeacherError(f"{path} is of another format; export the student again with this version")
-    try:
-        small = record.get("decoder") or {}
-        return OneStepSpec(
-            name=str(record["name"]),
-            digest=folder.digest,
-            sizes=tuple((int(width), int(height)) for width, height in record["sizes"]),
-            latent_channels=folder.latent_channels,
-            vae_scale_factor=folder.vae_scale_factor,
-            patch_size=folder.patch_size,
-            token_limit=folder.clip_length,
-            max_sequence_length=int(record["max_sequence_length"]),
-            teacher=str(record["teacher"]),
-            method=str(record["method"]),
-            images_seen=int(record["images_seen"]),
-            created=int(path.stat().st_mtime),
-            any_step=bool(record.get("any_step", False)),
-            has_t5=folder.has_t5,
-            decoder="small" if small.get("default") == "small" else "full",
-            small_decoder=str(small["digest"]) if small else None,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TeacherError(f"{path} lacks or garbles {error}; export the student again") from None
 
 
 class OneStepPipeline:
@@ -182,7 +113,7 @@ class OneStepPipeline:
         support.
         """
         read = SD3Folder.read(folder)
-        spec = _read_record(read)
+        spec = read_record(read)
         device = torch.device(device)
         if isinstance(options, RuntimeOptions):
             choice = runtime.unmeasured(options, device, spec.sizes, spec.image_tokens)

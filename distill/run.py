@@ -9,6 +9,7 @@ the end `student/`. The same call resumes a run.
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar, cast
@@ -22,6 +23,7 @@ from distill.data.embedding_cache import EmbedProgress
 from distill.data.image_cache import EncodeProgress
 from distill.evaluate.references import ReferenceProgress
 from distill.models.device import fast_bfloat16
+from distill.models.sd3_folder import SD3Folder
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
@@ -31,11 +33,13 @@ from distill.training import checkpoint
 from distill.training.accelerator import accelerator_for, check, mesh
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
-from distill.training.preparation import check_run, has_checkpoint, latent_shapes, open_pinned, pin_teachers, prepare
+from distill.training.preparation import check_run, prepare
 from distill.training.processes import wait_for_main
 from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
+from distill.training.run_teacher import latent_shapes, open_pinned, pin_teachers
+from distill.training.state_folders import has_checkpoint
 from distill.training.trainer import Progress, train
 
 _Value = TypeVar("_Value", bool, dict[str, str])
@@ -44,13 +48,25 @@ if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be
     from distill import worlds  # noqa: F401  registers their sources
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What the run does before its next progress, for people: sampling or evaluating the student."""
+
+    name: str
+
+
 def run(
-    config: RunConfig, out: Path, machine: Accelerator, seconds: float | None = None
-) -> Generator[RunEstimate | EmbedProgress | EncodeProgress | ReferenceProgress | Progress]:
+    config: RunConfig,
+    out: Path,
+    machine: Accelerator,
+    seconds: float | None = None,
+    teacher: SD3Folder | None = None,
+) -> Generator[RunEstimate | EmbedProgress | EncodeProgress | ReferenceProgress | Activity | Progress]:
     """Distill to the budget and export the student to `out/student`; resume what is there, and skip a finished run.
 
     All processes of a run call this. The main process also yields what an unfinished run needs, and the progress of
-    encoding and of sampling the teacher. `seconds` of training are a budget in place of `config.images`. Close the
+    encoding and of sampling the teacher. `seconds` of training are a budget in place of `config.images`. `teacher` is
+    the run's teacher if it was opened already. Close the
     generator to interrupt the run, after `progress.save()` to keep what was trained since the last checkpoint. Raises
     what `check_run` raises, ClaimedError while another process writes to the folder, OutputError if its disk is too
     small, CacheError if the sources have changed, and DivergedError.
@@ -60,7 +76,7 @@ def run(
     clock = WallClock(out)
     # 1. check, before the folder is made
     pins = _from_main(pin_teachers(config, out) if main else {})
-    teacher = open_pinned(config, pins)
+    teacher = teacher or open_pinned(config, pins)
     if main:
         check_run(config, out, teacher)
     with run_lock(out) if main else nullcontext():
@@ -132,6 +148,8 @@ def run(
             for progress in () if stops else rounds:
                 seen = progress.images
                 if callback is not None:
+                    if main and (due := callback.due(progress)):
+                        yield Activity(" and ".join(due))
                     callback(progress)
                 wait_for_main(machine)
                 if main and progress.metrics:

@@ -4,6 +4,7 @@ from service.signals import exit_on_signals
 
 exit_on_signals()  # before the other imports: a container may be stopped while they run
 
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ from service.commands import keys, models
 from service.errors import StartError
 
 if TYPE_CHECKING:
+    import socket
+
     from service.settings import Settings
 
 # Keep the libraries' progress bars and notices out of the log, also in worker processes.
@@ -33,15 +36,33 @@ Setting = Annotated[
     typer.Option("--set", help="Any setting, for example engine.max_batch=8. Repeatable. Lists are JSON."),
 ]
 
-app = typer.Typer(help="Serve one-step students over REST.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"flow-generator-matching {version('flow-generator-matching')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve one-step students over REST."""
 
 
 @app.command()
 def serve(
     model: Annotated[
-        list[Path] | None, typer.Option(help="Student folder. Repeatable; the first is the default model.")
+        list[str] | None,
+        typer.Option(help="Student folder, or NAME=FOLDER. Repeatable; the first is the default model."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [8000]; 0 picks a free one.")] = None,
@@ -68,13 +89,7 @@ def serve(
     SERVICE_ENGINE__MAX_BATCH=8, or in a TOML file. At SIGTERM the server answers the accepted requests, then exits. A
     second signal ends it at once.
     """
-    import logging
-    from concurrent.futures import ThreadPoolExecutor
-
-    from uvicorn.config import STARTUP_FAILURE
-
-    from service.engine.launch import worker_processes
-    from service.http.graceful_server import GracefulServer, uvicorn_config
+    from service.http.address import bind
     from service.observability.logs import configure
     from service.settings import read_settings
 
@@ -89,32 +104,60 @@ def serve(
         "jobs.devices": job_devices,
     }
     settings = read_settings(_given(given, setting), config)
-    _check_keys(settings)
+    needs_key, names = _needs_key(settings), ", ".join(settings.students())
+    with contextlib.ExitStack() as listening:
+        sockets = [listening.enter_context(each) for each in bind(settings.http.host, settings.http.port)]
+        configure(settings.observability.log_format, settings.observability.log_level)
+        _serve(settings, sockets, names, needs_key)
+
+
+def _serve(settings: "Settings", sockets: "list[socket.socket]", names: str, needs_key: bool) -> None:
+    """Load the models, serve until a signal, and end the process. Raises StartError if the server cannot start."""
+    import logging
+    from concurrent.futures import ThreadPoolExecutor
+
+    from service.engine.launch import worker_processes
+
+    log = logging.getLogger("service")
     workers = worker_processes(settings)
+    log.info("loading %s on %s", names, ", ".join(workers.devices))
+    for line in settings.lines():
+        log.info("setting %s", line)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(workers.start)  # before the server, so that an invalid folder gives a one-line error
+        from uvicorn.config import STARTUP_FAILURE
+
         from service.app import create_app  # takes a second, while the workers load their models
+        from service.http.graceful_server import GracefulServer, uvicorn_config
 
         served = create_app(settings, workers)
         if served.state.jobs:
             served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
-        ready = starting.result()[0].ready
-    settings.check_aliases([loaded.info.name for loaded in ready.models])
-    configure(settings.observability.log_format, settings.observability.log_level)
-    for line in settings.lines():
-        logging.getLogger("service.settings").info(line)
-    server = GracefulServer(uvicorn_config(served, settings))
-    server.run()
-    if not server.started:
-        sys.exit(STARTUP_FAILURE)
+        started = starting.result()
+    settings.check_aliases([loaded.info.name for loaded in started[0].ready.models])
+
+    def announce() -> None:
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        devices = ", ".join(dict.fromkeys(worker.device for worker in started))
+        keys = "an API key is required" if needs_key else "no API key is required"
+        served_names = ", ".join(loaded.info.name for loaded in started[0].ready.models)
+        log.info("serving %s on %s at %s; %s", served_names, devices, url, keys)
+
+    server = GracefulServer(uvicorn_config(served, settings), announce)
+    try:
+        server.run(sockets)
+    except OSError as error:  # another process took the address while the models were loaded
+        log.error("%s:%s cannot be used: %s", settings.http.host, settings.http.port, error.strerror)
     logging.shutdown()
-    os._exit(0)  # Python would wait for every thread, also for one that hangs on a store or a disk
+    # Python would wait for every thread, also for one that hangs on a store or a disk.
+    os._exit(0 if server.started else STARTUP_FAILURE)
 
 
 @app.command()
 def profile(
     out: Annotated[Path, typer.Argument(help="Folder of the profiles; engine.profiles_folder of the server.")],
-    model: Annotated[list[Path] | None, typer.Option(help="Student folder. Repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Student folder, or NAME=FOLDER. Repeatable.")] = None,
     devices: Annotated[str | None, typer.Option("--devices", "--device", help="As for `serve`.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Largest batch to measure [16].")] = None,
     config: Config = None,
@@ -140,6 +183,7 @@ def profile(
         "engine.profiles_folder": out,
     }
     settings = read_settings(_given(given, setting), config)
+    settings.students()
     workers = worker_processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:
@@ -169,8 +213,6 @@ def bench(
 
         fgm-service bench --url http://127.0.0.1:8000 --key fgm-...
     """
-    import contextlib
-
     from service.commands.bench import free_port, measure_engine, measure_server, read_metrics, running_server
     from service.settings import read_settings
 
@@ -233,7 +275,7 @@ def ray(
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
     settings = read_settings(_given({}, setting), config)
-    _check_keys(settings)
+    _needs_key(settings)
     check_settings(settings, address)
     from service.ray import cluster
 
@@ -265,15 +307,15 @@ def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> di
     return nested
 
 
-def _check_keys(settings: "Settings") -> None:
-    """Raise StartError if the server would be open to other machines without API keys."""
+def _needs_key(settings: "Settings") -> bool:
+    """Whether requests need an API key. Raises StartError if other machines would need none."""
     from service.http.keys import KeyFile
     from service.http.origins import is_loopback
 
     http = settings.http
     stored = KeyFile(http.keys_file).read_at_start() if http.keys_file else ()
     if http.api_keys or stored:
-        return
+        return True
     if http.open_to_all and http.keys_file:
         raise StartError(
             f"{http.keys_file} (http.keys_file) has no key, and http.open_to_all would let everyone in without one; "
@@ -284,6 +326,7 @@ def _check_keys(settings: "Settings") -> None:
             f"http.host {http.host} is reachable from other machines and there is no API key; make one with "
             "`fgm-service keys create` and pass its file with --keys-file, or pass --open-to-all"
         )
+    return http.keys_file is not None  # a file without keys admits nobody
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from service.errors import InvalidRequest
+from service.settings import MODEL_NAME
 
 # Fields that a server may ignore: the images are those of a request without them.
 IGNORABLE_FIELDS = {"quality", "style", "background", "moderation", "output_compression", "partial_images"}
@@ -221,7 +222,7 @@ class RealtimeRequest(ImageRequest):
 
 
 _Folder = Annotated[str, Field(min_length=1, max_length=255)]
-_ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+_ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
 
 
 class StudentToLoad(RequestModel):

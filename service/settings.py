@@ -3,10 +3,12 @@
 import base64
 import difflib
 import ipaddress
+import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -20,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     TypeAdapter,
     ValidationError,
@@ -27,7 +30,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
-from distill.options import RuntimeOptions
+from distill.options import SHIPPED_STUDENT, RuntimeOptions
 from service.errors import StartError
 from service.http.keys import KEY_CHARACTERS, check_token
 from service.observability.logs import LogFormat
@@ -35,6 +38,7 @@ from service.observability.logs import LogFormat
 SHIPPED_TEACHER = "scenes"  # what `distill run` calls it, and its preset
 HUB_MODEL = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)  # owner/name or owner/name@revision
 PREFIX = "SERVICE_"  # of environment variables
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"  # pattern of a model's name
 COMMAND_VARIABLES = ("SERVICE_CONFIG", "SERVICE_KEY")  # variables for options of commands, which are not settings
 # What Kubernetes sets for Services named `service` or `service-...`, as NAME=VALUE: SERVICE_PORT=tcp://10.0.0.1:80,
 # SERVICE_PORT_80_TCP_ADDR=10.0.0.1, SERVICE_SERVICE_HOST=10.0.0.1, SERVICE_API_SERVICE_PORT_HTTP=80
@@ -65,6 +69,35 @@ _Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), _checked_by(TypeAd
 _Network = Annotated[str, _checked_by(lambda text: text == "*" or ipaddress.ip_network(text))]
 _ApiKey = Annotated[SecretStr, _checked_by(lambda key: check_token(key.get_secret_value()))]
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+")
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student folder, and the name that it is served by; None is the student's own."""
+
+    folder: Path
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.name is None else f"{self.name}={self.folder}"
+
+
+def _student(given: Any) -> Any:
+    """Read `FOLDER` or `NAME=FOLDER`. A folder with an equals sign in its own name is given as ./a=b."""
+    if not isinstance(given, str | Path):
+        return given
+    name, equals, folder = str(given).partition("=")
+    if not equals or "/" in name:
+        return Student(Path(given).absolute())
+    if not re.fullmatch(MODEL_NAME, name) or not folder:
+        raise ValueError(
+            f"{given!s} is no NAME=FOLDER: a name has at most 128 letters, digits and . _ : -, and begins with a "
+            "letter or digit"
+        )
+    return Student(Path(folder).absolute(), name)
+
+
+_Student = Annotated[Student, BeforeValidator(_student), PlainSerializer(str)]
 
 
 def _teacher(text: str) -> str:
@@ -212,7 +245,7 @@ class ObservabilitySettings(_Group):
     """Logs and traces."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: LogFormat = "json"
+    log_format: LogFormat | Literal["auto"] = "auto"  # auto: text on a terminal, else json
     log_prompts: bool = False  # in the log line of every valid request
     otlp_endpoint: _Url | None = None  # base URL of an OpenTelemetry collector; none makes no traces
 
@@ -222,7 +255,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
-    models: tuple[_Path, ...] = ()  # student folders, the first is the default; none is the student that ships
+    models: tuple[_Student, ...] = ()
+    # student folders, or name=folder; the first is the default; none is the student that ships
     models_folder: _Path | None = None  # students and adapters in it may be loaded at run time
     aliases: dict[str, str] = {}  # further names of models: {"gpt-image-1": "scenes-student"}
     data: _DataFolder = Field(default_factory=_state_folder)  # `none` keeps nothing
@@ -233,6 +267,23 @@ class Settings(BaseSettings):
     jobs: JobSettings = JobSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
 
+    def students(self) -> list[str]:
+        """Return the names of `models`, or of the shipped student. Reads no weights.
+
+        Raises StartError for a folder that is no student, and for two students of one name.
+        """
+        found: dict[str, Student] = {}
+        for student in self.models or (Student(SHIPPED_STUDENT),):
+            own = _own_name(student.folder)
+            name = student.name or own
+            if name in found:
+                raise StartError(
+                    f"models: {found[name].folder} and {student.folder} are both named {name!r}; give one of them "
+                    "another name, as --model NAME=FOLDER"
+                )
+            found[name] = student
+        return [*found]
+
     def check_aliases(self, models: Collection[str]) -> None:
         """Raise StartError for an alias of a model that is not loaded."""
         for alias, name in self.aliases.items():
@@ -240,9 +291,26 @@ class Settings(BaseSettings):
                 raise StartError(f"aliases: {alias!r} stands for {name!r}, which is not loaded; there are {[*models]}")
 
     def lines(self) -> list[str]:
-        """Return every setting as `key = value`, secrets masked."""
-        values = self.model_dump(mode="json")
-        return [f"{key} = {reduce(getitem, key.split('.'), values)}" for key in keys()]
+        """Return the settings that differ from their defaults as `key = value`, secrets masked."""
+        own, defaults = self.model_dump(mode="json"), type(self).model_construct().model_dump(mode="json")
+        found = []
+        for key in keys():
+            value, default = (reduce(getitem, key.split("."), values) for values in (own, defaults))
+            if value != default:
+                found.append(f"{key} = {value}")
+        return found
+
+
+def _own_name(folder: Path) -> str:
+    """Return the name in a student's record."""
+    if not folder.is_dir():
+        raise StartError(f"model {folder}: there is no such folder; give the folder of a student")
+    try:
+        return str(json.loads((folder / "onestep.json").read_text(encoding="utf-8"))["name"])
+    except FileNotFoundError:
+        raise StartError(f"model {folder}: it has no onestep.json; give the folder of a student") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StartError(f"{folder / 'onestep.json'} is no student's record ({error}); export it again") from None
 
 
 class _Environment(EnvSettingsSource):

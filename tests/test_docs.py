@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -23,10 +24,10 @@ from typer.testing import CliRunner
 
 from distill import cli as distill_cli
 from distill.config import load_config
-from distill.experiments import read_variants
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.student.export import export_student
+from distill.variants import read_variants
 from service import cli as service_cli
 from service.schemas import ImageRequest
 
@@ -196,13 +197,20 @@ def serving(*words: str, port: int) -> Iterator[None]:
         except httpx.TransportError:
             return False
 
-    server = subprocess.Popen([sys.executable, "-m", "service.cli", *words, "--port", str(port)])
-    try:
-        until(server, ready)
-        yield
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen([sys.executable, "-m", "service.cli", *words, "--port", str(port)], stderr=log)
+        try:
+            until(server, ready)
+            yield
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0
+        log.seek(0)
+        lines = [json.loads(line) for line in log]  # nothing of a library is between them
+    messages = [line["message"] for line in lines if line["logger"] == "service"]
+    name = messages[0].removeprefix("loading ").removesuffix(" on cpu")
+    assert f"serving {name} on cpu at http://127.0.0.1:{port}; no API key is required" in messages
+    assert {line["level"] for line in lines} == {"info"}
 
 
 @by_page

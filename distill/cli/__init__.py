@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import typer
 
 from distill.cli import caches, cifar10, compare, decoder, evaluate, fetch, generate, jobs, plan, run, runs, scenes
+from distill.cli.options import Version
 from distill.errors import ClaimedError, DistillError
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
@@ -20,11 +21,17 @@ for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
-    help="Distill a Stable Diffusion 3 teacher into a one-step student.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+@app.callback()
+def _common(version: Version = False) -> None:
+    """Distill a Stable Diffusion 3 teacher into a one-step student."""
+
+
 app.command()(scenes.teacher)
 app.command()(fetch.fetch)
 app.command()(run.run)

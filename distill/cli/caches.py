@@ -45,17 +45,21 @@ def embed(
     A repeated prompt is encoded once. Run the same command again to resume: complete files are kept if the source still
     begins with their prompts.
     """
+    from distill.config import Prompts
+    from distill.data.prompts import read_prompts
+    from distill.models.teacher import open_teacher
+    from distill.training.preflight import check_source
+
+    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
+    check_source(Prompts(source=prompts, column=column), read_prompts)
+
     from distill.cli.console import image_bar
     from distill.data.embedding_cache import embed_prompts
-    from distill.data.prompts import read_prompts
     from distill.models.device import resolve_device
-    from distill.models.teacher import open_teacher
     from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
-    # before the cache's folder is created
-    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
     with run_lock(out), image_bar("prompts", count) as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
@@ -87,17 +91,21 @@ def encode(
     the command fails if they are more than 10 and more than 1 %. Run the same command again to resume: complete files
     are kept if the source still begins with their images.
     """
+    from distill.config import RealImages
+    from distill.data.images import read_examples
+    from distill.models.teacher import open_teacher
+    from distill.training.preflight import check_source
+
+    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
+    check_source(RealImages(source=images, column=column), read_examples)
+
     from distill.cli.console import image_bar
     from distill.data.image_cache import SKIPPED, encode_examples
-    from distill.data.images import read_examples
     from distill.models.device import resolve_device
-    from distill.models.teacher import open_teacher
     from distill.training.run_lock import run_lock
 
     encoded = None
     where = resolve_device(device)
-    # before the cache's folder is created
-    folder = open_teacher(teacher, teacher_base).with_sequence_length(max_sequence_length)
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
             bar.update(encoded.images, {"skipped": encoded.skipped})

@@ -33,21 +33,10 @@ def compare(
     import shlex
     from dataclasses import replace
 
-    import torch
-
-    from distill.cli.console import image_bar, table
-    from distill.cli.console import out as console
     from distill.errors import ConfigError, DistillError, DivergedError, RunError
-    from distill.experiments import (
-        check_budget,
-        check_folder,
-        evaluate_variants,
-        pin_variants,
-        read_variants,
-        share_caches,
-    )
-    from distill.models.device import resolve_device
-    from distill.training.preparation import read_config
+    from distill.models.teacher import is_single_file
+    from distill.training.run_teacher import read_config, read_teacher
+    from distill.variants import check_folder, pin_variants, read_variants
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one of them")
@@ -60,10 +49,20 @@ def compare(
     words += ["--images", str(images)] if images else ["--seconds", f"{seconds:g}"] if seconds else []
     words += [] if decoder == "auto" else ["--decoder", decoder]
     words += ["--per-task", str(per_task), "--steps", str(steps), "--seed", str(seed)]
-    where = resolve_device("auto")
     planned = read_variants(variants, config, overrides or [], images)
     check_folder(out)
     planned = pin_variants(planned, out)
+    if not is_single_file(planned[0].config.teacher, planned[0].config.teacher_base):
+        read_teacher(planned[0].config, out)  # the same for all
+
+    import torch
+
+    from distill.cli.console import image_bar, table
+    from distill.cli.console import out as console
+    from distill.experiments import check_budget, evaluate_variants, share_caches
+    from distill.models.device import resolve_device
+
+    where = resolve_device("auto")
     finished, diverged, failed = [], {}, {}
     for variant in planned:
         try:

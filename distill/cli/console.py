@@ -26,6 +26,7 @@ _bars = Console(stderr=True, soft_wrap=True)  # standard output holds results on
 
 # Metrics with progress; `kernel` and so on are of evaluations
 SHOWN = ("gap", "flow_matching", "regression", "residual", "overall", "kernel", "frechet", "diversity", "clip_score")
+_METRICS_WIDTH = 24  # characters of a bar that fits 100 columns
 EVERY = 30.0  # seconds between two lines without a terminal
 
 
@@ -58,15 +59,16 @@ def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]"
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         _Speed(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
+        TextColumn("{task.fields[activity]}"),
         TextColumn("{task.fields[metrics]}"),
     )
     with Progress(*columns, console=_bars, speed_estimate_period=60) as progress:
-        yield ImageBar(progress, progress.add_task(what, total=total, metrics=""))
+        yield ImageBar(progress, progress.add_task(what, total=total, metrics="", activity=""))
 
 
 def working(what: str) -> Status:
@@ -95,12 +97,18 @@ class ImageBar:
 
     def update(self, seen: int, metrics: Mapping[str, float] | None = None, total: int | None = None) -> None:
         """Set the number of images done, the metrics shown and the total; None leaves them unchanged."""
-        fields: dict[str, Any] = {"metrics": _format(metrics)} if metrics else {}
+        fields: dict[str, Any] = {"metrics": _fitting(metrics, _METRICS_WIDTH)} if metrics else {}
+        fields["activity"] = ""
         self._progress.update(self._task, completed=seen, total=total, **fields)
 
     def advance(self, images: int) -> None:
         """Add to the number of images done."""
         self._progress.advance(self._task, images)
+
+    def show(self, activity: str) -> None:
+        """Say what goes on until the next update."""
+        self._progress.update(self._task, activity=f"({activity})", metrics="")
+        self._progress.refresh()
 
     def print(self, note: str) -> None:
         """Print a permanent line, above the bar."""
@@ -134,6 +142,9 @@ class ImageLines:
         """Add to the number of images done."""
         self.update(self._seen + images)
 
+    def show(self, activity: str) -> None:
+        """Write nothing: without a terminal, the next line tells that time has passed."""
+
     def end(self) -> None:
         """Write the last line, with the overall speed, if there was progress that no line shows."""
         if self._start is not None and (self._seen != self._shown[1] or self._shown is self._start):
@@ -153,6 +164,12 @@ class ImageLines:
 
 def _format(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+
+
+def _fitting(metrics: Mapping[str, float], width: int) -> str:
+    """Format the first metrics, as many as fit `width` characters, and at least one."""
+    count = next((n for n in range(len(metrics), 1, -1) if len(_format(dict(list(metrics.items())[:n]))) <= width), 1)
+    return _format(dict(list(metrics.items())[:count]))
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

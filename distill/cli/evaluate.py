@@ -72,22 +72,33 @@ def evaluate(
     if not all(part.strip().isdecimal() and int(part) for part in counts):
         raise typer.BadParameter(f"{teacher_steps!r} is not a list of step counts such as 1,4,28")
 
-    from distill.cli.console import image_bar, out, table
+    from distill.data.prompts import read_prompts
     from distill.data.sources import EVAL_DATASETS
     from distill.errors import ConfigError
-    from distill.evaluate.base import FEATURES
-    from distill.evaluate.sampler import Sampling, StudentModel
-    from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.files import check_replaceable
     from distill.methods.policies import TeacherGuidance
-    from distill.models.device import resolve_device
     from distill.models.teacher import open_teacher
-    from distill.pipeline import SHIPPED_STUDENT
-    from distill.report.grid import save_png
+    from distill.options import SHIPPED_STUDENT
+    from distill.student.spec import read_student
 
     check_replaceable(picture)
     folder = open_teacher(teacher, teacher_base)
     guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
+    read_student(student or SHIPPED_STUDENT).check_steps(student_steps)
+    if prompts is None and clip is not None:
+        raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
+    if prompts is None and "scenes" not in EVAL_DATASETS:
+        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
+    if prompts is not None:
+        next(read_prompts(str(prompts)), None)
+
+    from distill.cli.console import image_bar, out, table
+    from distill.evaluate.base import FEATURES
+    from distill.evaluate.sampler import Sampling, StudentModel
+    from distill.evaluate.side_by_side import Comparison, ratio_table
+    from distill.models.device import resolve_device
+    from distill.report.grid import save_png
+
     others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
     samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
     where = resolve_device(device)
@@ -104,10 +115,6 @@ def evaluate(
             picture, as_json,
         )  # fmt: skip
         return
-    if clip is not None:
-        raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
-    if "scenes" not in EVAL_DATASETS:
-        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
     dataset = EVAL_DATASETS["scenes"]()
     comparison = Comparison(folder, students, samplings, dataset, where, student_steps)
     splits = ("held-out", "seen") if split == "both" else (split,)
@@ -206,21 +213,27 @@ def geneval(
 
     Run the same command again to resume, also with more images per prompt.
     """
+    from distill.errors import ConfigError
+    from distill.student.spec import read_student
+
+    if (student is None) == (teacher is None):
+        raise ConfigError("give either --student or --teacher")
+    if student is not None:
+        read_student(student)
+    folder = open_given_teacher(teacher, teacher_base)
+
     from functools import partial
 
     from distill.cli.console import image_bar
-    from distill.errors import ConfigError
     from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts
     from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
     from distill.methods.policies import TeacherGuidance
     from distill.models.device import resolve_device
     from distill.pipeline import OneStepPipeline
 
-    if (student is None) == (teacher is None):
-        raise ConfigError("give either --student or --teacher")
     metadata = read_geneval_prompts(prompts)
     where = resolve_device(device)
-    if (folder := open_given_teacher(teacher, teacher_base)) is None:
+    if folder is None:
         pipeline = OneStepPipeline.load(cast(Path, student), where)
         generate, digest = student_sampler(pipeline), pipeline.spec.digest
         sampling = Sampling(1, TeacherGuidance(scale=1))

@@ -57,17 +57,12 @@ def generate(
     File names contain index and seed; the files hold prompt and seed as text. The same prompt and seed give the same
     image.
     """
-    from functools import partial
     from itertools import cycle, islice
 
-    from distill.cli.console import image_bar
     from distill.data.prompts import read_prompts
     from distill.errors import ConfigError, PromptError
-    from distill.evaluate.base import Generate
-    from distill.evaluate.generate import generate_images
-    from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, student_sampler
-    from distill.models.device import resolve_device
-    from distill.pipeline import SHIPPED_STUDENT
+    from distill.options import SHIPPED_STUDENT
+    from distill.student.spec import read_student
 
     if student is not None and teacher is not None:
         raise ConfigError("--student and --teacher are both given; give one of them")
@@ -77,15 +72,27 @@ def generate(
     if not texts:
         raise PromptError("there are no prompts; give prompts or --file")
     texts = list(islice(cycle(texts), count or len(texts)))
+    folder = open_given_teacher(teacher, teacher_base)
+    if folder is None:
+        read_student(student or SHIPPED_STUDENT).check_steps(steps or 1)
+    else:
+        guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
+
+    from functools import partial
+
+    from distill.cli.console import image_bar
+    from distill.evaluate.base import Generate
+    from distill.evaluate.generate import generate_images
+    from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, student_sampler
+    from distill.models.device import resolve_device
+
     where = resolve_device(device)
-    if (folder := open_given_teacher(teacher, teacher_base)) is not None:
-        sampling = Sampling(steps or TEACHER_STEPS, teacher_guidance(folder, guidance, skip_layers, skip_scale))
+    if folder is not None:
         sampler = TeacherSampler(folder, where)
-        generate_batch: Generate = partial(sampler.generate, sampling)
+        generate_batch: Generate = partial(sampler.generate, Sampling(steps or TEACHER_STEPS, guided))
         truncated = sampler.truncated
     else:
         pipeline = StudentModel(student or SHIPPED_STUDENT, decoder_choice(decoder)).load(where)
-        pipeline.spec.check_steps(steps or 1)
         generate_batch, truncated = student_sampler(pipeline, steps or 1), pipeline.truncated
     with image_bar("images", len(texts)) as bar:
         for done in generate_images(generate_batch, texts, seed, batch, out, grid):

@@ -11,10 +11,9 @@ from distill.cli.options import Seconds
 if TYPE_CHECKING:
     from distill.cli.remote import JobsClient
 
-Server = Annotated[str, typer.Option("--server", envvar="DISTILL_SERVER", help="Address of the server.")]
-ServerKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="DISTILL_API_KEY", help="API key with the scope jobs, if the server needs one."),
+Url = Annotated[str, typer.Option(envvar="DISTILL_URL", help="URL of the server.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="DISTILL_KEY", help="API key with the scope jobs, if the server requires keys.")
 ]
 LOOPBACK = "http://127.0.0.1:8000"
 
@@ -32,8 +31,8 @@ def submit(
     suffix: Annotated[str | None, typer.Option(help="Part of the student's name, ft:TEACHER:SUFFIX:ID.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: random.", min=0)] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show progress until the job ends.")] = False,
-    server: Server = LOOPBACK,
-    api_key: ServerKey = None,
+    url: Url = LOOPBACK,
+    key: Key = None,
 ) -> None:
     """Create a job on a server, which distills one of its teachers and then serves the student."""
     from distill.cli.remote import JobsClient
@@ -48,7 +47,7 @@ def submit(
         except (TypeError, ValueError):
             raise ConfigError(f"--set {override}: the value is neither text nor a finite number") from None
     distillation = {name: value for name, value in given.items() if value is not None}
-    with JobsClient(server, api_key) as client:
+    with JobsClient(url, key) as client:
         fields = {"model": teacher, "suffix": suffix, "seed": seed, "distillation": distillation}
         job = client.submit(prompts, fields)
         typer.echo(f"{job['id']} is {job['status']}; `distill logs {job['id']}` shows its progress.")
@@ -58,8 +57,8 @@ def submit(
 
 def jobs(
     limit: Annotated[int, typer.Option(help="Maximum number of jobs, newest first.", min=1, max=100)] = 20,
-    server: Server = LOOPBACK,
-    api_key: ServerKey = None,
+    url: Url = LOOPBACK,
+    key: Key = None,
 ) -> None:
     """List the distillation jobs of a server: id, status, images / budget, creation time, teacher, student."""
     import time
@@ -67,8 +66,10 @@ def jobs(
     from distill.cli.remote import JobsClient
     from distill.report.units import si
 
-    with JobsClient(server, api_key) as client:
+    with JobsClient(url, key) as client:
         found = client.jobs(limit)
+    if not found:
+        typer.echo(f"There are no jobs on {url}; `distill submit prompts.txt` creates one.")
     for job in found:
         seen = f"{si(job['images_seen'])} / {si(job['images_total'])}" if job["images_total"] else "-"
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
@@ -79,13 +80,13 @@ def jobs(
 def logs(
     job: Annotated[str, typer.Argument(help="Id of the job.")],
     follow: Annotated[bool, typer.Option("--follow", help="Show progress until the job ends.")] = False,
-    server: Server = LOOPBACK,
-    api_key: ServerKey = None,
+    url: Url = LOOPBACK,
+    key: Key = None,
 ) -> None:
     """Print the events of a job: progress, metrics, alarms."""
     from distill.cli.remote import JobsClient
 
-    with JobsClient(server, api_key) as client:
+    with JobsClient(url, key) as client:
         if follow:
             _follow(client, job)
             return
@@ -93,13 +94,11 @@ def logs(
             typer.echo(_line(event))
 
 
-def cancel(
-    job: Annotated[str, typer.Argument(help="Id of the job.")], server: Server = LOOPBACK, api_key: ServerKey = None
-) -> None:
+def cancel(job: Annotated[str, typer.Argument(help="Id of the job.")], url: Url = LOOPBACK, key: Key = None) -> None:
     """Cancel a job. Its training result is discarded."""
     from distill.cli.remote import JobsClient
 
-    with JobsClient(server, api_key) as client:
+    with JobsClient(url, key) as client:
         status = client.cancel(job)["status"]
     typer.echo(f"{job} is still running and will stop." if status == "running" else f"{job} is {status}.")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from distill import __version__
 from distill.errors import ConfigError
 from distill.options import DecoderChoice
 
@@ -19,6 +20,18 @@ TEACHER = "`scenes`, a folder or .safetensors file of Stable Diffusion 3, or a m
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 TEACHER_STEPS = 28  # of the published models
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if it is wanted."""
+    if wanted:
+        typer.echo(f"flow-generator-matching {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+]
 LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
 MOST = 10**10  # upper bound of options that count something
 

@@ -1,4 +1,4 @@
-"""`distill plan`: whether a distillation fits a device."""
+"""`distill plan`: whether a distillation fits a device, and what it costs."""
 
 import json
 from dataclasses import asdict
@@ -7,31 +7,56 @@ from typing import Annotated, Literal
 import typer
 
 from distill.cli.options import MOST, TEACHER, TeacherBase, finite
+from distill.plan.devices import DEVICES
+
+
+def _device(name: str) -> str:
+    if name not in DEVICES:
+        raise typer.BadParameter(
+            f"there is no {name!r}; take {', '.join(DEVICES)}, or give --device-memory and --tflops"
+        )
+    return name
+
+
+_WHAT = f"A preset or YAML file, sd3-medium, sd3.5-medium, sd3.5-large, {TEACHER}"
+_DEVICE = f"{', '.join(DEVICES)}: memory and peak TFLOP/s."
 
 
 def plan(
-    teacher: Annotated[str, typer.Argument(help=f"sd3-medium, sd3.5-medium, sd3.5-large, {TEACHER}")] = "sd3-medium",
+    what: Annotated[str, typer.Argument(help=_WHAT, metavar="PRESET_OR_TEACHER")] = "sd3-medium-lora",
     teacher_base: TeacherBase = None,
-    device_memory: Annotated[float, typer.Option(help="Device memory in GiB.", min=0, max=1e6, callback=finite)] = 80,
-    mode: Annotated[Literal["lora", "full"], typer.Option(help="lora: adapters on a base. full: copies.")] = "lora",
-    batch: Annotated[int, typer.Option(help="Images per forward pass, a run's `micro_batch`.", min=1, max=1 << 20)] = 4,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: native.", min=1)] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1, max=1 << 20)] = 64,
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the run.")] = "bf16",
-    method: Annotated[str, typer.Option(help="`method.name` of the run, with settings of the preset.")] = "fgm",
-    optimizer: Annotated[Literal["adam", "adam-8bit"], typer.Option(help="`optimizer.kind` of the run.")] = "adam",
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in the backward.")] = False,
+    device: Annotated[str, typer.Option(help=_DEVICE, callback=_device)] = "h100",
+    device_memory: Annotated[
+        float | None,
+        typer.Option(help="Device memory in GiB. Default: that of --device.", min=0, max=1e6, callback=finite),
+    ] = None,
+    mode: Annotated[
+        Literal["lora", "full"] | None, typer.Option(help="lora: adapters on a base. full: copies. [lora]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per forward pass, a run's `micro_batch`. [4]", min=1, max=1 << 20)
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels. [native]", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters. [64]", min=1, max=1 << 20)] = None,
+    dtype: Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Precision of the run. [bf16]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="`method.name` of the run, with settings of the preset. [fgm]")
+    ] = None,
+    optimizer: Annotated[
+        Literal["adam", "adam-8bit"] | None, typer.Option(help="`optimizer.kind` of the run. [adam]")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Compute blocks again in the backward. [no]"
+        ),
+    ] = None,
     reserve: Annotated[
         float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0, max=1e6, callback=finite)
     ] = 2,
     tflops: Annotated[
         float | None,
-        typer.Option(
-            help="Peak TFLOP/s; that of an H100 if not given: 989 in bf16, 67 in fp32.",
-            min=1e-6,
-            max=1e9,
-            callback=finite,
-        ),
+        typer.Option(help="Peak TFLOP/s. Default: that of --device.", min=1e-6, max=1e9, callback=finite),
     ] = None,
     utilization: Annotated[
         float | None,
@@ -42,45 +67,77 @@ def plan(
             callback=finite,
         ),
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="`networks.compile` of the run; for the speed.")] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="method.key=value, as for `distill run`; may be repeated.")
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="`networks.compile` of the run; for the speed. [no]")
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Distinct prompts of the run.", min=1, max=MOST)] = 1_000_000,
-    images: Annotated[int, typer.Option(help="Images of the run.", min=1, max=MOST)] = 1_000_000,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of the run; for a teacher, of its method only: method.key=value."),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Distinct prompts of the run. [1000000]", min=1, max=MOST)] = None,
+    images: Annotated[int | None, typer.Option(help="Images of the run. [1000000]", min=1, max=MOST)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Predict memory, arithmetic and speed of a distillation, and whether it fits a device.
+    """Predict memory, disk and hours of a distillation, and whether it fits a device.
 
-    Only configuration files are read: the real networks run the real training steps on tensors without data. This
-    takes a minute or two for SD3. Set the options as in the run: the presets of SD3 have --gradient-checkpointing.
+    A preset gives the defaults of all options; those in brackets are a teacher's. No weights are needed: the real
+    networks run the real training steps on tensors without data.
     """
+    from distill.config import RunConfig, is_preset, load_config
+    from distill.models.geometry import PUBLISHED, read_geometry
+
+    run: RunConfig | None = None
+    teacher = what
+    if is_preset(what):
+        given = {
+            "networks.kind": mode,
+            "networks.rank": rank,
+            "networks.gradient_checkpointing": gradient_checkpointing,
+            "networks.compile": compiled,
+            "optimizer.kind": optimizer,
+            "precision": dtype,
+            "method.name": method,
+            "prompts.max_count": prompts,
+            "images": images,
+        }
+        run = load_config(
+            what, [*(f"{key}={value}" for key, value in given.items() if value is not None), *(overrides or [])]
+        )
+        teacher, teacher_base = run.teacher, teacher_base or run.teacher_base
+        prompts, images = run.prompts.max_count, run.images
+        dtype, compiled = "fp32" if run.precision == "fp32" else "bf16", run.networks.compile
+    prompts, images, dtype = prompts or 1_000_000, images or 1_000_000, dtype or "bf16"
+    geometry = read_geometry(PUBLISHED.get(teacher, teacher), teacher_base)
+
     from distill.cli.console import out, table, working
-    from distill.models.geometry import read_geometry
-    from distill.plan.estimate import GIB, PEAK, UTILIZATION, changes_that_fit, plan_input
+    from distill.plan.estimate import GIB, UTILIZATION, changes_that_fit, plan_input, run_input
     from distill.plan.run_estimate import estimate_plan
 
-    geometry = read_geometry(teacher, teacher_base)
-    made = plan_input(
-        geometry,
-        mode,
-        rank,
-        gradient_checkpointing,
-        dtype,
-        batch,
-        size or geometry.image_size,
-        method,
-        optimizer,
-        prompts,
-        overrides or (),
-    )
-    available = int((device_memory - reserve) * GIB)
+    if run is not None:
+        made = run_input(geometry, run, batch, size)
+    else:
+        made = plan_input(
+            geometry,
+            mode or "lora",
+            rank or 64,
+            bool(gradient_checkpointing),
+            dtype,
+            batch or 4,
+            size or geometry.image_size,
+            method or "fgm",
+            optimizer or "adam",
+            prompts,
+            overrides or (),
+        )
+    known = DEVICES[device]
+    memory = known.memory if device_memory is None else device_memory
+    available = int((memory - reserve) * GIB)
     with working("planning, without data"):
         result = made.plan()
         fits = result.peak <= available
         changes = [] if fits else changes_that_fit(made, result, available)
     share = utilization or UTILIZATION["compiled" if compiled else "eager"]
-    rate = (tflops or PEAK[dtype]) * 1e12 * share
+    rate = (tflops or (known.bf16 if dtype == "bf16" else known.fp32)) * 1e12 * share
     speed = rate / result.flop_per_image
     estimate = estimate_plan(made, result, prompts, images, rate)
     if as_json:
@@ -91,11 +148,20 @@ def plan(
     rows = [(part, f"{size / GIB:.2f}") for part, size in result.parts().items()]
     rows += [(f"peak: {stage}", f"{size / GIB:.2f}") for stage, size in result.stages.items()]
     out.print(table(f"{geometry.name}, {result.parameters / 1e9:.2f} B parameters", ("", "GiB"), rows))
-    out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image; about {speed:.2f} images/s on such a device.")
+    planned = {
+        "mode": made.kind.kind if made.kind.kind == "full" else f"lora of rank {made.kind.rank}",
+        "batch": f"{made.batch} images of {made.size} pixels",
+        "optimizer": made.optimizer,
+        "gradient checkpointing": "on" if made.kind.gradient_checkpointing else "off",
+    }
+    out.print(f"Planned: {', '.join(f'{name} {value}' for name, value in planned.items())}.")
+    on = device if device_memory is None else "this device"
+    hours = f"{images} images take about {estimate.training_seconds / 3600:.3g} hours"
+    out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image, about {speed:.2f} images/s on {on}; {hours}.")
     out.print("\n".join(estimate.lines()))
     needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
     if fits:
-        out.print(f"It fits {device_memory:g} GiB: {needs}.")
+        out.print(f"It fits {memory:g} GiB: {needs}.")
     else:
-        enough = f"enough alone: {', or '.join(changes)}" if changes else "no single change is enough"
-        out.print(f"It does not fit {device_memory:g} GiB: {needs}; {enough}.")
+        enough = f"enough: {', or '.join(changes)}" if changes else "no change of these settings is enough"
+        out.print(f"It does not fit {memory:g} GiB: {needs}; {enough}.")

@@ -114,7 +114,7 @@ class JobsClient:
         except httpx2.TransportError as error:
             raise ServerUnavailableError(
                 f"no server answers at {self._url} ({error}); start one with `fgm-service serve`, or give another "
-                "address with --server"
+                "address with --url"
             ) from None
         try:
             body = response.json()

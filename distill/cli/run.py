@@ -1,6 +1,8 @@
 """`distill run` and `distill export`: a teacher into a one-step student."""
 
 import json
+import os
+import shlex
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +11,7 @@ import typer
 
 from distill.cli.options import Overrides, Seconds, TeacherBase, open_given_teacher
 from distill.cli.stopping import agreed, stop_signals, stopped
+from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError
 from distill.files import check_replaceable
 
@@ -19,9 +22,14 @@ if TYPE_CHECKING:
 def run(
     config: Annotated[str, typer.Argument(help="Preset (scenes-debug, scenes, sd3-medium-lora, ...) or YAML file.")],
     overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the student. Default: the teacher's, with -one-step.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET if not given.", file_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/NAME, or runs/PRESET without one.", file_okay=False)
+    ] = None,
 ) -> None:
     """Distill a teacher into a one-step student.
 
@@ -29,22 +37,48 @@ def run(
     a step and keeps what was learned (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
     Under `accelerate launch -m distill.cli run ...` it uses every process.
     """
-    import yaml
-
-    from distill.config import load_config
+    from distill.config import changes, load_config
 
     chosen = [] if method is None else [f"method.name={method}"]
+    chosen += [] if name is None else [f"name={name}"]
     resolved = load_config(config, [*chosen, *(overrides or [])])
-    folder = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+    preset = Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+    folder = out or Path("runs") / (resolved.name or preset)
+    lines = [f"{key} = {value}" for key, value in changes(load_config(config), resolved).items()]
+    heading = "\n".join([f"{preset}, with" if lines else f"{preset}, unchanged", *(f"  {line}" for line in lines)])
+    if run_with_bars(resolved, folder, heading, seconds):
+        typer.echo(next_steps(resolved, folder))
 
-    if run_with_bars(resolved, folder, yaml.safe_dump(resolved.as_dict(), sort_keys=False), seconds):
-        typer.echo(
-            f"The student is in {folder / 'student'}; `fgm-service serve --model {folder / 'student'}` serves it."
-        )
+
+def next_steps(config: "RunConfig", folder: Path) -> str:
+    """Commands for the student of a run: look at it, evaluate it, export it, serve it."""
+    student = folder / "student"
+    evaluate = ["distill", "evaluate", "--student", str(student)]
+    prompts = config.evaluation.prompts or config.prompts.source
+    if config.teacher not in EVAL_DATASETS:
+        evaluate += ["--teacher", config.teacher]
+        evaluate += ["--teacher-base", config.teacher_base] if config.teacher_base else []
+        evaluate += ["--prompts", prompts]
+    commands = {
+        "look": ["distill", "report", str(folder)],
+        "evaluate": evaluate,
+        "export": ["distill", "export", str(folder), "--single-file", str(folder / "student.safetensors")],
+        "serve": ["fgm-service", "serve", "--model", str(student)],
+    }
+    if "--prompts" in evaluate and not Path(prompts).is_file():
+        del commands["evaluate"]  # it takes a file
+    lines = [f"  {what:<10}{shlex.join(words)}" for what, words in commands.items()]
+    return "\n".join([f"The student is in {student}. Next:", *lines])
 
 
 def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: float | None = None) -> bool:
     """Run with progress bars; False in all processes but the first. `seconds` are a budget in place of images."""
+    from distill.training.preflight import preflight
+
+    teacher = None
+    if os.environ.get("RANK", "0") == "0":  # a launcher ends the other processes when the first one exits
+        teacher = preflight(config, folder)
+
     from distill import run as runs
     from distill.cli import console
     from distill.cli.console import SHOWN, image_bar
@@ -62,10 +96,15 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     if config.real is not None:
         totals["real images"] = config.real.max_count
     bar, shown = None, ""
-    with ExitStack() as bars, stop_signals() as signals, closing(runs.run(config, folder, machine, seconds)) as steps:
+    running = runs.run(config, folder, machine, seconds, teacher)
+    with ExitStack() as bars, stop_signals() as signals, closing(running) as steps:
         for progress in steps:
             if not shown and machine.is_main_process:
                 typer.echo(heading)
+            if isinstance(progress, runs.Activity):
+                if bar is not None:
+                    bar.show(progress.name)
+                continue
             if isinstance(progress, RunEstimate):
                 shown = "estimate"
                 typer.echo("\n".join(progress.lines()))
@@ -141,19 +180,26 @@ def export(
 
     from functools import partial
 
+    from distill.models.sd3_folder import SD3Folder
+    from distill.report.run_folder import read_run
+    from distill.student.place import check_place
+    from distill.training.run_teacher import open_moved, read_config, read_teacher
+
+    read_run(run)
+    settings = read_config(run)
+    moved = open_given_teacher(teacher, teacher_base, partial(open_moved, run))
+    check_place(out or run / "student", moved.path if moved is not None else Path(settings.teacher))
+
     import torch
 
     from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
     from distill.models.single_file import check_projection, write_single_file
     from distill.student.parity import TOLERANCE, check_parity
     from distill.student.run_export import export_run
-    from distill.training.preparation import open_moved, read_config, read_teacher
 
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    moved = open_given_teacher(teacher, teacher_base, partial(open_moved, run))
     if text_encoders:
-        check_projection(moved or read_teacher(read_config(run), run))  # before the folder is written
+        check_projection(moved or read_teacher(settings, run))  # before the folder is written
     folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
     record = json.loads((folder / "onestep.json").read_text())
     typer.echo(f"The student after {record['images_seen']} images is in {folder}.")

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from distill.data.embedding_cache import tensors, text_dtype, text_shapes
+from distill.data.images import ENCODED
 from distill.data.shard_reader import ShardReader
 from distill.data.shard_writer import ShardWriter, check_source
 from distill.data.shards import SHARD_ROWS, Layout, rows_of_shard
@@ -33,7 +34,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_pixels
 
-MANIFEST = "images.json"
+MANIFEST = ENCODED
 ROWS, SKIPPED = "images.jsonl", "skipped.jsonl"  # for people: name and caption of each row; what was skipped, and why
 BATCH, BATCH_PIXELS = 64, 1 << 21  # most images and pixels encoded together; the autoencoder runs in fp32
 UNUSED = "it belongs to no image; an image and its caption have one name but for the last ending"

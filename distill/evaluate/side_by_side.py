@@ -14,6 +14,7 @@ from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, stu
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import read_student
 from distill.report.grid import labeled_grid
+from distill.report.units import rounded
 
 PICTURED = 4  # prompts of each task in the picture
 DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "diversity", "saturation")
@@ -123,9 +124,10 @@ def cell(result: EvalResult, name: str) -> str:
     """Format a metric or a task's score for tables, with half of its interval's width if it has an interval."""
     value = _value(result, name)
     if name not in result.intervals:
-        return f"{value:.4g}"
+        return rounded(value)
     low, high = result.intervals[name]
-    return f"{value:.4g} ± {(high - low) / 2:.2g}"
+    half = (high - low) / 2
+    return f"{rounded(value, half)} ± {rounded(half, half)}"
 
 
 def ratio_table(teacher: EvalResult, student: EvalResult) -> list[tuple[str, str, str, str]]:
@@ -133,7 +135,7 @@ def ratio_table(teacher: EvalResult, student: EvalResult) -> list[tuple[str, str
     rows = []
     for name in metric_names(teacher):
         a, b = _value(teacher, name), _value(student, name)
-        rows.append((name, cell(teacher, name), cell(student, name), f"{b / a:.3f}" if a else "-"))
+        rows.append((name, cell(teacher, name), cell(student, name), f"{b / a:.2f}" if a else "-"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Students and samplings of a teacher, measured by one evaluator: one table with a model per row."""
+"""Students and samplings of a teacher, measured by one evaluator: one table with a metric per row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from distill.evaluate.evaluator import Evaluation, Evaluator
 from distill.evaluate.sampler import StudentModel, student_sampler
 from distill.models.sd3 import encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
+from distill.report.units import rounded
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ class StudentComparison:
         return next(iter(self.models.values())).picture
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: the teacher, then each model."""
-        names = list(next(iter(self.models.values())).metrics)
-        return ["", *names], [
-            [model, *(f"{found[name]:.4g}" for name in names)] for model, found in self.as_dict().items()
-        ]
+        """Header and rows: a metric per row; the teacher and each model are the columns."""
+        columns = self.as_dict()
+        names = next(iter(self.models.values())).metrics
+        return ["", *columns], [[name, *(rounded(found[name]) for found in columns.values())] for name in names]
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """The metrics of the teacher's images, where they are known, and of each model."""

@@ -4,17 +4,15 @@ import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from diffusers import SD3Transformer2DModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from typing import TYPE_CHECKING, Any, Self
 
 from distill.errors import TeacherError
-from distill.models.sd3_files import RECORD, read_json
+from distill.models.sd3_files import MODELS, RECORD, read_json
 from distill.models.sd3_folder import check_size
 from distill.models.teacher import find_teacher, is_single_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _STOCK_TOKENS = (77, 256)  # CLIP's and T5's
 _SD3 = {
@@ -37,6 +35,12 @@ _NAMED: dict[str, dict[str, Any]] = {
     | {"qk_norm": "rms_norm"},
 }
 NAMES = tuple(_NAMED)
+# Their ids on the hub; a plan of one of these needs no file of it.
+PUBLISHED = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+}
 _VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -76,6 +80,11 @@ class Geometry:
         """The same model with other lengths of an encoded prompt."""
         return replace(self, clip_tokens=clip_tokens, t5_tokens=t5_tokens)
 
+    def with_blocks(self, dual: int, plain: int) -> Self:
+        """The same model with so many transformer blocks of two attentions, and after them of one."""
+        blocks = {"num_layers": dual + plain, "dual_attention_layers": tuple(range(dual))}
+        return replace(self, transformer=self.transformer | blocks)
+
     @property
     def published(self) -> str | None:
         """The published model that has this transformer, one of NAMES, wherever its files are."""
@@ -98,12 +107,18 @@ class Geometry:
     @property
     def parameters(self) -> int:
         """Parameters of the transformer."""
+        import torch  # here, because a geometry is read and refused without it
+        from diffusers import SD3Transformer2DModel
+
         with torch.device("meta"):
             return _count(SD3Transformer2DModel.from_config(self.transformer))
 
     @property
     def text_parameters(self) -> int:
         """Parameters of all text encoders."""
+        import torch
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
         with torch.device("meta"):
             return sum(
                 _count(
@@ -140,9 +155,9 @@ def read_geometry(teacher: str, base: str | None = None) -> Geometry:
     folder, name, _ = found
     path = folder / "transformer" / "config.json"
     transformer = read_json(path)
-    if transformer.get("_class_name") != SD3Transformer2DModel.__name__:
+    if transformer.get("_class_name") != MODELS["transformer"]:
         raise TeacherError(
-            f"{path} is of a {transformer.get('_class_name')}, not of a {SD3Transformer2DModel.__name__}; "
+            f"{path} is of a {transformer.get('_class_name')}, not of a {MODELS['transformer']}; "
             "give the folder of a Stable Diffusion 3"
         )
     missing = [key for key in _SD3 if key not in transformer and key != "out_channels"]
@@ -161,5 +176,5 @@ def read_geometry(teacher: str, base: str | None = None) -> Geometry:
     return Geometry(name or folder.resolve().name, transformer, read("vae/config.json", _VAE), text, clip, t5)
 
 
-def _count(model: nn.Module) -> int:
+def _count(model: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in model.parameters())

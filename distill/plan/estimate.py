@@ -5,6 +5,7 @@ live storage is counted. Memory is in bytes, arithmetic in FLOP (a multiply-add 
 of the GPU's allocator, library workspaces and the CUDA context; the caller reserves memory for them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import unpack_dual
 
-from distill.config import Full, Lora, load_config
+from distill.config import Full, Lora, RunConfig, load_config
 from distill.data.shard_reader import RESIDENT_BYTES
 from distill.errors import ConfigError
 from distill.flow import derivative, one_step
@@ -30,13 +31,13 @@ from distill.training.evaluation import GRID
 from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
 GIB = 2**30
-PEAK = {"bf16": 989, "fp32": 67}  # TFLOP/s of an H100 or H200, dense, by NVIDIA's data sheet
 # Share of the peak in a training step. Eager: measured on an H200, 1.53 images/s of 168.5 TFLOP, a LoRA step of
 # SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
 UTILIZATION = {"eager": 0.26, "compiled": 0.35}
 MATRIX_SHARE = 0.75  # of the peak, by a large matrix product on that H200: 741 TFLOP/s
 
 SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
+_STEP_PARTS = ("activations", "peak", "flop")  # of a StepCost
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
 
 
@@ -114,63 +115,36 @@ class PlanInput:
         return int(self.dtype.itemsize * numbers)
 
     def plan(self) -> Plan:
-        """Measure the cost; takes a minute or two and little memory for SD3-medium. Raises SizeError."""
-        geometry, dtype = self.geometry, self.dtype
-        geometry.check_size(self.size)
-        # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.
-        kind = self.kind.model_copy(update={"compile": False})
-        turns = self.method.turns()
-        calls = {turn.role: network_calls(turn) for turn in turns}
-        two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-        networks = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
-        models = networks.modules()
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
-        weights, vae_bytes = sum(map(_nbytes, models)), _nbytes(vae)
-        trainable = {role: list(networks.trainable(role).values()) for role in networks.roles}
-        own = {role: sum(tensor.nbytes for tensor in tensors) for role, tensors in trainable.items()}
-        trained = [tensor for tensors in trainable.values() for tensor in tensors]
-        # Adam's two moments, without its step counts
-        states = {"adam": 2 * sum(own.values()), "adam-8bit": sum(map(_adam_8bit_bytes, trained))}
-        with FakeTensorMode():
-            for model in [*models, vae]:
-                without_data(model)
-            costs: dict[str, StepCost] = {}
-            for role in calls:
-                z, cond = _inputs(geometry, self.batch, self.size)
-                costs[role] = simulate_step(networks, role, calls[role], z, cond, dtype)
-                for tensor in networks.trainable(role).values():
-                    tensor.grad = None
-
-            z, cond = _inputs(geometry, GRID, self.size)
-            with Meter() as meter, torch.no_grad():
-                with _autocast(dtype):
-                    x_0 = one_step(networks.velocity("student"), z, cond)
-                decode_in_parts(vae, x_0)
-            grid = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
-
+        """Compute the cost; takes seconds and little memory. Raises SizeError."""
+        self.geometry.check_size(self.size)
+        counts, turns = self._counts_of_all_blocks(), self.method.turns()
+        roles = sorted({turn.role for turn in turns})
+        own = {role: counts[f"{role} weights"] for role in roles}
+        states = {kind: counts[f"{kind} states"] for kind in ("adam", "adam-8bit")}
+        costs = {role: StepCost(*(counts[f"{role} {part}"] for part in _STEP_PARTS)) for role in roles}
         resident = {
-            "base weights": weights - sum(own.values()),
+            "base weights": counts["weights"] - sum(own.values()),
             "student weights": own["student"],
             "fake weights": own.get("fake", 0),  # with its critic
             "averaged student": own["student"],
             "optimizer states": states[self.optimizer],
-            "autoencoder for grids": vae_bytes,
-            "text encoders": dtype.itemsize * geometry.text_parameters if self.online else 0,
+            "autoencoder for grids": counts["autoencoder"],
+            "text encoders": self.dtype.itemsize * self.geometry.text_parameters if self.online else 0,
         }
         always = sum(resident.values())
         heaviest = max(costs.values(), key=lambda cost: cost.peak)
         stages = {
             # The text encoders of the grids' prompts are unloaded before the networks are loaded.
-            "start": vae_bytes + dtype.itemsize * geometry.text_parameters,
+            "start": counts["autoencoder"] + self.dtype.itemsize * self.geometry.text_parameters,
             **{f"{role}'s turn": always + cost.peak for role, cost in costs.items()},
             "optimizer step": always + max(own.values()),  # gradients; Adam works in place
-            "sample grid": always + own["student"] + grid,  # the student's own weights are kept while its average runs
+            # The student's own weights are kept while its average runs.
+            "sample grid": always + own["student"] + counts["grid"],
         }
         flop = sum(turn.steps * costs[turn.role].flop for turn in turns)
         return Plan(
-            parameters=geometry.parameters,
-            trainable=sum(tensor.numel() for tensor in trainable["student"]),
+            parameters=counts["parameters"],
+            trainable=counts["trainable"],
             resident=resident,
             gradients=max(own.values()),
             activations=heaviest.activations,
@@ -179,6 +153,76 @@ class PlanInput:
             flop_per_image=flop / self.batch,
             optimizer_states=states,
         )
+
+    def _counts_of_all_blocks(self) -> dict[str, int]:
+        """Count bytes and FLOP by name, in deep models by those of a few blocks.
+
+        There are two kinds of blocks, with one attention and with two. Each further block of a kind adds the same, so
+        one or two of each and one more tell what all of them cost.
+        """
+        config = self.geometry.transformer
+        layers, dual = config["num_layers"], set(config.get("dual_attention_layers") or ())
+        totals = (len(dual), layers - len(dual))
+        least = (1, 1) if dual else (0, 2)  # the last block is a simpler one
+        if layers <= sum(least) + 1 or not totals[1]:
+            return self._counts(self.geometry)
+        calls = {turn.role: network_calls(turn) for turn in self.method.turns()}
+        base = self._counts(self.geometry.with_blocks(*least))
+        counts = dict(base)
+        for kind in (0, 1):
+            if not (further := totals[kind] - least[kind]):
+                continue
+            more = self._counts(self.geometry.with_blocks(least[0] + (kind == 0), least[1] + (kind == 1)))
+            for name in base:
+                counts[name] += further * (more[name] - base[name])
+            for role, called in calls.items():  # blocks that skip-layer guidance leaves out
+                rows = sum(call.rows * sum((i in dual) == (kind == 0) for i in call.skip_layers) for call in called)
+                counts[f"{role} flop"] -= self.batch * rows * (more["evaluation"] - base["evaluation"])
+        return counts
+
+    def _counts(self, geometry: Geometry) -> dict[str, int]:
+        """Count bytes and FLOP by name for the blocks of a geometry, by running the networks without data."""
+        dtype = self.dtype
+        # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.
+        kind = self.kind.model_copy(update={"compile": False})
+        turns = self.method.turns()
+        calls = {turn.role: network_calls(turn) for turn in turns}
+        if geometry is not self.geometry:  # whose blocks are others
+            calls = {role: [replace(call, skip_layers=()) for call in called] for role, called in calls.items()}
+        two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
+        networks = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
+        models = networks.modules()
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
+        trainable = {role: list(networks.trainable(role).values()) for role in networks.roles}
+        trained = [tensor for tensors in trainable.values() for tensor in tensors]
+        counts = {
+            "parameters": geometry.parameters,
+            "trainable": sum(tensor.numel() for tensor in trainable["student"]),
+            "weights": sum(map(_nbytes, models)),
+            "autoencoder": _nbytes(vae),
+            "adam states": 2 * sum(tensor.nbytes for tensor in trained),  # two moments, without the step counts
+            "adam-8bit states": sum(map(_adam_8bit_bytes, trained)),
+            **{f"{role} weights": sum(tensor.nbytes for tensor in tensors) for role, tensors in trainable.items()},
+        }
+        with FakeTensorMode():
+            for model in [*models, vae]:
+                without_data(model)
+            for role in calls:
+                z, cond = _inputs(geometry, self.batch, self.size)
+                cost = simulate_step(networks, role, calls[role], z, cond, dtype)
+                counts |= {f"{role} {part}": getattr(cost, part) for part in _STEP_PARTS}
+                for tensor in networks.trainable(role).values():
+                    tensor.grad = None
+
+            z, cond = _inputs(geometry, GRID, self.size)
+            with Meter() as meter, torch.no_grad():
+                with _autocast(dtype):
+                    x_0 = one_step(networks.velocity("student"), z, cond)
+                counts["evaluation"] = meter.flop // GRID
+                decode_in_parts(vae, x_0)
+            counts["grid"] = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
+        return counts
 
 
 def plan_input(
@@ -213,8 +257,38 @@ def plan_input(
     return replace(made, online=in_bf16 > RESIDENT_BYTES)
 
 
+def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, size: int | None = None) -> PlanInput:
+    """Build the input of a run's configuration. The batch is `micro_batch`, the size the largest of `sizes`.
+
+    `size` is the side of a square; another shape counts as the square of its area. Raises ConfigError for blocks that
+    the model lacks.
+    """
+    config.method.guidance.check_layers(geometry.transformer["num_layers"])
+    if size is None and config.sizes:
+        unit = geometry.pixels_per_latent * int(geometry.transformer["patch_size"])
+        size = unit * math.ceil(math.sqrt(max(width * height for width, height in config.sizes)) / unit)
+    if config.prompts.max_sequence_length is not None:
+        geometry = geometry.with_text(geometry.clip_tokens, config.prompts.max_sequence_length)
+    precision = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    made = PlanInput(
+        geometry,
+        config.networks,
+        precision,
+        batch or config.micro_batch or config.batch,
+        size or geometry.image_size,
+        config.method,
+        config.optimizer.kind,
+    )
+    encoded = config.prompts.max_count * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
+    encoding = config.prompts.encoding
+    return replace(made, online=encoding == "online" or (encoding == "auto" and encoded > RESIDENT_BYTES))
+
+
 def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
-    """List single options with which the peak is at most `available` bytes; empty if none is enough."""
+    """List options with which the peak is at most `available` bytes: single ones, or all together if none is enough.
+
+    Empty if all together are not enough.
+    """
     kind = made.kind
     found = []
     if not kind.gradient_checkpointing:
@@ -235,6 +309,12 @@ def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
             # The peak is convex in the batch (a maximum of linear functions), so the chord overestimates it.
             share = (available - least) / (plan.peak - least)
             found.append(f"--batch {1 + int(share * (made.batch - 1))}")
+    if not found and plan.stages["start"] <= available:
+        least_kind = (kind if isinstance(kind, Lora) else Lora()).model_copy(update={"gradient_checkpointing": True})
+        smallest = replace(made, kind=least_kind, optimizer="adam-8bit", batch=1)
+        if smallest.plan().peak <= available:
+            mode = f"--mode lora --rank {least_kind.rank} " if isinstance(kind, Full) else ""
+            found.append(f"{mode}--gradient-checkpointing --optimizer adam-8bit --batch 1")
     return found
 
 

@@ -18,3 +18,14 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if minutes else f"{s} s"
+
+
+def rounded(value: float, error: float | None = None) -> str:
+    """Format a number with the digits that its error leaves: one, or two where the error begins with 1.
+
+    Without an error, three significant digits.
+    """
+    if error is None or not (math.isfinite(value) and 0 < error < math.inf):
+        return f"{value:.3g}"
+    exponent = math.floor(math.log10(error))
+    return f"{value:.{max(0, (error < 2 * 10**exponent) - exponent)}f}"

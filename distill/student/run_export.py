@@ -10,8 +10,8 @@ from distill.models.sd3_folder import SD3Folder
 from distill.report.run_folder import read_run
 from distill.student.export import SHARD_SIZE, export_student
 from distill.training import checkpoint
-from distill.training.preparation import check_teacher, read_config, read_teacher
 from distill.training.run_sources import RunPrompts
+from distill.training.run_teacher import check_teacher, read_config, read_teacher
 
 
 def export_run(
@@ -52,7 +52,7 @@ def export_run(
     if config.init_from is not None:
         values["init_from"] = config.init_from.name
     recipe = {
-        "name": f"{teacher.name.rpartition('/')[2]}-one-step",
+        "name": config.name or f"{teacher.name.rpartition('/')[2]}-one-step",
         "method": config.method.name,
         "images_seen": images,
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},

@@ -21,6 +21,8 @@ from distill.files import atomic_write, atomic_write_text, sha256
 from distill.models.tensor_file import write_tensors
 from distill.models.weights import first_nonfinite, tensor_shapes
 from distill.report.run_folder import images_of
+from distill.training.state_folders import state_name as state_name
+from distill.training.state_folders import states as states
 
 _TENSORS, _RECORD = "state.safetensors", "state.json"
 _log = logging.getLogger(__name__)
@@ -118,15 +120,6 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def states(folder: Path) -> list[Path]:
-    """The states in a folder, the oldest first, including damaged ones. Folders with other names are ignored."""
-    return sorted(
-        path
-        for path in folder.glob("[0-9]*")
-        if path.name.isdecimal() and path.name == state_name(int(path.name)) and path.is_dir()
-    )
-
-
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` states. Other files in their folders stay."""
     for path in states(folder)[:-keep]:
@@ -139,11 +132,6 @@ def prune(folder: Path, keep: int) -> None:
 def crosses(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` images was reached between two numbers of images seen."""
     return after // every > before // every
-
-
-def state_name(images: int) -> str:
-    """The folder's name of a state; names sort by images."""
-    return f"{images:012d}"
 
 
 def trim_lines(path: Path, images: int) -> None:

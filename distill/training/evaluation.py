@@ -23,7 +23,7 @@ from distill.report.alarms import Alarm, Alarms
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, TEACHER_METRICS, ended_early, read_run
 from distill.training import checkpoint
-from distill.training.preparation import latent_shapes
+from distill.training.run_teacher import latent_shapes
 from distill.training.trainer import Progress
 
 GRID = 16  # images in a sample grid
@@ -77,8 +77,18 @@ class EvaluationCallback:
         text = SD3TextEncoder.load(teacher, device, dtype)
         self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
 
+    def due(self, progress: Progress) -> list[str]:
+        """Name what is due after a round besides logs: `sampling` and `evaluating`."""
+        cadence, due = self._config.cadence, []
+        if self._is_due(progress, cadence.sample, self._sampled):
+            due.append("sampling")
+        if self._evaluator is not None and self._is_due(progress, cadence.evaluate, self._evaluated):
+            due.append("evaluating")
+        return due
+
     def __call__(self, progress: Progress) -> None:
         """Do what is due after a round, and at the start of a resumed run what a kill left out at its checkpoint."""
+        due = self.due(progress)
         if progress.metrics and self._write:
             self._record(self._alarms.add({"images": progress.images, **progress.metrics}), progress.notes)
 
@@ -87,12 +97,11 @@ class EvaluationCallback:
             cond = self._conditions.encode(prompts)
             return to_images(decode_in_parts(self._vae, progress.generate(cond, noise(seeds, self._shape))))
 
-        cadence = self._config.cadence
-        if self._is_due(progress, cadence.sample, self._sampled):
+        if "sampling" in due:
             images = generate(self._texts, list(range(len(self._texts))))
             if self._write:
                 save_png(labeled_grid([("student", images)], self._texts), self._grid(progress.images))
-        if self._evaluator is not None and self._is_due(progress, cadence.evaluate, self._evaluated):
+        if self._evaluator is not None and "evaluating" in due:
             evaluation = self._evaluator.evaluate(generate, partial(encode_in_parts, self._vae))
             progress.metrics.update(evaluation.metrics)
             if self._write:

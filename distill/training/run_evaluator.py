@@ -19,6 +19,7 @@ from distill.evaluate.references import References, image_count
 from distill.evaluate.sampler import Sampling
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
+from distill.training.preflight import check_evaluator_name
 
 REFERENCES = "references"  # folder of a run for the teacher's images
 PROMPTS_PER_TASK = 16  # of a dataset with a scorer
@@ -36,9 +37,7 @@ def evaluator_kind(config: RunConfig, teacher: SD3Folder) -> str:
         kind = next((name for name in names if find_eval_dataset([name], size)), "reference")
     if kind in ("none", "clip", "reference"):
         return kind
-    if kind not in EVAL_DATASETS:
-        known = ", ".join(("auto", "reference", "clip", "none", *EVAL_DATASETS))
-        raise ConfigError(f"evaluation.evaluator: there is no {kind!r}; there are {known}")
+    check_evaluator_name(kind)
     if find_eval_dataset([kind], size) is None:
         raise ConfigError(
             f"evaluation.evaluator: {kind} does not score images of {size[0]}x{size[1]} pixels; take reference"

@@ -35,9 +35,9 @@ from distill.files import atomic_write_text
 from distill.models.device import resolve_device
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
+from distill.training.preflight import check_source
+from distill.training.run_teacher import SOURCES, TEXTS, read_digests
 
-SOURCES = "sources.json"  # digests of the teacher, prompts and real images that a run trains on
-TEXTS = "online-prompts.jsonl"  # the prompts of a run that encodes them online
 Cache = TypeVar("Cache", Conditions, Reals)
 _log = logging.getLogger(__name__)
 
@@ -73,13 +73,10 @@ class RunSource(Generic[Cache]):
 
     def check(self, teacher: SD3Folder) -> None:
         """Find errors of a source, unless it is a stream. Raises CacheError, PromptError or ImageError."""
-        path = Path(self.config.source)
         if self.is_cache:
             self.open(teacher)
-        elif self.config.source not in ("-", *PROMPT_SOURCES) and (
-            path.is_dir() or path.is_file() or not path.exists()
-        ):
-            next(self._read_source(), None)
+        else:
+            check_source(self.config, self._read)
 
     def encode(self, teacher: SD3Folder, device: torch.device, resumed: bool) -> Iterator[Any]:
         """Encode the source into the cache, or compare it with a complete cache of the run; yield progress.
@@ -238,21 +235,6 @@ def check_digests(
                 f"{out} was trained on other {name} than it is given now; restore what it was given, or give another "
                 "--out folder"
             )
-    return digests
-
-
-def read_digests(out: Path) -> dict[str, str] | None:
-    """Read what a run has trained on; None if nothing was recorded. Raises CheckpointError for a damaged record."""
-    path = out / SOURCES
-    if not path.exists():
-        return None
-    try:
-        digests: dict[str, str] = json.loads(path.read_text())
-        digests["teacher"]  # every record has it
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} does not hold the digests of the run's sources ({error}); give another --out"
-        ) from None
     return digests
 
 

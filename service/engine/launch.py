@@ -55,6 +55,13 @@ class Worker:
             raise StartError(message) from None
         raise StartError(f"the worker on {self.name} died while it started; its own messages are above")
 
+    @property
+    def device(self) -> str:
+        """The device of its models; `auto` is resolved."""
+        if self.name != "auto":
+            return self.name
+        return "cpu" if self.ready.models[0].environment.startswith("cpu-") else "cuda"
+
     def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
         """Copy the pixels of a slot. Raises EOFError or OSError if they are incomplete."""
         pixels = np.empty(shape, np.uint8)
@@ -132,9 +139,11 @@ def _memory(name: str) -> int:
 class WorkerPool:
     """The workers of a server: how each is started, and their first models."""
 
-    def __init__(self, launches: Sequence[Launch], models: Sequence[LoadModel]) -> None:
+    def __init__(self, launches: Sequence[Launch], models: Sequence[LoadModel], devices: Sequence[str] = ()) -> None:
+        """`devices` are those of the launches, each once, for people."""
         self.launches = launches
         self.models = models
+        self.devices = devices
         self._started: Sequence[Worker] = ()
 
     def start(self) -> Sequence[Worker]:
@@ -171,13 +180,16 @@ def worker_processes(settings: Settings) -> WorkerPool:
 
     def launch(device: str) -> Launch:
         def start(models: Sequence[LoadModel]) -> Worker:
-            config = WorkerConfig(device, models, runtime, profiling(settings), tuning, simulated)
+            observed = settings.observability
+            logs = observed.log_format, observed.log_level
+            config = WorkerConfig(device, models, runtime, profiling(settings), tuning, simulated, *logs)
             return start_process(config, threads, engine.heartbeat_timeout_seconds, embeddings)
 
         return start
 
-    models = [LoadModel(str(folder)) for folder in settings.models]
-    pool = WorkerPool([launch(name) for name in names], models or [LoadModel(None)])
+    models = [LoadModel(str(student.folder), student.name) for student in settings.models]
+    devices = list(dict.fromkeys("cpu" if name == "auto" else name for name in names))  # no CUDA driver shows a GPU
+    pool = WorkerPool([launch(name) for name in names], models or [LoadModel(None)], devices)
     if temporary:
         weakref.finalize(pool, shutil.rmtree, temporary, ignore_errors=True)
     return pool

@@ -63,6 +63,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     profiling: Profiling = Profiling()
     tuning: Tuning | None = None  # None takes the choices that need no measurement
     simulated_profile: str | None = None
+    log_format: Literal["json", "text", "auto"] = "auto"
+    log_level: str = "info"
 
 
 class RunBatch(msgspec.Struct, frozen=True, tag=True):

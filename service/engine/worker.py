@@ -46,9 +46,10 @@ from service.engine.profile import measure, read_profile, recall
 from service.engine.shared_memory import write
 from service.engine.simulator import Simulator
 from service.errors import StartError
+from service.observability.logs import configure
 from service.signals import EXIT_SIGNALS
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("service.engine.worker")  # this module is run as __main__
 
 BEAT_SECONDS = 1.0
 SLOT_BYTES = 1 << 32  # from one slot to the next; only what is written takes memory
@@ -93,7 +94,7 @@ def serve(channel: Channel, memory: Memory, models: Sequence[LoadModel], load: M
     except StartError as error:
         channel.send(LoadFailed(str(error)))
     except OSError:
-        log.info("the server is gone")
+        log.debug("the server is gone")
     finally:
         ended.set()
         beats.join()
@@ -232,7 +233,7 @@ def _send(send: Callable[[Any], None], message: Any) -> None:
     try:
         send(message)
     except OSError:
-        log.info("the server is gone")
+        log.debug("the server is gone")
 
 
 def loader(start: WorkerConfig) -> ModelLoader:
@@ -282,6 +283,7 @@ def main() -> None:
     descriptor, pixels, embeddings, start = sys.argv[1:]
     channel = Channel(socket.socket(fileno=int(descriptor)))
     config = msgspec.json.decode(start, type=WorkerConfig)
+    configure(config.log_format, config.log_level)
     memory = Memory(int(pixels), int(embeddings))
     serve(channel, memory, config.models, loader(config), make_timer(config.profiling))
     os._exit(0)  # a thread may still be in the device; nothing is left to tidy up

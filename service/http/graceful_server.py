@@ -1,8 +1,10 @@
 """uvicorn's server with a graceful shutdown at the first signal and an immediate one at the second."""
 
 import contextlib
+import logging
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -12,9 +14,24 @@ from service.http.protocol import HttpProtocol
 from service.settings import Settings
 from service.signals import exit_at_once, handled_signals
 
+log = logging.getLogger(__name__)
+
 
 class GracefulServer(uvicorn.Server):
-    """The first SIGTERM, SIGINT or SIGHUP drains the server; the second ends the process at once."""
+    """The first SIGTERM, SIGINT or SIGHUP drains the server; the second ends the process at once.
+
+    `announce` is called once requests are taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then announce it."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -34,6 +51,7 @@ class GracefulServer(uvicorn.Server):
         if self.should_exit or not hasattr(self, "servers"):
             exit_at_once(sig)
         self.should_exit = True
+        log.info("stopping: the accepted requests are answered first")
 
 
 def uvicorn_config(app: FastAPI, settings: Settings, protocol: type[HttpProtocol] = HttpProtocol) -> uvicorn.Config:

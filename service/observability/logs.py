@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 LogFormat = Literal["json", "text"]
+_LIBRARIES = ("alembic", "dbos", "httpx2", "uvicorn")  # their notices say nothing about this server
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -27,11 +28,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def configure(log_format: LogFormat, level: str) -> None:
-    """Send all logs to standard error. The server's own line for each request replaces uvicorn's."""
+def configure(log_format: LogFormat | Literal["auto"], level: str) -> None:
+    """Send all logs and Python's warnings to standard error; `auto` is text on a terminal, else JSON.
+
+    The server's own lines for its start and for each request replace uvicorn's.
+    """
+    if log_format == "auto":
+        log_format = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.captureWarnings(True)
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -14,11 +14,12 @@ from typer.testing import CliRunner, Result
 from distill.cli import app
 from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.experiments import Cost, Variant, check_budget, evaluate_variants, read_variants
+from distill.experiments import Cost, check_budget, evaluate_variants
 from distill.pipeline import SHIPPED_STUDENT
 from distill.report.grid import GAP, TILE
 from distill.training import checkpoint
 from distill.training.speed import images_within
+from distill.variants import Variant, read_variants
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
 
@@ -101,7 +102,8 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_repeated(teacher, pr
     }
     assert all(run["seconds"] > 0 for run in found["runs"].values())
     table = (tmp_path / "compare.md").read_text()
-    assert "| fgm | 8 |" in table
+    assert "|  | fgm | dmd |" in table
+    assert "| images | 8 | 8 |" in table
     assert found["command"] in table
     assert found["runs"]["dmd"]["command"] in table
     with Image.open(tmp_path / "compare.png") as picture:
@@ -115,19 +117,22 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_repeated(teacher, pr
     assert "was made of other prompts than the source holds now" in str(refused.exception)
 
 
-def test_a_run_that_diverges_is_a_row_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
+def test_a_run_that_diverges_is_a_column_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
     wild = "fgm,optimizer.fake_lr=1e30,optimizer.warmup_images=0,optimizer.max_skipped_steps=0"
     done = invoke(teacher, prompts, tmp_path, wild, "fgm", "--images", "16")
     assert done.exit_code == 0, done.output + str(done.exception)
     found = json.loads((tmp_path / "compare.json").read_text())
     assert found["runs"].keys() == {"fgm"}
     assert "lower optimizer." in found["diverged"][wild]
-    assert f"| {wild} | diverged | - | - |" in (tmp_path / "compare.md").read_text()
+    assert (
+        f"|  | fgm | {wild} |\n| --- | ---: | ---: |\n| images | 16 | diverged |"
+        in (tmp_path / "compare.md").read_text()
+    )
     alone = invoke(teacher, prompts, tmp_path, wild, "--images", "16")
     assert isinstance(alone.exception, DivergedError)
 
 
-def test_a_run_that_cannot_start_is_a_row_with_the_reason_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
+def test_a_run_that_cannot_start_is_a_column_with_the_reason_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
     wrong = "fgm,sizes=[[17,16]]"
     (tmp_path / "dmd").write_text("a file where the run's folder should be")
     done = invoke(teacher, prompts, tmp_path, wrong, "fgm", "dmd", "--images", "4")
@@ -136,7 +141,8 @@ def test_a_run_that_cannot_start_is_a_row_with_the_reason_and_the_others_go_on(t
     assert found["runs"].keys() == {"fgm"}  # which shares the prompts that the first did not encode
     assert found["failed"].keys() == {wrong, "dmd"}
     assert "cannot make images of 17x16" in found["failed"][wrong]
-    assert f"| {wrong} | failed | - | - |" in (tmp_path / "compare.md").read_text()
+    table = (tmp_path / "compare.md").read_text()
+    assert f"|  | fgm | {wrong} | dmd |\n| --- | ---: | ---: | ---: |\n| images | 4 | failed | failed |" in table
     alone = invoke(teacher, prompts, tmp_path, wrong, "--images", "4")
     assert isinstance(alone.exception, RunError)
     assert "cannot make images of 17x16" in str(alone.exception)
@@ -159,7 +165,8 @@ def test_students_of_any_teacher_are_compared_with_its_images_in_one_table(teach
     assert found["teacher"]["relative_diversity"] == 1
     assert all({"kernel", "frechet", "grid", "saturation"} <= run.keys() for run in found["runs"].values())
     table = (tmp_path / "compare.md").read_text()
-    assert "| kernel | frechet | relative_diversity |" in table
+    assert "|  | teacher | fgm | fgm,method.alpha=0.5 |" in table
+    assert "| relative_diversity | 1 |" in table
     assert f"to the teacher's images (2 steps, guidance 2.5), on features {found['features']}" in table
     shared = tmp_path / "fgm,method.alpha=0.5" / "references"
     assert shared.samefile(tmp_path / "fgm" / "references")
@@ -208,8 +215,9 @@ def test_students_of_the_toy_dataset_are_evaluated_in_one_table(tmp_path) -> Non
     first, second = (outcome.measured.metrics[name] for name in ("fgm", "dmd"))
     assert first["frechet"] == second["frechet"]  # the same student on the same prompts
     header, lines = outcome.table()
-    assert header[:5] == ["", "images", "seconds", "exported", "overall"]
-    assert [line[0] for line in lines] == ["teacher", "fgm", "dmd"]
+    assert header == ["", "teacher", "fgm", "dmd"]
+    assert [line[0] for line in lines[:4]] == ["images", "seconds", "exported", "overall"]
+    assert lines[0] == ["images", "-", "8", "8"]
     assert all(len(line) == len(header) for line in lines)
     assert outcome.costs["fgm"] == Cost(
         8, 2.0, json.loads((SHIPPED_STUDENT / "onestep.json").read_text())["images_seen"]

@@ -38,9 +38,10 @@ from distill.run import accelerator, run
 from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.accelerator import accelerator_for
-from distill.training.preparation import check_run, open_pinned, pin_teachers, prepare, read_config, read_teacher
+from distill.training.preparation import check_run, prepare
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts
+from distill.training.run_teacher import open_pinned, pin_teachers, read_config, read_teacher
 
 TIMES = ("seconds/", "wall_seconds", "memory/")  # metrics that differ between two runs
 ARGUMENTS = (

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import http.client
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ import pytest
 from running import metric, until
 
 from service import cli
+from service.errors import StartError
+from service.http.address import bind
+from service.settings import SHIPPED_STUDENT
 
 SERVE = [sys.executable, "-m", "service.cli", "serve"]
 
@@ -34,7 +38,20 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
         contextlib.ExitStack() as cleanup,
     ):
         cleanup.callback(process.kill)
-        url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        started = []
+        for line in process.stderr:
+            started.append(json.loads(line)["message"])
+            if found := re.search(r"http://[\d.:]+", line):
+                break
+        url = found[0]
+        assert started == [
+            "loading scenes-one-step on simulator",
+            "setting data = None",  # as for all tests
+            "setting engine.devices = simulator",
+            "setting engine.max_batch = 1",
+            "setting http.port = 0",
+            f"serving simulator on simulator at {url}; no API key is required",
+        ]
         upload = socket.create_connection(("127.0.0.1", httpx.URL(url).port), 60)
         upload.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")
         with upload, ThreadPoolExecutor(6) as pool:
@@ -49,6 +66,7 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
         assert process.wait(30) == 0
         assert [len(answer.result().json()["data"]) for answer in answers] == [10] * 6
         assert "Traceback" not in log
+        assert all(json.loads(line)["level"] in ("info", "warning") for line in log.splitlines())
 
 
 HUNG_STORE = """
@@ -119,6 +137,9 @@ def test_a_second_signal_ends_it_at_once():
     ("arguments", "environment", "named"),
     [
         (["--model", "nowhere"], {}, "nowhere"),
+        (["--model", "mine=nowhere"], {}, "nowhere: there is no such folder"),
+        (["--model", "-mine=nowhere"], {}, "-mine=nowhere is no NAME=FOLDER: a name has"),
+        (["--model", str(SHIPPED_STUDENT), "--model", str(SHIPPED_STUDENT)], {}, "--model NAME=FOLDER"),
         ([], {"SERVICE_ENGINE__MAX_BATCH": "none"}, "SERVICE_ENGINE__MAX_BATCH"),
         ([], {"SERVICE_HTTP__API_KEYS": "not json"}, "SERVICE_HTTP__API_KEYS"),
         (["--set", "engine.max_batch=0"], {}, "engine.max_batch"),
@@ -144,3 +165,25 @@ def test_what_keeps_it_from_starting_is_one_sentence(arguments, environment, nam
     assert said.startswith("error: ")
     assert named in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["fgm-service", "serve", "--port", str(port)])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+    assert capsys.readouterr().err == (
+        f"error: http.host and http.port: 127.0.0.1:{port} cannot be used: another process listens there; stop it, or "
+        "give another --port\n"
+    )
+
+
+def test_bound_addresses_are_those_of_all_families():
+    sockets = bind("localhost", 0)
+    with contextlib.ExitStack() as opened:
+        names = [opened.enter_context(each).getsockname() for each in sockets]
+        assert {name[0] for name in names} <= {"127.0.0.1", "::1"}
+        assert len({name[1] for name in names}) == 1  # one port
+    with pytest.raises(StartError, match="--host of an address of this machine"):
+        bind("192.0.2.1", 0)

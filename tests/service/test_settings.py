@@ -12,7 +12,7 @@ import pytest
 from service.engine.launch import serving_devices
 from service.errors import StartError
 from service.observability.logs import JsonFormatter
-from service.settings import keys, read_settings
+from service.settings import SHIPPED_STUDENT, Settings, keys, read_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -199,6 +199,16 @@ def test_an_empty_or_short_secret_of_links_is_refused(monkeypatch, secret):
         read_settings({})
 
 
+def test_students_have_names(monkeypatch):
+    monkeypatch.setenv("SERVICE_MODELS", f'["{SHIPPED_STUDENT}", "mine={SHIPPED_STUDENT}"]')
+    settings = read_settings({})
+    assert settings.students() == ["scenes-one-step", "mine"]
+    assert Settings(**dict(settings)).models == settings.models  # as replicas receive them
+    assert f"models = ['{SHIPPED_STUDENT}', 'mine={SHIPPED_STUDENT}']" in settings.lines()
+    odd = read_settings({"models": ("./a=b", "/runs/a=b")}).models
+    assert [(each.name, each.folder) for each in odd] == [(None, Path("a=b").absolute()), (None, Path("/runs/a=b"))]
+
+
 def test_printed_settings_hide_secrets():
     settings = read_settings(
         {
@@ -209,6 +219,7 @@ def test_printed_settings_hide_secrets():
     )
     lines = settings.lines()
     assert "engine.max_batch = 5" in lines
+    assert not any(line.startswith("engine.devices") for line in lines)  # a default
     assert "hunter2" not in "".join(lines)
 
 

@@ -135,7 +135,7 @@ def test_a_lack_of_memory_is_one_sentence(error, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", ["rank=nan", "rank=2020-01-01", "rank=1e999"])
 def test_what_is_no_json_is_not_submitted(value):
-    done = invoke("submit", "prompts.txt", "--set", value, "--server", "http://127.0.0.1:1")
+    done = invoke("submit", "prompts.txt", "--set", value, "--url", "http://127.0.0.1:1")
     assert isinstance(done.exception, ConfigError)
     assert value in str(done.exception)
 

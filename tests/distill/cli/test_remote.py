@@ -27,7 +27,7 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(PROMPTS)
     with server(tmp_path / "data", {"tiny": str(teacher)}) as url:
-        monkeypatch.setenv("DISTILL_SERVER", url)
+        monkeypatch.setenv("DISTILL_URL", url)
         words = ["--teacher", "tiny", "--preset", "scenes-debug", "--images", "16", "--suffix", "shell", "--follow"]
         sets = ["--set", "batch=8", "--set", "log_every=8"]
         done = distill("submit", str(prompts), *words, *sets)
@@ -70,7 +70,7 @@ def test_a_refusal_of_the_server_is_one_sentence(tmp_path):
             (KEY, ["submit", str(tmp_path / "other.txt")], "other.txt cannot be read"),
             (KEY, ["logs", "ftjob-none", "--follow"], "there is no job"),
         ]:
-            refused = distill(*words, "--server", url, "--api-key", key)
+            refused = distill(*words, "--url", url, "--key", key)
             assert isinstance(refused.exception, RemoteError), refused.output
             assert said in str(refused.exception)
         kept = httpx.get(f"{url}/v1/files", headers={"authorization": f"Bearer {KEY}"}).json()
@@ -81,7 +81,7 @@ def test_a_refusal_of_the_server_is_one_sentence(tmp_path):
 def test_requests_are_retried_while_a_proxy_has_no_server(status, monkeypatch):
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     with receiving(status) as proxy:
-        refused = distill("cancel", "ftjob-1", "--server", proxy.url)
+        refused = distill("cancel", "ftjob-1", "--url", proxy.url)
     assert isinstance(refused.exception, ServerUnavailableError)
     assert f"status {status}" in str(refused.exception)
 
@@ -90,7 +90,7 @@ def test_an_unavailable_server_is_retried_and_then_named(monkeypatch):
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     for words in (["jobs"], ["logs", "ftjob-1", "--follow"]):
         for url in ("http://127.0.0.1:1", "127.0.0.1"):
-            refused = distill(*words, "--server", url)
+            refused = distill(*words, "--url", url)
             assert isinstance(refused.exception, ServerUnavailableError)
             assert f"no server answers at {url}" in str(refused.exception)
-    assert "is not a server address" in str(distill("jobs", "--server", "http://[::").exception)
+    assert "is not a server address" in str(distill("jobs", "--url", "http://[::").exception)

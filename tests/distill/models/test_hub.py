@@ -29,7 +29,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.teacher import open_teacher, pin_teacher
 from distill.pipeline import OneStepPipeline
 from distill.student.run_export import export_run
-from distill.training.preparation import pin_teachers, read_config, write_pins
+from distill.training.run_teacher import pin_teachers, read_config, write_pins
 
 CARD = "---\nlicense: other\nlicense_name: acme-community\n---\nA tiny model.\n"
 

@@ -14,7 +14,7 @@ from distill.errors import OutputError, TeacherError
 from distill.models.sd3_folder import SD3Folder
 from distill.models.single_file import write_single_file
 from distill.models.teacher import open_teacher
-from distill.training.preparation import read_teacher
+from distill.training.run_teacher import read_teacher
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = "model.diffusion_model."

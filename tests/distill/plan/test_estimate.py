@@ -11,14 +11,14 @@ from tiny import make_teacher, make_transformer
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.config import Full, Lora
+from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import one_step
 from distill.methods import dmd, flow_map, reflow
 from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
-from distill.models.geometry import NAMES, read_geometry
+from distill.models.geometry import NAMES, PUBLISHED, read_geometry
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
@@ -310,6 +310,48 @@ def test_a_transformer_s_configuration_is_enough(teacher, tmp_path):
     geometry = read_geometry(str(tmp_path))
     assert geometry.tokens == 77 + 256
     assert geometry.vae == read_geometry(NAMES[0]).vae
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=label)
+@pytest.mark.parametrize("dual", [0, 2])
+def test_few_blocks_tell_what_many_cost(kind, dual, tmp_path):
+    layers = 5
+    config = dict(
+        make_transformer(num_layers=layers, dual_attention_layers=tuple(range(dual)), qk_norm="rms_norm").config
+    )
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    method = FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(1, 3)))
+    made = PlanInput(read_geometry(str(tmp_path)), kind, torch.float32, BATCH, SIZE, method)
+    assert made._counts_of_all_blocks() == made._counts(made.geometry)
+
+
+def test_a_preset_gives_the_settings_of_its_plan(tmp_path, teacher):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        f"teacher: {teacher}\nmethod: {{name: reflow, teacher_steps: 1}}\nnetworks: {{kind: lora, rank: 4}}\n"
+        "precision: fp32\nbatch: 8\nmicro_batch: 2\nimages: 64\nprompts: {max_count: 7}\n"
+    )
+    command = ["plan", str(preset), "--device", "rtx-4090", "--optimizer", "adam-8bit"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "lora of rank 4, batch 2 images of 16 pixels, optimizer adam-8bit, gradient checkpointing off" in shown.output
+    )
+    assert "images/s on rtx-4090; 64 images take about" in shown.output
+    assert "Prompts: 7 distinct" in shown.output
+    assert "It fits 23.6 GiB" in shown.output
+    refused = CliRunner().invoke(app, ["plan", str(preset), "--device", "rtx-3090"])
+    assert refused.exit_code == 2
+    assert "rtx-4090" in refused.output
+
+
+def test_published_presets_are_planned_without_their_teachers_files():
+    for name in ("sd3-medium-full", "sd3.5-medium-lora", "sd3.5-large-lora"):
+        config = load_config(name)
+        made = plans.run_input(read_geometry(PUBLISHED[config.teacher]), config)
+        assert made.geometry.image_size == made.size == 1024
+        assert (made.batch, made.kind) == (config.micro_batch, config.networks)
 
 
 def test_the_command_prints_parts_verdict_and_json(teacher):

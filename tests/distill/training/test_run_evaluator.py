@@ -17,8 +17,9 @@ from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
 from distill.run import accelerator, run
 from distill.training import checkpoint
-from distill.training.preparation import check_run, read_teacher
+from distill.training.preparation import check_run
 from distill.training.run_evaluator import evaluator_kind, run_evaluator, run_references
+from distill.training.run_teacher import read_teacher
 
 
 @pytest.fixture(scope="module")
