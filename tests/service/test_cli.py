@@ -49,6 +49,7 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
             "setting data = None",  # as for all tests
             "setting engine.devices = simulator",
             "setting engine.max_batch = 1",
+            "setting engine.tuning_seconds = 0.0",  # as for all tests
             "setting http.port = 0",
             f"serving simulator on simulator at {url}; no API key is required",
         ]
