@@ -177,7 +177,7 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
             elif words[0] == "curl":
                 subprocess.run(["curl", "--fail", "--silent", *words[1:]], check=True)
             elif words[0] == "distill":
-                more = [f"--set={each}" for each in smaller] if words[1] == "run" else []
+                more = [f"--set={each}" for each in smaller] if words[1] in ("plan", "run") else []
                 result = invoke(*words[1:], *more)
                 assert result.exit_code == 0, (words, result.output)
             else:
