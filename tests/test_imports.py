@@ -1,6 +1,7 @@
 """The halves meet in one file, and nothing heavy is imported before it is needed."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -59,19 +60,54 @@ def test_the_server_imports_no_torch_and_only_the_options_of_the_distilling_half
     assert {name for name in loaded if name.partition(".")[0] == "distill"} == {"distill", "distill.options"}
 
 
-HELP = """
-import sys
-from distill.cli import app as distill
-from service.cli import app as service
+COMMANDS = """
+import socket, sys
+from distill import cli as distill
+from service import cli as service
 
-for app, *words in (distill,), (distill, "run"), (service, "serve"):
-    app([*words, "--help"], standalone_mode=False)
-    assert "torch" not in sys.modules, words
+taken = socket.create_server(("127.0.0.1", 0))
+refused = [
+    "run scenes-debug --set imges=8", "run scenes-debug --set method=fgn", "run scenes-debug --set evaluation.images=1",
+    "run scenes-debug --set teacher=nowhere", "run scenes-debug --set prompts.source=nowhere.txt",
+    "run scenes-debug --set evaluation.evaluator=nothing", "run scenes-debug --set init_from=nowhere",
+    "run scenes-debug --name -mine", "run scenes-debug --out distill", "run nothing",
+    "generate", "generate x --student nowhere", "generate x --teacher nowhere", "generate --file nowhere.txt",
+    "evaluate --student nowhere", "evaluate --teacher nowhere", "evaluate --picture README.md",
+    "geneval README.md --out nowhere", "score nowhere", "compare fgm fgn", "compare fgm --set teacher=nowhere",
+    "export nowhere", "report nowhere", "plan nowhere", "plan --device abacus", "embed nowhere x --out nowhere",
+    "embed scenes nowhere.txt --out nowhere", "encode scenes nowhere --out nowhere", "jobs --url http://127.0.0.1:1",
+]
+commands = [(distill, words, 2) for words in refused]
+commands += [(distill, words, 0) for words in ("--help", "run --help", "plan --help", "--version")]
+commands += [(service, words, 0) for words in ("--help", "serve --help", "--version")]
+commands += [
+    (service, f"serve {words}", 2)
+    for words in (
+        "--model nowhere", "--model -mine=distill", "--set http.prt=1", f"--port {taken.getsockname()[1]}",
+        "--keys-file README.md", "--host 0.0.0.0",
+    )
+]
+for command, words, status in commands:
+    sys.argv = ["command", *words.split()]
+    try:
+        command.main()
+    except SystemExit as ended:
+        assert ended.code == status, (words, ended.code)
+    heavy = {"torch", "numpy", "diffusers", "transformers", "accelerate", "fastapi"} & sys.modules.keys()
+    assert not heavy, (words, heavy)
 """
 
 
-def test_help_imports_no_torch() -> None:
-    subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, check=True, capture_output=True)
+def test_neither_help_nor_a_refusal_imports_what_takes_seconds(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "README.md").write_text("not ours")
+    (tmp_path / "distill" / "student").mkdir(parents=True)
+    (tmp_path / "distill" / "student" / "other.txt").write_text("not ours")
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMANDS], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "distill"}  # nothing is made
 
 
 ABOVE_MODELS = (
