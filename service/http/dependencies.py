@@ -1,6 +1,6 @@
 """What handlers need, as named types. All dependencies are coroutines, because FastAPI runs others in a thread."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Request
 from fastapi.requests import HTTPConnection
@@ -35,8 +35,6 @@ UncheckedEngineDep = Annotated[Engine, _from_app("engine")]  # also while it sta
 ImagesDep = Annotated[ImageService, _from_app("images")]
 RealtimeDep = Annotated[RealtimeSessions, _from_app("realtime")]
 StoredModelsDep = Annotated[StoredModels, _from_app("stored_models")]
-RateLimiterDep = Annotated[RateLimiter, _from_app("rate_limiter")]
-IdempotencyDep = Annotated[IdempotencyStore, _from_app("idempotency")]
 AuthenticatorDep = Annotated[Authenticator, _from_app("authenticator")]
 
 
@@ -46,6 +44,25 @@ async def _engine(engine: UncheckedEngineDep) -> Engine:
 
 
 EngineDep = Annotated[Engine, Depends(_engine)]
+
+
+class ImageServices(NamedTuple):
+    """What the route of images needs. It is one dependency, because each one costs time in every request."""
+
+    images: ImageService
+    settings: Settings
+    rate_limiter: RateLimiter
+    idempotency: IdempotencyStore
+
+
+async def _image_services(connection: HTTPConnection) -> ImageServices:
+    """Return the app's objects. Raises Unavailable while the engine starts or drains."""
+    state = connection.app.state
+    state.engine.check_open()
+    return ImageServices(state.images, state.settings, state.rate_limiter, state.idempotency)
+
+
+ImageServicesDep = Annotated[ImageServices, Depends(_image_services)]
 
 
 async def _jobs(jobs: Annotated[Jobs | None, _from_app("jobs")]) -> Jobs:

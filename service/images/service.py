@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from service.observability.tracing import Tracing
 
 
+ENCODED_AT_ONCE = 1 << 15  # bytes of pixels; a thread takes longer to wake up than so few take to encode
+
+
 @dataclass(frozen=True)
 class GeneratedImages:
     """The encoded images of a request in the order of its seeds, and what the answer says of them."""
@@ -120,8 +123,12 @@ class ImageService:
                 raise Blocked(message, "prompt", "moderation_blocked")
         with self._stage("encode", seconds):
             pairs = zip(images, request.seeds, strict=True)
-            encoding = [in_thread(self._encode, request, output, info, image, seed) for image, seed in pairs]
-            encoded: Sequence[bytes] = await asyncio.gather(*encoding)
+            encoded: Sequence[bytes]
+            if self._signer is None and sum(image.pixels.nbytes for image in images) <= ENCODED_AT_ONCE:
+                encoded = [self._encode(request, output, info, image, seed) for image, seed in pairs]
+            else:
+                encoding = [in_thread(self._encode, request, output, info, image, seed) for image, seed in pairs]
+                encoded = await asyncio.gather(*encoding)
         self._metrics.bytes.labels(output.format).inc(sum(map(len, encoded)))
         warnings = [*output.warnings]
         if images[0].truncated:

@@ -11,7 +11,7 @@ from pydantic import SkipValidation, ValidationError
 
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
-from service.http.dependencies import EngineDep, IdempotencyDep, ImagesDep, ImagesOwner, RateLimiterDep, SettingsDep
+from service.http.dependencies import ImageServicesDep, ImagesOwner
 from service.http.error_handlers import body_error
 from service.images.service import GeneratedImages
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
@@ -26,10 +26,11 @@ EVENT = {
 T = TypeVar("T")
 
 
-async def _validated(body: Annotated[ImageRequest, SkipValidation], settings: SettingsDep) -> ImageRequest:
+async def _validated(body: Annotated[ImageRequest, SkipValidation], services: ImageServicesDep) -> ImageRequest:
     """Validate the body as the settings require. Raises RequestValidationError."""
     try:
-        return ImageRequest.model_validate(body, context={"unsupported": settings.images.unsupported_fields})
+        unsupported = services.settings.images.unsupported_fields
+        return ImageRequest.model_validate(body, context={"unsupported": unsupported})
     except ValidationError as error:
         raise body_error(error) from None
 
@@ -54,14 +55,9 @@ Validated = Annotated[ImageRequest, Depends(_validated)]
 )
 async def generate(
     request: Request,
-    images: ImagesDep,
-    settings: SettingsDep,
-    rate_limiter: RateLimiterDep,
-    idempotency: IdempotencyDep,
-    engine: EngineDep,
+    services: ImageServicesDep,
     owner: ImagesOwner,
     body: Validated,
-    accept: Annotated[list[str], Header(default_factory=list)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
     """Generate `n` images of a prompt, each with one network evaluation or with `steps` of them (extension).
@@ -69,17 +65,18 @@ async def generate(
     `seed` (extension) makes them reproducible; every image's seed is in the answer. A prompt over the model's token
     limit is cut, and `warnings` (extension) says so.
     """
-    raw = image_type(", ".join(accept), body.output_format)
+    raw = image_type(", ".join(request.headers.getlist("accept")), body.output_format)
     _check_consistency(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
-    async with engine.catalog.use(body.model, body.lora.name if body.lora else None):
+    images, settings = services.images, services.settings
+    async with images.engine.catalog.use(body.model, body.lora.name if body.lora else None):
         generation, output = images.resolve(body, owner)
         request.state.user = body.user
         request.state.prompt = body.prompt if settings.observability.log_prompts else None
 
         async def answer() -> Response:
-            rate_limiter.take(owner, len(generation.seeds))
+            services.rate_limiter.take(owner, len(generation.seeds))
             generated = await _unless_disconnected(request, images.generate(generation, output))
             headers = {"server-timing": generated.server_timing}
             if raw is not None:
@@ -95,7 +92,7 @@ async def generate(
         if idempotency_key is None:
             return await answer()
         fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
-        return await idempotency.run_once(owner, idempotency_key, fingerprint, answer)
+        return await services.idempotency.run_once(owner, idempotency_key, fingerprint, answer)
 
 
 def _check_consistency(body: ImageRequest, raw: str | None) -> None:
