@@ -103,7 +103,7 @@ def test_an_any_step_model_takes_steps(any_step, connect):
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(several.data[0].b64_json))))
     assert np.array_equal(pixels[0, 0], np.random.default_rng(7 + 2 * 10**6).integers(0, 256, 3, dtype=np.uint8))
     raw = generate(any_step, {"accept": "image/png"}, seed=7, steps=3)
-    assert Image.open(io.BytesIO(raw.content)).info["Description"] == "model simulator in 3 steps, seed 7"
+    assert Image.open(io.BytesIO(raw.content)).info["Description"] == "model simulator in 3 steps, seed 7, full decoder"
 
 
 def test_steps_that_the_model_does_not_support_are_refused_by_name(api, any_step):
