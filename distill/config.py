@@ -69,14 +69,15 @@ class RealImages(ConfigGroup):
 class _Networks(ConfigGroup):
     """How the networks are computed. A run may be resumed with other values: only rounding differs.
 
-    `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block. `attention`
-    names the kernel: `auto` is `math`, two matrix products and a softmax, for bf16 on CPUs, where the backward of
-    PyTorch's fused kernel is slow, and elsewhere `sdpa`, which leaves the choice to PyTorch. `cuda_graph` runs a whole
-    round of updates as one CUDA graph; `auto` does so for models whose kernels are shorter than their launches.
+    `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block; `auto` does
+    so on GPUs, if there is a C compiler. `attention` names the kernel: `auto` is `math`, two matrix products and a
+    softmax, for bf16 on CPUs, where the backward of PyTorch's fused kernel is slow, and elsewhere `sdpa`, which leaves
+    the choice to PyTorch. `cuda_graph` runs a whole round of updates as one CUDA graph; `auto` does so for models whose
+    kernels are shorter than their launches.
     """
 
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     attention: Literal["auto", "sdpa", "math", "flash", "cudnn", "xformers"] = "auto"
     cuda_graph: bool | Literal["auto"] = "auto"
 

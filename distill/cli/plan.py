@@ -105,7 +105,8 @@ def plan(
         )
         teacher, teacher_base = run.teacher, teacher_base or run.teacher_base
         prompts, images = run.prompts.max_count, run.images
-        dtype, compiled = "fp32" if run.precision == "fp32" else "bf16", run.networks.compile
+        dtype = "fp32" if run.precision == "fp32" else "bf16"
+        compiled = run.networks.compile is not False  # `auto` compiles on a GPU
     prompts, images, dtype = prompts or 1_000_000, images or 1_000_000, dtype or "bf16"
     geometry = read_geometry(PUBLISHED.get(teacher, teacher), teacher_base)
 

@@ -24,6 +24,7 @@ from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
 from distill.training import checkpoint
 from distill.training.initial_weights import trained_shapes
+from distill.training.networks import compiles
 from distill.training.preparation import SPEED
 from distill.training.run_evaluator import (
     evaluated_images,
@@ -121,7 +122,7 @@ def estimate_run(
     prompt_flop = encoding_flop(geometry)
     count, online = prompts.distinct(), prompts.is_online(teacher)
     row = row_bytes(teacher) * text_dtype(device).itemsize // torch.bfloat16.itemsize
-    share = UTILIZATION["compiled" if config.networks.compile else "eager"] / MATRIX_SHARE
+    share = UTILIZATION["compiled" if compiles(config.networks.compile, device) else "eager"] / MATRIX_SHARE
     rate = share * matrix_rate(device, text_dtype(device))
 
     newest = checkpoint.latest(out / "checkpoints")

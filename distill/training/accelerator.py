@@ -78,7 +78,7 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
         raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     compiler = os.environ.get("CXX", "g++")  # that torch asks for where there is no GPU
-    if config.networks.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
+    if config.networks.compile is True and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
             f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or set it to false"
         )

@@ -11,12 +11,15 @@ The base is frozen, so it has no gradients to reduce. Adapters are replicated, a
 without sharding.
 """
 
+import os
+import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -256,11 +259,19 @@ def _prepare(model: SD3Transformer2DModel, kind: Full | Lora) -> None:
     if kind.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         model.train()  # diffusers checkpoints only in training mode; SD3 has neither dropout nor batch statistics
-    if kind.compile:
+    if compiles(kind.compile, model.device):
         torch._dynamo.config.recompile_limit = COMPILED_FORMS
         # Blocks of one kind share their compiled forms, so a deep model starts as fast as a shallow one.
         for block in model.transformer_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def compiles(choice: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether blocks are compiled on a device. Triton, which compiles for GPUs, needs a C compiler at run time."""
+    if choice != "auto":
+        return choice
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    return device.type == "cuda" and find_spec("triton") is not None and compiler is not None
 
 
 def build(

@@ -122,7 +122,7 @@ def test_the_method_that_a_preset_has_keeps_its_settings():
 
 @pytest.mark.parametrize("choice", ["networks.kind=full", "networks=full"])
 def test_another_kind_of_networks_keeps_how_they_compute(choice):
-    assert load_config("sd3-medium-lora", [choice]).networks == Full(gradient_checkpointing=True)
+    assert load_config("sd3-medium-lora", [choice]).networks == Full(gradient_checkpointing=True, compile="auto")
 
 
 def test_a_file_may_name_a_method_alone(tmp_path):

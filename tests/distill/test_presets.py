@@ -60,7 +60,7 @@ def test_every_role_of_a_preset_learns_at_its_model_s_widths(preset):
 def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_path):
     """Random weights of the true geometry, an image to a step: the second, when the optimizers have their states."""
     geometry = read_geometry(preset.rpartition("-")[0])
-    config = load_config(preset, ["batch=1", "micro_batch=1", "sizes=[]", "trackers=[]"])
+    config = load_config(preset, ["batch=1", "micro_batch=1", "sizes=[]", "trackers=[]", "networks.compile=false"])
     kind, size = config.optimizer.kind, geometry.image_size
     plan = PlanInput(geometry, config.networks, torch.bfloat16, 1, size, config.method, kind).plan()
     steps = [size for moment, size in plan.stages.items() if moment.endswith("turn") or moment == "optimizer step"]

@@ -1,6 +1,7 @@
 """Two adapters on one base learn exactly as three separate copies would, however the base computes."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from distill.errors import ConfigError
 from distill.methods.base import Velocities
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
-from distill.training.networks import ROLES, FullCopies, SharedBase, build
+from distill.training.networks import ROLES, FullCopies, SharedBase, build, compiles
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -120,3 +121,13 @@ def test_roles_start_as_the_teacher_and_adapters_are_fp32_on_a_bf16_base(teacher
         assert {tensor.dtype for tensor in networks.trainable(role).values()} == {torch.float32}
         assert all(tensor.requires_grad for tensor in networks.trainable(role).values())
     assert networks.trainable("fake").keys() == networks.trainable("student").keys()
+
+
+def test_blocks_are_compiled_by_default_only_on_gpus_with_a_c_compiler(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [compiles(choice, cpu) for choice in (True, False, "auto")] == [True, False, False]
+    monkeypatch.setenv("CC", "cc")
+    assert compiles("auto", gpu) is (find_spec("triton") is not None)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not compiles("auto", gpu)
