@@ -12,6 +12,8 @@ from distill.errors import TeacherError
 PIPELINE = "StableDiffusion3Pipeline"
 INDEX = "model_index.json"
 RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside a student: all that serving must know
+DECODER = "decoder"  # folder of a student's small decoder
+DECODER_CONFIG, DECODER_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 FORMAT = 1  # of a student's record; another number is refused
 MODELS = {  # components with weights, and their classes
     "transformer": "SD3Transformer2DModel",

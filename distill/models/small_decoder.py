@@ -13,11 +13,9 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 from distill.errors import ConfigError, TeacherError
-from distill.models.sd3_files import read_json
+from distill.models.sd3_files import DECODER_CONFIG, DECODER_WEIGHTS, read_json
 from distill.models.weights import check_finite
 
-DECODER = "decoder"  # folder of a student's small decoder, and of that which a training exports
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # `AutoencoderTiny` begins with 3 tanh(x / 3). Half of the transformer's latents, of standard deviation 1, stay where
 # that is nearly linear, whatever the scale of the VAE's own latents is.
 LATENT_SCALE = 2.0
@@ -57,7 +55,7 @@ def load_small_decoder(
 ) -> tuple[AutoencoderTiny, str]:
     """Load a small decoder, and the digest of its files. Raises ConfigError, naming `decoder`, if it does not fit."""
     try:
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / DECODER_CONFIG)
         digest = decoder_digest(folder)
     except (TeacherError, OSError) as error:
         raise ConfigError(f"decoder {folder} is not a complete {_KIND}: {error}; give the folder of one") from None
@@ -82,4 +80,4 @@ def load_small_decoder(
 
 def decoder_digest(folder: Path) -> str:
     """The digest of a small decoder's files. Raises OSError."""
-    return hashlib.sha256((folder / CONFIG).read_bytes() + (folder / WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((folder / DECODER_CONFIG).read_bytes() + (folder / DECODER_WEIGHTS).read_bytes()).hexdigest()

@@ -8,12 +8,12 @@ from typing import Literal
 
 from distill.errors import OutputError, TeacherError
 from distill.files import atomic_write, atomic_write_text
-from distill.models.sd3_files import RECORD, read_json
+from distill.models.sd3_files import DECODER, DECODER_CONFIG, DECODER_WEIGHTS, RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import CONFIG, DECODER, WEIGHTS, decoder_digest
+from distill.models.small_decoder import decoder_digest
 
 README = "README.md"
-FILES = (CONFIG, WEIGHTS, README)  # of a small decoder
+FILES = (DECODER_CONFIG, DECODER_WEIGHTS, README)  # of a small decoder
 Default = Literal["full", "small"]
 
 

@@ -14,11 +14,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.config import Lora
-from distill.errors import CheckpointError, ConfigError, DivergedError
+from distill.errors import CheckpointError, ConfigError, DivergedError, TeacherError
 from distill.files import atomic_write
 from distill.models.sd3 import load_transformer
-from distill.models.sd3_files import COMPONENTS, FORMAT, MODELS, RECORD, Weights, find_weights, setting_files
+from distill.models.sd3_files import (
+    COMPONENTS,
+    DECODER,
+    FORMAT,
+    MODELS,
+    RECORD,
+    Weights,
+    find_weights,
+    read_json,
+    setting_files,
+)
 from distill.models.sd3_folder import SD3Folder
+from distill.models.small_decoder import decoder_digest
 from distill.models.two_times import save_second_time, split
 from distill.models.weights import first_nonfinite
 from distill.student.card import card, license_of
@@ -41,7 +52,8 @@ def export_student(
 
     `weights` is the state of the transformer or, with `lora`, of the adapter in peft's naming. With `lora` the folder
     holds the merged transformer, and also the adapter for `load_lora_weights`. Weights of a second time are written to
-    their own file, which one-step sampling does not need. Files larger than `max_shard_size` are split.
+    their own file, which one-step sampling does not need. An older student's small decoder is kept.
+    Files larger than `max_shard_size` are split.
     `recipe` is copied to `onestep.json`: name, method and images_seen, and if known prompts, metrics and config. The
     license is that of the teacher's model card unless another is given.
 
@@ -84,6 +96,9 @@ def export_student(
             shutil.copyfile(teacher.path / "transformer" / "config.json", made / "transformer" / "config.json")
             if second:
                 save_second_time(second, made)
+            if (decoder := _small_decoder(out, teacher)) is not None:
+                shutil.copytree(out / DECODER, made / DECODER)
+                record["decoder"] = decoder
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             (made / "README.md").write_text(card(record, teacher, named, lora is not None), encoding="utf-8")
             check_place(out, teacher.path)  # again, because files may have been added in the meantime
@@ -97,6 +112,16 @@ def check_size(max_shard_size: str) -> None:
     size = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([KMGT])B", max_shard_size)
     if not size or float(size[1]) * 1000 ** "KMGT".index(size[2]) < 1:
         raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size of at least 1KB; write it as 5GB or 500MB")
+
+
+def _small_decoder(student: Path, teacher: SD3Folder) -> Any:
+    """The record of the small decoder of an older student of this teacher; None without one that is complete."""
+    try:
+        record = read_json(student / RECORD)
+        decoder, same = record["decoder"], record["teacher_digest"] == teacher.digest
+        return decoder if same and decoder["digest"] == decoder_digest(student / DECODER) else None
+    except (KeyError, OSError, TeacherError, TypeError):
+        return None
 
 
 def _version(package: str) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from distill.errors import OutputError, TeacherError
-from distill.models.sd3_files import RECORD, read_json
+from distill.models.sd3_files import DECODER, DECODER_CONFIG, DECODER_WEIGHTS, RECORD, read_json
 
 _PARTS = r"transformer|vae|scheduler|text_encoder(_[23])?|tokenizer(_[23])?|image_encoder|feature_extractor"
 _WEIGHTS = r"(diffusion_pytorch_)?model(\.(fp|bf)16)?(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -14,6 +14,7 @@ _SETTINGS = (
 # Every file that a student folder may hold. A folder with other files is not replaced.
 _WRITTEN = re.compile(
     rf"README\.md|model_index\.json|{re.escape(RECORD)}|(pytorch_lora_weights|second_time)\.safetensors"
+    rf"|{DECODER}/({DECODER_CONFIG}|{DECODER_WEIGHTS}|README\.md)"
     rf"|({_PARTS})/({_WEIGHTS}|{_SETTINGS}\.json|merges\.txt|spiece\.model)"
 )
 

@@ -73,7 +73,7 @@ def train(run: DecoderRun, stop_at: int | None = None) -> None:
 
 
 def test_the_command_trains_a_decoder_that_the_student_and_stock_diffusers_use_alike(
-    student: Path, prompts: Path, tmp_path: Path
+    teacher: Path, student: Path, prompts: Path, tmp_path: Path
 ) -> None:
     before, out = read_student(student), tmp_path / "run"
     settings = RECIPE.model_dump(exclude={"images", "weights", "feature_share"}, exclude_unset=True)
@@ -114,6 +114,13 @@ def test_the_command_trains_a_decoder_that_the_student_and_stock_diffusers_use_a
     made = np.asarray(small(PROMPTS, range(4))).astype(int)
     assert np.abs(made - np.round(255 * images)).max() <= 1
     assert np.abs(made - np.asarray(full(PROMPTS, range(4))).astype(int)).max() > 1
+
+    # Another export of the student keeps it.
+    folder = SD3Folder.read(teacher)
+    weights = dict(load_transformer(folder).named_parameters())
+    export_student(folder, weights, student, {"name": "tiny", "method": "fgm", "images_seen": 8})
+    assert (read_student(student).images_seen, read_student(student).small_decoder) == (8, after.small_decoder)
+    assert OneStepPipeline.load(student).decoder == "small"
 
     # The run folder is one that `distill runs` and `distill report` read.
     run = read_run(out)

@@ -16,7 +16,7 @@ from service.app import create_app
 from service.engine.simulator import Simulator
 from service.settings import Settings
 
-ANY_STEP = replace(Simulator().info, max_steps=4)
+ANY_STEP = replace(Simulator().info, max_steps=4, decoder="small", decoder_digest="5ma11")
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +94,19 @@ def any_step():
 
 def test_an_any_step_model_takes_steps(any_step, connect):
     client = connect(any_step)
-    assert client.models.retrieve("simulator").max_steps == 4
+    model = client.models.retrieve("simulator")
+    assert (model.max_steps, model.decoder) == (4, "small")
     one = client.images.generate(prompt="a", extra_body={"seed": 7})
     for steps in (None, 1):
         again = client.images.generate(prompt="a", extra_body={"seed": 7, "steps": steps})
         assert again.data[0].b64_json == one.data[0].b64_json
+    assert one.decoder == "small"
     several = client.images.generate(prompt="a", extra_body={"seed": 7, "steps": 3})
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(several.data[0].b64_json))))
     assert np.array_equal(pixels[0, 0], np.random.default_rng(7 + 2 * 10**6).integers(0, 256, 3, dtype=np.uint8))
     raw = generate(any_step, {"accept": "image/png"}, seed=7, steps=3)
-    assert Image.open(io.BytesIO(raw.content)).info["Description"] == "model simulator in 3 steps, seed 7, full decoder"
+    description = Image.open(io.BytesIO(raw.content)).info["Description"]
+    assert description == "model simulator in 3 steps, seed 7, small decoder"
 
 
 def test_steps_that_the_model_does_not_support_are_refused_by_name(api, any_step):
