@@ -20,9 +20,9 @@ from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
 from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
-from distill.models.sd3_files import RECORD
+from distill.models.sd3_files import DECODER, RECORD
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import DECODER, load_small_decoder
+from distill.models.small_decoder import load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
 from distill.options import SHIPPED_STUDENT as SHIPPED_STUDENT

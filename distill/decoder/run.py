@@ -32,9 +32,9 @@ from distill.evaluate.base import EvalPrompts, find_eval_dataset
 from distill.evaluate.sampler import Sampling
 from distill.files import atomic_write_text
 from distill.models.sd3 import load_vae
-from distill.models.sd3_files import RECORD, find_weights, read_json
+from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
-from distill.models.small_decoder import DECODER, decoder_digest, make_small_decoder
+from distill.models.small_decoder import decoder_digest, make_small_decoder
 from distill.philox import key_of
 from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm, Alarms
 from distill.report.grid import save_png

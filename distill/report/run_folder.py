@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from distill.errors import RunError
-from distill.models.sd3_files import RECORD
+from distill.models.sd3_files import DECODER, DECODER_CONFIG, RECORD
 from distill.report.alarms import Alarm, Metrics
 from distill.report.run_state import read_state
 from distill.training.run_lock import is_locked
@@ -115,7 +115,7 @@ def holds_student(folder: Path, budget: int) -> bool:
         or not state.is_final
         or state.budget < budget
         or not any(
-            (folder / product).exists() for product in (Path("student") / RECORD, Path("decoder") / "config.json")
+            (folder / product).exists() for product in (Path("student") / RECORD, Path(DECODER) / DECODER_CONFIG)
         )
     ):
         return False
