@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -180,3 +181,14 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     for row in rows:
         built.add_row(*row)
     return built
+
+
+def metric_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Build a table of one model per row, or, if that is wider than the console and narrower, one metric per row."""
+    lines = [*zip(header, *rows, strict=True)]
+    plain, turned = table(title, header, rows), table(title, lines[0], lines[1:])
+    turned.columns[0].no_wrap = True  # names of metrics
+    wide, narrow = (
+        Measurement.get(out, out.options.update(max_width=10_000), each).maximum for each in (plain, turned)
+    )
+    return plain if wide <= max(out.width, narrow) else turned

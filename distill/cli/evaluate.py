@@ -1,6 +1,8 @@
 """`distill evaluate`, `geneval` and `score`: measure the quality of a model's images."""
 
 import json
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -25,8 +27,10 @@ from distill.cli.options import (
 if TYPE_CHECKING:
     import torch
 
+    from distill.evaluate.clip import Clip
+    from distill.evaluate.references import References
     from distill.evaluate.sampler import Sampling, StudentModel
-    from distill.models.sd3_folder import SD3Folder
+    from distill.evaluate.student_comparison import StudentComparison
 
 
 def evaluate(
@@ -84,7 +88,8 @@ def evaluate(
     check_replaceable(picture)
     folder = open_teacher(teacher, teacher_base)
     guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
-    read_student(student or SHIPPED_STUDENT).check_steps(student_steps)
+    spec = read_student(student or SHIPPED_STUDENT)
+    spec.check_steps(student_steps)
     if prompts is None and clip is not None:
         raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
     if prompts is None and "scenes" not in EVAL_DATASETS:
@@ -92,8 +97,9 @@ def evaluate(
     if prompts is not None:
         next(read_prompts(str(prompts)), None)
 
-    from distill.cli.console import image_bar, out, table
+    from distill.cli.console import image_bar, metric_table, out, table
     from distill.evaluate.base import FEATURES
+    from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
     from distill.evaluate.sampler import Sampling, StudentModel
     from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.models.device import resolve_device
@@ -110,10 +116,22 @@ def evaluate(
         for i, name in enumerate(choices)
     }
     if prompts is not None:
-        _compare_with_teacher(
-            students, folder, prompts, images, clip, references, samplings, student_steps, where,
-            picture, as_json,
-        )  # fmt: skip
+        from distill.data.prompts import DistinctPrompts
+        from distill.evaluate.clip import Clip
+        from distill.evaluate.references import References
+
+        texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
+        made = References(references, folder, samplings[0], spec.sizes[0], texts, images)
+        scorer = None if clip is None else Clip(clip, where)
+        found = _compare_with_teacher(students, made, scorer, samplings[1:], student_steps, where)
+        assert found.picture is not None
+        save_png(found.picture, picture)
+        if as_json:
+            typer.echo(json.dumps({"features": REFERENCE_FEATURES, **found.as_dict()}, indent=2))
+            return
+        out.print(metric_table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
+        out.print(f"{images} images of {len(texts)} prompts; features: {REFERENCE_FEATURES}.")
+        out.print(f"The picture of the largest differences is {picture}.")
         return
     dataset = EVAL_DATASETS["scenes"]()
     comparison = Comparison(folder, students, samplings, dataset, where, student_steps)
@@ -134,64 +152,39 @@ def evaluate(
             header = ("", "teacher", model, "student / teacher")
             out.print(table(f"{name} prompts", header, ratio_table(result.teacher, measured)))
         if counts:
-            out.print(table(f"{name} prompts", *result.overview()))
+            out.print(metric_table(f"{name} prompts", *result.overview()))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
     out.print(f"The picture is {picture}.")
 
 
 def _compare_with_teacher(
     students: "dict[str, StudentModel]",
-    teacher: "SD3Folder",
-    prompts: Path,
-    images: int,
-    clip: str | None,
-    references: Path,
-    samplings: "list[Sampling]",
+    references: "References",
+    clip: "Clip | None",
+    others: "list[Sampling]",
     student_steps: int,
     device: "torch.device",
-    picture: Path,
-    as_json: bool,
-) -> None:
-    """Compare a student with the teacher's images of the first sampling; the other samplings are further rows.
-
-    `students` are the same student with several decoders.
-    """
-    from functools import partial
-    from itertools import islice
-
-    from distill.cli.console import image_bar, out, table
-    from distill.data.prompts import DistinctPrompts, read_prompts
-    from distill.evaluate.clip import Clip
-    from distill.evaluate.reference_evaluator import FEATURES, ReferenceEvaluator
-    from distill.evaluate.references import References
+) -> "StudentComparison":
+    """Make the teacher's images, and compare students and other samplings of the teacher with them."""
+    from distill.cli.console import image_bar
+    from distill.evaluate.reference_evaluator import ReferenceEvaluator
     from distill.evaluate.sampler import TeacherSampler
     from distill.evaluate.student_comparison import compare_students
-    from distill.pipeline import read_student
-    from distill.report.grid import save_png
 
-    spec = read_student(next(iter(students.values())).folder)
-    spec.check_steps(student_steps)
-    model = None if clip is None else Clip(clip, device)
-    texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
-    kept = References(references, teacher, samplings[0], spec.sizes[0], texts, images)
-    with image_bar("teacher's images", len(kept.texts)) as bar:
-        for progress in kept.make(device):
+    teacher = references.teacher
+    with image_bar("teacher's images", len(references.texts)) as bar:
+        for progress in references.make(device):
             bar.update(progress.images)
-    evaluator = ReferenceEvaluator(kept, model)
-    others = {}
-    if samplings[1:]:
-        sampler = TeacherSampler(teacher, device, kept.texts)
-        shape = teacher.latent_shape_of(*kept.size)
-        others = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in samplings[1:]}
+    evaluator = ReferenceEvaluator(references, clip)
+    sampled = {}
+    if others:
+        sampler = TeacherSampler(teacher, device, references.texts)
+        shape = teacher.latent_shape_of(*references.size)
+        sampled = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in others}
     with image_bar("images", (len(students) + len(others)) * evaluator.count) as bar:
-        found = compare_students(evaluator, teacher, students, kept.size, device, bar.advance, student_steps, others)
-    assert found.picture is not None
-    save_png(found.picture, picture)
-    if as_json:
-        typer.echo(json.dumps({"features": FEATURES, **found.as_dict()}, indent=2))
-        return
-    out.print(table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
-    out.print(f"{images} prompts; features: {FEATURES}. The picture of the largest differences is {picture}.")
+        return compare_students(
+            evaluator, teacher, students, references.size, device, bar.advance, student_steps, sampled
+        )
 
 
 def geneval(
@@ -221,8 +214,6 @@ def geneval(
     if student is not None:
         read_student(student)
     folder = open_given_teacher(teacher, teacher_base)
-
-    from functools import partial
 
     from distill.cli.console import image_bar
     from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts

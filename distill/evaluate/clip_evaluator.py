@@ -8,14 +8,12 @@ import numpy as np
 
 from distill.evaluate import metrics
 from distill.evaluate.base import Encode, Generate, Report
-from distill.evaluate.evaluator import Evaluation, digest_of
+from distill.evaluate.evaluator import PICTURED, Evaluation, digest_of
 from distill.evaluate.references import BATCH
 from distill.report.grid import labeled_grid, tile
 
 if TYPE_CHECKING:
     from distill.evaluate.clip import Clip
-
-PICTURED = 8  # prompts with the lowest scores
 
 
 class ClipEvaluator:

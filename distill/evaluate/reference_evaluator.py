@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from distill.evaluate import metrics
 from distill.evaluate.base import Encode, Generate, Images, Report
-from distill.evaluate.evaluator import Evaluation, digest_of
+from distill.evaluate.evaluator import PICTURED, Evaluation, digest_of
 from distill.evaluate.grid_artifacts import grid_energy
 from distill.evaluate.metrics import Features
 from distill.evaluate.references import REPEAT_SEEDS, References
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FEATURES = "vae-latents-2x2-mean-std-roughness"
 CELLS = 2  # per side of an image
-PICTURED = 8  # prompts on which student and teacher differ most
 HIGHER_IS_BETTER = {"kernel": False, "frechet": False, "clip_score": True}  # metrics that may decide
 
 

@@ -61,10 +61,7 @@ class SideBySide:
 
 
 class Comparison:
-    """Evaluates a teacher, sampled in several ways, and students by name. One student is in memory at a time.
-
-    A repeated sampling is evaluated once.
-    """
+    """Evaluates a teacher, sampled in several ways, and students by name. One student is in memory at a time."""
 
     def __init__(
         self,
@@ -81,7 +78,7 @@ class Comparison:
             student = read_student(model.folder)
             student.check_steps(student_steps)
             _check_size(model.folder, student.sizes[0], dataset)
-        self.samplings = list(dict.fromkeys(samplings))
+        self.samplings = samplings
         self._teacher = TeacherSampler(teacher, device)
         self._students = students
         self._device = device

@@ -1,5 +1,7 @@
 """Progress without a terminal: plain lines at intervals and at the end."""
 
+import io
+
 from rich.console import Console
 
 from distill.cli import console
@@ -52,3 +54,17 @@ def test_without_a_terminal_progress_is_lines(monkeypatch) -> None:
         bar.update(8, {"truncated": 0})
         bar.print("a [note]")
     assert page.export_text().splitlines() == ["a [note]", "prompts 8/8  truncated 0"]
+
+
+def test_a_table_that_is_too_wide_has_its_columns_as_rows(monkeypatch) -> None:
+    """No name and no number of it is cut."""
+    narrow = Console(width=60, record=True, file=io.StringIO())
+    monkeypatch.setattr(console, "out", narrow)
+    names = ["", *(f"metric_number_{i}" for i in range(9))]
+    rows = [[f"model {i}", *(f"{i}.0123456{j}" for j in range(9))] for i in range(2)]
+    narrow.print(console.metric_table("wide", names, rows))
+    text = narrow.export_text()
+    assert all(cell in text for cell in (*names, *rows[0], *rows[1]))
+    assert len(text.splitlines()) == 1 + 3 + 9 + 1
+    narrow.print(console.metric_table("narrow", names[:3], [row[:3] for row in rows]))
+    assert len(narrow.export_text().splitlines()) == 1 + 3 + 2 + 1
