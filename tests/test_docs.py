@@ -1,6 +1,7 @@
 """The documentation: commands, options, paths and links exist, the README's blocks run, and terms are the field's."""
 
 import ast
+import builtins
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -37,6 +39,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 APPS = {"distill": distill_cli.app, "fgm-service": service_cli.app}
 TEACHER = "stabilityai/stable-diffusion-3.5-medium"
 NOT_RUN = {
+    "python3": "the suite has its environment",
+    ".": "the suite has its environment",
     "pip": "the suite needs no network: its environment has the package installed",
     "hf": "the suite needs no network and no account",
 }
@@ -116,9 +120,35 @@ def test_what_is_run_and_compared_is_a_configuration(page):
 
 
 @by_page
-def test_python_is_python(page):
+def test_python_is_python_and_defines_its_variables(page):
     for block in blocks(page, "python"):
-        compile(block, str(page), "exec")
+        tree = ast.parse(block, str(page))
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        defined = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        defined |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                defined |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+        assert {node.id for node in names} - defined == set(), block
+
+
+@by_page
+def test_variables_of_the_shell_are_set_or_explained(page):
+    text = page.read_text(encoding="utf-8")
+    for block in blocks(page, "sh"):
+        for name in set(re.findall(r"\$\{?([A-Za-z_]\w*)", block)) - {"PWD"}:
+            assert re.search(rf"\b{name}=|\bfor {name} in\b|`{name}`", text), name
+
+
+@by_page
+def test_toml_and_json_can_be_read(page):
+    for block in blocks(page, "toml"):
+        tomllib.loads(block)
+    for block in blocks(page, "json"):
+        for line in block.splitlines() if block.count("\n{") else [block]:
+            json.loads(line)
 
 
 def test_every_block_of_the_readme_is_run_here():
@@ -184,6 +214,7 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
                 assert words[0] in NOT_RUN
     with Image.open("shapes.png") as image:
         assert image.size == (64, 64)
+    assert Path("stars.png").exists()
     assert Path("runs/sd3.5-medium-lora/report.html").exists()
 
 

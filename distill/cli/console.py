@@ -77,6 +77,11 @@ def working(what: str) -> Status:
     return _bars.status(what)
 
 
+def note(line: str) -> None:
+    """Print a line about what goes on, on standard error."""
+    _plain(line)
+
+
 def _plain(line: str) -> None:
     _bars.print(line, markup=False, highlight=False)
 

@@ -59,6 +59,7 @@ def generate(
     """
     from itertools import cycle, islice
 
+    from distill.cli.console import image_bar, note
     from distill.data.prompts import read_prompts
     from distill.errors import ConfigError, PromptError
     from distill.options import SHIPPED_STUDENT
@@ -74,13 +75,15 @@ def generate(
     texts = list(islice(cycle(texts), count or len(texts)))
     folder = open_given_teacher(teacher, teacher_base)
     if folder is None:
-        read_student(student or SHIPPED_STUDENT).check_steps(steps or 1)
+        spec = read_student(student or SHIPPED_STUDENT)
+        spec.check_steps(steps or 1)
+        note(f"loading {spec.name}")  # before PyTorch, whose import takes seconds
     else:
+        note(f"loading {teacher}")
         guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
 
     from functools import partial
 
-    from distill.cli.console import image_bar
     from distill.evaluate.base import Generate
     from distill.evaluate.generate import generate_images
     from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler, student_sampler
