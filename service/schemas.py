@@ -180,10 +180,10 @@ class ImageCompleted(BaseModel):
 
 
 class Model(BaseModel):
-    """One student, or another name of one. `sizes`, `adapters`, `max_steps` and `decoder` are extensions.
+    """One student, or another name of one. All fields after `owned_by`, its teacher, are extensions.
 
-    The first three are the values of a request's `size`, `lora` and `steps` that the model supports. `decoder` is what
-    makes the pixels: `full`, the model's VAE, or `small`.
+    `sizes`, `adapters` and `max_steps` are the values of `size`, `lora` and `steps` that the model supports. `decoder`
+    is what makes the pixels: `full`, the model's VAE, or `small`.
     """
 
     id: str
@@ -194,6 +194,8 @@ class Model(BaseModel):
     adapters: list[str]
     max_steps: int
     decoder: Decoder
+    description: Annotated[str, Field(description="What the model's card says of it.")] = ""
+    examples: Annotated[list[str], Field(description="Prompts of the card.")] = []
 
 
 class ModelList(BaseModel):
@@ -260,10 +262,10 @@ class LoadedModels(BaseModel):
 
 
 class Deleted(BaseModel):
-    """A file that is deleted, or a model or adapter that is unloaded."""
+    """A file or job that is deleted, or a model or adapter that is unloaded."""
 
     id: str
-    object: Literal["file", "model", "adapter"]
+    object: Literal["file", "model", "adapter", "fine_tuning.job"]
     deleted: Literal[True] = True
 
 

@@ -35,11 +35,14 @@ def test_distillation_never_imports_the_service() -> None:
     assert importers("distill", "service") == set()
 
 
-def test_the_service_imports_the_pipeline_in_one_file_and_its_options_in_another() -> None:
+def test_the_service_imports_the_pipeline_in_one_file_and_each_light_module_in_another() -> None:
     assert importers("service", "distill.pipeline") == {"service/engine/model_loader.py"}
     assert importers("service", "distill.options") == {"service/settings.py"}
+    assert importers("service", "distill.presets") == {"service/jobs/fine_tuning/choices.py"}
+    assert importers("service", "distill.methods") == {"service/jobs/fine_tuning/choices.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
-    assert all(name.startswith(("distill.pipeline.", "distill.options.")) for name in names)
+    known = ("distill.pipeline.", "distill.options.", "distill.presets", "distill.methods")
+    assert all(name.startswith(known) for name in names)
 
 
 def test_peft_and_accelerate_have_their_places() -> None:
@@ -52,12 +55,13 @@ def test_batching_policy_needs_neither_torch_nor_asyncio() -> None:
     assert "service/engine/batcher.py" not in importers("service", "torch") | importers("service", "asyncio")
 
 
-def test_the_server_imports_no_torch_and_only_the_options_of_the_distilling_half() -> None:
+def test_the_server_imports_no_torch_and_only_light_modules_of_the_distilling_half() -> None:
     code = "import sys, service.app, service.cli; print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     loaded = set(ended.stdout.split())
     assert not {"torch", "diffusers"} & loaded
-    assert {name for name in loaded if name.partition(".")[0] == "distill"} == {"distill", "distill.options"}
+    light = {"distill", "distill.options", "distill.presets", "distill.methods"}
+    assert {name for name in loaded if name.partition(".")[0] == "distill"} == light
 
 
 COMMANDS = """

@@ -5,8 +5,10 @@ which loss. It never sees an optimizer, a device, an accelerator or a step numbe
 `velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B parameters are the same to it.
 """
 
+import ast
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 _SHARED = {"base", "policies"}
@@ -15,6 +17,12 @@ _SHARED = {"base", "policies"}
 def names() -> list[str]:
     """List the methods."""
     return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _SHARED)
+
+
+def summary(name: str) -> str:
+    """Return the first line of a method's docstring. It imports no torch."""
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].rstrip(".")
 
 
 def config_class(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The model card of a student, written from its record: use, training, metrics and license."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,20 +12,45 @@ from jinja2 import Environment, FileSystemLoader
 from distill.models.sd3_folder import SD3Folder
 
 _LICENSE = ("license", "license_name", "license_link")  # fields of the Hugging Face Hub
+MAX_DESCRIPTION_CHARACTERS = 600
+MAX_EXAMPLES = 12
+MAX_EXAMPLE_CHARACTERS = 300  # longer ones are left out
 _SETTINGS = ("method", "networks", "optimizer", "batch", "ema_half_life", "seed")  # keys of the run that are shown
 
 
 def license_of(folder: Path) -> dict[str, str]:
     """Read the license from the card of a model folder, in the hub's fields; empty without a card or a license."""
+    header, _ = _read(folder)
+    return {key: str(header[key]) for key in _LICENSE if key in header}
+
+
+def description_of(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Read the first paragraph of a model folder's card, as plain text, and its example prompts.
+
+    The examples are the texts of `widget`, the hub's field for them, at most 12. Both are empty without a card.
+    """
+    header, text = _read(folder)
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    first = next((part for part in paragraphs if part and part[0] not in "#|`<![-"), "")
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", first).replace("`", "").replace("**", "")
+    widget = header.get("widget")
+    texts = [each.get("text") for each in widget if isinstance(each, dict)] if isinstance(widget, list) else []
+    examples = [each for each in texts if isinstance(each, str) and 0 < len(each) <= MAX_EXAMPLE_CHARACTERS]
+    return plain[:MAX_DESCRIPTION_CHARACTERS], tuple(examples[:MAX_EXAMPLES])
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the YAML header of a folder's card and the text after it; both empty without a card."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if not text.startswith("---\n"):
-        return {}
+        return {}, text
+    head, _, text = text[4:].partition("\n---")
     try:
-        header = yaml.safe_load(text[4:].partition("\n---")[0])
+        header = yaml.safe_load(head)
     except (yaml.YAMLError, RecursionError):
-        return {}
-    return {key: str(header[key]) for key in _LICENSE if key in header} if isinstance(header, dict) else {}
+        header = None
+    return header if isinstance(header, dict) else {}, text.lstrip("-")
 
 
 def card(record: Mapping[str, Any], folder: SD3Folder, license: Mapping[str, str], adapter: bool) -> str:

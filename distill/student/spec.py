@@ -7,6 +7,7 @@ from typing import Literal
 from distill.errors import ConfigError, TeacherError
 from distill.models.sd3_files import FORMAT, RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
+from distill.student.card import description_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class OneStepSpec:
     has_t5: bool = False
     decoder: Literal["full", "small"] = "full"  # that it is used with by default
     small_decoder: str | None = None  # digest of the small decoder in its folder
+    description: str = ""  # the first paragraph of the folder's card
+    examples: tuple[str, ...] = ()  # prompts of the card
 
     @property
     def image_tokens(self) -> int:
@@ -56,6 +59,7 @@ def read_record(folder: SD3Folder) -> OneStepSpec:
         raise TeacherError(f"{folder.path} is a teacher, not a one-step student; distill it with `distill run` first")
     if record["start_time"] != 1.0 or record.get("format") != FORMAT:
         raise TeacherError(f"{path} is of another format; export the student again with this version")
+    description, examples = description_of(folder.path)
     try:
         small = record.get("decoder") or {}
         return OneStepSpec(
@@ -75,6 +79,8 @@ def read_record(folder: SD3Folder) -> OneStepSpec:
             has_t5=folder.has_t5,
             decoder="small" if small.get("default") == "small" else "full",
             small_decoder=str(small["digest"]) if small else None,
+            description=description,
+            examples=examples,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{path} lacks or garbles {error}; export the student again") from None

@@ -41,6 +41,8 @@ class ModelInfo:
     runtime_fingerprint: str = ""  # what images depend on besides the files, such as precision and batch buckets
     decoder: Literal["full", "small"] = "full"  # what makes pixels of latents: the VAE, or a small decoder
     decoder_digest: str | None = None  # of a small decoder's files
+    description: str = ""  # of the model's card
+    examples: tuple[str, ...] = ()  # prompts that the card names
 
     def limits(self, width: int, height: int) -> BatchLimits:
         """Return the batches of a supported size."""

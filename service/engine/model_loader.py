@@ -60,6 +60,8 @@ class StudentBackend:
             runtime_fingerprint=self._pipeline.fingerprint,
             decoder=self._pipeline.decoder,
             decoder_digest=self._pipeline.small_decoder,
+            description=spec.description,
+            examples=spec.examples,
         )
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}-threads"

@@ -213,9 +213,14 @@ class JobMade(BaseModel):
 
 
 class JobObject(RowObject):
-    """A distillation job. Its progress, `images_seen` of `images_total`, is an extension."""
+    """A distillation job. `name`, `phase` and its progress, `images_seen` of `images_total`, are extensions."""
 
     id: str
+    name: Annotated[str, Field(description="The name that its student has or will have.")]
+    phase: Annotated[
+        Literal["starting", "encoding", "sampling", "training", "exporting"] | None,
+        Field(description="What a running job does: `encoding` prompts, `sampling` the teacher's images, ..."),
+    ] = None
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     error: JobError | None
@@ -236,6 +241,42 @@ class JobObject(RowObject):
     trained_tokens: None = None
     training_file: str
     validation_file: None = None
+
+
+class TeacherChoice(BaseModel):
+    """A teacher of the server. One that is not `available` was not fetched, or its folder is gone."""
+
+    name: str
+    available: bool
+
+
+class PresetChoice(BaseModel):
+    """A preset of `distill run`, with its budget, batch and method, and the server's teachers that it is made for."""
+
+    name: str
+    description: str
+    teachers: list[str]
+    method: str
+    images: int
+    batch: int
+
+
+class MethodChoice(BaseModel):
+    """A distillation method."""
+
+    name: str
+    description: str
+
+
+class JobChoices(BaseModel):
+    """What a job is chosen from. Budgets of fewer than `min_steps` batches give blur or noise."""
+
+    teachers: list[TeacherChoice]
+    presets: list[PresetChoice]
+    methods: list[MethodChoice]
+    max_images: Annotated[int | None, Field(description="Largest budget in images.")]
+    max_seconds: Annotated[float | None, Field(description="Largest budget in seconds.")]
+    min_steps: int
 
 
 class JobEventObject(RowObject):

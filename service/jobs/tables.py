@@ -6,6 +6,7 @@ from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ENDED = ("completed", "succeeded", "failed", "expired", "cancelled")  # final statuses of batches and jobs
+DELETE = "delete"  # requested of a job that has ended: no client sees it any more
 
 
 class Table(DeclarativeBase):
@@ -103,7 +104,7 @@ class JobRow(OwnedTable):
     noun, path = "job", "/v1/fine_tuning/jobs"
 
     status: Mapped[str]
-    requested_action: Mapped[str | None]  # pause or cancel, until it has happened
+    requested_action: Mapped[str | None]  # pause, cancel or DELETE, until it has happened
     starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first one; each start is a workflow
     model: Mapped[str]
     training_file: Mapped[str]
@@ -116,7 +117,7 @@ class JobRow(OwnedTable):
     details: Mapped[dict[str, Any] | None]  # `metadata` on the wire
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]
-    deleted_at: Mapped[int | None]  # time of the student's deletion; the name above is removed with its files
+    deleted_at: Mapped[int | None]  # of the student; the name above is removed with its files
     result_files: Mapped[list[Any]]
     finished_at: Mapped[int | None]
     estimated_finish: Mapped[int | None]

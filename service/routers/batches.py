@@ -1,12 +1,16 @@
 """`/v1/batches`: thousands of image requests from a file, in OpenAI's format."""
 
+import asyncio
 import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
 
-from service.http.dependencies import JobsDep, JobsOwner, SettingsDep
+from service.errors import NotFound
+from service.http.dependencies import ImagesDep, JobsDep, JobsOwner, SettingsDep
 from service.jobs import tables
+from service.jobs.batches.archive import zip_images
 from service.jobs.schemas import BatchObject, BatchRequest, Page
 from service.schemas import ErrorResponse
 
@@ -41,6 +45,23 @@ def show(batch_id: str, jobs: JobsDep, owner: JobsOwner) -> BatchObject:
 async def cancel(batch_id: str, jobs: JobsDep, owner: JobsOwner) -> BatchObject:
     """Start no further line; lines that were answered before are in the output file."""
     return _batch_object(await jobs.write(jobs.batches.cancel, owner, batch_id, int(time.time())))
+
+
+@router.get(
+    "/{batch_id}/images",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def images(batch_id: str, jobs: JobsDep, images: ImagesDep, owner: JobsOwner) -> StreamingResponse:
+    """All images of a batch that has ended, as a ZIP file (extension)."""
+    batch = await asyncio.to_thread(jobs.batches.get, owner, batch_id)
+    if batch.output_file_id is None:
+        message = f"the batch is {batch.status} and has no images"
+        raise NotFound(message, "batch_id", "no_images")
+    file = await asyncio.to_thread(jobs.files.get, owner, batch.output_file_id, int(time.time()))
+    headers = {"content-disposition": f'attachment; filename="{batch_id}.zip"', "x-content-type-options": "nosniff"}
+    zipped = zip_images(jobs.files.path(file.id), images.artifacts)
+    return StreamingResponse(zipped, media_type="application/zip", headers=headers)
 
 
 def _batch_object(batch: tables.BatchRow) -> BatchObject:

@@ -1,26 +1,38 @@
-"""`/v1/fine_tuning/jobs`: distillation jobs, in OpenAI's format."""
+"""`/v1/fine_tuning`: distillation jobs, in OpenAI's format."""
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 
 from service.errors import InvalidRequest
-from service.http.dependencies import JobsDep, JobsOwner
+from service.http.dependencies import JobsDep, JobsOwner, SettingsDep
 from service.jobs import tables
+from service.jobs.fine_tuning.choices import job_choices
 from service.jobs.fine_tuning.options import DistillationOptions
-from service.jobs.schemas import JobCheckpointObject, JobEventObject, JobObject, JobRequest, Page
-from service.schemas import ErrorResponse
+from service.jobs.jobs import Jobs
+from service.jobs.schemas import JobCheckpointObject, JobChoices, JobEventObject, JobObject, JobRequest, Page
+from service.schemas import Deleted, ErrorResponse
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses={"4XX": {"model": ErrorResponse}})
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], responses={"4XX": {"model": ErrorResponse}})
+
+NOSNIFF = {"x-content-type-options": "nosniff"}
+REPORT_POLICY = {"content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-@router.post("")
+@router.get("/choices")
+def choices(settings: SettingsDep, jobs: JobsDep, owner: JobsOwner) -> JobChoices:
+    """Teachers, presets and methods that a job is chosen from, and limits of its budget (extension)."""
+    return job_choices(settings)
+
+
+@router.post("/jobs")
 async def create(body: JobRequest, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Distill a teacher into a one-step student, which is served after the job has succeeded."""
-    return _job_object(await jobs.write(jobs.fine_tuning.create, owner, body, _options_of(body)))
+    return _job_object(jobs, await jobs.write(jobs.fine_tuning.create, owner, body, _options_of(body)))
 
 
 def _metadata(request: Request) -> dict[str, str]:
@@ -29,7 +41,7 @@ def _metadata(request: Request) -> dict[str, str]:
     return {key[len("metadata[") : -1]: given[key] for key in given if key.startswith("metadata[") and key[-1] == "]"}
 
 
-@router.get("")
+@router.get("/jobs")
 def index(
     jobs: JobsDep,
     owner: JobsOwner,
@@ -39,34 +51,34 @@ def index(
 ) -> Page[JobObject]:
     """Your jobs, newest first; `metadata[key]=value` filters them."""
     found, more = jobs.fine_tuning.index(owner, after, limit, metadata)
-    return Page[JobObject].of([_job_object(job) for job in found], more)
+    return Page[JobObject].of([_job_object(jobs, job) for job in found], more)
 
 
-@router.get("/{job_id}")
+@router.get("/jobs/{job_id}")
 def show(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """One job."""
-    return _job_object(jobs.fine_tuning.get(owner, job_id))
+    return _job_object(jobs, jobs.fine_tuning.get(owner, job_id))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/jobs/{job_id}/cancel")
 async def cancel(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Cancel a job. A running one is cancelled when its process has ended."""
-    return _job_object(await jobs.write(jobs.fine_tuning.cancel, owner, job_id))
+    return _job_object(jobs, await jobs.write(jobs.fine_tuning.cancel, owner, job_id))
 
 
-@router.post("/{job_id}/pause")
+@router.post("/jobs/{job_id}/pause")
 async def pause(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Pause a job. A running one is paused when its process has written a checkpoint."""
-    return _job_object(await jobs.write(jobs.fine_tuning.pause, owner, job_id))
+    return _job_object(jobs, await jobs.write(jobs.fine_tuning.pause, owner, job_id))
 
 
-@router.post("/{job_id}/resume")
+@router.post("/jobs/{job_id}/resume")
 async def resume(job_id: str, jobs: JobsDep, owner: JobsOwner) -> JobObject:
     """Resume a paused job from its checkpoint."""
-    return _job_object(await jobs.write(jobs.fine_tuning.resume, owner, job_id))
+    return _job_object(jobs, await jobs.write(jobs.fine_tuning.resume, owner, job_id))
 
 
-@router.get("/{job_id}/events")
+@router.get("/jobs/{job_id}/events")
 def events(
     job_id: str, jobs: JobsDep, owner: JobsOwner, after: str | None = None, limit: Limit = 20
 ) -> Page[JobEventObject]:
@@ -75,7 +87,7 @@ def events(
     return Page[JobEventObject].of([JobEventObject.of(each) for each in found], more)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/jobs/{job_id}/checkpoints")
 def checkpoints(
     job_id: str, jobs: JobsDep, owner: JobsOwner, after: str | None = None, limit: Limit = 10
 ) -> Page[JobCheckpointObject]:
@@ -84,7 +96,26 @@ def checkpoints(
     return Page[JobCheckpointObject].of([_checkpoint_object(each) for each in found], more)
 
 
-@router.get("/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+@router.delete("/jobs/{job_id}")
+async def delete(job_id: str, jobs: JobsDep, owner: JobsOwner) -> Deleted:
+    """Delete a job that has ended, with its student, metrics, log and samples (extension)."""
+    await jobs.write(jobs.fine_tuning.delete, owner, job_id, int(time.time()))
+    return Deleted(id=job_id, object="fine_tuning.job")
+
+
+@router.get("/jobs/{job_id}/log", response_class=FileResponse, responses={200: {"content": {"text/plain": {}}}})
+def log(job_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
+    """What the processes of a job have printed (extension)."""
+    return FileResponse(jobs.fine_tuning.log(owner, job_id), media_type="text/plain", headers=NOSNIFF)
+
+
+@router.get("/jobs/{job_id}/report", response_class=Response, responses={200: {"content": {"text/html": {}}}})
+def report(job_id: str, jobs: JobsDep, owner: JobsOwner) -> Response:
+    """The report of a job: one page with curves, samples and settings (extension)."""
+    return Response(jobs.fine_tuning.report(owner, job_id), media_type="text/html", headers=NOSNIFF | REPORT_POLICY)
+
+
+@router.get("/jobs/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
 def sample(job_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
     """The newest grid of the student's images, always of the same prompts and seeds (extension)."""
     return FileResponse(jobs.fine_tuning.sample(owner, job_id), media_type="image/png")
@@ -108,9 +139,11 @@ def _options_of(body: JobRequest) -> DistillationOptions:
     return options.model_copy(update={"batch": given.batch_size})
 
 
-def _job_object(job: tables.JobRow) -> JobObject:
+def _job_object(jobs: Jobs, job: tables.JobRow) -> JobObject:
     return JobObject.of(
         job,
+        name=job.student,
+        phase=jobs.fine_tuning.phase(job),
         fine_tuned_model=job.fine_tuned_model if job.status == "succeeded" and job.deleted_at is None else None,
         metadata=job.details,
         method={"distillation": job.distillation},

@@ -1,10 +1,11 @@
-"""`/healthz`, `/readyz` and `/metrics`: for orchestrators and dashboards, without an API key."""
+"""`/healthz`, `/readyz`, `/metrics` and `/version`: for orchestrators and dashboards, without an API key."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.errors import Unavailable
 from service.http.dependencies import MetricsDep, UncheckedEngineDep
+from service.images.provenance import NAME, VERSION
 
 router = APIRouter(tags=["operations"])
 
@@ -21,6 +22,12 @@ async def ready(engine: UncheckedEngineDep) -> dict[str, str]:
     if not engine.ready:
         raise Unavailable("the server is starting or shutting down, or its workers are being replaced")
     return {"status": "ready"}
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """Name and version of the server's package."""
+    return {"name": NAME, "version": VERSION}
 
 
 @router.get("/metrics", response_class=Response)

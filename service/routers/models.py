@@ -51,4 +51,6 @@ def model_object(name: str, info: ModelInfo) -> Model:
         adapters=[*info.adapters],
         max_steps=info.max_steps,
         decoder=info.decoder,
+        description=info.description,
+        examples=[*info.examples],
     )

@@ -1,4 +1,4 @@
-"""The web pages: playground, jobs, batches. They load nothing from other servers."""
+"""The web pages: playground, jobs, batches, API reference. They load nothing from other servers."""
 
 from pathlib import Path
 from string import Template
@@ -11,7 +11,7 @@ from service.errors import NotFound, excerpt
 router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).parents[1] / "web"
-TITLES = {"index": "One-step playground", "jobs": "Distillation jobs", "batches": "Bulk batches"}
+TITLES = {"index": "One-step playground", "jobs": "Distillation jobs", "batches": "Batches", "docs": "API reference"}
 FRAME = Template((WEB / "frame.html").read_text(encoding="utf-8"))  # head, navigation and key dialog of all pages
 PAGES = {
     (name, base): FRAME.substitute(
@@ -49,6 +49,12 @@ async def jobs(request: Request) -> Response:
 async def batches(request: Request) -> Response:
     """Bulk batches: upload a file, watch it, download the answers."""
     return _page("batches", _base(request))
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """The API reference, written by a script of this server from `/openapi.json`."""
+    return _page("docs", _base(request))
 
 
 @router.get("/web/{name}")

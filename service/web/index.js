@@ -1,228 +1,188 @@
-"use strict";
-const PAUSE = 120, KEPT = 24;
-const fields = ["prompt", "model", "n", "size", "format", "adapter", "scale", "seed"];
-let timer = 0, running = null, history = [], known = [];  // models of the server
-let socket = null, opened = null, last = 0;
-const asking = new Map();  // what the socket has not answered, by id
+// The playground.
+import { get } from "./api.js";
+import { Artist } from "./artist.js";
+import { $, allow, changed, count, element, say } from "./element.js";
+import { posted } from "./generate.js";
+import { forget, list, remember } from "./history.js";
+import { saveAll, show, time } from "./images.js";
+import { settings } from "./png.js";
+import { close } from "./realtime.js";
+import { FIELDS, address, addressed, body, known, learn, model, offer, refill } from "./request.js";
+import { copy, curl, python } from "./snippets.js";
 
-function body() {
-  return {
-    prompt: $("prompt").value, model: $("model").value, n: Number($("n").value), size: $("size").value,
-    output_format: $("format").value, seed: Number($("seed").value),
-    ...($("adapter").value ? { lora: { name: $("adapter").value, scale: Number($("scale").value) } } : {}),
-  };
+const SETTLED = 1000;  // milliseconds without a change after which images are kept in the history
+let shown = null, settling = 0, retry = 0, missing = "The models of the server are not known yet.", comparing = null;
+
+const artist = new Artist((made) => {
+  $("images").classList.remove("waiting");
+  present(made);
+  clearTimeout(settling);
+  settling = setTimeout(settle, SETTLED);
+}, (error, seconds) => {
+  $("images").classList.remove("waiting");
+  say(seconds === null ? error.message : `${error.message} Trying again in ${count(Math.ceil(seconds), "second")}.`, true);
+});
+
+// Why nothing can be drawn now; empty if something can.
+function reason() {
+  if (!known().length) return missing;
+  if (!$("prompt").value.trim()) return "The prompt is empty: describe an image, or choose an example.";
+  const wrong = [...$("form").elements].find((field) => !field.disabled && !field.validity.valid);
+  return wrong ? `${wrong.labels[0].firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
 }
 
-// Fill the fields in with what was asked once, as far as the server still has it.
-function refill(asked) {
-  $("model").value = asked.model;
-  offer();
-  const { lora, ...rest } = asked;
-  for (const [name, value] of Object.entries(rest)) $(name === "output_format" ? "format" : name).value = value;
-  $("adapter").value = lora?.name || "";
-  $("scale").value = lora?.scale ?? 1;
-}
-
-function open() {  // the realtime session, opened anew where it is closed; rejects where there is none to be had
-  if (socket && socket.readyState <= WebSocket.OPEN) return opened;
-  const address = new URL("v1/realtime/images", location.href);
-  address.protocol = address.protocol.replace("http", "ws");
-  const mine = socket = new WebSocket(address);
-  opened = new Promise((resolve, reject) => {
-    mine.onopen = () => {
-      const key = $("key").value;
-      if (key) mine.send(JSON.stringify({ type: "session.start", api_key: key }));
-      resolve(mine);
-    };
-    mine.onclose = () => {
-      reject(new Error("There is no realtime session."));
-      for (const each of asking.values()) if (each.socket === mine) each.reject(new Error("The session has ended."));
-    };
-  });
-  mine.onmessage = (event) => {
-    const message = JSON.parse(event.data);
-    const errors = message.type === "error";
-    if (errors && message.status === 401) $("access").open = true;
-    if (errors && message.id === null) say(message.error.message, true);
-    const each = asking.get(message.id);
-    if (!each) return;
-    if (errors) each.reject(new Error(message.error.message));
-    else each.resolve(message.type === "images.completed" ? message : null);
-  };
-  return opened;
-}
-
-async function typed(asked) {  // null when a later prompt has taken its place
-  const mine = await open(), id = String(++last);
-  try {
-    const answered = new Promise((resolve, reject) => asking.set(id, { resolve, reject, socket: mine }));
-    mine.send(JSON.stringify({ type: "images.generate", id, ...asked }));
-    const content = await answered;
-    return content && { content, stages: Object.entries(content.seconds).map(([name, seconds]) => [name, 1000 * seconds]) };
-  } finally {
-    asking.delete(id);
-  }
-}
-
-async function posted(asked, signal) {
-  const answer = await fetch("v1/images/generations", { method: "POST", headers: headers({ "content-type": "application/json" }), body: JSON.stringify(asked), signal });
-  const content = await read(answer);
-  const stages = (answer.headers.get("server-timing") || "").split(", ").filter(Boolean).map((part) => {
-    const [name, duration] = part.split(";dur=");
-    return [name, Number(duration)];
-  });
-  return { content, stages };
-}
-
-async function draw() {
-  clearTimeout(timer);
-  if (!$("prompt").value.trim() || !$("form").checkValidity()) return;
-  running?.abort();  // the server drops what nobody waits for: the latest prompt wins
-  const mine = running = new AbortController();
-  const asked = body(), began = performance.now();
+function draw() {
+  const why = reason();
+  allow("draw", why);
+  if (why) return artist.stop();
   $("images").classList.add("waiting");
+  clearTimeout(settling);
+  settling = 0;
+  comparing?.abort();
+  artist.want(body());
+}
+
+function present(made) {
+  shown = made;
+  show(made, $("images"));
+  time(made);
+  const images = made.content.data.length, { decoder, size, warnings = [] } = made.content;
+  $("all").hidden = images < 2;
+  const facts = `${count(images, "image")} of ${size} in ${Math.round(made.total)} ms${decoder ? `, by the ${decoder} decoder` : ""}.`;
+  say([facts, ...warnings.map((each) => `Note: ${each}.`)].join(" "));
+}
+
+// The prompt rests: keep it, put it into the address, and draw it beside.
+async function settle() {
+  settling = 0;
+  if (artist.busy || !shown) return;
+  const { asked } = shown;
+  history.replaceState(null, "", address(asked));
+  remember(shown, again);
+  const other = $("beside").value;
+  $("others").hidden = !other;
+  if (!other) return;
+  comparing = new AbortController();
+  $("others").classList.add("waiting");
   try {
-    const realtime = await open().then(() => true, () => false);  // proxies may know no sockets: then by POST
-    if (running !== mine) return;
-    const answer = await (realtime ? typed(asked) : posted(asked, mine.signal));
-    if (!answer) return;
-    const made = { asked, ...answer, total: performance.now() - began };
-    if (!running) return;  // an older image is being looked at
-    show(made);
-    if (running === mine) remember(made);
+    const { prompt, seed, n, output_format } = asked;
+    show(await posted({ prompt, seed, n, output_format, model: other }, comparing.signal), $("others"));
+    $("others").prepend(element("h3", { textContent: other }));
+    $("images").prepend(element("h3", { textContent: asked.model }));
   } catch (error) {
-    if (error.name !== "AbortError" && running === mine) say(error.message, true);
+    if (error.name !== "AbortError") say(`${other}: ${error.message}`, true);
   } finally {
-    if (running === mine) $("images").classList.remove("waiting");
+    $("others").classList.remove("waiting");
   }
 }
 
-function source(made, item) {
-  return `data:image/${made.content.output_format};base64,${item.b64_json}`;
+// Before something else is asked for: what is shown now was looked at.
+function keep() {
+  if (settling) remember(shown, again);
+  clearTimeout(settling);
+  settling = 0;
 }
 
-function show(made) {
-  const [width, height] = made.content.size.split("x").map(Number);
-  const figures = made.content.data.map((item) => {
-    const image = element("img", { src: source(made, item), alt: `${made.asked.prompt} (seed ${item.seed})`, width, height });
-    if (width < 256) image.className = "small";
-    image.style.height = "auto";
-    const save = element("a", { href: image.src, download: `${item.seed}.${made.content.output_format}`, textContent: "Save" });
-    return element("figure", {}, image, element("figcaption", {}, element("span", { textContent: `seed ${item.seed}` }), save));
-  });
-  $("images").className = figures.length === 1 ? "one" : "";
-  $("images").replaceChildren(...figures);
-  const known = made.stages.reduce((sum, stage) => sum + stage[1], 0);
-  const stages = [...made.stages, ["network and page", Math.max(0, made.total - known)]];
-  $("stages").hidden = false;
-  $("stages").replaceChildren(...stages.map(([name, ms]) => {
-    const bar = element("div", { className: name });
-    bar.style.flexGrow = ms;
-    return bar;
+function again(asked, made) {  // a request of the history, the address or a file
+  artist.stop();
+  refill(asked);
+  if (!made) return draw();
+  allow("draw", reason());
+  present(made);
+}
+
+const lowered = (text = "") => text.replace(/^(A|An|The|It|This)\b/, (word) => word.toLowerCase());
+
+function introduce() {
+  const { id, description, owned_by, sizes = [], max_steps = 1 } = model() ?? {};
+  $("name").textContent = id ?? "One-step text-to-image";
+  $("about").textContent = lowered(description) || "a model that draws your prompt.";
+  const steps = max_steps > 1 ? `1 to ${max_steps} network evaluations` : "one network evaluation";
+  $("facts").textContent = id ? `An image of ${sizes[0]} pixels takes ${steps}, where its teacher takes many. Type, and watch it change.` : "";
+  const examples = (model()?.examples?.length ? model() : known().find((each) => each.owned_by === owned_by && each.examples?.length))?.examples ?? [];
+  $("chips").hidden = !examples.length;
+  $("chips").replaceChildren(...examples.map((text) => {
+    const chip = element("button", { type: "button", textContent: text });
+    chip.addEventListener("click", () => { keep(); $("prompt").value = text; draw(); });
+    return chip;
   }));
-  $("legend").replaceChildren(...stages.map(([name, ms]) =>
-    element("li", { className: name, textContent: `${name} ${ms.toFixed(1)} ms` })));
-  const count = figures.length === 1 ? "1 image" : `${figures.length} images`;
-  say([`${count} of ${made.content.size} in ${Math.round(made.total)} ms.`, ...(made.content.warnings || [])].join(" "));
-}
-
-function remember(made) {
-  history = [made, ...history].slice(0, KEPT);
-  $("past").hidden = false;
-  $("history").replaceChildren(...history.map((each) => {
-    const image = element("img", { src: source(each, each.content.data[0]), alt: "" });
-    const label = `${each.asked.prompt}, seed ${each.asked.seed}`;
-    const button = element("button", { type: "button", title: label }, image);
-    button.setAttribute("aria-label", `Show again: ${label}`);
-    button.onclick = () => {
-      running?.abort();
-      running = null;
-      refill(each.asked);
-      show(each);
-    };
-    return element("li", {}, button);
-  }));
-}
-
-function curl() {
-  const quoted = JSON.stringify(body()).replaceAll("'", `'\\''`);
-  return `curl ${new URL("v1/images/generations", location.href)} -H "Authorization: Bearer $API_KEY" --json '${quoted}'`;
-}
-
-function python() {
-  const { prompt, model, n, size, output_format, seed, lora } = body();
-  const extra = lora ? `{"seed": ${seed}, "lora": ${JSON.stringify(lora)}}` : `{"seed": ${seed}}`;
-  return [
-    "import base64, os, pathlib",
-    "from openai import OpenAI",
-    "",
-    `client = OpenAI(base_url=${JSON.stringify(new URL("v1", location.href).href)}, api_key=os.environ.get("API_KEY", "none"))`,
-    "answer = client.images.generate(",
-    `    prompt=${JSON.stringify(prompt)}, model=${JSON.stringify(model)}, n=${n}, size=${JSON.stringify(size)},`,
-    `    output_format=${JSON.stringify(output_format)}, extra_body=${extra},`,
-    ")",
-    "for image in answer.data:",
-    `    pathlib.Path(f"{image.seed}.${output_format}").write_bytes(base64.b64decode(image.b64_json))`,
-  ].join("\n");
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {  // pages without https have no clipboard of their own
-    const area = element("textarea", { value: text });
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-  }
-  say("Copied.");
-}
-
-function choose(id, choices) {  // keeps what is chosen, where it is still among them
-  const before = $(id).value;
-  $(id).replaceChildren(...choices.map(([value, text]) => element("option", { value, textContent: text })));
-  $(id).value = choices.some(([value]) => value === before) ? before : choices[0][0];
-}
-
-function offer() {  // sizes and adapters of the model
-  const model = known.find((each) => each.id === $("model").value) ?? { sizes: [], adapters: [] };
-  choose("size", ["auto", ...model.sizes].map((size) => [size, size]));
-  choose("adapter", [["", "none"], ...model.adapters.map((name) => [name, name])]);
-  $("adapters").hidden = $("scale").disabled = !model.adapters.length;
+  return examples;
 }
 
 async function models() {  // jobs and administrators load and unload them meanwhile
+  clearTimeout(retry);
+  const first = !known().length;
   try {
     const listed = (await get("v1/models")).data;
-    if (JSON.stringify(listed) === JSON.stringify(known)) return;  // a list that is open stays as it is
-    const wanted = known.length ? null : new URLSearchParams(location.search).get("model");  // as the Jobs page links
-    known = listed;
-    choose("model", known.map((model) => [model.id, model.id]));
-    if (known.some((model) => model.id === wanted)) $("model").value = wanted;
-    offer();
+    missing = "The server has no model yet.";
+    if (!learn(listed)) return;
   } catch (error) {
-    say(error.message, true);
+    missing = error.message;
+    allow("draw", reason());
+    if (error.status !== 401) {
+      say(error.status ? error.message : `${error.message} Trying again.`, true);
+      retry = setTimeout(models, 2000);
+    } else say(error.message, true);
+    return;
   }
+  const examples = introduce();
+  if (!first) return;
+  say("");
+  const given = addressed();
+  refill({ prompt: $("prompt").value || examples[0] || "", ...given });
+  introduce();
+  allow("draw", reason());
+  if ($("prompt").value) draw();
 }
 
 function soon() {
-  clearTimeout(timer);
-  if ($("live").checked) timer = setTimeout(draw, PAUSE);
+  const why = reason();
+  allow("draw", why);
+  if (why) artist.stop();
+  else if ($("live").checked) draw();
 }
 
-$("model").addEventListener("input", offer);
+function restore(file) {
+  if (!file) return;
+  file.arrayBuffer().then((content) => {
+    const found = settings(new Uint8Array(content));
+    again({ ...found, n: 1 });
+    if (!found.prompt) say("The file holds the seed and the model, but no prompt.", true);
+  }).catch((error) => say(error.message, true));
+}
+
+changed("model", () => { offer(); introduce(); });
 for (const event of ["focus", "pointerdown"]) $("model").addEventListener(event, models);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) models(); });
-for (const field of fields) $(field).addEventListener("input", soon);
+for (const field of ["prompt", ...FIELDS]) changed(field, soon);
+changed("beside", () => {
+  $("images").querySelector("h3")?.remove();
+  settle();
+});
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
-$("dice").onclick = () => { $("seed").value = Math.floor(Math.random() * 1e9); draw(); };
-$("curl").onclick = () => copy(curl());
-$("python").onclick = () => copy(python());
-$("key").addEventListener("change", () => { socket?.close(); models(); });
+$("form").noValidate = true;  // the reason is written below the button
+$("dice").addEventListener("click", () => { keep(); $("seed").value = Math.floor(Math.random() * 1e6); draw(); });
+$("all").addEventListener("click", () => saveAll(shown));
+for (const [id, text] of [["curl", () => curl(body())], ["python", () => python(body())], ["share", () => address(body())]]) {
+  $(id).addEventListener("click", async () => { await copy(text()); say("Copied."); });
+}
+changed("saved", () => restore($("saved").files[0]));
+for (const type of ["dragover", "dragleave", "drop"]) {
+  $("drop").addEventListener(type, (event) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", type === "dragover");
+    if (type === "drop") restore(event.dataTransfer.files[0]);
+  });
+}
+$("forget").addEventListener("click", () => { forget(again); $("prompt").focus(); });
+$("key").addEventListener("change", () => { close(); models(); });
+window.addEventListener("storage", ({ key }) => { if (key === "history") list(again); });
+window.addEventListener("hashchange", () => again(addressed()));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); draw(); }
   if (event.altKey && event.code === "KeyS") { event.preventDefault(); $("dice").click(); }
 });
 $("options").open = !matchMedia("(max-width: 46rem)").matches;  // on a phone the images come right below the prompt
+allow("draw", reason());
+list(again);
 models();

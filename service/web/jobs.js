@@ -1,58 +1,62 @@
-"use strict";
+// The page of jobs: the list, and the chosen job.
+import { call, download, get, link, post, remove } from "./api.js";
+import { curve, figure } from "./curve.js";
+import { $, button, count, element, pill, say, when } from "./element.js";
+import { offer, started } from "./job_form.js";
+import { watch } from "./watch.js";
+
 const RUNNING = ["validating_files", "queued", "running"];
-const CURVES = {  // of the figures that a run logs, those that say how it goes
-  overall: "score", gap: "teacher to fake, squared", flow_matching: "error of the fake",
-  "latent/diversity": "diversity of a batch", frechet: "Frechet distance",
-};
-const DRAWN = 500;  // points of a curve at most: there are fewer pixels
-let chosen = null, shown = "", detail = "", drawn = "";
-let told = { at: "", events: [] };  // what the chosen job has told, the newest first
+const PHASES = { validating_files: "Check prompts", queued: "Queue", starting: "Start", encoding: "Encode prompts",
+  sampling: "Draw teacher's images", training: "Train", exporting: "Export", succeeded: "Serve" };
+const SCORES = { overall: "Correct images", kernel: "Kernel distance", clip_score: "CLIP score", frechet: "Fréchet distance",
+  diversity: "Diversity", recall: "Recall" };  // what evaluations measure, the most telling first
+const LOWER = new Set(["kernel", "frechet"]);  // are better
+const CURVES = { gap: "Gap of teacher and auxiliary network", flow_matching: "Loss of the auxiliary network" };
+const HIDDEN = new Set(["step", "total_steps", "images"]);
+let chosen = location.hash.slice(1) || null, shown = "", detail = "", drawn = "";
+let told = { at: "", events: [] };  // the events of the chosen job, the newest first
 
-$("form").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const typed = $("prompts").value.trim();
-  const file = $("file").files[0] || (typed && new File([`${typed}\n`], "prompts.txt", { type: "text/plain" }));
-  if (!file) return say("Choose a file of prompts, or type some.", true);
-  const distillation = { preset: $("preset").value || undefined, method: $("method").value || undefined,
-    networks: $("networks").value || undefined, images: Number($("budget").value) || undefined };
-  try {
-    say("Uploading …");
-    const uploaded = await upload(file, "fine-tune");
-    const job = await post("v1/fine_tuning/jobs", {
-      model: $("model").value, training_file: uploaded.id, suffix: $("suffix").value || undefined,
-      seed: $("seed").value === "" ? undefined : Number($("seed").value), distillation,
-    });
-    say(`Started ${job.id}.`);
-    chosen = job.id;
-    await look();
-  } catch (error) {
-    say(error.message, true);
-  }
-});
+// The one name of a job: the name that it was given, or its teacher and the end of its id.
+function title(job) {
+  const [, , suffix] = job.name.split(":");
+  return suffix || `${job.model} ${job.id.slice(-6)}`;
+}
 
-function seen(job) {
-  const total = job.images_total ? ` of ${job.images_total.toLocaleString()}` : "";
-  return job.images_seen ? `${job.images_seen.toLocaleString()}${total} images seen` : "";
+function progress(job) {
+  if (!job.images_seen) return "";
+  return job.images_total ? `${job.images_seen.toLocaleString()} of ${count(job.images_total, "image")}` : count(job.images_seen, "image");
 }
 
 function row(job) {
-  const button = element("button", { type: "button", className: "head" },
-    element("code", { textContent: job.fine_tuned_model || job.id }), pill(job.status));
-  button.setAttribute("aria-pressed", String(job.id === chosen));
-  button.onclick = () => { chosen = job.id; shown = detail = ""; look().catch((error) => say(error.message, true)); };
-  return element("li", {}, button, element("p", { className: "quiet", textContent: [job.model, when(job.created_at), seen(job)].filter(Boolean).join(", ") }));
+  const made = element("button", { type: "button", className: "head" }, element("strong", { textContent: title(job) }), pill(job.status));
+  made.setAttribute("aria-pressed", String(job.id === chosen));
+  made.addEventListener("click", () => select(job.id));
+  const facts = [`${job.model}, ${when(job.created_at)}`, progress(job)];
+  return element("li", {}, made, element("p", { className: "quiet", textContent: facts.filter(Boolean).join(", ") }));
+}
+
+async function select(id) {
+  chosen = id;
+  shown = detail = "";
+  history.replaceState(null, "", `${location.pathname}#${id}`);
+  try { await look(); } catch (error) { say(error.message, true); }
 }
 
 async function look() {
-  const list = await get("v1/fine_tuning/jobs?limit=50");
-  chosen ||= list.data[0]?.id;
-  const state = JSON.stringify([list.data, chosen]);
+  await offer();
+  const { data } = await get("v1/fine_tuning/jobs?limit=50");
+  if (!data.some(({ id }) => id === chosen)) chosen = data[0]?.id;
+  const state = JSON.stringify([data, chosen]);
   if (state !== shown) {
     shown = state;
-    $("none").hidden = list.data.length > 0;
-    $("jobs").replaceChildren(...list.data.map(row));
+    $("none").hidden = data.length > 0;
+    const focused = document.activeElement?.closest("#jobs li");
+    const index = focused ? [...$("jobs").children].indexOf(focused) : -1;
+    $("jobs").replaceChildren(...data.map(row));
+    $("jobs").children[index]?.querySelector("button").focus();
   }
-  const job = list.data.find((each) => each.id === chosen);
+  const job = data.find((each) => each.id === chosen);
+  $("one").hidden = !job;
   if (job) await show(job);
 }
 
@@ -71,104 +75,120 @@ async function everything(at) {
 
 async function show(job) {
   const at = `v1/fine_tuning/jobs/${job.id}`;
-  const [events, checkpoints] = await Promise.all([everything(at), get(`${at}/checkpoints?limit=20`)]);
+  const events = await everything(at);
   if (job.id !== chosen) return;  // another one since
   told = { at, events };
-  const state = JSON.stringify([job, events.length, checkpoints.data]);
+  const state = JSON.stringify([job, events.length]);
   if (state === detail) return;
-  $("one").hidden = false;
-  $("name").replaceChildren(element("code", { textContent: job.id }), " ", pill(job.status));
-
-  const metrics = events.filter((event) => event.type === "metrics").map((event) => event.data).reverse();
-  const budget = job.images_total, images = job.images_seen;
-  $("bar").hidden = job.status !== "running";
-  if (budget) $("bar").value = images / budget;
+  $("name").textContent = title(job);
+  $("name").title = job.id;
+  $("pill").replaceChildren(pill(job.status));
+  phases(job);
+  $("bar").hidden = job.status !== "running" || job.phase !== "training";
+  if (job.images_total) $("bar").value = job.images_seen / job.images_total;
   else $("bar").removeAttribute("value");
+  const options = job.method.distillation;
   $("state").textContent = [
-    job.error?.message,
-    seen(job),
+    job.error && `Failed: ${job.error.message}`, progress(job),
     RUNNING.includes(job.status) && job.estimated_finish ? `done about ${when(job.estimated_finish)}` : "",
     job.finished_at ? `ended ${when(job.finished_at)}` : "",
-  ].filter(Boolean).join(", ");
-
+    `preset ${options.preset}${options.method ? `, method ${options.method}` : ""}, seed ${job.seed}`,
+    job.fine_tuned_model ? `served as ${job.fine_tuned_model}` : "",
+  ].filter(Boolean).join("; ");
+  const warning = events.find(({ level }) => level === "warn");
+  $("alarms").hidden = !warning;
+  $("alarms").textContent = warning?.message ?? "";
   actions(job, at);
-  const curves = Object.entries(CURVES).map(([name, title]) => curve(title, points(metrics, name))).filter(Boolean);
-  $("curves").replaceChildren(...curves);
-  table(checkpoints.data);
-  $("events").replaceChildren(...events.filter((event) => event.type !== "metrics").map((event) =>
+  measures(events);
+  $("events").replaceChildren(...events.filter(({ type }) => type !== "metrics").map((event) =>
     element("li", { className: event.level }, element("time", { textContent: when(event.created_at) }), ` ${event.message}`)));
   await draw(job, at);
   detail = state;  // all of it is there: what failed on the way is done again
 }
 
+function phases(job) {
+  const now = job.status === "running" ? job.phase : job.status;
+  const names = Object.keys(PHASES), reached = names.indexOf(now);
+  $("phases").hidden = reached < 0;
+  $("phases").replaceChildren(...names.map((name, i) => {
+    const made = element("li", { textContent: PHASES[name], className: i < reached || now === "succeeded" ? "done" : "" });
+    if (name === now && now !== "succeeded") made.setAttribute("aria-current", "step");
+    return made;
+  }));
+}
+
+function points(lines, name) {
+  return lines.filter((each) => Number.isFinite(each[name])).map((each) => [each.step ?? each.images, each[name]]);
+}
+
+// Scores of the evaluations first, then curves of what a run measures.
+function measures(events) {
+  const measured = events.filter(({ type }) => type === "metrics").reverse();
+  const [evaluations, metrics] = [true, false].map((wanted) =>
+    measured.filter(({ id }) => id.includes("-evaluation-") === wanted).map(({ data }) => data));
+  const scores = Object.keys(SCORES).map((name) => [name, points(evaluations, name)]).filter(([, each]) => each.length);
+  $("scores").hidden = !scores.length;
+  $("scores").replaceChildren(...scores.map(([name, each]) => {
+    const values = each.map(([, value]) => value), best = LOWER.has(name) ? Math.min(...values) : Math.max(...values);
+    const note = `best ${figure(best)}, ${LOWER.has(name) ? "lower" : "higher"} is better`;
+    return element("div", {}, element("dt", { textContent: SCORES[name] }), element("dd", { textContent: figure(values.at(-1)) }),
+      element("dd", { textContent: note }));
+  }));
+  const curves = [...Object.entries(SCORES).map(([name, text]) => curve(text, points(evaluations, name))),
+    ...Object.entries(CURVES).map(([name, text]) => curve(text, points(metrics, name)))].filter(Boolean);
+  $("curves").replaceChildren(...curves);
+  const named = (lines, known) => [...new Set(lines.flatMap(Object.keys))].filter((name) => !(name in known) && !HIDDEN.has(name)).sort();
+  const rest = [...named(evaluations, SCORES).map((name) => curve(readable(name), points(evaluations, name))),
+    ...named(metrics, CURVES).map((name) => curve(readable(name), points(metrics, name)))].filter(Boolean);
+  $("rest").hidden = !rest.length;
+  $("others").replaceChildren(...rest);
+}
+
+const readable = (name) => name.replaceAll("_", " ");
+
 // The newest grid of the student's images; asked for again when more images have been seen, and at the end.
 async function draw(job, at) {
   const wanted = `${at} ${job.images_seen} ${job.status}`;
   if (drawn === wanted) return;
-  const answer = job.images_seen ? await fetch(`${at}/sample`, { headers: headers() }) : null;
-  if (answer && !answer.ok && answer.status !== 404) await read(answer);  // raises what went wrong; 404 is none yet
-  const image = answer?.ok ? await answer.blob() : null;
+  const found = job.images_seen ? await call(`${at}/sample`).catch((error) => {
+    if (error.status === 404) return null;  // none yet
+    throw error;
+  }) : null;
+  const image = await found?.blob();
   if (job.id !== chosen) return;
   const old = $("grid").firstChild?.src;
-  if (!image) $("grid").replaceChildren();
-  else $("grid").replaceChildren(element("img", { src: URL.createObjectURL(image), alt: "The student's images on some prompts" }));
+  $("grid").replaceChildren(...(image ? [element("img", { src: URL.createObjectURL(image), alt: "The student's images of some prompts" })] : []));
+  $("grid").hidden = !image;
   if (old) URL.revokeObjectURL(old);
   drawn = wanted;
 }
 
 function actions(job, at) {
-  const named = { pause: "Pause", resume: "Resume", cancel: "Cancel" };
-  const paused = job.status === "paused";
-  const possible = RUNNING.includes(job.status) || paused ? [paused ? "resume" : "pause", "cancel"] : [];
-  const buttons = possible.map((action) => {
-    const button = element("button", { type: "button", textContent: named[action] });
-    button.onclick = async () => {
-      try { await post(`${at}/${action}`); await look(); } catch (error) { say(error.message, true); }
-    };
-    return button;
-  });
+  const paused = job.status === "paused", running = RUNNING.includes(job.status) || paused;
+  const failed = (error) => say(error.message, true);
+  const order = (text, name) => button(text, async () => { await post(`${at}/${name}`); await look(); });
+  const made = [];
   if (job.fine_tuned_model) {
-    const link = `./?model=${encodeURIComponent(job.fine_tuned_model)}`;
-    buttons.push(element("a", { className: "button", href: link, textContent: "Try the student" }));
+    const tried = `./#model=${encodeURIComponent(job.fine_tuned_model)}`;
+    made.push(element("a", { className: "button main", href: tried, textContent: "Try the student" }));
   }
-  $("actions").replaceChildren(...buttons);
+  if (running) made.push(order(paused ? "Resume" : "Pause", paused ? "resume" : "pause"), order("Cancel", "cancel"));
+  if (job.status !== "cancelled" && !["validating_files", "queued"].includes(job.status)) {
+    made.push(link("Report", `${at}/report`, `${title(job)}.html`, failed));
+  }
+  if (job.status !== "cancelled") made.push(link("Log", `${at}/log`, `${title(job)}.log`, failed));
+  for (const file of job.result_files) made.push(button("Metrics as CSV", () => download(`v1/files/${file}/content`, `${title(job)}.csv`)));
+  if (!running) made.push(button("Delete", () => discard(job, at)));
+  $("actions").replaceChildren(...made);
 }
 
-function points(metrics, name) {
-  return metrics.filter((each) => Number.isFinite(each[name])).map((each) => [each.images, each[name]]);
+async function discard(job, at) {
+  const lost = job.fine_tuned_model ? "Its student, log and samples are deleted, too." : "Its log and samples are deleted, too.";
+  if (!confirm(`Delete the job ${title(job)}? ${lost}`)) return;
+  await remove(at);
+  say(`Deleted ${title(job)}.`);
+  await look();
 }
 
-// A small line chart; its extremes are written beside it, and a reader of screens hears the last value.
-function curve(title, points) {
-  if (points.length < 2) return null;
-  const [width, height, edge] = [260, 90, 4];
-  const [xs, ys] = [points.map((point) => point[0]), points.map((point) => point[1])];
-  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const stride = Math.ceil(points.length / DRAWN);
-  const thinned = points.filter((_, i) => i % stride === 0 || i === points.length - 1);
-  const place = ([x, y]) => [
-    edge + (width - 2 * edge) * (x - left) / (right - left || 1),
-    height - edge - (height - 2 * edge) * (y - low) / (high - low || 1),
-  ].map((each) => each.toFixed(1)).join(",");
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg"), line = document.createElementNS(space, "polyline");
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${title}, now ${ys.at(-1).toPrecision(3)}`);
-  line.setAttribute("points", thinned.map(place).join(" "));
-  svg.append(line);
-  const range = `${low.toPrecision(3)} to ${high.toPrecision(3)}, now ${ys.at(-1).toPrecision(3)}`;
-  return element("figure", {}, element("figcaption", {}, element("span", { textContent: title })), svg,
-    element("figcaption", {}, element("span", { textContent: range })));
-}
-
-function table(checkpoints) {
-  const names = [...new Set(checkpoints.flatMap((each) => Object.keys(each.metrics)))].filter((name) => name !== "step");
-  const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, { textContent: text })));
-  const rows = checkpoints.map((each) =>
-    cells("td", [each.step_number.toLocaleString(), ...names.map((name) => each.metrics[name]?.toPrecision?.(3) ?? "")]));
-  $("saved").hidden = !rows.length;
-  $("checkpoints").replaceChildren(...(rows.length ? [cells("th", ["images", ...names]), ...rows] : []));
-}
-
+started(select);
 watch(look);

@@ -13,9 +13,9 @@ from service.http.protocol import HttpProtocol
 
 
 @contextlib.contextmanager
-def serving(app, protocol: type[HttpProtocol] = HttpProtocol) -> Iterator[str]:
-    """The app behind uvicorn; yields its base URL, and drains it at the end."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def serving(app, protocol: type[HttpProtocol] = HttpProtocol, port: int = 0) -> Iterator[str]:
+    """The app behind uvicorn, on a free port if none is given; yields its base URL, and drains it at the end."""
+    listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn_config(app, app.state.settings, protocol))
     started = threading.Event()
     startup = server.startup

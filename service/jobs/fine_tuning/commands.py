@@ -66,6 +66,11 @@ def run_command(options: DistillationOptions, teacher: str, prompts: Path, seed:
     return words + [part for each in (*sets, *options.overrides()) for part in ("--set", each)]
 
 
+def report_command(run: Path, page: Path) -> list[str]:
+    """Return the command that writes the report of a run."""
+    return [*DISTILL, "report", str(run), "--out", str(page)]
+
+
 def prompts_command(options: DistillationOptions, prompts: Path) -> list[str]:
     """Return the command that validates a file of prompts. Its errors are those of a run."""
     column = [] if options.column is None else [f"--column={options.column}"]

@@ -5,6 +5,7 @@ This is all that the service knows of a run folder: names of files that docs/dis
 
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from service.jobs.fine_tuning.run_log import Kind, LogLine, RunLog
 
 LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.jsonl", "alarm": "alarms.jsonl"}
 READABLE = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet")  # endings of files of prompts
+PHASES = {name: name for name in ("encoding", "sampling", "training")}
+PHASES |= {"finished": "exporting", "ended early": "exporting"}  # by the phase in state.json; others are a start
 TAIL_BYTES = 4096  # of the console that are searched for an error
 
 
@@ -64,6 +67,14 @@ class JobFolder:
             return -(-images // batch) * batch
         except (FileNotFoundError, ValueError, TypeError, KeyError, ZeroDivisionError, yaml.YAMLError):
             return None
+
+    def phase(self) -> str:
+        """Return the phase of a run in progress."""
+        try:
+            phase = json.loads((self.run / "state.json").read_text(encoding="utf-8"))["phase"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return "starting"
+        return PHASES.get(phase, "starting") if isinstance(phase, str) else "starting"
 
     def new_lines(self) -> Iterator[LogLine]:
         """Yield the lines of the logs that were not returned before, each log in its order."""

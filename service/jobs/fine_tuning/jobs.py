@@ -1,6 +1,8 @@
 """`FineTuningJobs`: creates, lists, pauses, resumes, cancels and deletes jobs for clients."""
 
 import secrets
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +14,21 @@ from sqlalchemy.orm import Session
 from service.errors import Forbidden, InvalidRequest, NotFound, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
-from service.jobs.fine_tuning.commands import check_fetched, find_teacher
+from service.jobs.fine_tuning.choices import budget_warning
+from service.jobs.fine_tuning.commands import check_fetched, find_teacher, report_command
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
 from service.jobs.fine_tuning.options import DistillationOptions
+from service.jobs.fine_tuning.run_process import environment
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
 from service.jobs.rows import check_unfinished, index, new_id, owned, page
 from service.jobs.schemas import JobRequest
-from service.jobs.tables import ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
+from service.jobs.tables import DELETE, ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.settings import SHIPPED_TEACHER, Settings
 
 MAX_PAIRS = 16  # of metadata
+REPORT_SECONDS = 120
+KEPT = JobRow.requested_action.is_distinct_from(DELETE)  # the condition of jobs that clients see
 
 Part = TypeVar("Part", JobEventRow, JobCheckpointRow)
 
@@ -73,19 +79,25 @@ class FineTuningJobs:
             session.add(job)
             session.flush()
             record_event(session, job, f"Validating the file {body.training_file}.")
+            if warning := budget_warning(options):
+                record_event(session, job, warning, "warn")
         self._workflow.begin(job)
         return job
 
     def get(self, owner: str, name: str) -> JobRow:
         """Return a job of this owner. Raises NotFound."""
         with self._database.read() as session:
-            return owned(session, JobRow, owner, name, "job_id")
+            return owned(session, JobRow, owner, name, "job_id", KEPT)
+
+    def phase(self, job: JobRow) -> str | None:
+        """Return what a running job does."""
+        return self._workflow.folder(job).phase() if job.status == "running" else None
 
     def index(
         self, owner: str, after: str | None, limit: int, metadata: dict[str, str] | None = None
     ) -> tuple[Sequence[JobRow], bool]:
         """Return a page of jobs with these metadata, newest first, and whether there are more."""
-        conditions = []
+        conditions: list[Any] = [KEPT]
         pairs = metadata or {}
         if len(pairs) > MAX_PAIRS or "\0" in "".join([*pairs, *pairs.values()]):
             message = f"metadata: a job has {MAX_PAIRS} pairs at most, none with the character U+0000"
@@ -112,7 +124,7 @@ class FineTuningJobs:
         self, kind: type[Part], number: Any, owner: str, name: str, after: str | None, limit: int
     ) -> tuple[Sequence[Part], bool]:
         with self._database.read() as session:
-            job = owned(session, JobRow, owner, name, "job_id")
+            job = owned(session, JobRow, owner, name, "job_id", KEPT)
             parts = select(kind).where(kind.job_id == job.id)
             start = None
             if after is not None:
@@ -128,6 +140,35 @@ class FineTuningJobs:
         if found is None:
             raise NotFound(f"the job {name!r} has no sample images yet", "job_id", "no_sample")
         return found
+
+    def log(self, owner: str, name: str) -> Path:
+        """Return the output of a job's processes, a text file. Raises NotFound."""
+        console = self._workflow.folder(self.get(owner, name)).console
+        if not console.exists():
+            raise NotFound(f"the job {name!r} has no log yet", "job_id", "no_log")
+        return console
+
+    def report(self, owner: str, name: str) -> bytes:
+        """Return the report of a job's run, an HTML page that is written for the call. Raises NotFound."""
+        folder = self._workflow.folder(self.get(owner, name))
+        with tempfile.TemporaryDirectory(prefix="fgm-report-") as place:
+            page = Path(place) / "report.html"
+            command = report_command(folder.run, page)
+            ended = subprocess.run(command, env=environment(["cpu"]), capture_output=True, timeout=REPORT_SECONDS)
+            if ended.returncode:
+                raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
+            return page.read_bytes()
+
+    def delete(self, owner: str, name: str, now: int) -> None:
+        """Delete a job that has ended, with its student, log and samples. Its files are removed a minute later.
+
+        Raises NotFound, and InvalidRequest for an unfinished job.
+        """
+        with self._database.begin() as session:
+            job = owned(session, JobRow, owner, name, "job_id", KEPT, lock=True)
+            if job.status not in ENDED:
+                raise InvalidRequest(f"the job is {job.status}; cancel it first", "job_id", "job_not_ended")
+            job.requested_action, job.deleted_at = DELETE, now
 
     def cancel(self, owner: str, name: str) -> JobRow:
         """Cancel a job: at once, or, if it is running, when its process has exited."""
@@ -217,7 +258,7 @@ def _check_file(file: FileRow) -> None:
 
 def _unfinished(session: Session, owner: str, name: str) -> JobRow:
     """Return an unfinished job of this owner, with a lock on its row. Raises NotFound or InvalidRequest."""
-    job = owned(session, JobRow, owner, name, "job_id", lock=True)
+    job = owned(session, JobRow, owner, name, "job_id", KEPT, lock=True)
     if job.status in ENDED:
         raise InvalidRequest(f"the job has {job.status} already", "job_id", "job_ended")
     return job

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound, shortened
@@ -29,7 +29,7 @@ from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import environment, run_process
 from service.jobs.fine_tuning.students import Students
 from service.jobs.rows import file_row
-from service.jobs.tables import ENDED, FileRow, JobRow
+from service.jobs.tables import DELETE, ENDED, FileRow, JobRow
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 from service.settings import Settings
@@ -125,7 +125,14 @@ class FineTuningWorkflow:
             self.begin(job)
 
     def remove_deleted(self, now: int) -> None:
-        """Remove the files of students that were deleted more than a minute ago."""
+        """Remove the files of students that were deleted more than a minute ago, and everything of deleted jobs."""
+        gone = select(JobRow).where(JobRow.requested_action == DELETE, JobRow.deleted_at <= now - DELETED_SECONDS)
+        with self._database.read() as session:
+            jobs = list(session.scalars(gone))
+        for job in jobs:
+            self.folder(job).remove()
+            with self._database.begin() as session:
+                session.execute(delete(JobRow).where(JobRow.id == job.id))  # the database deletes events with it
         deleted = (JobRow.fine_tuned_model.is_not(None), JobRow.deleted_at <= now - DELETED_SECONDS)
         with self._database.read() as session:
             jobs = list(session.scalars(select(JobRow).where(*deleted)))

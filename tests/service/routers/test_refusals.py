@@ -114,7 +114,7 @@ PATHS = [
     ("DELETE", "/v1/admin/models/other", 404),
     ("DELETE", "/v1/admin/models/simulator", 400),  # the only one
     ("GET", "/v1/realtime/images", 404),
-    ("GET", "/docs", 404),
+    ("GET", "/redoc", 404),
     ("GET", "/v1/artifacts/0000000000", 400),  # without a signature
     ("GET", "/v1/artifacts/..%2fkeys.json?signature=a", 404),
     ("GET", "/v1/artifacts/9999999999-00000000000000000000000000000000.png?signature=a", 404),

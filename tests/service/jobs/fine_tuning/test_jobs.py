@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import browser
+import httpx
 import numpy as np
 import openai
 import psutil
@@ -136,10 +137,14 @@ def _pages_show(job, model: str, url: str) -> None:
     with browser.browsing() as page:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#one .succeeded"))
-        assert job.id in page.text("#name")
+        assert page.text("#name") == page.text("#jobs strong")
         page.until(lambda: page.find("#grid img") and page.find("#grid img")[0].get_property("naturalWidth"))
         assert len(page.find("#curves svg")) >= 3
-        assert "480" in page.text("#checkpoints")
+        assert "Kernel distance" in page.text("#scores")
+        log, report = (httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/{part}") for part in ("log", "report"))
+        assert (log.status_code, report.status_code) == (200, 200)
+        assert "480" in report.text
+        assert report.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
         page.find("#actions a")[0].click()
         page.until(lambda: page.find("#model option") and page.find("#model")[0].get_property("value") == model)
         page.find("#prompt")[0].send_keys("a red circle")
@@ -152,24 +157,18 @@ def test_a_job_is_created_and_cancelled_on_its_page(teacher, tmp_path):
     with server(tmp_path, {"tiny": str(teacher)}) as url, browser.browsing() as page:
         page.driver.get(f"{url}/jobs")
         page.until(lambda: page.find("#none")[0].is_displayed())
-        page.find("#form summary")[0].click()
-        page.find("#model")[0].clear()
-        filled = {
-            "model": "tiny",
-            "prompts": "a red circle\na blue square",
-            "budget": "1000000",
-            "preset": "scenes-debug",
-        }
-        for field, text in filled.items():
+        page.until(lambda: page.find("#preset option"))
+        page.find("#preset option[value=scenes-debug]")[0].click()
+        for field, text in {"prompts": "a red circle\na blue square", "budget": "1000000"}.items():
             page.find(f"#{field}")[0].send_keys(text)
         page.find("#form button.main")[0].click()
         page.until(lambda: page.find("#one .running"))
-        assert page.find("#bar")[0].is_displayed()
+        assert page.find("#phases [aria-current]")
         (cancel,) = (button for button in page.find("#actions button") if button.text == "Cancel")
         cancel.click()
         page.until(lambda: page.find("#one .cancelled"))
         page.until(lambda: "The job is cancelled." in page.text("#events"))
-        assert not page.find("#actions button")
+        page.until(lambda: page.text("#actions") == "Delete")
         assert [head.text for head in page.find("#jobs .pill")] == ["cancelled"]
 
 

@@ -1,0 +1,22 @@
+// Looks again and again while the page is visible: one look at a time, less often while the server does not answer.
+import { say } from "./element.js";
+
+const PAUSE = 1500, LONGEST = 15_000;
+
+export function watch(look) {
+  let failures = 0;
+  async function turn() {
+    if (!document.hidden) {
+      try {
+        await look();
+        if (failures) say("The server answers again.");
+        failures = 0;
+      } catch (error) {
+        failures += 1;
+        say(error.status === 0 ? `${error.message} Trying again.` : error.message, true);
+      }
+    }
+    setTimeout(turn, Math.min(LONGEST, PAUSE * 2 ** Math.min(failures, 8)));
+  }
+  turn();
+}
