@@ -108,7 +108,7 @@ def chart(
         lines,
         strips,
         mark,
-        f"{panel.title} over {si(xs[-1])} images seen: {ranges}" + (f"; teacher {mark[1]}" if mark else ""),
+        f"{panel.title} over {si(xs[-1])} training samples: {ranges}" + (f"; teacher {mark[1]}" if mark else ""),
     )
 
 

@@ -133,7 +133,7 @@ def _with_speeds(rows: Sequence[Metrics]) -> list[Metrics]:
 
 def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]:
     """The most important numbers, each with its label."""
-    yield si(run.images), f"images seen of {si(run.budget)}"
+    yield si(run.images), f"training samples of {si(run.budget)}"
     product = "decoder" if run.is_decoder else "student"
     best = "last decoder" if run.is_decoder else "best student"
     where = f"{best}, at {si(run.best['images'])}" if "images" in run.best else best
