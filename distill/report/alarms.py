@@ -26,7 +26,7 @@ TOO_FAST = 0.05  # |update| / |weights| of a round; healthy runs stay below 0.01
 
 @dataclass(frozen=True)
 class Alarm:
-    """An alarm: the name of the rule, the images seen when it was raised, and the message."""
+    """An alarm: the name of the rule, the training samples so far when it was raised, and the message."""
 
     name: str
     images: int

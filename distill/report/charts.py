@@ -1,4 +1,4 @@
-"""Line charts of metrics over images seen, as coordinates that the page's template draws as SVG."""
+"""Line charts of metrics over training samples, as coordinates that the page's template draws as SVG."""
 
 import math
 import re
@@ -13,7 +13,7 @@ DOTTED = 16  # a curve of at most so many points has a dot on each
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 10, HEIGHT - 38  # of the plot
 
-Curve = list[tuple[float, float]]  # images seen and value
+Curve = list[tuple[float, float]]  # training samples and value
 Tick = tuple[float, str]  # coordinate and label
 
 

@@ -154,7 +154,7 @@ def test_every_picture_and_chart_has_words(tmp_path: Path) -> None:
     assert [image["alt"] for image in page.all("img")] == ["Samples after 6.4 k images", "Samples after 3.2 k images"]
     charts = page.all("svg")
     assert charts
-    assert all(chart["role"] == "img" and "images seen" in (chart["aria-label"] or "") for chart in charts)
+    assert all(chart["role"] == "img" and "training samples" in (chart["aria-label"] or "") for chart in charts)
 
 
 def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
