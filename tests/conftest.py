@@ -1,7 +1,9 @@
 """Tiny teachers that the tests share, made once a run and only read; and what holds for every test."""
 
+import gc
 import os
 
+gc.disable()  # while libraries and tests are imported: looking for garbage among them takes seconds, and finds none
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the libraries: nothing here may reach for a network
 os.environ["SERVICE_DATA"] = "none"  # servers keep nothing, but where a test gives them a folder
 os.environ["SERVICE_ENGINE__TUNING_SECONDS"] = "0"  # nothing is measured at the start of a server
@@ -39,6 +41,11 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # stable: a file's own order stays
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is not looked through again
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

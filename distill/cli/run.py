@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from distill.cli.imports import collector_paused
 from distill.cli.options import Overrides, Seconds, TeacherBase, open_given_teacher
 from distill.cli.stopping import agreed, stop_signals, stopped
 from distill.data.sources import EVAL_DATASETS
@@ -79,15 +80,16 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     if os.environ.get("RANK", "0") == "0":  # a launcher ends the other processes when the first one exits
         teacher = preflight(config, folder)
 
-    from distill import run as runs
-    from distill.cli import console
-    from distill.cli.console import SHOWN, image_bar
-    from distill.data.embedding_cache import EmbedProgress
-    from distill.data.image_cache import EncodeProgress
-    from distill.data.sources import PROMPT_SOURCES
-    from distill.evaluate.references import ReferenceProgress
-    from distill.plan.run_estimate import RunEstimate
-    from distill.training.processes import wait_for_main
+    with collector_paused():
+        from distill import run as runs
+        from distill.cli import console
+        from distill.cli.console import SHOWN, image_bar
+        from distill.data.embedding_cache import EmbedProgress
+        from distill.data.image_cache import EncodeProgress
+        from distill.data.sources import PROMPT_SOURCES
+        from distill.evaluate.references import ReferenceProgress
+        from distill.plan.run_estimate import RunEstimate
+        from distill.training.processes import wait_for_main
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
