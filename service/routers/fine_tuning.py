@@ -103,10 +103,10 @@ async def delete(job_id: str, jobs: JobsDep, owner: JobsOwner) -> Deleted:
     return Deleted(id=job_id, object="fine_tuning.job")
 
 
-@router.get("/jobs/{job_id}/log", response_class=FileResponse, responses={200: {"content": {"text/plain": {}}}})
-def log(job_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
+@router.get("/jobs/{job_id}/log", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def log(job_id: str, jobs: JobsDep, owner: JobsOwner) -> Response:
     """What the processes of a job have printed (extension)."""
-    return FileResponse(jobs.fine_tuning.log(owner, job_id), media_type="text/plain", headers=NOSNIFF)
+    return Response(jobs.fine_tuning.log(owner, job_id), media_type="text/plain", headers=NOSNIFF)
 
 
 @router.get("/jobs/{job_id}/report", response_class=Response, responses={200: {"content": {"text/html": {}}}})

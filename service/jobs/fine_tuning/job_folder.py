@@ -20,6 +20,7 @@ LOGS: dict[Kind, str] = {"metrics": "metrics.jsonl", "evaluation": "evaluations.
 READABLE = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet")  # endings of files of prompts
 PHASES = {name: name for name in ("encoding", "sampling", "training")}
 PHASES |= {"finished": "exporting", "ended early": "exporting"}  # by the phase in state.json; others are a start
+LOG_BYTES = 1 << 20  # of the console that clients are shown
 TAIL_BYTES = 4096  # of the console that are searched for an error
 
 
@@ -119,6 +120,19 @@ class JobFolder:
     def has_student(self) -> bool:
         return (self.student / "onestep.json").exists()
 
+    def without_path(self, text: str) -> str:
+        """Return a text without the path of this folder, which clients do not need to know."""
+        return text.replace(f"{self._path}/", "").replace(str(self._path), "")
+
+    def log(self) -> str | None:
+        """Return what its processes have printed, the last megabyte of it; None before the first one."""
+        try:
+            with self.console.open("rb") as file:
+                file.seek(max(0, self.console.stat().st_size - LOG_BYTES))
+                return self.without_path(file.read().decode("utf-8", errors="replace"))
+        except FileNotFoundError:
+            return None
+
     def log_tail(self) -> str:
         """Return the last line that its process printed."""
         return next(self._console_lines(), "")
@@ -137,7 +151,7 @@ class JobFolder:
         except FileNotFoundError:
             return
         for line in reversed(lines):
-            yield line.replace(f"{self._path}/", "")  # clients do not need to know it
+            yield self.without_path(line)
 
     def remove_student(self) -> None:
         shutil.rmtree(self.student, ignore_errors=True)

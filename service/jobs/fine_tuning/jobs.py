@@ -141,23 +141,30 @@ class FineTuningJobs:
             raise NotFound(f"the job {name!r} has no sample images yet", "job_id", "no_sample")
         return found
 
-    def log(self, owner: str, name: str) -> Path:
-        """Return the output of a job's processes, a text file. Raises NotFound."""
-        console = self._workflow.folder(self.get(owner, name)).console
-        if not console.exists():
+    def log(self, owner: str, name: str) -> str:
+        """Return what a job's processes have printed. Raises NotFound."""
+        job = self.get(owner, name)
+        text = self._workflow.folder(job).log()
+        if text is None:
             raise NotFound(f"the job {name!r} has no log yet", "job_id", "no_log")
-        return console
+        return self._without_teacher(job, text)
 
-    def report(self, owner: str, name: str) -> bytes:
+    def report(self, owner: str, name: str) -> str:
         """Return the report of a job's run, an HTML page that is written for the call. Raises NotFound."""
-        folder = self._workflow.folder(self.get(owner, name))
+        job = self.get(owner, name)
+        folder = self._workflow.folder(job)
         with tempfile.TemporaryDirectory(prefix="fgm-report-") as place:
             page = Path(place) / "report.html"
             command = report_command(folder.run, page)
             ended = subprocess.run(command, env=environment(["cpu"]), capture_output=True, timeout=REPORT_SECONDS)
             if ended.returncode:
                 raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
-            return page.read_bytes()
+            return self._without_teacher(job, folder.without_path(page.read_text(encoding="utf-8")))
+
+    def _without_teacher(self, job: JobRow, text: str) -> str:
+        """Return a text with the name of the job's teacher in place of its folder on this server."""
+        teacher = self._settings.jobs.teachers.get(job.model, "")
+        return text.replace(teacher, job.model) if Path(teacher).is_absolute() else text
 
     def delete(self, owner: str, name: str, now: int) -> None:
         """Delete a job that has ended, with its student, log and samples. Its files are removed a minute later.

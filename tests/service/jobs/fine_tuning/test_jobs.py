@@ -121,7 +121,7 @@ def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, con
         client = connect(url)
         assert np.array_equal(pixels(client, model.id), image)
         with subtests.test("its pages"):
-            _pages_show(job, model.id, url)
+            _pages_show(job, model.id, url, data, teacher)
         assert client.models.delete(model.id).deleted
         for ask in (client.models.retrieve, client.models.delete):
             with pytest.raises(openai.NotFoundError):
@@ -130,7 +130,7 @@ def test_a_job_succeeds_after_kills_of_its_run_and_server(teacher, tmp_path, con
         assert (job.status, job.fine_tuned_model) == ("succeeded", None)
 
 
-def _pages_show(job, model: str, url: str) -> None:
+def _pages_show(job, model: str, url: str, data: Path, teacher: Path) -> None:
     """Check that the Jobs page shows the job, and that the playground uses its student."""
     if not browser.available:
         pytest.skip(browser.NEEDED)
@@ -144,6 +144,7 @@ def _pages_show(job, model: str, url: str) -> None:
         log, report = (httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/{part}") for part in ("log", "report"))
         assert (log.status_code, report.status_code) == (200, 200)
         assert "480" in report.text
+        assert not [path for path in (str(data), str(teacher)) if path in log.text + report.text]
         assert report.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
         page.find("#actions a")[0].click()
         page.until(lambda: page.find("#model option") and page.find("#model")[0].get_property("value") == model)
