@@ -345,7 +345,9 @@ def test_an_interrupted_run_keeps_what_it_learnt(teacher, prompts, tmp_path):
     images = int(saved.name)
     assert f"Stopped after {images} images" in interrupted.output
     assert (read_state(out).phase, read_state(out).images) == ("interrupted", images)
+    seconds = read_state(out).seconds
     assert invoke(*command(teacher, prompts, out, *endless, f"images={images + 8}")).exit_code == 0
+    assert read_state(out).seconds > seconds > 0  # of both sessions
     assert [json.loads(line)["images"] for line in metrics.read_text().splitlines()] == [*range(8, images + 9, 8)]
 
 
@@ -549,6 +551,7 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert run.images == run.evaluations[-1]["images"] < 4000
     assert any(b"evaluation/kernel" in path.read_bytes() for path in (out / "tensorboard").rglob("events*"))
     assert run.best["kernel"] == min(line["kernel"] for line in run.evaluations)
+    assert (run.teacher["kernel"], run.teacher["relative_diversity"]) == (0, 1)
     assert f"no better student than that after {int(run.best['images'])} images" in done.stderr
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
     before = (out / "student" / "onestep.json").stat().st_mtime_ns
