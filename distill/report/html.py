@@ -73,6 +73,7 @@ _EVALUATED = {
     "ssim": Panel("SSIM", "", "Against the VAE's images; 1 for equal ones."),
     "sharpness": Panel("Sharpness", "1 = the VAE's", "Differences between neighboring pixels."),
     "color_shift": Panel("Color shift", "levels of 255", "Largest difference of a channel's mean."),
+    "time_ratio": Panel("Time", "1 = the VAE's", "Of decoding one image in fp32, in the training's process."),
     "score": Panel("Score", "share correct", "Of the dataset; higher is better."),
     "full_score": Panel("Score of the VAE", "share correct"),
     "score_ratio": Panel("Score", "1 = the VAE's"),

@@ -126,7 +126,7 @@ def test_the_command_trains_a_decoder_that_the_student_and_stock_diffusers_use_a
     run = read_run(out)
     assert (run.state, run.images) == ("finished", 32)
     assert [line["images"] for line in run.evaluations] == [16, 32]
-    assert {"psnr", "ssim", "sharpness", "color_shift"} <= run.best.keys()
+    assert {"psnr", "ssim", "sharpness", "color_shift", "time_ratio"} <= run.best.keys()
     assert "Small decoder of tiny" in render_report(run)
     with Image.open(out / "samples" / "000000000032.png") as grid:
         assert grid.width > 0
