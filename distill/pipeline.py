@@ -71,7 +71,8 @@ class OneStepPipeline:
         self._network: Callable[..., Tensor]
         self._decoder: Callable[..., Tensor]
         if isinstance(choice, RuntimeOptions):
-            choice = runtime.unmeasured(choice, transformer.device, spec.sizes, spec.image_tokens)
+            small = small_decoder is not None
+            choice = runtime.unmeasured(choice, transformer.device, spec.sizes, spec.image_tokens, small)
         self.use(choice)
 
     def use(self, choice: runtime.RuntimeChoice) -> None:
@@ -116,7 +117,8 @@ class OneStepPipeline:
         spec = read_record(read)
         device = torch.device(device)
         if isinstance(options, RuntimeOptions):
-            choice = runtime.unmeasured(options, device, spec.sizes, spec.image_tokens)
+            small = spec.is_small(options.decoder)
+            choice = runtime.unmeasured(options, device, spec.sizes, spec.image_tokens, small)
         else:
             choice, options = options, options.options
         runtime.check(options, device, spec.has_t5)

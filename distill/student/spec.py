@@ -7,6 +7,7 @@ from typing import Literal
 from distill.errors import ConfigError, TeacherError
 from distill.models.sd3_files import FORMAT, RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
+from distill.options import DecoderChoice
 from distill.student.card import description_of
 
 
@@ -38,6 +39,10 @@ class OneStepSpec:
         """Return the transformer's tokens for an image of the native size."""
         width, height = self.sizes[0]
         return width * height // (self.vae_scale_factor * self.patch_size) ** 2
+
+    def is_small(self, decoder: DecoderChoice) -> bool:
+        """Return whether this value of `RuntimeOptions.decoder` is a small decoder for the student."""
+        return (self.decoder if decoder == "auto" else decoder) != "full"
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError unless the student supports this number of steps: 1, or any for an any-step student."""

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from distill.files import atomic_write_text
 from distill.models.device import fast_bfloat16
 from distill.options import RuntimeOptions
-from distill.pipeline import OneStepPipeline, read_student
+from distill.pipeline import OneStepPipeline, OneStepSpec, read_student
 from distill.student.runtime import BatchSizes, RuntimeChoice, Size, SizeBatches, unmeasured
 
 log = logging.getLogger(__name__)
@@ -163,10 +163,10 @@ class Tuner:
     def choose(self) -> RuntimeChoice:
         """Return the fastest choice that was found in the time."""
         spec = read_student(self.student)
-        best, least = unmeasured(self.options, self.device, spec.sizes, spec.image_tokens), math.inf
+        best, least = self._start(spec, self.options), math.inf
         for precision in self._precisions():
             options = self.options.model_copy(update={"precision": precision})
-            start = unmeasured(options, self.device, spec.sizes, spec.image_tokens)
+            start = self._start(spec, options)
             if start != best and self.time_left() <= 0:
                 break
             pipeline = OneStepPipeline.load(self.student, self.device, start)
@@ -182,6 +182,10 @@ class Tuner:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return best
+
+    def _start(self, spec: OneStepSpec, options: RuntimeOptions) -> RuntimeChoice:
+        small = spec.is_small(options.decoder)
+        return unmeasured(options, self.device, spec.sizes, spec.image_tokens, small)
 
     def _precisions(self) -> list[str]:
         if self.options.precision != "auto":
