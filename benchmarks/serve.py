@@ -3,17 +3,20 @@
 `naive` is what a first afternoon gives: FastAPI, stock `StableDiffusion3Pipeline`, one call a request, a lock.
 `litserve` is LitServe with the same stock pipeline and its own batching. All serve the same student on the same device
 to the same clients, one server at a time, each in a process of its own; `engine` is ours without HTTP and without
-image formats.
+image formats. The CPU time of a request, of all processes of a server, is the figure that other programs on the machine
+disturb least. `--rounds` alternates the servers, and the medians are shown.
 
     pip install -e .[bench]
-    python benchmarks/serve.py [--clients 1 8 32 128] [--seconds 10] [--model FOLDER] [--json]
+    python benchmarks/serve.py [--clients 1 8 32 128] [--seconds 10] [--rounds 3] [--model FOLDER] [--json]
 """
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import os
+import statistics
 import sys
 import threading
 from collections.abc import Sequence
@@ -99,10 +102,52 @@ def litserve(model: str, port: int) -> None:
 OTHERS = {"naive": naive, "litserve": litserve}
 
 
-def metrics(load: LoadResult) -> dict[str, float]:
+def cpu_seconds() -> float:
+    """CPU time of all running processes below this one."""
+    ticks: dict[int, int] = {}
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sum(ticks[pid] for pid in below - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
+
+
+def figures(load: LoadResult) -> dict[str, float]:
     """What is told of a load."""
     quantiles = {f"p{100 * share:.0f}_seconds": load.quantile(share) for share in (0.5, 0.95, 0.99)}
     return {"requests_per_second": load.rate, **quantiles}
+
+
+def measured(name: str, model: str, clients: Sequence[int], seconds: float) -> list[dict[str, float]]:
+    """Start a server, or our engine alone, and measure it with each number of clients."""
+    if name == "engine":
+        settings = Settings(models=(Path(model),))
+        return [figures(measure_engine(settings, count, seconds)) for count in clients]
+    port = free_port()
+    command = [sys.executable, "-m", "service.cli", "serve", "--model", model, "--port", str(port)]
+    if name in OTHERS:
+        command = [sys.executable, os.path.abspath(__file__), "--serve", name, "--model", model, "--port", str(port)]
+    found = []
+    with running_server(command, port) as url:
+        for count in clients:
+            before = cpu_seconds()
+            load = measure_server(url, count, seconds)
+            requests = len(load.latencies) + count  # each client sends one before the time starts
+            found.append(figures(load) | {"cpu_seconds_per_request": (cpu_seconds() - before) / requests})
+            print(f"{name}, {count} clients: {found[-1]}", file=sys.stderr)
+    return found
+
+
+def medians(rounds: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The median of each figure over the rounds, for each number of clients."""
+    return [
+        {key: statistics.median(each[key] for each in same) for key in same[0]} for same in zip(*rounds, strict=True)
+    ]
 
 
 def main() -> None:
@@ -111,6 +156,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHIPPED))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--beside", nargs="*", choices=OTHERS, default=list(OTHERS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", choices=OTHERS, help=argparse.SUPPRESS)
@@ -119,30 +165,23 @@ def main() -> None:
     if arguments.serve:
         OTHERS[arguments.serve](arguments.model, arguments.port)
         return
-    settings = Settings(models=(Path(arguments.model),))
-    results = {"engine": [metrics(measure_engine(settings, n, arguments.seconds)) for n in arguments.clients]}
-    for name in ("service", *arguments.beside):
-        port = free_port()
-        command = [sys.executable, "-m", "service.cli", "serve", "--model", arguments.model, "--port", str(port)]
-        if name in OTHERS:
-            command = [sys.executable, os.path.abspath(__file__), "--serve", name]
-            command += ["--model", arguments.model, "--port", str(port)]
-        results[name] = []
-        with running_server(command, port) as url:
-            for clients in arguments.clients:
-                results[name].append(metrics(measure_server(url, clients, arguments.seconds)))
-                print(f"{name}, {clients} clients: {results[name][-1]}", file=sys.stderr)
+    names = ("engine", "service", *arguments.beside)
+    rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in names}
+    for _ in range(arguments.rounds):
+        for name in names:
+            rounds[name].append(measured(name, arguments.model, arguments.clients, arguments.seconds))
+    results = {name: medians(rounds[name]) for name in names}
     if arguments.json:
         print(json.dumps({"clients": arguments.clients, **results}, indent=2))
         return
-    print("| clients | " + " | ".join(f"{name}: req/s, p50, p99 ms" for name in results) + " | ours over |")
+    print("| clients | " + " | ".join(f"{name}: req/s, p50, p99, CPU ms" for name in results) + " | ours over |")
     print("|---" * (len(results) + 2) + "|")
     for i, clients in enumerate(arguments.clients):
-        cells = [
-            f"{each[i]['requests_per_second']:.1f}, {1000 * each[i]['p50_seconds']:.0f}, "
-            f"{1000 * each[i]['p99_seconds']:.0f}"
-            for each in results.values()
-        ]
+        cells = []
+        for each in results.values():
+            keys = ("p50_seconds", "p99_seconds", "cpu_seconds_per_request")
+            values = [f"{1000 * each[i][key]:.{int('cpu' in key)}f}" for key in keys if key in each[i]]
+            cells.append(", ".join([f"{each[i]['requests_per_second']:.1f}", *values]))
         own = results["service"][i]["requests_per_second"]
         ratios = [
             f"{name} {own / each[i]['requests_per_second']:.2f}" for name, each in results.items() if name != "service"

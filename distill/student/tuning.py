@@ -240,8 +240,6 @@ class Tuner:
         """Return the choice with the best batch size of each stage and image size."""
         if self.options.batch_buckets:
             return choice
-        text = self.smallest("text", choice.text, lambda batch: self._text(pipeline, batch))
-        choice = choice.model_copy(update={"text": text})
         for each in choice.sizes:
             name = f"{each.size[0]}x{each.size[1]}"
 
@@ -258,14 +256,19 @@ class Tuner:
             )
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
+        most = max(each.network[-1] for each in choice.sizes)  # prompts that are encoded together
+        text = self.smallest("text", choice.text, lambda batch: self._text(pipeline, batch), most)
+        choice = choice.model_copy(update={"text": text})
         pipeline.use(choice)
         return choice
 
-    def smallest(self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float]) -> BatchSizes:
-        """Return the smallest batch that takes little more for each image than the best one."""
+    def smallest(
+        self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float], most: int | None = None
+    ) -> BatchSizes:
+        """Return the smallest batch, of at most so many, that takes little more for each image than the best one."""
         found: dict[int, float] = {}
-        batch = 1
-        while batch <= self.max_batch and self.time_left() > 0:
+        batch, most = 1, most or self.max_batch
+        while batch <= most and self.time_left() > 0:
             try:
                 found[batch] = seconds(batch)
             except torch.OutOfMemoryError:
@@ -274,7 +277,7 @@ class Tuner:
             if batch > 1 and found[batch] > found[batch // 2]:
                 break
             batch *= 2
-        if not found or (batch <= self.max_batch and self.time_left() <= 0):
+        if not found or (batch <= most and self.time_left() <= 0):
             return otherwise  # unknown beyond what was measured
         return (min(batch for batch, each in found.items() if each <= WASTE * min(found.values())),)
 
