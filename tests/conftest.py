@@ -20,21 +20,26 @@ from tiny import make_clip, make_teacher
 
 # What takes longest begins first, so that no process is left with it when the others have nothing more to do.
 LONG = (
-    "test_run",
     "test_cluster",
-    "test_jobs",
     "test_failures",
-    "test_demo",
-    "test_soak_jobs",
-    "test_distributed",
+    "test_jobs",
     "test_docs",
-    "test_estimate",
-    "test_experiments",
+    "test_teacher",
+    "test_run",
     "test_student",
+    "test_estimate",
+    "test_distributed",
+    "test_demo",
+    "test_experiments",
+    "test_soak_jobs",
+    "test_openapi",
+    "test_networks",
     "test_embedding_cache",
-    "test_train",
+    "test_remote",
     "test_browser",
     "test_drills",
+    "test_sources",
+    "test_side_by_side",
 )
 
 
