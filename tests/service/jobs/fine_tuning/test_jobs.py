@@ -141,7 +141,9 @@ def _pages_show(job, model: str, url: str, data: Path, teacher: Path) -> None:
         page.until(lambda: page.find("#grid img") and page.find("#grid img")[0].get_property("naturalWidth"))
         assert len(page.find("#curves svg")) >= 3
         assert "Kernel distance" in page.text("#scores")
-        log, report = (httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/{part}") for part in ("log", "report"))
+        log, report = (
+            httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/{part}", timeout=60) for part in ("log", "report")
+        )
         assert (log.status_code, report.status_code) == (200, 200)
         assert "480" in report.text
         assert not [path for path in (str(data), str(teacher)) if path in log.text + report.text]
