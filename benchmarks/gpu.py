@@ -161,19 +161,31 @@ def serve(setting: Setting) -> Iterator[Figure]:
 
 
 def stages(setting: Setting) -> Iterator[Figure]:
-    """Milliseconds of network and VAE beside stock diffusers in the same process."""
+    """Network and decoder as a server computes them, with both decoders, beside stock diffusers in the same process."""
     import torch
 
     device = torch.device(setting.device)
-    cases = [(16, 1)] if setting.tiny else [(512, 1), (512, 4), (1024, 1), (1024, 4)]
-    for size, batch in cases:
-        network, decode, stock = serving_seconds(setting, device, size, batch)
-        name = f"{size} px, batch {batch}"
-        yield Figure("serve", f"{name}: network", 1000 * network / batch, "ms/image")
-        yield Figure("serve", f"{name}: VAE", 1000 * decode / batch, "ms/image")
-        yield Figure("serve", f"{name}: stock diffusers", 1000 * stock / batch, "ms/image")
-        goal = None if setting.tiny else 2.0
-        yield Figure("serve", f"{name}: times as fast as stock", stock / (network + decode), "", goal)
+    rate = matrix_rate(device, 128 if setting.tiny else 8192)
+    sizes = (16,) if setting.tiny else (1024, 512)
+    for i, size in enumerate(sizes):
+        seconds = max(1.0, setting.left() / (4 * (len(sizes) - i)))  # for the choice of each of two decoders
+        targets = size == 1024
+        stock = stock_seconds(setting, device, size)
+        for batch, took in stock.items():
+            yield Figure("serve", f"{size} px, batch {batch}: stock diffusers", 1000 * took, "ms/image")
+        for decoder, times, share in (("full", 2.0, 0.5), ("small", 4.0, None)):
+            name = f"{size} px, {decoder} decoder"
+            found = served_seconds(setting, device, size, decoder == "small", seconds)
+            yield Figure("serve", f"{name}: network", 1000 * found.network, "ms/image")
+            yield Figure("serve", f"{name}: decoder", 1000 * found.decoder, "ms/image")
+            made = found.network + found.decoder
+            print(f"{name}: {found.choice}", file=sys.stderr)
+            ratio = min(stock.values()) / made
+            yield Figure("serve", f"{name}: times as fast as stock", ratio, "", times if targets else None)
+            reached = found.flop / made / rate
+            yield Figure("serve", f"{name}: share of the matrix rate", reached, "", share if targets else None)
+            most = 45.0 if targets and decoder == "small" else None
+            yield Figure("serve", f"{name}: one request", 1000 * found.alone, "ms", most=most)
 
 
 def load(setting: Setting) -> Iterator[Figure]:
@@ -344,55 +356,104 @@ def train_steps(setting: Setting, size: int, compiled: bool, online: bool = Fals
     return count * BATCH / passed, peak
 
 
-def serving_seconds(setting: Setting, device: "torch.device", size: int, batch: int) -> tuple[float, float, float]:
-    """Seconds of our network, of our decoder, and of a call of the stock pipeline, for one batch."""
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+@dataclass(frozen=True)
+class Served:
+    """Seconds of each image in full batches, of an image alone, and the operations of an image."""
 
-    from distill.models.text import TextCondition
-    from distill.pipeline import OneStepPipeline, OneStepSpec, RuntimeOptions
+    network: float
+    decoder: float
+    alone: float
+    flop: float
+    choice: str
+
+
+def random_networks(setting: Setting, device: "torch.device") -> tuple[Any, Any]:
+    """A transformer and an autoencoder of SD3-medium's geometry with random weights."""
+    import torch
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     geometry = geometry_of(setting.tiny)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         transformer = SD3Transformer2DModel.from_config(geometry.transformer).to(dtype).eval().requires_grad_(False)
         vae = AutoencoderKL.from_config(geometry.vae).to(dtype).eval().requires_grad_(False)
-        shape = geometry.transformer
-        cond = TextCondition(
-            torch.randn(batch, geometry.tokens, shape["joint_attention_dim"], dtype=dtype),
-            torch.randn(batch, shape["pooled_projection_dim"], dtype=dtype),
-        )
+    return transformer, vae
+
+
+def conditions_of(setting: Setting, transformer: Any, batch: int) -> Any:
+    """Random conditions of so many prompts."""
+    import torch
+
+    from distill.models.text import TextCondition
+
+    shape, like = transformer.config, {"dtype": transformer.dtype, "device": transformer.device}
+    embeds = torch.randn(batch, geometry_of(setting.tiny).tokens, shape.joint_attention_dim, **like)
+    return TextCondition(embeds, torch.randn(batch, shape.pooled_projection_dim, **like))
+
+
+def stock_seconds(setting: Setting, device: "torch.device", size: int) -> dict[int, float]:
+    """Seconds of the stock pipeline for each image, by batch."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    transformer, vae = random_networks(setting, device)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
+    stock.set_progress_bar_config(disable=True)
+    found = {}
+    for batch in (1, 4):
+        cond = conditions_of(setting, transformer, batch)
+
+        def call(cond: Any = cond, batch: int = batch) -> None:
+            generators = [torch.Generator(device).manual_seed(seed) for seed in range(batch)]
+            stock(
+                prompt_embeds=cond.embeds, pooled_prompt_embeds=cond.pooled, num_inference_steps=1, guidance_scale=0,
+                height=size, width=size, generator=generators, output_type="np",
+            )  # fmt: skip
+
+        found[batch] = seconds_of(call, device) / batch
+    return found
+
+
+def served_seconds(setting: Setting, device: "torch.device", size: int, small: bool, seconds: float) -> Served:
+    """Let a pipeline choose how it computes, in about so many seconds, and time it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from distill.models.small_decoder import make_small_decoder
+    from distill.pipeline import OneStepPipeline, OneStepSpec, RuntimeOptions
+    from distill.student.tuning import Tuner, describe
+
+    geometry = geometry_of(setting.tiny)
+    transformer, vae = random_networks(setting, device)
+    factor = geometry.pixels_per_latent
+    if small:
+        width = max(16, min(vae.config.block_out_channels) // 2)  # as `distill decoder` makes it
+        blocks = [*[3] * (factor.bit_length() - 1), 1]
+        vae = make_small_decoder(transformer.config.in_channels, factor, width, blocks).to(device, vae.dtype).eval()
+        vae.requires_grad_(False)
     spec = OneStepSpec(
-        name="random", digest="", sizes=((size, size),), latent_channels=shape["in_channels"],
-        vae_scale_factor=geometry.pixels_per_latent, patch_size=shape["patch_size"], token_limit=77,
+        name="random", digest="", sizes=((size, size),), latent_channels=transformer.config.in_channels,
+        vae_scale_factor=factor, patch_size=transformer.config.patch_size, token_limit=77,
         max_sequence_length=256, teacher="", method="", images_seen=0, created=0,
     )  # fmt: skip
-    options = RuntimeOptions(batch_buckets=(batch,))
+    options = RuntimeOptions()
     text: Any = None  # conditions are given
-    ours = OneStepPipeline(spec, text, transformer, vae, options)
-    seeds = list(range(batch))
-    latents = ours.latents(cond, seeds)
-    network = seconds_of(lambda: ours.latents(cond, seeds), device)
-    decode = seconds_of(lambda: ours.decode(latents), device)
-
-    stock = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, None, None, None, None, None
-    )
-    stock.set_progress_bar_config(disable=True)
-
-    def call() -> None:
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        stock(
-            prompt_embeds=cond.embeds, pooled_prompt_embeds=cond.pooled, num_inference_steps=1, guidance_scale=0,
-            height=size, width=size, generator=generators, output_type="np",
-        )  # fmt: skip
-
-    return network, decode, seconds_of(call, device)
+    ours: Any = OneStepPipeline(spec, text, transformer, vae, options, "random" if small else None)
+    ours.encode = lambda prompts: conditions_of(setting, transformer, len(prompts))
+    cond, noise = conditions_of(setting, transformer, 1), ours.noise([0])
+    single = OneStepPipeline(spec, text, transformer, vae, RuntimeOptions(batch_buckets=(1,)))
+    with FlopCounterMode(display=False) as counter:
+        single.decode(single.latents(cond, noise))
+    flop = counter.get_total_flops()
+    choice, _ = Tuner(Path(), device, options, 16, seconds).tune(ours)
+    each = choice.sizes[0]
+    alone = seconds_of(lambda: ours.decode(ours.latents(cond, ours.noise([0]))), device)
+    many = max(each.network[0], each.decoder[0])
+    cond, noise = conditions_of(setting, transformer, many), ours.noise(range(many))
+    network = seconds_of(lambda: ours.latents(cond, noise), device) / many
+    latents = ours.latents(cond, noise)
+    decoder = seconds_of(lambda: ours.decode(latents), device) / many
+    return Served(network, decoder, alone, flop, describe(choice))
 
 
 def rate_over(rounds: Iterator[Any], seconds: float, warm_up: int) -> float:

@@ -144,7 +144,7 @@ def _read(path: Path, made_for: Mapping[str, Any]) -> RuntimeChoice | None:
 class Tuner:
     """Measures one option after the other, each with the best values of those before it."""
 
-    student: Path
+    student: Path  # whose folder is loaded
     device: torch.device
     options: RuntimeOptions
     max_batch: int
@@ -170,12 +170,8 @@ class Tuner:
             if start != best and self.time_left() <= 0:
                 break
             pipeline = OneStepPipeline.load(self.student, self.device, start)
-            cost = self._trial(pipeline, start)
-            found, cost = self._switch(pipeline, start, cost, self._kernels())
+            found, cost = self.tune(pipeline)
             if cost < GAIN * least:
-                found = self._batches(pipeline, found)
-                if self.device.type == "cuda":  # whose shapes are known now: compiling takes seconds for each
-                    found, cost = self._switch(pipeline, found, self._trial(pipeline, found), self._compilers())
                 best, least = found, cost
             del pipeline
             gc.collect()
@@ -186,6 +182,18 @@ class Tuner:
     def _start(self, spec: OneStepSpec, options: RuntimeOptions) -> RuntimeChoice:
         small = spec.is_small(options.decoder)
         return unmeasured(options, self.device, spec.sizes, spec.image_tokens, small)
+
+    def tune(self, pipeline: OneStepPipeline) -> tuple[RuntimeChoice, float]:
+        """Leave a pipeline computing as is fastest in its precision; the choice, and its seconds for each image."""
+        start = pipeline.choice
+        cost = self._trial(pipeline, start)
+        if self.time_left() <= 0:
+            return start, cost
+        found, _ = self._switch(pipeline, start, cost, self._kernels())
+        found = self._batches(pipeline, found)
+        # Shapes are known now: on a GPU, compiling takes seconds for each.
+        compilers = self._compilers() if self.device.type == "cuda" else ()
+        return self._switch(pipeline, found, self._trial(pipeline, found), compilers)
 
     def _precisions(self) -> list[str]:
         if self.options.precision != "auto":

@@ -166,7 +166,16 @@ def test_eight_bits_stay_near_and_an_image_does_not_depend_on_its_company(studen
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize(
-    "option", [{"cuda_graphs": True}, {"precision": "fp16"}, {"channels_last": True}, {"attention": "flash"}], ids=str
+    "option",
+    [
+        {"cuda_graphs": True},
+        {"precision": "fp16"},
+        {"channels_last": True},
+        {"attention": "flash"},
+        {"compile": True},
+        {"compile": True, "channels_last": True, "cuda_graphs": True},
+    ],
+    ids=str,
 )
 def test_a_gpus_images_stay_near_those_of_a_cpu_and_are_the_same_in_any_company(
     option: dict[str, Any], student: Path, plain: torch.Tensor

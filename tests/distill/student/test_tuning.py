@@ -52,6 +52,18 @@ def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(
     assert pipeline(PROMPTS[1:], range(1, len(PROMPTS))).equal(images[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_choice_for_a_gpu_keeps_images_near_those_of_a_cpu_and_independent_of_their_batch(
+    student: Path, tmp_path: Path
+) -> None:
+    pipeline = OneStepPipeline.load_tuned(student, torch.device("cuda"), RuntimeOptions(), tmp_path, 120.0, 4)
+    images = pipeline(PROMPTS, range(len(PROMPTS)))
+    plain = OneStepPipeline.load(student)(PROMPTS, range(len(PROMPTS)))
+    assert (images.int() - plain.int()).abs().max() <= 8
+    assert pipeline(PROMPTS[1:2], [1])[0].equal(images[1])
+
+
 def test_a_kept_choice_is_read_and_another_one_is_made_for_other_options(student: Path, choices: Path) -> None:
     (path,) = kept(choices)
     record = json.loads(path.read_text())
