@@ -8,7 +8,7 @@ const FIRST = ["images", "models", "files", "batches", "fine-tuning"];  // group
 
 // `title` is that of the table for screen readers: unique on the page.
 function table(title, names, rows) {
-  const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, tag === "th" ? { textContent: text, scope: "col" } : { textContent: text })));
+  const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, tag === "th" ? { scope: "col" } : {}, ...prose(text))));
   const made = element("table", {}, element("thead", {}, cells("th", names)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
   const scroll = element("div", { className: "scroll", tabIndex: 0, role: "region" }, made);
   scroll.setAttribute("aria-label", title);
@@ -29,8 +29,13 @@ function example(verb, path, operation) {
   return `curl '${url}' -H "Authorization: Bearer $API_KEY"${body}`;
 }
 
+// Text with code between backticks.
+function prose(text) {
+  return text.split("`").map((part, i) => (i % 2 ? element("code", { textContent: part }) : part));
+}
+
 function paragraphs(text) {
-  return text.trim().split(/\n\s*\n/).filter(Boolean).map((each) => element("p", { textContent: each }));
+  return text.trim().split(/\n\s*\n/).filter(Boolean).map((each) => element("p", {}, ...prose(each)));
 }
 
 const brief = ({ description = "", summary = "" }) => (description || summary).split(/(?<=[.:])\s/)[0];
@@ -38,7 +43,7 @@ const brief = ({ description = "", summary = "" }) => (description || summary).s
 function operation(api, verb, path, described) {
   const inside = element("div"), place = `${verb.toUpperCase()} ${path}`;
   const made = element("details", { id: described.operationId }, element("summary", {},
-    element("span", { className: "verb", textContent: verb.toUpperCase() }), `${path} `, element("span", { className: "summary", textContent: brief(described) })), inside);
+    element("span", { className: "verb", textContent: verb.toUpperCase() }), `${path} `, element("span", { className: "summary" }, ...prose(brief(described)))), inside);
   made.addEventListener("toggle", () => {
     if (!made.open || inside.children.length) return;
     inside.append(...paragraphs(described.description ?? described.summary ?? ""));

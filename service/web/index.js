@@ -67,8 +67,8 @@ async function settle() {
   try {
     const { prompt, seed, n, output_format } = asked;
     show(await posted({ prompt, seed, n, output_format, model: other }, comparing.signal), $("others"));
-    $("others").prepend(element("h3", { textContent: other }));
-    $("images").prepend(element("h3", { textContent: asked.model }));
+    $("others").prepend(element("h3", { textContent: other, title: other }));
+    $("images").prepend(element("h3", { textContent: asked.model, title: asked.model }));
   } catch (error) {
     if (error.name !== "AbortError") say(`${other}: ${error.message}`, true);
   } finally {

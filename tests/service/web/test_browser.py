@@ -362,6 +362,7 @@ def accessible(page, url: str) -> None:
             page.driver.get(f"{url}/{name}")
             page.until(lambda selector=selector: page.find(selector))
             page.driver.execute_script(OPEN)
+            assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
             found = page.driver.execute_script(f"{axe}; return window.axe.run()")
             assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]] == [], name
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
