@@ -57,7 +57,7 @@ def compare(
 
     import torch
 
-    from distill.cli.console import image_bar, metric_table
+    from distill.cli.console import image_bar, table
     from distill.cli.console import out as console
     from distill.experiments import check_budget, evaluate_variants, share_caches
     from distill.models.device import resolve_device
@@ -89,5 +89,5 @@ def compare(
             finished, out, per_task, steps, seed, where, bar.advance, diverged, failed, decoder_choice(decoder)
         )
     result.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
-    console.print(metric_table(f"students of {planned[0].config.teacher}", *result.table()))
+    console.print(table(f"students of {planned[0].config.teacher}", *result.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

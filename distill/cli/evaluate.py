@@ -129,7 +129,7 @@ def evaluate(
         if as_json:
             typer.echo(json.dumps({"features": REFERENCE_FEATURES, **found.as_dict()}, indent=2))
             return
-        out.print(metric_table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
+        out.print(table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
         out.print(f"{images} images of {len(texts)} prompts; features: {REFERENCE_FEATURES}.")
         out.print(f"The picture of the largest differences is {picture}.")
         return

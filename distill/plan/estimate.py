@@ -157,8 +157,10 @@ class PlanInput:
     def _counts_of_all_blocks(self) -> dict[str, int]:
         """Count bytes and FLOP by name, in deep models by those of a few blocks.
 
-        There are two kinds of blocks, with one attention and with two. Each further block of a kind adds the same, so
-        one or two of each and one more tell what all of them cost.
+        There are two kinds of blocks, with two attentions and with one. Each further block of a kind adds the same, and
+        so does each that skip-layer guidance leaves out; one or two of each and one more tell what all of them cost.
+        In the backward pass, activations are freed block by block while gradients are made, so the peak is at one of
+        its ends and grows by what grows more. It may be a block's temporary memory too high, never too low.
         """
         config = self.geometry.transformer
         layers, dual = config["num_layers"], set(config.get("dual_attention_layers") or ())
@@ -166,29 +168,37 @@ class PlanInput:
         least = (1, 1) if dual else (0, 2)  # the last block is a simpler one
         if layers <= sum(least) + 1 or not totals[1]:
             return self._counts(self.geometry)
-        calls = {turn.role: network_calls(turn) for turn in self.method.turns()}
-        base = self._counts(self.geometry.with_blocks(*least))
+        skipped = self.method.guidance.skip_layers
+        base = self._counts(self.geometry.with_blocks(*least), skip=())
         counts = dict(base)
         for kind in (0, 1):
-            if not (further := totals[kind] - least[kind]):
-                continue
-            more = self._counts(self.geometry.with_blocks(least[0] + (kind == 0), least[1] + (kind == 1)))
-            for name in base:
-                counts[name] += further * (more[name] - base[name])
-            for role, called in calls.items():  # blocks that skip-layer guidance leaves out
-                rows = sum(call.rows * sum((i in dual) == (kind == 0) for i in call.skip_layers) for call in called)
-                counts[f"{role} flop"] -= self.batch * rows * (more["evaluation"] - base["evaluation"])
+            geometry = self.geometry.with_blocks(least[0] + (kind == 0), least[1] + (kind == 1))
+            left_out = sum((layer in dual) == (kind == 0) for layer in skipped)
+            if further := totals[kind] - least[kind]:
+                more = self._counts(geometry, skip=())
+                less = self._counts(geometry, skip=(1,)) if left_out else more  # the second block is of this kind
+                for name in base:
+                    counts[name] += further * (more[name] - base[name]) + left_out * (less[name] - more[name])
+        for role in {turn.role for turn in self.method.turns()}:
+            grown = (counts[f"{role} {part}"] - base[f"{role} {part}"] for part in ("activations", "weights"))
+            counts[f"{role} peak"] = base[f"{role} peak"] + max(grown)
         return counts
 
-    def _counts(self, geometry: Geometry) -> dict[str, int]:
-        """Count bytes and FLOP by name for the blocks of a geometry, by running the networks without data."""
+    def _counts(self, geometry: Geometry, skip: tuple[int, ...] | None = None) -> dict[str, int]:
+        """Count bytes and FLOP by name for the blocks of a geometry, by running the networks without data.
+
+        `skip` replaces the blocks that calls with skip-layer guidance leave out.
+        """
         dtype = self.dtype
         # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.
         kind = self.kind.model_copy(update={"compile": False})
         turns = self.method.turns()
         calls = {turn.role: network_calls(turn) for turn in turns}
-        if geometry is not self.geometry:  # whose blocks are others
-            calls = {role: [replace(call, skip_layers=()) for call in called] for role, called in calls.items()}
+        if skip is not None:
+            calls = {
+                role: [replace(call, skip_layers=skip) if call.skip_layers else call for call in called]
+                for role, called in calls.items()
+            }
         two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
         networks = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
         models = networks.modules()
@@ -219,7 +229,6 @@ class PlanInput:
             with Meter() as meter, torch.no_grad():
                 with _autocast(dtype):
                     x_0 = one_step(networks.velocity("student"), z, cond)
-                counts["evaluation"] = meter.flop // GRID
                 decode_in_parts(vae, x_0)
             counts["grid"] = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
         return counts

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.engine.launch import serving_devices
+from service.engine.launch import serving_devices, worker_processes
 from service.errors import StartError
 from service.observability.logs import JsonFormatter
 from service.settings import SHIPPED_STUDENT, Settings, keys, read_settings
@@ -203,6 +203,7 @@ def test_students_have_names(monkeypatch):
     monkeypatch.setenv("SERVICE_MODELS", f'["{SHIPPED_STUDENT}", "mine={SHIPPED_STUDENT}"]')
     settings = read_settings({})
     assert settings.students() == ["scenes-one-step", "mine"]
+    assert [model.name for model in worker_processes(settings).models] == [None, "mine"]
     assert Settings(**dict(settings)).models == settings.models  # as replicas receive them
     assert f"models = ['{SHIPPED_STUDENT}', 'mine={SHIPPED_STUDENT}']" in settings.lines()
     odd = read_settings({"models": ("./a=b", "/runs/a=b")}).models

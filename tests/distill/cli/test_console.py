@@ -1,6 +1,7 @@
 """Progress without a terminal: plain lines at intervals and at the end."""
 
 import io
+import re
 
 from rich.console import Console
 
@@ -68,3 +69,16 @@ def test_a_table_that_is_too_wide_has_its_columns_as_rows(monkeypatch) -> None:
     assert len(text.splitlines()) == 1 + 3 + 9 + 1
     narrow.print(console.metric_table("narrow", names[:3], [row[:3] for row in rows]))
     assert len(narrow.export_text().splitlines()) == 1 + 3 + 2 + 1
+
+
+def test_a_bar_fits_100_columns_and_says_what_goes_on(monkeypatch) -> None:
+    page = Console(file=io.StringIO(), force_terminal=True, width=200, soft_wrap=True, color_system=None)
+    monkeypatch.setattr(console, "_bars", page)
+    with console.image_bar("teacher's images", 10_000_000) as bar:
+        bar.update(9_999_999, dict.fromkeys(console.SHOWN, 0.123456))
+        bar._progress.refresh()
+        bar.show("sampling and evaluating")
+    shown = page.file.getvalue().replace("\r", "\n").splitlines()
+    assert any("9999999/10000000" in line and "gap 0.123" in line for line in shown)
+    assert any("(sampling and evaluating)" in line for line in shown)
+    assert max(len(re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", line).rstrip()) for line in shown) <= 100
