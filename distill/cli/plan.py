@@ -140,7 +140,8 @@ def plan(
     share = utilization or UTILIZATION["compiled" if compiled else "eager"]
     rate = (tflops or (known.bf16 if dtype == "bf16" else known.fp32)) * 1e12 * share
     speed = rate / result.flop_per_image
-    estimate = estimate_plan(made, result, prompts, images, rate)
+    settings = (None, None) if run is None else (run.evaluation, run.cadence)
+    estimate = estimate_plan(made, result, prompts, images, rate, *settings)
     if as_json:
         values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
         values |= {**asdict(estimate), "disk_bytes": estimate.disk, "encoding_share": estimate.encoding_share}

@@ -145,7 +145,7 @@ def estimate_run(
     if kind != "none":
         images = evaluated_images(config, kind)
         cost = evaluation_cost(geometry, size, teacher_sampling(config), images, encodes=kind != "clip")
-        evaluations = (left // config.cadence.evaluate + 1) * cost.evaluation / rate
+        evaluations = -(-left // config.cadence.evaluate) * cost.evaluation / rate
     if kind == "reference":
         references = cost.references / rate
         if prompts.is_encoded and (made := run_references(config, teacher, out, prompts.first(settings.images))):
@@ -168,15 +168,29 @@ def estimate_run(
     )
 
 
-def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flop_rate: float) -> RunEstimate:
-    """Estimate a run of so many distinct prompts and images from its plan, at a rate in FLOP/s."""
+def estimate_plan(
+    setting: PlanInput,
+    plan: Plan,
+    prompts: int,
+    images: int,
+    flop_rate: float,
+    evaluation: EvaluationSettings | None = None,
+    cadence: Cadence | None = None,
+) -> RunEstimate:
+    """Estimate a run of so many distinct prompts and images from its plan, at a rate in FLOP/s.
+
+    `evaluation` and `cadence` are those of a run, or the defaults. The evaluator `auto` is planned as `reference`.
+    """
+    evaluation, cadence = evaluation or EvaluationSettings(), cadence or Cadence()
     geometry = setting.geometry
     row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)
     size = (setting.size, setting.size)
-    settings = EvaluationSettings()
-    sampling = Sampling(settings.teacher_steps, setting.method.guidance)
-    cost = evaluation_cost(geometry, size, sampling, image_count(settings.images))
+    by_clip, made = evaluation.evaluator == "clip", evaluation.evaluator not in ("clip", "none")
+    count = evaluation.images if by_clip else image_count(evaluation.images)
+    sampling = Sampling(evaluation.teacher_steps, setting.method.guidance)
+    cost = evaluation_cost(geometry, size, sampling, count, encodes=not by_clip)
+    evaluations = 0 if evaluation.evaluator == "none" else -(-images // cadence.evaluate)
     weights = sum(plan.resident[f"{part} weights"] for part in ("student", "fake"))
     average = plan.resident["averaged student"]
     state = average + weights + plan.optimizer_states[setting.optimizer]
@@ -185,15 +199,15 @@ def estimate_plan(setting: PlanInput, plan: Plan, prompts: int, images: int, flo
         prompt_bytes=row,
         is_online=online,
         cache=0 if online else prompts * row,
-        checkpoints=(Cadence().keep_checkpoints + 1) * state + 2 * average,
+        checkpoints=(cadence.keep_checkpoints + 1) * state + 2 * average,
         student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
-        references=reference_bytes(settings.images, size),
+        references=reference_bytes(evaluation.images, size) * made,
         prompt_flop=prompt_flop,
         image_flop=plan.flop_per_image,
         encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,
         training_seconds=images * (plan.flop_per_image + prompt_flop * online) / flop_rate,
-        reference_seconds=cost.references / flop_rate,
-        evaluation_seconds=(images // Cadence().evaluate) * cost.evaluation / flop_rate,
+        reference_seconds=cost.references / flop_rate * made,
+        evaluation_seconds=evaluations * cost.evaluation / flop_rate,
     )
 
 

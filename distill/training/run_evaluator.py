@@ -1,5 +1,6 @@
 """The evaluator of a run's students, from the group `evaluation` of its configuration."""
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,12 @@ from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.training.preflight import check_evaluator_name
 
+_log = logging.getLogger(__name__)
+
+# Images with which the kernel distance tells a good student from a bad one. Measured on the toy dataset, five students,
+# the worst of which has twice the distance of the others: it is chosen in 5 % of the samples of 256 images, in 22 % of
+# those of 128, as by chance. The Frechet distance chooses it in 12 % and 46 %, because it is biased by few images.
+ENOUGH = 256
 REFERENCES = "references"  # folder of a run for the teacher's images
 PROMPTS_PER_TASK = 16  # of a dataset with a scorer
 
@@ -49,7 +56,7 @@ def evaluator_kind(config: RunConfig, teacher: SD3Folder) -> str:
 
 
 def check_evaluator(config: RunConfig, teacher: SD3Folder) -> None:
-    """Check what an evaluator needs before anything is computed; nothing is written.
+    """Check what an evaluator needs before anything is computed; nothing is written. Warn of too few images.
 
     Raises what `evaluator_kind` raises, PromptError for a file of prompts, ScorerError for a CLIP model, and
     ConfigError for `early_stopping_patience` without evaluations and for `references` that is a file.
@@ -57,6 +64,11 @@ def check_evaluator(config: RunConfig, teacher: SD3Folder) -> None:
     if evaluator_kind(config, teacher) == "none" and config.early_stopping_patience is not None:
         raise ConfigError("early_stopping_patience counts evaluations; set evaluation.evaluator, or set it to null")
     evaluation_prompts(config, ())
+    images = config.evaluation.images
+    if evaluator_kind(config, teacher) == "reference" and config.evaluation.metric != "clip_score" and images < ENOUGH:
+        _log.warning(
+            "evaluation.images is %d: with less than %d, chance decides which checkpoint is the best", images, ENOUGH
+        )
     references = config.evaluation.references
     if references is not None and Path(references).exists() and not Path(references).is_dir():
         raise ConfigError(f"evaluation.references: {references} is no folder; give one, or leave the key out")

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.config import load_config
+from distill.config import Cadence, EvaluationSettings, load_config
 from distill.data.embedding_cache import text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
 from distill.models.sd3_folder import SD3Folder
 from distill.plan.estimate import plan_input
-from distill.plan.run_estimate import estimate_run
+from distill.plan.run_estimate import estimate_plan, estimate_run
 from distill.training.run_evaluator import evaluated_images
 from distill.training.run_sources import RunPrompts
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
@@ -70,6 +70,24 @@ def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
     config = load_config("scenes-debug")
     assert evaluated_images(config, "scenes") == ScenesEvalDataset().prompts(16, 0).count
     assert evaluated_images(config, "reference") == 16 + 4
+
+
+def test_a_plan_counts_the_evaluations_of_its_run(teacher):
+    """Every evaluator takes its own images; a run is evaluated at its end too."""
+    made = plan_input(read_geometry(str(teacher)), "lora", 4, True, "fp32", 1, 16, method="reflow")
+    plan = made.plan()
+
+    def planned(cadence=10, **settings):
+        evaluation = EvaluationSettings(images=32, **settings)
+        return estimate_plan(made, plan, 8, 35, 1e12, evaluation, Cadence(evaluate=cadence))
+
+    reference, clip = planned(), planned(evaluator="clip", clip="folder")
+    none, once = planned(evaluator="none"), planned(cadence=35)
+    assert reference.evaluation_seconds == pytest.approx(4 * once.evaluation_seconds)
+    assert 0 < clip.evaluation_seconds < reference.evaluation_seconds
+    assert (none.evaluation_seconds, none.reference_seconds, none.references) == (0, 0, 0)
+    assert (clip.reference_seconds, clip.references) == (0, 0)
+    assert reference.references == (32 + 2 * 4) * 3 * 16 * 16
 
 
 def test_the_time_of_a_small_model_is_stated_as_less_than_it_takes(teacher_t5, tmp_path):

@@ -18,7 +18,7 @@ from distill.report.run_state import read_state
 from distill.run import accelerator, run
 from distill.training import checkpoint
 from distill.training.preparation import check_run
-from distill.training.run_evaluator import evaluator_kind, run_evaluator, run_references
+from distill.training.run_evaluator import check_evaluator, evaluator_kind, run_evaluator, run_references
 from distill.training.run_teacher import read_teacher
 
 
@@ -163,6 +163,26 @@ def test_a_clip_score_alone_needs_no_images_of_the_teacher(settings, clip_folder
     assert evaluator is not None
     assert (evaluator.metric, evaluator.higher_is_better, evaluator.count) == ("clip_score", True, 8)
     assert list(evaluator.prompts) == PROMPTS[:2] * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "warns"),
+    [
+        (["images=255"], True),
+        (["images=256"], False),
+        (["images=2", "metric=frechet"], True),
+        (["images=2", "metric=clip_score", "clip=CLIP"], False),
+        (["images=2", "evaluator=clip", "clip=CLIP"], False),
+        (["images=2", "evaluator=none"], False),
+    ],
+)
+def test_too_few_images_for_the_metric_that_decides_give_a_warning(
+    given, warns, settings, clip_folder, tmp_path, caplog
+) -> None:
+    words = [f"evaluation.{each}".replace("CLIP", str(clip_folder)) for each in given]
+    config = load_config("scenes-debug", [*settings, *words])
+    check_evaluator(config, read_teacher(config, tmp_path))
+    assert ("chance decides which checkpoint is the best" in caplog.text) is warns
 
 
 def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -> None:
