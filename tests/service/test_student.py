@@ -21,6 +21,7 @@ from worker_threads import worker_threads
 
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
+from distill.models.small_decoder import decoder_digest, make_small_decoder
 from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student
@@ -139,13 +140,21 @@ def test_a_prompt_that_one_worker_has_encoded_another_reads_to_the_bit(student):
         assert (text.tokens[i], text.truncated[i]) == (alone.tokens[0], alone.truncated[0]) == (8, True)
 
 
-def test_how_a_student_is_computed_reaches_it_and_names_its_images(student):
+def test_how_a_student_is_computed_reaches_it_and_names_its_images(student, tmp_path):
     options = {"precision": "bf16", "attention": "math", "channels_last": True, "batch_buckets": [2, 1]}
     runtime = Settings(runtime=options).runtime.model_dump(mode="json")
     info, setup = (backend := load_backend(str(student), None, "cpu", runtime)).info, backend.environment
     assert info.runtime_fingerprint == "bf16-text-1-2-16x16-network-1-2-decoder-1-2-attention-math-channels_last"
     assert info.runtime_fingerprint in setup
-    assert info.cache_key != load_backend(str(student), None, "cpu").info.cache_key
+    plain = load_backend(str(student), None, "cpu").info
+    assert info.cache_key != plain.cache_key
+    assert (plain.decoder, plain.decoder_digest) == ("full", None)
+    make_small_decoder(4, 2, 4, (0, 0)).save_pretrained(tmp_path)
+    runtime = Settings(runtime={"decoder": str(tmp_path)}).runtime.model_dump(mode="json")
+    small = load_backend(str(student), None, "cpu", runtime).info
+    assert (small.decoder, small.decoder_digest) == ("small", decoder_digest(tmp_path))
+    assert small.digest == plain.digest
+    assert small.cache_key != plain.cache_key
     with pytest.raises(StartError, match="cuda_graphs needs a CUDA device"):
         load_backend(str(student), None, "cpu", {"cuda_graphs": True})
 
