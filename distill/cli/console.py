@@ -169,7 +169,8 @@ class ImageLines:
 
 
 def _format(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    shown = {name: f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}" for name, value in metrics.items()}
+    return "  ".join(f"{name} {text}" for name, text in shown.items())
 
 
 def _fitting(metrics: Mapping[str, float], width: int) -> str:

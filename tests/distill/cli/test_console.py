@@ -52,9 +52,9 @@ def test_without_a_terminal_progress_is_lines(monkeypatch) -> None:
     page = Console(file=None, record=True, force_terminal=False, soft_wrap=True, stderr=True)
     monkeypatch.setattr(console, "_bars", page)
     with console.image_bar("prompts", 8) as bar:
-        bar.update(8, {"truncated": 0})
+        bar.update(8, {"truncated": 12345})
         bar.print("a [note]")
-    assert page.export_text().splitlines() == ["a [note]", "prompts 8/8  truncated 0"]
+    assert page.export_text().splitlines() == ["a [note]", "prompts 8/8  truncated 12345"]
 
 
 def test_a_table_that_is_too_wide_has_its_columns_as_rows(monkeypatch) -> None:
