@@ -308,6 +308,10 @@ def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
     saved = plan.optimizer_states[made.optimizer] - plan.optimizer_states["adam-8bit"]
     if saved and max(plan.stages["start"], plan.peak - saved) <= available:
         found.append("--optimizer adam-8bit")
+    # Without encoding during training there are no text encoders beside the networks.
+    encoders = plan.resident["text encoders"]
+    if encoders and max(plan.stages["start"], plan.peak - encoders) <= available:
+        found.append("prompts.encoding=cached")
     if isinstance(kind, Full):
         lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
         if replace(made, kind=lora).plan().peak <= available:
