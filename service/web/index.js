@@ -11,17 +11,24 @@ import { FIELDS, address, addressed, body, known, learn, model, offer, refill } 
 import { copy, curl, python } from "./snippets.js";
 
 const SETTLED = 1000;  // milliseconds without a change after which images are kept in the history
-let shown = null, settling = 0, retry = 0, missing = "The models of the server are not known yet.", comparing = null;
+const SLOW = 800;  // milliseconds without an answer after which the page says that it waits
+let shown = null, settling = 0, slow = 0, retry = 0, missing = "The models of the server are not known yet.", comparing = null;
 
 const artist = new Artist((made) => {
-  $("images").classList.remove("waiting");
+  arrived();
   present(made);
   clearTimeout(settling);
   settling = setTimeout(settle, SETTLED);
 }, (error, seconds) => {
-  $("images").classList.remove("waiting");
+  arrived();
   say(seconds === null ? error.message : `${error.message} Trying again in ${count(Math.ceil(seconds), "second")}.`, true);
 });
+
+function arrived() {
+  clearTimeout(slow);
+  slow = 0;
+  $("images").classList.remove("waiting");
+}
 
 // Why nothing can be drawn now; empty if something can.
 function reason() {
@@ -31,11 +38,17 @@ function reason() {
   return wrong ? `${wrong.labels[0].firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
 }
 
+function stop() {
+  artist.stop();
+  arrived();
+}
+
 function draw() {
   const why = reason();
   allow("draw", why);
-  if (why) return artist.stop();
+  if (why) return stop();
   $("images").classList.add("waiting");
+  slow ||= setTimeout(() => say("Drawing …"), SLOW);
   clearTimeout(settling);
   settling = 0;
   comparing?.abort();
@@ -84,7 +97,7 @@ function keep() {
 }
 
 function again(asked, made) {  // a request of the history, the address or a file
-  artist.stop();
+  stop();
   refill(asked);
   if (!made) return draw();
   allow("draw", reason());
@@ -138,7 +151,7 @@ async function models() {  // jobs and administrators load and unload them meanw
 function soon() {
   const why = reason();
   allow("draw", why);
-  if (why) artist.stop();
+  if (why) stop();
   else if ($("live").checked) draw();
 }
 
