@@ -21,7 +21,6 @@ from tiny import distilled, make_teacher
 from distill.config import load_config
 from distill.errors import CheckpointError, ScorerError, TeacherError
 from distill.evaluate.clip import Clip
-from distill.experiments import pin_variants, read_variants
 from distill.models.geometry import read_geometry
 from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import MODELS
@@ -30,6 +29,7 @@ from distill.models.teacher import open_teacher, pin_teacher
 from distill.pipeline import OneStepPipeline
 from distill.student.run_export import export_run
 from distill.training.run_teacher import pin_teachers, read_config, write_pins
+from distill.variants import pin_variants, read_variants
 
 CARD = "---\nlicense: other\nlicense_name: acme-community\n---\nA tiny model.\n"
 
