@@ -249,7 +249,7 @@ class Tuner:
         if self.options.batch_buckets:
             return choice
         for each in choice.sizes:
-            name = f"{each.size[0]}x{each.size[1]}"
+            name = f"{choice.options.precision}, {each.size[0]}x{each.size[1]}"
 
             def network(batch: int, size: Size = each.size) -> float:
                 return self._network(pipeline, size, batch)
@@ -265,7 +265,7 @@ class Tuner:
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
         most = max(each.network[-1] for each in choice.sizes)  # prompts that are encoded together
-        text = self.smallest("text", choice.text, lambda batch: self._text(pipeline, batch), most)
+        text = self.smallest(f"text, {choice.options.precision}", choice.text, lambda batch: self._text(pipeline, batch), most)
         choice = choice.model_copy(update={"text": text})
         pipeline.use(choice)
         return choice

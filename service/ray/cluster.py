@@ -205,14 +205,18 @@ def _application(settings: Settings, scale: Scale) -> Any:
 
 
 def _shared(settings: Settings, artifacts: str) -> Settings:
-    """Settings for all replicas: one store of linked images, one secret, and no data folder without a database."""
+    """Settings for all replicas: one store of linked images, one secret, and no data folder without a database.
+
+    Replicas measure nothing at their start: each would choose for itself, and a seed's bits would differ between them.
+    """
     secret = settings.images.artifact_secret or SecretStr(secrets.token_hex(32))
     images = settings.images.model_copy(update={"artifacts": artifacts, "artifact_secret": secret})
     data = settings.data
     if settings.jobs.database is None:
         data = None
         log.info("without a PostgreSQL database for all replicas there are no files, batches and jobs")
-    return settings.model_copy(update={"images": images, "data": data})
+    engine = settings.engine.model_copy(update={"tuning_seconds": 0.0})
+    return settings.model_copy(update={"images": images, "data": data, "engine": engine})
 
 
 def _reason(report: str) -> str:
