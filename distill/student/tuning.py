@@ -265,7 +265,8 @@ class Tuner:
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
         most = max(each.network[-1] for each in choice.sizes)  # prompts that are encoded together
-        text = self.smallest(f"text, {choice.options.precision}", choice.text, lambda batch: self._text(pipeline, batch), most)
+        stage = f"text, {choice.options.precision}"
+        text = self.smallest(stage, choice.text, lambda batch: self._text(pipeline, batch), most)
         choice = choice.model_copy(update={"text": text})
         pipeline.use(choice)
         return choice
