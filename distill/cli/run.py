@@ -128,7 +128,8 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
             bar.update(seen, metrics)
             if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
                 if signals:
-                    raise typer.Exit(128 + signals[0])  # complete shards and images are kept
+                    typer.echo("Stopped. Complete files are kept. Run the same command again to resume.")
+                    raise typer.Exit(128 + signals[0])
                 continue
             for note in progress.notes:
                 bar.print(note)
