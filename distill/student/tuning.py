@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 GAIN = 0.95  # of the time so far; a value that takes more of it is not worth leaving the one without measurement
-WASTE = 1.25  # of the least time per image; the smallest batch within it is chosen, because a lone image fills it too
+WASTE = 1.3  # of the least time per image; the smallest batch within it is chosen, because a lone image fills it too
 REPEATS = 5  # of which the fastest counts
 SHARE = 0.05  # of the time for all measurements; a call that takes more is not repeated
 _PROMPT = "a red circle left of a blue star, number {}"  # another one in each row
