@@ -272,6 +272,7 @@ def test_an_unexpected_error_fails_the_job(jobs):
 def refusing(tmp_path_factory) -> Iterator[str]:
     """A server with two keys, a limit of budgets, and a teacher that does not exist. It runs until the module ends."""
     folder = tmp_path_factory.mktemp("refusing")
+    (folder / "model_index.json").write_text("{}")  # as every teacher in a folder has
     teachers = {"tiny": str(folder), "gone": "/nowhere"}
     settings = Settings(data=folder, jobs={"teachers": teachers, "max_images_per_job": 1000}, http={"api_keys": KEYS})
     with serving(create_app(settings, worker_threads(Simulator()))) as url:
