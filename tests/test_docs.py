@@ -173,8 +173,11 @@ def test_the_python_block_of_the_readme_runs(teacher_t5, tmp_path, monkeypatch):
         assert image.size == (16, 16)
 
 
-def test_the_examples_of_the_shipped_students_card_run():
-    ours, stock = run_card(ROOT / "distill" / "worlds" / "scenes" / "weights" / "student")
+def test_the_examples_of_the_shipped_students_cards_run():
+    student = ROOT / "distill" / "worlds" / "scenes" / "weights" / "student"
+    ours, stock = run_card(student)
+    (decoder,) = run_card(student / "decoder")
+    assert type(decoder["pipeline"].vae).__name__ == "AutoencoderTiny"
     assert ours["images"].shape == (1, 64, 64, 3)
     assert stock["image"].size == (64, 64)
 
