@@ -40,7 +40,7 @@ from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm
 from distill.report.grid import save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
 from distill.report.run_state import STATE, Phase, write_state
-from distill.student.decoder import Default, add_decoder, check_decoder_place, is_student
+from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place, is_student
 from distill.training import checkpoint
 from distill.training.preparation import SPEED, read_speed
 from distill.training.run_lock import run_lock
@@ -182,6 +182,7 @@ def check(run: DecoderRun) -> None:
             if (out / name).exists():
                 raise OutputError(f"{out} holds {name}, but no {CONFIG} of a decoder; give another --out")
     check_state(out / CHECKPOINTS, config)
+    check_decoder_files(out / DECODER)
     next(iter(read_prompts(config.prompts, 1)))
     if config.real is not None:
         next(_real_images(config))

@@ -1,6 +1,7 @@
 """A small decoder in a student folder: the folder `decoder/`, named by its digest in `onestep.json`."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +30,11 @@ def check_decoder_place(student: Path, replacing: str | None = None) -> None:
     That is the one which its record names, without other files, or that of the digest `replacing`.
     """
     path = student / DECODER
+    if not os.access(student, os.W_OK):
+        raise OutputError(f"{student} cannot be written; name a copy of the student with --student")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} is in the place of the small decoder; move it away, or name another student")
-    held = sorted(file for file in path.rglob("*") if file.name not in FILES) if path.exists() else []
-    if held:
-        raise OutputError(f"{held[0]} is not a part of a small decoder; move it away, or name another student")
+    check_decoder_files(path)
     if not path.exists() or not any(path.iterdir()):
         return
     try:
@@ -46,6 +47,13 @@ def check_decoder_place(student: Path, replacing: str | None = None) -> None:
             f"{path} is not the decoder that {RECORD} names, so it is not replaced; move it away, or name another "
             "student"
         )
+
+
+def check_decoder_files(decoder: Path) -> None:
+    """Raise OutputError if a folder that is going to be replaced holds more than a small decoder."""
+    held = sorted(file for file in decoder.rglob("*") if file.name not in FILES) if decoder.exists() else []
+    if held:
+        raise OutputError(f"{held[0]} is not a part of a small decoder; move it away, or name another folder")
 
 
 def add_decoder(student: Path, decoder: Path, default: Default, metrics: Mapping[str, float]) -> None:
