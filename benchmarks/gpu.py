@@ -110,8 +110,7 @@ def train(setting: Setting) -> Iterator[Figure]:
     """A LoRA step of SD3-medium, in images/s, share of the matrix rate, and memory beside the plan's."""
     import torch
 
-    from distill.plan.devices import DEVICES
-    from distill.plan.estimate import UTILIZATION
+    from distill.plan.devices import DEVICES, UTILIZATION
 
     device = torch.device(setting.device)
     rate = matrix_rate(device, 128 if setting.tiny else 8192)

@@ -30,7 +30,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from distill.config import load_config
 from distill.models.geometry import Geometry, read_geometry
 from distill.models.sd3_folder import SD3Folder
-from distill.plan.estimate import GIB, PlanInput
+from distill.plan.devices import GIB
+from distill.plan.estimate import PlanInput
 from distill.run import accelerator
 from distill.worlds.tokenizer import build_clip_tokenizer
 

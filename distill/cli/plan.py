@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from distill.cli.options import MOST, TEACHER, TeacherBase, finite
-from distill.plan.devices import DEVICES
+from distill.plan.devices import DEVICES, GIB, UTILIZATION
 
 
 def _device(name: str) -> str:
@@ -61,7 +61,8 @@ def plan(
     utilization: Annotated[
         float | None,
         typer.Option(
-            help="Share of that peak; measured 0.26, or with --compile an estimate of 0.35, if not given.",
+            help=f"Share of that peak; measured {UTILIZATION['eager']}, or with --compile an estimate of "
+            f"{UTILIZATION['compiled']}, if not given.",
             min=1e-6,
             max=1,
             callback=finite,
@@ -111,7 +112,7 @@ def plan(
     geometry = read_geometry(PUBLISHED.get(teacher, teacher), teacher_base)
 
     from distill.cli.console import out, table, working
-    from distill.plan.estimate import GIB, UTILIZATION, changes_that_fit, plan_input, run_input
+    from distill.plan.options import changes_that_fit, plan_input, run_input
     from distill.plan.run_estimate import estimate_plan
 
     if run is not None:

@@ -1,6 +1,12 @@
-"""`DEVICES`, the GPUs that a plan knows by name."""
+"""`DEVICES`, the GPUs that a plan knows by name, and the share of their peaks that training reaches."""
 
 from dataclasses import dataclass
+
+GIB = 2**30
+# Share of the peak in a training step. Eager: measured on an H200, 1.53 images/s of 168.5 TFLOP, a LoRA step of
+# SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
+UTILIZATION = {"eager": 0.26, "compiled": 0.35}
+MATRIX_SHARE = 0.75  # of the peak, by a large matrix product on that H200: 741 TFLOP/s
 
 
 @dataclass(frozen=True)

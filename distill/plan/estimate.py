@@ -5,49 +5,26 @@ live storage is counted. Memory is in bytes, arithmetic in FLOP (a multiply-add 
 of the GPU's allocator, library workspaces and the CUDA context; the caller reserves memory for them.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.forward_ad import unpack_dual
 
-from distill.config import Full, Lora, RunConfig, load_config
-from distill.data.shard_reader import RESIDENT_BYTES
-from distill.errors import ConfigError
-from distill.flow import derivative, one_step
-from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
+from distill.config import Full, Lora
+from distill.flow import one_step
 from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
-from distill.philox import Draw
 from distill.plan.meter import Meter, without_data
+from distill.plan.step_cost import StepCost, autocast, network_calls, simulate_step
 from distill.training.evaluation import GRID
 from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
-GIB = 2**30
-# Share of the peak in a training step. Eager: measured on an H200, 1.53 images/s of 168.5 TFLOP, a LoRA step of
-# SD3-medium's geometry at 1024 px, batch 4, with gradient checkpointing. Compiled blocks: an estimate, not measured.
-UTILIZATION = {"eager": 0.26, "compiled": 0.35}
-MATRIX_SHARE = 0.75  # of the peak, by a large matrix product on that H200: 741 TFLOP/s
-
-SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 _STEP_PARTS = ("activations", "peak", "flop")  # of a StepCost
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Cost of one optimizer step: bytes of the activations kept for backward, bytes at the peak, and FLOP."""
-
-    activations: int
-    peak: int
-    flop: int
 
 
 @dataclass(frozen=True)
@@ -227,108 +204,11 @@ class PlanInput:
 
             z, cond = _inputs(geometry, GRID, self.size)
             with Meter() as meter, torch.no_grad():
-                with _autocast(dtype):
+                with autocast(dtype):
                     x_0 = one_step(networks.velocity("student"), z, cond)
                 decode_in_parts(vae, x_0)
             counts["grid"] = meter.peak + sum(tensor.nbytes for tensor in (z, cond.embeds, cond.pooled))
         return counts
-
-
-def plan_input(
-    geometry: Geometry,
-    mode: str,
-    rank: int,
-    gradient_checkpointing: bool,
-    dtype: str,
-    batch: int,
-    size: int,
-    method: str = "fgm",
-    optimizer: Literal["adam", "adam-8bit"] = "adam",
-    prompts: int = 0,
-    overrides: Sequence[str] = (),
-) -> PlanInput:
-    """Build the input from the command's options, with the settings of the model's own preset, or of SD3-medium's.
-
-    `overrides` are settings of the method, as method.key=value. Raises ConfigError, also for an override of anything
-    else.
-    """
-    for override in overrides:
-        if not override.startswith("method."):
-            raise ConfigError(f"--set {override}: here only method.* can be set; the rest are options of this command")
-    preset = geometry.published or "sd3-medium"
-    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *overrides]).method
-    chosen.guidance.check_layers(geometry.transformer["num_layers"])
-    kind = Lora(rank=rank) if mode == "lora" else Full()
-    kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    made = PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
-    in_bf16 = prompts * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
-    return replace(made, online=in_bf16 > RESIDENT_BYTES)
-
-
-def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, size: int | None = None) -> PlanInput:
-    """Build the input of a run's configuration. The batch is `micro_batch`, the size the largest of `sizes`.
-
-    `size` is the side of a square; another shape counts as the square of its area. Raises ConfigError for blocks that
-    the model lacks.
-    """
-    config.method.guidance.check_layers(geometry.transformer["num_layers"])
-    if size is None and config.sizes:
-        unit = geometry.pixels_per_latent * int(geometry.transformer["patch_size"])
-        size = unit * math.ceil(math.sqrt(max(width * height for width, height in config.sizes)) / unit)
-    if config.prompts.max_sequence_length is not None:
-        geometry = geometry.with_text(geometry.clip_tokens, config.prompts.max_sequence_length)
-    precision = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    made = PlanInput(
-        geometry,
-        config.networks,
-        precision,
-        batch or config.micro_batch or config.batch,
-        size or geometry.image_size,
-        config.method,
-        config.optimizer.kind,
-    )
-    encoded = config.prompts.max_count * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
-    encoding = config.prompts.encoding
-    return replace(made, online=encoding == "online" or (encoding == "auto" and encoded > RESIDENT_BYTES))
-
-
-def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
-    """List options with which the peak is at most `available` bytes: single ones, or all together if none is enough.
-
-    Empty if all together are not enough.
-    """
-    kind = made.kind
-    found = []
-    if not kind.gradient_checkpointing:
-        checkpointed = replace(made, kind=kind.model_copy(update={"gradient_checkpointing": True}))
-        if checkpointed.plan().peak <= available:
-            found.append("--gradient-checkpointing")
-    # Optimizer states are held in every stage but the start, before the networks are loaded.
-    saved = plan.optimizer_states[made.optimizer] - plan.optimizer_states["adam-8bit"]
-    if saved and max(plan.stages["start"], plan.peak - saved) <= available:
-        found.append("--optimizer adam-8bit")
-    # Without encoding during training there are no text encoders beside the networks.
-    encoders = plan.resident["text encoders"]
-    if encoders and max(plan.stages["start"], plan.peak - encoders) <= available:
-        found.append("prompts.encoding=cached")
-    if isinstance(kind, Full):
-        lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
-        if replace(made, kind=lora).plan().peak <= available:
-            found.append(f"--mode lora --rank {lora.rank}")
-    if made.batch > 1:
-        least = replace(made, batch=1).plan().peak
-        if least <= available:
-            # The peak is convex in the batch (a maximum of linear functions), so the chord overestimates it.
-            share = (available - least) / (plan.peak - least)
-            found.append(f"--batch {1 + int(share * (made.batch - 1))}")
-    if not found and plan.stages["start"] <= available:
-        least_kind = (kind if isinstance(kind, Lora) else Lora()).model_copy(update={"gradient_checkpointing": True})
-        smallest = replace(made, kind=least_kind, optimizer="adam-8bit", batch=1)
-        if smallest.plan().peak <= available:
-            mode = f"--mode lora --rank {least_kind.rank} " if isinstance(kind, Full) else ""
-            found.append(f"{mode}--gradient-checkpointing --optimizer adam-8bit --batch 1")
-    return found
 
 
 def build(
@@ -350,82 +230,6 @@ def build(
         if isinstance(kind, Lora):
             return SharedBase(model.to(dtype), kind, roles, two_times, critic)
         return FullCopies(model, kind, dtype, roles, two_times, critic)
-
-
-@dataclass(frozen=True)
-class NetworkCall:
-    """A call by a loss, with `rows` batch rows per image, without the blocks `skip_layers`.
-
-    Is there gradient through it, or a directional derivative?
-    """
-
-    role: str
-    rows: int
-    backward: bool
-    forward_mode: bool
-    skip_layers: tuple[int, ...] = ()
-
-
-def network_calls(turn: Turn) -> list[NetworkCall]:
-    """List the network calls of a turn's loss in order, by running it."""
-    calls = []
-
-    def recorder(role: str) -> NetworkVelocity:
-        def record(x_t: Tensor, t: Tensor, cond: TextCondition, skip_layers: Sequence[int] = ()) -> Tensor:
-            dual = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
-            calls.append(NetworkCall(role, len(x_t), torch.is_grad_enabled(), dual, tuple(skip_layers)))
-            return x_t
-
-        return record
-
-    cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"), SHIFT)
-    x = torch.zeros(1, 1, 2, 2)
-    turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
-    return calls
-
-
-def simulate_step(
-    networks: Networks, role: str, calls: list[NetworkCall], z: Tensor, cond: TextCondition, dtype: torch.dtype
-) -> StepCost:
-    """Run forward and backward of a step of `role` as the trainer does, from noise `z` (B, C, h, w).
-
-    The network calls are the loss's own; its arithmetic on latents between them is replaced by a square.
-    """
-    with Meter() as meter, networks.using(role):
-        with _autocast(dtype):
-            t = torch.ones(len(z))
-            x, loss = z, torch.zeros(())
-            for call, repeated in groupby(calls):
-                count, before = len(list(repeated)), meter.flop
-                if call.role == "critic":
-                    field: Callable[..., Tensor] = networks.critic(role == "fake")
-                else:
-                    field = networks.velocity(call.role) if call.role == role else networks.field(call.role)
-                # Calls that keep no activations cost the same each time, so a sampler's steps are run once.
-                runs = count if call.backward else 1
-                for _ in range(runs):
-                    rows = torch.cat([x] * call.rows), torch.cat([t] * call.rows), TextCondition.cat([cond] * call.rows)
-                    with torch.set_grad_enabled(call.backward):
-                        skipped = (call.skip_layers,) if call.skip_layers else ()
-                        out = _forward_mode(field, *rows) if call.forward_mode else field(*rows, *skipped)
-                        if call.role == "student":
-                            x = out = (z - out).float()
-                    loss = loss + out.square().mean()
-                meter.flop += (count - runs) * (meter.flop - before)
-        activations = meter.live
-        loss.backward()  # type: ignore[no-untyped-call]
-    return StepCost(activations, meter.peak, meter.flop)
-
-
-def _forward_mode(field: Velocity, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
-    """The field's value, computed together with a directional derivative."""
-    return derivative(lambda x_t, t: field(x_t, t, cond), (x_t, t), (x_t, t))[0]
-
-
-def _autocast(dtype: torch.dtype) -> torch.autocast:
-    """The trainer's mixed precision: for bf16, not for fp32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCondition]:

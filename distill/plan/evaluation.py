@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distill.evaluate.sampler import Sampling
 from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_latents, encode_images
-from distill.plan.estimate import SHIFT
 from distill.plan.flop import velocity_flop
 from distill.plan.meter import Meter, without_data
+from distill.plan.step_cost import SHIFT
 
 AUTOENCODER_SPEED = 0.5  # relative to bf16: the autoencoder is in fp32, which GPUs multiply as TF32
 

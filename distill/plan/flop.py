@@ -10,7 +10,7 @@ from typing import Any
 from distill.config import Full, Lora
 from distill.methods.base import Turn
 from distill.models.geometry import Geometry
-from distill.plan.estimate import network_calls
+from distill.plan.step_cost import network_calls
 
 _ATTENTION_BACKWARD = 2.5  # of the forward's products; fused kernels compute the scores again
 

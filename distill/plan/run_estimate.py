@@ -18,7 +18,8 @@ from distill.evaluate.sampler import Sampling
 from distill.models.geometry import read_geometry
 from distill.models.sd3_files import MODELS, find_weights
 from distill.models.sd3_folder import SD3Folder
-from distill.plan.estimate import MATRIX_SHARE, UTILIZATION, Plan, PlanInput
+from distill.plan.devices import MATRIX_SHARE, UTILIZATION
+from distill.plan.estimate import Plan, PlanInput
 from distill.plan.evaluation import evaluation_cost
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si

@@ -11,7 +11,8 @@ from distill.config import load_config
 from distill.models.geometry import NAMES, read_geometry
 from distill.models.text import TextCondition
 from distill.pipeline import OneStepPipeline
-from distill.plan.estimate import GIB, PlanInput, build
+from distill.plan.devices import GIB
+from distill.plan.estimate import PlanInput, build
 from distill.run import accelerator
 from distill.training.networks import ROLES
 from distill.training.trainer import train

@@ -11,21 +11,23 @@ from tiny import make_teacher, make_transformer
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.config import Full, Lora, load_config
+from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import one_step
 from distill.methods import dmd, flow_map, reflow
 from distill.methods.base import TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
-from distill.models.geometry import NAMES, PUBLISHED, read_geometry
+from distill.models.geometry import NAMES, read_geometry
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan import estimate as plans
-from distill.plan.estimate import Plan, PlanInput, changes_that_fit
+from distill.plan.estimate import Plan, PlanInput
 from distill.plan.meter import Meter
+from distill.plan.options import changes_that_fit, plan_input
+from distill.plan.step_cost import network_calls, simulate_step
 from distill.training.networks import ROLES, build
 
 # torch's forward mode scripts some of its own derivatives when it is first used
@@ -93,7 +95,7 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
     optimizers = {role: torch.optim.Adam(weights[role].values(), betas=(0.0, 0.999)) for role in ROLES}
     turned = []
     for turn in made.method.turns():
-        turned.append(plans.simulate_step(networks, turn.role, plans.network_calls(turn), *inputs(made), dtype))
+        turned.append(simulate_step(networks, turn.role, network_calls(turn), *inputs(made), dtype))
         optimizers[turn.role].step()
         assert plan.gradients == nbytes(x.grad for x in weights[turn.role].values())
         optimizers[turn.role].zero_grad()
@@ -193,21 +195,6 @@ def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teac
     assert three.plan().flop_per_image == meter.flop / BATCH
 
 
-def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
-    (turn,) = flow_map.FlowMapConfig().turns()
-    # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
-    found = [(each.role, each.backward, each.forward_mode) for each in plans.network_calls(turn)]
-    student = [("student", False, False), ("student", False, True), ("student", True, False)]
-    assert [each for each in found if each[0] == "student"] == student
-    assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
-
-
-def test_skip_layer_guidance_is_a_third_call_of_the_teacher_without_those_blocks():
-    role, (_, turn) = "teacher", METHOD.turns()
-    calls = [(call.rows, call.backward, call.skip_layers) for call in plans.network_calls(turn) if call.role == role]
-    assert calls == [(2, True, ()), (1, True, (0,))]
-
-
 def test_eight_bits_are_a_byte_for_each_moment_and_a_scale_for_each_block(teacher):
     sizes = [x.numel() for x in load_transformer(SD3Folder.read(teacher)).parameters()]
     moment = sum(size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes)
@@ -254,19 +241,6 @@ def test_named_models_have_the_published_size(name, low, high):
     assert low <= read_geometry(name).parameters / 1e9 <= high
 
 
-def test_a_published_model_is_known_by_its_transformer_and_planned_with_its_own_guidance(teacher):
-    for name in NAMES:
-        named = read_geometry(name)
-        fetched = replace(named, name="mine", transformer=json.loads(json.dumps(named.transformer | {"more": 1})))
-        assert fetched.published == name
-        made = plans.plan_input(fetched, "lora", 4, True, "bf16", 1, 1024)
-        assert bool(made.method.guidance.skip_layers) == (name == "sd3.5-medium")
-    other = read_geometry(str(teacher))
-    assert other.published is None
-    with pytest.raises(ConfigError, match=r"^method.guidance.skip_layers: there is no block 7"):
-        plans.plan_input(other, "lora", 4, True, "bf16", 1, 16, overrides=["method.guidance.skip_layers=[7]"])
-
-
 def test_a_change_that_is_said_to_fit_does(teacher):
     made = setting(teacher, Full(), batch=4 * BATCH)
     plan, least = made.plan(), replace(made, batch=1).plan().peak
@@ -296,9 +270,9 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
     with pytest.raises(TeacherError, match="FluxTransformer2DModel"):
         read_geometry(str(tmp_path))
     with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
-        plans.plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
+        plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
     with pytest.raises(ConfigError, match=r"--set images=1: here only method\.\* can be set"):
-        plans.plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, overrides=["images=1"])
+        plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, overrides=["images=1"])
     with pytest.raises(SizeError, match="multiple of 4 up to 48"):
         PlanInput(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
 
@@ -349,14 +323,6 @@ def test_a_preset_gives_the_settings_of_its_plan(tmp_path, teacher):
     assert "rtx-4090" in refused.output
 
 
-def test_published_presets_are_planned_without_their_teachers_files():
-    for name in ("sd3-medium-full", "sd3.5-medium-lora", "sd3.5-large-lora"):
-        config = load_config(name)
-        made = plans.run_input(read_geometry(PUBLISHED[config.teacher]), config)
-        assert made.geometry.image_size == made.size == 1024
-        assert (made.batch, made.kind) == (config.micro_batch, config.networks)
-
-
 def test_the_command_prints_parts_verdict_and_json(teacher):
     command = ["plan", str(teacher), "--size", "16", "--batch", "1", "--dtype", "fp32", "--method", "reflow"]
     shown = CliRunner().invoke(app, [*command, "--mode", "full", "--device-memory", "8"])
@@ -369,16 +335,3 @@ def test_the_command_prints_parts_verdict_and_json(teacher):
     assert result["changes"] == []
     assert result["peak_bytes"] == max(result["stages_bytes"].values())
     assert result["images_per_second"] > 0
-
-
-def test_settings_of_the_method_can_be_planned(teacher):
-    geometry = read_geometry(str(teacher))
-    sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[0]"]
-    made = plans.plan_input(geometry, "lora", 4, True, "fp32", BATCH, SIZE, overrides=sets)
-    calls = [call for turn in made.method.turns() for call in plans.network_calls(turn) if turn.role == "student"]
-    assert [(call.role, call.rows, call.skip_layers) for call in calls] == [
-        ("student", 1, ()),
-        ("teacher", 2, ()),
-        ("teacher", 1, (0,)),
-        ("fake", 1, ()),
-    ]

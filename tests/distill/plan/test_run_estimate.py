@@ -12,7 +12,7 @@ from distill.data.embedding_cache import text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
 from distill.models.sd3_folder import SD3Folder
-from distill.plan.estimate import plan_input
+from distill.plan.options import plan_input
 from distill.plan.run_estimate import estimate_plan, estimate_run
 from distill.training.run_evaluator import evaluated_images
 from distill.training.run_sources import RunPrompts

@@ -1,0 +1,111 @@
+"""The options of `distill plan`: a plan's input from them or from a run's configuration, and options that fit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from distill.config import Full, Lora, RunConfig, load_config
+from distill.data.shard_reader import RESIDENT_BYTES
+from distill.errors import ConfigError
+from distill.models.geometry import Geometry
+from distill.plan.estimate import Plan, PlanInput
+
+
+def plan_input(
+    geometry: Geometry,
+    mode: str,
+    rank: int,
+    gradient_checkpointing: bool,
+    dtype: str,
+    batch: int,
+    size: int,
+    method: str = "fgm",
+    optimizer: Literal["adam", "adam-8bit"] = "adam",
+    prompts: int = 0,
+    overrides: Sequence[str] = (),
+) -> PlanInput:
+    """Build the input from the command's options, with the settings of the model's own preset, or of SD3-medium's.
+
+    `overrides` are settings of the method, as method.key=value. Raises ConfigError, also for an override of anything
+    else.
+    """
+    for override in overrides:
+        if not override.startswith("method."):
+            raise ConfigError(f"--set {override}: here only method.* can be set; the rest are options of this command")
+    preset = geometry.published or "sd3-medium"
+    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *overrides]).method
+    chosen.guidance.check_layers(geometry.transformer["num_layers"])
+    kind = Lora(rank=rank) if mode == "lora" else Full()
+    kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    made = PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
+    in_bf16 = prompts * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
+    return replace(made, online=in_bf16 > RESIDENT_BYTES)
+
+
+def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, size: int | None = None) -> PlanInput:
+    """Build the input of a run's configuration. The batch is `micro_batch`, the size the largest of `sizes`.
+
+    `size` is the side of a square; another shape counts as the square of its area. Raises ConfigError for blocks that
+    the model lacks.
+    """
+    config.method.guidance.check_layers(geometry.transformer["num_layers"])
+    if size is None and config.sizes:
+        unit = geometry.pixels_per_latent * int(geometry.transformer["patch_size"])
+        size = unit * math.ceil(math.sqrt(max(width * height for width, height in config.sizes)) / unit)
+    if config.prompts.max_sequence_length is not None:
+        geometry = geometry.with_text(geometry.clip_tokens, config.prompts.max_sequence_length)
+    precision = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    made = PlanInput(
+        geometry,
+        config.networks,
+        precision,
+        batch or config.micro_batch or config.batch,
+        size or geometry.image_size,
+        config.method,
+        config.optimizer.kind,
+    )
+    encoded = config.prompts.max_count * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
+    encoding = config.prompts.encoding
+    return replace(made, online=encoding == "online" or (encoding == "auto" and encoded > RESIDENT_BYTES))
+
+
+def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
+    """List options with which the peak is at most `available` bytes: single ones, or all together if none is enough.
+
+    Empty if all together are not enough.
+    """
+    kind = made.kind
+    found = []
+    if not kind.gradient_checkpointing:
+        checkpointed = replace(made, kind=kind.model_copy(update={"gradient_checkpointing": True}))
+        if checkpointed.plan().peak <= available:
+            found.append("--gradient-checkpointing")
+    # Optimizer states are held in every stage but the start, before the networks are loaded.
+    saved = plan.optimizer_states[made.optimizer] - plan.optimizer_states["adam-8bit"]
+    if saved and max(plan.stages["start"], plan.peak - saved) <= available:
+        found.append("--optimizer adam-8bit")
+    # Without encoding during training there are no text encoders beside the networks.
+    encoders = plan.resident["text encoders"]
+    if encoders and max(plan.stages["start"], plan.peak - encoders) <= available:
+        found.append("prompts.encoding=cached")
+    if isinstance(kind, Full):
+        lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
+        if replace(made, kind=lora).plan().peak <= available:
+            found.append(f"--mode lora --rank {lora.rank}")
+    if made.batch > 1:
+        least = replace(made, batch=1).plan().peak
+        if least <= available:
+            # The peak is convex in the batch (a maximum of linear functions), so the chord overestimates it.
+            share = (available - least) / (plan.peak - least)
+            found.append(f"--batch {1 + int(share * (made.batch - 1))}")
+    if not found and plan.stages["start"] <= available:
+        least_kind = (kind if isinstance(kind, Lora) else Lora()).model_copy(update={"gradient_checkpointing": True})
+        smallest = replace(made, kind=least_kind, optimizer="adam-8bit", batch=1)
+        if smallest.plan().peak <= available:
+            mode = f"--mode lora --rank {least_kind.rank} " if isinstance(kind, Full) else ""
+            found.append(f"{mode}--gradient-checkpointing --optimizer adam-8bit --batch 1")
+    return found

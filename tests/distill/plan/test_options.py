@@ -1,0 +1,46 @@
+"""The input of a plan has the settings of the command, of a run, or of the model's own preset."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from distill.config import load_config
+from distill.errors import ConfigError
+from distill.models.geometry import NAMES, PUBLISHED, read_geometry
+from distill.plan.options import plan_input, run_input
+from distill.plan.step_cost import network_calls
+
+
+def test_a_published_model_is_known_by_its_transformer_and_planned_with_its_own_guidance(teacher):
+    for name in NAMES:
+        named = read_geometry(name)
+        fetched = replace(named, name="mine", transformer=json.loads(json.dumps(named.transformer | {"more": 1})))
+        assert fetched.published == name
+        made = plan_input(fetched, "lora", 4, True, "bf16", 1, 1024)
+        assert bool(made.method.guidance.skip_layers) == (name == "sd3.5-medium")
+    other = read_geometry(str(teacher))
+    assert other.published is None
+    with pytest.raises(ConfigError, match=r"^method.guidance.skip_layers: there is no block 7"):
+        plan_input(other, "lora", 4, True, "bf16", 1, 16, overrides=["method.guidance.skip_layers=[7]"])
+
+
+def test_published_presets_are_planned_without_their_teachers_files():
+    for name in ("sd3-medium-full", "sd3.5-medium-lora", "sd3.5-large-lora"):
+        config = load_config(name)
+        made = run_input(read_geometry(PUBLISHED[config.teacher]), config)
+        assert made.geometry.image_size == made.size == 1024
+        assert (made.batch, made.kind) == (config.micro_batch, config.networks)
+
+
+def test_settings_of_the_method_can_be_planned(teacher):
+    geometry = read_geometry(str(teacher))
+    sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[0]"]
+    made = plan_input(geometry, "lora", 4, True, "fp32", 3, 16, overrides=sets)
+    calls = [call for turn in made.method.turns() for call in network_calls(turn) if turn.role == "student"]
+    assert [(call.role, call.rows, call.skip_layers) for call in calls] == [
+        ("student", 1, ()),
+        ("teacher", 2, ()),
+        ("teacher", 1, (0,)),
+        ("fake", 1, ()),
+    ]

@@ -1,0 +1,26 @@
+"""The network calls that a plan counts are those that a loss makes."""
+
+import pytest
+
+from distill.methods import flow_map
+from distill.methods.fgm import FGMConfig
+from distill.methods.policies import Guidance
+from distill.plan.step_cost import network_calls
+
+# torch's forward mode scripts some of its own derivatives when it is first used
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
+    (turn,) = flow_map.FlowMapConfig().turns()
+    # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
+    found = [(each.role, each.backward, each.forward_mode) for each in network_calls(turn)]
+    student = [("student", False, False), ("student", False, True), ("student", True, False)]
+    assert [each for each in found if each[0] == "student"] == student
+    assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
+
+
+def test_skip_layer_guidance_is_a_third_call_of_the_teacher_without_those_blocks():
+    role, (_, turn) = "teacher", FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,))).turns()
+    calls = [(call.rows, call.backward, call.skip_layers) for call in network_calls(turn) if call.role == role]
+    assert calls == [(2, True, ()), (1, True, (0,))]
