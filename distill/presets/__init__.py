@@ -5,12 +5,12 @@ from typing import Any
 
 import yaml
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
     """List the presets."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -27,4 +27,4 @@ def summary(name: str) -> str:
 
 
 def _text(name: str) -> str:
-    return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")

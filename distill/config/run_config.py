@@ -1,38 +1,32 @@
-"""`RunConfig`, the typed configuration of a distillation run, and its reader: presets, YAML files and overrides."""
+"""`RunConfig`, all that a distillation run depends on, in groups of settings."""
 
-import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from distill import methods
 from distill.config_group import ConfigGroup
-from distill.errors import CheckpointError, ConfigError
-
-PRESETS = Path(__file__).parent / "presets"
-_KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
-_Group = TypeVar("_Group", bound=ConfigGroup)
-_Positive = Annotated[float, Field(gt=0)]
-_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
-_Decay = Annotated[float, Field(ge=0, lt=1)]
-_Count = Annotated[int, Field(ge=1, lt=2**63)]
-# The name of a student, which its folder, its card and a server's requests have.
-_Name = Annotated[str, AfterValidator(lambda name: check_name(name))]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
+from distill.errors import CheckpointError
 
 
-def check_name(name: str) -> str:
+def _check_name(name: str) -> str:
     """Return a student's name. Raises ValueError for one that servers would refuse."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ValueError("a name has at most 64 letters, digits and . _ -, and begins with a letter or digit")
     return name
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+_Count = Annotated[int, Field(ge=1, lt=2**63)]
+_Name = Annotated[str, AfterValidator(_check_name)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(ConfigGroup):
@@ -66,7 +60,7 @@ class RealImages(ConfigGroup):
     column: str | None = None
 
 
-class _Networks(ConfigGroup):
+class NetworkSettings(ConfigGroup):
     """How the networks are computed. A run may be resumed with other values: only rounding differs.
 
     `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block; `auto` does
@@ -82,13 +76,13 @@ class _Networks(ConfigGroup):
     cuda_graph: bool | Literal["auto"] = "auto"
 
 
-class Full(_Networks):
+class Full(NetworkSettings):
     """Fake and student are full copies of the teacher, in fp32."""
 
     kind: Literal["full"] = "full"
 
 
-class Lora(_Networks):
+class Lora(NetworkSettings):
     """Fake and student are LoRA adapters, in fp32, on one frozen copy of the teacher."""
 
     kind: Literal["lora"] = "lora"
@@ -228,7 +222,7 @@ class RunConfig(ConfigGroup):
         free = {"cadence", "early_stopping_patience", "evaluation", "images", "micro_batch", "name", "trackers"}
         free |= {"teacher", "teacher_base"}
         plain = {key: value for key, value in self.as_dict().items() if key not in free}
-        for key in _Networks.model_fields:
+        for key in NetworkSettings.model_fields:
             plain["networks"].pop(key)
         plain["prompts"].pop("encoder_device")
         return dict(flat(plain))
@@ -243,178 +237,10 @@ class RunConfig(ConfigGroup):
                 )
 
 
-def is_preset(name: str) -> bool:
-    """Whether `load_config` takes the name: a preset, or a YAML file."""
-    return name.endswith((".yaml", ".yml")) or (PRESETS / f"{name}.yaml").exists()
-
-
-def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load a preset or YAML file, with `a.b=value` overrides. Raises ConfigError naming the preset, file or key."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
-    if not path.exists():
-        known = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
-        raise ConfigError(f"no preset or file {name!r}{_nearest(name, known)}; presets are {', '.join(known)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a preset or a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}; correct it there") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}; write it like the presets")
-    for group, tag in _KINDS.items():
-        if isinstance(values.get(group), str):
-            values[group] = {tag: values[group]}
-    _apply(values, overrides)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-
-
 def changes(before: RunConfig, after: RunConfig) -> dict[str, Any]:
     """The dotted keys whose values differ from those of another configuration, with their new values."""
     old, new = (dict(flat(config.as_dict())) for config in (before, after))
     return {key: value for key, value in new.items() if key not in old or old[key] != value}
-
-
-def read_group(kind: type[_Group], overrides: Sequence[str]) -> _Group:
-    """Read a group of settings from `key=value` overrides of its defaults. Raises ConfigError naming the key."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, value = parse_override(override)
-        _put(values, key.split("."), value, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "[key]"]
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown key {where[-1]!r}{_nearest(where[-1], list(kind.model_fields))}") from error
-        raise ConfigError(_sentence(first, where)) from error
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """Read `key=value`, where the value is YAML. Raises ConfigError for anything else."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_lr=1e-4")
-    try:
-        value = text if text in ("", "-") else yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise ConfigError(f"--set {override}: the value is not YAML; put quotes around a text") from None
-    if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
-        with suppress(ValueError):
-            return key, float(value)
-    return key, value
-
-
-def _apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set each key to its last value. Kinds are set first, so keys of a kind may be given before it."""
-    given: dict[str, tuple[Any, str]] = {}
-    for override in overrides:
-        key, value = parse_override(override)
-        if key in _KINDS and isinstance(value, str):  # method=dmd is short for method.name=dmd
-            key = f"{key}.{_KINDS[key]}"
-        given.pop(key, None)
-        given[key] = value, override
-    tags = {f"{group}.{tag}": group for group, tag in _KINDS.items()}
-    for key in sorted(given, key=lambda key: key not in _KINDS and key not in tags):
-        value, override = given[key]
-        if key in tags:
-            _choose(values, tags[key], value)
-        _put(values, key.split("."), value, override)
-
-
-def _choose(values: dict[str, Any], group: str, kind: Any) -> None:
-    """Drop the settings of another kind from a group, except those that both kinds share.
-
-    The shared settings are the guidance of methods, which belongs to the teacher, and how networks compute. Raises
-    ConfigError for a method that does not exist.
-    """
-    own = values.get(group)
-    if not isinstance(own, dict):
-        return
-    if group == "networks":
-        if own.get("kind", "full") != kind:
-            values[group] = {name: value for name, value in own.items() if name in _Networks.model_fields}
-        return
-    if kind not in methods.names():
-        near = _nearest(str(kind), methods.names())
-        raise ConfigError(f"no method {kind!r}{near}; there are {', '.join(methods.names())}")
-    if own.get("name", "fgm") != kind:
-        guidance = own.get("guidance")
-        if isinstance(guidance, dict):  # a method without a fake has no guidance of one
-            known = methods.config_class(kind).model_fields["guidance"].annotation.model_fields
-            guidance = {name: value for name, value in guidance.items() if name in known}
-        values[group] = {} if guidance is None else {"guidance": guidance}
-
-
-def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {key!r} has no keys of its own; set its value")
-    values[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """Turn a pydantic error into a sentence; of a union's members, that of the deepest key."""
-    first = max(error.errors(), key=lambda each: len(each["loc"]))
-    where = _keys_of(first["loc"])
-    if first["type"] == "extra_forbidden":
-        where = [*_keys_of(first["loc"][:-1]), str(first["loc"][-1])]
-        if where[-1] in _keys_beside(where):
-            return f"{'.'.join(where)} belongs to another kind of {where[0]}; leave it out, or choose that kind"
-        return f"unknown key {'.'.join(where)!r}{_nearest(where[-1], _keys_beside(where))}"
-    kinds = " or ".join(kind.model_fields["kind"].default for kind in (Full, Lora))
-    if first["type"] == "union_tag_not_found":
-        return f"networks.kind is missing; with other keys of networks, set it to {kinds}"
-    if first["type"] == "union_tag_invalid":
-        return f"networks.kind: there is no {first['input']['kind']!r}; take {kinds}"
-    if first["type"] in ("model_type", "model_attributes_type"):
-        return f"{'.'.join(where)} holds keys of its own, {', '.join(_keys_beside([*where, '']))}; set one of them"
-    return _sentence(first, where)
-
-
-def _sentence(error: Any, where: Sequence[str]) -> str:
-    """One of pydantic's errors as a sentence about a key."""
-    given = f", not {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
-    return f"{'.'.join(where) or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _keys_of(place: Sequence[int | str]) -> list[str]:
-    """The keys in the path of a pydantic error, without the names of union members."""
-    keys: list[str] = []
-    for part in place:
-        if isinstance(part, int) or part in _keys_beside([*keys, part]):
-            keys.append(str(part))
-    return keys
-
-
-def _keys_beside(where: Sequence[str]) -> list[str]:
-    """The keys that are valid in place of a key."""
-    models: list[Any] = [RunConfig]
-    for field in where[:-1]:
-        models = [kind for model in models for kind in _models_of(model, field)]
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_of(model: Any, field: str) -> list[Any]:
-    if (model, field) == (RunConfig, "method"):
-        return [methods.config_class(name) for name in methods.names()]
-    if field not in model.model_fields:
-        return []
-    annotation = model.model_fields[field].annotation
-    kinds = get_args(annotation) or (annotation,)
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,11 +2,12 @@
 
 import pytest
 
-from distill.config import PRESETS, Full, Lora, load_config
+from distill import presets
+from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("preset", presets.names())
 def test_presets_are_valid_and_survive_a_round_trip(preset, tmp_path):
     import yaml
 
