@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from distill.errors import OutputError
 
@@ -21,8 +23,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The path is written as a file or a folder. A link is followed. An older file or folder is replaced: code that takes
     `path` from a user checks first that it may be. A folder cannot be renamed over another, so an older one is renamed
-    first; if the process is killed between the two renames, `recover` restores it. Raises OSError, and FileExistsError
-    if a file is in the folder's place.
+    first; if the process is killed between the two renames, `recover` restores it. Raises OSError with a path, and
+    FileExistsError if a file is in the folder's place.
     """
     path = path.resolve()
     made, old = _hidden(path, "partial"), _hidden(path, "old")
@@ -41,10 +43,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             path.rename(old)
         made.replace(path)
         flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not path.exists():
             old.rename(path)
         _remove(made)
+        _name(error, path)
         raise
     _remove(old)
 
@@ -53,6 +56,21 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_write(path) as made:
         made.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a log. A killed process may leave a part of it. Raises OSError that names the file."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        _name(error, path)
+        raise
+
+
+def reason(error: Exception) -> object:
+    """Why a file could not be written, for a sentence that names it: a system error without its path and number."""
+    return getattr(error, "strerror", None) or error
 
 
 def check_replaceable(path: Path, mark: str = MARK) -> None:
@@ -106,6 +124,12 @@ def make_readable(path: Path) -> None:
 def _hidden(path: Path, what: str) -> Path:
     """A name beside `path` that only this program uses, so that a file with it may be removed."""
     return path.with_name(f".{path.name}.distill-{what}")
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Give a system error its path, which errors of writing and flushing, unlike those of opening, do not have."""
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _remove(path: Path) -> None:

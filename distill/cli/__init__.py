@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free disk space and run the same command again to resume" if full else "give another file or folder"
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         print(f"error: {what}; {fix}", file=sys.stderr)
         sys.exit(2)
     except UnicodeEncodeError as error:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from distill.decoder.recipe import DecoderConfig
 from distill.errors import CheckpointError, DivergedError
-from distill.files import atomic_write
+from distill.files import atomic_write, reason
 from distill.models.sd3_folder import SD3Folder
 from distill.models.weights import first_nonfinite
 from distill.student.card import decoder_card
@@ -40,4 +40,6 @@ def export_decoder(
             half.save_pretrained(made)
             (made / README).write_text(decoder_card(values, model, parameters, images, metrics), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write the decoder to {out}: {error}; free space and run again") from error
+        raise CheckpointError(
+            f"could not write the decoder to {out}: {reason(error)}; free space and run again"
+        ) from error

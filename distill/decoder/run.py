@@ -30,7 +30,7 @@ from distill.decoder.train import CHECKPOINTS, DecoderTraining
 from distill.errors import CheckpointError, ConfigError, OutputError
 from distill.evaluate.base import EvalPrompts, find_eval_dataset
 from distill.evaluate.sampler import Sampling
-from distill.files import atomic_write_text
+from distill.files import append_line, atomic_write_text
 from distill.models.sd3 import load_vae
 from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
@@ -301,8 +301,7 @@ class _Watch:
         found = self.evaluator.evaluate(average)
         self.metrics = found.metrics
         line = {"images": progress.images, **found.metrics}
-        with (self._out / EVALUATIONS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._out / EVALUATIONS, line)
         save_png(found.picture, self._out / "samples" / f"{progress.images:012d}.png")
         if progress.images >= progress.total / 2:  # images of early decoders are blurred in any case
             self._raise(self._alarms.add_evaluation(line), progress)
@@ -311,5 +310,4 @@ class _Watch:
     def _raise(self, alarms: list[Alarm], progress: TrainingProgress) -> None:
         for alarm in alarms:
             progress.notes.append(f"alarm, {alarm.name}: {alarm.message}")
-            with (self._out / ALARMS).open("a") as file:
-                file.write(json.dumps(asdict(alarm)) + "\n")
+            append_line(self._out / ALARMS, asdict(alarm))

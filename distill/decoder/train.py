@@ -23,6 +23,7 @@ from distill.decoder.latents import Pool
 from distill.decoder.losses import feature_distance, gradient_l1, multiscale_l1
 from distill.decoder.recipe import SCALES, DecoderConfig, DecoderRecipe
 from distill.errors import DivergedError
+from distill.files import append_line
 from distill.models.device import autocast, to_device
 from distill.models.sd3 import decode_latents
 from distill.philox import Draw
@@ -203,8 +204,7 @@ class _Log:
         metrics: dict[str, float] = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         metrics["wall_seconds"] = self._seconds
         metrics["memory/peak"] = peak_memory(self._device)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"images": images, **dict(sorted(metrics.items()))}) + "\n")
+        append_line(self._path, {"images": images, **dict(sorted(metrics.items()))})
         self._sums, self._counts = {}, {}
         return metrics
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill.errors import DistillError
 from distill.evaluate.base import Generate
-from distill.files import check_replaceable
+from distill.files import check_replaceable, reason
 from distill.report.grid import labeled_grid, save_png
 
 GRID = 64  # maximum number of images in a grid; they are held in memory
@@ -41,7 +41,7 @@ def generate_images(
         try:
             save_png(labeled_grid([("", tiles)], prompts[:GRID]), grid)
         except OSError as error:
-            raise DistillError(f"could not write {grid}: {error}; make room or give another --grid") from error
+            raise DistillError(f"could not write {grid}: {reason(error)}; make room or give another --grid") from error
 
 
 def save_image(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
@@ -49,4 +49,4 @@ def save_image(image: Image.Image, prompt: str, seed: int, path: Path) -> None:
     try:
         save_png(image, path, {"prompt": prompt, "seed": str(seed)})
     except OSError as error:
-        raise DistillError(f"could not write {path}: {error}; make room or give another --out") from error
+        raise DistillError(f"could not write {path}: {reason(error)}; make room or give another --out") from error

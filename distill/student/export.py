@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.config import Lora
 from distill.errors import CheckpointError, ConfigError, DivergedError, TeacherError
-from distill.files import atomic_write
+from distill.files import atomic_write, reason
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_files import (
     COMPONENTS,
@@ -103,7 +103,9 @@ def export_student(
             (made / "README.md").write_text(card(record, teacher, named, lora is not None), encoding="utf-8")
             check_place(out, teacher.path)  # again, because files may have been added in the meantime
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write the student to {out}: {error}; free space and export again") from error
+        raise CheckpointError(
+            f"could not write the student to {out}: {reason(error)}; free space and export again"
+        ) from error
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distill.errors import CheckpointError, DivergedError
-from distill.files import atomic_write, atomic_write_text, sha256
+from distill.files import atomic_write, atomic_write_text, reason, sha256
 from distill.models.tensor_file import write_tensors
 from distill.models.weights import first_nonfinite, tensor_shapes
 from distill.report.run_folder import images_of
@@ -50,7 +50,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any])
             (made / _RECORD).write_text(json.dumps(checked, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"could not save {folder}: {error}; make room and run the same command, "
+            f"could not save {folder}: {reason(error)}; make room and run the same command, "
             "it continues from the checkpoint before"
         ) from error
 

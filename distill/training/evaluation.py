@@ -13,7 +13,7 @@ from distill.config import RunConfig
 from distill.evaluate.base import Images
 from distill.evaluate.evaluator import Evaluator, is_better
 from distill.evaluate.known_prompts import KnownPrompts
-from distill.files import atomic_write_text
+from distill.files import append_line, atomic_write_text
 from distill.flow import noise
 from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
@@ -124,8 +124,7 @@ class EvaluationCallback:
         for alarm in alarms:
             if notes is not None:
                 notes.append(f"alarm, {alarm.name}: {alarm.message}")
-            with (self._out / ALARMS).open("a") as file:
-                file.write(json.dumps(asdict(alarm)) + "\n")
+            append_line(self._out / ALARMS, asdict(alarm))
 
     def _keep(self, progress: Progress, evaluator: Evaluator, metrics: dict[str, float]) -> None:
         """Keep the student if it is the best so far; record the metrics; end the run if none was for too long."""
@@ -139,8 +138,7 @@ class EvaluationCallback:
             target = self._out / "best" / checkpoint.state_name(progress.images)
             checkpoint.save(target, progress.average, {**line, **made_with})
             checkpoint.prune(self._out / "best", 1)
-        with (self._out / EVALUATIONS).open("a") as file:  # last, so that a killed evaluation is made again
-            file.write(json.dumps(line) + "\n")
+        append_line(self._out / EVALUATIONS, line)  # last, so that a killed evaluation is made again
         self._track({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
         run = read_run(self._out)
         self.stops = ended_early(run.config, run.evaluations, run.best)

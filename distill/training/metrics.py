@@ -1,6 +1,5 @@
 """The metrics of a run: means since the last line, to metrics.jsonl and to accelerate's trackers."""
 
-import json
 import math
 import resource
 import sys
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.config import RunConfig
+from distill.files import append_line
 from distill.methods.base import Loss
 from distill.report.run_folder import METRICS, TIME_BUCKETS
 from distill.training import checkpoint
@@ -123,8 +123,7 @@ class MetricsLog:
         self._numbers.clear()
         self._seconds.clear()
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"images": images, **metrics}) + "\n")
+            append_line(self._path, {"images": images, **metrics})
         self._accelerator.log(metrics, step=images)
         return metrics
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
-from distill.files import atomic_write, atomic_write_text, flush
+from distill.files import append_line, atomic_write, atomic_write_text, flush, reason
 from distill.training import checkpoint
 from distill.training.run_lock import run_lock
 
@@ -53,6 +53,16 @@ def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_p
 
 def test_a_file_system_that_cannot_flush_folders_is_no_error():
     flush(Path("/proc"))
+
+
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as appended:
+        append_line(Path("/dev/full"), {"images": 8})
+    assert appended.value.filename == "/dev/full"
+    with pytest.raises(OSError, match="No space left") as written, atomic_write(tmp_path / "a"):
+        Path("/dev/full").write_text("text")
+    assert written.value.filename == str(tmp_path / "a")
+    assert str(reason(written.value)) == "No space left on device"
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

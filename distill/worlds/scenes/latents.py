@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.errors import CacheError
 from distill.files import atomic_write
 from distill.models.device import fast_bfloat16
+from distill.models.tensor_file import write_tensors
 from distill.models.weights import check_finite
 from distill.philox import Draw
 from distill.worlds.denoiser import tokenize
@@ -59,7 +60,7 @@ def encode_scenes(
     latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
     ids = tokenize(build_clip_tokenizer(vocabulary(), TOKENS), texts).view(-1, WORDINGS, TOKENS)
     with atomic_write(folder / SCENES) as partial:
-        save_file({"latents": latents.contiguous(), "ids": ids}, partial, {"key": key})
+        write_tensors(partial, {"latents": latents, "ids": ids}, metadata={"key": key})
 
 
 def read_scenes(recipe: ScenesRecipe, folder: Path, vae: AutoencoderKL, device: torch.device) -> Scenes:

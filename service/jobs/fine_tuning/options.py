@@ -23,6 +23,7 @@ KEYS = {
     "sample_every": "cadence.sample",
     "checkpoint_every": "cadence.checkpoint",
     "evaluate_every": "cadence.evaluate",
+    "evaluation_images": "evaluation.images",
     "rank": "networks.rank",
     "gradient_checkpointing": "networks.gradient_checkpointing",
 }  # of fields whose key in the configuration of a run is another one
@@ -63,6 +64,9 @@ class DistillationOptions(RequestModel):
     ] = None
     early_stopping_patience: Annotated[
         _Count | None, Field(description="Evaluations without a better student after which the run ends.")
+    ] = None
+    evaluation_images: Annotated[
+        int | None, Field(ge=2, le=100_000, description="Images of an evaluation against the teacher's, or by CLIP.")
     ] = None
     log_every: Annotated[_Count | None, Field(description="In images, as all fields that follow.")] = None
     sample_every: _Count | None = None

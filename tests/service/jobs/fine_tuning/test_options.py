@@ -21,6 +21,7 @@ EVERYTHING = {
     "precision": "fp32",
     "sizes": [[64, 64], [64, 32]],
     "early_stopping_patience": 2,
+    "evaluation_images": 6,
     "log_every": 4,
     "sample_every": 8,
     "checkpoint_every": 16,
@@ -38,6 +39,7 @@ def test_every_option_is_a_key_of_a_run():
     assert (run.method.guidance.scale, run.optimizer.student_lr, run.optimizer.fake_lr) == (3.5, 1e-5, 2e-5)
     assert (run.ema_half_life, run.precision, run.early_stopping_patience) == (900, "fp32", 2)
     assert (run.optimizer.warmup_images, run.optimizer.decay_images) == (0, 32)
+    assert run.evaluation.images == 6
     assert run.sizes == ((64, 64), (64, 32))
     assert run.cadence.model_dump(include={"log", "sample", "checkpoint", "evaluate"}) == {
         "log": 4,

@@ -8,7 +8,7 @@ from service.jobs.fine_tuning.workflow import _refusal
 @pytest.mark.parametrize(
     ("message", "code", "param"),
     [
-        ("could not save run: [Errno 28] No space left on device; make room", "disk_full", None),
+        ("could not save run: No space left on device; make room", "disk_full", None),
         ("No space left for run: it needs 8.2 MB, and its disk has 300 kB; free some", "disk_full", None),
         ("prompts.jsonl line 3 is not JSON", "invalid_training_file", "training_file"),
         ("no method 'fmg'", "distillation_failed", "distillation"),
