@@ -91,7 +91,7 @@ def serve(
     """
     from service.http.address import bind
     from service.observability.logs import configure
-    from service.settings import read_settings
+    from service.settings_reader import read_settings
 
     given = {
         "models": tuple(model or ()) or None,
@@ -174,7 +174,7 @@ def profile(
         fgm-service serve --set engine.profiles_folder=profiles --set engine.target_p95_seconds=0.5
     """
     from service.engine.launch import worker_processes
-    from service.settings import read_settings
+    from service.settings_reader import read_settings
 
     given = {
         "models": tuple(model or ()) or None,
@@ -214,7 +214,7 @@ def bench(
         fgm-service bench --url http://127.0.0.1:8000 --key fgm-...
     """
     from service.commands.bench import free_port, measure_engine, measure_server, read_metrics, running_server
-    from service.settings import read_settings
+    from service.settings_reader import read_settings
 
     with contextlib.ExitStack() as stack:
         engine = None
@@ -270,7 +270,7 @@ def ray(
 
     from service.observability.logs import configure
     from service.ray.settings_check import check_settings
-    from service.settings import read_settings
+    from service.settings_reader import read_settings
 
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from service.errors import InvalidRequest
-from service.settings import MODEL_NAME
+from service.setting_types import MODEL_NAME
 
 # Fields that a server may ignore: the images are those of a request without them.
 IGNORABLE_FIELDS = {"quality", "style", "background", "moderation", "output_compression", "partial_images"}

@@ -16,7 +16,8 @@ from packaging.version import Version
 
 from service.cli import app
 from service.observability.metrics import Metrics
-from service.settings import HttpSettings, Settings, variables
+from service.settings import HttpSettings, Settings
+from service.settings_reader import variables
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

@@ -12,7 +12,8 @@ import pytest
 from service.engine.launch import serving_devices, worker_processes
 from service.errors import StartError
 from service.observability.logs import JsonFormatter
-from service.settings import SHIPPED_STUDENT, Settings, keys, read_settings
+from service.settings import SHIPPED_STUDENT, Settings, keys
+from service.settings_reader import read_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 

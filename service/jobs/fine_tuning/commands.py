@@ -10,7 +10,7 @@ from pathlib import Path
 from service.errors import NotFound, quoted
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import environment
-from service.settings import HUB_MODEL, SHIPPED_TEACHER
+from service.setting_types import HUB_MODEL, SHIPPED_TEACHER
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from service.jobs.fine_tuning.workflow import FineTuningWorkflow
 from service.jobs.rows import check_unfinished, index, new_id, owned, page
 from service.jobs.schemas import JobRequest
 from service.jobs.tables import DELETE, ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
-from service.settings import SHIPPED_TEACHER, Settings
+from service.setting_types import SHIPPED_TEACHER
+from service.settings import Settings
 
 MAX_PAIRS = 16  # of metadata
 REPORT_SECONDS = 120

@@ -14,7 +14,8 @@ from service.errors import StartError
 from service.jobs.jobs import Jobs
 from service.jobs.tables import DeliveryRow
 from service.jobs.webhooks import GONE, PAUSES
-from service.settings import Settings, read_settings
+from service.settings import Settings
+from service.settings_reader import read_settings
 
 NOBODY = "http://a..b/"  # a valid URL that no client can request
 
