@@ -118,7 +118,7 @@ def cpu_seconds() -> float:
 
 
 def figures(load: LoadResult) -> dict[str, float]:
-    """What is told of a load."""
+    """Requests/s of a load, and quantiles of its latencies in seconds."""
     quantiles = {f"p{100 * share:.0f}_seconds": load.quantile(share) for share in (0.5, 0.95, 0.99)}
     return {"requests_per_second": load.rate, **quantiles}
 

@@ -50,7 +50,7 @@ if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be
 
 @dataclass(frozen=True)
 class Activity:
-    """What the run does before its next progress, for people: sampling or evaluating the student."""
+    """What the run does until its next progress: sampling, evaluating, or both. It is shown to the user."""
 
     name: str
 
@@ -66,14 +66,14 @@ def run(
 
     All processes of a run call this. The main process also yields what an unfinished run needs, and the progress of
     encoding and of sampling the teacher. `seconds` of training are a budget in place of `config.images`. `teacher` is
-    the run's teacher if it was opened already. Close the
-    generator to interrupt the run, after `progress.save()` to keep what was trained since the last checkpoint. Raises
-    what `check_run` raises, ClaimedError while another process writes to the folder, OutputError if its disk is too
-    small, CacheError if the sources have changed, and DivergedError.
-    """
-    main, device = machine.is_main_process, machine.device
+    the run's teacher if it was opened already.
 
-    clock = WallClock(out)
+    Close the generator to interrupt the run, after `progress.save()` to keep what was trained since the last
+    checkpoint. Raises what `check_run` raises, ClaimedError while another process writes to the folder, OutputError if
+    its disk is too small, CacheError if the sources have changed, and DivergedError.
+    """
+    main, device, clock = machine.is_main_process, machine.device, WallClock(out)
+
     # 1. check, before the folder is made
     pins = _from_main(pin_teachers(config, out) if main else {})
     teacher = teacher or open_pinned(config, pins)

@@ -54,7 +54,7 @@ def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]"
     On a terminal it is a bar; otherwise (nohup, container logs, schedulers) a line every EVERY seconds and at the end.
     """
     if not _bars.is_terminal:
-        lines = ImageLines(what, total, _plain, time.monotonic)
+        lines = ImageLines(what, total, note, time.monotonic)
         yield lines
         lines.end()
         return
@@ -78,11 +78,7 @@ def working(what: str) -> Status:
 
 
 def note(line: str) -> None:
-    """Print a line about what goes on, on standard error."""
-    _plain(line)
-
-
-def _plain(line: str) -> None:
+    """Print a permanent line on standard error, as it is."""
     _bars.print(line, markup=False, highlight=False)
 
 
@@ -112,13 +108,13 @@ class ImageBar:
         self._progress.advance(self._task, images)
 
     def show(self, activity: str) -> None:
-        """Say what goes on until the next update."""
+        """Show what the command does, until the next update."""
         self._progress.update(self._task, activity=f"({activity})", metrics="")
         self._progress.refresh()
 
-    def print(self, note: str) -> None:
+    def print(self, line: str) -> None:
         """Print a permanent line, above the bar."""
-        _plain(note)
+        note(line)
 
 
 class ImageLines:
@@ -149,7 +145,7 @@ class ImageLines:
         self.update(self._seen + images)
 
     def show(self, activity: str) -> None:
-        """Write nothing: without a terminal, the next line tells that time has passed."""
+        """Do nothing: a line is written at the next progress."""
 
     def end(self) -> None:
         """Write the last line, with the overall speed, if there was progress that no line shows."""

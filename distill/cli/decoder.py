@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from distill.decoder.run import DecoderRun
 
+_SHOWN = ("psnr", "ssim", "score_ratio")  # metrics beside the bar
+
 
 def decoder(
     model: Annotated[
@@ -140,6 +142,3 @@ def _train_with_bars(run: "DecoderRun", device: "torch.device", seconds: float |
             if signals:
                 progress.save()
                 raise stopped(progress.images, signals)
-
-
-_SHOWN = ("psnr", "ssim", "score_ratio")  # metrics beside the bar

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
 TEACHER = "`scenes`, a folder or .safetensors file of Stable Diffusion 3, or a model of the hub: owner/name[@revision]."
-
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 TEACHER_STEPS = 28  # of the published models
+LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
+MOST = 10**10  # upper bound of options that count something
 
 
 def print_version(wanted: bool) -> None:
@@ -29,11 +29,10 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto: a GPU if there is one.")]
 Version = Annotated[
     bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
 ]
-LAST_SEED = 2**63 - 1  # highest first seed, from which further seeds count up
-MOST = 10**10  # upper bound of options that count something
 
 
 def finite(value: float | None) -> float | None:

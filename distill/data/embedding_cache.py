@@ -31,7 +31,6 @@ from distill.models.device import fast_bfloat16
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 
-MANIFEST = EMBEDDED
 TEXTS = "prompts.jsonl"  # the prompt of each row, in order
 BATCH = 64
 
@@ -188,7 +187,7 @@ def _encode_shard(prompts: Sequence[str], path: Path) -> int:
 
 def _layout(teacher: SD3Folder) -> Layout:
     """The layout of a cache of prompts."""
-    return Layout("embedding", "embed", "prompts", MANIFEST, text_shapes(teacher), teacher)
+    return Layout("embedding", "embed", "prompts", EMBEDDED, text_shapes(teacher), teacher)
 
 
 def text_shapes(teacher: SD3Folder) -> dict[str, tuple[int, ...]]:

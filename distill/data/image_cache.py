@@ -34,7 +34,6 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_pixels
 
-MANIFEST = ENCODED
 ROWS, SKIPPED = "images.jsonl", "skipped.jsonl"  # for people: name and caption of each row; what was skipped, and why
 BATCH, BATCH_PIXELS = 64, 1 << 21  # most images and pixels encoded together; the autoencoder runs in fp32
 UNUSED = "it belongs to no image; an image and its caption have one name but for the last ending"
@@ -132,7 +131,7 @@ def check_examples(teacher: SD3Folder, examples: Iterable[Example], folder: Path
 def _layout(teacher: SD3Folder) -> Layout:
     """The layout of a cache of images."""
     shapes = {"latents": teacher.latent_shape, **text_shapes(teacher)}
-    return Layout("image", "encode", "images", MANIFEST, shapes, teacher)
+    return Layout("image", "encode", "images", ENCODED, shapes, teacher)
 
 
 class ImageCache:

@@ -13,8 +13,7 @@ from distill.data.prompt_files import columns_of, text_of
 from distill.data.sources import IMAGE_SOURCES, Example
 from distill.errors import ImageError, PromptError
 
-ENCODED = "images.json"  # in a folder of encoded images
-
+ENCODED = "images.json"  # the manifest of a cache that `distill encode` made
 METADATA = "metadata.jsonl"  # of a folder of images, as Hugging Face's ImageFolder has it
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 EDGE = 4096  # bytes from each end of an image that enter the digest of the source

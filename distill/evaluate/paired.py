@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Images = NDArray[np.uint8]
+from distill.evaluate.base import Images
+
 Numbers = NDArray[np.float64]
 
 MOST_PSNR = 100.0  # dB; of equal images, whose ratio is infinite

@@ -56,8 +56,8 @@ def open_single_file(path: Path, reference: str | None) -> SD3Folder:
     """Open a checkpoint as an SD3 folder with the file's name; `reference` names its base, the same model as a folder.
 
     The folder holds what the file has and links to the other components of the base, whose weights are fetched if the
-    base is a model of the hub. It is made once for a file and a base. The base says whether there
-    is a T5, and its text encoders replace those in 8 bits.
+    base is a model of the hub. It is made once for a file and a base. The folder has a T5 if the base has one. Text
+    encoders of the base replace those in 8 bits.
 
     Raises TeacherError for a file that is no plain SD3 checkpoint, without a base, and for a base of another geometry;
     OutputError if the cache cannot be written.

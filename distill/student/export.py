@@ -52,8 +52,9 @@ def export_student(
 
     `weights` is the state of the transformer or, with `lora`, of the adapter in peft's naming. With `lora` the folder
     holds the merged transformer, and also the adapter for `load_lora_weights`. Weights of a second time are written to
-    their own file, which one-step sampling does not need. An older student's small decoder is kept.
-    Files larger than `max_shard_size` are split.
+    their own file, which one-step sampling does not need. A small decoder of an older student in `out` is kept. Files
+    larger than `max_shard_size` are split.
+
     `recipe` is copied to `onestep.json`: name, method and images_seen, and if known prompts, metrics and config. The
     license is that of the teacher's model card unless another is given.
 

@@ -11,7 +11,7 @@ from distill.options import RuntimeOptions
 
 FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
 DEFAULT_BATCH = 4  # images in a batch of smaller ones
-SMALL_DECODER_BATCH = 2  # of them, on CPUs; an image alone then takes hardly longer
+SMALL_DECODER_BATCH = 2  # of them, on CPUs; a single image takes little longer
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITHOUT_MEASUREMENT = {"attention": "sdpa", "channels_last": False, "compile": False, "cuda_graphs": False}
 

@@ -1,4 +1,4 @@
-"""`OneStepSpec`, what a student's record says, read without PyTorch."""
+"""`OneStepSpec`, the record of a student folder. Read without PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path

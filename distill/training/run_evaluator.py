@@ -24,9 +24,10 @@ from distill.training.preflight import check_evaluator_name
 
 _log = logging.getLogger(__name__)
 
-# Images with which the kernel distance tells a good student from a bad one. Measured on the toy dataset, five students,
-# the worst of which has twice the distance of the others: it is chosen in 5 % of the samples of 256 images, in 22 % of
-# those of 128, as by chance. The Frechet distance chooses it in 12 % and 46 %, because it is biased by few images.
+# Images from which on the kernel distance separates good students from bad ones. Measured on the toy dataset with five
+# students, the worst of which has twice the distance of the others: it is chosen in 5 % of the samples of 256 images,
+# and in 22 % of those of 128, which is chance. The Frechet distance chooses it in 12 % and 46 %, because few images
+# bias it.
 ENOUGH = 256
 REFERENCES = "references"  # folder of a run for the teacher's images
 PROMPTS_PER_TASK = 16  # of a dataset with a scorer

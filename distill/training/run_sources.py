@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from distill.config import Prompts, RealImages, RunConfig
-from distill.data import embedding_cache, image_cache
 from distill.data.conditions import Conditions, Reals
 from distill.data.embedding_cache import (
     EmbeddingCache,
@@ -24,8 +23,9 @@ from distill.data.embedding_cache import (
     text_dtype,
 )
 from distill.data.image_cache import ImageCache, check_examples, encode_examples
-from distill.data.images import read_examples
+from distill.data.images import ENCODED, read_examples
 from distill.data.online_conditions import OnlineConditions
+from distill.data.prompt_files import EMBEDDED
 from distill.data.prompt_texts import PromptTexts, write_texts
 from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.data.shard_reader import RESIDENT_BYTES
@@ -116,7 +116,7 @@ class RunPrompts(RunSource[Conditions]):
     """The prompts of a run: a cache of conditions, or texts that are encoded online."""
 
     config: Prompts
-    manifest, folder = embedding_cache.MANIFEST, "embeddings"
+    manifest, folder = EMBEDDED, "embeddings"
     _cache, _read = EmbeddingCache, staticmethod(read_prompts)
     _encode, _compare = staticmethod(embed_prompts), staticmethod(check_prompts)
 
@@ -212,7 +212,7 @@ class RunPrompts(RunSource[Conditions]):
 class RunImages(RunSource[Reals]):
     """The real images of a run, for methods that take them."""
 
-    manifest, folder = image_cache.MANIFEST, "images"
+    manifest, folder = ENCODED, "images"
     _cache, _read = ImageCache, staticmethod(read_examples)
     _encode, _compare = staticmethod(encode_examples), staticmethod(check_examples)
 

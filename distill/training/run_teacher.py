@@ -1,4 +1,4 @@
-"""What a run folder says of the run's teacher and configuration, read without PyTorch."""
+"""The teacher and the configuration of a run, as its folder records them. Read without PyTorch."""
 
 import json
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ processes once. On a GPU without a CUDA graph, a thread reads or encodes the nex
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,19 +24,18 @@ from torch import Tensor
 from distill.config import RunConfig
 from distill.data.batches import MicroBatch, batches, micro_batch_size, prefetch
 from distill.data.conditions import Conditions, Reals
-from distill.errors import ConfigError, DivergedError, RunError
+from distill.errors import DivergedError, RunError
 from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
 from distill.student.cuda_graphs import CudaGraphed
 from distill.training import checkpoint, optimizers
 from distill.training.accelerator import graph_obstacles
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
-from distill.training.networks import CRITIC, Networks
+from distill.training.networks import Networks
 from distill.training.processes import wait_for_main
+from distill.training.run_checkpoint import RunCheckpoint, copy_tensors
 from distill.training.state import TrainingProgress
 
 MESSAGE = 1 << 26  # numbers of a gradient that processes average at once
@@ -80,7 +79,7 @@ def train(
     weights = {role: networks.trainable(role) for role in networks.roles}
     adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
-    state = _State(config, out / "checkpoints", weights, average, adams)
+    state = RunCheckpoint(config, out / "checkpoints", weights, average, adams)
     images, seconds = state.restore()
     if config.init_from is not None and images == 0:
         state.begin(config.init_from)
@@ -264,77 +263,8 @@ def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:
 def _swapped(weights: dict[str, Tensor], others: dict[str, Tensor]) -> Iterator[None]:
     """Replace the values of `weights` by those of `others` for the duration of the block."""
     own = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    _copy(others, weights)
+    copy_tensors(others, weights)
     try:
         yield
     finally:
-        _copy(own, weights)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a checkpoint holds: the trainable weights and the optimizer of each role, and the averaged student."""
-
-    config: RunConfig
-    folder: Path
-    weights: dict[str, dict[str, Tensor]]
-    average: dict[str, Tensor]
-    adams: dict[str, torch.optim.Optimizer]
-
-    def save(self, images: int, seconds: float, processes: int) -> None:
-        tensors = checkpoint.pack("average", self.average)
-        for role, weights in self.weights.items():
-            tensors |= checkpoint.pack(role, weights)
-            tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(self.adams[role]))
-        identity = self.config.identity()
-        record = {"images": images, "seconds": seconds, "processes": processes, "config": identity}
-        checkpoint.save(self.folder / checkpoint.state_name(images), tensors, record)
-        checkpoint.prune(self.folder, self.config.cadence.keep_checkpoints)
-
-    def restore(self) -> tuple[int, float]:
-        """Restore the newest checkpoint; return its images and its seconds of training, 0 without one."""
-        newest = checkpoint.latest(self.folder)
-        if newest is None:
-            return 0, 0.0
-        tensors, record = checkpoint.load(newest)
-        self.config.check_same(record["config"], newest)
-        _copy(checkpoint.unpack("average", tensors), self.average)
-        for role, weights in self.weights.items():
-            _copy(checkpoint.unpack(role, tensors), weights)
-            checkpoint.restore_optimizer(self.adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
-        return int(record["images"]), float(record.get("seconds", 0))
-
-    def begin(self, start: Path) -> None:
-        """Copy the weights of another run's newest checkpoint, or for the student those of a student folder.
-
-        Optimizers and data start from the beginning. Raises ConfigError for missing weights or other networks.
-        """
-        if (start / "model_index.json").exists():
-            loaded = load_transformer(SD3Folder.read(start)).state_dict()
-            student = {name: loaded[name] for name in self.average if name in loaded}
-            found = {"student": student, "average": student}
-        else:
-            newest = checkpoint.latest(start / "checkpoints")
-            if newest is None:
-                raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
-            tensors, _ = checkpoint.load(newest)
-            found = {part: checkpoint.unpack(part, tensors) for part in ("average", *self.weights)}
-        for part, own in (("average", self.average), *self.weights.items()):
-            given = found.get(part, {})
-            if not given and part != "student":
-                continue  # a method that trained no such role
-            # A critic that only one of the two runs has is not copied.
-            critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
-            own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
-            if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-                raise ConfigError(
-                    f"init_from: {start} has other weights for the {part}; networks and teacher must be alike"
-                )
-            _copy(given, own)
-
-
-def _copy(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Set weights to tensors of the same names."""
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            weights[name].copy_(tensor)
+        copy_tensors(own, weights)

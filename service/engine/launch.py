@@ -140,7 +140,7 @@ class WorkerPool:
     """The workers of a server: how each is started, and their first models."""
 
     def __init__(self, launches: Sequence[Launch], models: Sequence[LoadModel], devices: Sequence[str] = ()) -> None:
-        """`devices` are those of the launches, each once, for people."""
+        """`devices` are those of the launches, each once, for the log."""
         self.launches = launches
         self.models = models
         self.devices = devices

@@ -243,7 +243,7 @@ def loader(start: WorkerConfig) -> ModelLoader:
     def load(command: LoadModel) -> Backend:
         if start.device == "simulator":
             return _simulate(command, start.simulated_profile)
-        if command.folder is not None and not Path(command.folder).is_dir():  # said before seconds of imports
+        if command.folder is not None and not Path(command.folder).is_dir():  # refused before imports that take seconds
             raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
         collects = gc.isenabled()
         gc.disable()  # of a million new objects none is garbage; looking for it takes a fifth of the time

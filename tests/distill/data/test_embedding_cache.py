@@ -9,7 +9,8 @@ from commands import invoke
 from tiny import PROMPTS, WORDS, make_teacher
 
 from distill.data import shard_reader, shards
-from distill.data.embedding_cache import MANIFEST, EmbeddingCache, embed_prompts, text_dtype
+from distill.data.embedding_cache import EmbeddingCache, embed_prompts, text_dtype
+from distill.data.prompt_files import EMBEDDED
 from distill.data.prompts import read_prompts
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
 from distill.models.sd3_folder import SD3Folder
@@ -43,7 +44,7 @@ def cache(teacher, tmp_path):
 def test_rows_are_what_the_encoder_makes_as_often_as_the_source_has_them(cache, teacher, device):
     opened = EmbeddingCache(cache, SD3Folder.read(teacher), device)
     assert len(opened) == len(PROMPTS) + 1
-    assert json.loads((cache / MANIFEST).read_text())["prompts"] == len(PROMPTS)  # a repetition is encoded once
+    assert json.loads((cache / EMBEDDED).read_text())["prompts"] == len(PROMPTS)  # a repetition is encoded once
     encoder = SD3TextEncoder.load(SD3Folder.read(teacher), dtype=text_dtype("cpu"))
     assert {path.stat().st_mode & 0o444 for path in (cache, *cache.iterdir())} == {cache.stat().st_mode & 0o444}
     rows = opened.rows(torch.tensor([2, 0, 1, len(PROMPTS)]))
@@ -122,7 +123,7 @@ def test_opening_a_cache_reads_headers_and_each_block_is_checked_when_it_is_firs
 def test_cut_prompts_are_counted(teacher, tmp_path):
     *_, last = embed_prompts(SD3Folder.read(teacher), ["a red circle", "a " * 30], tmp_path / "cache")
     assert (last.prompts, last.truncated) == (2, 1)
-    assert json.loads((tmp_path / "cache" / MANIFEST).read_text())["truncated"] == 1
+    assert json.loads((tmp_path / "cache" / EMBEDDED).read_text())["truncated"] == 1
 
 
 def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path):
@@ -143,7 +144,7 @@ def test_partial_damaged_and_foreign_caches_are_refused(cache, teacher, tmp_path
         EmbeddingCache(cache, SD3Folder.read(teacher))
     shard.write_bytes(whole)
     assert len(EmbeddingCache(cache, SD3Folder.read(teacher)).rows(torch.tensor([0]))) == 1
-    (cache / MANIFEST).unlink()
+    (cache / EMBEDDED).unlink()
     with pytest.raises(CacheError, match="not a complete"):
         EmbeddingCache(cache, SD3Folder.read(teacher))
 
@@ -160,21 +161,21 @@ def test_no_prompts_is_an_error_and_an_old_cache_is_not_overwritten(cache, teach
     [{"shards": [{}]}, {"shards": [{"name": "shard-00000.safetensors", "rows": 3, "sha256": ""}]}, {"null": 1}],
 )
 def test_an_index_that_is_not_of_its_files_is_refused(change, cache, teacher):
-    index = json.loads((cache / MANIFEST).read_text())
-    (cache / MANIFEST).write_text(json.dumps({**index, **change}))
+    index = json.loads((cache / EMBEDDED).read_text())
+    (cache / EMBEDDED).write_text(json.dumps({**index, **change}))
     with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
         EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
 def test_an_index_that_is_nested_without_end_is_refused(cache, teacher):
-    (cache / MANIFEST).write_text("[" * 100_000)
+    (cache / EMBEDDED).write_text("[" * 100_000)
     with pytest.raises(CacheError, match=r"damaged; remove .*cache and embed again"):
         EmbeddingCache(cache, SD3Folder.read(teacher))
 
 
 def test_the_lengths_that_rows_were_made_with_are_recorded_and_held_to(teacher_t5, tmp_path):
     list(embed_prompts(SD3Folder.read(teacher_t5), PROMPTS, tmp_path / "cache"))
-    path = tmp_path / "cache" / MANIFEST
+    path = tmp_path / "cache" / EMBEDDED
     index = json.loads(path.read_text())
     assert (index["clip_length"], index["max_sequence_length"], index["t5"]) == (8, 6, True)
     opened = EmbeddingCache(tmp_path / "cache", SD3Folder.read(teacher_t5))
@@ -231,7 +232,7 @@ def test_the_command_continues_a_killed_call_to_the_same_bytes(teacher, tmp_path
     begin(teacher, out, TEXTS[:30])
     kept = out / "shard-00000.safetensors"
     written = kept.stat().st_mtime_ns
-    assert not (out / MANIFEST).exists()
+    assert not (out / EMBEDDED).exists()
 
     for folder in (out, whole):
         words = ["embed", str(teacher), str(prompts), "--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
