@@ -78,6 +78,7 @@ class OneStepPipeline:
     def use(self, choice: runtime.RuntimeChoice) -> None:
         """Compute as chosen from now on. Precision, `quantize`, `t5` and the decoder stay those of the loading."""
         if self._computed_as != choice.options:
+            self._computed_as = None  # until it succeeds
             self._compute_as(choice.options)
         self._computed_as = choice.options
         self.choice = choice

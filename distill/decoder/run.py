@@ -153,8 +153,11 @@ def distill_decoder(
                 yield progress
 
             # 4. export
-            metrics = watch.metrics or watch.evaluator.evaluate(trained.average).metrics  # of a finished training
-            export_decoder(run.out / DECODER, config, run.model, trained.average, metrics, _seen(run.out))
+            seen = _seen(run.out)
+            metrics = watch.metrics  # of this session, or of a finished training
+            if not metrics:  # it was killed between the last checkpoint and its evaluation
+                metrics = watch.evaluate(TrainingProgress(seen, seen, config.images, {}, lambda: None), trained.average)
+            export_decoder(run.out / DECODER, config, run.model, trained.average, metrics, seen)
             for student in run.students:
                 default: Default = run.default or ("small" if meets_score(metrics) else "full")
                 add_decoder(student.path, run.out / DECODER, default, metrics)
@@ -170,6 +173,9 @@ def check(run: DecoderRun) -> None:
     """
     config, out = run.config, run.out
     _untrained(config, run.model)
+    for model in (run.model, *run.students):
+        if out.resolve().is_relative_to(model.path.resolve()):
+            raise OutputError(f"{out} is inside the model {model.path}; give an --out outside of it")
     path = out / CONFIG
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -287,6 +293,8 @@ class _Watch:
         for log in (EVALUATIONS, METRICS, ALARMS):
             checkpoint.trim_lines(out / log, _seen(out))
         before = read_run(out)
+        if before.evaluations and before.evaluations[-1]["images"] == _seen(out):
+            self.metrics = {name: value for name, value in before.evaluations[-1].items() if name != "images"}
         self._alarms = Alarms((alarm.name for alarm in before.alarms), DECODER_RULES, DECODER_EVALUATION_RULES)
         for line in before.metrics:
             self._alarms.add(line)

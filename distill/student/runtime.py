@@ -1,9 +1,10 @@
 """What `RuntimeOptions` mean on a device: the check, the values of `auto`, and the fingerprint of images."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from distill.errors import ConfigError
 from distill.models import attention, quantize
@@ -16,7 +17,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITHOUT_MEASUREMENT = {"attention": "sdpa", "channels_last": False, "compile": False, "cuda_graphs": False}
 
 Size = tuple[int, int]  # width and height of an image in pixels
-BatchSizes = tuple[int, ...]  # that a stage computes, in ascending order; the last batch is padded to one of them
+BatchSizes = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)
+]  # that a stage computes, in ascending order; the last batch is padded to one of them
 
 
 class SizeBatches(BaseModel):

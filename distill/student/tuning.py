@@ -11,7 +11,8 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from distill.errors import OutputError
 from distill.files import atomic_write_text
 from distill.models.device import fast_bfloat16
 from distill.options import RuntimeOptions
@@ -30,7 +32,7 @@ from distill.student.runtime import BatchSizes, RuntimeChoice, Size, SizeBatches
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-GAIN = 0.95  # of the time so far; a value that takes more of it is not worth leaving the one without measurement
+GAIN = 0.95  # of the time so far; a value that takes more of it is not worth a change, and smaller changes are noise
 WASTE = 1.3  # of the least time per image; the smallest batch within it is chosen, because a lone image fills it too
 REPEATS = 5  # of which the fastest counts
 SHARE = 0.05  # of the time for all measurements; a call that takes more is not repeated
@@ -46,6 +48,7 @@ class _Kept(BaseModel):
     made_for: dict[str, Any]
     choice: RuntimeChoice
     milliseconds: dict[str, float]
+    complete: bool = True  # false if the time ended before everything was measured
 
 
 def tuned(
@@ -54,23 +57,53 @@ def tuned(
     """Return the kept choice for a student, or measure for about so many seconds and keep the choice in `folder`.
 
     Processes that ask at the same time wait for the first one, so they get the same choice. No batch is larger than
-    `max_batch`, unless the options say so. Raises what `OneStepPipeline.load` raises.
+    `max_batch`, unless the options say so. A kept choice is used even if its search was cut short: another one would
+    change the last bits of images. Raises what `OneStepPipeline.load` raises, and OutputError if the folder cannot be
+    read or written.
     """
     made_for = _made_for(student, device, options, max_batch)
     digest = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()
     path = folder / f"choice-{digest[:16]}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if (kept := _read(path, made_for)) is not None:
-            return kept
-        log.warning("measuring for at most about %g s how %s computes %s fastest", seconds, device, student)
-        tuner = Tuner(student, device, options, max_batch, seconds)
-        choice = tuner.choose()
-        kept_now = _Kept(format=FORMAT, made_for=made_for, choice=choice, milliseconds=tuner.milliseconds)
-        atomic_write_text(path, kept_now.model_dump_json(indent=1))
-        cut = "" if tuner.time_left() > 0 else "; the time ended before everything was measured"
-        log.warning("chosen in %.1f s: %s; kept in %s%s", tuner.seconds_taken(), describe(choice), path, cut)
-        return choice
+    kept = _read(path, made_for)  # without the lock, which a read-only folder cannot have
+    if kept is None:
+        lock = FileLock(path.with_suffix(".lock"))
+        with _keeping_in(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            kept = _read(path, made_for)
+            if kept is None:
+                log.warning("measuring for at most about %g s how %s computes %s fastest", seconds, device, student)
+                tuner = Tuner(student, device, options, max_batch, seconds)
+                choice = tuner.choose()
+                log.warning("measured for %.1f s", tuner.seconds_taken())
+                kept = _Kept(
+                    format=FORMAT,
+                    made_for=made_for,
+                    choice=choice,
+                    milliseconds=tuner.milliseconds,
+                    complete=tuner.time_left() > 0,
+                )
+                with _keeping_in(folder):
+                    atomic_write_text(path, kept.model_dump_json(indent=1))
+        finally:
+            lock.release()
+    log.info("%s computes %s with %s; kept in %s", device, student, describe(kept.choice), path)
+    if not kept.complete:
+        log.warning("the search of %s was cut short; delete the file to measure again, which may change images", path)
+    return kept.choice
+
+
+@contextmanager
+def _keeping_in(folder: Path) -> Iterator[None]:
+    """Raise errors of the file system as OutputError, which names the folder of choices."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the measured choice cannot be kept in {folder}: {error.strerror}; make room and let this user write "
+            "there, or set tuning_seconds to 0"
+        ) from error
 
 
 def describe(choice: RuntimeChoice) -> str:
@@ -102,6 +135,10 @@ def _cpu_name() -> str:
     )
 
 
+def _at_most(most: int, sizes: BatchSizes) -> BatchSizes:
+    return tuple(size for size in sizes if size <= most) or (most,)
+
+
 def _joined(sizes: BatchSizes) -> str:
     return "/".join(map(str, sizes))
 
@@ -128,16 +165,19 @@ def _made_for(student: Path, device: torch.device, options: RuntimeOptions, max_
     }
 
 
-def _read(path: Path, made_for: Mapping[str, Any]) -> RuntimeChoice | None:
+def _read(path: Path, made_for: Mapping[str, Any]) -> _Kept | None:
     """Read a kept choice; None if there is none, or none that this version can use."""
-    if not path.exists():
-        return None
+    with _keeping_in(path.parent):
+        if not path.exists():
+            return None
+        data = path.read_bytes()
     try:
-        kept = _Kept.model_validate_json(path.read_bytes())
+        kept = _Kept.model_validate_json(data)
     except ValidationError as error:
         log.warning("%s is no choice of this version and is measured again: %s", path, error)
         return None
-    return kept.choice if (kept.format, kept.made_for) == (FORMAT, made_for) else None
+    sizes = [list(each.size) for each in kept.choice.sizes]
+    return kept if (kept.format, kept.made_for, sizes) == (FORMAT, made_for, made_for["sizes"]) else None
 
 
 @dataclass
@@ -257,16 +297,15 @@ class Tuner:
             def decoder(batch: int, size: Size = each.size) -> float:
                 return self._decoder(pipeline, size, batch)
 
-            best = SizeBatches(
-                size=each.size,
-                network=self.smallest(f"network, {name}", each.network, network),
-                decoder=self.smallest(f"decoder, {name}", each.decoder, decoder),
-            )
+            found = self.smallest(f"network, {name}", each.network, network)
+            # A batch has as many images as the network computes at once; a larger decoder batch would be padded.
+            small = self.smallest(f"decoder, {name}", _at_most(found[-1], each.decoder), decoder, found[-1])
+            best = SizeBatches(size=each.size, network=found, decoder=small)
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
         most = max(each.network[-1] for each in choice.sizes)  # prompts that are encoded together
         stage = f"text, {choice.options.precision}"
-        text = self.smallest(stage, choice.text, lambda batch: self._text(pipeline, batch), most)
+        text = self.smallest(stage, _at_most(most, choice.text), lambda batch: self._text(pipeline, batch), most)
         choice = choice.model_copy(update={"text": text})
         pipeline.use(choice)
         return choice
@@ -283,7 +322,7 @@ class Tuner:
             except torch.OutOfMemoryError:
                 break
             self.milliseconds[f"{stage}, batch {batch}"] = 1000 * found[batch]
-            if batch > 1 and found[batch] > found[batch // 2]:
+            if batch > 1 and GAIN * found[batch] > found[batch // 2]:
                 break
             batch *= 2
         if not found or (batch <= most and self.time_left() <= 0):
@@ -314,9 +353,11 @@ class Tuner:
         pipeline.use(pipeline.choice.model_copy(update={"text": (batch,), "sizes": alike}))
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        """Return the least seconds of several calls, after one that is not counted."""
+        """Return the least seconds of several calls, after one that only counts if the time ends with it."""
         began = time.monotonic()
-        self._timed(call)
+        first = self._timed(call)
+        if self.time_left() <= 0:
+            return first
         single = self._timed(call)
         if time.monotonic() - began > SHARE * self.seconds:
             return single

@@ -140,9 +140,17 @@ def test_a_resumed_training_gives_the_same_bits(student: Path, prompts: Path, tm
     train(plan(student, prompts, parts))
     found, expected = (load_file(out / "decoder" / WEIGHTS) for out in (parts, whole))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    # A finished training is not repeated, and its decoder can be added to a student again.
+    # A finished training is not repeated, and its decoder can be added to a student again, with the same metrics.
     shutil.rmtree(student / "decoder")
+    evaluations = (parts / "evaluations.jsonl").read_text()
     train(plan(student, prompts, parts))
+    assert (parts / "evaluations.jsonl").read_text() == evaluations
+    # A process that was killed between the last checkpoint and its evaluation evaluates at the next start.
+    (parts / "evaluations.jsonl").unlink()
+    train(plan(student, prompts, parts))
+    (line,) = read_run(parts).evaluations
+    assert line["images"] == 32
+    assert line["psnr"] == json.loads(evaluations.splitlines()[-1])["psnr"]
     assert (student / "decoder" / WEIGHTS).read_bytes() == (whole / "decoder" / WEIGHTS).read_bytes()
 
 
@@ -192,6 +200,10 @@ def test_nothing_of_another_program_is_replaced(student: Path, prompts: Path, tm
         train(run)
     assert not (tmp_path / "run").exists()
     shutil.rmtree(other.parent)
+    for inside in (student, student / "vae" / "run"):
+        with pytest.raises(OutputError, match="is inside the model"):
+            train(plan(student, prompts, inside))
+    assert not (student / "config.yaml").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("teacher: scenes\nimages: 5\n")
     with pytest.raises(OutputError, match="another run than that of a decoder"):

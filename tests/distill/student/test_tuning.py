@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import PROMPTS
 
+from distill.errors import OutputError
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, RuntimeOptions, read_student
@@ -46,6 +47,8 @@ def without_measurement(student: Path, options: RuntimeOptions) -> RuntimeChoice
 def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(student: Path, choices: Path) -> None:
     pipeline = OneStepPipeline.load_tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
     assert "auto" not in pipeline.choice.options.model_dump(exclude={"decoder"}).values()
+    for each in pipeline.choice.sizes:  # a larger batch than the network's would only be padded
+        assert max(*each.decoder, *pipeline.choice.text) <= max(each.network)
     images = pipeline(PROMPTS, range(len(PROMPTS)))
     for i, prompt in enumerate(PROMPTS):
         assert pipeline([prompt], [i])[0].equal(images[i])
@@ -97,18 +100,38 @@ def test_what_the_caller_chose_stays(student: Path, tmp_path: Path) -> None:
     assert choice.options == options
 
 
-def test_without_time_the_choice_is_the_one_without_measurement(student: Path, tmp_path: Path) -> None:
+def test_without_time_the_choice_is_the_one_without_measurement_and_kept_with_a_warning(
+    student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options = RuntimeOptions()
     assert tuned(student, CPU, options, tmp_path, 1e-6, 4) == without_measurement(student, options)
+    (path,) = kept(tmp_path)
+    written = path.read_bytes()
+    caplog.clear()
+    assert tuned(student, CPU, options, tmp_path, 60.0, 4) == without_measurement(student, options)
+    assert path.read_bytes() == written
+    assert f"the search of {path} was cut short; delete the file to measure again" in caplog.text
 
 
 def test_a_damaged_choice_is_made_again(student: Path, tmp_path: Path) -> None:
     options = RuntimeOptions(precision="fp32", attention="sdpa", channels_last=False, batch_buckets=(1,))
     choice = tuned(student, CPU, options, tmp_path, 60.0)
     (path,) = kept(tmp_path)
-    path.write_text(path.read_text()[:-20])
-    assert tuned(student, CPU, options, tmp_path, 60.0) == choice
-    assert json.loads(path.read_text())["format"] == 1
+    whole = path.read_text()
+    record = json.loads(whole)
+    no_batch, no_size = json.loads(whole), json.loads(whole)
+    no_batch["choice"]["text"] = [0]
+    no_size["choice"]["sizes"] = []
+    for damaged in (whole[:-20], json.dumps(no_batch), json.dumps(no_size), "[" * 100_000):
+        path.write_text(damaged)
+        assert tuned(student, CPU, options, tmp_path, 1e-6) == choice
+        assert json.loads(path.read_text())["made_for"] == record["made_for"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=f"cannot be kept in {tmp_path}/file/choices: Not a directory"):
+        tuned(student, CPU, RuntimeOptions(), tmp_path / "file" / "choices", 60.0)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +141,7 @@ def test_a_damaged_choice_is_made_again(student: Path, tmp_path: Path) -> None:
         ({1: 1.0, 2: 0.6, 4: 0.5, 8: 0.45}, 2 if WASTE * 0.45 >= 0.6 else 4),
         ({1: 1.0, 2: 0.5, 4: 0.25, 8: 0.125}, 8),
         ({1: 1.0, 2: 1.1}, 1),  # and larger ones are not tried
+        ({1: 1.0, 2: 1.02, 4: 0.5, 8: 0.5}, 4),  # noise ends nothing
     ],
 )
 def test_the_batch_is_the_smallest_that_takes_little_more_for_each_image_than_the_best(
