@@ -5,22 +5,15 @@ from service.signals import exit_on_signals
 exit_on_signals()  # before the other imports: a container may be stopped while they run
 
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from service.commands import keys, models
 from service.errors import StartError
-
-if TYPE_CHECKING:
-    import socket
-
-    from service.settings import Settings
 
 # Keep the libraries' progress bars and notices out of the log, also in worker processes.
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
@@ -89,9 +82,10 @@ def serve(
     SERVICE_ENGINE__MAX_BATCH=8, or in a TOML file. At SIGTERM the server answers the accepted requests, then exits. A
     second signal ends it at once.
     """
+    from service.commands.serve import needs_key, run_server
     from service.http.address import bind
     from service.observability.logs import configure
-    from service.settings_reader import read_settings
+    from service.settings_reader import nested, read_settings
 
     given = {
         "models": tuple(model or ()) or None,
@@ -103,55 +97,12 @@ def serve(
         "http.open_to_all": open_to_all,
         "jobs.devices": job_devices,
     }
-    settings = read_settings(_given(given, setting), config)
-    needs_key, names = _needs_key(settings), ", ".join(settings.students())
+    settings = read_settings(nested(given, setting), config)
+    key_needed, names = needs_key(settings), ", ".join(settings.students())
     with contextlib.ExitStack() as listening:
         sockets = [listening.enter_context(each) for each in bind(settings.http.host, settings.http.port)]
         configure(settings.observability.log_format, settings.observability.log_level)
-        _serve(settings, sockets, names, needs_key)
-
-
-def _serve(settings: "Settings", sockets: "list[socket.socket]", names: str, needs_key: bool) -> None:
-    """Load the models, serve until a signal, and end the process. Raises StartError if the server cannot start."""
-    import logging
-    from concurrent.futures import ThreadPoolExecutor
-
-    from service.engine.launch import worker_processes
-
-    log = logging.getLogger("service")
-    workers = worker_processes(settings)
-    log.info("loading %s on %s", names, ", ".join(workers.devices))
-    for line in settings.lines():
-        log.info("setting %s", line)
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(workers.start)  # before the server, so that an invalid folder gives a one-line error
-        from uvicorn.config import STARTUP_FAILURE
-
-        from service.app import create_app  # takes a second, while the workers load their models
-        from service.http.graceful_server import GracefulServer, uvicorn_config
-
-        served = create_app(settings, workers)
-        if served.state.jobs:
-            served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
-        started = starting.result()
-    settings.check_aliases([loaded.info.name for loaded in started[0].ready.models])
-
-    def announce() -> None:
-        host, port = sockets[0].getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        devices = ", ".join(dict.fromkeys(worker.device for worker in started))
-        keys = "an API key is required" if needs_key else "no API key is required"
-        served_names = ", ".join(loaded.info.name for loaded in started[0].ready.models)
-        log.info("serving %s on %s at %s; %s", served_names, devices, url, keys)
-
-    server = GracefulServer(uvicorn_config(served, settings), announce)
-    try:
-        server.run(sockets)
-    except OSError as error:  # another process took the address while the models were loaded
-        log.error("%s:%s cannot be used: %s", settings.http.host, settings.http.port, error.strerror)
-    logging.shutdown()
-    # Python would wait for every thread, also for one that hangs on a store or a disk.
-    os._exit(0 if server.started else STARTUP_FAILURE)
+        run_server(settings, sockets, names, key_needed)
 
 
 @app.command()
@@ -174,7 +125,7 @@ def profile(
         fgm-service serve --set engine.profiles_folder=profiles --set engine.target_p95_seconds=0.5
     """
     from service.engine.launch import worker_processes
-    from service.settings_reader import read_settings
+    from service.settings_reader import nested, read_settings
 
     given = {
         "models": tuple(model or ()) or None,
@@ -182,7 +133,7 @@ def profile(
         "engine.max_batch": max_batch,
         "engine.profiles_folder": out,
     }
-    settings = read_settings(_given(given, setting), config)
+    settings = read_settings(nested(given, setting), config)
     settings.students()
     workers = worker_processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
@@ -268,14 +219,15 @@ def ray(
     """
     import importlib.util
 
+    from service.commands.serve import needs_key
     from service.observability.logs import configure
     from service.ray.settings_check import check_settings
-    from service.settings_reader import read_settings
+    from service.settings_reader import nested, read_settings
 
     if importlib.util.find_spec("ray") is None:
         raise StartError("Ray is not installed; pip install 'flow-generator-matching[ray]'")
-    settings = read_settings(_given({}, setting), config)
-    _needs_key(settings)
+    settings = read_settings(nested({}, setting), config)
+    needs_key(settings)
     check_settings(settings, address)
     from service.ray import cluster
 
@@ -283,50 +235,6 @@ def ray(
     most = max(min_replicas, max_replicas or 0)
     scale = cluster.Scale(min_replicas, most, cpus, target_queue_seconds, scale_up_seconds, scale_down_seconds)
     cluster.run(settings, scale, address)
-
-
-def _given(flags: Mapping[str, object], assignments: Sequence[str] | None) -> dict[str, Any]:
-    """Return the settings of the command line as nested groups: flags by key, without None, then `--set key=value`."""
-    given = {key: value for key, value in flags.items() if value is not None}
-    for assignment in assignments or ():
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise StartError(f"--set {assignment}: write it as key=value, for example engine.max_batch=8")
-        try:
-            given[key] = json.loads(text) if text.startswith(("[", "{")) else text
-        except ValueError as error:
-            raise StartError(f"--set {assignment}: {error}; lists are JSON") from None
-    nested: dict[str, Any] = {}
-    for key, value in given.items():
-        group, _, name = key.partition(".")
-        if not name:  # a whole group leaves what it does not name
-            before = nested.get(key)
-            nested[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-        elif isinstance(outer := nested.setdefault(group, {}), dict):
-            outer[name] = value
-    return nested
-
-
-def _needs_key(settings: "Settings") -> bool:
-    """Whether requests need an API key. Raises StartError if other machines would need none."""
-    from service.http.keys import KeyFile
-    from service.http.origins import is_loopback
-
-    http = settings.http
-    stored = KeyFile(http.keys_file).read_at_start() if http.keys_file else ()
-    if http.api_keys or stored:
-        return True
-    if http.open_to_all and http.keys_file:
-        raise StartError(
-            f"{http.keys_file} (http.keys_file) has no key, and http.open_to_all would let everyone in without one; "
-            f"make one with `fgm-service keys create NAME --file {http.keys_file}`, or leave out one of the settings"
-        )
-    if not (http.open_to_all or is_loopback(http.host)):
-        raise StartError(
-            f"http.host {http.host} is reachable from other machines and there is no API key; make one with "
-            "`fgm-service keys create` and pass its file with --keys-file, or pass --open-to-all"
-        )
-    return http.keys_file is not None  # a file without keys admits nobody
 
 
 def main() -> None:

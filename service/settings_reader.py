@@ -1,10 +1,11 @@
 """Reads settings: command line, then `SERVICE_*` environment variables, then a TOML file, then defaults."""
 
 import difflib
+import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def read_settings(given: Mapping[str, Any], file: Path | None = None) -> Setting
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the input may be a key
         raise StartError(_complaint(first["loc"], first["type"], first["msg"])) from None
+
+
+def nested(flags: Mapping[str, object], assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Return the settings of the command line as nested groups: flags by key, without None, then `--set key=value`."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    for assignment in assignments or ():
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise StartError(f"--set {assignment}: write it as key=value, for example engine.max_batch=8")
+        try:
+            given[key] = json.loads(text) if text.startswith(("[", "{")) else text
+        except ValueError as error:
+            raise StartError(f"--set {assignment}: {error}; lists are JSON") from None
+    groups: dict[str, Any] = {}
+    for key, value in given.items():
+        group, _, name = key.partition(".")
+        if not name:  # a whole group leaves what it does not name
+            before = groups.get(key)
+            groups[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        elif isinstance(outer := groups.setdefault(group, {}), dict):
+            outer[name] = value
+    return groups
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,10 @@ Jinja2 escapes every value of the run folder. torch is not imported.
 """
 
 import base64
-import json
 import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median_high
@@ -18,12 +16,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distill.config import flat
-from distill.errors import RunError
 from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report import charts
 from distill.report.alarms import Metrics
 from distill.report.charts import Chart, Curve, Panel, chart
 from distill.report.run_folder import EVALUATED, RunFolder
+from distill.report.teacher_comparison import EVALUATION, evaluate_command, group, read_evaluation, teacher_metrics
 from distill.report.units import duration, si
 
 POINTS = 200  # maximum of a curve; longer logs are averaged
@@ -155,7 +153,7 @@ def _tiles(run: RunFolder, rows: Sequence[Metrics]) -> Iterator[tuple[str, str]]
 
 def _evaluation_charts(run: RunFolder) -> Iterator[Chart]:
     """A chart for each metric of the evaluations, with the teacher's where known. Those of tasks have one scale."""
-    evaluations, teacher = run.evaluations, _teacher_metrics(run)
+    evaluations, teacher = run.evaluations, teacher_metrics(run)
     names = _names(evaluations)
     tasks = [name for name in names if name not in _EVALUATED]
     highest = max((row[name] for row in [*evaluations, teacher] for name in tasks if name in row), default=0.0)
@@ -167,77 +165,16 @@ def _evaluation_charts(run: RunFolder) -> Iterator[Chart]:
         yield chart(panel, {task: _curve(evaluations, task)}, (0.0, highest), teacher.get(task))
 
 
-def _teacher_metrics(run: RunFolder) -> Metrics:
-    """The teacher's metrics of the run's evaluations; else, of a dataset's scores, those of `distill evaluate`.
-
-    A Frechet distance depends on the number of images, which differs there, so it is left out.
-    """
-    path = run.folder / "evaluation.json"
-    if run.teacher or not path.exists():
-        return run.teacher
-    found = {name: value for name, value, _ in _read_evaluation(path) if isinstance(value, int | float)}
-    scores = {name.removeprefix("tasks."): value for name, value in found.items() if name != "frechet"}
-    if {"overall", "diversity"} <= scores.keys():
-        scores["fitness"] = scores["overall"] * scores["diversity"]
-    return scores
-
-
 def _comparison(run: RunFolder) -> dict[str, Any]:
     """The output of `distill evaluate` in a run folder, as rows or text, and the command that writes it."""
-    values, text = run.folder / "evaluation.json", run.folder / "evaluation.txt"
+    values, text = run.folder / EVALUATION, run.folder / "evaluation.txt"
     picture = run.folder / "teacher-vs-student.png"
     return {
-        "rows": [(_label(name), *each) for name, *each in _read_evaluation(values)] if values.exists() else None,
+        "rows": [(_label(name), *each) for name, *each in read_evaluation(values)] if values.exists() else None,
         "text": text.read_text(encoding="utf-8").strip() if text.exists() else None,
         "picture": _data_uri(picture) if picture.exists() else None,
-        "command": f"{_evaluate_command(run, picture)} --json > {shlex.quote(str(values))}",
+        "command": f"{evaluate_command(run, picture)} --json > {shlex.quote(str(values))}",
     }
-
-
-def _evaluate_command(run: RunFolder, picture: Path) -> str:
-    """The `distill evaluate` command for a run's student, with the run's own images of the teacher."""
-    options: dict[str, Any] = {"student": run.folder / "student", "picture": picture}
-    if run.config["teacher"] != "scenes":
-        prompts, settings = (_group(run.config, name) for name in ("prompts", "evaluation"))
-        guidance = _group(_group(run.config, "method"), "guidance")
-        scale, layers = guidance.get("scale"), guidance.get("skip_layers")
-        options |= {
-            "teacher": run.config["teacher"],
-            "teacher-base": run.config.get("teacher_base"),
-            "prompts": settings.get("prompts") or prompts.get("source") or "prompts.txt",
-            "images": settings.get("images"),
-            "steps": settings.get("teacher_steps"),
-            "guidance": _middle(scale),
-            "skip-layers": ",".join(map(str, layers)) if isinstance(layers, list) and layers else None,
-            "skip-scale": guidance.get("skip_scale") if layers else None,
-            "clip": settings.get("clip"),
-            "references": settings.get("references") or run.folder / "references",
-        }
-    given = {name: value for name, value in options.items() if value is not None}
-    return shlex.join(["distill", "evaluate", *(part for name in given for part in (f"--{name}", str(given[name])))])
-
-
-def _middle(scale: Any) -> Any:
-    """The middle of a range of guidance scales; a single scale as it is."""
-    with suppress(TypeError, ZeroDivisionError):
-        return sum(scale) / len(scale)
-    return scale
-
-
-def _group(values: Any, name: str) -> dict[str, Any]:
-    """A group of a configuration, which is taken as it stands; empty if there is none."""
-    found = values.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _read_evaluation(path: Path) -> list[tuple[str, Any, Any]]:
-    """Name, teacher's value and student's value of each metric. Raises RunError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        teacher, student = (dict(flat(found[model])) for model in ("teacher", "student"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path} is not the output of `distill evaluate --json`; write it again or remove it") from error
-    return [(name, value, student.get(name)) for name, value in teacher.items()]
 
 
 def _label(name: str) -> str:
@@ -259,7 +196,7 @@ def _differences(run: RunFolder) -> tuple[str, str] | None:
     paths = sorted(path for path in (run.folder / EVALUATED).glob("[0-9]*.png") if path.stem.isdigit())
     if not paths:
         return None
-    by_clip = _group(run.config, "evaluation").get("evaluator") == "clip"
+    by_clip = group(run.config, "evaluation").get("evaluator") == "clip"
     shown = "Lowest CLIP scores" if by_clip else "Largest differences from the teacher"
     return f"{shown} after {si(int(paths[-1].stem))} images", _data_uri(paths[-1])
 
