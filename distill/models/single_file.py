@@ -27,7 +27,6 @@ from distill.files import MARK, atomic_write
 from distill.models.original_layout import OriginalTensor, transformer_tensors, vae_tensors
 from distill.models.sd3_files import COMPONENTS, MODELS, RECORD, find_weights
 from distill.models.sd3_folder import PLAIN_DTYPES, SD3Folder, check_weights
-from distill.models.teacher import open_teacher
 from distill.models.tensor_file import DTYPES, write_tensors
 from distill.models.weights import first_missing, tensor_shapes
 
@@ -52,8 +51,10 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _log = logging.getLogger(__name__)
 
 
-def open_single_file(path: Path, reference: str | None) -> SD3Folder:
-    """Open a checkpoint as an SD3 folder with the file's name; `reference` names its base, the same model as a folder.
+def open_single_file(path: Path, open_base: Callable[[Collection[str]], SD3Folder] | None) -> SD3Folder:
+    """Open a checkpoint as an SD3 folder with the file's name.
+
+    `open_base` opens its base, the same model as a folder, with the weights of the given components.
 
     The folder holds what the file has and links to the other components of the base, whose weights are fetched if the
     base is a model of the hub. It is made once for a file and a base. The folder has a T5 if the base has one. Text
@@ -68,14 +69,14 @@ def open_single_file(path: Path, reference: str | None) -> SD3Folder:
     check_weights(path, identity, replaced=_TEXT)
     shapes = tensor_shapes(path)
     parts = _parts(path, shapes)
-    if reference is None:
+    if open_base is None:
         raise TeacherError(
             f"{path} holds {', '.join(parts)}, but no tokenizers and no configurations; name the folder or hub id of "
             f"the same model in teacher_base, or with --teacher-base: {_published(shapes)}"
         )
     quantized = [part for part, names in parts.items() if _is_quantized(path, names.values())]
     parts = {part: names for part, names in parts.items() if part not in quantized}
-    base = open_teacher(reference, weights=MODELS.keys() - parts)
+    base = open_base(MODELS.keys() - parts)
     if not base.has_t5:
         parts.pop("text_encoder_3", None)
     for part in ("transformer", "vae"):

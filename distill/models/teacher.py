@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def open_teacher(reference: str | Path, base: str | None = None, weights: Collec
 
         # Not resolved, because files in the hub's cache are links to nameless ones.
         file = Path(os.path.expanduser(reference)).absolute()
-        return open_single_file(file, base)
+        return open_single_file(file, None if base is None else partial(open_teacher, base, None))
     if (found := find_teacher(reference, weights)) is None:
         names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
         raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")

@@ -6,7 +6,8 @@ from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ENDED = ("completed", "succeeded", "failed", "expired", "cancelled")  # final statuses of batches and jobs
-DELETE = "delete"  # requested of a job that has ended: no client sees it any more
+# What clients request of a job. One that is to be deleted has ended, and no client sees it any more.
+PAUSE, CANCEL, DELETE = "pause", "cancel", "delete"
 
 
 class Table(DeclarativeBase):
@@ -104,7 +105,7 @@ class JobRow(OwnedTable):
     noun, path = "job", "/v1/fine_tuning/jobs"
 
     status: Mapped[str]
-    requested_action: Mapped[str | None]  # pause, cancel or DELETE, until it has happened
+    requested_action: Mapped[str | None]  # until it has happened
     starts: Mapped[int] = mapped_column(default=0, server_default="0")  # after the first one; each start is a workflow
     model: Mapped[str]
     training_file: Mapped[str]

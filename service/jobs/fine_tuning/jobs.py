@@ -23,7 +23,7 @@ from service.jobs.fine_tuning.run_process import environment
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
 from service.jobs.rows import check_unfinished, index, new_id, owned, page
 from service.jobs.schemas import JobRequest
-from service.jobs.tables import DELETE, ENDED, FileRow, JobCheckpointRow, JobEventRow, JobRow
+from service.jobs.tables import CANCEL, DELETE, ENDED, PAUSE, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.setting_types import SHIPPED_TEACHER
 from service.settings import Settings
 
@@ -183,7 +183,7 @@ class FineTuningJobs:
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
             if job.status == "running":
-                job.requested_action = "cancel"
+                job.requested_action = CANCEL
             else:
                 self._workflow.end(session, job, "cancelled", "The job is cancelled.")
         if job.status == "cancelled":
@@ -195,7 +195,7 @@ class FineTuningJobs:
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
             if job.status == "running":
-                job.requested_action = job.requested_action or "pause"
+                job.requested_action = job.requested_action or PAUSE
             elif job.status != "paused":
                 job.status = "paused"
                 record_event(session, job, "The job is paused.")
@@ -205,7 +205,7 @@ class FineTuningJobs:
         """Queue a paused job again."""
         with self._database.begin() as session:
             job = _unfinished(session, owner, name)
-            if job.requested_action == "pause":
+            if job.requested_action == PAUSE:
                 job.requested_action = None
             if job.status == "paused":
                 job.status = "queued"

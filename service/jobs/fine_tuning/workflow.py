@@ -17,19 +17,21 @@ from typing import TypeVar
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound, shortened
+from service.errors import NotFound
 from service.files import DISK_FULL
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
+from service.jobs.fine_tuning import transitions
 from service.jobs.fine_tuning.commands import find_teacher, prompts_command, run_command
 from service.jobs.fine_tuning.eta import EtaEstimator
 from service.jobs.fine_tuning.events import Level, record_checkpoint, record_event, record_log_lines
+from service.jobs.fine_tuning.failures import JobFailed, refusal
 from service.jobs.fine_tuning.job_folder import JobFolder
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import environment, run_process
 from service.jobs.fine_tuning.students import Students
 from service.jobs.rows import file_row
-from service.jobs.tables import DELETE, ENDED, FileRow, JobRow
+from service.jobs.tables import CANCEL, DELETE, ENDED, PAUSE, FileRow, JobRow
 from service.jobs.webhooks import Webhooks
 from service.jobs.workflows import Workflows
 from service.settings import Settings
@@ -44,15 +46,6 @@ DELETED_SECONDS = 60  # after which the files of a deleted student are removed; 
 REFUSED, CLAIMED = 2, 75  # exit statuses of `distill run`: an error that it names; another process uses the folder
 LINES = 100  # of a run's logs that are recorded in one transaction
 CRASHES = 3  # in a row, without progress between them, that fail a job
-
-
-class JobFailed(Exception):
-    """Why a job failed, as its client sees it."""
-
-    def __init__(self, message: str, code: str, param: str | None = None) -> None:
-        message = shortened(message)  # the error of a run may repeat text of the training file
-        super().__init__(message)
-        self.error = {"code": code, "message": message, "param": param}
 
 
 class FineTuningWorkflow:
@@ -150,7 +143,7 @@ class FineTuningWorkflow:
         if job is not None and job.status == "validating_files":
             with self._fail_on_error(job):
                 self._validate_prompts(job, self.folder(job))
-            validated = self._update(job, _queue)
+            validated = self._update(job, transitions.queue)
             if validated.status == "queued":
                 self.begin(validated)
             self._webhooks.begin_due(int(time.time()))
@@ -163,7 +156,7 @@ class FineTuningWorkflow:
             while process.status() is None:
                 self._workflows.wait(POLL_SECONDS)
             if process.status() == REFUSED:
-                raise _refusal(folder.error())
+                raise refusal(folder.error())
 
     def _prompts(self, job: JobRow, folder: JobFolder) -> Path:
         """Return the job's own copy of its prompts, which a client cannot delete. Raises JobFailed."""
@@ -185,7 +178,7 @@ class FineTuningWorkflow:
         """The workflow of a queued job: run it until it ends or is paused."""
         name, _, start = key.partition(".")
         job = self._database.retry_transaction(
-            lambda session: _start(session, name, int(start)), self._workflows.stopping
+            lambda session: transitions.start(session, name, int(start)), self._workflows.stopping
         )
         if job is not None:
             with self._fail_on_error(job):
@@ -200,16 +193,16 @@ class FineTuningWorkflow:
         while True:
             status, stopped = self._run_once(job, folder, command)
             action = self._update(job, lambda session, row: row.requested_action)
-            if action == "cancel":
+            if action == CANCEL:
                 self._update(job, lambda session, row: self.end(session, row, "cancelled", "The job is cancelled."))
                 return
             if status == 0 and folder.has_student():
                 self._succeed(job, folder)
                 return
-            if action == "pause" and self._update(job, _pause):
+            if action == PAUSE and self._update(job, transitions.pause):
                 return
             if status == REFUSED:
-                raise _refusal(folder.error())
+                raise refusal(folder.error())
             if status != CLAIMED and not stopped:
                 seen = max([0, *folder.checkpoints()])
                 crashes = 1 if seen > furthest else crashes + 1
@@ -331,40 +324,3 @@ class FineTuningWorkflow:
             return work(session, session.get_one(JobRow, job.id, with_for_update=True))
 
         return self._database.retry_transaction(locked, self._workflows.stopping)
-
-
-def _start(session: Session, name: str, start: int) -> JobRow | None:
-    """Return the job as running, or None if it is not queued, or by another start."""
-    job = session.get(JobRow, name, with_for_update=True)
-    if job is None or job.starts != start or job.status not in ("queued", "running"):
-        return None
-    if job.status == "queued":
-        job.status = "running"
-        record_event(session, job, "The job is running." if start == 0 else "The job is running again.")
-    return job
-
-
-def _queue(session: Session, job: JobRow) -> JobRow:
-    """Queue a validated job, unless it has ended or was paused meanwhile."""
-    if job.status == "validating_files":
-        job.status = "queued"
-        record_event(session, job, "The job is queued.")
-    return job
-
-
-def _pause(session: Session, job: JobRow) -> bool:
-    """Pause a job if that is still requested."""
-    if job.requested_action != "pause":
-        return False
-    job.status, job.requested_action, job.estimated_finish = "paused", None, None
-    record_event(session, job, f"The job is paused after {job.images_seen} images.")
-    return True
-
-
-def _refusal(error: str) -> JobFailed:
-    """Return the failure for the error of a command that was refused."""
-    if "No space left" in error:
-        return JobFailed(error, "disk_full")
-    if error.startswith("prompts."):
-        return JobFailed(error, "invalid_training_file", "training_file")
-    return JobFailed(error, "distillation_failed", "distillation")

@@ -3,6 +3,7 @@
 import pytest
 
 from distill import methods, presets
+from distill.config import load_config
 from service.jobs.fine_tuning.choices import MIN_STEPS, budget_warning, job_choices
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.settings import Settings
@@ -19,6 +20,9 @@ def test_choices_are_the_teachers_presets_and_methods_of_the_server(tmp_path):
     made_for = {each.name: each.teachers for each in choices.presets}
     assert (made_for["scenes"], made_for["sd3-medium-lora"], made_for["cifar10"]) == (["scenes"], ["sd3"], [])
     assert choices.max_images == 9
+    for each in choices.presets:  # with the defaults of a run for what the preset leaves out
+        run = load_config(each.name)
+        assert (each.images, each.batch, each.method) == (run.images, run.batch, run.method.name)
 
 
 @pytest.mark.parametrize(

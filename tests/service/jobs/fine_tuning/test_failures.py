@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.jobs.fine_tuning.workflow import _refusal
+from service.jobs.fine_tuning.failures import refusal
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,11 @@ from service.jobs.fine_tuning.workflow import _refusal
     ],
 )
 def test_a_refusal_names_the_field_at_fault(message, code, param):
-    assert _refusal(message).error == {"code": code, "message": message, "param": param}
+    assert refusal(message).error == {"code": code, "message": message, "param": param}
 
 
 def test_a_refusal_repeats_only_the_ends_of_long_text():
-    refused = _refusal(f"prompts.parquet has no column prompt, only {'x' * 5000}; rename one")
+    refused = refusal(f"prompts.parquet has no column prompt, only {'x' * 5000}; rename one")
     assert refused.error["code"] == "invalid_training_file"
     assert refused.error["message"].startswith("prompts.parquet has no column prompt")
     assert refused.error["message"].endswith("; rename one")
