@@ -12,7 +12,6 @@ import typer
 from distill.cli.imports import collector_paused
 from distill.cli.options import Overrides, Seconds, TeacherBase, open_given_teacher
 from distill.cli.stopping import agreed, stop_signals, stopped
-from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError
 from distill.files import check_replaceable
 
@@ -53,22 +52,19 @@ def run(
 
 def next_steps(config: "RunConfig", folder: Path) -> str:
     """Commands for the student of a run: look at it, evaluate it, export it, serve it."""
+    from distill.report.run_folder import read_run
+    from distill.report.teacher_comparison import PICTURE, evaluate_command
+
     student = folder / "student"
-    evaluate = ["distill", "evaluate", "--student", str(student)]
-    prompts = config.evaluation.prompts or config.prompts.source
-    if config.teacher not in EVAL_DATASETS:
-        evaluate += ["--teacher", config.teacher]
-        evaluate += ["--teacher-base", config.teacher_base] if config.teacher_base else []
-        evaluate += ["--prompts", prompts]
     commands = {
-        "look": ["distill", "report", str(folder)],
-        "evaluate": evaluate,
-        "export": ["distill", "export", str(folder), "--single-file", str(folder / "student.safetensors")],
-        "serve": ["fgm-service", "serve", "--model", str(student)],
+        "look": shlex.join(["distill", "report", str(folder)]),
+        "evaluate": evaluate_command(read_run(folder), folder / PICTURE),
+        "export": shlex.join(["distill", "export", str(folder), "--single-file", str(folder / "student.safetensors")]),
+        "serve": shlex.join(["fgm-service", "serve", "--model", str(student)]),
     }
-    if "--prompts" in evaluate and not Path(prompts).is_file():
-        del commands["evaluate"]  # it takes a file
-    lines = [f"  {what:<10}{shlex.join(words)}" for what, words in commands.items()]
+    if config.teacher != "scenes" and not Path(config.evaluation.prompts or config.prompts.source).is_file():
+        del commands["evaluate"]  # it takes a file of prompts
+    lines = [f"  {what:<10}{command}" for what, command in commands.items()]
     return "\n".join([f"The student is in {student}. Next:", *lines])
 
 

@@ -21,7 +21,14 @@ from distill.report import charts
 from distill.report.alarms import Metrics
 from distill.report.charts import Chart, Curve, Panel, chart
 from distill.report.run_folder import EVALUATED, RunFolder
-from distill.report.teacher_comparison import EVALUATION, evaluate_command, group, read_evaluation, teacher_metrics
+from distill.report.teacher_comparison import (
+    EVALUATION,
+    PICTURE,
+    evaluate_command,
+    group,
+    read_evaluation,
+    teacher_metrics,
+)
 from distill.report.units import duration, si
 
 POINTS = 200  # maximum of a curve; longer logs are averaged
@@ -168,7 +175,7 @@ def _evaluation_charts(run: RunFolder) -> Iterator[Chart]:
 def _comparison(run: RunFolder) -> dict[str, Any]:
     """The output of `distill evaluate` in a run folder, as rows or text, and the command that writes it."""
     values, text = run.folder / EVALUATION, run.folder / "evaluation.txt"
-    picture = run.folder / "teacher-vs-student.png"
+    picture = run.folder / PICTURE
     return {
         "rows": [(_label(name), *each) for name, *each in read_evaluation(values)] if values.exists() else None,
         "text": text.read_text(encoding="utf-8").strip() if text.exists() else None,

@@ -11,7 +11,8 @@ from distill.errors import RunError
 from distill.report.alarms import Metrics
 from distill.report.run_folder import RunFolder
 
-EVALUATION = "evaluation.json"  # in a run folder: the output of `distill evaluate --json`
+# In a run folder: the output of `distill evaluate --json`, and its picture
+EVALUATION, PICTURE = "evaluation.json", "teacher-vs-student.png"
 
 
 def teacher_metrics(run: RunFolder) -> Metrics:
