@@ -22,7 +22,7 @@ from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
 from distill.models.sd3_files import DECODER, RECORD
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import load_small_decoder
+from distill.models.small_decoder import decoder_digest, load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
 from distill.options import SHIPPED_STUDENT as SHIPPED_STUDENT
@@ -289,13 +289,20 @@ def _load_decoder(
             f"decoder small: {folder.path} has no small decoder; make one with `distill decoder`, or take full"
         )
     path = folder.path / DECODER if own else Path(decoder)
-    vae, digest = load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
-    if own and digest != spec.small_decoder:
+    if own and _digest_of(path) != spec.small_decoder:
         raise ConfigError(
-            f"decoder small: {path} is not the one that {RECORD} names; add it again with `distill decoder`, or take "
-            "full"
+            f"decoder small: {path} is damaged or not the one that {RECORD} names; remove it and add it again with "
+            "`distill decoder`, or take full"
         )
-    return vae, digest
+    return load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+
+
+def _digest_of(decoder: Path) -> str | None:
+    """The digest of a small decoder; None if files are missing."""
+    try:
+        return decoder_digest(decoder)
+    except OSError:
+        return None
 
 
 def _batches(count: int, buckets: Sequence[int]) -> Iterator[Tensor]:

@@ -226,5 +226,9 @@ def test_a_decoder_that_the_record_does_not_name_is_refused(student: Path, promp
     train(plan(student, prompts, tmp_path / "run", RECIPE.model_copy(update={"images": 8})))
     config = student / "decoder" / "config.json"
     config.write_text(config.read_text().replace("{", "{ ", 1))
-    with pytest.raises(ConfigError, match=r"is not the one that onestep.json names"):
+    with pytest.raises(ConfigError, match=r"is damaged or not the one that onestep.json names"):
         OneStepPipeline.load(student, options=RuntimeOptions(decoder="small"))
+    (student / "decoder" / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match=r"is damaged or not the one that onestep.json names"):
+        OneStepPipeline.load(student, options=RuntimeOptions(decoder="small"))
+    assert OneStepPipeline.load(student).decoder == "full"
