@@ -297,7 +297,7 @@ class Tuner:
             def decoder(batch: int, size: Size = each.size) -> float:
                 return self._decoder(pipeline, size, batch)
 
-            found = self.smallest(f"network, {name}", each.network, network)
+            found = self.smallest(f"network, {name}", _at_most(self.max_batch, each.network), network)
             # A batch has as many images as the network computes at once; a larger decoder batch would be padded.
             small = self.smallest(f"decoder, {name}", _at_most(found[-1], each.decoder), decoder, found[-1])
             best = SizeBatches(size=each.size, network=found, decoder=small)

@@ -53,6 +53,7 @@ from service.signals import EXIT_SIGNALS
 log = logging.getLogger("service.engine.worker")  # this module is run as __main__
 
 BEAT_SECONDS = 1.0
+LOADING_NICE = 10  # nice value of the thread that loads models, and measures them, beside the stages of others
 SLOT_BYTES = 1 << 32  # from one slot to the next; only what is written takes memory
 
 
@@ -188,7 +189,9 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
 
 
 def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, timer: Timer, changes: _Changes) -> None:
-    """Load and unload, one model after the other. Runs in its own thread."""
+    """Load and unload, one model after the other. Runs in its own thread, which leaves the cores to the stages."""
+    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
     while (command := changes.get()) is not None:
         match command:
             case LoadModel():
