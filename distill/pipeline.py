@@ -19,19 +19,17 @@ from distill.errors import ConfigError, DivergedError, SizeError
 from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
 from distill.models.device import to_device, to_host
-from distill.models.sd3 import decode_latents, load_transformer, load_vae, velocity
-from distill.models.sd3_files import DECODER, RECORD
+from distill.models.sd3 import decode_latents, load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import decoder_digest, load_small_decoder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
 from distill.options import SHIPPED_STUDENT as SHIPPED_STUDENT
-from distill.options import DecoderChoice
 from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
 from distill.student.adapters import Merger, read_adapter
 from distill.student.cuda_graphs import CudaGraphed
+from distill.student.decoder import load_decoder
 from distill.student.spec import OneStepSpec as OneStepSpec
 from distill.student.spec import read_record
 from distill.student.spec import read_student as read_student
@@ -129,7 +127,7 @@ class OneStepPipeline:
         if spec.any_step:
             load_second_time(transformer, read.path)
         quantize.use(options.quantize, transformer)
-        vae, small_decoder = _load_decoder(read, spec, options.decoder, dtype, device)
+        vae, small_decoder = load_decoder(read, spec, options.decoder, dtype, device)
         return cls(spec, text, transformer, vae, choice, small_decoder)
 
     @classmethod
@@ -270,39 +268,6 @@ class OneStepPipeline:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return decode_latents(self._vae, latents.contiguous(memory_format=self._memory_format))
-
-
-def _load_decoder(
-    folder: SD3Folder, spec: OneStepSpec, decoder: DecoderChoice, dtype: torch.dtype, device: torch.device
-) -> tuple[AutoencoderKL | AutoencoderTiny, str | None]:
-    """Load the decoder of `RuntimeOptions`, and its digest if it is a small one. Raises ConfigError naming the option.
-
-    The student's own small decoder has to be the one that its record names.
-    """
-    if decoder == "auto":
-        decoder = spec.decoder
-    if decoder == "full":
-        return load_vae(folder, dtype, device), None
-    own = decoder == "small"
-    if own and spec.small_decoder is None:
-        raise ConfigError(
-            f"decoder small: {folder.path} has no small decoder; make one with `distill decoder`, or take full"
-        )
-    path = folder.path / DECODER if own else Path(decoder)
-    if own and _digest_of(path) != spec.small_decoder:
-        raise ConfigError(
-            f"decoder small: {path} is damaged or not the one that {RECORD} names; remove it and add it again with "
-            "`distill decoder`, or take full"
-        )
-    return load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
-
-
-def _digest_of(decoder: Path) -> str | None:
-    """The digest of a small decoder; None if files are missing."""
-    try:
-        return decoder_digest(decoder)
-    except OSError:
-        return None
 
 
 def _batches(count: int, buckets: Sequence[int]) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""A small decoder in a student folder: the folder `decoder/`, named by its digest in `onestep.json`."""
+"""The decoders of a student: its VAE, and a small decoder in `decoder/`, named by its digest in `onestep.json`."""
 
 import json
 import os
@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from distill.errors import OutputError, TeacherError
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from distill.errors import ConfigError, OutputError, TeacherError
 from distill.files import atomic_write, atomic_write_text
+from distill.models.sd3 import load_vae
 from distill.models.sd3_files import DECODER, DECODER_CONFIG, DECODER_WEIGHTS, RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import decoder_digest
+from distill.models.small_decoder import decoder_digest, load_small_decoder
+from distill.options import DecoderChoice
+from distill.student.spec import OneStepSpec
 
 README = "README.md"
 FILES = (DECODER_CONFIG, DECODER_WEIGHTS, README)  # of a small decoder
@@ -72,3 +78,36 @@ def add_decoder(student: Path, decoder: Path, default: Default, metrics: Mapping
                 shutil.copyfile(decoder / name, made / name)
     record["decoder"] = {"default": default, "digest": digest, "metrics": dict(metrics)}
     atomic_write_text(student / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def load_decoder(
+    folder: SD3Folder, spec: OneStepSpec, decoder: DecoderChoice, dtype: torch.dtype, device: torch.device
+) -> tuple[AutoencoderKL | AutoencoderTiny, str | None]:
+    """Load the decoder of `RuntimeOptions`, and its digest if it is a small one. Raises ConfigError naming the option.
+
+    The student's own small decoder has to be the one that its record names.
+    """
+    if decoder == "auto":
+        decoder = spec.decoder
+    if decoder == "full":
+        return load_vae(folder, dtype, device), None
+    own = decoder == "small"
+    if own and spec.small_decoder is None:
+        raise ConfigError(
+            f"decoder small: {folder.path} has no small decoder; make one with `distill decoder`, or take full"
+        )
+    path = folder.path / DECODER if own else Path(decoder)
+    if own and _digest_of(path) != spec.small_decoder:
+        raise ConfigError(
+            f"decoder small: {path} is damaged or not the one that {RECORD} names; remove it and add it again with "
+            "`distill decoder`, or take full"
+        )
+    return load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
+
+
+def _digest_of(decoder: Path) -> str | None:
+    """The digest of a small decoder; None if files are missing."""
+    try:
+        return decoder_digest(decoder)
+    except OSError:
+        return None
