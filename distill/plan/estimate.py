@@ -19,7 +19,7 @@ from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.plan.meter import Meter, without_data
-from distill.plan.step_cost import StepCost, autocast, network_calls, simulate_step
+from distill.plan.step_cost import StepCost, autocast, network_calls, simulate_step, skip_share
 from distill.training.evaluation import GRID
 from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
 
@@ -118,7 +118,10 @@ class PlanInput:
             # The student's own weights are kept while its average runs.
             "sample grid": always + own["student"] + counts["grid"],
         }
-        flop = sum(turn.steps * costs[turn.role].flop for turn in turns)
+        flop = 0.0
+        for turn in turns:
+            spared = (1 - skip_share(turn, self.batch)) * counts[f"{turn.role} skip flop"]
+            flop += turn.steps * (costs[turn.role].flop - spared)
         return Plan(
             parameters=counts["parameters"],
             trainable=counts["trainable"],
@@ -171,6 +174,7 @@ class PlanInput:
         kind = self.kind.model_copy(update={"compile": False})
         turns = self.method.turns()
         calls = {turn.role: network_calls(turn) for turn in turns}
+        others = {role: [call for call in called if not call.skip_layers] for role, called in calls.items()}
         if skip is not None:
             calls = {
                 role: [replace(call, skip_layers=skip) if call.skip_layers else call for call in called]
@@ -190,6 +194,7 @@ class PlanInput:
             "autoencoder": _nbytes(vae),
             "adam states": 2 * sum(tensor.nbytes for tensor in trained),  # two moments, without the step counts
             "adam-8bit states": sum(map(_adam_8bit_bytes, trained)),
+            **{f"{role} skip flop": 0 for role in calls},
             **{f"{role} weights": sum(tensor.nbytes for tensor in tensors) for role, tensors in trainable.items()},
         }
         with FakeTensorMode():
@@ -199,6 +204,9 @@ class PlanInput:
                 z, cond = _inputs(geometry, self.batch, self.size)
                 cost = simulate_step(networks, role, calls[role], z, cond, dtype)
                 counts |= {f"{role} {part}": getattr(cost, part) for part in _STEP_PARTS}
+                if len(others[role]) < len(calls[role]):
+                    cost_of_others = simulate_step(networks, role, others[role], z, cond, dtype)
+                    counts[f"{role} skip flop"] = cost.flop - cost_of_others.flop
                 for tensor in networks.trainable(role).values():
                     tensor.grad = None
 

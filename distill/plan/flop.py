@@ -10,7 +10,7 @@ from typing import Any
 from distill.config import Full, Lora
 from distill.methods.base import Turn
 from distill.models.geometry import Geometry
-from distill.plan.step_cost import network_calls
+from distill.plan.step_cost import network_calls, skip_share
 
 _ATTENTION_BACKWARD = 2.5  # of the forward's products; fused kernels compute the scores again
 
@@ -21,13 +21,17 @@ def encoding_flop(geometry: Geometry) -> float:
 
 
 def training_flop(
-    geometry: Geometry, networks: Full | Lora, turns: Iterable[Turn], sizes: Iterable[tuple[int, int]]
+    geometry: Geometry, networks: Full | Lora, turns: Iterable[Turn], sizes: Iterable[tuple[int, int]], batch: int
 ) -> float:
-    """FLOP per image of one round of updates, averaged over image sizes (width, height) in pixels."""
+    """FLOP per image of one round of updates, averaged over image sizes (width, height) in pixels.
+
+    `batch` images are in a micro-batch, which makes skip-layer calls if one of its images needs them.
+    """
     costs = [_network_flop(geometry, *size) for size in sizes]
     matrices, attention = (sum(parts) / len(costs) for parts in zip(*costs, strict=True))
     total = 0.0
     for turn in turns:
+        share = skip_share(turn, batch)
         for call in network_calls(turn):
             passes = (2 if call.forward_mode else 1) * (matrices + attention)
             if call.backward:
@@ -35,7 +39,7 @@ def training_flop(
                 passes += (2 if learns else 1) * matrices + _ATTENTION_BACKWARD * attention
                 passes += (matrices + attention) * networks.gradient_checkpointing
             kept = 1 - len(call.skip_layers) / geometry.transformer["num_layers"]
-            total += turn.steps * call.rows * passes * kept
+            total += turn.steps * call.rows * passes * kept * (share if call.skip_layers else 1)
     return total
 
 

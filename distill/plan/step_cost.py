@@ -15,6 +15,7 @@ from distill.philox import Draw
 from distill.plan.meter import Meter
 from distill.training.networks import Networks
 
+_DRAWS = 256  # micro-batches by which `skip_share` estimates
 SHIFT = 3.0  # of the schedulers of SD3 models; it decides at how many sampling steps layers are skipped
 
 
@@ -41,22 +42,38 @@ class NetworkCall:
     skip_layers: tuple[int, ...] = ()
 
 
-def network_calls(turn: Turn) -> list[NetworkCall]:
-    """List the network calls of a turn's loss in order, by running it."""
+def skip_share(turn: Turn, batch: int) -> float:
+    """The share of the calls with skip-layer guidance in [0, 1] that a loss makes, for micro-batches of `batch` images.
+
+    It leaves them out if all times of a micro-batch are outside of the interval. Estimated by running the loss.
+    """
+    if not (full := sum(bool(call.skip_layers) for call in network_calls(turn))):
+        return 1.0
+    calls = (call for draw in range(_DRAWS) for call in network_calls(turn, range(draw * batch, (draw + 1) * batch)))
+    return sum(bool(call.skip_layers) for call in calls) / (full * _DRAWS)
+
+
+def network_calls(turn: Turn, images: range | None = None) -> list[NetworkCall]:
+    """List the network calls of a turn's loss in order, by running it.
+
+    With indices of `images`, only those that a micro-batch of their random numbers needs; otherwise all that there are.
+    """
     calls = []
+    drawn = images or range(1)
 
     def recorder(role: str) -> NetworkVelocity:
         def record(x_t: Tensor, t: Tensor, cond: TextCondition, skip_layers: Sequence[int] = ()) -> Tensor:
             dual = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
-            calls.append(NetworkCall(role, len(x_t), torch.is_grad_enabled(), dual, tuple(skip_layers)))
+            calls.append(NetworkCall(role, len(x_t) // len(drawn), torch.is_grad_enabled(), dual, tuple(skip_layers)))
             return x_t
 
         return record
 
-    cond = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    nets = Velocities(recorder("student"), recorder("teacher"), recorder("fake"), cond, recorder("critic"), SHIFT)
-    x = torch.zeros(1, 1, 2, 2)
-    turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", range(1)), Real(x, cond)))
+    null = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    fields = (recorder("student"), recorder("teacher"), recorder("fake"))
+    nets = Velocities(*fields, null, recorder("critic"), SHIFT, conditional_calls=images is not None)
+    x, cond = torch.zeros(len(drawn), 1, 2, 2), null.expand(len(drawn))
+    turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", drawn), Real(x, cond)))
     return calls
 
 

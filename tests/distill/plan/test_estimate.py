@@ -27,7 +27,7 @@ from distill.plan import estimate as plans
 from distill.plan.estimate import Plan, PlanInput
 from distill.plan.meter import Meter
 from distill.plan.options import changes_that_fit, plan_input
-from distill.plan.step_cost import network_calls, simulate_step
+from distill.plan.step_cost import network_calls, simulate_step, skip_share
 from distill.training.networks import ROLES, build
 
 # torch's forward mode scripts some of its own derivatives when it is first used
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 CPU = torch.device("cpu")
 DTYPES = {"lora": torch.float32, "full": torch.bfloat16}
 KINDS = [Lora(rank=4), Lora(rank=4, gradient_checkpointing=True), Full(), Full(gradient_checkpointing=True)]
-METHOD = FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,)))
+METHOD = FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,), skip_interval=(0.0, 1.0)))
 PATH = reflow.ReflowConfig(teacher_steps=1)  # the cheapest to plan
 BATCH, SIZE = 3, 16
 
@@ -88,7 +88,8 @@ def nbytes(tensors) -> int:
 
 @pytest.mark.parametrize("kind", [Lora(rank=4, gradient_checkpointing=True), Full()], ids=label)
 def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
-    made = setting(teacher, kind)
+    guidance = METHOD.guidance.model_copy(update={"skip_interval": (0.0, 0.5)})
+    made = replace(setting(teacher, kind), method=METHOD.model_copy(update={"guidance": guidance}))
     plan, dtype = made.plan(), made.dtype
     networks = plans.build(made.geometry, kind, dtype, device="cpu")
     weights = {role: networks.trainable(role) for role in ROLES}
@@ -103,7 +104,12 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
         assert beside == pytest.approx(turned[-1].peak, rel=0.01)
 
     flop = sum(turn.steps * real.flop for turn, real in zip(made.method.turns(), turned, strict=True))
-    assert plan.flop_per_image == flop / BATCH
+    last = made.method.turns()[-1]
+    without = [call for call in network_calls(last) if not call.skip_layers]
+    spared = turned[-1].flop - simulate_step(networks, last.role, without, *inputs(made), dtype).flop
+    share = skip_share(last, BATCH)
+    assert 0.2 < share < 0.95
+    assert plan.flop_per_image == pytest.approx((flop - (1 - share) * spared) / BATCH, rel=1e-9)
     heaviest = max(turned, key=lambda real: real.peak)
     assert plan.activations == pytest.approx(heaviest.activations, rel=0.01)
     moments = [x for adam in optimizers.values() for state in adam.state.values() for x in state.values() if x.ndim]

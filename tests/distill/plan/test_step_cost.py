@@ -1,11 +1,15 @@
 """The network calls that a plan counts are those that a loss makes."""
 
+import math
+from statistics import NormalDist
+
 import pytest
 
+from distill.config import load_config
 from distill.methods import flow_map
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
-from distill.plan.step_cost import network_calls
+from distill.plan.step_cost import network_calls, skip_share
 
 # torch's forward mode scripts some of its own derivatives when it is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -24,3 +28,16 @@ def test_skip_layer_guidance_is_a_third_call_of_the_teacher_without_those_blocks
     role, (_, turn) = "teacher", FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,))).turns()
     calls = [(call.rows, call.backward, call.skip_layers) for call in network_calls(turn) if call.role == role]
     assert calls == [(2, True, ()), (1, True, (0,))]
+
+
+def test_skip_layer_calls_count_by_the_share_of_micro_batches_that_need_one():
+    method = load_config("sd3.5-medium-lora").method
+    fake, student = method.turns()
+    low, times = method.guidance.skip_interval[0], method.times
+    # Times are clamped to 0.98, which is inside of the interval, so only its low end decides.
+    outside = NormalDist(times.mean, times.std).cdf(math.log(low / (1 - low)))
+    assert skip_share(student, 1) == pytest.approx(1 - outside, abs=0.06)
+    assert skip_share(student, 4) == pytest.approx(1 - outside**4, abs=0.09)
+    assert skip_share(fake, 4) == 1.0  # it has none
+    calls = network_calls(student, range(4))
+    assert {call.rows for call in calls} <= {1, 2}
