@@ -31,6 +31,9 @@ MAX_NAME_CHARACTERS = 64  # of each
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["interactive", "batch"]
 Decoder = Literal["full", "small"]
+SIZE = "WIDTHxHEIGHT, one of the model's `sizes`; `auto`, the default, is its first one."
+COMPRESSION = "Quality of jpeg and webp; 100 by default."
+NEUTRAL = "Has no effect here."
 STEPS = "Extension. Network evaluations per image, at most the model's `max_steps`; 1 by default."
 
 
@@ -43,8 +46,8 @@ class RequestModel(BaseModel):
 class LoraChoice(RequestModel):
     """An adapter of the model, and its scale."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128)]
-    scale: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    name: Annotated[str, Field(min_length=1, max_length=128, description="One of the model's `adapters`.")]
+    scale: Annotated[float, Field(ge=-4, le=4, description="Its strength; 0 is the model without it.")] = 1.0
 
 
 class ImageRequest(RequestModel):
@@ -55,16 +58,16 @@ class ImageRequest(RequestModel):
     """
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=10)] | None = None
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = None
+    model: Annotated[str | None, Field(description="A name of `GET /v1/models`; its first one by default.")] = None
+    n: Annotated[int, Field(ge=1, le=10, description="Number of images; 1 by default.")] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description=SIZE)] | None = None
     response_format: Annotated[Literal["b64_json", "url"] | None, Field(description="`url`: links that expire.")] = None
-    output_format: OutputFormat | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    quality: Literal["auto", "standard"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    style: None = None
+    output_format: Annotated[OutputFormat | None, Field(description="`png` by default.")] = None
+    output_compression: Annotated[int, Field(ge=0, le=100, description=COMPRESSION)] | None = None
+    quality: Annotated[Literal["auto", "standard"] | None, Field(description=NEUTRAL)] = None
+    background: Annotated[Literal["auto", "opaque"] | None, Field(description=NEUTRAL)] = None
+    moderation: Annotated[Literal["auto", "low"] | None, Field(description="`low` blocks less.")] = None
+    style: Annotated[None, Field(description="Not supported.")] = None
     stream: Annotated[bool | None, Field(description="Answer with one server-sent event, for n = 1.")] = None
     partial_images: Annotated[int, Field(ge=0, le=3, description="Accepted; none are sent.")] | None = None
     user: Annotated[str, Field(max_length=256, description="Written to the server's log.")] | None = None

@@ -175,15 +175,15 @@ class JobRequest(RequestModel):
 
     model: Annotated[str, Field(description="A teacher of the server.", examples=["scenes"])]
     training_file: Annotated[str, Field(description="Prompts: a file of purpose `fine-tune`.")]
-    validation_file: None = None
+    validation_file: Annotated[None, Field(description="Not supported.")] = None
     suffix: Annotated[
         str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Part of the student's name.")
     ] = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Random by default.")] | None = None
     metadata: Metadata | None = None
     hyperparameters: Hyperparameters | None = None
     method: JobMethod | None = None
-    integrations: None = None
+    integrations: Annotated[None, Field(description="Not supported.")] = None
     distillation: Annotated[DistillationOptions | None, Field(description="Extension. The preset and its changes.")] = (
         None
     )

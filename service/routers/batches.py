@@ -56,7 +56,7 @@ async def images(batch_id: str, jobs: JobsDep, images: ImagesDep, owner: JobsOwn
     """All images of a batch that has ended, as a ZIP file (extension)."""
     batch = await asyncio.to_thread(jobs.batches.get, owner, batch_id)
     if batch.output_file_id is None:
-        message = f"the batch is {batch.status} and has no images"
+        message = f"the batch has no images; its status is {batch.status}"
         raise NotFound(message, "batch_id", "no_images")
     file = await asyncio.to_thread(jobs.files.get, owner, batch.output_file_id, int(time.time()))
     headers = {"content-disposition": f'attachment; filename="{batch_id}.zip"', "x-content-type-options": "nosniff"}

@@ -67,7 +67,8 @@ const title = (batch) => batch.metadata?.name || batch.id;
 function card(batch) {
   const counts = batch.request_counts, done = counts.completed + counts.failed;
   const lines = counts.total ? `${done.toLocaleString()} of ${count(counts.total, "prompt")}` : "";
-  const facts = [lines, counts.failed ? `${counts.failed.toLocaleString()} failed` : "", when(batch.created_at)];
+  const undone = ["cancelled", "cancelling", "expired"].includes(batch.status) ? "not drawn" : "failed";
+  const facts = [lines, counts.failed ? `${counts.failed.toLocaleString()} ${undone}` : "", when(batch.created_at)];
   const file = title(batch).replace(/[^\p{L}\p{N}.]+/gu, "-").slice(0, 60);
   const buttons = [];
   if (batch.output_file_id) {

@@ -1,31 +1,35 @@
 // The API reference, from the server's OpenAPI description.
 import { get } from "./api.js";
 import { $, element, say } from "./element.js";
-import { kind, properties, resolve } from "./schema.js";
+import { kind, meaning, objects, properties, sample } from "./schema.js";
 
 const VERBS = ["get", "post", "delete"];
 const FIRST = ["images", "models", "files", "batches", "fine-tuning"];  // groups that most readers look for
 
-// `title` is that of the table for screen readers: unique on the page.
-function table(title, names, rows) {
-  const cells = (tag, texts) => element("tr", {}, ...texts.map((text) => element(tag, tag === "th" ? { scope: "col" } : {}, ...prose(text))));
-  const made = element("table", {}, element("thead", {}, cells("th", names)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
-  const scroll = element("div", { className: "scroll", tabIndex: 0, role: "region" }, made);
-  scroll.setAttribute("aria-label", title);
-  return scroll;
+// Names with their types and meanings, in the order of the list.
+function list(rows) {
+  return element("dl", { className: "fields" }, ...rows.map(({ name, note, type, meaning }) => element("div", {},
+    element("dt", {}, element("code", { textContent: name }), note ? ` ${note}` : "", element("span", { className: "quiet", textContent: type })),
+    ...(meaning ? [element("dd", {}, ...prose(meaning))] : []))));
 }
 
-function fields(api, place, title, schema) {
-  const rows = properties(api, schema).map(({ name, required, schema: field }) =>
-    [required ? `${name} (required)` : name, kind(api, field), field.description ?? resolve(api, field).description ?? ""]);
-  return rows.length ? [element("h3", { textContent: title }), table(`${place}: ${title}`, ["field", "type", "meaning"], rows)] : [];
+// The fields of a request or an answer, then those of the objects in them, each object once.
+function fields(api, title, schema) {
+  const found = [];
+  for (const [name, each] of [[title, schema], ...objects(api, schema)]) {
+    const rows = properties(api, each).map(({ name: field, required, schema: its }) =>
+      ({ name: field, note: required ? "required" : "", type: kind(api, its, required), meaning: meaning(api, its) }));
+    if (rows.length) found.push(element("h3", { textContent: name }), list(rows));
+  }
+  return found;
 }
 
-function example(verb, path, operation) {
+function example(api, verb, path, operation) {
   const url = new URL(path.slice(1), document.baseURI).href;
   const method = { get: "", post: " -X POST", delete: " -X DELETE" }[verb];
-  const sends = operation.requestBody?.content ?? {};
-  const body = "application/json" in sends ? " --json '{…}'" : "multipart/form-data" in sends ? " -F purpose=batch -F file=@lines.jsonl" : method;
+  const sends = operation.requestBody?.content ?? {}, json = sends["application/json"];
+  const body = json ? ` --json '${JSON.stringify(sample(api, json.schema))}'`
+    : "multipart/form-data" in sends ? " -F purpose=batch -F file=@lines.jsonl" : method;
   return `curl '${url}' -H "Authorization: Bearer $API_KEY"${body}`;
 }
 
@@ -38,10 +42,10 @@ function paragraphs(text) {
   return text.trim().split(/\n\s*\n/).filter(Boolean).map((each) => element("p", {}, ...prose(each)));
 }
 
-const brief = ({ description = "", summary = "" }) => (description || summary).split(/(?<=[.:])\s/)[0];
+const brief = ({ description = "", summary = "" }) => (description || summary).split(/(?<=\.)\s/)[0];
 
 function operation(api, verb, path, described) {
-  const inside = element("div"), place = `${verb.toUpperCase()} ${path}`;
+  const inside = element("div");
   const made = element("details", { id: described.operationId }, element("summary", {},
     element("span", { className: "verb", textContent: verb.toUpperCase() }), `${path} `, element("span", { className: "summary" }, ...prose(brief(described)))), inside);
   made.addEventListener("toggle", () => {
@@ -49,16 +53,18 @@ function operation(api, verb, path, described) {
     inside.append(...paragraphs(described.description ?? described.summary ?? ""));
     const parameters = (described.parameters ?? []).filter((each) => !/key$/i.test(each.name) || each.in !== "header");
     if (parameters.length) {
-      const rows = parameters.map((each) => [each.required ? `${each.name} (required)` : each.name, each.in, kind(api, each.schema), each.description ?? ""]);
-      inside.append(element("h3", { textContent: "Parameters" }), table(`${place}: parameters`, ["name", "in", "type", "meaning"], rows));
+      const rows = parameters.map((each) => ({ name: each.name, note: `${each.required ? "required, " : ""}in the ${each.in}`,
+        type: kind(api, each.schema, each.required), meaning: each.description ?? meaning(api, each.schema) }));
+      inside.append(element("h3", { textContent: "Parameters" }), list(rows));
     }
-    for (const [type, { schema }] of Object.entries(described.requestBody?.content ?? {})) inside.append(...fields(api, place, `Request, ${type}`, schema));
+    for (const [type, { schema }] of Object.entries(described.requestBody?.content ?? {})) inside.append(...fields(api, `Request, ${type}`, schema));
     for (const [status, answer] of Object.entries(described.responses ?? {})) {
       for (const [type, { schema }] of Object.entries(answer.content ?? {})) {
-        if (schema && /^2/.test(status)) inside.append(...fields(api, place, `Response ${status}, ${type}`, schema));
+        const title = `Response ${status}, ${type}`, found = schema ? fields(api, title, schema) : [];
+        if (/^2/.test(status)) inside.append(...(found.length ? found : [element("h3", { textContent: title })]));
       }
     }
-    inside.append(element("h3", { textContent: "Example" }), element("pre", { textContent: example(verb, path, described) }));
+    inside.append(element("h3", { textContent: "Example" }), element("pre", { textContent: example(api, verb, path, described) }));
   });
   return made;
 }

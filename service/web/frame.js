@@ -1,5 +1,6 @@
 // What all pages have: navigation, the API key of the tab, light and dark.
 import { $ } from "./element.js";
+import { ofBrowser, ofTab } from "./storage.js";
 
 function theme(name) {
   document.documentElement.dataset.theme = name;
@@ -12,12 +13,12 @@ for (const link of document.querySelectorAll("nav a")) {
 }
 $("theme").addEventListener("click", () => {
   const chosen = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  localStorage.setItem("theme", chosen);
+  ofBrowser.set("theme", chosen);
   theme(chosen);
 });
-theme(localStorage.getItem("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-$("key").value = sessionStorage.getItem("key") || "";
+theme(ofBrowser.get("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+$("key").value = ofTab.get("key") || "";
 $("key").addEventListener("change", () => {
-  sessionStorage.setItem("key", $("key").value);
+  ofTab.set("key", $("key").value);
   $("access").open = false;
 });

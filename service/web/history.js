@@ -1,13 +1,14 @@
 // Prompts that were settled, in this browser: their requests and small pictures. They survive a reload.
 import { $, element } from "./element.js";
 import { source } from "./images.js";
+import { ofBrowser } from "./storage.js";
 
 const KEPT = 24, SIDE = 96, PLACE = "history";
 const answers = new Map();  // of this page, by request: they need not be drawn again
 
 function read() {
   try {
-    const kept = JSON.parse(localStorage.getItem(PLACE) ?? "[]");
+    const kept = JSON.parse(ofBrowser.get(PLACE) ?? "[]");
     return Array.isArray(kept) ? kept.filter((each) => typeof each?.asked?.prompt === "string" && typeof each.picture === "string") : [];
   } catch {
     return [];
@@ -15,9 +16,9 @@ function read() {
 }
 
 function write(entries) {
-  for (let kept = entries; ; kept = kept.slice(0, Math.floor(kept.length / 2))) {
-    try { return localStorage.setItem(PLACE, JSON.stringify(kept)); } catch { if (!kept.length) return; }  // no room for all
-  }
+  const kept = entries.slice(0, KEPT), names = new Set(kept.map(({ asked }) => JSON.stringify(asked)));
+  ofBrowser.set(PLACE, JSON.stringify(kept));
+  for (const name of answers.keys()) if (!names.has(name)) answers.delete(name);
 }
 
 async function picture(made) {
@@ -34,7 +35,7 @@ export async function remember(made, choose) {
   const name = JSON.stringify(made.asked);
   answers.set(name, made);
   const small = await picture(made);
-  write([{ asked: made.asked, picture: small }, ...read().filter((each) => JSON.stringify(each.asked) !== name)].slice(0, KEPT));
+  write([{ asked: made.asked, picture: small }, ...read().filter((each) => JSON.stringify(each.asked) !== name)]);
   list(choose);
 }
 
@@ -51,7 +52,6 @@ export function list(choose) {
 }
 
 export function forget(choose) {
-  localStorage.removeItem(PLACE);
-  answers.clear();
+  write([]);
   list(choose);
 }

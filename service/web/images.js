@@ -2,6 +2,7 @@
 import { save } from "./api.js";
 import { $, button, element } from "./element.js";
 import { label } from "./png.js";
+import { ofBrowser } from "./storage.js";
 import { zip } from "./zip.js";
 
 const WIDTH = 448, CROWDED = 208;  // CSS pixels of one image, and of each of several
@@ -77,9 +78,9 @@ function zoom(image, prompt) {
 }
 
 $("close").addEventListener("click", () => $("zoom").close());
-$("smooth").checked = localStorage.getItem("smooth") === "true";
+$("smooth").checked = ofBrowser.get("smooth") === "true";
 $("smooth").addEventListener("change", () => {
-  localStorage.setItem("smooth", $("smooth").checked);
+  ofBrowser.set("smooth", String($("smooth").checked));
   fit();
 });
 window.addEventListener("resize", fit);

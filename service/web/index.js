@@ -12,6 +12,7 @@ import { copy, curl, python } from "./snippets.js";
 
 const SETTLED = 1000;  // milliseconds without a change after which images are kept in the history
 const SLOW = 800;  // milliseconds without an answer after which the page says that it waits
+let lacking = [];  // what a request of a link, the history or a file names, and the server lacks
 let shown = null, settling = 0, slow = 0, retry = 0, missing = "The models of the server are not known yet.", comparing = null;
 
 const artist = new Artist((made) => {
@@ -21,8 +22,19 @@ const artist = new Artist((made) => {
   settling = setTimeout(settle, SETTLED);
 }, (error, seconds) => {
   arrived();
+  if (error.status === 404) return replace(error);
   say(seconds === null ? error.message : `${error.message} Trying again in ${count(Math.ceil(seconds), "second")}.`, true);
 });
+
+// The model or adapter was unloaded meanwhile: go on with what the server has.
+async function replace(error) {
+  const before = $("model").value;
+  say(error.message, true);
+  await models();
+  if (model(before)) return;
+  lacking = [`model ${before}`];
+  draw();
+}
 
 function arrived() {
   clearTimeout(slow);
@@ -61,8 +73,9 @@ function present(made) {
   time(made);
   const images = made.content.data.length, { decoder, size, warnings = [] } = made.content;
   $("all").hidden = images < 2;
-  const facts = `${count(images, "image")} of ${size} in ${Math.round(made.total)} ms${decoder ? `, by the ${decoder} decoder` : ""}.`;
-  say([facts, ...warnings.map((each) => `Note: ${each}.`)].join(" "));
+  const facts = `${count(images, "image")} of ${size} in ${Math.round(made.total)} ms${decoder === "small" ? ", by the small decoder" : ""}.`;
+  const notes = lacking.length ? [`this server has no ${lacking.join(" and no ")}, so the image may differ`] : [];
+  say([facts, ...[...notes, ...warnings].map((each) => `Note: ${each}.`)].join(" "));
 }
 
 // The prompt rests: keep it, put it into the address, and draw it beside.
@@ -94,24 +107,23 @@ function keep() {
   if (settling) remember(shown, again);
   clearTimeout(settling);
   settling = 0;
+  lacking = [];
 }
 
 function again(asked, made) {  // a request of the history, the address or a file
   stop();
-  refill(asked);
+  lacking = refill(asked);
   if (!made) return draw();
   allow("draw", reason());
   present(made);
 }
 
-const lowered = (text = "") => text.replace(/^(A|An|The|It|This)\b/, (word) => word.toLowerCase());
-
 function introduce() {
-  const { id, description, owned_by, sizes = [], max_steps = 1 } = model() ?? {};
-  $("name").textContent = id ?? "One-step text-to-image";
-  $("about").textContent = lowered(description) || "a model that draws your prompt.";
+  const { id, description = "", owned_by, max_steps = 1 } = model() ?? {};
+  $("name").textContent = id ?? "This server";
   const steps = max_steps > 1 ? `1 to ${max_steps} network evaluations` : "one network evaluation";
-  $("facts").textContent = id ? `An image of ${sizes[0]} pixels takes ${steps}, where its teacher takes many. Type, and watch it change.` : "";
+  $("facts").textContent = id ? `turns text into images, with ${steps} for each, where its teacher needs many.` : "turns text into images.";
+  $("about").textContent = description;
   const examples = (model()?.examples?.length ? model() : known().find((each) => each.owned_by === owned_by && each.examples?.length))?.examples ?? [];
   $("chips").hidden = !examples.length;
   $("chips").replaceChildren(...examples.map((text) => {
@@ -142,13 +154,14 @@ async function models() {  // jobs and administrators load and unload them meanw
   if (!first) return;
   say("");
   const given = addressed();
-  refill({ prompt: $("prompt").value || examples[0] || "", ...given });
+  lacking = refill({ prompt: $("prompt").value || examples[0] || "", ...given });
   introduce();
   allow("draw", reason());
   if ($("prompt").value) draw();
 }
 
 function soon() {
+  lacking = [];
   const why = reason();
   allow("draw", why);
   if (why) stop();
@@ -161,7 +174,7 @@ function restore(file) {
     const found = settings(new Uint8Array(content));
     again({ ...found, n: 1 });
     if (!found.prompt) say("The file holds the seed and the model, but no prompt.", true);
-  }).catch((error) => say(error.message, true));
+  }).catch((error) => say(error.message, true)).finally(() => { $("saved").value = ""; });  // it may be chosen again
 }
 
 changed("model", () => { offer(); introduce(); });
@@ -180,8 +193,9 @@ for (const [id, text] of [["curl", () => curl(body())], ["python", () => python(
   $(id).addEventListener("click", async () => { await copy(text()); say("Copied."); });
 }
 changed("saved", () => restore($("saved").files[0]));
-for (const type of ["dragover", "dragleave", "drop"]) {
-  $("drop").addEventListener(type, (event) => {
+for (const type of ["dragover", "dragleave", "drop"]) {  // anywhere, because the browser would leave the page for the file
+  document.addEventListener(type, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     $("drop").classList.toggle("over", type === "dragover");
     if (type === "drop") restore(event.dataTransfer.files[0]);

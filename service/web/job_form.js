@@ -10,6 +10,7 @@ const preset = () => choices?.presets.find(({ name }) => name === $("preset").va
 export async function offer() {
   if (choices) return;
   choices = await get("v1/fine_tuning/choices");
+  $("form").classList.toggle("closed", !choices.teachers.length);  // nothing but the reason
   choose("model", choices.teachers.map(({ name, available }) => [name, available ? name : `${name} (not on this server)`]));
   suggest();
 }
@@ -41,7 +42,7 @@ function warn() {
   const noise = recipe && images < choices.min_steps * batch;
   $("noise").hidden = !noise;
   if (noise) {
-    $("noise").textContent = `${count(images, "image")} are ${count(Math.max(1, Math.floor(images / batch)), "step")} of ${batch}. `
+    $("noise").textContent = `A budget of ${count(images, "image")} is ${count(Math.max(1, Math.floor(images / batch)), "step")} of ${batch}. `
       + `A student of fewer than ${choices.min_steps} steps usually draws blur or noise: train on `
       + `${count(choices.min_steps * batch, "image")} or more, or lower the batch under More.`;
   }
@@ -51,7 +52,7 @@ function warn() {
 function reason() {
   if (!choices) return "The choices of the server are not known yet.";
   const teacher = choices.teachers.find(({ name }) => name === $("model").value);
-  if (!teacher) return "This server has no teacher.";
+  if (!teacher) return "This server offers no teacher, so no job can start; its operator names teachers in the setting jobs.teachers.";
   if (!teacher.available) return `The teacher ${teacher.name} is not on this server; its operator fetches it.`;
   if (!$("file").files.length && !$("prompts").value.trim()) return "Type some prompts, or choose a file of prompts.";
   const wrong = [...$("form").elements].find((field) => !field.disabled && !field.validity.valid);

@@ -47,7 +47,9 @@ export function label(bytes, settings) {
 export function settings(bytes) {
   if (SIGNATURE.some((byte, i) => bytes[i] !== byte)) throw new Error("This is not a PNG file; choose an image that was saved here.");
   const found = texts(bytes);
-  if (found.has(KEYWORD)) return plain(JSON.parse(found.get(KEYWORD)));
+  if (found.has(KEYWORD)) {
+    try { return plain(JSON.parse(found.get(KEYWORD))); } catch { throw new Error("The settings in this image are damaged; choose another one."); }
+  }
   const marked = new DOMParser().parseFromString(found.get(XMP) ?? "<none/>", "application/xml").querySelector("*|Description");
   const seed = marked?.getAttributeNS(OURS, "seed");
   if (!seed) throw new Error("This image has no settings in it; choose one that was saved here.");

@@ -17,19 +17,23 @@ export function body() {
   };
 }
 
-// Fill the fields in with a request, as far as the server still has what it names. Missing fields stay as they are.
+// Fill the fields in with a request. Missing fields stay as they are; returns what the request names and the server lacks.
 export function refill({ lora, steps, ...rest }) {
+  const lacking = [];
   if (rest.model && model(rest.model)) $("model").value = rest.model;
+  else if (rest.model) lacking.push(`model ${rest.model}`);
   offer();
   for (const [name, value] of Object.entries(rest)) {
     const field = $(name);
     if (name === "model" || !field) continue;
-    if (field.options && ![...field.options].some((option) => option.value === value)) continue;
-    field.value = value;
+    if (field.options && ![...field.options].some((option) => option.value === value)) lacking.push(`${name} ${value}`);
+    else field.value = value;
   }
   $("adapter").value = model()?.adapters.includes(lora?.name) ? lora.name : "";
   $("scale").value = lora?.scale ?? 1;
+  if (lora && !$("adapter").value) lacking.push(`adapter ${lora.name}`);
   $("steps").value = Math.min(steps ?? 1, model()?.max_steps ?? 1);
+  return lacking;
 }
 
 // Offer what the server has now; returns whether that has changed.
@@ -56,16 +60,19 @@ export function offer() {
 }
 
 // Only what follows the # of an address: no server and no proxy sees it.
-export function address({ prompt, seed, model }) {
-  const parts = new URLSearchParams({ prompt, seed, model });
-  return new URL(`#${parts}`, location.href).href;
+export function address({ prompt, seed, model, n, size, steps, lora }) {
+  const more = {  // what is not as in a new form
+    ...(n > 1 ? { n } : {}), ...(size === "auto" ? {} : { size }), ...(steps ? { steps } : {}),
+    ...(lora ? { adapter: lora.name, scale: lora.scale } : {}),
+  };
+  return new URL(`#${new URLSearchParams({ prompt, seed, model, ...more })}`, location.href).href;
 }
 
 export function addressed() {
   const given = new URLSearchParams(location.hash.slice(1));
-  const seed = Number(given.get("seed"));
-  return {
-    ...(given.has("prompt") ? { prompt: given.get("prompt") } : {}), ...(given.has("model") ? { model: given.get("model") } : {}),
-    ...(given.has("seed") && Number.isSafeInteger(seed) && seed >= 0 ? { seed } : {}),
-  };
+  const texts = ["prompt", "model", "size"].filter((name) => given.has(name)).map((name) => [name, given.get(name)]);
+  const whole = ["seed", "n", "steps"].map((name) => [name, Number(given.get(name))])
+    .filter(([name, number]) => given.has(name) && Number.isSafeInteger(number) && number >= 0);
+  const lora = given.has("adapter") ? { lora: { name: given.get("adapter"), scale: Number(given.get("scale")) || 0 } } : {};
+  return { ...Object.fromEntries([...texts, ...whole]), ...lora };
 }

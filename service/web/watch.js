@@ -1,5 +1,6 @@
 // Looks again and again while the page is visible: one look at a time, less often while the server does not answer.
-import { say } from "./element.js";
+// The element `trouble` says what is wrong.
+import { $ } from "./element.js";
 
 const PAUSE = 1500, LONGEST = 15_000;
 
@@ -9,11 +10,12 @@ export function watch(look) {
     if (!document.hidden) {
       try {
         await look();
-        if (failures) say("The server answers again.");
         failures = 0;
+        $("trouble").hidden = true;
       } catch (error) {
         failures += 1;
-        say(error.status === 0 ? `${error.message} Trying again.` : error.message, true);
+        $("trouble").textContent = error.status === 0 ? `${error.message} Trying again.` : error.message;
+        $("trouble").hidden = false;
       }
     }
     setTimeout(turn, Math.min(LONGEST, PAUSE * 2 ** Math.min(failures, 8)));

@@ -36,9 +36,10 @@ def budget_warning(options: DistillationOptions) -> str | None:
     images, batch = options.images, options.batch or (preset.batch if preset else None)
     if images is None or batch is None or images >= MIN_STEPS * batch:
         return None
+    steps = max(1, images // batch)
     return (
-        f"The budget of {images} images is {max(1, images // batch)} batches of {batch}. A student of fewer than "
-        f"{MIN_STEPS} usually draws blur or noise: set images to {MIN_STEPS * batch} or more, or lower batch."
+        f"The budget of {images} images is {steps} {'step' if steps == 1 else 'steps'} of {batch}. A student of fewer "
+        f"than {MIN_STEPS} usually draws blur or noise: set images to {MIN_STEPS * batch} or more, or lower batch."
     )
 
 

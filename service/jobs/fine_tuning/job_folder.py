@@ -69,6 +69,10 @@ class JobFolder:
         except (FileNotFoundError, ValueError, TypeError, KeyError, ZeroDivisionError, yaml.YAMLError):
             return None
 
+    def has_run(self) -> bool:
+        """Whether its run has started, so that it can have a report."""
+        return (self.run / "config.yaml").is_file()
+
     def phase(self) -> str:
         """Return the phase of a run in progress."""
         try:

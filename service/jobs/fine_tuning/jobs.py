@@ -1,5 +1,6 @@
 """`FineTuningJobs`: creates, lists, pauses, resumes, cancels and deletes jobs for clients."""
 
+import logging
 import secrets
 import subprocess
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from service.errors import Forbidden, InvalidRequest, NotFound, excerpt, quoted
+from service.errors import Forbidden, InvalidRequest, NotFound, ServiceError, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
 from service.jobs.fine_tuning.choices import budget_warning
@@ -26,6 +27,8 @@ from service.jobs.schemas import JobRequest
 from service.jobs.tables import CANCEL, DELETE, ENDED, PAUSE, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.setting_types import SHIPPED_TEACHER
 from service.settings import Settings
+
+log = logging.getLogger(__name__)
 
 MAX_PAIRS = 16  # of metadata
 REPORT_SECONDS = 120
@@ -151,15 +154,23 @@ class FineTuningJobs:
         return self._without_teacher(job, text)
 
     def report(self, owner: str, name: str) -> str:
-        """Return the report of a job's run, an HTML page that is written for the call. Raises NotFound."""
+        """Return the report of a job's run, an HTML page that is written for the call.
+
+        Raises NotFound before the run has started, and ServiceError if the report cannot be written.
+        """
         job = self.get(owner, name)
         folder = self._workflow.folder(job)
+        if not folder.has_run():
+            raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
         with tempfile.TemporaryDirectory(prefix="fgm-report-") as place:
             page = Path(place) / "report.html"
             command = report_command(folder.run, page)
-            ended = subprocess.run(command, env=environment(["cpu"]), capture_output=True, timeout=REPORT_SECONDS)
+            ended = subprocess.run(
+                command, env=environment(["cpu"]), capture_output=True, text=True, timeout=REPORT_SECONDS
+            )
             if ended.returncode:
-                raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
+                log.warning("the report of %s cannot be written: %s", name, ended.stderr.strip())
+                raise ServiceError(f"the report of the job {name!r} cannot be written; the server's log says why")
             return self._without_teacher(job, folder.without_path(page.read_text(encoding="utf-8")))
 
     def _without_teacher(self, job: JobRow, text: str) -> str:

@@ -49,15 +49,19 @@ class DistillationOptions(RequestModel):
         str | None,
         Field(max_length=256, description="Column of the prompts in the file, if it is not prompt, caption or text."),
     ] = None
-    batch: _Count | None = None
-    micro_batch: _Count | None = None
+    batch: Annotated[_Count | None, Field(description="Images of a step.")] = None
+    micro_batch: Annotated[_Count | None, Field(description="Images of one forward pass.")] = None
     guidance_scale: Annotated[float | None, Field(ge=1, le=100, description="Of the teacher.")] = None
-    student_lr: _Rate | None = None
-    fake_lr: _Rate | None = None
-    warmup_images: Annotated[int | None, Field(ge=0, le=10**10)] = None
-    decay_images: Annotated[int | None, Field(ge=0, le=10**10)] = None
-    ema_half_life: Annotated[float | None, Field(ge=0, le=10**10, description="In images.")] = None
-    precision: Literal["auto", "fp32", "bf16"] | None = None
+    student_lr: Annotated[_Rate | None, Field(description="Learning rate of the student.")] = None
+    fake_lr: Annotated[_Rate | None, Field(description="Learning rate of the auxiliary network.")] = None
+    warmup_images: Annotated[
+        int | None, Field(ge=0, le=10**10, description="Images until the learning rates have their values.")
+    ] = None
+    decay_images: Annotated[
+        int | None, Field(ge=0, le=10**10, description="Last images, over which the learning rates fall.")
+    ] = None
+    ema_half_life: Annotated[float | None, Field(ge=0, le=10**10, description="Of the average, in images.")] = None
+    precision: Annotated[Literal["auto", "fp32", "bf16"] | None, Field(description="Of the training.")] = None
     sizes: Annotated[
         list[Annotated[list[_Count], Field(min_length=2, max_length=2)]] | None,
         Field(min_length=1, max_length=64, description="[width, height] of the images, drawn at random."),

@@ -53,7 +53,13 @@ def test_a_server_reloads_its_key_file_and_checks_scopes(serve, tmp_path):
     assert status(tokens["jobs"]) == 403
     guarded = [("GET", "files/file-1"), ("DELETE", "files/file-1"), ("GET", "files/file-1/content")]
     guarded += [("GET", "batches/batch_1"), ("POST", "batches/batch_1/cancel"), ("DELETE", "models/ft:scenes::1")]
-    guarded += [("GET", f"fine_tuning/jobs/ftjob-1{part}") for part in ("", "/events", "/checkpoints", "/sample")]
+    parts = ("", "/events", "/checkpoints", "/sample", "/log", "/report")
+    guarded += [("GET", f"fine_tuning/jobs/ftjob-1{part}") for part in parts]
+    guarded += [
+        ("GET", "batches/batch_1/images"),
+        ("GET", "fine_tuning/choices"),
+        ("DELETE", "fine_tuning/jobs/ftjob-1"),
+    ]
     guarded += [("POST", f"fine_tuning/jobs/ftjob-1/{act}") for act in ("cancel", "pause", "resume")]
     guarded += [(method, path) for path in ("files", "batches", "fine_tuning/jobs") for method in ("GET", "POST")]
     for method, path in guarded:

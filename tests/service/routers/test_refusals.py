@@ -194,6 +194,9 @@ GETS = [
     ("/v1/fine_tuning/jobs/ftjob-none/events", 404),
     ("/v1/fine_tuning/jobs/ftjob-none/checkpoints", 404),
     ("/v1/fine_tuning/jobs/ftjob-none/sample", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none/log", 404),
+    ("/v1/fine_tuning/jobs/ftjob-none/report", 404),
+    ("/v1/batches/batch_none/images", 404),
     ("/web/none.js", 404),
     ("/web/..%2fsettings.py", 404),
 ]

@@ -35,6 +35,9 @@ SNIPPET = """return Promise.all([import('/web/snippets.js'), import('/web/reques
   .then(([snippets, request]) => snippets[arguments[0]](request.body()))"""
 EXAMPLES = ("a red circle", "two <b>stars</b> 🌟")
 CARD = replace(Simulator().info, description="A model of plain colors.", examples=EXAMPLES)
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"]) {
+  Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });
+}"""
 OPEN = "for (const each of [...document.querySelectorAll('main details')].slice(0, 3)) each.open = true"
 
 
@@ -134,6 +137,11 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
         assert len(set(shown)) == len(shown)
         page.find("#history li:last-child button")[0].click()
         assert "lora" not in page.driver.execute_script(BODY)
+        page.find("#model option[value=second]")[0].click()
+        assert httpx.delete(f"{url}/v1/admin/models/second").status_code == 200
+        page.find("#prompt")[0].send_keys("b")
+        page.until(lambda: "this server has no model second" in page.text("#status"))  # and draws by the other
+        assert page.driver.execute_script(BODY)["model"] == "simulator"
         assert page.errors() == []
 
 
@@ -159,8 +167,17 @@ def test_keyboard_shortcuts_themes_and_small_screens(page):
             page.driver.get(f"{url}/{name}")
             page.until(lambda: page.find("nav [aria-current]"))
             assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
+        page.driver.execute_script("document.querySelector('[id*=generations]').open = true")
+        page.until(lambda: "One of the model's adapters." in page.text("#reference"))  # fields of objects in objects
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.driver.execute_script("localStorage.clear()")
+        refused = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NO_STORAGE})
+        page.driver.get(f"{url}/#prompt=a&model=gone&seed=5")
+        page.until(lambda: len(page.find("#history li")) == 1)  # of the page, where the browser keeps nothing
+        assert alt(page) == "a (seed 5)"
+        assert "this server has no model gone" in page.text("#status")
+        page.find("#theme")[0].click()
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", refused)
         page.driver.get("about:blank")
         page.errors()  # of the lists that a server without a data folder lacks
 
@@ -176,7 +193,8 @@ def test_a_key_is_asked_for_where_it_is_needed(page):
         page.until(lambda: page.find("#images img"))
         assert not page.find("#key")[0].is_displayed()
         page.driver.get(f"{url}/batches")
-        page.until(lambda: page.find("#none")[0].is_displayed())
+        page.until(lambda: "needs a data folder" in page.text("#trouble"))
+        assert not page.find("#none")[0].is_displayed()  # nobody knows whether there are batches
         assert page.text("nav [aria-current]") == "Batches"
         page.driver.get("about:blank")
         page.errors()  # of what was asked without the key
@@ -247,7 +265,7 @@ def test_a_stranger_is_shown_what_the_model_draws_and_finds_it_again(page, tmp_p
     with serving(create_app(Settings(data=None), worker_threads(*models))) as url:
         page.driver.get(url)
         page.until(lambda: alt(page) == "a red circle (seed 1)")  # drawn without a touch
-        assert "a model of plain colors" in page.text(".intro")
+        assert page.text(".intro").endswith("\nA model of plain colors.")
         width = page.find("#images img")[0].size["width"]
         assert width % 64 == 0  # whole screen pixels
         assert width > 64
@@ -382,13 +400,16 @@ def test_a_job_is_chosen_from_what_the_server_offers_and_deleted(page, tmp_path)
         assert "is not on this server" in page.text("#why")
         page.find("#model option[value=scenes]")[0].click()
         page.find("#budget")[0].send_keys("512")
-        assert "1 step of 512" in page.text("#noise")
+        assert "A budget of 512 images is 1 step of 512." in page.text("#noise")
         page.find("#suffix")[0].send_keys("first")
         page.find("#prompts")[0].send_keys("a red circle")
         page.find("#start")[0].click()
         page.until(lambda: page.find("#phases [aria-current]"))  # from the first second
         assert page.text("#name") == page.text("#jobs strong") == "first"
-        assert "1 batches of 512" in page.text("#alarms")
+        assert "is 1 step of 512" in page.text("#alarms")
+        created = httpx.get(f"{url}/v1/fine_tuning/jobs").json()["data"][0]["id"]
+        report = httpx.get(f"{url}/v1/fine_tuning/jobs/{created}/report")
+        assert (report.status_code, report.json()["error"]["code"]) == (404, "no_report")
         button(page, "Cancel").click()
         page.until(lambda: page.find("#jobs .cancelled"))
         page.until(lambda: "Delete" in page.text("#actions"))
