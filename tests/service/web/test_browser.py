@@ -167,7 +167,8 @@ def test_keyboard_shortcuts_themes_and_small_screens(page):
             page.driver.get(f"{url}/{name}")
             page.until(lambda: page.find("nav [aria-current]"))
             assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
-        page.driver.execute_script("document.querySelector('[id*=generations]').open = true")
+        page.until(lambda: page.find("[id*=generations] summary"))
+        page.find("[id*=generations] summary")[0].click()
         page.until(lambda: "One of the model's adapters." in page.text("#reference"))  # fields of objects in objects
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.driver.execute_script("localStorage.clear()")
