@@ -134,7 +134,8 @@ def _train_with_bars(run: "DecoderRun", device: "torch.device", seconds: float |
             if isinstance(progress, LatentProgress):
                 bar.update(progress.images)
                 if signals:
-                    raise typer.Exit(128 + signals[0])  # complete shards are kept
+                    typer.echo("Stopped. Complete files are kept. Run the same command again to resume.")
+                    raise typer.Exit(128 + signals[0])
                 continue
             bar.update(progress.images, {name: progress.metrics[name] for name in _SHOWN if name in progress.metrics})
             for note in progress.notes:
