@@ -36,9 +36,9 @@ app.add_typer(models.app, name="models")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from service.version import NAME, VERSION
 
-        typer.echo(f"flow-generator-matching {version('flow-generator-matching')}")
+        typer.echo(f"{NAME} {VERSION}")
         raise typer.Exit
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -15,12 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from service.errors import StartError
 from service.settings import Settings
+from service.version import NAME, VERSION
 
-NAME = "flow-generator-matching"
-try:
-    VERSION = version(NAME)  # once: it is read from the disk
-except PackageNotFoundError:  # a checkout that is not installed
-    VERSION = "0"
 # IPTC's term for pictures made by a trained model, the same in XMP and C2PA
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MAX_PROMPT_CHARACTERS = 2000  # of a prompt; JPEG has room for 64 KB in all

@@ -5,7 +5,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.errors import Unavailable
 from service.http.dependencies import MetricsDep, UncheckedEngineDep
-from service.images.provenance import NAME, VERSION
+from service.version import NAME, VERSION
 
 router = APIRouter(tags=["operations"])
 
