@@ -92,8 +92,8 @@ class ShardWriter:
                 path, _ = self._save(name, rows)
                 self._index[name] = {"name": path.name, "sha256": sha256(path)}
             self._keep(lines, counts)
+            (self._folder / self._layout.begun).unlink()  # first, so that a complete cache never has it
             (self._folder / self._layout.unfinished).replace(self._folder / self._layout.manifest)
-            (self._folder / self._layout.begun).unlink()
             flush(self._folder)
 
     def _claim(self) -> None:
