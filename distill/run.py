@@ -187,7 +187,10 @@ def is_finished(config: RunConfig, out: Path) -> bool:
         return False
     found, images = read_run(out), int(newest.name)
     kept = [line for line in found.evaluations if line["images"] <= images]  # a killed run resumes from its checkpoint
-    return images >= config.images or ended_early(config.as_dict(), kept, found.best)
+    evaluation = config.as_dict()["evaluation"]  # of another evaluator, it may find a better student yet
+    return images >= config.images or (
+        found.config.get("evaluation") == evaluation and ended_early(config.as_dict(), kept, found.best)
+    )
 
 
 def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:

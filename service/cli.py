@@ -101,6 +101,7 @@ def serve(
     key_needed, names = needs_key(settings), ", ".join(settings.students())
     with contextlib.ExitStack() as listening:
         sockets = [listening.enter_context(each) for each in bind(settings.http.host, settings.http.port)]
+        settings.check_paths()
         configure(settings.observability.log_format, settings.observability.log_level)
         run_server(settings, sockets, names, key_needed)
 
@@ -135,6 +136,7 @@ def profile(
     }
     settings = read_settings(nested(given, setting), config)
     settings.students()
+    settings.check_paths()
     workers = worker_processes(settings).start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:

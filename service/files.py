@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from service.errors import StartError
+
 PRIVATE = 0o600  # readable by its owner only
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)  # another user's, read-only or broken
@@ -53,3 +55,16 @@ def flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def prepare_data_folder(folder: Path) -> None:
+    """Create the server's data folder. Raises StartError if it cannot be created or written."""
+    for needed in (folder, folder / "files"):
+        try:
+            make_writable(needed)
+        except OSError as error:
+            raise StartError(
+                f"data: the folder {needed} cannot be created or written ({error.strerror}); make it writable for "
+                "the user that the server runs as, or name another one with --data, or `none` to serve without "
+                "files, batches and jobs"
+            ) from None

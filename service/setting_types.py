@@ -65,7 +65,14 @@ def _teacher(text: str) -> str:
     return text if text == SHIPPED_TEACHER or is_hub_model else str(path.absolute())
 
 
-def _each_gpu_once(devices: str) -> None:
+def _serving_devices(devices: str) -> None:
+    if not re.fullmatch(r"auto|simulator|mps|(cpu|cuda(:\d+)?)( *, *(cpu|cuda:\d+))*", devices.strip()):
+        raise ValueError(f"there is no {devices!r}; give auto, cpu, simulator, or GPUs as cuda:0,cuda:1")
+
+
+def _job_devices(devices: str) -> None:
+    if not re.fullmatch(r"none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*", devices):
+        raise ValueError(f"there is no {devices!r}; give cpu, GPUs as cuda:1,cuda:2, or none")
     names = devices.split(",")
     if names[0] != "cpu" and len(set(names)) < len(names):
         raise ValueError("a GPU is named twice")
@@ -99,7 +106,8 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$"), _checked_by(TypeAda
 Network = Annotated[str, _checked_by(lambda text: text == "*" or ipaddress.ip_network(text))]
 ApiKey = Annotated[SecretStr, _checked_by(lambda key: check_token(key.get_secret_value()))]
 ServedStudent = Annotated[Student, BeforeValidator(_student), PlainSerializer(str)]
-JobDevices = Annotated[str, Field(pattern=r"^(none|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*)$"), _checked_by(_each_gpu_once)]
+Devices = Annotated[str, _checked_by(_serving_devices)]
+JobDevices = Annotated[str, _checked_by(_job_devices)]
 ArtifactSecret = Annotated[SecretStr, _checked_by(_artifact_secret)]
 Origin = Annotated[str, AfterValidator(_origin)]
 RateLimit = Annotated[str, _checked_by(limits.parse_many)]  # 100/minute; 5000/day

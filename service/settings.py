@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill.options import SHIPPED_STUDENT, RuntimeOptions
 from service.errors import StartError
+from service.files import prepare_data_folder
 from service.observability.logs import LogFormat
 from service.setting_types import (
     SHIPPED_TEACHER,
@@ -22,6 +23,7 @@ from service.setting_types import (
     Bytes,
     Count,
     DataFolder,
+    Devices,
     JobDevices,
     Location,
     Network,
@@ -62,7 +64,7 @@ class WebhookEndpoint(_Group):
 class EngineSettings(_Group):
     """Devices, worker processes, batching and caches."""
 
-    devices: str = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto: all GPUs but those of jobs, else the CPU
+    devices: Devices = "auto"  # cpu, simulator, or GPUs as cuda:0,cuda:1; auto: GPUs but those of jobs, else the CPU
     workers_per_device: Count = 1
     cpu_threads: Count | None = None  # of each stage of a worker; none divides the cores among the workers
     max_batch: Count = 16  # images in one batch
@@ -183,6 +185,19 @@ class Settings(BaseSettings):
                 )
             found[name] = student
         return [*found]
+
+    def check_paths(self) -> None:
+        """Check what the workers read besides models, and create the data folder. Raises StartError."""
+        folder, decoder = self.engine.profiles_folder, self.runtime.decoder
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise StartError(f"engine.profiles_folder: {folder} is a file; name a folder")
+        if isinstance(decoder, Path) and not (decoder / "config.json").is_file():
+            raise StartError(
+                f"runtime.decoder: {decoder} has no config.json; give auto, full, small, or the folder of an "
+                "AutoencoderTiny"
+            )
+        if self.data is not None:
+            prepare_data_folder(self.data)
 
     def check_aliases(self, models: Collection[str]) -> None:
         """Raise StartError for an alias of a model that is not loaded."""

@@ -77,7 +77,11 @@ refused = [
     "run scenes-debug --name -mine", "run scenes-debug --out distill", "run nothing",
     "generate", "generate x --student nowhere", "generate x --teacher nowhere", "generate --file nowhere.txt",
     "evaluate --student nowhere", "evaluate --teacher nowhere", "evaluate --picture README.md",
-    "geneval README.md --out nowhere", "score nowhere", "compare fgm fgn", "compare fgm --set teacher=nowhere",
+    "geneval README.md --out nowhere", "score nowhere", "score nowhere --clip nowhere",
+    "decoder nowhere", "decoder README.md", "decoder distill",
+    "decoder scenes --prompts nowhere.txt", "decoder scenes --images-from nowhere", "evaluate --decoder nowhere",
+    "generate x --decoder nowhere", "generate x --grid README.md", "generate x --teacher README.md",
+    "compare fgm fgn", "compare fgm --set teacher=nowhere",
     "export nowhere", "report nowhere", "plan nowhere", "plan --device abacus", "embed nowhere x --out nowhere",
     "embed scenes nowhere.txt --out nowhere", "encode scenes nowhere --out nowhere", "jobs --url http://127.0.0.1:1",
 ]
@@ -88,7 +92,8 @@ commands += [
     (service, f"serve {words}", 2)
     for words in (
         "--model nowhere", "--model -mine=distill", "--set http.prt=1", f"--port {taken.getsockname()[1]}",
-        "--keys-file README.md", "--host 0.0.0.0",
+        "--keys-file README.md", "--host 0.0.0.0", "--devices abacus", "--port 0 --data README.md",
+        "--port 0 --set runtime.decoder=nowhere", "--port 0 --set engine.profiles_folder=README.md",
     )
 ]
 for command, words, status in commands:

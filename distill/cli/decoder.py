@@ -75,35 +75,42 @@ def decoder(
     Example: distill decoder runs/mine/student --seconds 600 --out runs/mine-decoder
     """
     from distill.config import read_group
+    from distill.data.images import read_examples
+    from distill.data.prompts import read_prompts
+    from distill.data.sources import PROMPT_SOURCES
     from distill.decoder.recipe import DecoderRecipe
     from distill.errors import ConfigError
+    from distill.models.sd3_folder import SD3Folder
+    from distill.models.teacher import open_teacher
+    from distill.student.spec import is_student
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one of them")
     recipe = read_group(DecoderRecipe, [*(overrides or []), *([f"images={images}"] if images is not None else [])])
-
-    from distill.cli.console import out as console
-    from distill.cli.console import table
-    from distill.decoder.run import DecoderRun, resolve
-    from distill.evaluate.sampler import Sampling
-    from distill.models.device import resolve_device
-    from distill.models.sd3_folder import SD3Folder
-    from distill.models.teacher import open_teacher
-    from distill.report.run_folder import read_run
-    from distill.student.decoder import is_student
-
-    where = resolve_device(device)
+    for path, read in ((prompts, read_prompts), (images_from, read_examples)):
+        if path is not None and path not in ("-", *PROMPT_SOURCES):
+            next(read(path), None)
     source = open_teacher(model, teacher_base)
     given = is_student(source)
     if given and (guidance is not None or skip_layers):
         raise ConfigError("--guidance and --skip-layers are for teachers; a student makes images in one step")
-    sampling = None if given else Sampling(steps, teacher_guidance(source, guidance, skip_layers, skip_scale))
+    guided = None if given else teacher_guidance(source, guidance, skip_layers, skip_scale)
     students = [SD3Folder.read(folder) for folder in student or ()]
     for each in students:
         if not is_student(each):
             raise ConfigError(f"--student {each.path} is a teacher; name the folder of a student")
     if given and student is None and source.revision is None:
         students = [source]
+
+    from distill.cli.console import out as console
+    from distill.cli.console import table
+    from distill.decoder.run import DecoderRun, resolve
+    from distill.evaluate.sampler import Sampling
+    from distill.models.device import resolve_device
+    from distill.report.run_folder import read_run
+
+    where = resolve_device(device)
+    sampling = None if guided is None else Sampling(steps, guided)
     config = resolve(recipe, source, sampling, prompts, images_from)
     run = DecoderRun(config, source, sampling, out, tuple(students), None if default == "auto" else default)
     _train_with_bars(run, where, seconds)

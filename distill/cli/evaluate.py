@@ -19,6 +19,7 @@ from distill.cli.options import (
     SkipLayers,
     SkipScale,
     TeacherBase,
+    check_decoder_choice,
     decoder_choice,
     open_given_teacher,
     teacher_guidance,
@@ -90,6 +91,9 @@ def evaluate(
     guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
     spec = read_student(student or SHIPPED_STUDENT)
     spec.check_steps(student_steps)
+    choices = list(dict.fromkeys(decoder or ["auto"]))
+    for name in choices:
+        check_decoder_choice(name, spec)
     if prompts is None and clip is not None:
         raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
     if prompts is None and "scenes" not in EVAL_DATASETS:
@@ -108,7 +112,6 @@ def evaluate(
     others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
     samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
     where = resolve_device(device)
-    choices = list(dict.fromkeys(decoder or ["auto"]))
     students = {
         "student" if i == 0 else f"student, decoder {name}": StudentModel(
             student or SHIPPED_STUDENT, decoder_choice(name)
@@ -254,6 +257,13 @@ def score(
         raise ConfigError("no model is given; give --clip, or --inception with --reference")
     if inception is not None and reference is None:
         raise ConfigError("FID compares with real images; give their folder with --reference")
+    from distill.evaluate.image_folder import find_images
+
+    for images in (folder, reference):
+        if images is not None:
+            find_images(images)
+    if inception is not None and not inception.is_file():
+        raise ConfigError(f"--inception {inception} is no file; give weights in safetensors")
 
     from distill.cli.console import out, table
     from distill.evaluate.image_metrics import score_images

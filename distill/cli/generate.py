@@ -17,6 +17,7 @@ from distill.cli.options import (
     SkipLayers,
     SkipScale,
     TeacherBase,
+    check_decoder_choice,
     decoder_choice,
     open_given_teacher,
     teacher_guidance,
@@ -62,6 +63,7 @@ def generate(
     from distill.cli.console import image_bar, note
     from distill.data.prompts import read_prompts
     from distill.errors import ConfigError, PromptError
+    from distill.files import check_replaceable
     from distill.options import SHIPPED_STUDENT
     from distill.student.spec import read_student
 
@@ -73,10 +75,13 @@ def generate(
     if not texts:
         raise PromptError("there are no prompts; give prompts or --file")
     texts = list(islice(cycle(texts), count or len(texts)))
+    if grid is not None:
+        check_replaceable(grid)
     folder = open_given_teacher(teacher, teacher_base)
     if folder is None:
         spec = read_student(student or SHIPPED_STUDENT)
         spec.check_steps(steps or 1)
+        check_decoder_choice(decoder, spec)
         note(f"loading {spec.name}")  # before PyTorch, whose import takes seconds
     else:
         note(f"loading {teacher}")

@@ -14,6 +14,7 @@ from distill.options import DecoderChoice
 if TYPE_CHECKING:
     from distill.methods.policies import TeacherGuidance
     from distill.models.sd3_folder import SD3Folder
+    from distill.student.spec import OneStepSpec
 
 SOURCE = "A txt, json, jsonl, csv, tsv or parquet file, a folder of them, a saved dataset, `scenes`, or - for stdin."
 TEACHER = "`scenes`, a folder or .safetensors file of Stable Diffusion 3, or a model of the hub: owner/name[@revision]."
@@ -96,6 +97,17 @@ Decoders = Annotated[
 def decoder_choice(name: str) -> DecoderChoice:
     """The value of `RuntimeOptions.decoder` that an option gives: one of its names, or a folder."""
     return cast(DecoderChoice, name) if name in ("auto", "full", "small") else Path(name)
+
+
+def check_decoder_choice(name: str, student: "OneStepSpec") -> None:
+    """Raise ConfigError for a decoder that does not exist: of another name, or one that the student lacks."""
+    from distill.models.sd3_files import read_decoder
+
+    choice = decoder_choice(name)
+    if isinstance(choice, Path):
+        read_decoder(choice)
+    elif choice == "small":
+        student.check_small_decoder()
 
 
 Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption or text.")]

@@ -114,6 +114,7 @@ def plan(
     from distill.cli.console import out, table, working
     from distill.plan.options import changes_that_fit, plan_input, run_input
     from distill.plan.run_estimate import estimate_plan
+    from distill.report.units import duration, si
 
     if run is not None:
         made = run_input(geometry, run, batch, size)
@@ -159,8 +160,11 @@ def plan(
     }
     out.print(f"Planned: {', '.join(f'{name} {value}' for name, value in planned.items())}.")
     on = device if device_memory is None else "this device"
-    hours = f"{images} images take about {estimate.training_seconds / 3600:.3g} hours"
-    out.print(f"{result.flop_per_image / 1e12:.1f} TFLOP an image, about {speed:.2f} images/s on {on}; {hours}.")
+    hours = estimate.training_seconds / 3600
+    takes = f"{hours:.3g} hours" if hours >= 1 else duration(estimate.training_seconds)
+    tera = result.flop_per_image / 1e12
+    flop = f"{tera:.1f} TFLOP" if tera >= 1 else si(result.flop_per_image, "FLOP")
+    out.print(f"{flop} an image, about {speed:.2f} images/s on {on}; {images} images take about {takes}.")
     out.print("\n".join(estimate.lines()))
     needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
     if fits:

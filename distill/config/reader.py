@@ -28,13 +28,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(name) if name.endswith((".yaml", ".yml")) else presets.FOLDER / f"{name}.yaml"
     if not path.exists():
         known = presets.names()
+        if Path(name).is_file():
+            raise ConfigError(f"{name} is not named as YAML; let its name end in .yaml, or give a preset")
         raise ConfigError(f"no preset or file {name!r}{nearest(name, known)}; presets are {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a preset or a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}; correct it there") from error
+        raise ConfigError(f"{path} is not YAML: {_fault(error)}; correct it there") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}; write it like the presets")
     for group, tag in _KINDS.items():
@@ -45,6 +47,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a text of YAML, with its line, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"  # type: ignore[attr-defined]
 
 
 def read_group(kind: type[_Group], overrides: Sequence[str]) -> _Group:

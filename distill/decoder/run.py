@@ -32,15 +32,16 @@ from distill.evaluate.base import EvalPrompts, find_eval_dataset
 from distill.evaluate.sampler import Sampling
 from distill.files import append_line, atomic_write_text
 from distill.models.sd3 import load_vae
-from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
+from distill.models.sd3_files import DECODER, RECORD, decoder_digest, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
-from distill.models.small_decoder import decoder_digest, make_small_decoder
+from distill.models.small_decoder import make_small_decoder
 from distill.philox import key_of
 from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm, Alarms
 from distill.report.grid import save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
 from distill.report.run_state import STATE, Phase, write_state
-from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place, is_student
+from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place
+from distill.student.spec import is_student
 from distill.training import checkpoint
 from distill.training.preparation import SPEED, read_speed
 from distill.training.run_lock import run_lock

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from distill.errors import ScorerError
 from distill.evaluate.clip import Clip
-from distill.evaluate.image_files import find_images, prompt_of, read_pixels, size_of
+from distill.evaluate.image_files import prompt_of, read_pixels, size_of
+from distill.evaluate.image_folder import find_images
 from distill.evaluate.metrics import Interval, cmmd, interval
 
 

@@ -1,5 +1,6 @@
 """The files of a Stable Diffusion 3 pipeline: which are loaded, by name here and on the hub, and how JSON is read."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -7,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import TeacherError
+from distill.errors import ConfigError, TeacherError
 
 PIPELINE = "StableDiffusion3Pipeline"
 INDEX = "model_index.json"
 RECORD = "onestep.json"  # beside a teacher: what stock files cannot say; beside a student: all that serving must know
 DECODER = "decoder"  # folder of a student's small decoder
 DECODER_CONFIG, DECODER_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+SMALL_DECODER = "AutoencoderTiny"  # its class
 FORMAT = 1  # of a student's record; another number is refused
 MODELS = {  # components with weights, and their classes
     "transformer": "SD3Transformer2DModel",
@@ -140,6 +142,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TeacherError(f"{path} does not hold a JSON object; fetch or export the folder again")
     return value
+
+
+def read_decoder(folder: Path) -> str:
+    """Check that a folder is a small decoder's, and return the digest of its files. Raises ConfigError."""
+    for name in (DECODER_CONFIG, DECODER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(f"decoder {folder} has no {name}; give the folder of an {SMALL_DECODER}")
+    try:
+        kind = read_json(folder / DECODER_CONFIG).get("_class_name")
+        digest = decoder_digest(folder)
+    except (TeacherError, OSError) as error:
+        raise ConfigError(f"decoder {folder} cannot be read: {error}") from None
+    if kind != SMALL_DECODER:
+        raise ConfigError(f"decoder {folder} holds {kind}; give the folder of an {SMALL_DECODER}")
+    return digest
+
+
+def decoder_digest(folder: Path) -> str:
+    """The digest of a small decoder's files. Raises OSError."""
+    return hashlib.sha256((folder / DECODER_CONFIG).read_bytes() + (folder / DECODER_WEIGHTS).read_bytes()).hexdigest()
 
 
 def read_bytes(path: Path) -> bytes:

@@ -30,7 +30,6 @@ from distill.models.sd3_folder import PLAIN_DTYPES, SD3Folder, check_weights
 from distill.models.tensor_file import DTYPES, write_tensors
 from distill.models.weights import first_missing, tensor_shapes
 
-ENDING = ".safetensors"
 _PREFIXES = {
     "transformer": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -63,8 +62,6 @@ def open_single_file(path: Path, open_base: Callable[[Collection[str]], SD3Folde
     Raises TeacherError for a file that is no plain SD3 checkpoint, without a base, and for a base of another geometry;
     OutputError if the cache cannot be written.
     """
-    if path.suffix != ENDING:
-        raise TeacherError(f"{path} is no {ENDING} file; only safetensors are loaded, so convert it or give a folder")
     identity = hashlib.sha256()
     check_weights(path, identity, replaced=_TEXT)
     shapes = tensor_shapes(path)

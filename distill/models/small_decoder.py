@@ -4,7 +4,6 @@ Only its decoder is used and trained. diffusers needs an encoder to load the fol
 zero, so that it encodes every image to zeros instead of to something that looks like latents.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +11,13 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import nn
 
-from distill.errors import ConfigError, TeacherError
-from distill.models.sd3_files import DECODER_CONFIG, DECODER_WEIGHTS, read_json
+from distill.errors import ConfigError
+from distill.models.sd3_files import read_decoder
 from distill.models.weights import check_finite
 
 # `AutoencoderTiny` begins with 3 tanh(x / 3). Half of the transformer's latents, of standard deviation 1, stay where
 # that is nearly linear, whatever the scale of the VAE's own latents is.
 LATENT_SCALE = 2.0
-_KIND = "AutoencoderTiny"
 _ENCODER_WIDTH = 4
 
 
@@ -54,13 +52,7 @@ def load_small_decoder(
     folder: Path, latent_channels: int, scale_factor: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[AutoencoderTiny, str]:
     """Load a small decoder, and the digest of its files. Raises ConfigError, naming `decoder`, if it does not fit."""
-    try:
-        config = read_json(folder / DECODER_CONFIG)
-        digest = decoder_digest(folder)
-    except (TeacherError, OSError) as error:
-        raise ConfigError(f"decoder {folder} is not a complete {_KIND}: {error}; give the folder of one") from None
-    if config.get("_class_name") != _KIND:
-        raise ConfigError(f"decoder {folder} holds {config.get('_class_name')}; give the folder of an {_KIND}")
+    digest = read_decoder(folder)
     try:
         vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
         check_finite(vae, folder)
@@ -76,8 +68,3 @@ def load_small_decoder(
         if isinstance(module, nn.ReLU):
             module.inplace = True  # the same numbers, without another tensor
     return vae.to(device).eval().requires_grad_(False), digest
-
-
-def decoder_digest(folder: Path) -> str:
-    """The digest of a small decoder's files. Raises OSError."""
-    return hashlib.sha256((folder / DECODER_CONFIG).read_bytes() + (folder / DECODER_WEIGHTS).read_bytes()).hexdigest()

@@ -13,6 +13,7 @@ from distill.models.sd3_folder import SD3Folder
 if TYPE_CHECKING:
     from distill.models.hub import HubModel
 
+ENDING = ".safetensors"  # of a single file
 TEACHERS: dict[str, Path] = {}  # folders that ship with the package, by the name that a configuration gives
 
 
@@ -48,11 +49,15 @@ def open_tokenizers(reference: str | Path, base: str | None = None) -> SD3Folder
 
 
 def is_single_file(reference: str | Path, base: str | None) -> bool:
-    """Whether a teacher is a single file. Raises TeacherError for a missing one, and for a base of another teacher."""
+    """Whether a teacher is a single file. Raises TeacherError for one that cannot be used, and for a wrong base."""
     if str(reference) not in TEACHERS:
         path = Path(os.path.expanduser(reference))
-        if path.suffix == ".safetensors" and not path.exists():
+        if path.suffix == ENDING and not path.exists():
             raise TeacherError(f"there is no teacher {str(reference)!r}; that file does not exist")
+        if path.is_file() and path.suffix != ENDING:
+            raise TeacherError(
+                f"{path} is no {ENDING} file; only safetensors are loaded, so convert it or give a folder"
+            )
         if path.is_file():
             return True
     if base is not None:

@@ -13,21 +13,15 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from distill.errors import ConfigError, OutputError, TeacherError
 from distill.files import atomic_write, atomic_write_text
 from distill.models.sd3 import load_vae
-from distill.models.sd3_files import DECODER, DECODER_CONFIG, DECODER_WEIGHTS, RECORD, read_json
+from distill.models.sd3_files import DECODER, DECODER_CONFIG, DECODER_WEIGHTS, RECORD, decoder_digest, read_json
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import decoder_digest, load_small_decoder
+from distill.models.small_decoder import load_small_decoder
 from distill.options import DecoderChoice
 from distill.student.spec import OneStepSpec
 
 README = "README.md"
 FILES = (DECODER_CONFIG, DECODER_WEIGHTS, README)  # of a small decoder
 Default = Literal["full", "small"]
-
-
-def is_student(folder: SD3Folder) -> bool:
-    """Whether a folder is a student's, not a teacher's."""
-    path = folder.path / RECORD
-    return path.exists() and "start_time" in read_json(path)
 
 
 def check_decoder_place(student: Path, replacing: str | None = None) -> None:
@@ -92,10 +86,8 @@ def load_decoder(
     if decoder == "full":
         return load_vae(folder, dtype, device), None
     own = decoder == "small"
-    if own and spec.small_decoder is None:
-        raise ConfigError(
-            f"decoder small: {folder.path} has no small decoder; make one with `distill decoder`, or take full"
-        )
+    if own:
+        spec.check_small_decoder()
     path = folder.path / DECODER if own else Path(decoder)
     if own and _digest_of(path) != spec.small_decoder:
         raise ConfigError(

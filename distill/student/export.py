@@ -24,12 +24,12 @@ from distill.models.sd3_files import (
     MODELS,
     RECORD,
     Weights,
+    decoder_digest,
     find_weights,
     read_json,
     setting_files,
 )
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import decoder_digest
 from distill.models.two_times import save_second_time, split
 from distill.models.weights import first_nonfinite
 from distill.student.card import card, license_of

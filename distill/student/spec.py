@@ -44,11 +44,24 @@ class OneStepSpec:
         """Return whether this value of `RuntimeOptions.decoder` is a small decoder for the student."""
         return (self.decoder if decoder == "auto" else decoder) != "full"
 
+    def check_small_decoder(self) -> None:
+        """Raise ConfigError unless the student has a small decoder."""
+        if self.small_decoder is None:
+            raise ConfigError(
+                f"decoder small: {self.name} has no small decoder; make one with `distill decoder`, or take full"
+            )
+
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError unless the student supports this number of steps: 1, or any for an any-step student."""
         if steps < 1 or (steps > 1 and not self.any_step):
             supported = "any number of steps from 1" if self.any_step else "one step; set steps to 1"
             raise ConfigError(f"{self.name} makes images in {supported}, not {steps}")
+
+
+def is_student(folder: SD3Folder) -> bool:
+    """Whether a folder is a student's, not a teacher's."""
+    path = folder.path / RECORD
+    return path.exists() and "start_time" in read_json(path)
 
 
 def read_student(folder: Path | str) -> OneStepSpec:

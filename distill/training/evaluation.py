@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ GRID = 16  # images in a sample grid
 class EvaluationCallback:
     """Called after each round: saves sample grids, raises alarms, evaluates the student and keeps the best one.
 
-    Without an evaluator nothing is measured, and the last student is exported. In a process that does not `write`, the
+    Without an evaluator nothing is measured, and the last student is exported. A log of another evaluator is set aside,
+    because its values do not compare. In a process that does not `write`, the
     callback only takes part in generating images. `stops` says that early stopping ends the run.
     """
 
@@ -61,7 +62,11 @@ class EvaluationCallback:
         self.stops = False
         newest = checkpoint.latest(out / "checkpoints")
         self._resumed = int(newest.name) if newest else 0
+        other = evaluator is not None and _is_of_another(evaluator, out)
         if write:
+            if other:
+                for path in (out / EVALUATIONS, out / TEACHER_METRICS):
+                    _set_aside(path)
             for log in (EVALUATIONS, METRICS, ALARMS):
                 checkpoint.trim_lines(out / log, self._resumed)
             run = read_run(out)
@@ -69,7 +74,8 @@ class EvaluationCallback:
             for line in run.metrics:
                 self._record(self._alarms.add(line))  # those that a kill left out
             self.stops = ended_early(run.config, run.evaluations, run.best)
-        self._evaluated = any(line["images"] == self._resumed for line in read_run(out).evaluations)
+        evaluations = [] if other else read_run(out).evaluations
+        self._evaluated = any(line["images"] == self._resumed for line in evaluations)
         self._sampled = self._grid(self._resumed).exists()
         self._vae = load_vae(teacher, device=device)
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
@@ -148,3 +154,16 @@ class EvaluationCallback:
                 f"{self._config.early_stopping_patience} evaluations found no better student than that after "
                 f"{run.best['images']} images; the run ends with it, as early_stopping_patience says"
             )
+
+
+def _is_of_another(evaluator: Evaluator, out: Path) -> bool:
+    """Whether the evaluations of a run were made by another evaluator."""
+    best = checkpoint.latest(out / "best")
+    return best is not None and checkpoint.load_record(best).get("evaluator") != evaluator.digest
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a file, if there is one, with the first number that is free."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    if path.exists():
+        path.rename(next(name for name in names if not name.exists()))

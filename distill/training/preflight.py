@@ -38,22 +38,21 @@ def preflight(config: RunConfig, out: Path) -> SD3Folder | None:
     A teacher in a single file is only looked for, because PyTorch converts it; None is returned. Raises what
     `check_folder` and `check_source` raise, TeacherError, and ClaimedError while another process writes to the folder.
     """
-    teacher = None
-    if not is_single_file(config.teacher, config.teacher_base):
-        teacher = open_pinned(config, pin_teachers(config, out))
-        check_folder(config, out, teacher)
     check_evaluator_name(config.evaluation.evaluator)
     if config.evaluation.prompts is not None:
         next(read_prompts(config.evaluation.prompts), None)
     if is_locked(out):
         raise ClaimedError(f"another run is writing to {out}; wait for it, or give another --out")
-    if has_checkpoint(out):
-        return teacher
-    if config.init_from is not None and not config.init_from.is_dir():
-        raise ConfigError(f"init_from: {config.init_from} is no folder; give the folder of a run or of a student")
-    check_source(config.prompts, read_prompts)
-    if config.real is not None:
-        check_source(config.real, read_examples)
+    if not has_checkpoint(out):
+        if config.init_from is not None and not config.init_from.is_dir():
+            raise ConfigError(f"init_from: {config.init_from} is no folder; give the folder of a run or of a student")
+        check_source(config.prompts, read_prompts)
+        if config.real is not None:
+            check_source(config.real, read_examples)
+    if is_single_file(config.teacher, config.teacher_base):
+        return None
+    teacher = open_pinned(config, pin_teachers(config, out))  # last, because it may be fetched
+    check_folder(config, out, teacher)
     return teacher
 
 

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock
 
 from service.errors import ServiceError, StartError
-from service.files import PRIVATE, atomic_write, make_writable
+from service.files import PRIVATE, atomic_write, prepare_data_folder
 from service.jobs.batches.store import BatchStore
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
@@ -43,15 +43,7 @@ class Jobs:
     def __init__(self, folder: Path, settings: Settings) -> None:
         """Creates the data folder. Raises StartError if it cannot be created or written."""
         self.folder = folder.absolute()
-        for needed in (self.folder, self.folder / "files"):
-            try:
-                make_writable(needed)
-            except OSError as error:
-                raise StartError(
-                    f"data: the folder {needed} cannot be created or written ({error.strerror}); make it writable for "
-                    "the user that the server runs as, or name another one with --data, or `none` to serve without "
-                    "files, batches and jobs"
-                ) from None
+        prepare_data_folder(self.folder)
         given = settings.jobs.database
         self.database = Database(given.get_secret_value() if given else f"sqlite:///{self.folder / 'jobs.sqlite'}")
         self.workflows = Workflows(self.database, self.folder)

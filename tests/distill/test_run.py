@@ -555,6 +555,13 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert invoke(*arguments).exit_code == 0
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
     assert read_run(out).images == run.images
+    log = (out / "evaluations.jsonl").read_text()
+    other = command(teacher, prompts, out, *values, "evaluation.teacher_steps=1")  # it may find a better student yet
+    assert invoke(*other).exit_code == 0
+    resumed = read_run(out)
+    assert resumed.images > run.images
+    assert [line["images"] for line in resumed.evaluations] == [*range(run.images, resumed.images + 1, 8)]
+    assert (out / "evaluations-1.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(("name", "words"), [("wandb", "pip install wandb"), ("wandbb", "there is no 'wandbb'")])

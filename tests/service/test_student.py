@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from worker_threads import worker_threads
 
 from distill.models.sd3 import load_transformer
+from distill.models.sd3_files import decoder_digest
 from distill.models.sd3_folder import SD3Folder
-from distill.models.small_decoder import decoder_digest, make_small_decoder
+from distill.models.small_decoder import make_small_decoder
 from distill.models.two_times import add_second_time
 from distill.pipeline import OneStepPipeline
 from distill.student.export import export_student

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import ConfigError, OutputError, PromptError, RunError
 from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts
-from distill.evaluate.image_files import find_images
+from distill.evaluate.image_folder import find_images
 
 LINES = [
     '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from distill.evaluate.image_files import find_images, read_pixels, size_of
+from distill.evaluate.image_files import read_pixels, size_of
+from distill.evaluate.image_folder import find_images
 
 
 def test_photos_are_read_upright_and_in_srgb(tmp_path):

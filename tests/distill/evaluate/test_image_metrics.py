@@ -17,7 +17,8 @@ from distill.cli import app
 from distill.errors import ConfigError, ScorerError
 from distill.evaluate.clip import Clip
 from distill.evaluate.generate import save_image
-from distill.evaluate.image_files import find_images, read_pixels
+from distill.evaluate.image_files import read_pixels
+from distill.evaluate.image_folder import find_images
 from distill.evaluate.image_metrics import fid
 from distill.evaluate.metrics import cmmd
 from distill.worlds.tokenizer import build_clip_tokenizer

@@ -94,7 +94,7 @@ def test_a_small_decoder_decodes_the_students_latents(student: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder, student: folder / "nothing", "is not a complete AutoencoderTiny"),
+        (lambda folder, student: folder / "nothing", "nothing has no config.json"),
         (lambda folder, student: student / "vae", "holds AutoencoderKL"),
         (lambda folder, student: small_decoder(folder, channels=16), "decodes 16 channels"),
         (lambda folder, student: small_decoder(folder, factor=4), "at 4 pixels per latent"),

@@ -104,8 +104,9 @@ def test_another_metric_chooses_the_best_student_anew(whole, settings, clip_fold
     assert any(isinstance(each, ReferenceProgress) for each in progress)
     assert len(list((out / "references").iterdir())) == 2
     found = read_run(out)
-    assert found.best["clip_score"] == max(line["clip_score"] for line in found.evaluations if line["images"] > 24)
-    assert found.best["images"] > 24
+    assert [line["images"] for line in found.evaluations] == [24, 32, 40, 48]
+    assert found.best["clip_score"] == max(line["clip_score"] for line in found.evaluations)
+    assert (out / "evaluations-1.jsonl").read_text() == (undisturbed / "evaluations.jsonl").read_text()
 
 
 def test_a_run_that_stops_while_the_teacher_is_sampled_goes_on(settings, tmp_path) -> None:
