@@ -62,6 +62,7 @@ def tuned(
     read or written.
     """
     made_for = _made_for(student, device, options, max_batch)
+    name = read_student(student).name
     digest = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()
     path = folder / f"choice-{digest[:16]}.json"
     kept = _read(path, made_for)  # without the lock, which a read-only folder cannot have
@@ -73,10 +74,10 @@ def tuned(
         try:
             kept = _read(path, made_for)
             if kept is None:
-                log.warning("measuring for at most about %g s how %s computes %s fastest", seconds, device, student)
+                log.info("measuring for at most about %g s how %s computes %s fastest", seconds, device, name)
                 tuner = Tuner(student, device, options, max_batch, seconds)
                 choice = tuner.choose()
-                log.warning("measured for %.1f s", tuner.seconds_taken())
+                log.info("measured for %.1f s", tuner.seconds_taken())
                 kept = _Kept(
                     format=FORMAT,
                     made_for=made_for,
@@ -88,7 +89,7 @@ def tuned(
                     atomic_write_text(path, kept.model_dump_json(indent=1))
         finally:
             lock.release()
-    log.info("%s computes %s with %s; kept in %s", device, student, describe(kept.choice), path)
+    log.info("%s computes %s with %s; kept in %s", device, name, describe(kept.choice), path)
     if not kept.complete:
         log.warning("the search of %s was cut short; delete the file to measure again, which may change images", path)
     return kept.choice

@@ -369,7 +369,7 @@ def test_expired_and_missing_files_are_named(connect, tmp_path, teacher):
 
 def test_a_missing_teacher_fails_a_queued_job(connect, tmp_path, teacher):
     folder = tmp_path / "teacher"
-    folder.mkdir()
+    shutil.copytree(teacher, folder)
     with server(tmp_path / "data", {"gone": str(folder), "unknown": str(folder)}) as url:
         client = connect(url)
         file = upload(client)
@@ -377,7 +377,7 @@ def test_a_missing_teacher_fails_a_queued_job(connect, tmp_path, teacher):
         for name in ("gone", "unknown"):
             job = client.fine_tuning.jobs.create(model=name, training_file=file, extra_body={"distillation": TINY})
             ids[name] = client.fine_tuning.jobs.pause(job.id).id
-        folder.rmdir()
+        shutil.rmtree(folder)
     with server(tmp_path / "data", {"gone": str(folder)}) as url:
         client = connect(url)
         for name, code in (("gone", "model_gone"), ("unknown", "model_not_found")):

@@ -42,7 +42,7 @@ def test_a_job_from_the_shell_is_followed_to_its_student(teacher, tmp_path, monk
             "Images seen: 8 of 16",
             "Images seen: 16 of 16",
         ]
-        said = ("Validating the file", "The job is queued.", "The job is running.")
+        said = ("Validating the file", "usually draws blur or noise", "The job is queued.", "The job is running.")
         assert all(words in line for line, words in zip(lines, said, strict=False))
         refused = distill("cancel", name)
         assert isinstance(refused.exception, RemoteError)
