@@ -66,6 +66,8 @@ def run_server(settings: Settings, sockets: list[socket.socket], names: str, key
 
     server = GracefulServer(uvicorn_config(served, settings), announce)
     try:
+        for bound in sockets:
+            bound.listen()  # two servers can bind one address before either listens; uvicorn would log a traceback
         server.run(sockets)
     except OSError as error:  # another process took the address while the models were loaded
         log.error("%s:%s cannot be used: %s", settings.http.host, settings.http.port, error.strerror)
