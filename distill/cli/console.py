@@ -176,10 +176,14 @@ def _fitting(metrics: Mapping[str, float], width: int) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Build a table with the first column aligned left and the others right."""
+    """Build a table with the first column aligned left and the others right.
+
+    Where the console is too narrow, texts are folded; a first column of short names stays whole.
+    """
     built = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        built.add_column(name, justify="left" if i == 0 else "right")
+        built.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    built.columns[0].no_wrap = max(len(row[0]) for row in (header, *rows)) <= out.width // 3
     for row in rows:
         built.add_row(*row)
     return built
@@ -189,7 +193,6 @@ def metric_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     """Build a table of one model per row, or, if that is wider than the console and narrower, one metric per row."""
     lines = [*zip(header, *rows, strict=True)]
     plain, turned = table(title, header, rows), table(title, lines[0], lines[1:])
-    turned.columns[0].no_wrap = True  # names of metrics
     wide, narrow = (
         Measurement.get(out, out.options.update(max_width=10_000), each).maximum for each in (plain, turned)
     )
