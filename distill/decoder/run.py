@@ -32,7 +32,7 @@ from distill.evaluate.base import EvalPrompts, find_eval_dataset
 from distill.evaluate.sampler import Sampling
 from distill.files import append_line, atomic_write_text
 from distill.models.sd3 import load_vae
-from distill.models.sd3_files import DECODER, RECORD, decoder_digest, find_weights, read_json
+from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
 from distill.models.small_decoder import make_small_decoder
 from distill.philox import key_of
@@ -40,7 +40,7 @@ from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm
 from distill.report.grid import save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
 from distill.report.run_state import STATE, Phase, write_state
-from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place
+from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place, digest_of
 from distill.student.spec import is_student
 from distill.training import checkpoint
 from distill.training.preparation import SPEED, read_speed
@@ -194,16 +194,9 @@ def check(run: DecoderRun) -> None:
     if config.real is not None:
         next(_real_images(config))
     for student in run.students:
-        check_decoder_place(student.path, _digest_of(out / DECODER))
+        check_decoder_place(student.path, digest_of(out / DECODER))
         if _vae_digest(student) != _vae_digest(run.model):
             raise ConfigError(f"{student.path} has another VAE than {run.model.name}; name a student of the same VAE")
-
-
-def _digest_of(decoder: Path) -> str | None:
-    """The digest of a decoder that was exported before."""
-    with suppress(OSError):
-        return decoder_digest(decoder)
-    return None
 
 
 def _vae_digest(model: SD3Folder) -> str:

@@ -89,7 +89,7 @@ def load_decoder(
     if own:
         spec.check_small_decoder()
     path = folder.path / DECODER if own else Path(decoder)
-    if own and _digest_of(path) != spec.small_decoder:
+    if own and digest_of(path) != spec.small_decoder:
         raise ConfigError(
             f"decoder small: {path} is damaged or not the one that {RECORD} names; remove it and add it again with "
             "`distill decoder`, or take full"
@@ -97,7 +97,7 @@ def load_decoder(
     return load_small_decoder(path, spec.latent_channels, spec.vae_scale_factor, dtype, device)
 
 
-def _digest_of(decoder: Path) -> str | None:
+def digest_of(decoder: Path) -> str | None:
     """The digest of a small decoder; None if files are missing."""
     try:
         return decoder_digest(decoder)
