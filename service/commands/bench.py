@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import http.client
 import json
 import logging
 import os
@@ -10,16 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
+import httptools
 import httpx2
 import numpy as np
+from uvicorn.loops.auto import auto_loop_factory
 
 from service.engine.engine import Engine
 from service.engine.launch import worker_processes
@@ -28,6 +28,7 @@ from service.errors import StartError
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 120.0
 EXIT_SECONDS = 40.0  # within which a server must exit after SIGTERM
@@ -51,52 +52,115 @@ class LoadResult:
         return float(np.quantile(self.latencies, share)) if self.latencies else float("nan")
 
 
+class _Connection(asyncio.Protocol):
+    """A connection to a server, with one request at a time. It keeps no bodies."""
+
+    closed = False  # by either side, or by the last response
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        self._parser = httptools.HttpResponseParser(self)
+        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def ask(self, request: bytes) -> int:
+        """Send a request and return the status of its response. Raises OSError without one."""
+        self._status = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._status
+
+    def close(self) -> None:
+        self.closed = True
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(ConnectionError(f"the response is invalid ({error})"))
+
+    def on_message_complete(self) -> None:
+        """Take the end of a response from the parser."""
+        self.closed = not self._parser.should_keep_alive()
+        if not self._status.done():
+            self._status.set_result(self._parser.get_status_code())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(exc or ConnectionError("the server closed the connection"))
+
+    def _fail(self, error: Exception) -> None:
+        self.close()
+        if not self._status.done():
+            self._status.set_exception(error)
+
+
+class _Client:
+    """A client with a connection of its own."""
+
+    def __init__(self, url: SplitResult, number: int, run: str, key: str | None) -> None:
+        self._url = url
+        self._prompt = f"a red circle left of a blue star, {run} {number}"
+        lines = [f"POST {url.path.rstrip('/')}/v1/images/generations HTTP/1.1", f"host: {url.netloc}"]
+        lines += [f"authorization: Bearer {key}"] if key else []
+        self._head = "\r\n".join([*lines, "content-type: application/json", "content-length: "])
+        self._connection: _Connection | None = None
+
+    async def ask(self, seed: int) -> tuple[float, int]:
+        """Ask for one image. Returns seconds and status of the response. Raises OSError without one."""
+        began = time.perf_counter()
+        if self._connection is None or self._connection.closed:
+            tls = self._url.scheme == "https"
+            address = self._url.hostname or "", self._url.port or (443 if tls else 80)
+            loop = asyncio.get_running_loop()
+            _, self._connection = await loop.create_connection(_Connection, *address, ssl=tls or None)
+        body = json.dumps({"prompt": self._prompt, "seed": seed})
+        status = await self._connection.ask(f"{self._head}{len(body)}\r\n\r\n{body}".encode())
+        return time.perf_counter() - began, status
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
 def measure_server(url: str, clients: int, seconds: float, key: str | None = None) -> LoadResult:
     """Measure a server with requests for one image each, whose prompts and seeds miss all caches.
 
-    Every client has its own connection, and sends one request before the time starts. Raises StartError if the server
-    cannot be reached.
+    Every client has its own connection, and sends one request before the time starts. All share one thread, so that
+    they take little of the CPU time that they measure. Raises StartError if the server cannot be reached.
     """
-    parts = urlsplit(url)
     run = uuid.uuid4().hex
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    everyone = [_Client(urlsplit(url), number, run, key) for number in range(clients)]
     latencies: list[float] = []
     refused: list[float] = []
-    began: list[float] = []
-    start = threading.Barrier(clients, action=lambda: began.append(time.perf_counter()))
 
-    def client(number: int) -> None:
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        with contextlib.closing(kind(parts.netloc, timeout=TIMEOUT_SECONDS)) as connection:
+    async def repeat(client: _Client, end: float) -> None:
+        for seed in range(1, sys.maxsize):
+            if time.perf_counter() >= end:
+                return
+            latency, status = await client.ask(seed)
+            (latencies if status == 200 else refused).append(latency)
 
-            def ask(i: int) -> tuple[float, int]:
-                sent = time.perf_counter()
-                body = json.dumps({"prompt": f"a red circle left of a blue star, {run} {number}", "seed": i})
-                connection.request("POST", f"{parts.path.rstrip('/')}/v1/images/generations", body, headers)
-                answer = connection.getresponse()
-                answer.read()
-                return time.perf_counter() - sent, answer.status
+    async def whole() -> float:
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await asyncio.gather(*(client.ask(0) for client in everyone))
+            for client in everyone:
+                client.close()  # the server may close it before the slowest client is ready
+            began = time.perf_counter()
+            async with asyncio.timeout(seconds + TIMEOUT_SECONDS):
+                await asyncio.gather(*(repeat(client, began + seconds) for client in everyone))
+            return time.perf_counter() - began
+        finally:
+            for client in everyone:
+                client.close()
+            await asyncio.sleep(0)  # transports close in the loop's next pass
 
-            try:
-                ask(0)
-                connection.close()  # the server may close it before the slowest client is ready
-                start.wait()
-                for i in range(1, sys.maxsize):
-                    if time.perf_counter() >= began[0] + seconds:
-                        return
-                    latency, status = ask(i)
-                    (latencies if status == 200 else refused).append(latency)
-            except (OSError, http.client.HTTPException) as error:
-                start.abort()  # for clients that wait for this one
-                raise StartError(
-                    f"{url} cannot be reached: {type(error).__name__} {error}; is a server running there?"
-                ) from None
-
-    with ThreadPoolExecutor(clients) as pool:
-        errors = [error for done in [pool.submit(client, i) for i in range(clients)] if (error := done.exception())]
-    if errors:
-        raise next((error for error in errors if isinstance(error, StartError)), errors[0])
-    return LoadResult(clients, time.perf_counter() - began[0], latencies, len(refused))
+    try:
+        elapsed = _run(whole())
+    except OSError as error:
+        raise StartError(
+            f"{url} cannot be reached: {type(error).__name__} {error}; is a server running there?"
+        ) from None
+    return LoadResult(clients, elapsed, latencies, len(refused))
 
 
 def measure_engine(settings: Settings, clients: int, seconds: float, metrics: Metrics | None = None) -> LoadResult:
@@ -128,7 +192,13 @@ def measure_engine(settings: Settings, clients: int, seconds: float, metrics: Me
         finally:
             await engine.drain()
 
-    return asyncio.run(whole())
+    return _run(whole())
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run on an event loop as the server's."""
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        return runner.run(work)
 
 
 @contextlib.contextmanager
