@@ -124,8 +124,11 @@ def create_app(
             "realtime": RealtimeSessions(images, authenticator, rate_limiter, settings, metrics, tracing),
         }
     )
-    for module in pkgutil.iter_modules(routers.__path__):
-        app.include_router(importlib.import_module(f"service.routers.{module.name}").router)
+    names = sorted(
+        (module.name for module in pkgutil.iter_modules(routers.__path__)), key=lambda name: name != "images"
+    )
+    for name in names:  # images first, because each request is compared with one route after the other
+        app.include_router(importlib.import_module(f"service.routers.{name}").router)
     upload = BodyLimit(settings.jobs.max_file_bytes + FORM_BYTES, settings.jobs.upload_timeout_seconds)
     body = BodyLimit(settings.http.max_body_bytes, BODY_SECONDS)
     app.add_middleware(RequestMiddleware, metrics, body, {"/v1/files": upload} if jobs else {}, tracing)

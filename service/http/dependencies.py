@@ -1,18 +1,16 @@
 """What handlers need, as named types. All dependencies are coroutines, because FastAPI runs others in a thread."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.requests import HTTPConnection
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.engine.engine import Engine
 from service.engine.stored_models import StoredModels
 from service.errors import NotFound, Unavailable
 from service.http.authentication import Authenticator
-from service.http.idempotency import IdempotencyStore
 from service.http.keys import Scope
-from service.http.rate_limiter import RateLimiter
 from service.images.realtime import RealtimeSessions
 from service.images.service import ImageService
 from service.jobs.jobs import Jobs
@@ -35,7 +33,6 @@ UncheckedEngineDep = Annotated[Engine, _from_app("engine")]  # also while it sta
 ImagesDep = Annotated[ImageService, _from_app("images")]
 RealtimeDep = Annotated[RealtimeSessions, _from_app("realtime")]
 StoredModelsDep = Annotated[StoredModels, _from_app("stored_models")]
-AuthenticatorDep = Annotated[Authenticator, _from_app("authenticator")]
 
 
 async def _engine(engine: UncheckedEngineDep) -> Engine:
@@ -44,25 +41,6 @@ async def _engine(engine: UncheckedEngineDep) -> Engine:
 
 
 EngineDep = Annotated[Engine, Depends(_engine)]
-
-
-class ImageServices(NamedTuple):
-    """What the route of images needs. It is one dependency, because each one costs time in every request."""
-
-    images: ImageService
-    settings: Settings
-    rate_limiter: RateLimiter
-    idempotency: IdempotencyStore
-
-
-async def _image_services(connection: HTTPConnection) -> ImageServices:
-    """Return the app's objects. Raises Unavailable while the engine starts or drains."""
-    state = connection.app.state
-    state.engine.check_open()
-    return ImageServices(state.images, state.settings, state.rate_limiter, state.idempotency)
-
-
-ImageServicesDep = Annotated[ImageServices, Depends(_image_services)]
 
 
 async def _jobs(jobs: Annotated[Jobs | None, _from_app("jobs")]) -> Jobs:
@@ -76,23 +54,34 @@ async def _jobs(jobs: Annotated[Jobs | None, _from_app("jobs")]) -> Jobs:
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 
 
-def _owner_with(scope: Scope) -> Any:
-    """Return a dependency: the owner of the caller's key with a scope, or its address on a server without keys.
+_BEARER = HTTPBearer(auto_error=False)
+_API_KEY = APIKeyHeader(name="api-key", auto_error=False)
+_X_API_KEY = APIKeyHeader(name="x-api-key", auto_error=False)
 
-    It raises Unauthorized without a known key, Forbidden if the key does not have the scope.
+
+async def owner_of(request: Request, scope: Scope) -> str:
+    """Return the owner of the caller's key with a scope, or its address on a server without keys.
+
+    Raises Unauthorized without a known key, Forbidden if the key does not have the scope.
     """
+    bearer = await _BEARER(request)
+    token = bearer.credentials if bearer else await _API_KEY(request) or await _X_API_KEY(request) or ""
+    authenticator: Authenticator = request.app.state.authenticator
+    name = await authenticator.owner(token, scope, request)
+    request.state.owner = name
+    return name
+
+
+def _owner_with(scope: Scope) -> Any:
+    """Return `owner_of` as a dependency, whose other parameters are for the OpenAPI description."""
 
     async def owner(
         request: Request,
-        authenticator: AuthenticatorDep,
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-        api_key: Annotated[str | None, Depends(APIKeyHeader(name="api-key", auto_error=False))],
-        x_api_key: Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_error=False))],
+        _bearer: Annotated[Any, Depends(_BEARER)],
+        _api_key: Annotated[Any, Depends(_API_KEY)],
+        _x_api_key: Annotated[Any, Depends(_X_API_KEY)],
     ) -> str:
-        token = bearer.credentials if bearer else api_key or x_api_key or ""
-        name = await authenticator.owner(token, scope, request)
-        request.state.owner = name
-        return name
+        return await owner_of(request, scope)
 
     return Depends(owner)
 

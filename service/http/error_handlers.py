@@ -67,10 +67,10 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(field_error(first["type"], first["loc"][1:], first["msg"]))
 
 
-def body_error(error: ValidationError) -> RequestValidationError:
-    """Return FastAPI's error for a body that a handler validated."""
+def request_error(error: ValidationError, *place: str) -> RequestValidationError:
+    """Return FastAPI's error for a part of a request that a handler validated: `body`, or `header` and its name."""
     errors = error.errors(include_input=False)
-    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors])
+    return RequestValidationError([{**each, "loc": (*place, *each["loc"])} for each in errors])
 
 
 def field_error(kind: str, field: Sequence[str | int], message: str) -> InvalidRequest:

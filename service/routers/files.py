@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 
 from service.errors import InvalidRequest, NotFound
 from service.http.dependencies import JobsDep, JobsOwner
-from service.http.error_handlers import body_error
+from service.http.error_handlers import request_error
 from service.jobs.schemas import FileObject, Page, Purpose, Upload
 from service.schemas import Deleted, ErrorResponse
 
@@ -40,7 +40,7 @@ async def upload(request: Request, jobs: JobsDep, owner: JobsOwner) -> FileObjec
         try:
             given = Upload.model_validate(dict(form))
         except ValidationError as error:
-            raise body_error(error) from None
+            raise request_error(error, "body") from None
         if (given.anchor is None) != (given.seconds is None):
             raise InvalidRequest("expires_after takes anchor and seconds together", "expires_after")
         kept = await jobs.write(

@@ -3,39 +3,60 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Request, Response
-from pydantic import SkipValidation, ValidationError
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 
 from service.errors import ClientGone, InvalidRequest
 from service.http.accept import IMAGES, image_type
-from service.http.dependencies import ImageServicesDep, ImagesOwner
-from service.http.error_handlers import body_error
-from service.images.service import GeneratedImages
+from service.http.body import read_json
+from service.http.dependencies import ImagesOwner, owner_of
+from service.http.error_handlers import request_error
+from service.http.idempotency import IdempotencyStore
+from service.images.service import GeneratedImages, ImageService
 from service.schemas import ErrorResponse, ImageCompleted, ImageRequest, ImagesResponse
-
-router = APIRouter(prefix="/v1/images", tags=["images"])
+from service.settings import Settings
 
 EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+_idempotency_key: TypeAdapter[str | None] = TypeAdapter(IdempotencyKey)
 T = TypeVar("T")
 
 
-async def _validated(body: Annotated[ImageRequest, SkipValidation], services: ImageServicesDep) -> ImageRequest:
-    """Validate the body as the settings require. Raises RequestValidationError."""
+async def _read_and_generate(request: Request) -> Response:
+    """Read the parameters of `generate` and call it. Raises Unavailable while the engine starts or drains."""
+    content = await read_json(request)
+    request.app.state.engine.check_open()
+    owner = await owner_of(request, "generate")
+    settings: Settings = request.app.state.settings
+    place = ["body"]
     try:
-        unsupported = services.settings.images.unsupported_fields
-        return ImageRequest.model_validate(body, context={"unsupported": unsupported})
+        body = ImageRequest.model_validate(content, context={"unsupported": settings.images.unsupported_fields})
+        place = ["header", "idempotency-key"]
+        key = _idempotency_key.validate_python(request.headers.get("idempotency-key"))
     except ValidationError as error:
-        raise body_error(error) from None
+        raise request_error(error, *place) from None
+    return await generate(request, owner, body, key)
 
 
-Validated = Annotated[ImageRequest, Depends(_validated)]
+class _ImagesRoute(APIRoute):
+    """A route whose parameters FastAPI only describes.
+
+    Its resolution of them would take as long as the rest of the handler.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return _read_and_generate
+
+
+router = APIRouter(prefix="/v1/images", tags=["images"], route_class=_ImagesRoute)
 
 
 @router.post(
@@ -55,10 +76,9 @@ Validated = Annotated[ImageRequest, Depends(_validated)]
 )
 async def generate(
     request: Request,
-    services: ImageServicesDep,
     owner: ImagesOwner,
-    body: Validated,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    body: ImageRequest,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Generate `n` images of a prompt, each with one network evaluation or with `steps` of them (extension).
 
@@ -69,14 +89,16 @@ async def generate(
     _check_consistency(body, raw)
     if raw is not None:
         body = body.model_copy(update={"output_format": IMAGES[raw]})
-    images, settings = services.images, services.settings
+    state = request.app.state
+    images: ImageService = state.images
+    settings: Settings = state.settings
     async with images.engine.catalog.use(body.model, body.lora.name if body.lora else None):
         generation, output = images.resolve(body, owner)
         request.state.user = body.user
         request.state.prompt = body.prompt if settings.observability.log_prompts else None
 
         async def answer() -> Response:
-            services.rate_limiter.take(owner, len(generation.seeds))
+            state.rate_limiter.take(owner, len(generation.seeds))
             generated = await _unless_disconnected(request, images.generate(generation, output))
             headers = {"server-timing": generated.server_timing}
             if raw is not None:
@@ -92,7 +114,8 @@ async def generate(
         if idempotency_key is None:
             return await answer()
         fingerprint = hashlib.sha256(f"{raw} {body.model_dump_json()}".encode()).hexdigest()
-        return await services.idempotency.run_once(owner, idempotency_key, fingerprint, answer)
+        idempotency: IdempotencyStore = state.idempotency
+        return await idempotency.run_once(owner, idempotency_key, fingerprint, answer)
 
 
 def _check_consistency(body: ImageRequest, raw: str | None) -> None:
