@@ -225,8 +225,7 @@ class OneStepPipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to uint8 RGB (B, H, W, 3) on the CPU. Raises DivergedError unless finite."""
         parts, finite = [], []
-        for batch in _batches(len(latents), self._batch_sizes(latents).decoder):
-            pixels = self._decoder(latents[batch]).float()
+        for pixels in self.pixels(latents):
             finite.append(pixels.isfinite().all())
             # Rounded on the device: a quarter of the bytes to copy.
             parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
@@ -236,6 +235,15 @@ class OneStepPipeline:
                 "weights are damaged; set precision to fp32"
             )
         return to_host(torch.cat(parts)[: len(latents)])
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents (B, C, h, w) to fp32 RGB (b, 3, H, W) in about [-1, 1], on the device, batch by batch.
+
+        The last batch has padding.
+        """
+        for batch in _batches(len(latents), self._batch_sizes(latents).decoder):
+            yield self._decoder(latents[batch]).float()
 
     def size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Replace None by the native width and height. Raises SizeError unless the student supports the size."""

@@ -21,6 +21,7 @@ import diffusers
 import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from distill.errors import OutputError
 from distill.files import atomic_write_text
@@ -31,11 +32,12 @@ from distill.student.runtime import BatchSizes, RuntimeChoice, Size, SizeBatches
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 GAIN = 0.95  # of the time so far; a value that takes more of it is not worth a change, and smaller changes are noise
-WASTE = 1.3  # of the least time per image; the smallest batch within it is chosen, because a lone image fills it too
+WASTE = 1.3  # of the least time per image; the smallest batch within it is chosen, since a lone image pays for it
 REPEATS = 5  # of which the fastest counts
 SHARE = 0.05  # of the time for all measurements; a call that takes more is not repeated
+Inputs = Callable[[int], Callable[[], Tensor]]  # a stage's call for so many images, which returns its outputs
 _PROMPT = "a red circle left of a blue star, number {}"  # another one in each row
 
 
@@ -280,43 +282,71 @@ class Tuner:
         """Return the seconds for each image of the native size, without text."""
         pipeline.use(choice)
         each = choice.sizes[0]
-        network = self._network(pipeline, each.size, each.network[-1])
-        decoder = self._decoder(pipeline, each.size, each.decoder[-1])
+        network = self._seconds(pipeline, _network(pipeline, each.size), each.network[-1])
+        decoder = self._seconds(pipeline, _decoder(pipeline, each.size), each.decoder[-1])
         self.milliseconds[describe(choice)] = 1000 * (network + decoder)
         return network + decoder
 
     def _batches(self, pipeline: OneStepPipeline, choice: RuntimeChoice) -> RuntimeChoice:
-        """Return the choice with the best batch size of each stage and image size."""
+        """Return the choice with the best batch sizes of each stage and image size."""
         if self.options.batch_buckets:
             return choice
+        precision = choice.options.precision
         for each in choice.sizes:
-            name = f"{choice.options.precision}, {each.size[0]}x{each.size[1]}"
-
-            def network(batch: int, size: Size = each.size) -> float:
-                return self._network(pipeline, size, batch)
-
-            def decoder(batch: int, size: Size = each.size) -> float:
-                return self._decoder(pipeline, size, batch)
-
-            found = self.smallest(f"network, {name}", _at_most(self.max_batch, each.network), network)
+            name = f"{precision}, {each.size[0]}x{each.size[1]}"
+            otherwise = _at_most(self.max_batch, each.network)
+            stage = _network(pipeline, each.size)
+            network = self._sizes(pipeline, f"network, {name}", stage, otherwise, self.max_batch)
             # A batch has as many images as the network computes at once; a larger decoder batch would be padded.
-            small = self.smallest(f"decoder, {name}", _at_most(found[-1], each.decoder), decoder, found[-1])
-            best = SizeBatches(size=each.size, network=found, decoder=small)
+            otherwise = _at_most(network[-1], each.decoder)
+            stage = _decoder(pipeline, each.size)
+            decoder = self._sizes(pipeline, f"decoder, {name}", stage, otherwise, network[-1])
+            best = SizeBatches(size=each.size, network=network, decoder=decoder)
             sizes = tuple(best if old.size == best.size else old for old in choice.sizes)
             choice = choice.model_copy(update={"sizes": sizes})
         most = max(each.network[-1] for each in choice.sizes)  # prompts that are encoded together
-        stage = f"text, {choice.options.precision}"
-        text = self.smallest(stage, _at_most(most, choice.text), lambda batch: self._text(pipeline, batch), most)
+        text = self._sizes(pipeline, f"text, {precision}", _text(pipeline), _at_most(most, choice.text), most)
         choice = choice.model_copy(update={"text": text})
         pipeline.use(choice)
         return choice
 
-    def smallest(
-        self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float], most: int | None = None
+    def _sizes(
+        self, pipeline: OneStepPipeline, stage: str, inputs: Inputs, otherwise: BatchSizes, most: int
     ) -> BatchSizes:
-        """Return the smallest batch, of at most so many, that takes little more for each image than the best one."""
+        """Return the best batch size of a stage, and the other useful ones that compute the same bits.
+
+        Not on GPUs, where a kernel is chosen for each shape and each size may have a CUDA graph, and not where each
+        size is compiled.
+        """
+        chosen, useful = self.smallest(stage, otherwise, lambda batch: self._seconds(pipeline, inputs, batch), most)
+        if self.device.type == "cuda" or pipeline.choice.options.compile:
+            return chosen
+        return self.equal(pipeline, inputs, chosen[-1], useful)
+
+    def equal(self, pipeline: OneStepPipeline, inputs: Inputs, chosen: int, sizes: BatchSizes) -> BatchSizes:
+        """Return the batch sizes whose outputs are those of the chosen one to the bit, and the chosen one.
+
+        Kernels add in an order that depends on shapes, not on values: sizes that agree for some inputs agree for all.
+        """
+        call = inputs(max((chosen, *sizes)))
+        self._use_batch(pipeline, chosen)
+        expected, found = call(), [chosen]
+        for batch in sizes:
+            if batch != chosen and self.time_left() > 0:
+                self._use_batch(pipeline, batch)
+                if torch.equal(call(), expected):
+                    found.append(batch)
+        return tuple(sorted(found))
+
+    def smallest(
+        self, stage: str, otherwise: BatchSizes, seconds: Callable[[int], float], most: int
+    ) -> tuple[BatchSizes, BatchSizes]:
+        """Return the smallest batch, of at most so many, that takes little more for each image than the best one.
+
+        The second tuple holds all sizes that were measured, up to the best one.
+        """
         found: dict[int, float] = {}
-        batch, most = 1, most or self.max_batch
+        batch = 1
         while batch <= most and self.time_left() > 0:
             try:
                 found[batch] = seconds(batch)
@@ -327,24 +357,10 @@ class Tuner:
                 break
             batch *= 2
         if not found or (batch <= most and self.time_left() <= 0):
-            return otherwise  # unknown beyond what was measured
-        return (min(batch for batch, each in found.items() if each <= WASTE * min(found.values())),)
-
-    # Stages: seconds for each image
-
-    def _text(self, pipeline: OneStepPipeline, batch: int) -> float:
-        self._use_batch(pipeline, batch)
-        return self._seconds(lambda: pipeline.encode(_prompts(batch))) / batch
-
-    def _network(self, pipeline: OneStepPipeline, size: Size, batch: int) -> float:
-        self._use_batch(pipeline, batch)
-        cond, noise = pipeline.encode(_prompts(batch)), pipeline.noise(range(batch), *size)
-        return self._seconds(lambda: pipeline.latents(cond, noise)) / batch
-
-    def _decoder(self, pipeline: OneStepPipeline, size: Size, batch: int) -> float:
-        noise = pipeline.noise(range(batch), *size)
-        self._use_batch(pipeline, batch)
-        return self._seconds(lambda: pipeline.decode(noise)) / batch
+            return otherwise, ()  # unknown beyond what was measured
+        best = min(found, key=found.__getitem__)
+        chosen = min(batch for batch, each in found.items() if each <= WASTE * found[best])
+        return (chosen,), tuple(batch for batch in found if batch <= best)
 
     def _use_batch(self, pipeline: OneStepPipeline, batch: int) -> None:
         """Compute every stage in batches of one size from now on, in the way that the pipeline computes already."""
@@ -353,16 +369,21 @@ class Tuner:
         )
         pipeline.use(pipeline.choice.model_copy(update={"text": (batch,), "sizes": alike}))
 
-    def _seconds(self, call: Callable[[], object]) -> float:
-        """Return the least seconds of several calls, after one that only counts if the time ends with it."""
+    def _seconds(self, pipeline: OneStepPipeline, inputs: Inputs, batch: int) -> float:
+        """Return the least seconds for each image of several calls.
+
+        A first call only counts if the time ends with it.
+        """
+        self._use_batch(pipeline, batch)
+        call = inputs(batch)
         began = time.monotonic()
         first = self._timed(call)
         if self.time_left() <= 0:
-            return first
+            return first / batch
         single = self._timed(call)
         if time.monotonic() - began > SHARE * self.seconds:
-            return single
-        return min(single, *(self._timed(call) for _ in range(REPEATS - 1)))
+            return single / batch
+        return min(single, *(self._timed(call) for _ in range(REPEATS - 1))) / batch
 
     def _timed(self, call: Callable[[], object]) -> float:
         """Return the seconds of a call: of the device, or of this thread on a CPU that others use meanwhile."""
@@ -375,6 +396,29 @@ class Tuner:
         call()
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - began
+
+
+# Stages
+
+
+def _text(pipeline: OneStepPipeline) -> Inputs:
+    return lambda rows: lambda: pipeline.encode(_prompts(rows)).pack()
+
+
+def _network(pipeline: OneStepPipeline, size: Size) -> Inputs:
+    def inputs(rows: int) -> Callable[[], Tensor]:
+        cond, noise = pipeline.encode(_prompts(rows)), pipeline.noise(range(rows), *size)
+        return lambda: pipeline.latents(cond, noise)
+
+    return inputs
+
+
+def _decoder(pipeline: OneStepPipeline, size: Size) -> Inputs:
+    def inputs(rows: int) -> Callable[[], Tensor]:
+        noise = pipeline.noise(range(rows), *size)
+        return lambda: torch.cat(list(pipeline.pixels(noise)))
+
+    return inputs
 
 
 def _prompts(count: int) -> list[str]:

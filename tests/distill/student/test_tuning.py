@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,5 +148,17 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(st
 def test_the_batch_is_the_smallest_that_takes_little_more_for_each_image_than_the_best(
     seconds: dict[int, float], batch: int, student: Path
 ) -> None:
-    tuner = Tuner(student, CPU, RuntimeOptions(), 8 if 8 in seconds else max(seconds), 60.0)
-    assert tuner.smallest("network", (4,), seconds.__getitem__) == (batch,)
+    tuner = Tuner(student, CPU, RuntimeOptions(), 16, 60.0)
+    assert tuner.smallest("network", (4,), seconds.__getitem__, max(seconds))[0] == (batch,)
+
+
+def test_batch_sizes_that_compute_other_bits_than_the_chosen_one_are_left_out(student: Path) -> None:
+    pipeline = OneStepPipeline.load(student)
+    tuner = Tuner(student, CPU, RuntimeOptions(), 16, 60.0)
+
+    def inputs(rows: int) -> Callable[[], torch.Tensor]:
+        return lambda: torch.full((rows,), 1.0 if pipeline.choice.text[0] in (4, 8) else 1.0 + torch.finfo().eps)
+
+    assert tuner.equal(pipeline, inputs, 8, (1, 2, 4, 8)) == (4, 8)
+    assert tuner.equal(pipeline, inputs, 2, (1, 2, 4, 8)) == (1, 2)
+    assert tuner.equal(pipeline, inputs, 4, ()) == (4,)
