@@ -126,7 +126,7 @@ def open_files(pid: int) -> int:
 
 def simulated(folder: str, seconds: float) -> Path:
     """Return a profile of a model whose batches of any size take so many seconds."""
-    card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, (BatchLimits(1, 1024),))
+    card = ModelInfo("simulated", "simulator", 0, "simulated", ((64, 64),), 16, 77, (BatchLimits((1,), 1024),))
     times = {"text": 0.0, "model": seconds, "vae": 0.0}
     path = Path(folder) / "simulated.json"
     path.write_bytes(

@@ -44,9 +44,9 @@ class OneStepPipeline:
     stages of different batches at the same time; each stage may be called by one thread at a time.
 
     Every stage splits its inputs into batches of the sizes in `choice`; the last batch is padded. Matrix products round
-    differently at different batch sizes. With one batch size for each stage and image size, an image is therefore
-    bit-identical alone and in any batch. With several, a single image costs less, and images may differ in their last
-    bits.
+    differently at some batch sizes. With one batch size for each stage and image size, or with those that `load_tuned`
+    found to round alike, an image is therefore bit-identical alone and in any batch. With others, images may differ in
+    their last bits.
     """
 
     def __init__(

@@ -15,13 +15,23 @@ Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How a model computes the images of one size: batches are padded to a multiple of so many images.
+    """How a model computes the images of one size: in parts of these sizes, ascending; the last part is padded.
 
     More images than `largest` gain nothing by being in one batch.
     """
 
-    multiple: int
+    sizes: tuple[int, ...]
     largest: int
+
+    def padded(self, images: int) -> int:
+        """Return the number of images that are computed for so many."""
+        rest = images % self.sizes[-1]
+        return images - rest + (min(size for size in self.sizes if size >= rest) if rest else 0)
+
+    def unpadded(self, images: int) -> int:
+        """Return the largest number, at most so many, that needs no padding; 0 if there is none."""
+        rest = images % self.sizes[-1]
+        return images - rest + max((size for size in self.sizes if size <= rest), default=0)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ All images of a batch have one model, size, number of steps, and adapter at one 
 Interactive images go before bulk images. Owners (API keys) take turns, and an owner's oldest image leads a batch; the
 rest of the batch is filled with images of the same key, one of each owner in turn.
 
-Models pad a batch to a multiple of `batch_multiples[size]` images, so a busy worker is only given batches that need no
+Models pad a batch to one of the sizes in `batch_limits[size]`, so a busy worker is only given batches that need no
 padding. The other images wait until the worker is idle. Then they are sent at once, or after the lingering time.
 """
 
@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
+
+from service.engine.backend import BatchLimits
 
 
 class BatchKey(NamedTuple):
@@ -82,17 +84,17 @@ class Batcher:
         max_batch: int,
         limit: int,
         owner_limit: int,
-        batch_multiples: Mapping[BatchKey, int],
+        batch_limits: Mapping[BatchKey, BatchLimits],
         linger_seconds: float = 0.0,
     ) -> None:
-        """`batch_multiples`, by model and size, is read at every batch.
+        """`batch_limits`, by model and size, is read at every batch.
 
         `linger_seconds` is how long an idle worker waits for a full batch. Both limits are in images.
         """
         self._max_batch = max_batch
         self._limit = limit
         self._owner_limit = owner_limit
-        self._batch_multiples = batch_multiples
+        self._batch_limits = batch_limits
         self._linger_seconds = linger_seconds
         self._caps: dict[BatchKey, int] = {}
         self._lines: dict[_Line, deque[QueuedImage]] = {}
@@ -167,22 +169,28 @@ class Batcher:
         self._retries = deque(batch for batch in self._retries if batch.images)
         return before - len(self)
 
-    def take(self, now: float, idle: bool) -> ImageBatch | None:
-        """Return the next batch for a worker, or None if there is none yet. `idle`: the worker has no batch."""
+    def take(self, now: float, ahead: int = 0) -> ImageBatch | None:
+        """Return the next batch for a worker with so many images before its VAE, or None if there is none yet.
+
+        A batch that waits behind another one has no padding and is at least as large, unless it is full: until the
+        network is free, more images may come. So few clients share two batches evenly, and one is computed while the
+        other is decoded and answered.
+        """
         if self._retries:
             return self._retries.popleft()
         if not self._lines:
             return None
         lead = self._lead()
         cap = self.cap(lead.key)
-        multiple = min(self._batch_multiples[lead.key.size], cap)
         lines = self._lines_of(lead)
         queued = sum(len(self._lines[line]) for line in lines)
-        if queued < multiple and not idle:
-            return None
-        if queued < cap and idle and now < lead.arrived + self._linger_seconds:
-            return None
-        count = min(queued, cap) if queued < multiple else min(queued, cap) // multiple * multiple
+        limits, most = self._batch_limits[lead.key.size], min(queued, cap)
+        count = limits.unpadded(most) or most
+        if most < cap:  # more images may come
+            if ahead and (count < ahead or count < limits.sizes[0]):
+                return None
+            if not ahead and now < lead.arrived + self._linger_seconds:
+                return None
         reason = "full" if count == cap else "drained" if count == queued else "unpadded"
         self._turns[lead.owner] = self._turns.pop(lead.owner)  # to the end
         return ImageBatch(lead.key, list(self._pop(lines, count)), reason)

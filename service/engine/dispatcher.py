@@ -76,8 +76,8 @@ class Dispatcher:
         self._latency = LatencyModel()
         engine = settings.engine
         limits = engine.max_queued_images, engine.max_queued_images_per_key or engine.max_queued_images
-        multiples = self._latency.batch_multiples
-        self._batcher = Batcher(engine.max_batch, *limits, multiples, engine.batching_window_seconds)
+        batches = self._latency.batch_limits
+        self._batcher = Batcher(engine.max_batch, *limits, batches, engine.batching_window_seconds)
         self._admission = Admission(self._batcher, self.seconds_needed, metrics)
         self._in_flight: dict[_CacheKey, QueuedImage] = {}
         self._results: LRUCache[_CacheKey, GeneratedImage] = LRUCache(
@@ -262,9 +262,9 @@ class Dispatcher:
         while free := [worker for worker in self.workers if worker.free]:
             worker = min(free, key=lambda worker: worker.load_factor)
             now = time.monotonic()
-            batch = self._batcher.take(now, idle=worker.load_factor == 0)
+            batch = self._batcher.take(now, worker.images_ahead)
             if batch is None:
-                if len(self._batcher) and worker.load_factor == 0 and self._lingering is None:
+                if len(self._batcher) and not worker.images_ahead and self._lingering is None:
                     delay = self._settings.engine.batching_window_seconds
                     self._lingering = asyncio.get_running_loop().call_later(delay, self._stop_lingering)
                 break

@@ -1,9 +1,8 @@
 """`LatencyModel`: how long a worker needs for images."""
 
-import math
 from collections.abc import Mapping, Sequence
 
-from service.engine.backend import ModelInfo, Timing
+from service.engine.backend import BatchLimits, ModelInfo, Timing
 from service.engine.batcher import BatchKey
 
 NEWEST_WEIGHT = 0.2  # of the last batch in the running mean
@@ -13,19 +12,19 @@ class LatencyModel:
     """A running mean over finished batches for each model, size and number of steps; it starts at profiled times."""
 
     def __init__(self) -> None:
-        self.batch_multiples: dict[BatchKey, int] = {}  # by model and size, also where a batch holds fewer images
+        self.batch_limits: dict[BatchKey, BatchLimits] = {}  # by model and size
         self._timings: dict[BatchKey, Timing] = {}  # of the largest batch, by model and size
         self._seconds: dict[BatchKey, float] = {}  # for each image of an unpadded batch
 
     def add(self, info: ModelInfo, timings: Mapping[BatchKey, Sequence[Timing]]) -> None:
         """Add a model with the timings of its sizes, in order of batch size."""
         for size, limits in zip(info.sizes, info.batches, strict=True):
-            self.batch_multiples[BatchKey(info.name, *size)] = limits.multiple
+            self.batch_limits[BatchKey(info.name, *size)] = limits
         self._timings |= {size: known[-1] for size, known in timings.items()}
 
     def forget(self, model: str) -> None:
-        for size in [size for size in self.batch_multiples if size.model == model]:
-            del self.batch_multiples[size]
+        for size in [size for size in self.batch_limits if size.model == model]:  # in place: the batcher reads it
+            del self.batch_limits[size]
         self._timings = {size: timing for size, timing in self._timings.items() if size.model != model}
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
 
@@ -43,8 +42,7 @@ class LatencyModel:
         return self._seconds.get(_without_adapter(key), timing.total(key.steps) / timing.batch)
 
     def _padded(self, key: BatchKey, images: int) -> int:
-        multiple = self.batch_multiples[key.size]
-        return math.ceil(images / multiple) * multiple
+        return self.batch_limits[key.size].padded(images)
 
 
 def _without_adapter(key: BatchKey) -> BatchKey:

@@ -55,7 +55,7 @@ class StudentBackend:
             sizes=spec.sizes,
             pixels_per_token=spec.vae_scale_factor * spec.patch_size,
             token_limit=spec.token_limit,
-            batches=tuple(BatchLimits(each.network[0], each.network[-1]) for each in choice.sizes),
+            batches=tuple(BatchLimits(each.network, each.network[-1]) for each in choice.sizes),
             max_steps=MAX_STEPS if spec.any_step else 1,
             runtime_fingerprint=self._pipeline.fingerprint,
             decoder=self._pipeline.decoder,

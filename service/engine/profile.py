@@ -13,14 +13,14 @@ from service.engine.backend import Backend, ModelInfo, Timing
 from service.errors import StartError
 from service.files import atomic_write
 
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 REPEATS = 3  # the median counts; the first run of a size is not timed
 
 
 class Profile(msgspec.Struct, frozen=True):
     """A model's times on one device, in the order of its sizes and of batch size."""
 
-    format: Literal[2]
+    format: Literal[3]
     environment: str
     info: ModelInfo
     timings: Sequence[Timing]
@@ -32,7 +32,7 @@ def growing_sizes(max_batch: int) -> list[int]:
 
 
 def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEATS) -> list[Timing]:
-    """Time every size with each batch size, rounded up to the model's multiple. This also warms the device up.
+    """Time every size with each batch size, with its padding. This also warms the device up.
 
     The smallest batch of each size is timed in any case, and none above the largest that gains. Larger batches than fit
     into the device's memory are left out. Raises StartError when a run fails otherwise, or when not even the smallest
@@ -40,12 +40,12 @@ def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEAT
     """
     timings = []
     for (width, height), limits in zip(backend.info.sizes, backend.info.batches, strict=True):
-        padded = {-(-batch // limits.multiple) * limits.multiple for batch in (1, *batches)}
+        padded = {limits.padded(batch) for batch in (1, *batches)}
         for batch in sorted(batch for batch in padded if batch <= limits.largest):
             try:
                 timings.append(_time(backend, width, height, batch, repeats))
             except Exception as error:
-                if isinstance(error, MemoryError) and batch > limits.multiple:
+                if isinstance(error, MemoryError) and batch > limits.sizes[0]:
                     break
                 raise StartError(f"{backend.info.name} fails at {width}x{height}: {error}") from error
     return timings

@@ -1,6 +1,5 @@
 """`Simulator`: a backend without a model, for load tests and clients under development."""
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from service.engine.backend import BatchLimits, EncodedPrompts, ModelInfo, Pixel
 from service.engine.embeddings import UNSHARED, SharedEmbeddings
 from service.errors import StartError
 
-_ANY_BATCH = BatchLimits(1, sys.maxsize)
+_ANY_BATCH = BatchLimits((1,), sys.maxsize)
 _INFO = ModelInfo("simulator", "simulator", 0, "simulator", ((64, 64), (128, 64)), 16, 77, (_ANY_BATCH, _ANY_BATCH))
 
 
@@ -91,8 +90,7 @@ class Simulator:
         """Take a stage's time for so many images, with padding."""
         known = [timing for timing in self._timings if (timing.width, timing.height) == (width, height)]
         if known:
-            multiple = self.info.limits(width, height).multiple
-            padded = math.ceil(images / multiple) * multiple
+            padded = self.info.limits(width, height).padded(images)
             seconds = [timing.seconds[stage] for timing in known]
             time.sleep(float(np.interp(padded, [timing.batch for timing in known], seconds)))
         elif stage == "model":

@@ -58,6 +58,11 @@ class WorkerHandle:
         return len(self._ahead)
 
     @property
+    def images_ahead(self) -> int:
+        """Images of its batches before its VAE."""
+        return sum(len(self._sent[number].batch.images) for number in self._ahead)
+
+    @property
     def free(self) -> bool:
         """Whether it takes another batch."""
         return len(self._ahead) < BATCHES_AHEAD and bool(self._slots)

@@ -4,18 +4,19 @@ from concurrent.futures import Future
 
 import pytest
 
+from service.engine.backend import BatchLimits
 from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 
 A, B = BatchKey("a", 64, 64), BatchKey("b", 64, 64)
-MULTIPLES = {A: 1, B: 1, A._replace(width=128): 1}
+LIMITS = dict.fromkeys((A, B, A._replace(width=128)), BatchLimits((1,), 8))
 
 
 def image(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
     return QueuedImage(key, "prompt", seed, Future(), owner, priority)
 
 
-def batcher(max_batch=8, limit=100, owner_limit=100, multiples=MULTIPLES, linger=0.0) -> Batcher:
-    return Batcher(max_batch, limit, owner_limit, multiples, linger)
+def batcher(max_batch=8, limit=100, owner_limit=100, limits=LIMITS, linger=0.0) -> Batcher:
+    return Batcher(max_batch, limit, owner_limit, limits, linger)
 
 
 def seeds(batch: ImageBatch | None) -> list[int]:
@@ -25,7 +26,7 @@ def seeds(batch: ImageBatch | None) -> list[int]:
 def drain(queue: Batcher) -> list[list[int]]:
     """The seeds of all batches that an idle device is given."""
     batches = []
-    while batch := queue.take(1e9, idle=True):
+    while batch := queue.take(1e9):
         assert {w.key for w in batch.images} == {batch.key}
         batches.append(seeds(batch))
     assert len(queue) == 0
@@ -79,26 +80,48 @@ def test_bulk_work_of_what_leaves_goes_with_the_interactive(adapter, order):
 
 
 def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
-    queue = batcher(max_batch=8, multiples={A: 4})
+    queue = batcher(max_batch=8, limits={A: BatchLimits((4,), 8)})
     for seed in range(3):
         queue.add(image(A, seed), 0)
-    assert queue.take(1, idle=False) is None
+    assert queue.take(1, ahead=1) is None
     for seed in range(3, 7):
         queue.add(image(A, seed), 0)
-    whole = queue.take(1, idle=False)
+    whole = queue.take(1, ahead=1)
     assert (seeds(whole), whole.reason) == ([0, 1, 2, 3], "unpadded")
-    rest = queue.take(1, idle=True)
+    rest = queue.take(1)
     assert (seeds(rest), rest.reason) == ([4, 5, 6], "drained")
+
+
+def test_a_batch_behind_another_one_has_no_padding_and_is_no_smaller():
+    queue = batcher(max_batch=8, limits={A: BatchLimits((2, 4, 8), 8)})
+    for seed in range(7):
+        queue.add(image(A, seed), 0)
+    assert len(queue.take(1, ahead=1).images) == 4
+    assert queue.take(1, ahead=4) is None  # 3 are left
+    assert len(queue.take(1, ahead=2).images) == 2
+    assert queue.take(1, ahead=1) is None  # the last one would be padded
+    for seed in range(7, 14):
+        queue.add(image(A, seed), 1)
+    assert len(queue.take(1, ahead=100).images) == 8  # full
+
+
+@pytest.mark.parametrize(
+    ("sizes", "images", "padded", "unpadded"),
+    [((4,), 3, 4, 0), ((4,), 7, 8, 4), ((2, 8), 7, 8, 2), ((2, 8), 13, 16, 10), ((1, 4), 9, 9, 9), ((2,), 0, 0, 0)],
+)
+def test_numbers_of_images_with_and_without_padding(sizes, images, padded, unpadded):
+    limits = BatchLimits(sizes, 100)
+    assert (limits.padded(images), limits.unpadded(images)) == (padded, unpadded)
 
 
 def test_only_a_batcher_that_is_told_to_lingers_on_an_idle_device():
     queue = batcher(max_batch=2, linger=0.5)
     queue.add(image(A, 0), 10.0)
-    assert queue.take(10.4, idle=True) is None
-    assert seeds(queue.take(10.5, idle=True)) == [0]
+    assert queue.take(10.4) is None
+    assert seeds(queue.take(10.5)) == [0]
     queue.add(image(A, 1), 11.0)
     queue.add(image(A, 2), 11.0)
-    full = queue.take(11.0, idle=True)
+    full = queue.take(11.0)
     assert (seeds(full), full.reason) == ([1, 2], "full")
 
 
@@ -110,7 +133,7 @@ def test_the_bounds_count_images_over_all_and_for_each_owner():
         assert queue.missing_room(1, "one", priority) == 1
         assert queue.missing_room(1, "two", priority) == 0
         assert queue.missing_room(3, "two", priority) == 2
-    queue.take(9, idle=True)
+    queue.take(9)
     assert queue.missing_room(2, "one", Priority.INTERACTIVE) == 0
 
 

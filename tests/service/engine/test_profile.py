@@ -26,7 +26,14 @@ class Blocks(Simulator):
 
     def __init__(self):
         info = ModelInfo(
-            "blocks", "simulator", 0, "0123456789abcdef0123", ((64, 64), (128, 64)), 16, 77, (BatchLimits(2, 16),) * 2
+            "blocks",
+            "simulator",
+            0,
+            "0123456789abcdef0123",
+            ((64, 64), (128, 64)),
+            16,
+            77,
+            (BatchLimits((2,), 16),) * 2,
         )
         super().__init__(0, 0, info=info)
         self.batches = []
@@ -75,7 +82,7 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
 
 def test_a_batch_above_the_largest_that_gains_is_neither_timed_nor_sent():
     small = Blocks()
-    small.info = dataclasses.replace(small.info, batches=(BatchLimits(2, 2), BatchLimits(4, 4)))
+    small.info = dataclasses.replace(small.info, batches=(BatchLimits((2,), 2), BatchLimits((4,), 4)))
     assert [(timing.width, timing.batch) for timing in measure(small, [1, 2, 8])] == [(64, 2), (128, 4)]
 
 
@@ -107,7 +114,7 @@ def test_the_cap_is_the_largest_batch_that_is_fast_enough(seconds, cap):
 
 def test_the_simulator_takes_the_times_of_a_profile():
     seconds = {"text": 0.0, "model": 0.004, "vae": 0.008}
-    info = dataclasses.replace(Blocks().info, sizes=((64, 64),), batches=(BatchLimits(2, 16),))
+    info = dataclasses.replace(Blocks().info, sizes=((64, 64),), batches=(BatchLimits((2,), 16),))
     known = [Timing("blocks", 64, 64, 2, seconds, 0), Timing("blocks", 64, 64, 4, seconds, 0)]
     profile = Profile(FORMAT, "a device", info, known)
     measured = measure(Simulator(info=profile.info, timings=profile.timings), [2, 4])
