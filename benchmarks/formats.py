@@ -9,12 +9,14 @@ import argparse
 import io
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
+from service.images.png import encode_png
 
 
 def save(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -27,6 +29,10 @@ def save(image: Image.Image, kind: str, **options: object) -> bytes:
 def encoders() -> dict[str, Callable[[Image.Image], bytes]]:
     """By name."""
     known: dict[str, Callable[[Image.Image], bytes]] = {
+        "PNG, the server's": lambda image: encode_png(np.asarray(image), {}),
+        "PNG level 1, RLE": lambda image: save(image, "PNG", compress_level=1, compress_type=zlib.Z_RLE),
+    }
+    known |= {
         f"PNG level {level}": lambda image, level=level: save(image, "PNG", compress_level=level)
         for level in (0, 1, 3, 6)
     }

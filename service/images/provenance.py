@@ -10,7 +10,6 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image
 from PIL.ExifTags import Base
-from PIL.PngImagePlugin import PngInfo
 
 from service.errors import StartError
 from service.settings import Settings
@@ -37,21 +36,26 @@ class Provenance:
     def software(self) -> str:
         return f"{NAME} {VERSION}"
 
+    @property
+    def description(self) -> str:
+        return f"model {self.model}, seed {self.seed}, {self.decoder} decoder"
 
-def image_metadata(provenance: Provenance, output_format: str) -> dict[str, Any]:
-    """Return arguments for Pillow's `save`: XMP with IPTC's fields in all formats, and PNG text or EXIF."""
-    xmp = _xmp(provenance)
-    description = f"model {provenance.model}, seed {provenance.seed}, {provenance.decoder} decoder"
-    if output_format == "png":
-        text = PngInfo()
-        text.add_text("Software", provenance.software)
-        text.add_text("Description", description)
-        text.add_itxt("XML:com.adobe.xmp", xmp)
-        return {"pnginfo": text}
+
+def png_texts(provenance: Provenance) -> dict[str, str]:
+    """Return the texts of a PNG by keyword. One is XMP with IPTC's fields, as in the other formats."""
+    return {
+        "Software": provenance.software,
+        "Description": provenance.description,
+        "XML:com.adobe.xmp": _xmp(provenance),
+    }
+
+
+def exif_metadata(provenance: Provenance) -> dict[str, Any]:
+    """Return arguments for Pillow's `save` of JPEG and WebP: EXIF, and XMP with IPTC's fields."""
     exif = Image.Exif()
     exif[Base.Software] = provenance.software
-    exif[Base.ImageDescription] = description
-    return {"exif": exif, "xmp": xmp.encode()}
+    exif[Base.ImageDescription] = provenance.description
+    return {"exif": exif, "xmp": _xmp(provenance).encode()}
 
 
 class Signer:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from service.images.encode import encode
+from service.images.png import encode_png
 
 
 @pytest.fixture
@@ -19,6 +20,15 @@ def test_png_keeps_every_pixel_and_the_same_bytes(pixels):
     data = encode(pixels.astype(np.uint8), "png", 100)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
     assert encode(pixels.astype(np.uint8), "png", 100) == data
+    part = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)[1:, ::2]  # not contiguous, and no pattern
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(part, "png", 100)))), part)
+
+
+def test_png_texts_are_read_in_any_alphabet(pixels):
+    texts = {"Software": "ours 1", "Description": "model é 星"}
+    image = Image.open(io.BytesIO(encode_png(pixels.astype(np.uint8), texts)))
+    image.verify()  # the checksum of each chunk
+    assert image.info == texts
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
