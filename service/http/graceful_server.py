@@ -1,6 +1,7 @@
 """uvicorn's server with a graceful shutdown at the first signal and an immediate one at the second."""
 
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -15,6 +16,7 @@ from service.settings import Settings
 from service.signals import exit_at_once, handled_signals
 
 log = logging.getLogger(__name__)
+GARBAGE_OBJECTS = 10_000  # new objects after which garbage is searched for; Python's default is 700
 
 
 class GracefulServer(uvicorn.Server):
@@ -30,6 +32,10 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then announce it."""
         await super().startup(sockets)
+        # Searching for garbage took a fifth of the time of requests, which leave none behind.
+        gc.collect()
+        gc.freeze()  # what is there now stays
+        gc.set_threshold(GARBAGE_OBJECTS)
         if self.started:
             self._announce()
 
