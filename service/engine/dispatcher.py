@@ -291,9 +291,10 @@ class Dispatcher:
         self._metrics.cache_hits.labels("prompt").inc(done.prompt_hits)
         for stage, stage_seconds in done.seconds.items():
             self._metrics.stages.labels(stage).observe(stage_seconds)
+        queue_seconds = self._metrics.stages.labels("queue")
         for i, image in enumerate(batch.images):
             queued = sent - image.arrived
-            self._metrics.stages.labels("queue").observe(queued)
+            queue_seconds.observe(queued)
             result = GeneratedImage(pixels[i], done.tokens[i], done.truncated[i], {"queue": queued, **done.seconds})
             self._forget(image)
             if result.pixels.nbytes <= self._results.maxsize:

@@ -1,5 +1,6 @@
 """The response type that an `Accept` header prefers: JSON, or the bytes of an image."""
 
+from functools import lru_cache
 from typing import Any
 
 import mimeparse
@@ -10,6 +11,7 @@ IMAGES: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "im
 MAX_CHARACTERS = 2048  # the parser takes quadratic time; a longer header is disregarded, as RFC 9110 (12.5.1) allows
 
 
+@lru_cache(maxsize=256)  # clients send few different ones
 def image_type(accept: str, output_format: OutputFormat | None) -> str | None:
     """Return the media type of the image, if the client prefers an image over everything else; otherwise None.
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 LogFormat = Literal["json", "text"]
 _LIBRARIES = ("alembic", "dbos", "httpx2", "uvicorn")  # their notices say nothing about this server
+_ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -25,7 +26,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return _ENCODER.encode(line)
 
 
 def configure(log_format: LogFormat | Literal["auto"], level: str) -> None:
