@@ -159,23 +159,20 @@ def _event(images: GeneratedImages) -> str:
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return the work's result. If the client disconnects first, the work is cancelled and ClientGone raised."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass  # the body has been read, so no other message can come
-        gone = True
-        task.cancel()
-
-    watching = asyncio.create_task(watch())
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
     try:
-        return await work
-    except asyncio.CancelledError:
-        if gone and not task.uncancel():  # otherwise somebody else cancelled it too
-            raise ClientGone("the client hung up") from None
-        raise
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client hung up")
+        return task.result()
     finally:
-        watching.cancel()
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has disconnected. The body has been read, so no other message can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
