@@ -30,7 +30,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(ConfigGroup):
-    """The source of prompts: `scenes`, a file, or a folder as in docs/data.md; at most `max_count` prompts.
+    """The source of prompts: `scenes`, `scenes-hard`, a file, or a folder, as in docs/data.md; at most `max_count`.
 
     `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`. `encoding` is `cached`, once
     before training, or `online`, during training; `auto` is `cached` where the cache is small enough for memory.

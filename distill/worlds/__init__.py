@@ -7,9 +7,10 @@ from pathlib import Path
 
 from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
 from distill.models.teacher import TEACHERS
-from distill.worlds.scenes.sources import scene_eval_dataset, scene_images, scene_prompts
+from distill.worlds.scenes.sources import hard_scene_prompts, scene_eval_dataset, scene_images, scene_prompts
 
 PROMPT_SOURCES["scenes"] = scene_prompts
+PROMPT_SOURCES["scenes-hard"] = hard_scene_prompts
 IMAGE_SOURCES["scenes"] = scene_images
 EVAL_DATASETS["scenes"] = scene_eval_dataset
 TEACHERS["scenes"] = Path(__file__).parent / "scenes" / "weights" / "teacher"

@@ -168,10 +168,10 @@ def _with_article(thing: Thing) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def training_prompts(count: int, seed: int) -> list[str]:
-    """Draw `count` training prompts, each in one wording."""
+def training_prompts(count: int, seed: int, task_weights: Mapping[Task, float] | None = None) -> list[str]:
+    """Draw `count` training prompts, each in one wording; `task_weights` as in `sample_prompt`."""
     rng = np.random.default_rng(seed)
-    return [wording(sample_prompt(rng), rng) for _ in range(count)]
+    return [wording(sample_prompt(rng, task_weights), rng) for _ in range(count)]
 
 
 def vocabulary() -> list[str]:
