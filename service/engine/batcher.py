@@ -9,7 +9,7 @@ padding. The other images wait until the worker is idle. Then they are sent at o
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -169,12 +169,12 @@ class Batcher:
         self._retries = deque(batch for batch in self._retries if batch.images)
         return before - len(self)
 
-    def take(self, now: float, ahead: int = 0) -> ImageBatch | None:
-        """Return the next batch for a worker with so many images before its VAE, or None if there is none yet.
+    def take(self, now: float, ahead: Sequence[ImageBatch] = ()) -> ImageBatch | None:
+        """Return the next batch for a worker with these batches before its VAE, or None if there is none yet.
 
-        A batch that waits behind another one has no padding and is at least as large, unless it is full: until the
-        network is free, more images may come. So few clients share two batches evenly, and one is computed while the
-        other is decoded and answered.
+        A batch that waits behind another one has no padding and is at least as large as one of the same key, unless it
+        is full: until the network is free, more images may come. So few clients share two batches evenly, and one is
+        computed while the other is decoded and answered.
         """
         if self._retries:
             return self._retries.popleft()
@@ -185,9 +185,12 @@ class Batcher:
         lines = self._lines_of(lead)
         queued = sum(len(self._lines[line]) for line in lines)
         limits, most = self._batch_limits[lead.key.size], min(queued, cap)
-        count = limits.unpadded(most) or most
+        count = limits.unpadded(most)
+        if 2 * count < most:  # padding costs less than so small a batch
+            count = most
         if most < cap:  # more images may come
-            if ahead and (count < ahead or count < limits.sizes[0]):
+            alike = sum(len(batch.images) for batch in ahead if batch.key == lead.key)
+            if ahead and (count < alike or limits.padded(count) > count):
                 return None
             if not ahead and now < lead.arrived + self._linger_seconds:
                 return None

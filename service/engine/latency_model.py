@@ -29,7 +29,12 @@ class LatencyModel:
         self._seconds = {size: seconds for size, seconds in self._seconds.items() if size.model != model}
 
     def learn(self, key: BatchKey, images: int, seconds: float) -> None:
-        """Update the mean with a batch of so many images that took so long."""
+        """Update the mean with a batch of so many images that took so long.
+
+        Only with whole batches of the largest size: smaller ones take longer for each image, and a queue has few.
+        """
+        if self._padded(key, images) % self.batch_limits[key.size].sizes[-1]:
+            return
         mean = self._per_image(key)
         self._seconds[_without_adapter(key)] = mean + NEWEST_WEIGHT * (seconds / self._padded(key, images) - mean)
 

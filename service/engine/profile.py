@@ -34,13 +34,14 @@ def growing_sizes(max_batch: int) -> list[int]:
 def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEATS) -> list[Timing]:
     """Time every size with each batch size, with its padding. This also warms the device up.
 
-    The smallest batch of each size is timed in any case, and none above the largest that gains. Larger batches than fit
+    The smallest batch of each size and one of the largest part are timed in any case, and none above the largest that
+    gains. Larger batches than fit
     into the device's memory are left out. Raises StartError when a run fails otherwise, or when not even the smallest
     batch fits.
     """
     timings = []
     for (width, height), limits in zip(backend.info.sizes, backend.info.batches, strict=True):
-        padded = {limits.padded(batch) for batch in (1, *batches)}
+        padded = {limits.padded(batch) for batch in (1, limits.sizes[-1], *batches)}
         for batch in sorted(batch for batch in padded if batch <= limits.largest):
             try:
                 timings.append(_time(backend, width, height, batch, repeats))
@@ -75,9 +76,9 @@ def batch_cap(timings: Sequence[Timing], seconds: float | None) -> int:
 
 
 def profile_path(folder: Path, backend: Backend) -> Path:
-    """Return the path of a backend's profile, named after its environment and the model's files."""
+    """Return the path of a backend's profile, named after its environment, the model's files and the format."""
     environment = re.sub(r"[^A-Za-z0-9]+", "-", backend.environment).strip("-")
-    return folder / f"{environment}.{backend.info.digest[:16]}.json"
+    return folder / f"{environment}.{backend.info.digest[:16]}.{FORMAT}.json"
 
 
 def read_profile(path: Path) -> Profile:

@@ -57,10 +57,9 @@ class WorkerHandle:
         """Batches before its VAE."""
         return len(self._ahead)
 
-    @property
-    def images_ahead(self) -> int:
-        """Images of its batches before its VAE."""
-        return sum(len(self._sent[number].batch.images) for number in self._ahead)
+    def batches_ahead(self) -> list[ImageBatch]:
+        """Return its batches before its VAE."""
+        return [self._sent[number].batch for number in self._ahead]
 
     @property
     def free(self) -> bool:

@@ -11,12 +11,16 @@ IMAGES: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "im
 MAX_CHARACTERS = 2048  # the parser takes quadratic time; a longer header is disregarded, as RFC 9110 (12.5.1) allows
 
 
-@lru_cache(maxsize=256)  # clients send few different ones
 def image_type(accept: str, output_format: OutputFormat | None) -> str | None:
     """Return the media type of the image, if the client prefers an image over everything else; otherwise None.
 
     Of several image types it is that of `output_format`, else the preferred one, else the first one named.
     """
+    return None if len(accept) > MAX_CHARACTERS else _preferred(accept, output_format)
+
+
+@lru_cache(maxsize=256)  # clients send few different ones
+def _preferred(accept: str, output_format: OutputFormat | None) -> str | None:
     ranges = _ranges(accept)
     named = [f"{kind}/{subtype}" for kind, subtype, _ in ranges]
     others = max((float(params["q"]) for kind, _, params in ranges if kind != "image"), default=0.0)  # including JSON
@@ -33,7 +37,7 @@ def image_type(accept: str, output_format: OutputFormat | None) -> str | None:
 def _ranges(accept: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Parse the header's media ranges; malformed ones are left out."""
     ranges = []
-    for text in accept.lower().split(",") if len(accept) <= MAX_CHARACTERS else ():
+    for text in accept.lower().split(","):
         try:
             ranges.append(mimeparse.parse_media_range(text.strip()))
         except mimeparse.MimeTypeParseException:

@@ -29,8 +29,6 @@ def encode_png(pixels: NDArray[np.uint8], texts: Mapping[str, str]) -> bytes:
 
 
 def _text(keyword: bytes, text: str) -> bytes:
-    if text.isascii():
-        return _chunk(b"tEXt", keyword + b"\0" + text.encode())
     return _chunk(b"iTXt", keyword + 5 * b"\0" + text.encode())  # not compressed; no language, no translated keyword
 
 

@@ -47,7 +47,7 @@ async def _read_and_generate(request: Request) -> Response:
 
 
 class _ImagesRoute(APIRoute):
-    """A route whose parameters FastAPI only describes.
+    """The route of `generate`, whose parameters FastAPI only describes.
 
     Its resolution of them would take as long as the rest of the handler.
     """

@@ -157,8 +157,9 @@ def test_batch_sizes_that_compute_other_bits_than_the_chosen_one_are_left_out(st
     tuner = Tuner(student, CPU, RuntimeOptions(), 16, 60.0)
 
     def inputs(rows: int) -> Callable[[], torch.Tensor]:
-        return lambda: torch.full((rows,), 1.0 if pipeline.choice.text[0] in (4, 8) else 1.0 + torch.finfo().eps)
+        return lambda: torch.arange(rows) * (1.0 if pipeline.choice.text[0] in (4, 8) else 1.0 + torch.finfo().eps)
 
     assert tuner.equal(pipeline, inputs, 8, (1, 2, 4, 8)) == (4, 8)
     assert tuner.equal(pipeline, inputs, 2, (1, 2, 4, 8)) == (1, 2)
     assert tuner.equal(pipeline, inputs, 4, ()) == (4,)
+    assert tuner.equal(pipeline, lambda rows: lambda: torch.zeros(rows), 8, (4, 8)) == (8,)  # which shows nothing

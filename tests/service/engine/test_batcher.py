@@ -19,6 +19,11 @@ def batcher(max_batch=8, limit=100, owner_limit=100, limits=LIMITS, linger=0.0) 
     return Batcher(max_batch, limit, owner_limit, limits, linger)
 
 
+def behind(images: int, key: BatchKey = A) -> list[ImageBatch]:
+    """A batch that is in the network."""
+    return [ImageBatch(key, [image(key)] * images, "full")]
+
+
 def seeds(batch: ImageBatch | None) -> list[int]:
     return [w.seed for w in batch.images] if batch else []
 
@@ -83,10 +88,10 @@ def test_a_busy_device_is_given_whole_blocks_and_an_idle_one_what_there_is():
     queue = batcher(max_batch=8, limits={A: BatchLimits((4,), 8)})
     for seed in range(3):
         queue.add(image(A, seed), 0)
-    assert queue.take(1, ahead=1) is None
+    assert queue.take(1, behind(1)) is None
     for seed in range(3, 7):
         queue.add(image(A, seed), 0)
-    whole = queue.take(1, ahead=1)
+    whole = queue.take(1, behind(1))
     assert (seeds(whole), whole.reason) == ([0, 1, 2, 3], "unpadded")
     rest = queue.take(1)
     assert (seeds(rest), rest.reason) == ([4, 5, 6], "drained")
@@ -96,13 +101,28 @@ def test_a_batch_behind_another_one_has_no_padding_and_is_no_smaller():
     queue = batcher(max_batch=8, limits={A: BatchLimits((2, 4, 8), 8)})
     for seed in range(7):
         queue.add(image(A, seed), 0)
-    assert len(queue.take(1, ahead=1).images) == 4
-    assert queue.take(1, ahead=4) is None  # 3 are left
-    assert len(queue.take(1, ahead=2).images) == 2
-    assert queue.take(1, ahead=1) is None  # the last one would be padded
+    assert len(queue.take(1, behind(1)).images) == 4
+    assert queue.take(1, behind(4)) is None  # 3 are left
+    assert len(queue.take(1, behind(2)).images) == 2
+    assert queue.take(1, behind(1)) is None  # the last one would be padded
     for seed in range(7, 14):
         queue.add(image(A, seed), 1)
-    assert len(queue.take(1, ahead=100).images) == 8  # full
+    assert len(queue.take(1, behind(100)).images) == 8  # full
+
+
+def test_a_batch_behind_one_of_another_model_may_be_smaller():
+    queue = batcher(max_batch=8, limits={A: BatchLimits((1, 2, 4, 8), 8)})
+    queue.add(image(A), 0)
+    assert queue.take(1, behind(8)) is None
+    assert len(queue.take(1, behind(8, B)).images) == 1
+
+
+@pytest.mark.parametrize(("sizes", "queued", "count"), [((1, 8), 7, 7), ((1, 8), 1, 1), ((1, 4, 16), 15, 15)])
+def test_a_batch_is_padded_rather_than_split_into_much_smaller_ones(sizes, queued, count):
+    queue = batcher(max_batch=16, limits={A: BatchLimits(sizes, 16)})
+    for seed in range(queued):
+        queue.add(image(A, seed), 0)
+    assert len(queue.take(1).images) == count
 
 
 @pytest.mark.parametrize(

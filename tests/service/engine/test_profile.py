@@ -75,8 +75,8 @@ def test_what_was_measured_is_kept_by_setup_and_model_and_only_warmed_up_for_aga
     other.environment = "another device"
     recall(other, [4], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "simulator.0123456789abcdef.json",
-        "another-device.0123456789abcdef.json",
+        "simulator.0123456789abcdef.3.json",
+        "another-device.0123456789abcdef.3.json",
     }
 
 
@@ -99,7 +99,7 @@ def test_batches_whose_first_run_is_slow_run_before_a_request_also_where_a_profi
 def test_a_file_that_is_no_profile_is_named(tmp_path):
     path = profile_path(tmp_path, Blocks())
     path.write_text('{"format": 2}')
-    with pytest.raises(StartError, match=r"simulator\.0123456789abcdef\.json is no profile"):
+    with pytest.raises(StartError, match=r"simulator\.0123456789abcdef\.3\.json is no profile"):
         read_profile(path)
 
 
