@@ -57,7 +57,7 @@ class _Connection(asyncio.Protocol):
 
     closed = False  # by either side, or by the last response
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's, always
         self._transport = transport
         self._parser = httptools.HttpResponseParser(self)
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -34,10 +34,9 @@ def growing_sizes(max_batch: int) -> list[int]:
 def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEATS) -> list[Timing]:
     """Time every size with each batch size, with its padding. This also warms the device up.
 
-    The smallest batch of each size and one of the largest part are timed in any case, and none above the largest that
-    gains. Larger batches than fit
-    into the device's memory are left out. Raises StartError when a run fails otherwise, or when not even the smallest
-    batch fits.
+    The smallest batch of each size and one of its largest part are timed in any case, and none above the largest that
+    gains. Larger batches than fit into the device's memory are left out. Raises StartError when a run fails otherwise,
+    or when not even the smallest batch fits.
     """
     timings = []
     for (width, height), limits in zip(backend.info.sizes, backend.info.batches, strict=True):
