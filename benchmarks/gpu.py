@@ -420,7 +420,7 @@ def served_seconds(setting: Setting, device: "torch.device", size: int, small: b
 
     from distill.models.small_decoder import make_small_decoder
     from distill.pipeline import OneStepPipeline, OneStepSpec, RuntimeOptions
-    from distill.student.tuning import Tuner, describe
+    from distill.student.tuner import Tuner
 
     geometry = geometry_of(setting.tiny)
     transformer, vae = random_networks(setting, device)
@@ -452,7 +452,7 @@ def served_seconds(setting: Setting, device: "torch.device", size: int, small: b
     network = seconds_of(lambda: ours.latents(cond, noise), device) / many
     latents = ours.latents(cond, noise)
     decoder = seconds_of(lambda: ours.decode(latents), device) / many
-    return Served(network, decoder, alone, flop, describe(choice))
+    return Served(network, decoder, alone, flop, choice.description)
 
 
 def rate_over(rounds: Iterator[Any], seconds: float, warm_up: int) -> float:

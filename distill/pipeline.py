@@ -44,9 +44,9 @@ class OneStepPipeline:
     stages of different batches at the same time; each stage may be called by one thread at a time.
 
     Every stage splits its inputs into batches of the sizes in `choice`; the last batch is padded. Matrix products round
-    differently at some batch sizes. With one batch size for each stage and image size, or with those that `load_tuned`
-    found to round alike, an image is therefore bit-identical alone and in any batch. With others, images may differ in
-    their last bits.
+    differently at some batch sizes. With one batch size for each stage and image size, or with those that
+    `tuned_choice` found to round alike, an image is therefore bit-identical alone and in any batch. With
+    others, images may differ in their last bits.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class OneStepPipeline:
     ) -> Self:
         """Load a student folder onto a device: `cpu`, `cuda` or `cuda:1`.
 
-        `options` are the caller's, or a choice that was made from them. Raises TeacherError if the folder is no
-        complete student, ConfigError naming the option that the device, the student or the installation does not
-        support.
+        `options` are the caller's, or a choice that was made from them, as by `tuned_choice`. Raises
+        TeacherError if the folder is no complete student, ConfigError naming the option that the device, the student or
+        the installation does not support.
         """
         read = SD3Folder.read(folder)
         spec = read_record(read)
@@ -129,18 +129,6 @@ class OneStepPipeline:
         quantize.use(options.quantize, transformer)
         vae, small_decoder = load_decoder(read, spec, options.decoder, dtype, device)
         return cls(spec, text, transformer, vae, choice, small_decoder)
-
-    @classmethod
-    def load_tuned(
-        cls, folder: Path, device: torch.device, options: RuntimeOptions, kept_in: Path, seconds: float, max_batch: int
-    ) -> Self:
-        """Load a student, computed as is fastest here where the options say `auto`. Raises what `load` does.
-
-        The choice is read from the folder `kept_in`, or measured for about so many seconds and kept there.
-        """
-        from distill.student.tuning import tuned  # which loads pipelines
-
-        return cls.load(folder, device, tuned(folder, device, options, kept_in, seconds, max_batch))
 
     @property
     def decoder(self) -> Literal["full", "small"]:
@@ -185,26 +173,17 @@ class OneStepPipeline:
         return to_device(z, self._transformer.device)
 
     @torch.no_grad()
-    def latents(
-        self,
-        cond: TextCondition,
-        seeds: Sequence[int] | Tensor,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int = 1,
-    ) -> Tensor:
-        """Generate latents (B, C, H / f, W / f) on the device, where f is `spec.vae_scale_factor`.
+    def latents(self, cond: TextCondition, z: Tensor, steps: int = 1) -> Tensor:
+        """Generate latents from noise z, both (B, C, h, w) and on the device; `noise` draws it from seeds.
 
-        `cond` and `seeds` have one entry per image; in place of seeds, `seeds` may be their noise, drawn by `noise` for
-        the same size. `steps` is the number of network evaluations, at evenly spaced times.
+        `cond` has a row per image. `steps` is the number of network evaluations, at evenly spaced times.
 
         Raises SizeError for an unsupported size, ConfigError for an unsupported number of steps, ValueError if there
-        is not one seed per condition.
+        is not one row of noise per condition.
         """
-        if len(cond) != len(seeds):
-            raise ValueError(f"{len(cond)} conditions need as many seeds, not {len(seeds)}")
+        if len(cond) != len(z):
+            raise ValueError(f"{len(cond)} conditions need the noise of as many seeds, not of {len(z)}")
         self.spec.check_steps(steps)
-        z = seeds if isinstance(seeds, Tensor) else self.noise(seeds, width, height)
 
         def v(x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
             return self._network(x_t, t, cond.embeds, cond.pooled)
@@ -263,7 +242,7 @@ class OneStepPipeline:
         steps: int = 1,
     ) -> Tensor:
         """Generate one RGB image per prompt and seed, uint8 (B, H, W, 3) on the CPU, as `latents` and `decode` do."""
-        return self.decode(self.latents(self.encode(prompts), seeds, width, height, steps))
+        return self.decode(self.latents(self.encode(prompts), self.noise(seeds, width, height), steps))
 
     def _batch_sizes(self, latents: Tensor) -> runtime.SizeBatches:
         """Return the batch sizes for the image size of latents (B, C, h, w)."""

@@ -35,13 +35,14 @@ def test_distillation_never_imports_the_service() -> None:
     assert importers("distill", "service") == set()
 
 
-def test_the_service_imports_the_pipeline_in_one_file_and_each_light_module_in_another() -> None:
+def test_the_service_imports_the_pipeline_and_its_tuning_in_one_file_and_each_light_module_in_another() -> None:
     assert importers("service", "distill.pipeline") == {"service/engine/model_loader.py"}
+    assert importers("service", "distill.student") == {"service/engine/model_loader.py"}
     assert importers("service", "distill.options") == {"service/settings.py"}
     assert importers("service", "distill.presets") == {"service/jobs/fine_tuning/choices.py"}
     assert importers("service", "distill.methods") == {"service/jobs/fine_tuning/choices.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
-    known = ("distill.pipeline.", "distill.options.", "distill.presets", "distill.methods")
+    known = ("distill.pipeline.", "distill.student.tuning.", "distill.options.", "distill.presets", "distill.methods")
     assert all(name.startswith(known) for name in names)
 
 

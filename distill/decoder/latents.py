@@ -50,7 +50,7 @@ def latent_maker(model: SD3Folder, sampling: Sampling | None, device: torch.devi
     if sampling is not None:
         return partial(TeacherSampler(model, device).latents, sampling)
     pipeline = OneStepPipeline.load(model.path, device, RuntimeOptions(decoder="full"))
-    return lambda prompts, seeds: pipeline.latents(pipeline.encode(prompts), seeds)
+    return lambda prompts, seeds: pipeline.latents(pipeline.encode(prompts), pipeline.noise(seeds))
 
 
 class PromptLatents:

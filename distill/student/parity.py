@@ -21,7 +21,7 @@ def check_parity(student: Path, device: torch.device | str = "cpu") -> float:
     """
     ours = OneStepPipeline.load(student, device, RuntimeOptions(precision="fp32"))
     spec, seeds = ours.spec, range(len(PROMPTS))
-    expected = ours.latents(ours.encode(PROMPTS), seeds).cpu()
+    expected = ours.latents(ours.encode(PROMPTS), ours.noise(seeds)).cpu()
     del ours  # one model in memory at a time
 
     absent = {} if (student / "text_encoder_3").exists() else {"text_encoder_3": None, "tokenizer_3": None}

@@ -48,6 +48,23 @@ class RuntimeChoice(BaseModel):
                 return each
         raise KeyError(size)
 
+    @property
+    def description(self) -> str:
+        """The values that are measured, for logs."""
+        options = self.options
+        switches = [name for name in ("channels_last", "compile", "cuda_graphs") if getattr(options, name)]
+        sizes = [
+            f"{width}x{height}: network batch {_joined(each.network)}, decoder batch {_joined(each.decoder)}"
+            for each in self.sizes
+            for width, height in [each.size]
+        ]
+        text = f"text batch {_joined(self.text)}"
+        return ", ".join([options.precision, f"attention {options.attention}", *switches, text, *sizes])
+
+
+def _joined(sizes: BatchSizes) -> str:
+    return "/".join(map(str, sizes))
+
 
 def compute_dtype(options: RuntimeOptions, device: torch.device) -> torch.dtype:
     """Return the data type of weights and activations on a device."""

@@ -1,4 +1,4 @@
-"""Loads student folders as backends. The only file of the engine that imports `distill`, and only its pipeline."""
+"""Loads student folders as backends. Of the engine, this file alone imports `distill`: the pipeline and its tuning."""
 
 import contextlib
 import gc
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from distill.pipeline import SHIPPED_STUDENT, Adapter, OneStepPipeline, RuntimeOptions
+from distill.student.tuning import tuned_choice
 from service.engine.backend import BatchLimits, DeviceLost, EncodedPrompts, ModelInfo, Pixels
 from service.engine.embeddings import UNSHARED, SharedEmbeddings
 from service.engine.messages import Tuning
@@ -32,8 +33,8 @@ class StudentBackend:
         if tuning is None:
             self._pipeline = OneStepPipeline.load(folder, device, options)
         else:
-            limits = Path(tuning.folder), tuning.seconds, tuning.max_batch
-            self._pipeline = OneStepPipeline.load_tuned(folder, device, options, *limits)
+            choice = tuned_choice(folder, device, options, Path(tuning.folder), tuning.seconds, tuning.max_batch)
+            self._pipeline = OneStepPipeline.load(folder, device, choice)
         self._device = device
         blank = self._pipeline.encode([""])
         self.text_bytes = blank.embeds.nbytes + blank.pooled.nbytes
@@ -117,7 +118,7 @@ class StudentBackend:
     def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
         """Return latents (B, C, h, w) on the device."""
         with self._stage("model"):
-            latents = self._pipeline.latents(conditions, noise, width, height, steps)
+            latents = self._pipeline.latents(conditions, noise, steps)
             if not latents.isfinite().all():
                 raise FloatingPointError("the network gave latents that are not finite")
             return latents

@@ -39,12 +39,12 @@ def test_several_batch_buckets_keep_their_tolerance_in_any_batch() -> None:
     strict = OneStepPipeline.load(SHIPPED_STUDENT)
     fast = OneStepPipeline.load(SHIPPED_STUDENT, options=RuntimeOptions(batch_buckets=(1, 2, 8)))
     cond = strict.encode(prompts)
-    latents = strict.latents(cond, seeds)
+    latents = strict.latents(cond, strict.noise(seeds))
     images = strict.decode(latents).int()
     for together in (1, 2, 8):
         parts = [slice(start, start + together) for start in range(0, 16, together)]
         conds = [fast.encode(prompts[part]) for part in parts]
-        made = torch.cat([fast.latents(cond, seeds[part]) for cond, part in zip(conds, parts, strict=True)])
+        made = torch.cat([fast.latents(cond, fast.noise(seeds[part])) for cond, part in zip(conds, parts, strict=True)])
         assert (made - latents).abs().max() <= 1e-4
         off = (fast.decode(made).int() - images).abs()
         assert off.max() <= 1
@@ -59,7 +59,7 @@ def test_a_truncated_prompt_is_reported(student: Path) -> None:
 
 
 def test_each_condition_needs_a_seed(student: Path) -> None:
-    with pytest.raises(ValueError, match="2 conditions need as many seeds, not 1"):
+    with pytest.raises(ValueError, match="2 conditions need the noise of as many seeds, not of 1"):
         OneStepPipeline.load(student)(["a", "red"], [0])
 
 

@@ -175,8 +175,8 @@ def test_the_exported_student_is_plain_in_one_step_and_takes_any_number(kind, te
     exact = {"rtol": 0.0, "atol": 0.0} if isinstance(kind, Full) else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(stock, own, **exact)
     pipeline = OneStepPipeline.load(out)
-    torch.testing.assert_close(pipeline.latents(cond, range(4)), own, **exact)
-    torch.testing.assert_close(pipeline.latents(cond, range(4), steps=4), x, **exact)
+    torch.testing.assert_close(pipeline.latents(cond, z), own, **exact)
+    torch.testing.assert_close(pipeline.latents(cond, z, steps=4), x, **exact)
     assert (x - own).abs().max() > 0.01
 
 
@@ -184,13 +184,14 @@ def test_steps_that_a_student_was_not_made_for_are_refused(teacher, cond, tmp_pa
     transformer = load_transformer(SD3Folder.read(teacher))
     add_second_time(transformer)
     out = export_student(SD3Folder.read(teacher), dict(transformer.named_parameters()), tmp_path / "out", RECIPE)
+    z = noise(range(4), SHAPE)
     with pytest.raises(ConfigError, match="from 1, not 0"):
-        OneStepPipeline.load(out).latents(cond, range(4), steps=0)
+        OneStepPipeline.load(out).latents(cond, z, steps=0)
     single = shutil.copytree(out, tmp_path / "single")
     record = json.loads((single / "onestep.json").read_text())
     (single / "onestep.json").write_text(json.dumps({**record, "any_step": False}))
     with pytest.raises(ConfigError, match="set steps to 1"):
-        OneStepPipeline.load(single).latents(cond, range(4), steps=2)
+        OneStepPipeline.load(single).latents(cond, z, steps=2)
     (out / FILE).write_bytes(b"cut")
     with pytest.raises(TeacherError, match=FILE):
         OneStepPipeline.load(out)

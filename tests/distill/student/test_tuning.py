@@ -15,7 +15,8 @@ from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, RuntimeOptions, read_student
 from distill.student.export import export_student
 from distill.student.runtime import RuntimeChoice, unmeasured
-from distill.student.tuning import WASTE, Tuner, tuned
+from distill.student.tuner import WASTE, Tuner
+from distill.student.tuning import tuned_choice
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def choices(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the measured choice of the student."""
     folder = tmp_path_factory.mktemp("choices")
-    tuned(student, CPU, RuntimeOptions(), folder, 60.0, 4)
+    tuned_choice(student, CPU, RuntimeOptions(), folder, 60.0, 4)
     return folder
 
 
@@ -46,7 +47,7 @@ def without_measurement(student: Path, options: RuntimeOptions) -> RuntimeChoice
 
 
 def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(student: Path, choices: Path) -> None:
-    pipeline = OneStepPipeline.load_tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
+    pipeline = OneStepPipeline.load(student, CPU, tuned_choice(student, CPU, RuntimeOptions(), choices, 60.0, 4))
     assert "auto" not in pipeline.choice.options.model_dump(exclude={"decoder"}).values()
     for each in pipeline.choice.sizes:  # a larger batch than the network's would only be padded
         assert max(*each.decoder, *pipeline.choice.text) <= max(each.network)
@@ -61,7 +62,10 @@ def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(
 def test_a_choice_for_a_gpu_keeps_images_near_those_of_a_cpu_and_independent_of_their_batch(
     student: Path, tmp_path: Path
 ) -> None:
-    pipeline = OneStepPipeline.load_tuned(student, torch.device("cuda"), RuntimeOptions(), tmp_path, 120.0, 4)
+    device = torch.device("cuda")
+    pipeline = OneStepPipeline.load(
+        student, device, tuned_choice(student, device, RuntimeOptions(), tmp_path, 120.0, 4)
+    )
     images = pipeline(PROMPTS, range(len(PROMPTS)))
     plain = OneStepPipeline.load(student)(PROMPTS, range(len(PROMPTS)))
     assert (images.int() - plain.int()).abs().max() <= 8
@@ -74,10 +78,10 @@ def test_a_kept_choice_is_read_and_another_one_is_made_for_other_options(student
     assert record["milliseconds"]
     record["choice"]["text"] = [3]
     path.write_text(json.dumps(record))
-    read = tuned(student, CPU, RuntimeOptions(), choices, 60.0, 4)
+    read = tuned_choice(student, CPU, RuntimeOptions(), choices, 60.0, 4)
     assert read.text == (3,)
-    tuned(student, CPU, RuntimeOptions(attention="math"), choices, 0.001, 4)
-    tuned(student, CPU, RuntimeOptions(), choices, 0.001, 2)
+    tuned_choice(student, CPU, RuntimeOptions(attention="math"), choices, 0.001, 4)
+    tuned_choice(student, CPU, RuntimeOptions(), choices, 0.001, 2)
     assert len(kept(choices)) == 3
 
 
@@ -88,7 +92,7 @@ def test_students_of_one_architecture_share_a_choice(student: Path, choices: Pat
     data[-1] ^= 1
     weights.write_bytes(data)
     before = kept(choices)
-    tuned(other, CPU, RuntimeOptions(), choices, 0.001, 4)
+    tuned_choice(other, CPU, RuntimeOptions(), choices, 0.001, 4)
     assert kept(choices) == before
 
 
@@ -96,7 +100,7 @@ def test_what_the_caller_chose_stays(student: Path, tmp_path: Path) -> None:
     options = RuntimeOptions(
         precision="fp32", attention="math", channels_last=False, compile=False, cuda_graphs=False, batch_buckets=(1, 2)
     )
-    choice = tuned(student, CPU, options, tmp_path, 60.0, 4)
+    choice = tuned_choice(student, CPU, options, tmp_path, 60.0, 4)
     assert choice == without_measurement(student, options)
     assert choice.options == options
 
@@ -105,18 +109,18 @@ def test_without_time_the_choice_is_the_one_without_measurement_and_kept_with_a_
     student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = RuntimeOptions()
-    assert tuned(student, CPU, options, tmp_path, 1e-6, 4) == without_measurement(student, options)
+    assert tuned_choice(student, CPU, options, tmp_path, 1e-6, 4) == without_measurement(student, options)
     (path,) = kept(tmp_path)
     written = path.read_bytes()
     caplog.clear()
-    assert tuned(student, CPU, options, tmp_path, 60.0, 4) == without_measurement(student, options)
+    assert tuned_choice(student, CPU, options, tmp_path, 60.0, 4) == without_measurement(student, options)
     assert path.read_bytes() == written
     assert f"the search of {path} was cut short; delete the file to measure again" in caplog.text
 
 
 def test_a_damaged_choice_is_made_again(student: Path, tmp_path: Path) -> None:
     options = RuntimeOptions(precision="fp32", attention="sdpa", channels_last=False, batch_buckets=(1,))
-    choice = tuned(student, CPU, options, tmp_path, 60.0)
+    choice = tuned_choice(student, CPU, options, tmp_path, 60.0)
     (path,) = kept(tmp_path)
     whole = path.read_text()
     record = json.loads(whole)
@@ -125,14 +129,14 @@ def test_a_damaged_choice_is_made_again(student: Path, tmp_path: Path) -> None:
     no_size["choice"]["sizes"] = []
     for damaged in (whole[:-20], json.dumps(no_batch), json.dumps(no_size), "[" * 100_000):
         path.write_text(damaged)
-        assert tuned(student, CPU, options, tmp_path, 1e-6) == choice
+        assert tuned_choice(student, CPU, options, tmp_path, 1e-6) == choice
         assert json.loads(path.read_text())["made_for"] == record["made_for"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(student: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=f"cannot be kept in {tmp_path}/file/choices: Not a directory"):
-        tuned(student, CPU, RuntimeOptions(), tmp_path / "file" / "choices", 60.0)
+        tuned_choice(student, CPU, RuntimeOptions(), tmp_path / "file" / "choices", 60.0)
 
 
 @pytest.mark.parametrize(
