@@ -7,18 +7,21 @@ evaluation), `metrics.jsonl`, `evaluations.jsonl`, `evaluations/`, `alarms.jsonl
 the end `student/`. The same call resumes a run.
 """
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from distill.config import RunConfig
+from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import EmbedProgress
 from distill.data.image_cache import EncodeProgress
 from distill.evaluate.references import ReferenceProgress
@@ -27,10 +30,10 @@ from distill.models.sd3_folder import SD3Folder
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
-from distill.report.run_state import Phase, WallClock, write_state
+from distill.report.run_state import StateRecorder
 from distill.student.run_export import export_run
 from distill.training import checkpoint
-from distill.training.accelerator import accelerator_for, check, mesh
+from distill.training.accelerator import accelerator_for, check, mesh, network_dtype
 from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.networks import build
 from distill.training.preparation import check_run, prepare
@@ -39,10 +42,13 @@ from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
 from distill.training.run_teacher import latent_shapes, open_pinned, pin_teachers
+from distill.training.speed import images_within, read_speed, write_speed
 from distill.training.state_folders import has_checkpoint
 from distill.training.trainer import Progress, train
 
-_Value = TypeVar("_Value", bool, dict[str, str])
+WARM = 4  # rounds before the measurement of the speed; a CUDA graph is recorded in the fourth
+TIMED = 8  # rounds that are measured
+_Value = TypeVar("_Value")
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
@@ -72,7 +78,7 @@ def run(
     checkpoint. Raises what `check_run` raises, ClaimedError while another process writes to the folder, OutputError if
     its disk is too small, CacheError if the sources have changed, and DivergedError.
     """
-    main, device, clock = machine.is_main_process, machine.device, WallClock(out)
+    main, device, state = machine.is_main_process, machine.device, StateRecorder(out, config.images)
 
     # 1. check, before the folder is made
     pins = _from_main(pin_teachers(config, out) if main else {})
@@ -93,21 +99,21 @@ def run(
             for source in (prompts, reals):
                 if source is None or (finished and not source.is_encoded):
                     continue
-                with nullcontext() if source.is_encoded else _phase(out, "encoding", config.images, clock):
+                with nullcontext() if source.is_encoded else state.phase("encoding"):
                     yield from source.encode(teacher, device, resumed)
 
             # 3. sample the teacher, for the images that evaluations compare with
             references = None if finished else run_references(config, teacher, out, _first_prompts(config, prompts))
             if references is not None and references.missing():
-                with _phase(out, "sampling", config.images, clock):
+                with state.phase("sampling"):
                     yield from references.make(device)
         wait_for_main(machine)
 
         # 4. turn seconds into images
         if seconds is not None:
-            from distill.training.speed import images_within  # which measures a run
-
-            config = config.model_copy(update={"images": images_within(seconds, config, out)})
+            speed = _from_main(read_speed(out) if main else None) or _measure_speed(config, out)
+            state.budget = images_within(seconds, speed, config.batch)
+            config = config.model_copy(update={"images": state.budget})
             if main:
                 prepare(config, out, pins)
                 finished = is_finished(config, out)
@@ -123,37 +129,35 @@ def run(
             return
         if main:
             write_digests(out, digests)
-        dtype = torch.bfloat16 if machine.mixed_precision == "bf16" else torch.float32
         # The callback comes first: it holds the text encoders for a moment, when no network takes up memory yet. A
         # sharded base needs all processes to generate images; one of them writes.
         callback = None
         if main or machine.is_fsdp2:
             texts = _first_prompts(config, prompts)
             evaluator = run_evaluator(config, teacher, out, texts, device)
-            callback = EvaluationCallback(config, out, teacher, texts, evaluator, device, dtype, main, machine.log)
+            callback = EvaluationCallback(config, out, teacher, texts, evaluator, machine)
         wait_for_main(machine)
         torch.manual_seed(key_of(config.seed, "weights"))
         turns = config.method.turns()
         roles = tuple(sorted({turn.role for turn in turns}))
         two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
+        dtype = network_dtype(machine)
         networks = build(teacher, config.networks, dtype, device, roles, two_times, critic, mesh(machine))
 
-        seen = int(newest.name) if (newest := checkpoint.latest(out / "checkpoints")) else 0
+        state.images = int(newest.name) if (newest := checkpoint.latest(out / "checkpoints")) else 0
         shapes = latent_shapes(config, teacher)
         rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift)
         stops = _from_main(callback is not None and callback.stops)
-        try:
-            if main:
-                write_state(out, "training", seen, config.images, clock.seconds())
+        with state.phase("training") if main else nullcontext():
             for progress in () if stops else rounds:
-                seen = progress.images
+                state.images = progress.images
                 if callback is not None:
                     if main and (due := callback.due(progress)):
                         yield Activity(" and ".join(due))
                     callback(progress)
                 wait_for_main(machine)
                 if main and progress.metrics:
-                    write_state(out, "training", seen, config.images, clock.seconds())
+                    state.record("training")
                 yield progress
                 if progress.crosses(config.cadence.evaluate) and _from_main(callback is not None and callback.stops):
                     stops = True
@@ -162,12 +166,7 @@ def run(
             # 6. export
             if main:
                 export_run(out, teacher=teacher)
-                phase: Phase = "ended early" if stops and seen < config.images else "finished"
-                write_state(out, phase, seen, config.images, clock.seconds())
-        except BaseException as error:
-            if main:
-                _record_stop(out, error, seen, config.images, clock)
-            raise
+                state.record("ended early" if stops and state.images < config.images else "finished")
         wait_for_main(machine)
 
 
@@ -198,23 +197,41 @@ def _first_prompts(config: RunConfig, prompts: RunPrompts) -> list[str]:
     return prompts.first(max(GRID, config.evaluation.images))
 
 
-@contextmanager
-def _phase(out: Path, phase: Phase, budget: int, clock: WallClock) -> Iterator[None]:
-    """Record a phase before training, and its interruption or failure."""
-    write_state(out, phase, 0, budget, clock.seconds())
-    try:
-        yield
-    except BaseException as error:
-        _record_stop(out, error, 0, budget, clock)
-        raise
+def _measure_speed(config: RunConfig, out: Path) -> float:
+    """Measure images/s of a run's first rounds, in a temporary folder, and keep them; its prompts are encoded.
 
-
-def _record_stop(out: Path, error: BaseException, seen: int, budget: int, clock: WallClock) -> None:
-    """Record that a run was interrupted or failed, unless its folder is gone or the disk is full."""
-    interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
-    if out.is_dir():
-        with suppress(OSError):
-            write_state(out, "interrupted" if interrupted else "failed", seen, budget, clock.seconds())
+    Every process of a run calls this.
+    """
+    scratch = out / ".speed"
+    never = 10**12
+    quiet = Cadence(log=never, sample=never, checkpoint=never, evaluate=never)
+    changes: dict[str, Any] = {"images": never, "cadence": quiet, "early_stopping_patience": None, "trackers": ()}
+    changes["evaluation"] = EvaluationSettings(evaluator="none")
+    for name, source in zip(("prompts", "real"), run_sources(config, out), strict=True):
+        if source is not None:
+            encoded = {"source": str(source.encoded.resolve()), "column": None}
+            changes[name] = source.config.model_copy(update=encoded)
+    endless = config.model_copy(update=changes)
+    machine = accelerator(endless, scratch)
+    if machine.is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+    wait_for_main(machine)
+    steps = run(endless, scratch, machine)
+    rounds = (progress for progress in steps if isinstance(progress, Progress))
+    times = []
+    for count in (WARM, TIMED):
+        for _ in islice(rounds, count):
+            pass
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize(machine.device)
+        times.append(time.perf_counter())
+    steps.close()
+    speed = _from_main(TIMED * config.batch / (times[1] - times[0]))  # one number of images for all
+    if machine.is_main_process:
+        shutil.rmtree(scratch)
+        write_speed(out, speed)
+    wait_for_main(machine)
+    return speed
 
 
 def _from_main(value: _Value) -> _Value:

@@ -8,10 +8,8 @@ resumes a training. `distill report` and `distill runs` read it like the folder 
 
 import gc
 import hashlib
-import json
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -36,15 +34,16 @@ from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
 from distill.models.small_decoder import make_small_decoder
 from distill.philox import key_of
-from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, Alarm, Alarms
+from distill.report.alarm_log import AlarmLog
+from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES
 from distill.report.grid import save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
-from distill.report.run_state import STATE, Phase, write_state
+from distill.report.run_state import STATE, StateRecorder
 from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place, digest_of
 from distill.student.spec import is_student
 from distill.training import checkpoint
-from distill.training.preparation import SPEED, read_speed
 from distill.training.run_lock import run_lock
+from distill.training.speed import SPEED, images_within, read_speed, write_speed
 from distill.training.state import TrainingProgress, check_state
 
 CONFIG = "config.yaml"
@@ -117,9 +116,12 @@ def distill_decoder(
     """
     check(run)
     with run_lock(run.out):
+        state = StateRecorder(run.out, run.config.images)
+        state.images = _seen(run.out)
+
         # 1. latents of prompts, and of real images
-        with _phase(run, "sampling", run.config.images):
-            atomic_write_text(run.out / CONFIG, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+        with state.phase("sampling"):
+            _write_config(run.out, run.config)
             texts, scored = _evaluation_prompts(run.config, run.model)
             training, evaluation = _prompt_latents(run, texts)
             yield from _make(run, (training, evaluation), device)
@@ -134,27 +136,29 @@ def distill_decoder(
         # 2. turn seconds into images
         config = run.config
         if seconds is not None:
-            if not (run.out / SPEED).exists():
+            speed = read_speed(run.out)
+            if speed is None:
                 speed = DecoderTraining(config, vae, _untrained(config, run.model), pool).speed()
-                atomic_write_text(run.out / SPEED, json.dumps({"images_per_second": speed}) + "\n")
-            images = max(1, int(read_speed(run.out / SPEED) * seconds / config.batch)) * config.batch
-            config = config.model_copy(update={"images": images})
-            atomic_write_text(run.out / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+                write_speed(run.out, speed)
+            state.budget = images_within(seconds, speed, config.batch)
+            config = config.model_copy(update={"images": state.budget})
+            _write_config(run.out, config)
 
         # 3. train
-        with _phase(run, "training", config.images):
+        with state.phase("training"):
             trained = DecoderTraining(config, vae, _untrained(config, run.model), pool)
             latents = evaluation.open()
             rows = latents.rows(torch.arange(len(latents)))["latents"]
             watch = _Watch(run.out, DecoderEvaluator(vae, rows, texts, scored))
             for progress in trained.run(run.out):
+                state.images = progress.images
                 watch.record(progress)
                 if progress.images >= config.images or progress.crosses(config.evaluate_every):
                     progress.metrics.update(watch.evaluate(progress, trained.average))
                 yield progress
 
             # 4. export
-            seen = _seen(run.out)
+            seen = state.images
             metrics = watch.metrics  # of this session, or of a finished training
             if not metrics:  # it was killed between the last checkpoint and its evaluation
                 metrics = watch.evaluate(TrainingProgress(seen, seen, config.images, {}, lambda: None), trained.average)
@@ -162,7 +166,11 @@ def distill_decoder(
             for student in run.students:
                 default: Default = run.default or ("small" if meets_score(metrics) else "full")
                 add_decoder(student.path, run.out / DECODER, default, metrics)
-        write_state(run.out, "finished", _seen(run.out), config.images)
+            state.record("finished")
+
+
+def _write_config(out: Path, config: DecoderConfig) -> None:
+    atomic_write_text(out / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def check(run: DecoderRun) -> None:
@@ -263,20 +271,6 @@ def _seen(out: Path) -> int:
     return int(found[-1].name) if found else 0
 
 
-@contextmanager
-def _phase(run: DecoderRun, phase: Phase, budget: int) -> Iterator[None]:
-    """Record a phase, and its interruption or failure."""
-    write_state(run.out, phase, _seen(run.out), budget)
-    try:
-        yield
-    except BaseException as error:
-        interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
-        if run.out.is_dir():
-            with suppress(OSError):
-                write_state(run.out, "interrupted" if interrupted else "failed", _seen(run.out), budget)
-        raise
-
-
 class _Watch:
     """Evaluates the averaged decoder, saves grids and raises alarms. `metrics` are those of the last evaluation."""
 
@@ -289,14 +283,12 @@ class _Watch:
         before = read_run(out)
         if before.evaluations and before.evaluations[-1]["images"] == _seen(out):
             self.metrics = {name: value for name, value in before.evaluations[-1].items() if name != "images"}
-        self._alarms = Alarms((alarm.name for alarm in before.alarms), DECODER_RULES, DECODER_EVALUATION_RULES)
-        for line in before.metrics:
-            self._alarms.add(line)
+        self._alarms = AlarmLog(before, DECODER_RULES, DECODER_EVALUATION_RULES)
 
     def record(self, progress: TrainingProgress) -> None:
         """Raise the alarms of a line of the log."""
         if progress.metrics:
-            self._raise(self._alarms.add({"images": progress.images, **progress.metrics}), progress)
+            progress.notes.extend(self._alarms.add({"images": progress.images, **progress.metrics}))
 
     def evaluate(self, progress: TrainingProgress, average: AutoencoderTiny) -> dict[str, float]:
         """Evaluate, and save the line of the log and the grid; return the metrics."""
@@ -306,10 +298,5 @@ class _Watch:
         append_line(self._out / EVALUATIONS, line)
         save_png(found.picture, self._out / "samples" / f"{progress.images:012d}.png")
         if progress.images >= progress.total / 2:  # images of early decoders are blurred in any case
-            self._raise(self._alarms.add_evaluation(line), progress)
+            progress.notes.extend(self._alarms.add_evaluation(line))
         return found.metrics
-
-    def _raise(self, alarms: list[Alarm], progress: TrainingProgress) -> None:
-        for alarm in alarms:
-            progress.notes.append(f"alarm, {alarm.name}: {alarm.message}")
-            append_line(self._out / ALARMS, asdict(alarm))

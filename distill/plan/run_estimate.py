@@ -1,6 +1,5 @@
 """`RunEstimate`: what a run needs of disk and time, stated before its work begins."""
 
-import json
 import math
 import shutil
 import time
@@ -12,7 +11,7 @@ import torch
 
 from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
-from distill.errors import OutputError
+from distill.errors import OutputError, RunError
 from distill.evaluate.references import image_count
 from distill.evaluate.sampler import Sampling
 from distill.models.geometry import read_geometry
@@ -26,7 +25,6 @@ from distill.report.units import duration, si
 from distill.training import checkpoint
 from distill.training.initial_weights import trained_shapes
 from distill.training.networks import compiles
-from distill.training.preparation import SPEED
 from distill.training.run_evaluator import (
     evaluated_images,
     evaluated_size,
@@ -36,6 +34,7 @@ from distill.training.run_evaluator import (
     teacher_sampling,
 )
 from distill.training.run_sources import RunPrompts
+from distill.training.speed import read_speed
 
 SMALL = 1e12  # FLOP per image below which a device mostly waits, and training takes longer than its arithmetic
 _MOMENTS = {"adam": 8, "adam-8bit": 2}  # bytes per number
@@ -130,8 +129,9 @@ def estimate_run(
     left = max(0, config.images - (int(newest.name) if newest else 0))
     flop = left * (image_flop + prompt_flop * online)
     training = flop / (rate * processes)
-    with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        training = left / float(json.loads((out / SPEED).read_text())["images_per_second"])
+    with suppress(OSError, RunError):
+        if (speed := read_speed(out)) is not None:
+            training = left / speed
 
     trainable = sum(map(math.prod, trained_shapes(config, teacher).values()))
     roles = len({turn.role for turn in turns})

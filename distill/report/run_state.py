@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,18 +35,36 @@ class RunState:
         return self.phase in ("finished", "ended early")
 
 
-class WallClock:
-    """Measures the wall time of a run from its construction on, after that of earlier sessions."""
+class StateRecorder:
+    """Records the state of a run in its folder, with the wall time of this session and all earlier ones.
 
-    def __init__(self, out: Path) -> None:
+    The run keeps `images` and `budget` up to date.
+    """
+
+    def __init__(self, out: Path, budget: int) -> None:
         """`out` is the run folder, whose recorded state has the time of earlier sessions."""
+        self.images, self.budget = 0, budget
+        self._out = out
         earlier = read_state(out)
         self._earlier = 0.0 if earlier is None else earlier.seconds
         self._began = time.monotonic()
 
-    def seconds(self) -> float:
-        """Seconds of all sessions, without the time between them."""
-        return self._earlier + time.monotonic() - self._began
+    def record(self, phase: Phase) -> None:
+        """Record the state in this phase."""
+        write_state(self._out, phase, self.images, self.budget, self._earlier + time.monotonic() - self._began)
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Record a phase, and its interruption or failure, unless the folder is gone or the disk is full."""
+        self.record(phase)
+        try:
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit)
+            if self._out.is_dir():
+                with suppress(OSError):
+                    self.record("interrupted" if interrupted else "failed")
+            raise
 
 
 def write_state(out: Path, phase: Phase, images: int, budget: int, seconds: float = 0.0) -> None:

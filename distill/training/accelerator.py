@@ -76,16 +76,20 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
         raise ConfigError(f"tensor or context parallelism {_ENGINES}")
     if accelerator.is_fsdp2 and config.networks.kind == "full":
         raise ConfigError("networks.kind full trains under DDP; launch without FSDP, or take networks.kind lora")
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     compiler = os.environ.get("CXX", "g++")  # that torch asks for where there is no GPU
     if config.networks.compile is True and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
             f"networks.compile needs a C++ compiler but there is no {compiler}; install one, or set it to false"
         )
-    attention.check(config.networks.attention, dtype, accelerator.device)
+    attention.check(config.networks.attention, network_dtype(accelerator), accelerator.device)
     optimizers.check(config.optimizer.kind, accelerator.device)
     if config.networks.cuda_graph is True and (against := graph_obstacles(config, accelerator)):
         raise ConfigError(f"networks.cuda_graph needs {', '.join(against)}; set it to auto, or change that")
+
+
+def network_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of the networks."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def mesh(accelerator: Accelerator) -> DeviceMesh | None:

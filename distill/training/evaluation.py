@@ -1,13 +1,13 @@
 """What happens to the averaged student on the way: samples, alarms, evaluations, the best student, early stopping."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import partial
 from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from distill.config import RunConfig
 from distill.evaluate.base import Images
@@ -19,10 +19,11 @@ from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 from distill.models.vae import to_images
-from distill.report.alarms import Alarm, Alarms
+from distill.report.alarm_log import AlarmLog
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, TEACHER_METRICS, ended_early, read_run
 from distill.training import checkpoint
+from distill.training.accelerator import network_dtype
 from distill.training.run_teacher import latent_shapes
 from distill.training.trainer import Progress
 
@@ -33,8 +34,8 @@ class EvaluationCallback:
     """Called after each round: saves sample grids, raises alarms, evaluates the student and keeps the best one.
 
     Without an evaluator nothing is measured, and the last student is exported. A log of another evaluator is set aside,
-    because its values do not compare. In a process that does not `write`, the
-    callback only takes part in generating images. `stops` says that early stopping ends the run.
+    because its values do not compare. Only the main process writes; in the others, the callback takes part in
+    generating images. `stops` says that early stopping ends the run.
     """
 
     def __init__(
@@ -44,43 +45,34 @@ class EvaluationCallback:
         teacher: SD3Folder,
         prompts: Sequence[str],
         evaluator: Evaluator | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        write: bool,
-        track: Callable[[dict[str, float], int], object],
+        machine: Accelerator,
     ) -> None:
-        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards.
-
-        `track` gets the metrics of an evaluation and the images seen, for trackers.
-        """
+        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards."""
         self._config = config
         self._out = out
-        self._write = write
-        self._track = track
+        self._machine = machine
         self._shape = latent_shapes(config, teacher)[0]
         self._evaluator = evaluator
         self.stops = False
         newest = checkpoint.latest(out / "checkpoints")
         self._resumed = int(newest.name) if newest else 0
         other = evaluator is not None and _is_of_another(evaluator, out)
-        if write:
+        if machine.is_main_process:
             if other:
                 for path in (out / EVALUATIONS, out / TEACHER_METRICS):
                     _set_aside(path)
             for log in (EVALUATIONS, METRICS, ALARMS):
                 checkpoint.trim_lines(out / log, self._resumed)
             run = read_run(out)
-            self._alarms = Alarms(alarm.name for alarm in run.alarms)
-            for line in run.metrics:
-                self._record(self._alarms.add(line))  # those that a kill left out
+            self._alarms = AlarmLog(run)
             self.stops = ended_early(run.config, run.evaluations, run.best)
         evaluations = [] if other else read_run(out).evaluations
         self._evaluated = any(line["images"] == self._resumed for line in evaluations)
         self._sampled = self._grid(self._resumed).exists()
-        self._vae = load_vae(teacher, device=device)
+        self._vae = load_vae(teacher, device=machine.device)
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
         self._texts = list(islice(cycle(prompts), GRID))
-        text = SD3TextEncoder.load(teacher, device, dtype)
+        text = SD3TextEncoder.load(teacher, machine.device, network_dtype(machine))
         self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
 
     def due(self, progress: Progress) -> list[str]:
@@ -94,9 +86,9 @@ class EvaluationCallback:
 
     def __call__(self, progress: Progress) -> None:
         """Do what is due after a round, and at the start of a resumed run what a kill left out at its checkpoint."""
-        due = self.due(progress)
-        if progress.metrics and self._write:
-            self._record(self._alarms.add({"images": progress.images, **progress.metrics}), progress.notes)
+        due, main = self.due(progress), self._machine.is_main_process
+        if progress.metrics and main:
+            progress.notes.extend(self._alarms.add({"images": progress.images, **progress.metrics}))
 
         @torch.no_grad()
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
@@ -105,12 +97,12 @@ class EvaluationCallback:
 
         if "sampling" in due:
             images = generate(self._texts, list(range(len(self._texts))))
-            if self._write:
+            if main:
                 save_png(labeled_grid([("student", images)], self._texts), self._grid(progress.images))
         if self._evaluator is not None and "evaluating" in due:
             evaluation = self._evaluator.evaluate(generate, partial(encode_in_parts, self._vae))
             progress.metrics.update(evaluation.metrics)
-            if self._write:
+            if main:
                 if evaluation.picture is not None:
                     save_png(evaluation.picture, self._out / EVALUATED / f"{progress.images:012d}.png")
                 if evaluation.teacher:
@@ -126,16 +118,10 @@ class EvaluationCallback:
     def _grid(self, images: int) -> Path:
         return self._out / "samples" / f"{images:012d}.png"
 
-    def _record(self, alarms: Sequence[Alarm], notes: list[str] | None = None) -> None:
-        for alarm in alarms:
-            if notes is not None:
-                notes.append(f"alarm, {alarm.name}: {alarm.message}")
-            append_line(self._out / ALARMS, asdict(alarm))
-
     def _keep(self, progress: Progress, evaluator: Evaluator, metrics: dict[str, float]) -> None:
         """Keep the student if it is the best so far; record the metrics; end the run if none was for too long."""
         line = {"images": progress.images, **metrics}
-        self._record(self._alarms.add_evaluation(line), progress.notes)
+        progress.notes.extend(self._alarms.add_evaluation(line))
         best = checkpoint.latest(self._out / "best")
         record = checkpoint.load_record(best) if best is not None else {}
         comparable = record.get("evaluator") == evaluator.digest
@@ -145,7 +131,7 @@ class EvaluationCallback:
             checkpoint.save(target, progress.average, {**line, **made_with})
             checkpoint.prune(self._out / "best", 1)
         append_line(self._out / EVALUATIONS, line)  # last, so that a killed evaluation is made again
-        self._track({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
+        self._machine.log({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
         run = read_run(self._out)
         self.stops = ended_early(run.config, run.evaluations, run.best)
         if self.stops and progress.images < self._config.images:

@@ -1,15 +1,12 @@
 """What a run checks and writes before it computes anything."""
 
-import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from distill.config import RunConfig
-from distill.errors import RunError
 from distill.files import atomic_write_text
 from distill.models.sd3 import check_parts
 from distill.models.sd3_folder import SD3Folder
@@ -19,21 +16,10 @@ from distill.training.preflight import check_folder
 from distill.training.run_evaluator import check_evaluator
 from distill.training.run_sources import run_sources
 from distill.training.run_teacher import read_config, write_pins
+from distill.training.speed import SPEED
 from distill.training.state_folders import has_checkpoint
 
-SPEED = "speed.json"  # what `distill.training.speed` measured
 _log = logging.getLogger(__name__)
-
-
-def read_speed(path: Path) -> float:
-    """Read images/s that were measured before. Raises RunError for a file that holds no speed."""
-    try:
-        speed = float(json.loads(path.read_text())["images_per_second"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        speed = 0
-    if not 0 < speed < math.inf:
-        raise RunError(f"{path} holds no speed; remove it, and the run is measured again")
-    return speed
 
 
 def prepare(config: RunConfig, out: Path, pins: Mapping[str, str]) -> None:

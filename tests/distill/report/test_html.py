@@ -23,7 +23,7 @@ from distill.report.charts import BOTTOM, TOP
 from distill.report.grid import labeled_grid, save_png
 from distill.report.html import GRIDS, POINTS, render_report, write_report
 from distill.report.run_folder import read_run, read_runs
-from distill.report.run_state import STATE, RunState, WallClock, write_state
+from distill.report.run_state import STATE, RunState, StateRecorder, write_state
 from distill.report.units import si
 
 SERIES = ("gap", "log10_gap/t0.0", "log10_gap/t0.4", "gradient_norm/fake", "gradient_norm/student", "latent/std")
@@ -247,8 +247,8 @@ def test_the_teachers_metrics_are_drawn_in_the_panels(tmp_path: Path) -> None:
 def test_the_wall_time_is_that_of_all_sessions(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 640)
     assert "wall time" not in page_of(folder).text
-    write_state(folder, "interrupted", 640, 6400, WallClock(folder).seconds() + 3600)
-    write_state(folder, "training", 640, 6400, WallClock(folder).seconds() + 60)
+    write_state(folder, "interrupted", 640, 6400, 3660)
+    StateRecorder(folder, 6400).record("training")
     assert "1 h 01 min" in page_of(folder).text
 
 
