@@ -310,7 +310,7 @@ def plan_of(size: int, tiny: bool) -> "Plan":
 
 def planned(plan: "Plan") -> int:
     """Bytes at the peak of the update phases, without the autoencoder, which is not loaded here."""
-    steps = [size for stage, size in plan.stages.items() if stage.endswith("turn") or stage == "optimizer step"]
+    steps = [size for stage, size in plan.stages.items() if stage.endswith("update") or stage == "optimizer step"]
     return max(steps) - plan.resident["autoencoder for grids"]
 
 

@@ -72,13 +72,13 @@ def main() -> None:
         metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         student = SD3Folder.read(out / "student")  # whole, or an error
 
-    turns = {moment: planned for moment, planned in plan.stages.items() if moment.endswith("turn")}
+    updates = {moment: planned for moment, planned in plan.stages.items() if moment.endswith("update")}
     whole = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(f"{arguments.preset}: {student.parameters / 1e9:.2f} B parameters, {seconds:.0f} s from start to student")
-    for moment, planned in turns.items():
-        role = moment.partition("'")[0]
+    for moment, planned in updates.items():
+        role = moment.removesuffix(" update")
         print(f"{moment:16} {metrics[f'seconds/{role}']:8.0f} s, planned {planned / GIB:6.2f} GiB")
-    print(f"peak of the turns: {metrics['memory/peak'] / GIB:.2f} GiB, planned {max(turns.values()) / GIB:.2f}")
+    print(f"peak of the updates: {metrics['memory/peak'] / GIB:.2f} GiB, planned {max(updates.values()) / GIB:.2f}")
     print(f"peak of the process on the host, grid and export within: {whole / GIB:.2f} GiB")
 
 

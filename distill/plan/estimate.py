@@ -32,7 +32,7 @@ class Plan:
     """Bytes by part and by stage of a run, and FLOP per image.
 
     `resident` memory is held throughout training. `stages` are totals, each the peak of one stage. `activations` and
-    `temporary` are those of the heaviest turn, beyond resident memory; `temporary` includes gradients.
+    `temporary` are those of the heaviest update phase, beyond resident memory; `temporary` includes gradients.
     """
 
     parameters: int  # of the transformer
@@ -51,12 +51,12 @@ class Plan:
         return max(self.stages.values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes of resident memory, and of the heaviest turn beyond it."""
+        """Bytes of resident memory, and of the heaviest update phase beyond it."""
         return {
             **self.resident,
-            "gradients, when the turn ends": self.gradients,
-            "activations kept for backward": self.activations,
-            "peak temporary, gradients within": self.temporary,
+            "gradients after the update": self.gradients,
+            "activations kept for the backward pass": self.activations,
+            "temporary peak, gradients included": self.temporary,
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class PlanInput:
         stages = {
             # The text encoders of the grids' prompts are unloaded before the networks are loaded.
             "start": counts["autoencoder"] + self.dtype.itemsize * self.geometry.text_parameters,
-            **{f"{role}'s turn": always + cost.peak for role, cost in costs.items()},
+            **{f"{role} update": always + cost.peak for role, cost in costs.items()},
             "optimizer step": always + max(own.values()),  # gradients; Adam works in place
             # The student's own weights are kept while its average runs.
             "sample grid": always + own["student"] + counts["grid"],

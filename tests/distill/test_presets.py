@@ -64,7 +64,7 @@ def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_
     config = load_config(preset, ["batch=1", "micro_batch=1", "sizes=[]", "trackers=[]", "networks.compile=false"])
     kind, size = config.optimizer.kind, geometry.image_size
     plan = PlanInput(geometry, config.networks, torch.bfloat16, 1, size, config.method, kind).plan()
-    steps = [size for moment, size in plan.stages.items() if moment.endswith("turn") or moment == "optimizer step"]
+    steps = [size for moment, size in plan.stages.items() if moment.endswith("update") or moment == "optimizer step"]
     expected = max(steps) - plan.resident["autoencoder for grids"]
     free, _ = torch.cuda.mem_get_info()
     if expected + 4 * GIB > free:

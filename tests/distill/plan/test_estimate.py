@@ -100,7 +100,7 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
         optimizers[turn.role].step()
         assert plan.gradients == nbytes(x.grad for x in weights[turn.role].values())
         optimizers[turn.role].zero_grad()
-        beside = plan.stages[f"{turn.role}'s turn"] - sum(plan.resident.values())
+        beside = plan.stages[f"{turn.role} update"] - sum(plan.resident.values())
         assert beside == pytest.approx(turned[-1].peak, rel=0.01)
 
     flop = sum(turn.steps * real.flop for turn, real in zip(made.method.turns(), turned, strict=True))
