@@ -65,7 +65,7 @@ def serve(
     data: Annotated[Path | None, typer.Option(help="Folder for files, batches and jobs; `none` disables them.")] = None,
     job_devices: Annotated[
         str | None,
-        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, or none for no jobs here."),
+        typer.Option(help="Devices of distillation jobs [cpu]: cpu, GPUs as cuda:1,cuda:2, or none to run no jobs."),
     ] = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="File of API keys; `fgm-service keys create` adds one.")
@@ -76,7 +76,7 @@ def serve(
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Serve students by the OpenAI Images API, with a playground at `/`. Without --model, serve the shipped student.
+    """Serve students over the OpenAI Images API, with a playground at `/`. Without --model, serve the shipped student.
 
     docs/operations.md lists all settings. Give one as --set engine.max_batch=8, as the environment variable
     SERVICE_ENGINE__MAX_BATCH=8, or in a TOML file. At SIGTERM the server answers the accepted requests, then exits. A
@@ -154,7 +154,7 @@ def bench(
     clients: Annotated[
         int, typer.Option(min=1, help="Concurrent clients; each sends its next request when it has a response.")
     ] = 32,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Duration.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of the load test in seconds.")] = 10.0,
     key: Annotated[str | None, typer.Option(envvar="SERVICE_KEY", help="API key of the server.")] = None,
 ) -> None:
     """Run a load test with requests that miss all caches; print requests/s, latencies and batch sizes.
@@ -205,16 +205,18 @@ def ray(
     max_replicas: Annotated[int | None, typer.Option(min=1, help="Maximum number of replicas [the minimum].")] = None,
     cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray reserves for each replica.")] = 1.0,
     target_queue_seconds: Annotated[
-        float, typer.Option(min=0.01, help="Replicas are added if the queue takes longer than this.")
+        float, typer.Option(min=0.01, help="Replicas are added if the queue is longer than this, in seconds of work.")
     ] = 2.0,
-    scale_up_seconds: Annotated[float, typer.Option(min=0, help="Sustained load before replicas are added.")] = 30.0,
+    scale_up_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds of sustained load before replicas are added.")
+    ] = 30.0,
     scale_down_seconds: Annotated[
-        float, typer.Option(min=0, help="Sustained lack of load before some are removed.")
+        float, typer.Option(min=0, help="Seconds of low load before replicas are removed.")
     ] = 600.0,
     config: Config = None,
     setting: Setting = None,
 ) -> None:
-    """Serve by replicas on the GPUs of a machine or Ray cluster, as many as the load needs.
+    """Serve with replicas on the GPUs of a machine or a Ray cluster. Their number follows the load.
 
     Each replica is a complete server with its own GPU, or on CPU cores. docs/ray.md describes what they share. At
     SIGTERM the accepted requests are answered before it exits.

@@ -41,7 +41,7 @@ PREFIX = "SERVICE_"  # of environment variables
 
 
 def _state_folder() -> Path:
-    """Where programs keep what should outlive them and is no setting, as the XDG base directories have it."""
+    """The default data folder, in the state directory of the XDG Base Directory Specification."""
     try:
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fgm-service"
     except RuntimeError:
@@ -74,10 +74,10 @@ class EngineSettings(_Group):
     profiles_folder: AbsolutePath | None = None  # measured batch times; what is missing is measured at the start
     on_demand_adapters: Annotated[int, Field(ge=0)] = 8  # LoRA adapters of `models_folder`, loaded for requests
     on_demand_students: Annotated[int, Field(ge=0)] = 0  # the same of students
-    simulated_profile: AbsolutePath | None = None  # profile that `devices = "simulator"` imitates
+    simulated_profile: AbsolutePath | None = None  # profile that `devices = "simulator"` simulates
     max_queued_images: Annotated[int, Field(ge=10)] = 512  # the largest request must fit
     max_queued_images_per_key: Annotated[int, Field(ge=10)] | None = None
-    request_timeout_seconds: Seconds = 60.0  # from arrival to answer, if the request names none
+    request_timeout_seconds: Seconds = 60.0  # from arrival to response, if the request names none
     batch_timeout_seconds: Seconds = 120.0  # a worker whose batch takes longer is replaced
     heartbeat_timeout_seconds: Seconds = 30.0  # a worker that sends nothing for this long is replaced
     prompt_cache_bytes: Bytes = 256 << 20  # prompt embeddings, in memory shared by all workers
@@ -89,10 +89,10 @@ class HttpSettings(_Group):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 picks a free one
-    public_url: Url | None = None  # base of links in answers; none takes the request's own
+    public_url: Url | None = None  # base of links in responses; none takes the request's own
     trusted_proxies: tuple[Network, ...] = ("127.0.0.1", "::1")
-    # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are used; "*" is all
-    cors_origins: tuple[Origin, ...] = ()  # other origins whose pages may call
+    # addresses and networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted; "*" is all
+    cors_origins: tuple[Origin, ...] = ()  # origins of web pages that may call the server
     api_keys: tuple[ApiKey, ...] = ()  # in addition to the file's; scopes generate and jobs
     keys_file: AbsolutePath | None = None  # made by `fgm-service keys create`
     open_to_all: bool = False  # listen beyond the loopback without keys
@@ -100,13 +100,13 @@ class HttpSettings(_Group):
     max_body_bytes: Count = 1 << 20
     max_realtime_sessions: Annotated[int, Field(ge=0)] = 256
     realtime_idle_seconds: Seconds = 300.0  # a realtime session without a request for this long is closed
-    idempotency_cache_bytes: Bytes = 256 << 20  # answers kept for an Idempotency-Key
+    idempotency_cache_bytes: Bytes = 256 << 20  # responses kept for an Idempotency-Key
     keep_alive_seconds: Count = 75  # how long a connection stays open between requests
-    drain_seconds: Count = 30  # time that accepted requests get after SIGTERM
+    drain_seconds: Count = 30  # how long accepted requests may take after SIGTERM
 
 
 class ImageSettings(_Group):
-    """Checks, encoding, labels and storage of images."""
+    """Checks, encoding, metadata and storage of images."""
 
     unsupported_fields: Literal["refuse", "warn"] = "refuse"  # of image requests; warn ignores and names them
     encode_threads: Count = 2  # that encode PNG, JPEG and WebP
@@ -128,9 +128,9 @@ class JobSettings(_Group):
     # postgresql://user:password@host/name; none is SQLite in `data`
     max_file_bytes: Count = 200 << 20  # of one upload
     max_file_bytes_per_key: Count = 10 << 30  # of all files of one key
-    upload_timeout_seconds: Count = 600  # within which an upload must arrive
+    upload_timeout_seconds: Count = 600  # time in which an upload must arrive
     max_batches_per_key: Count = 50  # unfinished ones
-    concurrent_lines_per_batch: Count = 64  # that are being made at once; a killed server makes them again
+    concurrent_lines_per_batch: Count = 64  # computed at once; a killed server computes them again
     batch_link_seconds: Count = 7 * 86_400  # how long links to the images of batches are valid
     takeover_seconds: Seconds = 20.0  # after which other servers resume the work of a server that is silent
     teachers: dict[str, Teacher] = {SHIPPED_TEACHER: SHIPPED_TEACHER}  # folders and models of the hub, by name
@@ -139,7 +139,7 @@ class JobSettings(_Group):
     max_jobs_per_key: Count = 8  # unfinished ones
     max_images_per_job: Count | None = None  # largest budget of a job in training images
     max_seconds_per_job: Seconds | None = None  # largest budget of a job in seconds of training
-    max_served_students: Count = 4  # students of jobs, the latest ones
+    max_served_students: Count = 4  # newest students of jobs
     webhooks: tuple[WebhookEndpoint, ...] = ()  # called when batches and jobs end
 
 
@@ -158,10 +158,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
     models: tuple[ServedStudent, ...] = ()
-    # student folders, or name=folder; the first is the default; none is the student that ships
+    # student folders, or name=folder; the first is the default; empty is the shipped student
     models_folder: AbsolutePath | None = None  # students and adapters in it may be loaded at run time
     aliases: dict[str, str] = {}  # further names of models: {"gpt-image-1": "scenes-student"}
-    data: DataFolder = Field(default_factory=_state_folder)  # `none` keeps nothing
+    data: DataFolder = Field(default_factory=_state_folder)  # folder of files, batches and jobs; `none` stores nothing
     runtime: RuntimeOptions = RuntimeOptions()
     engine: EngineSettings = EngineSettings()
     http: HttpSettings = HttpSettings()

@@ -64,8 +64,8 @@ def decoder(
 ) -> None:
     """Train a small decoder that makes nearly the images of a model's VAE in a fraction of the time.
 
-    It learns from the VAE alone: the model makes images of prompts, and the small decoder is trained to give the pixels
-    that the VAE gives. It is an `AutoencoderTiny` of diffusers, written to OUT/decoder and added to the student folder
+    No data is needed: the model generates images of prompts, and the small decoder is trained to reproduce the pixels
+    of the VAE. It is an `AutoencoderTiny` of diffusers, written to OUT/decoder and added to the student folder
     as `decoder/`, with its digest and the default in `onestep.json`. Any student of the same teacher can use it.
 
     Run the same command again to resume; a larger budget continues a finished training. Ctrl-C stops after the current

@@ -70,7 +70,7 @@ def evaluate(
     """Evaluate teacher and student on the same prompts and seeds.
 
     With --prompts the student of any teacher is compared with the teacher's own images. Without, both are scored on the
-    toy dataset: scores per task are GenEval's verdicts in [0, 1], distances are to rendered scenes, and ± is half of a
+    toy dataset: scores per task are the share of images that are correct by GenEval's rules, distances are to rendered scenes, and ± is half of a
     95 % interval.
     """
     counts = [part for part in teacher_steps.split(",") if part.strip()]

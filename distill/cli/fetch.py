@@ -8,10 +8,10 @@ from distill.cli.options import TEACHER
 
 
 def fetch(teacher: Annotated[str, typer.Argument(help=TEACHER)]) -> None:
-    """Fetch a teacher of the Hugging Face Hub, so that runs, jobs and machines without a network find it in the cache.
+    """Fetch a teacher from the Hugging Face Hub into the cache, for runs, server jobs and use without a network.
 
     Only what is loaded is fetched: one variant of the weights in safetensors. Run the same command again to resume.
-    Prints commit, size and folder. For a teacher that is not of the hub, nothing is fetched.
+    Prints commit, size and folder. Nothing is fetched for other teachers.
     """
     from distill.models.teacher import open_teacher
 

@@ -31,7 +31,8 @@ def plan(
         typer.Option(help="Device memory in GiB. Default: that of --device.", min=0, max=1e6, callback=finite),
     ] = None,
     mode: Annotated[
-        Literal["lora", "full"] | None, typer.Option(help="lora: adapters on a base. full: copies. [lora]")
+        Literal["lora", "full"] | None,
+        typer.Option(help="lora: adapters on one base. full: full copies of the teacher. [lora]"),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Images per forward pass, a run's `micro_batch`. [4]", min=1, max=1 << 20)
@@ -48,11 +49,11 @@ def plan(
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing", help="Compute blocks again in the backward. [no]"
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Recompute blocks in the backward pass. [no]"
         ),
     ] = None,
     reserve: Annotated[
-        float, typer.Option(help="GiB for the driver, libraries and the allocator.", min=0, max=1e6, callback=finite)
+        float, typer.Option(help="GiB set aside for driver, libraries and allocator.", min=0, max=1e6, callback=finite)
     ] = 2,
     tflops: Annotated[
         float | None,
@@ -61,15 +62,16 @@ def plan(
     utilization: Annotated[
         float | None,
         typer.Option(
-            help=f"Share of that peak; measured {UTILIZATION['eager']}, or with --compile an estimate of "
-            f"{UTILIZATION['compiled']}, if not given.",
+            help=f"Share of the peak that is reached. Default: {UTILIZATION['eager']} (measured), with --compile "
+            f"{UTILIZATION['compiled']} (estimated).",
             min=1e-6,
             max=1,
             callback=finite,
         ),
     ] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="`networks.compile` of the run; for the speed. [no]")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="`networks.compile` of the run; changes only the speed. [no]"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -81,8 +83,8 @@ def plan(
 ) -> None:
     """Predict memory, disk and hours of a distillation, and whether it fits a device.
 
-    A preset gives the defaults of all options; those in brackets are a teacher's. No weights are needed: the real
-    networks run the real training steps on tensors without data.
+    A preset gives the defaults of all options; the defaults in brackets are those of a teacher. No weights are needed:
+    the training steps run on tensors without data.
     """
     from distill.config import RunConfig, is_preset, load_config
     from distill.models.geometry import PUBLISHED, read_geometry

@@ -25,7 +25,7 @@ def run(
     name: Annotated[
         str | None, typer.Option(help="Name of the student. Default: the teacher's, with -one-step.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="A method in place of the preset's: fgm, dmd, ...")] = None,
+    method: Annotated[str | None, typer.Option(help="Method that replaces the preset's: fgm, dmd, ...")] = None,
     seconds: Seconds = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/NAME, or runs/PRESET without one.", file_okay=False)
@@ -33,9 +33,10 @@ def run(
 ) -> None:
     """Distill a teacher into a one-step student.
 
-    The same command continues a run that was stopped, killed or given a larger budget; Ctrl-C stops it at the end of
-    a step and keeps what was learned (status 130; 143 after SIGTERM; 75 while another process writes to the folder).
-    Under `accelerate launch -m distill.cli run ...` it uses every process.
+    Run the same command again to resume a run that was stopped or killed, or with a larger budget. Ctrl-C stops after
+    the current step and saves a checkpoint. `accelerate launch -m distill.cli run ...` uses several processes.
+
+    Exit status: 130 after Ctrl-C, 143 after SIGTERM, 75 while another process writes to the folder.
     """
     from distill.config import changes, load_config
 
@@ -148,22 +149,30 @@ def export(
     ] = None,
     checkpoint: Annotated[
         str,
-        typer.Option(help="best, last, or the number of images of a checkpoint; best is the last without evaluations."),
+        typer.Option(
+            help="best, last, or the number of images of a checkpoint. Without evaluations, best is the last."
+        ),
     ] = "best",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
-    max_shard_size: Annotated[str, typer.Option(help="Size of one file of weights at most: 5GB, 500MB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, such as 5GB or 500MB.")] = "5GB",
     license: Annotated[
-        str | None, typer.Option("--license", help="License of the card; what the teacher's says if not given.")
+        str | None, typer.Option("--license", help="License of the model card. Default: that of the teacher's card.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Where the run's teacher is now. Default: as in the run.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="New path of the run's teacher, if it was moved.")] = None,
     teacher_base: TeacherBase = None,
     single_file: Annotated[
         Path | None,
         typer.Option(help="Also write this .safetensors file for ComfyUI: transformer and VAE.", dir_okay=False),
     ] = None,
-    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Put them into the single file too.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Compare with stock diffusers; a difference fails.")] = False,
-    device: Annotated[str, typer.Option(help="Where --check computes: cpu, cuda, cuda:1, auto.")] = "auto",
+    text_encoders: Annotated[
+        bool, typer.Option("--text-encoders", help="Include the text encoders in the single file.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with stock diffusers; fail if the latents differ.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Device of --check: cpu, cuda, cuda:N. auto: a GPU if there is one.")
+    ] = "auto",
 ) -> None:
     """Write the student of a run, as `distill run` does at its end.
 

@@ -1,4 +1,4 @@
-"""`RunConfig`, all that a distillation run depends on, in groups of settings."""
+"""`RunConfig`, the configuration of a distillation run, in groups of settings."""
 
 import json
 import os
@@ -30,10 +30,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Prompts(ConfigGroup):
-    """The source of prompts: `scenes`, `scenes-hard`, a file, or a folder, as in docs/data.md; at most `max_count`.
+    """Where prompts come from and how they are encoded.
 
-    `column` is the column of the prompts, if it is not `prompt`, `caption` or `text`. `encoding` is `cached`, once
-    before training, or `online`, during training; `auto` is `cached` where the cache is small enough for memory.
+    `source` is `scenes`, `scenes-hard`, a file, a folder of files, or a cache of `distill embed` (docs/data.md). A run
+    uses at most `max_count` prompts. `column` names their column, if it is not `prompt`, `caption` or `text`.
+    `encoding` is `cached` (once, before training) or `online` (during training); `auto` is `cached` if the cache fits
+    into memory.
     """
 
     source: _Path = "scenes"
@@ -48,10 +50,10 @@ class Prompts(ConfigGroup):
 
 
 class RealImages(ConfigGroup):
-    """The source of real images with captions, for methods that use them.
+    """Where real images with captions come from, for methods that use them.
 
-    `scenes`, a folder of images or of WebDataset shards, or a cache that `distill encode` made; its first `max_count`.
-    `column` is the key of captions in JSON, if it is not `prompt`, `caption` or `text`.
+    `source` is `scenes`, a folder of images or of WebDataset shards, or a cache of `distill encode`. A run uses its
+    first `max_count` images. `column` is the key of captions in JSON, if it is not `prompt`, `caption` or `text`.
     """
 
     source: _Path
@@ -61,13 +63,13 @@ class RealImages(ConfigGroup):
 
 
 class NetworkSettings(ConfigGroup):
-    """How the networks are computed. A run may be resumed with other values: only rounding differs.
+    """How the networks are computed. A run may be resumed with other values, which change only rounding.
 
-    `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block; `auto` does
-    so on GPUs, if there is a C compiler. `attention` names the kernel: `auto` is `math`, two matrix products and a
-    softmax, for bf16 on CPUs, where the backward of PyTorch's fused kernel is slow, and elsewhere `sdpa`, which leaves
-    the choice to PyTorch. `cuda_graph` runs a whole round of updates as one CUDA graph; `auto` does so for models whose
-    kernels are shorter than their launches.
+    `gradient_checkpointing` recomputes each block in the backward pass. `compile` compiles each block; `auto` does so
+    on GPUs if there is a C compiler. `attention` names the kernel: `sdpa` leaves the choice to PyTorch, and `math` is
+    two matrix products and a softmax. `auto` is `math` for bf16 on CPUs, where the backward pass of PyTorch's fused
+    kernel is slow, and `sdpa` elsewhere. `cuda_graph` runs a whole round of updates as one CUDA graph; `auto` does so
+    for small models, whose kernels take less time than their launches.
     """
 
     gradient_checkpointing: bool = False
@@ -113,7 +115,7 @@ class Optimizer(ConfigGroup):
 
 
 class Cadence(ConfigGroup):
-    """Intervals in images seen, and how many checkpoints are kept. They do not change the result of a run."""
+    """Intervals in training images, and the number of checkpoints that are kept. The result of a run is the same."""
 
     log: _Count = 1_000
     sample: _Count = 10_000
@@ -123,13 +125,13 @@ class Cadence(ConfigGroup):
 
 
 class EvaluationSettings(ConfigGroup):
-    """How students are evaluated; it does not change what they learn, so a run may be resumed with other values.
+    """How students are evaluated. This does not change what they learn, so a run may be resumed with other values.
 
-    `evaluator` is `reference`, which compares with the teacher's own images, `clip`, a dataset with a scorer such as
-    `scenes`, `none`, or `auto`: the dataset of the teacher or the prompts, else `reference`. `images` are made of the
-    run's first prompts or those of the file `prompts`. `clip` is the folder or hub id of a CLIP model. `metric` decides
-    which checkpoint is the best; null is the kernel distance, or the CLIP score of the evaluator `clip`. `references`
-    is a folder for the teacher's images that runs share; null is the run's own.
+    `evaluator` is `reference` (compares with the teacher's own images), `clip`, a dataset with a scorer such as
+    `scenes`, or `none`. `auto` is the dataset of the teacher or the prompts, or else `reference`. An evaluation
+    generates `images` images of the run's first prompts, or of the prompts in the file `prompts`. `clip` is the folder
+    or hub id of a CLIP model. `metric` selects the best checkpoint; null is the kernel distance, or the CLIP score of
+    the evaluator `clip`. `references` is a folder for the teacher's images that runs can share; null is the run's own.
     """
 
     evaluator: str = "auto"
@@ -150,7 +152,7 @@ class EvaluationSettings(ConfigGroup):
 
 
 class RunConfig(ConfigGroup):
-    """All that a run depends on."""
+    """The configuration of a distillation run; docs/distill.md explains each key."""
 
     name: _Name | None = None  # of the student; null is that of the teacher with `-one-step`
     teacher: _Path = "scenes"

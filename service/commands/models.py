@@ -19,9 +19,9 @@ Student = Annotated[str, typer.Option(help="Student of the adapter, a name of `m
 
 @app.command("list")
 def index(url: Url = LOCAL, key: AdminKey = None) -> None:
-    """List the loaded students, the default one first, with sizes, adapters and aliases, and the folders to load from.
+    """List the loaded students with sizes, adapters and aliases, and the students and adapters that can be loaded.
 
-    These are the folders below the server's setting `models_folder`, by name.
+    The default student comes first. What can be loaded are the folders below the server's setting `models_folder`.
 
         fgm-service models list --url http://127.0.0.1:8000 --key fgm-...
     """
@@ -39,12 +39,12 @@ def index(url: Url = LOCAL, key: AdminKey = None) -> None:
 
 @app.command("load")
 def load(
-    folder: Annotated[str, typer.Argument(help="Name of an adapter that `models list` shows, not a path.")],
+    folder: Annotated[str, typer.Argument(help="Name of a student that `models list` shows, not a path.")],
     name: Annotated[str | None, typer.Option(help="Model name [the student's own].")] = None,
     url: Url = LOCAL,
     key: AdminKey = None,
 ) -> None:
-    """Load a student without interrupting the server; returns when requests may name it.
+    """Load a student without interrupting the server. Returns when requests can use it.
 
     fgm-service models load sd3-medium --name new
     """
@@ -57,7 +57,7 @@ def load(
 def unload(
     name: Annotated[str, typer.Argument(help="Name of the student.")], url: Url = LOCAL, key: AdminKey = None
 ) -> None:
-    """Unload a student; returns when its accepted requests are answered. Its files are kept."""
+    """Unload a student. Returns when its accepted requests are answered. Its files are kept."""
     with _server(url, key) as server:
         server.request("DELETE", "models", name)
     print(f"{name} is unloaded.")
@@ -90,7 +90,7 @@ def unload_adapter(
     url: Url = LOCAL,
     key: AdminKey = None,
 ) -> None:
-    """Unload an adapter of a student; returns when its accepted requests are answered. Its file is kept."""
+    """Unload an adapter of a student. Returns when its accepted requests are answered. Its file is kept."""
     with _server(url, key) as server:
         server.request("DELETE", "adapters", name, params={"model": model})
     print(f"{name} of {model} is unloaded.")
