@@ -69,9 +69,9 @@ def evaluate(
 ) -> None:
     """Evaluate teacher and student on the same prompts and seeds.
 
-    With --prompts the student of any teacher is compared with the teacher's own images. Without, both are scored on the
-    toy dataset: scores per task are the share of images that are correct by GenEval's rules, distances are to rendered scenes, and ± is half of a
-    95 % interval.
+    With --prompts, the student of any teacher is compared with the teacher's own images. Without it, both are scored on
+    the toy dataset: a score is the share of images that are correct by GenEval's rules, distances are to rendered
+    scenes, and ± is half of a 95 % interval.
     """
     counts = [part for part in teacher_steps.split(",") if part.strip()]
     if not all(part.strip().isdecimal() and int(part) for part in counts):

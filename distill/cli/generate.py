@@ -43,7 +43,7 @@ def generate(
     steps: Annotated[
         int | None,
         typer.Option(
-            help=f"Sampling steps; students but any-step ones take 1. Default: 1, with --teacher {TEACHER_STEPS}.",
+            help=f"Sampling steps; only any-step students take several. Default: 1, with --teacher {TEACHER_STEPS}.",
             min=1,
         ),
     ] = None,
