@@ -76,11 +76,13 @@ class FGMConfig(ConfigGroup):
     @model_validator(mode="after")
     def _justified(self) -> Self:
         if self.realuid is not None and self.alpha != 0.5:
-            raise ValueError(f"realuid is only justified for alpha 0.5, not {self.alpha}; set alpha or leave it out")
+            raise ValueError(
+                f"realuid is defined for alpha 0.5, not {self.alpha}; set alpha to 0.5, or leave realuid out"
+            )
         if self.realuid is not None and self.realuid.a < 1 and self.guidance.scale != 1:
             _log.warning(
-                "realuid: its theory takes the teacher's field for that of the real images, which a guided teacher's "
-                "is not; set guidance.scale to 1, or compare with a run without realuid"
+                "realuid: its theory assumes that the teacher's field is that of the real images, and guidance changes "
+                "this field; set guidance.scale to 1, or compare with a run without realuid"
             )
         return self
 
