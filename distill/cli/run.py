@@ -34,7 +34,8 @@ def run(
     """Distill a teacher into a one-step student.
 
     Run the same command again to resume a run that was stopped or killed, or with a larger budget. Ctrl-C stops after
-    the current step and saves a checkpoint. `accelerate launch -m distill.cli run ...` uses several processes.
+    the current step and saves a checkpoint. `accelerate launch -m distill.cli run ...` uses several GPUs, and on CPUs
+    `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m distill.cli run ...` uses two processes.
 
     Exit status: 130 after Ctrl-C, 143 after SIGTERM, 75 while another process writes to the folder.
     """
@@ -90,6 +91,8 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
 
     machine = runs.accelerator(config, folder)
     console.quiet(not machine.is_main_process)
+    precision = "bf16" if machine.mixed_precision == "bf16" else "fp32"
+    heading += f"\nProcesses: {machine.num_processes}, on {machine.device.type} in {precision}."
     built_in = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
     totals = {"prompts": config.prompts.max_count if built_in else None}
     if config.real is not None:

@@ -41,6 +41,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
     waiting = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     try:
         return Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without this, processes on CPUs do not find each other
             mixed_precision=precision,
             log_with=list(trackers) or None,
             project_config=folders,
@@ -55,6 +56,7 @@ def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tenso
 
 def check(config: RunConfig, accelerator: Accelerator) -> None:
     """Raise ConfigError for a setting that this machine, as it was launched, does not support."""
+    check_processes(accelerator)
     resolve_device(str(accelerator.device))  # an environment variable may name a missing device
     if config.batch % accelerator.num_processes:
         world = accelerator.num_processes
@@ -90,6 +92,20 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
 def network_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision of the networks."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise ConfigError if the launcher was asked for several processes, but this one would run alone."""
+    # Accelerate's launcher always sets the first variable, and the second one if it was asked for several processes.
+    # torch's launcher, which it starts them with, also sets WORLD_SIZE.
+    asked = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_ADDR" in os.environ
+    several = os.environ["WORLD_SIZE"] != "1" if "WORLD_SIZE" in os.environ else asked
+    if several and accelerator.num_processes == 1:
+        raise ConfigError(
+            "the launcher was asked for several processes, but only one would run; `accelerate launch` starts several "
+            "on as many GPUs only; on CPUs use `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m distill.cli run "
+            "...`; for one process give `--num_processes 1` and unset MASTER_ADDR"
+        )
 
 
 def mesh(accelerator: Accelerator) -> DeviceMesh | None:

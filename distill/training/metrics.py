@@ -68,7 +68,7 @@ class RoundMetrics:
 
 
 class MetricsLog:
-    """Collects the metrics of rounds, and writes their means as a line of metrics.jsonl and to the trackers.
+    """Collects the metrics of rounds, and writes their means over rounds and processes to metrics.jsonl and trackers.
 
     `seconds/` are sums of the time of the roles' turns, or of whole rounds as CUDA graphs, and of waiting for data.
     `memory/peak` is that of the main process, in bytes.
@@ -109,12 +109,16 @@ class MetricsLog:
         self._inner = outer + took
 
     def write(self, images: int, wall_seconds: float) -> dict[str, float]:
-        """Write a line, and return its metrics. `wall_seconds` is the training time of all images so far."""
+        """Write a line, and return its metrics; all processes call this.
+
+        `wall_seconds` is the training time of all images so far.
+        """
         metrics = {f"seconds/{name}": value for name, value in self._seconds.items()} | self._numbers
         metrics["wall_seconds"] = wall_seconds
         metrics["memory/peak"] = peak_memory(self._accelerator.device)
         for names, sums in self._rounds.items():
-            for name, (total, count) in zip(names, sums.tolist(), strict=True):
+            everywhere = self._accelerator.reduce(sums, "sum").tolist()
+            for name, (total, count) in zip(names, everywhere, strict=True):
                 if count:
                     mean = total / count
                     metrics[name] = math.log10(max(mean, 1e-12)) if name.startswith(_LOG10) else mean

@@ -16,6 +16,7 @@ from parity import IMAGES, SHAPE, Prompts, assert_same, expected
 from safetensors.torch import load_file
 
 from distill.pipeline import read_student
+from distill.report.run_folder import read_run
 from distill.run import accelerator, run
 from distill.training import checkpoint, trainer
 from distill.training.networks import ROLES
@@ -99,6 +100,10 @@ def test_a_whole_run_ends_alike_on_two_processes(teacher, two, tmp_path):
         if name.startswith("student/")
     )
     assert moved > 1e-5  # it did learn
+    lines = [read_run(folder).metrics for folder in (tmp_path, two / "full")]
+    for one, other in zip(*lines, strict=True):
+        for name in ("gap", "flow_matching", "loss/fake", "loss/student", "latent/saturated"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=2e-5), (name, one["images"])
     assert read_student(two / "full" / "student").images_seen == 96
 
 
