@@ -11,9 +11,7 @@ from service.http.keys import KeyFile
 
 app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 
-File = Annotated[
-    Path, typer.Option("--file", envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys; --keys-file of the server.")
-]
+File = Annotated[Path, typer.Option(envvar="SERVICE_HTTP__KEYS_FILE", help="File of API keys, as for `serve`.")]
 
 
 class Scope(StrEnum):
@@ -27,28 +25,28 @@ class Scope(StrEnum):
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Owner of the key; logs and limits use this name.")],
-    file: File,
+    keys_file: File,
     scope: Annotated[list[Scope] | None, typer.Option(help="Scope of the key. Repeatable [generate].")] = None,
 ) -> None:
     """Create a key and print it. It is shown only once: the file holds its hash.
 
-        fgm-service keys create ann --file keys.json --scope generate --scope jobs
+        fgm-service keys create ann --keys-file keys.json --scope generate --scope jobs
 
         fgm-service serve --host 0.0.0.0 --keys-file keys.json
 
     A running server with this file accepts the key from its next request on.
     """
-    print(KeyFile(file).create(name, [each.value for each in scope or [Scope.generate]]))
+    print(KeyFile(keys_file).create(name, [each.value for each in scope or [Scope.generate]]))
 
 
 @app.command("list")
-def index(file: File) -> None:
+def index(keys_file: File) -> None:
     """Print owner, scopes and creation date of every key."""
-    for key in KeyFile(file).read_at_start():
+    for key in KeyFile(keys_file).existing():
         print(f"{key.owner}\t{','.join(sorted(key.scopes))}\t{datetime.fromtimestamp(key.created, UTC):%Y-%m-%d}")
 
 
 @app.command()
-def revoke(name: Annotated[str, typer.Argument(help="Owner of the key.")], file: File) -> None:
+def revoke(name: Annotated[str, typer.Argument(help="Owner of the key.")], keys_file: File) -> None:
     """Delete a key. A running server refuses it from its next request on."""
-    KeyFile(file).revoke(name)
+    KeyFile(keys_file).revoke(name)

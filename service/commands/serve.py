@@ -22,12 +22,14 @@ def needs_key(settings: Settings) -> bool:
     if http.open_to_all and http.keys_file:
         raise StartError(
             f"{http.keys_file} (http.keys_file) has no key, and http.open_to_all would let everyone in without one; "
-            f"make one with `fgm-service keys create NAME --file {http.keys_file}`, or leave out one of the settings"
+            "create one with "
+            f"`fgm-service keys create NAME --keys-file {http.keys_file}`, or leave out one of the settings"
         )
     if not (http.open_to_all or is_loopback(http.host)):
         raise StartError(
             f"http.host {http.host} is reachable from other machines and there is no API key; make one with "
-            "`fgm-service keys create` and pass its file with --keys-file, or pass --open-to-all"
+            "`fgm-service keys create NAME --keys-file keys.json` and pass its file with --keys-file, or pass "
+            "--open-to-all"
         )
     return http.keys_file is not None  # a file without keys admits nobody
 

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,6 +114,16 @@ class KeyFile:
         except OSError as error:  # TimeoutError is one
             raise StartError(f"{self._path} cannot be read: its file system does not answer ({error!r})") from None
 
+    def existing(self) -> tuple[ApiKey, ...]:
+        """Like `read_at_start`, but raises StartError for a missing file instead of returning no keys."""
+        keys = self.read_at_start()
+        if self._read_at is None:
+            raise StartError(
+                f"there is no {self._path}; correct --keys-file, or create the file with its first key: "
+                f"`{shlex.join(['fgm-service', 'keys', 'create', 'NAME', '--keys-file', str(self._path)])}`"
+            )
+        return keys
+
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
         """Add a key and return its token, which cannot be shown again. Raises StartError for an invalid name."""
         if not owner.strip():
@@ -126,11 +137,18 @@ class KeyFile:
         return token
 
     def revoke(self, owner: str) -> None:
-        """Delete a key. A running server refuses it from then on. Raises StartError for an unknown name."""
+        """Delete a key. A running server refuses it from then on.
+
+        Raises StartError for a missing file and for an unknown name.
+        """
+        self.existing()  # before the lock, which makes the folder
         with self._locked():
-            keys = self.read_at_start()
+            keys = self.existing()
             if all(key.owner != owner for key in keys):
-                raise StartError(f"{self._path} has no key named {owner!r}; `fgm-service keys list` shows them")
+                raise StartError(
+                    f"{self._path} has no key named {owner!r}; "
+                    f"`fgm-service keys list --keys-file {self._path}` shows its keys"
+                )
             self._write([key for key in keys if key.owner != owner])
 
     @contextlib.contextmanager

@@ -5,13 +5,16 @@ import { open } from "./gallery.js";
 import { watch } from "./watch.js";
 
 const RUNNING = ["validating", "in_progress", "finalizing", "cancelling"];
+const MOST = 50_000;  // prompts of a batch, as on the server
 const TITLE = 60, ID = 400;  // characters of a prompt in a batch's name, and in the id of its line
 let models = [], shown = "";
 
 const prompts = () => $("prompts").value.split("\n").map((line) => line.trim()).filter(Boolean);
 
 function reason() {
-  if (!$("file").files.length && !prompts().length) return "Type some prompts, or choose a file of requests.";
+  const lines = $("file").files.length ? null : prompts().length;
+  if (lines === 0) return "Type some prompts, or choose a file of requests.";
+  if (lines > MOST) return `A batch has ${MOST.toLocaleString()} prompts at most, these are ${lines.toLocaleString()}. Start several batches.`;
   const wrong = [...$("form").elements].find((field) => !field.disabled && !field.validity.valid);
   return wrong ? `${wrong.labels[0].firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
 }

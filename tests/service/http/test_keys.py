@@ -149,7 +149,7 @@ def test_a_key_needs_a_name(tmp_path):
 
 def test_keys_are_managed_from_the_command_line(tmp_path):
     def run(*words):
-        done = CliRunner().invoke(cli.app, ["keys", *words, "--file", str(tmp_path / "keys.json")])
+        done = CliRunner().invoke(cli.app, ["keys", *words, "--keys-file", str(tmp_path / "keys.json")])
         assert done.exit_code == 0, done.output
         return done.output
 
@@ -158,6 +158,13 @@ def test_keys_are_managed_from_the_command_line(tmp_path):
     assert run("list").startswith("ann\tadmin,generate\t20")
     run("revoke", "ann")
     assert run("list") == ""
+    for command in (["list"], ["revoke", "ann"]):
+        missing = tmp_path / "other" / "keys.json"
+        done = CliRunner().invoke(cli.app, ["keys", *command, "--keys-file", str(missing)])
+        assert isinstance(done.exception, StartError)
+        assert f"there is no {missing}" in str(done.exception)
+        assert f"keys create NAME --keys-file {missing}" in str(done.exception)
+        assert not missing.parent.exists()
 
 
 def test_without_keys_the_server_listens_on_the_loopback_only():

@@ -22,6 +22,7 @@ from worker_threads import worker_threads
 from distill import methods
 from service.app import create_app
 from service.engine.simulator import Simulator
+from service.jobs.batches.workflow import MAX_LINES
 from service.jobs.fine_tuning.events import record_event, record_log_lines
 from service.jobs.fine_tuning.run_log import LogLine
 from service.jobs.jobs import Jobs
@@ -39,6 +40,9 @@ NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"]) {
   Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });
 }"""
 OPEN = "for (const each of [...document.querySelectorAll('main details')].slice(0, 3)) each.open = true"
+# The text area is not displayed meanwhile, because it would lay out all lines.
+MANY_LINES = """const area = document.getElementById("prompts");
+  area.hidden = arguments[0] > 0; area.value = "x\\n".repeat(arguments[0]); area.dispatchEvent(new Event("input"))"""
 
 
 def button(page, text: str):
@@ -346,6 +350,9 @@ def test_prompts_become_a_batch_a_gallery_and_a_zip_file(page, tmp_path):
     with serving(create_app(Settings(data=tmp_path / "data"), worker_threads(Simulator(0, 0)))) as url:
         page.driver.get(f"{url}/batches")
         page.until(lambda: page.find("#model option"))
+        page.driver.execute_script(MANY_LINES, MAX_LINES + 1)
+        assert f"{MAX_LINES:,} prompts at most, these are {MAX_LINES + 1:,}" in page.text("#why")
+        page.driver.execute_script(MANY_LINES, 0)
         page.find("#start")[0].click()
         assert page.text("#why") == "Type some prompts, or choose a file of requests."
         page.find("#prompts")[0].send_keys("a red circle\n\n<i>two</i> stars\n")
