@@ -71,6 +71,8 @@ def generate(
         raise ConfigError("--student and --teacher are both given; give one of them")
     if decoder != "auto" and teacher is not None:
         raise ConfigError("--decoder is of students; a teacher's images are decoded by its VAE")
+    if not all(prompt.strip() for prompt in prompts or ()):
+        raise PromptError("a prompt is empty; give some text, and check the quotes and variables of the shell")
     texts = [*(prompts or ()), *(read_prompts(file, column=column) if file is not None else ())]
     if not texts:
         raise PromptError("there are no prompts; give prompts or --file")

@@ -96,6 +96,11 @@ def pin_teacher(reference: str) -> str:
 
 
 def _hub_model(reference: str | Path) -> "HubModel | None":
+    if str(reference).startswith("runs/"):  # where commands write, and no owner of the hub
+        raise TeacherError(
+            f"there is no folder {reference}; train that teacher first (CIFAR-10: `distill cifar10 teacher DATA`), "
+            "or name another one"
+        )
     from distill.models.hub import HubModel  # here, because its libraries are slow to import
 
     return HubModel.parse(str(reference))

@@ -40,6 +40,12 @@ def test_each_prompt_becomes_a_file_that_tells_its_prompt_and_seed(tmp_path: Pat
             assert image.tobytes() == expected[i].numpy().tobytes()
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_prompt_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(PromptError, match="a prompt is empty"):
+        generate("a red circle", text, "--out", tmp_path / "out")
+
+
 def test_the_same_seed_gives_the_same_bytes_in_any_batch_and_alone(tmp_path: Path) -> None:
     for name, batch in (("one", 1), ("again", 5), ("three", 3)):
         assert generate(*TEXTS, "--out", tmp_path / name, "--seed", 3, "--batch", batch).exit_code == 0
