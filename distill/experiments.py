@@ -18,9 +18,9 @@ import torch
 from PIL.Image import Image
 
 from distill.config import RunConfig
-from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, Report
+from distill.evaluate.datasets import EVAL_DATASETS
 from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
 from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler
 from distill.evaluate.side_by_side import Comparison, SideBySide, cell, metric_names

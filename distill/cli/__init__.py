@@ -8,7 +8,22 @@ from importlib.util import find_spec
 
 import typer
 
-from distill.cli import caches, cifar10, compare, decoder, evaluate, fetch, generate, jobs, plan, run, runs, scenes
+from distill.cli import (
+    caches,
+    cifar10,
+    compare,
+    decoder,
+    evaluate,
+    fetch,
+    generate,
+    geneval,
+    jobs,
+    plan,
+    run,
+    runs,
+    scenes,
+    score,
+)
 from distill.cli.options import Version
 from distill.errors import ClaimedError, DistillError
 
@@ -41,8 +56,8 @@ app.command()(caches.encode)
 app.command()(decoder.decoder)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
-app.command()(evaluate.geneval)
-app.command()(evaluate.score)
+app.command()(geneval.geneval)
+app.command()(score.score)
 app.command()(compare.compare)
 app.command()(plan.plan)
 app.command()(runs.report)

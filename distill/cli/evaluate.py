@@ -1,10 +1,12 @@
-"""`distill evaluate`, `geneval` and `score`: measure the quality of a model's images."""
+"""`distill evaluate`: measure the images of a student beside its teacher's."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,17 +23,15 @@ from distill.cli.options import (
     TeacherBase,
     check_decoder_choice,
     decoder_choice,
-    open_given_teacher,
     teacher_guidance,
 )
 
 if TYPE_CHECKING:
     import torch
 
-    from distill.evaluate.clip import Clip
-    from distill.evaluate.references import References
     from distill.evaluate.sampler import Sampling, StudentModel
-    from distill.evaluate.student_comparison import StudentComparison
+    from distill.models.sd3_folder import SD3Folder
+    from distill.student.spec import OneStepSpec
 
 
 def evaluate(
@@ -73,13 +73,11 @@ def evaluate(
     the toy dataset: a score is the share of images that are correct by GenEval's rules, distances are to rendered
     scenes, and ± is half of a 95 % interval.
     """
-    counts = [part for part in teacher_steps.split(",") if part.strip()]
-    if not all(part.strip().isdecimal() and int(part) for part in counts):
-        raise typer.BadParameter(f"{teacher_steps!r} is not a list of step counts such as 1,4,28")
+    counts = _step_counts(teacher_steps)
 
     from distill.data.prompts import read_prompts
-    from distill.data.sources import EVAL_DATASETS
     from distill.errors import ConfigError
+    from distill.evaluate.datasets import EVAL_DATASETS
     from distill.files import check_replaceable
     from distill.methods.policies import TeacherGuidance
     from distill.models.teacher import open_teacher
@@ -87,197 +85,137 @@ def evaluate(
     from distill.student.spec import read_student
 
     check_replaceable(picture)
-    folder = open_teacher(teacher, teacher_base)
-    guided = teacher_guidance(folder, guidance, skip_layers, skip_scale)
-    spec = read_student(student or SHIPPED_STUDENT)
+    opened = open_teacher(teacher, teacher_base)
+    guided = teacher_guidance(opened, guidance, skip_layers, skip_scale)
+    folder = student or SHIPPED_STUDENT
+    spec = read_student(folder)
     spec.check_steps(student_steps)
-    choices = list(dict.fromkeys(decoder or ["auto"]))
-    for name in choices:
+    decoders = list(dict.fromkeys(decoder or ["auto"]))
+    for name in decoders:
         check_decoder_choice(name, spec)
-    if prompts is None and clip is not None:
-        raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
-    if prompts is None and "scenes" not in EVAL_DATASETS:
-        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
     if prompts is not None:
         next(read_prompts(str(prompts)), None)
+    elif clip is not None:
+        raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
+    elif "scenes" not in EVAL_DATASETS:
+        raise ConfigError("distill evaluate needs the toy dataset; reinstall distill with its folder distill/worlds")
 
+    from distill.evaluate.sampler import Sampling, StudentModel
+    from distill.models.device import resolve_device
+
+    others = [Sampling(count, each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
+    models = _Models(
+        teacher=opened,
+        samplings=list(dict.fromkeys([Sampling(steps, guided), *others])),
+        student=spec,
+        students={
+            "student" if name == decoders[0] else f"student, decoder {name}": StudentModel(folder, decoder_choice(name))
+            for name in decoders
+        },
+        student_steps=student_steps,
+        device=resolve_device(device),
+    )
+    if prompts is None:
+        splits = ("held-out", "seen") if split == "both" else (split,)
+        _score_on_toy_dataset(models, splits, per_task, seed, picture, as_json)
+    else:
+        _compare_with_teacher(models, prompts, images, clip, references, picture, as_json)
+
+
+def _step_counts(text: str) -> list[int]:
+    """The value of --teacher-steps. Raises BadParameter for anything but positive integers."""
+    counts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise typer.BadParameter(f"{text!r} is not a list of step counts such as 1,4,28")
+    return list(map(int, counts))
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What is evaluated: a teacher's samplings, the first of which the others are compared with, and a student.
+
+    `students` is the student with each of its decoders.
+    """
+
+    teacher: "SD3Folder"
+    samplings: "list[Sampling]"
+    student: "OneStepSpec"
+    students: "dict[str, StudentModel]"
+    student_steps: int
+    device: "torch.device"
+
+
+def _score_on_toy_dataset(
+    models: _Models, splits: Sequence[str], per_task: int, seed: int, picture: Path, as_json: bool
+) -> None:
+    """Score all models on prompts of each split, and show the results; the picture is of the first split."""
     from distill.cli.console import image_bar, metric_table, out, table
     from distill.evaluate.base import FEATURES
-    from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
-    from distill.evaluate.sampler import Sampling, StudentModel
+    from distill.evaluate.datasets import EVAL_DATASETS
     from distill.evaluate.side_by_side import Comparison, ratio_table
-    from distill.models.device import resolve_device
     from distill.report.grid import save_png
 
-    others = [Sampling(int(count), each) for count in counts for each in (guided, TeacherGuidance(scale=1))]
-    samplings = list(dict.fromkeys([Sampling(steps, guided), *others]))
-    where = resolve_device(device)
-    students = {
-        "student" if i == 0 else f"student, decoder {name}": StudentModel(
-            student or SHIPPED_STUDENT, decoder_choice(name)
-        )
-        for i, name in enumerate(choices)
-    }
-    if prompts is not None:
-        from distill.data.prompts import DistinctPrompts
-        from distill.evaluate.clip import Clip
-        from distill.evaluate.references import References
-
-        texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
-        made = References(references, folder, samplings[0], spec.sizes[0], texts, images)
-        scorer = None if clip is None else Clip(clip, where)
-        found = _compare_with_teacher(students, made, scorer, samplings[1:], student_steps, where)
-        assert found.picture is not None
-        save_png(found.picture, picture)
-        if as_json:
-            typer.echo(json.dumps({"features": REFERENCE_FEATURES, **found.as_dict()}, indent=2))
-            return
-        out.print(table(f"{spec.name} and the teacher's images, {samplings[0].name}", *found.table()))
-        out.print(f"{images} images of {len(texts)} prompts; features: {REFERENCE_FEATURES}.")
-        out.print(f"The picture of the largest differences is {picture}.")
-        return
     dataset = EVAL_DATASETS["scenes"]()
-    comparison = Comparison(folder, students, samplings, dataset, where, student_steps)
-    splits = ("held-out", "seen") if split == "both" else (split,)
+    comparison = Comparison(
+        models.teacher, models.students, models.samplings, dataset, models.device, models.student_steps
+    )
     drawn = {name: dataset.prompts(per_task, seed, name == "held-out") for name in splits}
     with image_bar("images", sum(map(comparison.count, drawn.values()))) as bar:
-        results = {name: comparison.run(each, seed, bar.advance) for name, each in drawn.items()}
-    first = results[splits[0]]
-    save_png(first.picture(), picture)
+        results = {name: comparison.run(prompts, seed, bar.advance) for name, prompts in drawn.items()}
+    first, *rest = results
+    save_png(results[first].picture(), picture)
     if as_json:
-        values = {"split": splits[0], **first.as_dict()}
-        if split == "both":
-            values["seen"] = results["seen"].as_dict()
+        values = {"split": first, **results[first].as_dict(), **{name: results[name].as_dict() for name in rest}}
         typer.echo(json.dumps(values, indent=2))
         return
     for name, result in results.items():
         for model, (measured, _) in result.students.items():
             header = ("", "teacher", model, "student / teacher")
             out.print(table(f"{name} prompts", header, ratio_table(result.teacher, measured)))
-        if counts:
+        if len(models.samplings) > 1:
             out.print(metric_table(f"{name} prompts", *result.overview()))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
     out.print(f"The picture is {picture}.")
 
 
 def _compare_with_teacher(
-    students: "dict[str, StudentModel]",
-    references: "References",
-    clip: "Clip | None",
-    others: "list[Sampling]",
-    student_steps: int,
-    device: "torch.device",
-) -> "StudentComparison":
-    """Make the teacher's images, and compare students and other samplings of the teacher with them."""
-    from distill.cli.console import image_bar
-    from distill.evaluate.reference_evaluator import ReferenceEvaluator
+    models: _Models, prompts: Path, images: int, clip: str | None, kept_in: Path, picture: Path, as_json: bool
+) -> None:
+    """Compare all models with the teacher's images of the prompts in a file, and show the results.
+
+    The teacher's images are kept in a folder. The picture is of the largest differences.
+    """
+    from distill.cli.console import image_bar, out, table
+    from distill.data.prompts import DistinctPrompts, read_prompts
+    from distill.evaluate.clip import Clip
+    from distill.evaluate.reference_evaluator import FEATURES, ReferenceEvaluator
+    from distill.evaluate.references import References
     from distill.evaluate.sampler import TeacherSampler
     from distill.evaluate.student_comparison import compare_students
+    from distill.report.grid import save_png
 
-    teacher = references.teacher
+    teacher, device, (reference, *others) = models.teacher, models.device, models.samplings
+    texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
+    references = References(kept_in, teacher, reference, models.student.sizes[0], texts, images)
+    scorer = None if clip is None else Clip(clip, device)
     with image_bar("teacher's images", len(references.texts)) as bar:
         for progress in references.make(device):
             bar.update(progress.images)
-    evaluator = ReferenceEvaluator(references, clip)
+    evaluator = ReferenceEvaluator(references, scorer)
     sampled = {}
     if others:
         sampler = TeacherSampler(teacher, device, references.texts)
         shape = teacher.latent_shape_of(*references.size)
         sampled = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in others}
-    with image_bar("images", (len(students) + len(others)) * evaluator.count) as bar:
-        return compare_students(
-            evaluator, teacher, students, references.size, device, bar.advance, student_steps, sampled
+    with image_bar("images", (len(models.students) + len(others)) * evaluator.count) as bar:
+        found = compare_students(
+            evaluator, teacher, models.students, references.size, device, bar.advance, models.student_steps, sampled
         )
-
-
-def geneval(
-    prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)],
-    student: Annotated[Path | None, typer.Option(help="Student folder.")] = None,
-    teacher: Annotated[str | None, typer.Option(help=f"Instead of a student: {TEACHER}")] = None,
-    teacher_base: TeacherBase = None,
-    images: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 4,
-    steps: Annotated[int, typer.Option(help="Sampling steps of a teacher.", min=1)] = TEACHER_STEPS,
-    guidance: Guidance = None,
-    skip_layers: SkipLayers = "",
-    skip_scale: SkipScale = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; seeds count up.", min=0, max=LAST_SEED)] = 0,
-    batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 16,
-    device: Device = "auto",
-) -> None:
-    """Generate images of GenEval's prompts, with a student or a teacher, in the folders that GenEval's scorer reads.
-
-    Run the same command again to resume, also with more images per prompt.
-    """
-    from distill.errors import ConfigError
-    from distill.student.spec import read_student
-
-    if (student is None) == (teacher is None):
-        raise ConfigError("give either --student or --teacher")
-    if student is not None:
-        read_student(student)
-    folder = open_given_teacher(teacher, teacher_base)
-
-    from distill.cli.console import image_bar
-    from distill.evaluate.geneval import generate_geneval_images, read_geneval_prompts
-    from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
-    from distill.methods.policies import TeacherGuidance
-    from distill.models.device import resolve_device
-    from distill.pipeline import OneStepPipeline
-
-    metadata = read_geneval_prompts(prompts)
-    where = resolve_device(device)
-    if folder is None:
-        pipeline = OneStepPipeline.load(cast(Path, student), where)
-        generate, digest = student_sampler(pipeline), pipeline.spec.digest
-        sampling = Sampling(1, TeacherGuidance(scale=1))
-    else:
-        sampling = Sampling(steps, teacher_guidance(folder, guidance, skip_layers, skip_scale))
-        sampler = TeacherSampler(folder, where)
-        generate, digest = partial(sampler.generate, sampling), sampler.folder.digest
-    settings = {"model": digest, **sampling.as_dict()}
-    with image_bar("images", images * len(metadata)) as bar:
-        for done in generate_geneval_images(metadata, generate, settings, images, seed, batch, out):
-            bar.update(done)
-    typer.echo(f"The images are in {out}; GenEval's evaluation/evaluate_images.py scores that folder.")
-
-
-def score(
-    folder: Annotated[Path, typer.Argument(help="Folder of images from `distill generate` or `distill geneval`.")],
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for CLIP score and CMMD.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Folder of real images, for CMMD and FID.")] = None,
-    inception: Annotated[Path | None, typer.Option(help="Inception weights in safetensors, for FID.")] = None,
-    device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
-) -> None:
-    """Compute CLIP score, CMMD and FID of a folder of images, with models that you provide."""
-    from distill.errors import ConfigError
-
-    if clip is None and inception is None:
-        raise ConfigError("no model is given; give --clip, or --inception with --reference")
-    if inception is not None and reference is None:
-        raise ConfigError("FID compares with real images; give their folder with --reference")
-    from distill.evaluate.image_folder import find_images
-
-    for images in (folder, reference):
-        if images is not None:
-            find_images(images)
-    if inception is not None and not inception.is_file():
-        raise ConfigError(f"--inception {inception} is no file; give weights in safetensors")
-
-    from distill.cli.console import out, table
-    from distill.evaluate.image_metrics import score_images
-    from distill.models.device import resolve_device
-
-    metrics = score_images(folder, clip, reference, inception, resolve_device(device))
+    assert found.picture is not None
+    save_png(found.picture, picture)
     if as_json:
-        typer.echo(json.dumps(metrics, indent=2))
+        typer.echo(json.dumps({"features": FEATURES, **found.as_dict()}, indent=2))
         return
-    out.print(table(str(folder), ("", ""), [(name, _format(value)) for name, value in metrics.items()]))
-
-
-def _format(value: object) -> str:
-    """Format a value of a table: a name, a number, or an interval."""
-    if isinstance(value, tuple):
-        return " to ".join(map(_format, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    out.print(table(f"{models.student.name} and the teacher's images, {reference.name}", *found.table()))
+    out.print(f"{images} images of {len(texts)} prompts; features: {FEATURES}.")
+    out.print(f"The picture of the largest differences is {picture}.")

@@ -1,14 +1,10 @@
-"""Built-in sources of prompts, captioned images and scored datasets, by the name that a configuration gives.
+"""Built-in sources of prompts and captioned images, by the name that a configuration gives.
 
 A world registers its sources when it is imported. `prompts.py` and `images.py` read all other sources from files.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from distill.evaluate.base import EvalDataset
 
 
 @dataclass(frozen=True)
@@ -31,5 +27,3 @@ class Example:
 # Functions of (count, seed); a count of None is the source's own default.
 PROMPT_SOURCES: dict[str, Callable[[int | None, int], Iterable[str]]] = {}
 IMAGE_SOURCES: dict[str, Callable[[int | None, int], Iterable[Example]]] = {}
-
-EVAL_DATASETS: dict[str, Callable[[], "EvalDataset"]] = {}

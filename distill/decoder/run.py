@@ -26,7 +26,8 @@ from distill.decoder.latents import LatentProgress, MakeLatents, Pool, PromptLat
 from distill.decoder.recipe import DecoderConfig, DecoderRecipe
 from distill.decoder.train import CHECKPOINTS, DecoderTraining
 from distill.errors import CheckpointError, ConfigError, OutputError
-from distill.evaluate.base import EvalPrompts, find_eval_dataset
+from distill.evaluate.base import EvalPrompts
+from distill.evaluate.datasets import find_eval_dataset
 from distill.evaluate.sampler import Sampling
 from distill.files import append_line, atomic_write_text
 from distill.models.sd3 import load_vae

@@ -6,7 +6,7 @@ features of the teacher's own autoencoder: latents of the final 8-bit images, av
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from distill.data.sources import EVAL_DATASETS
 from distill.evaluate import metrics
 from distill.evaluate.metrics import Features, Interval
 
@@ -63,12 +62,6 @@ class EvalDataset(Protocol):
     def prompts(self, per_task: int, seed: int, held_out: bool = True) -> EvalPrompts:
         """Draw `per_task` prompts of each task, from combinations that training never sees or from those it sees."""
         ...
-
-
-def find_eval_dataset(names: Iterable[str], size: tuple[int, int]) -> EvalDataset | None:
-    """Return the first registered dataset among `names` that scores images of a size, or None."""
-    datasets = (EVAL_DATASETS[name]() for name in names if name in EVAL_DATASETS)
-    return next((dataset for dataset in datasets if dataset.size == size), None)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from distill.config import Prompts, RealImages, RunConfig
 from distill.data.images import ENCODED, read_examples
 from distill.data.prompt_files import EMBEDDED
 from distill.data.prompts import read_prompts
-from distill.data.sources import EVAL_DATASETS, PROMPT_SOURCES
+from distill.data.sources import PROMPT_SOURCES
 from distill.errors import ClaimedError, ConfigError, OutputError
+from distill.evaluate.datasets import EVAL_DATASETS
 from distill.models.sd3_folder import SD3Folder
 from distill.models.teacher import is_single_file
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS

@@ -9,11 +9,10 @@ import torch
 
 from distill.config import RunConfig
 from distill.data.prompts import DistinctPrompts, read_prompts
-from distill.data.sources import EVAL_DATASETS
 from distill.errors import ConfigError
-from distill.evaluate.base import find_eval_dataset
 from distill.evaluate.clip_evaluator import ClipEvaluator
 from distill.evaluate.dataset_evaluator import DatasetEvaluator
+from distill.evaluate.datasets import EVAL_DATASETS, find_eval_dataset
 from distill.evaluate.evaluator import Evaluator
 from distill.evaluate.reference_evaluator import ReferenceEvaluator
 from distill.evaluate.references import References, image_count

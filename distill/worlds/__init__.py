@@ -5,7 +5,8 @@ The rest of `distill` works without this package. Importing it imports neither t
 
 from pathlib import Path
 
-from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import IMAGE_SOURCES, PROMPT_SOURCES
+from distill.evaluate.datasets import EVAL_DATASETS
 from distill.models.teacher import TEACHERS
 from distill.worlds.scenes.sources import hard_scene_prompts, scene_eval_dataset, scene_images, scene_prompts
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import distill
-from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import IMAGE_SOURCES, PROMPT_SOURCES
+from distill.evaluate.datasets import EVAL_DATASETS
 from distill.models.teacher import TEACHERS
 
 SOURCE = Path(distill.__file__).parent
@@ -20,7 +21,8 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 modules, sys.argv = sys.argv[1].split(), sys.argv[1:]
 for name in modules:
     importlib.import_module(name)
-from distill.data.sources import EVAL_DATASETS, IMAGE_SOURCES, PROMPT_SOURCES
+from distill.data.sources import IMAGE_SOURCES, PROMPT_SOURCES
+from distill.evaluate.datasets import EVAL_DATASETS
 from distill.models.teacher import TEACHERS
 assert not (EVAL_DATASETS or IMAGE_SOURCES or PROMPT_SOURCES or TEACHERS)
 from distill.cli import main

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.evaluate.base import DIVERSITY_SEEDS, evaluate, find_eval_dataset
+from distill.evaluate.base import DIVERSITY_SEEDS, evaluate
+from distill.evaluate.datasets import find_eval_dataset
 from distill.models.vae import to_pixels
 
 
