@@ -2,5 +2,3 @@
 
 Importing this package imports no torch; the modules below do where they need it.
 """
-
-__version__ = "0.1.0"

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.errors import ConfigError, DivergedError, SizeError
 from distill.flow import jump, noise, one_step
 from distill.models import attention, quantize
+from distill.models.cuda_graphs import CudaGraphed
 from distill.models.device import to_device, to_host
 from distill.models.sd3 import decode_latents, load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
@@ -28,7 +29,6 @@ from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
 from distill.student.adapters import Adapter as Adapter
 from distill.student.adapters import Merger, read_adapter
-from distill.student.cuda_graphs import CudaGraphed
 from distill.student.decoder import load_decoder
 from distill.student.spec import OneStepSpec as OneStepSpec
 from distill.student.spec import read_record

@@ -141,7 +141,10 @@ ABOVE_MODELS = (
     [
         ("distill/models", ("methods", *ABOVE_MODELS)),
         ("distill/methods", ABOVE_MODELS),
-        ("distill/data", ("decoder", "training", "student", "report", "plan", "worlds", "run", "cli")),
+        (
+            "distill/data",
+            ("decoder", "evaluate", "training", "student", "report", "plan", "worlds", "run", "pipeline", "cli"),
+        ),
         ("distill/evaluate", ("decoder", "training", "worlds", "run", "cli")),
         ("distill/report", ("decoder", "evaluate", "worlds", "run", "cli")),
         ("distill/training", ("decoder", "worlds", "cli")),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from distill import __version__
 from distill.errors import ConfigError
 from distill.options import DecoderChoice
 
@@ -26,7 +25,9 @@ MOST = 10**10  # upper bound of options that count something
 def print_version(wanted: bool) -> None:
     """Print the version and exit, if it is wanted."""
     if wanted:
-        typer.echo(f"flow-generator-matching {__version__}")
+        from distill.versions import NAME, version_of
+
+        typer.echo(f"{NAME} {version_of(NAME)}")
         raise typer.Exit
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from distill.models.two_times import save_second_time, split
 from distill.models.weights import first_nonfinite
 from distill.student.card import card, license_of
 from distill.student.place import check_place
+from distill.versions import NAME, version_of
 
 SHARD_SIZE = "5GB"
 
@@ -84,7 +84,7 @@ def export_student(
         **({"teacher_revision": teacher.revision} if teacher.revision else {}),
         "teacher_digest": teacher.digest,
         **recipe,
-        "made_with": {name: _version(name) for name in ("flow-generator-matching", "diffusers", "torch")},
+        "made_with": {name: version_of(name) for name in (NAME, "diffusers", "torch")},
     }
     try:
         with atomic_write(out) as made:
@@ -125,14 +125,6 @@ def _small_decoder(student: Path, teacher: SD3Folder) -> Any:
         return decoder if same and decoder["digest"] == decoder_digest(student / DECODER) else None
     except (KeyError, OSError, TeacherError, TypeError):
         return None
-
-
-def _version(package: str) -> str:
-    """Version of a package; this package can also run from its checkout, not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _copy_frozen(teacher: SD3Folder, made: Path) -> None:

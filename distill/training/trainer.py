@@ -27,8 +27,8 @@ from distill.data.conditions import Conditions, Reals
 from distill.errors import DivergedError, RunError
 from distill.flow import one_step
 from distill.methods.base import Turn, Velocities
+from distill.models.cuda_graphs import CudaGraphed
 from distill.models.text import TextCondition
-from distill.student.cuda_graphs import CudaGraphed
 from distill.training import checkpoint, optimizers
 from distill.training.accelerator import graph_obstacles
 from distill.training.ema import average_into, new_share

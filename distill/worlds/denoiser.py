@@ -20,11 +20,11 @@ from distill.errors import TeacherError
 from distill.files import make_readable
 from distill.flow import interpolate
 from distill.models import attention
+from distill.models.cuda_graphs import CudaGraphed
 from distill.models.device import autocast, fast_bfloat16
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite
 from distill.philox import Draw
-from distill.student.cuda_graphs import CudaGraphed
 from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
 from distill.training.state import TrainingProgress, load_state, save_state
