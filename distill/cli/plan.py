@@ -86,54 +86,41 @@ def plan(
     A preset gives the defaults of all options; the defaults in brackets are those of a teacher. No weights are needed:
     the training steps run on tensors without data.
     """
-    from distill.config import RunConfig, is_preset, load_config
+    from distill.config import is_preset, load_config
+    from distill.errors import ConfigError
     from distill.models.geometry import PUBLISHED, read_geometry
 
-    run: RunConfig | None = None
-    teacher = what
-    if is_preset(what):
-        given = {
-            "networks.kind": mode,
-            "networks.rank": rank,
-            "networks.gradient_checkpointing": gradient_checkpointing,
-            "networks.compile": compiled,
-            "optimizer.kind": optimizer,
-            "precision": dtype,
-            "method.name": method,
-            "prompts.max_count": prompts,
-            "images": images,
-        }
-        run = load_config(
-            what, [*(f"{key}={value}" for key, value in given.items() if value is not None), *(overrides or [])]
-        )
-        teacher, teacher_base = run.teacher, teacher_base or run.teacher_base
-        prompts, images = run.prompts.max_count, run.images
-        dtype = "fp32" if run.precision == "fp32" else "bf16"
-        compiled = run.networks.compile is not False  # `auto` compiles on a GPU
-    prompts, images, dtype = prompts or 1_000_000, images or 1_000_000, dtype or "bf16"
-    geometry = read_geometry(PUBLISHED.get(teacher, teacher), teacher_base)
+    options = {
+        "networks.kind": mode,
+        "networks.rank": rank,
+        "networks.gradient_checkpointing": gradient_checkpointing,
+        "networks.compile": compiled,
+        "optimizer.kind": optimizer,
+        "precision": dtype,
+        "method.name": method,
+        "prompts.max_count": prompts,
+        "images": images,
+    }
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    if not is_preset(what):
+        for override in overrides or ():
+            if not override.startswith("method."):
+                raise ConfigError(
+                    f"--set {override}: here only method.* can be set; the rest are options of this command"
+                )
+    given += overrides or ()
+    run = load_config(what, given) if is_preset(what) else None
+    teacher, base = (what, teacher_base) if run is None else (run.teacher, teacher_base or run.teacher_base)
+    geometry = read_geometry(PUBLISHED.get(teacher, teacher), base)
 
     from distill.cli.console import out, table, working
-    from distill.plan.options import changes_that_fit, plan_input, run_input
+    from distill.plan.options import changes_that_fit, run_input, teacher_config
     from distill.plan.run_estimate import estimate_plan
     from distill.report.units import duration, si
 
-    if run is not None:
-        made = run_input(geometry, run, batch, size)
-    else:
-        made = plan_input(
-            geometry,
-            mode or "lora",
-            rank or 64,
-            bool(gradient_checkpointing),
-            dtype,
-            batch or 4,
-            size or geometry.image_size,
-            method or "fgm",
-            optimizer or "adam",
-            prompts,
-            overrides or (),
-        )
+    if run is None:
+        run, batch = teacher_config(geometry, given), batch or 4
+    made = run_input(geometry, run, batch, size)
     known = DEVICES[device]
     memory = known.memory if device_memory is None else device_memory
     available = int((memory - reserve) * GIB)
@@ -141,11 +128,11 @@ def plan(
         result = made.plan()
         fits = result.peak <= available
         changes = [] if fits else changes_that_fit(made, result, available)
-    share = utilization or UTILIZATION["compiled" if compiled else "eager"]
-    rate = (tflops or (known.bf16 if dtype == "bf16" else known.fp32)) * 1e12 * share
+    # `auto` compiles on a GPU, and is bf16 there.
+    share = utilization or UTILIZATION["eager" if run.networks.compile is False else "compiled"]
+    rate = (tflops or (known.fp32 if run.precision == "fp32" else known.bf16)) * 1e12 * share
     speed = rate / result.flop_per_image
-    settings = (None, None) if run is None else (run.evaluation, run.cadence)
-    estimate = estimate_plan(made, result, prompts, images, rate, *settings)
+    estimate = estimate_plan(run, made, result, rate)
     if as_json:
         values = {**result.as_dict(), "fits": fits, "changes": changes, "images_per_second": speed}
         values |= {**asdict(estimate), "disk_bytes": estimate.disk, "encoding_share": estimate.encoding_share}
@@ -166,7 +153,7 @@ def plan(
     takes = f"{hours:.3g} hours" if hours >= 1 else duration(estimate.training_seconds)
     tera = result.flop_per_image / 1e12
     flop = f"{tera:.1f} TFLOP" if tera >= 1 else si(result.flop_per_image, "FLOP")
-    out.print(f"{flop} an image, about {speed:.2f} images/s on {on}; {images} images take about {takes}.")
+    out.print(f"{flop} an image, about {speed:.2f} images/s on {on}; {run.images} images take about {takes}.")
     out.print("\n".join(estimate.lines()))
     needs = f"{result.peak / GIB:.1f} GiB and {reserve:g} GiB set aside"
     if fits:

@@ -1,49 +1,29 @@
-"""The options of `distill plan`: a plan's input from them or from a run's configuration, and options that fit."""
+"""What `distill plan` plans: a run's configuration, or that of a teacher without one; and the options that fit."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
 from distill.config import Full, Lora, RunConfig, load_config
 from distill.data.shard_reader import RESIDENT_BYTES
-from distill.errors import ConfigError
 from distill.models.geometry import Geometry
 from distill.plan.estimate import Plan, PlanInput
 
+# In place of all that the presets of published models set besides their method. A key that follows replaces its value.
+_TEACHER_DEFAULTS = (
+    "prompts={max_count: 1000000}", "networks={kind: lora}", "optimizer={}", "precision=bf16", "sizes=[]",
+    "images=1000000", "batch=1", "micro_batch=null", "evaluation={}", "cadence={}",
+)  # fmt: skip
 
-def plan_input(
-    geometry: Geometry,
-    mode: str,
-    rank: int,
-    gradient_checkpointing: bool,
-    dtype: str,
-    batch: int,
-    size: int,
-    method: str = "fgm",
-    optimizer: Literal["adam", "adam-8bit"] = "adam",
-    prompts: int = 0,
-    overrides: Sequence[str] = (),
-) -> PlanInput:
-    """Build the input from the command's options, with the settings of the model's own preset, or of SD3-medium's.
 
-    `overrides` are settings of the method, as method.key=value. Raises ConfigError, also for an override of anything
-    else.
+def teacher_config(geometry: Geometry, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration that a teacher without a preset is planned with: defaults, and `overrides` of them.
+
+    The method is that of the model's own preset, or of SD3-medium's.
     """
-    for override in overrides:
-        if not override.startswith("method."):
-            raise ConfigError(f"--set {override}: here only method.* can be set; the rest are options of this command")
-    preset = geometry.published or "sd3-medium"
-    chosen = load_config(f"{preset}-lora", [f"method.name={method}", *overrides]).method
-    chosen.guidance.check_layers(geometry.transformer["num_layers"])
-    kind = Lora(rank=rank) if mode == "lora" else Full()
-    kind = kind.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    made = PlanInput(geometry, kind, precision, batch, size, chosen, optimizer)
-    in_bf16 = prompts * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
-    return replace(made, online=in_bf16 > RESIDENT_BYTES)
+    return load_config(f"{geometry.published or 'sd3-medium'}-lora", [*_TEACHER_DEFAULTS, *overrides])
 
 
 def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, size: int | None = None) -> PlanInput:

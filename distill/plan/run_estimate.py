@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distill.config import Cadence, EvaluationSettings, RunConfig
+from distill.config import RunConfig
 from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError, RunError
 from distill.evaluate.references import image_count
@@ -169,20 +169,13 @@ def estimate_run(
     )
 
 
-def estimate_plan(
-    setting: PlanInput,
-    plan: Plan,
-    prompts: int,
-    images: int,
-    flop_rate: float,
-    evaluation: EvaluationSettings | None = None,
-    cadence: Cadence | None = None,
-) -> RunEstimate:
-    """Estimate a run of so many distinct prompts and images from its plan, at a rate in FLOP/s.
+def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: float) -> RunEstimate:
+    """Estimate a run from its plan, at a rate in FLOP/s, with as many distinct prompts as it takes at most.
 
-    `evaluation` and `cadence` are those of a run, or the defaults. The evaluator `auto` is planned as `reference`.
+    The evaluator `auto` is planned as `reference`.
     """
-    evaluation, cadence = evaluation or EvaluationSettings(), cadence or Cadence()
+    evaluation, cadence = config.evaluation, config.cadence
+    prompts, images = config.prompts.max_count, config.images
     geometry = setting.geometry
     row, online = setting.prompt_bytes, setting.online
     prompt_flop = encoding_flop(geometry)

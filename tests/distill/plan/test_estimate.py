@@ -26,7 +26,7 @@ from distill.philox import Draw
 from distill.plan import estimate as plans
 from distill.plan.estimate import Plan, PlanInput
 from distill.plan.meter import Meter
-from distill.plan.options import changes_that_fit, plan_input
+from distill.plan.options import changes_that_fit
 from distill.plan.step_cost import network_calls, simulate_step, skip_share
 from distill.training.networks import ROLES, build
 
@@ -275,10 +275,12 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(teacher, tmp_path):
     (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(TeacherError, match="FluxTransformer2DModel"):
         read_geometry(str(tmp_path))
-    with pytest.raises(ConfigError, match="no method 'fgn'; did you mean 'fgm'"):
-        plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, method="fgn")
-    with pytest.raises(ConfigError, match=r"--set images=1: here only method\.\* can be set"):
-        plan_input(read_geometry(str(teacher)), "full", 4, False, "fp32", 1, SIZE, overrides=["images=1"])
+    unknown = CliRunner().invoke(app, ["plan", str(teacher), "--method", "fgn"]).exception
+    assert isinstance(unknown, ConfigError)
+    assert "no method 'fgn'; did you mean 'fgm'" in str(unknown)
+    elsewhere = CliRunner().invoke(app, ["plan", str(teacher), "--set", "images=1"]).exception
+    assert isinstance(elsewhere, ConfigError)
+    assert "--set images=1: here only method.* can be set" in str(elsewhere)
     with pytest.raises(SizeError, match="multiple of 4 up to 48"):
         PlanInput(read_geometry(str(teacher)), Full(), torch.float32, 1, 18, None).plan()
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from distill.config import load_config
+from distill.config import Cadence, EvaluationSettings, Full, Lora, load_config
 from distill.errors import ConfigError
 from distill.models.geometry import NAMES, PUBLISHED, read_geometry
-from distill.plan.options import plan_input, run_input
+from distill.plan.options import run_input, teacher_config
 from distill.plan.step_cost import network_calls
 
 
@@ -17,12 +17,11 @@ def test_a_published_model_is_known_by_its_transformer_and_planned_with_its_own_
         named = read_geometry(name)
         fetched = replace(named, name="mine", transformer=json.loads(json.dumps(named.transformer | {"more": 1})))
         assert fetched.published == name
-        made = plan_input(fetched, "lora", 4, True, "bf16", 1, 1024)
-        assert bool(made.method.guidance.skip_layers) == (name == "sd3.5-medium")
+        assert bool(teacher_config(fetched).method.guidance.skip_layers) == (name == "sd3.5-medium")
     other = read_geometry(str(teacher))
     assert other.published is None
     with pytest.raises(ConfigError, match=r"^method.guidance.skip_layers: there is no block 7"):
-        plan_input(other, "lora", 4, True, "bf16", 1, 16, overrides=["method.guidance.skip_layers=[7]"])
+        run_input(other, teacher_config(other, ["method.guidance.skip_layers=[7]"]))
 
 
 def test_published_presets_are_planned_without_their_teachers_files():
@@ -33,10 +32,20 @@ def test_published_presets_are_planned_without_their_teachers_files():
         assert (made.batch, made.kind) == (config.micro_batch, config.networks)
 
 
+def test_a_teacher_is_planned_with_the_defaults_of_the_command_and_not_with_those_of_a_preset():
+    geometry = read_geometry("sd3.5-large")
+    for kind in (Lora(), Full()):
+        config = teacher_config(geometry, [f"networks.kind={kind.kind}", "optimizer.kind=adam-8bit", "images=3"])
+        made = run_input(geometry, config)
+        assert (made.kind, made.size, made.optimizer, made.online) == (kind, 1024, "adam-8bit", True)
+        assert (config.images, config.prompts.max_count, config.precision) == (3, 1_000_000, "bf16")
+        assert (config.evaluation, config.cadence) == (EvaluationSettings(), Cadence())
+
+
 def test_settings_of_the_method_can_be_planned(teacher):
     geometry = read_geometry(str(teacher))
     sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[0]"]
-    made = plan_input(geometry, "lora", 4, True, "fp32", 3, 16, overrides=sets)
+    made = run_input(geometry, teacher_config(geometry, sets))
     calls = [call for turn in made.method.turns() for call in network_calls(turn) if turn.role == "student"]
     assert [(call.role, call.rows, call.skip_layers) for call in calls] == [
         ("student", 1, ()),

@@ -12,7 +12,7 @@ from distill.data.embedding_cache import text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
 from distill.models.sd3_folder import SD3Folder
-from distill.plan.options import plan_input
+from distill.plan.options import run_input, teacher_config
 from distill.plan.run_estimate import estimate_plan, estimate_run
 from distill.training.run_evaluator import evaluated_images
 from distill.training.run_sources import RunPrompts
@@ -30,10 +30,11 @@ def estimated(teacher, tmp_path, *overrides):
 
 
 def test_a_million_prompts_of_sd3_are_encoded_online():
-    made = plan_input(read_geometry("sd3-medium"), "lora", 64, True, "bf16", 4, 1024, prompts=1_000_000)
+    geometry = read_geometry("sd3-medium")
+    made, few = (run_input(geometry, teacher_config(geometry, given)) for given in ([], ["prompts.max_count=393"]))
     assert made.prompt_bytes == (77 + 256) * 4096 * 2 + 2048 * 2  # 2.73 MB
     assert made.online
-    assert not plan_input(read_geometry("sd3-medium"), "lora", 64, True, "bf16", 4, 1024, prompts=393).online
+    assert not few.online
 
 
 def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
@@ -74,12 +75,14 @@ def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
 
 def test_a_plan_counts_the_evaluations_of_its_run(teacher):
     """Every evaluator takes its own images; a run is evaluated at its end too."""
-    made = plan_input(read_geometry(str(teacher)), "lora", 4, True, "fp32", 1, 16, method="reflow")
+    geometry = read_geometry(str(teacher))
+    config = teacher_config(geometry, ["method=reflow", "precision=fp32", "prompts.max_count=8", "images=35"])
+    made = run_input(geometry, config)
     plan = made.plan()
 
     def planned(cadence=10, **settings):
-        evaluation = EvaluationSettings(images=32, **settings)
-        return estimate_plan(made, plan, 8, 35, 1e12, evaluation, Cadence(evaluate=cadence))
+        changes = {"evaluation": EvaluationSettings(images=32, **settings), "cadence": Cadence(evaluate=cadence)}
+        return estimate_plan(config.model_copy(update=changes), made, plan, 1e12)
 
     reference, clip = planned(), planned(evaluator="clip", clip="folder")
     none, once = planned(evaluator="none"), planned(cadence=35)
