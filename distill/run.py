@@ -144,7 +144,7 @@ def run(
         dtype = network_dtype(machine)
         networks = build(teacher, config.networks, dtype, device, roles, two_times, critic, mesh(machine))
 
-        state.images = int(newest.name) if (newest := checkpoint.latest(out / "checkpoints")) else 0
+        state.images = checkpoint.images_in(out / "checkpoints")
         shapes = latent_shapes(config, teacher)
         rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift)
         stops = _from_main(callback is not None and callback.stops)

@@ -21,6 +21,7 @@ from distill.data.images import read_examples
 from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.data.sources import PROMPT_SOURCES, Example
 from distill.decoder.evaluation import DecoderEvaluator, meets_score
+from distill.decoder.evaluation_callback import EvaluationCallback
 from distill.decoder.export import export_decoder
 from distill.decoder.latents import LatentProgress, MakeLatents, Pool, PromptLatents, RealLatents, latent_maker
 from distill.decoder.recipe import DecoderConfig, DecoderRecipe
@@ -29,16 +30,13 @@ from distill.errors import CheckpointError, ConfigError, OutputError
 from distill.evaluate.base import EvalPrompts
 from distill.evaluate.datasets import find_eval_dataset
 from distill.evaluate.sampler import Sampling
-from distill.files import append_line, atomic_write_text
+from distill.files import atomic_write_text
 from distill.models.sd3 import load_vae
 from distill.models.sd3_files import DECODER, RECORD, find_weights, read_json
 from distill.models.sd3_folder import SD3Folder, check_weights
 from distill.models.small_decoder import make_small_decoder
 from distill.philox import key_of
-from distill.report.alarm_log import AlarmLog
-from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES
-from distill.report.grid import save_png
-from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
+from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS
 from distill.report.run_state import STATE, StateRecorder
 from distill.student.decoder import Default, add_decoder, check_decoder_files, check_decoder_place, digest_of
 from distill.student.spec import is_student
@@ -118,7 +116,7 @@ def distill_decoder(
     check(run)
     with run_lock(run.out):
         state = StateRecorder(run.out, run.config.images)
-        state.images = _seen(run.out)
+        state.images = checkpoint.images_in(run.out / CHECKPOINTS)
 
         # 1. latents of prompts, and of real images
         with state.phase("sampling"):
@@ -150,19 +148,18 @@ def distill_decoder(
             trained = DecoderTraining(config, vae, _untrained(config, run.model), pool)
             latents = evaluation.open()
             rows = latents.rows(torch.arange(len(latents)))["latents"]
-            watch = _Watch(run.out, DecoderEvaluator(vae, rows, texts, scored))
+            evaluator = DecoderEvaluator(vae, rows, texts, scored)
+            callback = EvaluationCallback(config, run.out, state.images, evaluator, trained.average)
             for progress in trained.run(run.out):
                 state.images = progress.images
-                watch.record(progress)
-                if progress.images >= config.images or progress.crosses(config.evaluate_every):
-                    progress.metrics.update(watch.evaluate(progress, trained.average))
+                callback(progress)
                 yield progress
 
             # 4. export
             seen = state.images
-            metrics = watch.metrics  # of this session, or of a finished training
-            if not metrics:  # it was killed between the last checkpoint and its evaluation
-                metrics = watch.evaluate(TrainingProgress(seen, seen, config.images, {}, lambda: None), trained.average)
+            if not callback.metrics:  # it was killed between the last checkpoint and its evaluation
+                callback.evaluate(TrainingProgress(seen, seen, config.images, {}, lambda: None))
+            metrics = callback.metrics
             export_decoder(run.out / DECODER, config, run.model, trained.average, metrics, seen)
             for student in run.students:
                 default: Default = run.default or ("small" if meets_score(metrics) else "full")
@@ -264,40 +261,3 @@ def _make(
 
 def _real_images(config: DecoderConfig) -> Iterator[Example]:
     return read_examples(str(config.real), None, config.seed)
-
-
-def _seen(out: Path) -> int:
-    """The images of the newest checkpoint."""
-    found = checkpoint.states(out / CHECKPOINTS)
-    return int(found[-1].name) if found else 0
-
-
-class _Watch:
-    """Evaluates the averaged decoder, saves grids and raises alarms. `metrics` are those of the last evaluation."""
-
-    def __init__(self, out: Path, evaluator: DecoderEvaluator) -> None:
-        self.evaluator = evaluator
-        self.metrics: dict[str, float] = {}
-        self._out = out
-        for log in (EVALUATIONS, METRICS, ALARMS):
-            checkpoint.trim_lines(out / log, _seen(out))
-        before = read_run(out)
-        if before.evaluations and before.evaluations[-1]["images"] == _seen(out):
-            self.metrics = {name: value for name, value in before.evaluations[-1].items() if name != "images"}
-        self._alarms = AlarmLog(before, DECODER_RULES, DECODER_EVALUATION_RULES)
-
-    def record(self, progress: TrainingProgress) -> None:
-        """Raise the alarms of a line of the log."""
-        if progress.metrics:
-            progress.notes.extend(self._alarms.add({"images": progress.images, **progress.metrics}))
-
-    def evaluate(self, progress: TrainingProgress, average: AutoencoderTiny) -> dict[str, float]:
-        """Evaluate, and save the line of the log and the grid; return the metrics."""
-        found = self.evaluator.evaluate(average)
-        self.metrics = found.metrics
-        line = {"images": progress.images, **found.metrics}
-        append_line(self._out / EVALUATIONS, line)
-        save_png(found.picture, self._out / "samples" / f"{progress.images:012d}.png")
-        if progress.images >= progress.total / 2:  # images of early decoders are blurred in any case
-            progress.notes.extend(self._alarms.add_evaluation(line))
-        return found.metrics

@@ -125,8 +125,7 @@ def estimate_run(
     share = UTILIZATION["compiled" if compiles(config.networks.compile, device) else "eager"] / MATRIX_SHARE
     rate = share * matrix_rate(device, text_dtype(device))
 
-    newest = checkpoint.latest(out / "checkpoints")
-    left = max(0, config.images - (int(newest.name) if newest else 0))
+    left = max(0, config.images - checkpoint.images_in(out / "checkpoints"))
     flop = left * (image_flop + prompt_flop * online)
     training = flop / (rate * processes)
     with suppress(OSError, RunError):

@@ -120,6 +120,12 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def images_in(folder: Path) -> int:
+    """The images of the newest undamaged state in a folder; 0 without one."""
+    newest = latest(folder)
+    return 0 if newest is None else int(newest.name)
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` states. Other files in their folders stay."""
     for path in states(folder)[:-keep]:

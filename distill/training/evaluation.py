@@ -54,8 +54,7 @@ class EvaluationCallback:
         self._shape = latent_shapes(config, teacher)[0]
         self._evaluator = evaluator
         self.stops = False
-        newest = checkpoint.latest(out / "checkpoints")
-        self._resumed = int(newest.name) if newest else 0
+        self._resumed = checkpoint.images_in(out / "checkpoints")
         other = evaluator is not None and _is_of_another(evaluator, out)
         if machine.is_main_process:
             if other:
