@@ -121,7 +121,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def images_in(folder: Path) -> int:
-    """The images of the newest undamaged state in a folder; 0 without one."""
+    """The images of the newest readable state in a folder; 0 without one."""
     newest = latest(folder)
     return 0 if newest is None else int(newest.name)
 
