@@ -15,7 +15,7 @@ from distill.training import checkpoint
 from distill.training.state import TrainingProgress
 
 
-class EvaluationCallback:
+class DecoderEvaluationCallback:
     """Called after each step: raises alarms, evaluates the averaged decoder and saves a grid.
 
     `metrics` are those of the last evaluation, also of an earlier session that ended with it; else they are empty.

@@ -21,7 +21,7 @@ from distill.data.images import read_examples
 from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.data.sources import PROMPT_SOURCES, Example
 from distill.decoder.evaluation import DecoderEvaluator, meets_score
-from distill.decoder.evaluation_callback import EvaluationCallback
+from distill.decoder.evaluation_callback import DecoderEvaluationCallback
 from distill.decoder.export import export_decoder
 from distill.decoder.latents import LatentProgress, MakeLatents, Pool, PromptLatents, RealLatents, latent_maker
 from distill.decoder.recipe import DecoderConfig, DecoderRecipe
@@ -149,7 +149,7 @@ def distill_decoder(
             latents = evaluation.open()
             rows = latents.rows(torch.arange(len(latents)))["latents"]
             evaluator = DecoderEvaluator(vae, rows, texts, scored)
-            callback = EvaluationCallback(config, run.out, state.images, evaluator, trained.average)
+            callback = DecoderEvaluationCallback(config, run.out, state.images, evaluator, trained.average)
             for progress in trained.run(run.out):
                 state.images = progress.images
                 callback(progress)
