@@ -153,7 +153,8 @@ def export(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="best, last, or the number of images of a checkpoint. Without evaluations, best is the last."
+            help="best, last, or the number of images of a checkpoint. Without evaluations, best is the last. With "
+            "several numbers, such as 10240,20480, the students are averaged."
         ),
     ] = "best",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",

@@ -25,9 +25,10 @@ def export_run(
 ) -> Path:
     """Export a student of the run in `out` to `student`, or to `out/student`.
 
-    `which` is `best`, the averaged student of the best evaluation, or the last where there is none; `last`; or the
-    images of a checkpoint. `teacher` is the run's teacher, if it was read already or was moved. Raises RunError when
-    there is no such checkpoint, CheckpointError for another teacher.
+    `which` is `best`, the averaged student of the best evaluation, or the last where there is none; `last`; the images
+    of a checkpoint; or those of several with commas between them, whose students are averaged. `teacher` is the run's
+    teacher, if it was read already or was moved. Raises RunError when there is no such checkpoint, CheckpointError for
+    another teacher.
     """
     run, config = read_run(out), read_config(out)
     if teacher is None:
@@ -39,10 +40,10 @@ def export_run(
             raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
     check_teacher(out, teacher)
     teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
-    state = _find_state(out, which)
-    weights, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
-    images = int(state.name)
-    evaluation = next((line for line in run.evaluations if line["images"] == images), {})
+    states = _find_states(out, which)
+    weights = _mean_weights(states)
+    images = int(states[-1].name)
+    evaluation = next((line for line in run.evaluations if line["images"] == images and len(states) == 1), {})
     # A published record needs no paths of this machine.
     values, source = config.as_dict(), Path(config.prompts.source).name
     if config.teacher_base is not None:
@@ -55,6 +56,7 @@ def export_run(
         "name": config.name or f"{teacher.name.rpartition('/')[2]}-one-step",
         "method": config.method.name,
         "images_seen": images,
+        **({"mean_of": [int(state.name) for state in states]} if len(states) > 1 else {}),
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},
         **({"sizes": config.sizes} if config.sizes else {}),
         "metrics": {name: value for name, value in evaluation.items() if name != "images"},
@@ -64,16 +66,31 @@ def export_run(
     return export_student(teacher, weights, student or out / "student", recipe, lora, dtype, max_shard_size, license)
 
 
-def _find_state(out: Path, which: str) -> Path:
-    """The folder of the weights that `export_run` exports."""
+def _find_states(out: Path, which: str) -> list[Path]:
+    """The folders of the weights that `export_run` averages, by images."""
     if which in ("best", "last"):
         best = checkpoint.latest(out / "best") if which == "best" else None
         found = best or checkpoint.latest(out / "checkpoints")
         if found is None:
             raise RunError(f"{out} has no checkpoint yet; `distill run` with the same --out writes one")
-        return found
+        return [found]
     states = {int(path.name): path for part in ("checkpoints", "best") for path in checkpoint.states(out / part)}
-    if not which.isdecimal() or int(which) not in states:
-        there = ", ".join(map(str, sorted(states))) or "none"
-        raise RunError(f"{out} has no checkpoint {which}; give best, last or the images of one: {there}")
-    return states[int(which)]
+    names = [name.strip() for name in which.split(",")]
+    for name in names:
+        if not name.isdecimal() or int(name) not in states:
+            there = ", ".join(map(str, sorted(states))) or "none"
+            raise RunError(f"{out} has no checkpoint {name}; give best, last or the images of one or more: {there}")
+    return [states[images] for images in sorted(set(map(int, names)))]
+
+
+def _mean_weights(states: list[Path]) -> dict[str, torch.Tensor]:
+    """The mean of the averaged students of `states`, in fp32; one student's weights are as they were."""
+    weights: dict[str, torch.Tensor] = {}
+    for state in states:
+        part, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
+        if len(states) == 1:
+            return part
+        for name, tensor in part.items():
+            share = tensor.float() / len(states)
+            weights[name] = weights[name] + share if name in weights else share
+    return weights

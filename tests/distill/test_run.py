@@ -290,6 +290,24 @@ def test_a_checkpoint_is_exported_and_stock_diffusers_agrees(whole, tmp_path):
         assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
 
 
+def test_students_of_several_checkpoints_are_averaged(whole, tmp_path):
+    kind, out = whole
+    student = export_run(out, tmp_path / "mean", "96, 80", torch.float32)
+    record = json.loads((student / "onestep.json").read_text())
+    assert (record["images_seen"], record["mean_of"], record["metrics"]) == (96, [80, 96], {})
+    assert "on 96 samples, the mean of the checkpoints at 80, 96." in (student / "README.md").read_text()
+    if kind == "full":
+        weights = load_file(student / "transformer" / "diffusion_pytorch_model.safetensors")
+        first, second = (
+            checkpoint.load(out / "checkpoints" / checkpoint.state_name(images), "average")[0] for images in (80, 96)
+        )
+        for name in first:
+            torch.testing.assert_close(weights[name], (first[name] + second[name]) / 2)
+        assert any(not torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(RunError, match=r"has no checkpoint 8; give .* the images of one or more: .*80, 96"):
+        export_run(out, tmp_path / "none", "80,8")
+
+
 def test_a_single_file_of_another_program_is_kept(whole, tmp_path):
     single = tmp_path / "single.safetensors"
     single.write_text("of another program")
