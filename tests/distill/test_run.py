@@ -335,7 +335,7 @@ def test_a_student_of_another_size_than_the_toy_dataset_s_is_not_evaluated(whole
 
 def test_exporting_what_is_not_there_names_what_is(whole, tmp_path):
     _, out = whole
-    with pytest.raises(RunError, match="no checkpoint 12; give best, last or the images of one: 80, 96"):
+    with pytest.raises(RunError, match="no checkpoint 12; give best, last or the images of one or more: 80, 96"):
         export_run(out, tmp_path / "student", "12")
     with pytest.raises(RunError, match="is not a run"):
         export_run(tmp_path)
