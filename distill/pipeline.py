@@ -45,8 +45,8 @@ class OneStepPipeline:
 
     Every stage splits its inputs into batches of the sizes in `choice`; the last batch is padded. Matrix products round
     differently at some batch sizes. With one batch size for each stage and image size, or with those that
-    `tuned_choice` found to round alike, an image is therefore bit-identical alone and in any batch. With
-    others, images may differ in their last bits.
+    `tuned_choice` found to round alike, an image is therefore bit-identical alone and in any batch. With others, images
+    may differ in their last bits.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class OneStepPipeline:
     ) -> Self:
         """Load a student folder onto a device: `cpu`, `cuda` or `cuda:1`.
 
-        `options` are the caller's, or a choice that was made from them, as by `tuned_choice`. Raises
-        TeacherError if the folder is no complete student, ConfigError naming the option that the device, the student or
-        the installation does not support.
+        `options` are the caller's, or a choice that was made from them, as by `tuned_choice`. Raises TeacherError if
+        the folder is no complete student, ConfigError naming the option that the device, the student or the
+        installation does not support.
         """
         read = SD3Folder.read(folder)
         spec = read_record(read)

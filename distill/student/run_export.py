@@ -10,6 +10,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.report.run_folder import read_run
 from distill.student.export import SHARD_SIZE, export_student
 from distill.training import checkpoint
+from distill.training.ema import average_into
 from distill.training.run_sources import RunPrompts
 from distill.training.run_teacher import check_teacher, read_config, read_teacher
 
@@ -42,8 +43,9 @@ def export_run(
     teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
     states = _find_states(out, which)
     weights = _mean_weights(states)
-    images = int(states[-1].name)
-    evaluation = next((line for line in run.evaluations if line["images"] == images and len(states) == 1), {})
+    seen = [int(state.name) for state in states]
+    # Evaluations are of one checkpoint; a mean has none.
+    evaluation = next((line for line in run.evaluations if [line["images"]] == seen), {})
     # A published record needs no paths of this machine.
     values, source = config.as_dict(), Path(config.prompts.source).name
     if config.teacher_base is not None:
@@ -55,8 +57,8 @@ def export_run(
     recipe = {
         "name": config.name or f"{teacher.name.rpartition('/')[2]}-one-step",
         "method": config.method.name,
-        "images_seen": images,
-        **({"mean_of": [int(state.name) for state in states]} if len(states) > 1 else {}),
+        "images_seen": seen[-1],
+        **({"mean_of": seen} if len(seen) > 1 else {}),
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},
         **({"sizes": config.sizes} if config.sizes else {}),
         "metrics": {name: value for name, value in evaluation.items() if name != "images"},
@@ -84,13 +86,13 @@ def _find_states(out: Path, which: str) -> list[Path]:
 
 
 def _mean_weights(states: list[Path]) -> dict[str, torch.Tensor]:
-    """The mean of the averaged students of `states`, in fp32; one student's weights are as they were."""
-    weights: dict[str, torch.Tensor] = {}
-    for state in states:
-        part, _ = checkpoint.load(state, "" if state.parent.name == "best" else "average")
-        if len(states) == 1:
-            return part
-        for name, tensor in part.items():
-            share = tensor.float() / len(states)
-            weights[name] = weights[name] + share if name in weights else share
+    """The mean of the averaged students of `states`."""
+    weights = _weights(states[0])
+    for count, state in enumerate(states[1:], start=2):
+        further = _weights(state)
+        average_into(weights.values(), [further[name] for name in weights], 1 / count)
     return weights
+
+
+def _weights(state: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(state, "" if state.parent.name == "best" else "average")[0]
