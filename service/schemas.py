@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -12,6 +13,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidRequest
 from service.setting_types import MODEL_NAME
@@ -43,6 +45,19 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _not_blank(prompt: str) -> str:
+    if not prompt.strip():
+        raise PydanticCustomError("blank_prompt", "there is no text in it; describe an image")
+    return prompt
+
+
+Prompt = Annotated[
+    str,
+    Field(max_length=32_000, examples=["a red circle left of a blue star"], json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_not_blank),
+]
+
+
 class LoraChoice(RequestModel):
     """An adapter of the model, and its scale."""
 
@@ -57,7 +72,7 @@ class ImageRequest(RequestModel):
     left out, with a warning that names them.
     """
 
-    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red circle left of a blue star"])]
+    prompt: Prompt
     model: Annotated[str | None, Field(description="A name of `GET /v1/models`; its first one by default.")] = None
     n: Annotated[int, Field(ge=1, le=10, description="Number of images; 1 by default.")] | None = None
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description=SIZE)] | None = None

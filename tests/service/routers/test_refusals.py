@@ -16,7 +16,7 @@ from service.settings import Settings
 PATH = "/v1/images/generations"
 
 FIELDS = [
-    *[("prompt", value) for value in (None, "", 3, 1.5, True, [], ["a"], {}, {"text": "a"}, "x" * 32_001)],
+    *[("prompt", value) for value in (None, "", " ", "\t\n\u2003", 3, 1.5, True, [], ["a"], {}, "x" * 32_001)],
     *[("n", value) for value in (0, -1, 11, 10**20, 1.5, "1", True, [], {})],
     *[("size", value) for value in ("", "big", "0x0", "64", "64x", "x64", "64X64", "-64x64", "064x64", " 64x64")],
     *[

@@ -21,6 +21,7 @@ LINE = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "bo
         (LINE | {"url": "/v1/images/edits"}, "invalid_url", "url"),
         (LINE | {"custom_id": ""}, "invalid_request", "custom_id"),
         (LINE | {"body": {"prompt": ""}}, "invalid_request", "body.prompt"),
+        (LINE | {"body": {"prompt": " \n"}}, "invalid_request", "body.prompt"),
         (LINE | {"body": {"prompt": "a", "stream": True}}, "invalid_value", "body.stream"),
         (LINE | {"body": {"prompt": "a", "timeout": 9.0}}, "invalid_value", "body.timeout"),
         (LINE | {"body": {"prompt": "a", "response_format": "b64_json"}}, "invalid_value", "body.response_format"),
