@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.accelerator import accelerator_for, check, mesh, network_dtype
 from distill.training.evaluation import GRID, EvaluationCallback
+from distill.training.initial_weights import read_initial_weights
 from distill.training.networks import build
 from distill.training.preparation import check_run, prepare
 from distill.training.processes import wait_for_main
@@ -146,7 +148,8 @@ def run(
 
         state.images = checkpoint.images_in(out / "checkpoints")
         shapes = latent_shapes(config, teacher)
-        rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift)
+        start = None if config.init_from is None else partial(read_initial_weights, config, teacher, device)
+        rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift, start)
         stops = _from_main(callback is not None and callback.stops)
         with state.phase("training") if main else nullcontext():
             for progress in () if stops else rounds:

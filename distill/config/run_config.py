@@ -85,14 +85,18 @@ class Full(NetworkSettings):
 
 
 class Lora(NetworkSettings):
-    """Fake and student are LoRA adapters, in fp32, on one frozen copy of the teacher."""
+    """Fake and student are LoRA adapters, in fp32, on one frozen copy of the teacher.
+
+    The default targets are all linear layers. Those of modulation (`linear`) and of the embeddings make a third of the
+    change of a full student (docs/results.md); diffusers' script for LCM-LoRA adapts modulation too.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: _Count = 64
     alpha: _Positive = 64
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-        "net.0.proj", "net.2",
+        "net.0.proj", "net.2", "linear", "linear_1", "linear_2", "context_embedder", "proj_out",
     )  # fmt: skip
 
 

@@ -1,16 +1,27 @@
-"""The shapes of a run's trained weights, and the check that those of `init_from` fit, before anything is loaded."""
+"""The weights of `init_from`: the check that they fit, before anything is loaded, and their reading.
 
+Adapters also start from full weights: each layer's adapter is the nearest one to the layer's change from the teacher.
+"""
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from distill.config import Lora, RunConfig
 from distill.errors import ConfigError
+from distill.models.low_rank import nearest_product
+from distill.models.sd3 import load_transformer
 from distill.models.sd3_files import find_weights
 from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import split
 from distill.models.weights import tensor_shapes
 from distill.training import checkpoint
+from distill.training.networks import CRITIC, ROLES
 
 _Shapes = dict[str, tuple[int, ...]]
+_Weights = dict[str, Tensor]
 _POSITIONS = "pos_embed.pos_embed"  # a computed table, not a weight
 
 
@@ -20,32 +31,56 @@ def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
     if start is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
-    read = _of_student if (start / "model_index.json").exists() else _of_run
-    given, second = split(read(config, start))
-    if given != trained_shapes(config, teacher) or bool(second) is not two_times:
+    shapes = _shapes_of(SD3Folder.read(start)) if _is_student(start) else checkpoint.shapes(_newest(start), "student")
+    given, second = split(shapes)
+    if given not in (trained_shapes(config, teacher), _shapes_of(teacher)) or bool(second) is not two_times:
         raise ConfigError(f"init_from: {start} has other weights for the student; networks and teacher must be alike")
-
-
-def _of_student(config: RunConfig, start: Path) -> _Shapes:
-    """The shapes of a student folder's transformer."""
-    if isinstance(config.networks, Lora):
-        raise ConfigError(
-            f"init_from: {start} is a student's folder, which only full copies start from; give the run "
-            "that made it, or set networks.kind to full"
-        )
-    return _shapes_of(SD3Folder.read(start))
-
-
-def _of_run(config: RunConfig, start: Path) -> _Shapes:
-    """The shapes of the student in a run's newest checkpoint."""
-    newest = checkpoint.latest(start / "checkpoints")
-    if newest is None:
-        raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
-    if isinstance(config.networks, Lora):
-        alpha = checkpoint.load_record(newest).get("config", {}).get("networks.alpha", config.networks.alpha)
+    if isinstance(config.networks, Lora) and _are_adapters(given):
+        alpha = checkpoint.load_record(_newest(start)).get("config", {}).get("networks.alpha", config.networks.alpha)
         if alpha != config.networks.alpha:
             raise ConfigError(f"init_from: {start} was trained with networks.alpha {alpha}; set it to that")
-    return checkpoint.shapes(newest, "student")
+
+
+def read_initial_weights(config: RunConfig, teacher: SD3Folder, device: torch.device | str) -> dict[str, _Weights]:
+    """Read the weights of `init_from`, which are checked: "student", its "average", and from a run also "fake".
+
+    They are those of a run's newest checkpoint, or the transformer of a student folder. Adapters that start from full
+    weights are computed on `device`; student and average both start from the average. Raises CheckpointError or
+    TeacherError for damaged files.
+    """
+    start = config.init_from
+    assert start is not None
+    if _is_student(start):
+        loaded = load_transformer(SD3Folder.read(start)).state_dict()
+        loaded.pop(_POSITIONS, None)
+        parts = {"student": loaded, "average": loaded}
+    else:
+        newest = _newest(start)
+        parts = {part: checkpoint.load(newest, part)[0] for part in ("average", *ROLES)}
+    if not isinstance(config.networks, Lora) or _are_adapters(parts["student"]):
+        return parts
+    base = load_transformer(teacher).state_dict()
+    adapters = {
+        part: _nearest_adapter(config.networks, weights, base, device)
+        for part, weights in parts.items()
+        if weights and part != "student"
+    }
+    return {**adapters, "student": adapters["average"]}
+
+
+def _nearest_adapter(kind: Lora, weights: _Weights, base: Mapping[str, Tensor], device: torch.device | str) -> _Weights:
+    """The adapter nearest to the change of the base's layers, and what is trained beside one: second time and critic.
+
+    Changes of biases, of norms and of layers without an adapter are left out.
+    """
+    plain, adapter = split(weights)
+    adapter |= {name: tensor for name, tensor in plain.items() if name.startswith(CRITIC)}
+    for module in _adapted(kind, base):
+        change = weights[f"{module}.weight"].to(device) - base[f"{module}.weight"].to(device)
+        up, down = nearest_product(change, kind.rank)
+        adapter[f"{module}.lora_A.weight"] = down
+        adapter[f"{module}.lora_B.weight"] = up * (kind.rank / kind.alpha)
+    return adapter
 
 
 def trained_shapes(config: RunConfig, teacher: SD3Folder) -> _Shapes:
@@ -53,14 +88,34 @@ def trained_shapes(config: RunConfig, teacher: SD3Folder) -> _Shapes:
     base = _shapes_of(teacher)
     if not isinstance(config.networks, Lora):
         return base
-    rank, targets = config.networks.rank, config.networks.targets
     shapes: _Shapes = {}
-    for name, shape in base.items():
-        module = name.removesuffix(".weight")
-        if module != name and any(f".{module}".endswith(f".{target}") for target in targets):
-            shapes[f"{module}.lora_A.weight"] = rank, shape[1]
-            shapes[f"{module}.lora_B.weight"] = shape[0], rank
+    for module in _adapted(config.networks, base):
+        rows, columns = base[f"{module}.weight"]
+        shapes[f"{module}.lora_A.weight"] = config.networks.rank, columns
+        shapes[f"{module}.lora_B.weight"] = rows, config.networks.rank
     return shapes
+
+
+def _adapted(kind: Lora, names: Iterable[str]) -> list[str]:
+    """The layers that get an adapter, of a network whose weights have these names."""
+    layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return [layer for layer in layers if any(f".{layer}".endswith(f".{target}") for target in kind.targets)]
+
+
+def _are_adapters(names: Iterable[str]) -> bool:
+    return any(".lora_" in name for name in names)
+
+
+def _is_student(start: Path) -> bool:
+    return (start / "model_index.json").exists()
+
+
+def _newest(start: Path) -> Path:
+    """The newest checkpoint of the run that another one starts from."""
+    newest = checkpoint.latest(start / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
+    return newest
 
 
 def _shapes_of(folder: SD3Folder) -> _Shapes:

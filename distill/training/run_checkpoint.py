@@ -9,8 +9,6 @@ from torch import Tensor
 
 from distill.config import RunConfig
 from distill.errors import ConfigError
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.networks import CRITIC
 
@@ -49,32 +47,20 @@ class RunCheckpoint:
             checkpoint.restore_optimizer(self.adams[role], checkpoint.unpack(f"{role}-optimizer", tensors))
         return int(record["images"]), float(record.get("seconds", 0))
 
-    def begin(self, start: Path) -> None:
-        """Copy the weights of another run's newest checkpoint, or for the student those of a student folder.
+    def begin(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy weights of other networks: "student", "average", and the fake if it is given.
 
-        Optimizers and data start from the beginning. Raises ConfigError for missing weights or other networks.
+        Optimizers and data start from the beginning. Raises ConfigError for other shapes.
         """
-        if (start / "model_index.json").exists():
-            loaded = load_transformer(SD3Folder.read(start)).state_dict()
-            student = {name: loaded[name] for name in self.average if name in loaded}
-            found = {"student": student, "average": student}
-        else:
-            newest = checkpoint.latest(start / "checkpoints")
-            if newest is None:
-                raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
-            tensors, _ = checkpoint.load(newest)
-            found = {part: checkpoint.unpack(part, tensors) for part in ("average", *self.weights)}
         for part, own in (("average", self.average), *self.weights.items()):
-            given = found.get(part, {})
+            given = parts.get(part, {})
             if not given and part != "student":
                 continue  # a method that trained no such role
             # A critic that only one of the two runs has is not copied.
             critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
             own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
             if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-                raise ConfigError(
-                    f"init_from: {start} has other weights for the {part}; networks and teacher must be alike"
-                )
+                raise ConfigError(f"init_from: other weights for the {part}; networks and teacher must be alike")
             copy_tensors(given, own)
 
 

@@ -9,7 +9,7 @@ processes once. On a GPU without a CUDA graph, a thread reads or encodes the nex
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,12 +64,14 @@ def train(
     accelerator: Accelerator,
     reals: Reals | None = None,
     shift: float = 1.0,
+    start: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None,
 ) -> Iterator[Progress]:
     """Train to the budget, from the newest checkpoint in `out/checkpoints` if there is one.
 
-    Each step draws one of the latent `shapes` (C, h, w); `shift` is the time shift of the teacher's scheduler. A
-    resumed run first yields its checkpoint's state, as after its last round. Raises CheckpointError for a checkpoint of
-    another configuration, DivergedError for gradients that are not finite, RunError if `out` disappears.
+    Each step draws one of the latent `shapes` (C, h, w); `shift` is the time shift of the teacher's scheduler. A new
+    run takes the weights that `start()` reads for student, average and fake, or else those of the teacher. A resumed
+    run first yields its checkpoint's state, as after its last round. Raises CheckpointError for a checkpoint of another
+    configuration, DivergedError for gradients that are not finite, RunError if `out` disappears.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     local = config.batch // world
@@ -81,8 +83,8 @@ def train(
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
     state = RunCheckpoint(config, out / "checkpoints", weights, average, adams)
     images, seconds = state.restore()
-    if config.init_from is not None and images == 0:
-        state.begin(config.init_from)
+    if start is not None and images == 0:
+        state.begin(start())
     log = MetricsLog(out, accelerator, images, config)
 
     turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
