@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.config import Lora, RunConfig
+from distill.config import Full, Lora, RunConfig
 from distill.errors import ConfigError
 from distill.models.low_rank import nearest_product
 from distill.models.sd3 import load_transformer
@@ -31,8 +31,7 @@ def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
     if start is None:
         return
     two_times = any(turn.two_times for turn in config.method.turns())
-    shapes = _shapes_of(SD3Folder.read(start)) if _is_student(start) else checkpoint.shapes(_newest(start), "student")
-    given, second = split(shapes)
+    given, second = split(_given_shapes(start))
     if given not in (trained_shapes(config, teacher), _shapes_of(teacher)) or bool(second) is not two_times:
         raise ConfigError(f"init_from: {start} has other weights for the student; networks and teacher must be alike")
     if isinstance(config.networks, Lora) and _are_adapters(given):
@@ -45,27 +44,27 @@ def read_initial_weights(config: RunConfig, teacher: SD3Folder, device: torch.de
     """Read the weights of `init_from`, which are checked: "student", its "average", and from a run also "fake".
 
     They are those of a run's newest checkpoint, or the transformer of a student folder. Adapters that start from full
-    weights are computed on `device`; student and average both start from the average. Raises CheckpointError or
+    weights are computed on `device`, and then the student starts from the average. Raises CheckpointError or
     TeacherError for damaged files.
     """
-    start = config.init_from
+    start, kind = config.init_from, config.networks
     assert start is not None
-    if _is_student(start):
-        loaded = load_transformer(SD3Folder.read(start)).state_dict()
-        loaded.pop(_POSITIONS, None)
-        parts = {"student": loaded, "average": loaded}
-    else:
-        newest = _newest(start)
-        parts = {part: checkpoint.load(newest, part)[0] for part in ("average", *ROLES)}
-    if not isinstance(config.networks, Lora) or _are_adapters(parts["student"]):
-        return parts
+    if isinstance(kind, Full) or _are_adapters(_given_shapes(start)):
+        return {part: _read(start, part) for part in ("average", *ROLES)}
     base = load_transformer(teacher).state_dict()
-    adapters = {
-        part: _nearest_adapter(config.networks, weights, base, device)
-        for part, weights in parts.items()
-        if weights and part != "student"
-    }
-    return {**adapters, "student": adapters["average"]}
+    average, fake = (_nearest_adapter(kind, _read(start, part), base, device) for part in ("average", "fake"))
+    return {"average": average, "student": average, "fake": fake}
+
+
+def _read(start: Path, part: str) -> _Weights:
+    """Read the full weights or the adapter of a role or of the average; a student folder has no fake."""
+    if not _is_student(start):
+        return checkpoint.load(_newest(start), part)[0]
+    if part == "fake":
+        return {}
+    weights: _Weights = load_transformer(SD3Folder.read(start)).state_dict()
+    weights.pop(_POSITIONS, None)
+    return weights
 
 
 def _nearest_adapter(kind: Lora, weights: _Weights, base: Mapping[str, Tensor], device: torch.device | str) -> _Weights:
@@ -73,6 +72,8 @@ def _nearest_adapter(kind: Lora, weights: _Weights, base: Mapping[str, Tensor], 
 
     Changes of biases, of norms and of layers without an adapter are left out.
     """
+    if not weights:
+        return {}
     plain, adapter = split(weights)
     adapter |= {name: tensor for name, tensor in plain.items() if name.startswith(CRITIC)}
     for module in _adapted(kind, base):
@@ -116,6 +117,13 @@ def _newest(start: Path) -> Path:
     if newest is None:
         raise ConfigError(f"init_from: {start} has no checkpoint; give the folder of a run or of a student")
     return newest
+
+
+def _given_shapes(start: Path) -> _Shapes:
+    """The shapes of the student's weights in a student folder, or in a run's newest checkpoint."""
+    if _is_student(start):
+        return _shapes_of(SD3Folder.read(start))
+    return checkpoint.shapes(_newest(start), "student")
 
 
 def _shapes_of(folder: SD3Folder) -> _Shapes:
