@@ -1,6 +1,6 @@
 """The typed configuration of a distillation run. `reader` reads it, `explanations` words its errors."""
 
-from distill.config.reader import is_preset, load_config, parse_override, read_group
+from distill.config.reader import is_preset, load_config, make_config, parse_override, read_group
 from distill.config.run_config import (
     Cadence,
     EvaluationSettings,
@@ -29,6 +29,7 @@ __all__ = [
     "flat",
     "is_preset",
     "load_config",
+    "make_config",
     "parse_override",
     "read_group",
 ]

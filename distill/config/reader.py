@@ -39,6 +39,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not YAML: {_fault(error)}; correct it there") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}; write it like the presets")
+    return make_config(values, overrides)
+
+
+def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Make a configuration of plain values, which `a.b=value` overrides change. Raises ConfigError naming the key."""
     for group, tag in _KINDS.items():
         if isinstance(values.get(group), str):
             values[group] = {tag: values[group]}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ENDING = ".safetensors"  # of a single file
 TEACHERS: dict[str, Path] = {}  # folders that ship with the package, by the name that a configuration gives
+TRAINED_BY: dict[str, str] = {}  # commands that train a teacher, by the folder that they write to by default
 
 
 def open_teacher(reference: str | Path, base: str | None = None, weights: Collection[str] = tuple(MODELS)) -> SD3Folder:
@@ -33,8 +34,7 @@ def open_teacher(reference: str | Path, base: str | None = None, weights: Collec
         file = Path(os.path.expanduser(reference)).absolute()
         return open_single_file(file, None if base is None else partial(open_teacher, base, None))
     if (found := find_teacher(reference, weights)) is None:
-        names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
-        raise TeacherError(f"there is no teacher {str(reference)!r}; give {names}")
+        raise _no_teacher(reference)
     return SD3Folder.read(*found, weights)
 
 
@@ -89,18 +89,31 @@ def find_teacher(
 
 def pin_teacher(reference: str) -> str:
     """Name the commit that a model of the hub is at; other references are returned as they are."""
-    if reference in TEACHERS or os.path.exists(os.path.expanduser(reference)):
-        return reference
-    model = _hub_model(reference)
+    model = None if _is_here(reference) else _hub_model(reference)
     return reference if model is None else str(model.resolve())
 
 
+def check_named(reference: str) -> None:
+    """Raise TeacherError for a reference that is not here and cannot be a model of the hub. Nothing is fetched."""
+    if not _is_here(reference) and _hub_model(reference) is None:
+        raise _no_teacher(reference)
+
+
+def _is_here(reference: str) -> bool:
+    return reference in TEACHERS or os.path.exists(os.path.expanduser(reference))
+
+
 def _hub_model(reference: str | Path) -> "HubModel | None":
-    if str(reference).startswith("runs/"):  # where commands write, and no owner of the hub
+    """Read a reference that is not here as a model of the hub; None for text that can only be a path."""
+    if (command := TRAINED_BY.get(str(reference))) is not None:
         raise TeacherError(
-            f"there is no folder {reference}; train that teacher first (CIFAR-10: `distill cifar10 teacher DATA`), "
-            "or name another one"
+            f"there is no folder {reference}; train that teacher first with `{command}`, or name another one"
         )
     from distill.models.hub import HubModel  # here, because its libraries are slow to import
 
     return HubModel.parse(str(reference))
+
+
+def _no_teacher(reference: str | Path) -> TeacherError:
+    names = ", ".join([*TEACHERS, "a folder", "a .safetensors file", "or a model of the hub as owner/name"])
+    return TeacherError(f"there is no teacher {str(reference)!r}; give {names}")

@@ -6,16 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from distill.config import Full, Lora, RunConfig, load_config
+from distill import presets
+from distill.config import Full, Lora, RunConfig, make_config
 from distill.data.shard_reader import RESIDENT_BYTES
 from distill.models.geometry import Geometry
 from distill.plan.estimate import Plan, PlanInput
-
-# In place of all that the presets of published models set besides their method. A key that follows replaces its value.
-_TEACHER_DEFAULTS = (
-    "prompts={max_count: 1000000}", "networks={kind: lora}", "optimizer={}", "precision=bf16", "sizes=[]",
-    "images=1000000", "batch=1", "micro_batch=null", "evaluation={}", "cadence={}",
-)  # fmt: skip
 
 
 def teacher_config(geometry: Geometry, overrides: Sequence[str] = ()) -> RunConfig:
@@ -23,7 +18,15 @@ def teacher_config(geometry: Geometry, overrides: Sequence[str] = ()) -> RunConf
 
     The method is that of the model's own preset, or of SD3-medium's.
     """
-    return load_config(f"{geometry.published or 'sd3-medium'}-lora", [*_TEACHER_DEFAULTS, *overrides])
+    values = {
+        "method": presets.read(f"{geometry.published or 'sd3-medium'}-lora")["method"],
+        "prompts": {"max_count": 1_000_000},
+        "networks": {"kind": "lora"},
+        "images": 1_000_000,
+        "batch": 1,
+        "precision": "bf16",
+    }
+    return make_config(values, overrides)
 
 
 def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, size: int | None = None) -> PlanInput:

@@ -12,7 +12,7 @@ from distill.data.sources import PROMPT_SOURCES
 from distill.errors import ClaimedError, ConfigError, OutputError
 from distill.evaluate.datasets import EVAL_DATASETS
 from distill.models.sd3_folder import SD3Folder
-from distill.models.teacher import is_single_file
+from distill.models.teacher import check_named, is_single_file
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS
 from distill.report.run_state import STATE
 from distill.student.place import check_place
@@ -39,6 +39,7 @@ def preflight(config: RunConfig, out: Path) -> SD3Folder | None:
     A teacher in a single file is only looked for, because PyTorch converts it; None is returned. Raises what
     `check_folder` and `check_source` raise, TeacherError, and ClaimedError while another process writes to the folder.
     """
+    check_named(config.teacher)  # first, because the other sources may be files that its training writes
     check_evaluator_name(config.evaluation.evaluator)
     if config.evaluation.prompts is not None:
         next(read_prompts(config.evaluation.prompts), None)

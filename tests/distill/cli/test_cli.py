@@ -116,6 +116,13 @@ def test_what_the_system_says_of_a_file_is_one_sentence(monkeypatch, capsys, tmp
     assert "'\\ud83d' is an incomplete Unicode character" in said(monkeypatch, capsys, *PLAN)
 
 
+def test_a_missing_teacher_is_named_before_the_prompts_that_its_training_writes(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    error = said(monkeypatch, capsys, "run", "cifar10")
+    assert "there is no folder runs/cifar10-teacher; train that teacher first" in error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -25,7 +25,7 @@ from distill.models.geometry import read_geometry
 from distill.models.hub import HubModel, fetch
 from distill.models.sd3_files import MODELS
 from distill.models.sd3_folder import SD3Folder
-from distill.models.teacher import open_teacher, pin_teacher
+from distill.models.teacher import TRAINED_BY, open_teacher, pin_teacher
 from distill.pipeline import OneStepPipeline
 from distill.student.run_export import export_run
 from distill.training.run_teacher import pin_teachers, read_config, write_pins
@@ -234,6 +234,17 @@ def test_a_path_is_never_taken_for_a_model_of_the_hub(path: str, hub: HubServer)
     with pytest.raises(TeacherError, match="there is no teacher"):
         open_teacher(path)
     assert pin_teacher(path) == path
+    assert hub.requests == []
+
+
+def test_a_folder_that_a_command_trains_is_no_model_of_the_hub(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, command in TRAINED_BY.items():
+        with pytest.raises(TeacherError, match=f"no folder {folder}; train that teacher first with `{command}`"):
+            open_teacher(folder)
+    assert TRAINED_BY
     assert hub.requests == []
 
 
