@@ -3,7 +3,7 @@
 from typing import Any
 
 import litserve
-from serve import Stock
+from stock import Stock
 
 
 class Api(litserve.LitAPI):

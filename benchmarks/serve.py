@@ -11,9 +11,7 @@ disturb least. `--rounds` alternates the servers, and the medians are shown.
 """
 
 import argparse
-import base64
 import contextlib
-import io
 import json
 import os
 import statistics
@@ -22,50 +20,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from stock import Stock
+
 from service.commands.bench import LoadResult, free_port, measure_engine, measure_server, running_server
 from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[1] / "distill" / "worlds" / "scenes" / "weights" / "student"
 MAX_BATCH = 16  # of LitServe's batches, as of ours
 BATCH_SECONDS = 0.01  # that LitServe waits for company
-
-
-class Stock:
-    """A student in stock diffusers."""
-
-    def __init__(self, folder: str) -> None:
-        import torch
-        from diffusers import StableDiffusion3Pipeline
-
-        self._record = json.loads((Path(folder) / "onestep.json").read_text())
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        without_t5 = {} if (Path(folder) / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-        self._pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, **without_t5
-        ).to(device)
-        self._pipeline.set_progress_bar_config(disable=True)
-
-    def answer(self, bodies: Sequence[dict]) -> list[dict]:
-        """Images of requests, as PNG in the Images format."""
-        import torch
-
-        size = self._record["image_size"]
-        images = self._pipeline(
-            [body["prompt"] for body in bodies],
-            num_inference_steps=1,
-            guidance_scale=0,
-            height=size,
-            width=size,
-            max_sequence_length=self._record["max_sequence_length"],
-            generator=[torch.Generator().manual_seed(body["seed"]) for body in bodies],
-        ).images
-        answers = []
-        for image in images:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            answers.append({"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]})
-        return answers
 
 
 def naive(model: str, port: int) -> None:
