@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import msgspec
 import numpy as np
@@ -164,7 +165,7 @@ class WorkerPool:
 def worker_processes(settings: Settings) -> WorkerPool:
     """Return a pool with the worker processes of each device."""
     engine = settings.engine
-    names = serving_devices(settings, _gpus() if engine.devices == "auto" else 0) * engine.workers_per_device
+    names = serving_devices(settings, _count_gpus()) * engine.workers_per_device
     # Workers on CPUs share the cores, and in each the network and the VAE run side by side. Every image is computed by
     # the same number of threads.
     threads = engine.cpu_threads or max(1, (os.cpu_count() or 1) // (2 * len(names)))
@@ -205,15 +206,16 @@ def profiling(settings: Settings) -> Profiling:
     )
 
 
-def serving_devices(settings: Settings, gpus: int) -> list[str]:
+def serving_devices(settings: Settings, gpus: int | None) -> list[str]:
     """Devices that get a worker where CUDA's driver shows so many GPUs: `auto` is every one that is not for jobs.
 
-    Where it shows none, `auto` is left to torch. Raises StartError where jobs would share a GPU that serves, or have
-    all of them.
+    Where it shows none, `auto` is left to torch; None is unknown. Raises StartError for a GPU that it does not show,
+    and where jobs would share a GPU that serves, or have all of them.
     """
     for_jobs = settings.jobs.devices.split(",")
+    _check_gpus("jobs.devices", for_jobs, gpus)
     if settings.engine.devices == "auto":
-        names = [name for name in (f"cuda:{i}" for i in range(gpus)) if name not in for_jobs]
+        names = [name for name in (f"cuda:{i}" for i in range(gpus or 0)) if name not in for_jobs]
         if gpus and not names:
             raise StartError(
                 f"jobs.devices ({settings.jobs.devices}) names every GPU, so engine.devices = auto has none to "
@@ -221,6 +223,7 @@ def serving_devices(settings: Settings, gpus: int) -> list[str]:
             )
         return names or ["auto"]
     names = [name.strip() for name in settings.engine.devices.split(",")]
+    _check_gpus("engine.devices", names, gpus)
     both = {"cuda:0" if name == "cuda" else name for name in names} & {*for_jobs} - {"cpu"}
     if both:
         raise StartError(
@@ -230,8 +233,24 @@ def serving_devices(settings: Settings, gpus: int) -> list[str]:
     return names
 
 
-def _gpus() -> int:
-    """Count the GPUs by CUDA's driver, without a context and without torch; 0 without a driver."""
+def _check_gpus(setting: str, names: Sequence[str], gpus: int | None) -> None:
+    """Raise StartError for a GPU that CUDA's driver does not show. Torch would find that out after seconds."""
+    if gpus is None:
+        return
+    missing = [name for name in names if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus]
+    if missing:
+        raise StartError(
+            f"{setting} names {', '.join(missing)}, and CUDA's driver shows {gpus} GPUs here; name others, or cpu"
+        )
+
+
+def _count_gpus() -> int | None:
+    """Count the GPUs by CUDA's driver, without a context and without torch; 0 without a driver.
+
+    None for a torch of ROCm, which calls its GPUs cuda too.
+    """
+    if "rocm" in version("torch"):
+        return None
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -153,6 +153,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("auto", "cpu", 0, ["auto"]),
         ("cuda:0, cuda:2", "cuda:1,cuda:3", 4, ["cuda:0", "cuda:2"]),
         ("cpu", "cpu", 0, ["cpu"]),
+        ("cuda:0", "cuda:1", None, ["cuda:0"]),
     ],
 )
 def test_gpus_of_jobs_do_not_serve(devices, job_devices, gpus, serving):
@@ -170,6 +171,19 @@ def test_a_gpu_to_serve_and_to_train_on_is_refused_by_both_settings(devices, job
     with pytest.raises(StartError, match=r"engine\.devices\b") as refused:
         serving_devices(read_settings({"engine": {"devices": devices}, "jobs": {"devices": job_devices}}), gpus)
     assert f"jobs.devices ({job_devices})" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("devices", "job_devices", "gpus", "sentence"),
+    [
+        ("cuda", "cpu", 0, "engine.devices names cuda, and CUDA's driver shows 0 GPUs here"),
+        ("cuda:0, cuda:1,cuda:2", "cpu", 1, "engine.devices names cuda:1, cuda:2, and CUDA's driver shows 1 GPUs"),
+        ("cpu", "cuda:0", 0, "jobs.devices names cuda:0, and CUDA's driver shows 0 GPUs here"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_before_torch_is_imported(devices, job_devices, gpus, sentence):
+    with pytest.raises(StartError, match=sentence):
+        serving_devices(read_settings({"engine": {"devices": devices}, "jobs": {"devices": job_devices}}), gpus)
 
 
 @pytest.mark.parametrize(
