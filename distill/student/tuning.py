@@ -31,6 +31,8 @@ from distill.student.tuner import Tuner
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+# Settings that say how files were written, and not what is computed: the options choose the precision.
+_OF_FILES = ("_name_or_path", "_diffusers_version", "transformers_version", "dtype", "torch_dtype")
 
 
 class _Kept(BaseModel):
@@ -123,7 +125,7 @@ def _made_for(student: Path, device: torch.device, options: RuntimeOptions, max_
     architecture = {}
     for path in sorted(student.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
+        kept = {key: value for key, value in config.items() if key not in _OF_FILES}
         architecture[path.parent.name] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     return {
         "device": device_name(device),
