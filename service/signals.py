@@ -4,11 +4,17 @@ import os
 import signal
 from types import FrameType
 
+from service.temporary_folders import remove_folders
+
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def exit_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Run the signal's default action, which ends this process. Process 1 of a container has none, so it exits."""
+    """Remove temporary folders, then run the signal's default action, which ends this process.
+
+    Process 1 of a container has no default action, so it exits.
+    """
+    remove_folders()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     os._exit(128 + number)

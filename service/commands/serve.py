@@ -9,6 +9,7 @@ from service.errors import StartError
 from service.http.keys import KeyFile
 from service.http.origins import is_loopback
 from service.settings import Settings
+from service.temporary_folders import remove_folders
 
 log = logging.getLogger("service")
 
@@ -74,5 +75,6 @@ def run_server(settings: Settings, sockets: list[socket.socket], names: str, key
     except OSError as error:  # another process took the address while the models were loaded
         log.error("%s:%s cannot be used: %s", settings.http.host, settings.http.port, error.strerror)
     logging.shutdown()
+    remove_folders()
     # Python would wait for every thread, also for one that hangs on a store or a disk.
     os._exit(0 if server.started else STARTUP_FAILURE)

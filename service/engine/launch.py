@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from service.engine.shared_memory import read
 from service.engine.worker import SLOT_BYTES
 from service.errors import StartError
 from service.settings import Settings
+from service.temporary_folders import make_folder, remove_folder
 
 CHOICES = "choices"  # folder in the data folder: how workers compute each kind of model
 
@@ -174,7 +174,7 @@ def worker_processes(settings: Settings) -> WorkerPool:
     embeddings = SharedMemory()
     folder = settings.data / CHOICES if settings.data else None
     # Without a data folder, choices last as long as the server: a restarted worker must compute the same images.
-    temporary = tempfile.mkdtemp(prefix="fgm-choices-") if folder is None and engine.tuning_seconds else None
+    temporary = make_folder("fgm-choices-") if folder is None and engine.tuning_seconds else None
     tuning = (
         Tuning(temporary or str(folder), engine.tuning_seconds, engine.max_batch) if engine.tuning_seconds else None
     )
@@ -192,7 +192,7 @@ def worker_processes(settings: Settings) -> WorkerPool:
     devices = list(dict.fromkeys("cpu" if name == "auto" else name for name in names))  # no CUDA driver shows a GPU
     pool = WorkerPool([launch(name) for name in names], models or [LoadModel(None)], devices)
     if temporary:
-        weakref.finalize(pool, shutil.rmtree, temporary, ignore_errors=True)
+        weakref.finalize(pool, remove_folder, temporary)
     return pool
 
 

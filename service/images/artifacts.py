@@ -7,7 +7,6 @@ import hmac
 import logging
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import ParamSpec, TypeVar
 import fsspec
 
 from service.errors import StartError, Unavailable
+from service.temporary_folders import make_folder, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class ArtifactStore:
         self._clock = clock
         # Threads of its own, so that a slow store occupies no others.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="artifacts")
-        self._temporary = None if url else tempfile.TemporaryDirectory(prefix="fgm-artifacts-")
-        place = self._temporary.name if self._temporary else url
+        self._temporary = None if url else make_folder("fgm-artifacts-")
+        place = self._temporary or url
         try:
             self._files, self._root = fsspec.url_to_fs(place, use_listings_cache=False)  # other servers write there too
             self._files.makedirs(self._root, exist_ok=True)
@@ -92,7 +92,7 @@ class ArtifactStore:
         """Stop without waiting for a store that does not answer."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._temporary:
-            self._temporary.cleanup()
+            remove_folder(self._temporary)
 
     def _read(self, path: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,6 @@
 """The `fgm-service` command as a process: start, refusal to start, SIGTERM."""
 
 import contextlib
-import gc
 import http.client
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,9 +26,21 @@ from service.settings import SHIPPED_STUDENT
 SERVE = [sys.executable, "-m", "service.cli", "serve"]
 
 
+FOLDERS = ["fgm-artifacts", "fgm-choices"]  # temporary ones, of a server without a data folder
+
+
+def with_folders(place):
+    """The environment of a server that makes all its temporary folders in a place."""
+    return {"TMPDIR": str(place), "SERVICE_ENGINE__TUNING_SECONDS": "1"}
+
+
+def folders(place):
+    return sorted(path.name.rpartition("-")[0] for path in place.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_answers_what_was_accepted_then_ends(number):
-    environment = os.environ | {"SERVICE_ENGINE__MAX_BATCH": "64"}
+def test_a_signal_answers_what_was_accepted_then_ends_and_leaves_no_folder(number, tmp_path):
+    environment = os.environ | {"SERVICE_ENGINE__MAX_BATCH": "64"} | with_folders(tmp_path)
     command = [*SERVE, "--device", "simulator", "--port", "0", "--set", "engine.max_batch=1"]  # a flag wins
     heeding = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with (
@@ -44,12 +54,13 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
             if found := re.search(r"http://[\d.:]+", line):
                 break
         url = found[0]
+        assert folders(tmp_path) == FOLDERS
         assert started == [
             "loading scenes-one-step on simulator",
             "setting data = None",  # as for all tests
             "setting engine.devices = simulator",
             "setting engine.max_batch = 1",
-            "setting engine.tuning_seconds = 0.0",  # as for all tests
+            "setting engine.tuning_seconds = 1.0",
             "setting http.port = 0",
             f"serving simulator on simulator at {url}; no API key is required",
         ]
@@ -65,6 +76,7 @@ def test_a_signal_answers_what_was_accepted_then_ends(number):
             assert (refused.status, refused.headers["connection"]) == (503, "close")
             log = process.stderr.read()
         assert process.wait(30) == 0
+        assert folders(tmp_path) == []
         assert [len(answer.result().json()["data"]) for answer in answers] == [10] * 6
         assert "Traceback" not in log
         assert all(json.loads(line)["level"] in ("info", "warning") for line in log.splitlines())
@@ -116,8 +128,8 @@ def test_sigterm_ends_process_1_that_still_starts():
         assert process.wait(60) == 128 + signal.SIGTERM
 
 
-def test_a_second_signal_ends_it_at_once():
-    waits = {
+def test_a_second_signal_ends_it_at_once_and_leaves_no_folder(tmp_path):
+    waits = with_folders(tmp_path) | {
         "SERVICE_ENGINE__BATCHING_WINDOW_SECONDS": "500",
         "SERVICE_ENGINE__REQUEST_TIMEOUT_SECONDS": "500",
         "SERVICE_HTTP__DRAIN_SECONDS": "500",
@@ -132,6 +144,7 @@ def test_a_second_signal_ends_it_at_once():
             process.send_signal(signal.SIGINT)
             assert isinstance(asked.exception(60), httpx.TransportError)
         assert process.wait(60) in (-signal.SIGTERM, -signal.SIGINT)
+    assert folders(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -159,9 +172,6 @@ def test_what_keeps_it_from_starting_is_one_sentence(arguments, environment, nam
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # of a folder that the end of a process removes in silence
-        gc.collect()
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert named in said
