@@ -135,9 +135,9 @@ class Backend(Protocol):
         """Use this adapter, or none, from now on. Called by the thread of `denoise`."""
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Any:
-        """Draw the noise of seeds for `denoise`. Called by the thread of `encode`."""
+        """Draw the noise of seeds and a size for `denoise`. Called by the thread of `encode`."""
 
-    def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
+    def denoise(self, conditions: Any, noise: Any, steps: int = 1) -> Any:
         """Return the latents, one for each condition and its noise. Raises FloatingPointError if one is not finite."""
 
     def decode(self, latents: Any) -> Pixels:

@@ -115,7 +115,7 @@ class StudentBackend:
         with self._stage("text"):
             return self._pipeline.noise(seeds, width, height)
 
-    def denoise(self, conditions: Any, noise: Any, width: int, height: int, steps: int = 1) -> Any:
+    def denoise(self, conditions: Any, noise: Any, steps: int = 1) -> Any:
         """Return latents (B, C, h, w) on the device."""
         with self._stage("model"):
             latents = self._pipeline.latents(conditions, noise, steps)

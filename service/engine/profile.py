@@ -100,7 +100,7 @@ def _run(backend: Backend, width: int, height: int, prompts: Sequence[str]) -> d
     began = time.perf_counter()
     text = backend.encode(prompts)
     encoded = time.perf_counter()
-    latents = backend.denoise(text.conditions, backend.noise(range(len(prompts)), width, height), width, height)
+    latents = backend.denoise(text.conditions, backend.noise(range(len(prompts)), width, height))
     denoised = time.perf_counter()
     backend.decode(latents)
     return {"text": encoded - began, "model": denoised - encoded, "vae": time.perf_counter() - denoised}

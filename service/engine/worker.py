@@ -144,7 +144,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
         key = job.run.key
         job.backend.adapt(key.adapter, key.scale)
         conditions, noise = job.value
-        job.value = job.backend.denoise(conditions, noise, key.width, key.height, key.steps)
+        job.value = job.backend.denoise(conditions, noise, key.steps)
 
     def vae(job: _Job) -> None:
         pixels = np.ascontiguousarray(job.backend.decode(job.value))

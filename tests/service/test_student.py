@@ -170,7 +170,7 @@ def test_a_network_that_gives_no_numbers_fails_its_batch(student):
     conditions, size = backend.encode(["a", "b"]).conditions, backend.info.sizes[0]
     conditions.pooled[1] = float("nan")
     with pytest.raises(FloatingPointError):
-        backend.denoise(conditions, backend.noise([1, 2], *size), *size)
+        backend.denoise(conditions, backend.noise([1, 2], *size))
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +275,8 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
 
     backend._pipeline._vae.decode = overflowing
     denoise, large = backend.denoise, backend.noise([103], *backend.info.sizes[0])
-    backend.denoise = lambda conditions, noise, *size: torch.where(
-        (noise == large).flatten(1).all(1).view(-1, 1, 1, 1), 1e6, denoise(conditions, noise, *size)
+    backend.denoise = lambda conditions, noise, steps=1: torch.where(
+        (noise == large).flatten(1).all(1).view(-1, 1, 1, 1), 1e6, denoise(conditions, noise, steps)
     )
 
     async def test(engine: Engine) -> None:

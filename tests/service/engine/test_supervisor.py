@@ -99,10 +99,10 @@ def test_a_worker_whose_pixels_are_not_all_there_is_replaced_and_its_batch_runs_
 
 def test_draining_waits_for_no_worker_that_is_starting_again():
     class Lost(Simulator):
-        def denoise(self, conditions, noise, width, height, steps=1):
+        def denoise(self, conditions, noise, steps=1):
             if not conditions[0].startswith("warm-up"):
                 raise DeviceLost
-            return super().denoise(conditions, noise, width, height, steps)
+            return super().denoise(conditions, noise, steps)
 
     starting, release = threading.Event(), threading.Event()
     backends = iter([Lost(0, 0)])
