@@ -191,7 +191,9 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
 def _change(channel: Channel, backends: dict[str, Backend], load: ModelLoader, timer: Timer, changes: _Changes) -> None:
     """Load and unload, one model after the other. Runs in its own thread, which leaves the cores to the stages."""
     if sys.platform == "linux":  # elsewhere a priority is that of the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
+        thread = threading.get_native_id()
+        # Never below the value of the process, which only root may lower.
+        os.setpriority(os.PRIO_PROCESS, thread, max(LOADING_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
     while (command := changes.get()) is not None:
         match command:
             case LoadModel():
