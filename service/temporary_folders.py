@@ -1,8 +1,10 @@
 """Temporary folders that end with this process, also by a signal or by `os._exit`, which skip Python's own cleanup."""
 
 import atexit
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 _made: set[str] = set()
 
@@ -18,6 +20,16 @@ def remove_folder(folder: str) -> None:
     """Remove a folder of `make_folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     _made.discard(folder)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """Provide a folder for a block."""
+    folder = make_folder(prefix)
+    try:
+        yield folder
+    finally:
+        remove_folder(folder)
 
 
 def remove_folders() -> None:

@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import signal
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from service.errors import StartError
 from service.observability.logs import configure
 from service.settings import Settings
 from service.signals import handled_signals
+from service.temporary_folders import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def run(settings: Settings, scale: Scale, address: str) -> None:
         except Exception as error:  # Ray raises plain ones; its own processes get half a minute to start
             raise StartError(f"Ray does not start, or is not found at {address}: {error}") from error
         stack.callback(ray.shutdown)
-        folder = settings.images.artifacts or stack.enter_context(tempfile.TemporaryDirectory(prefix="fgm-artifacts-"))
+        folder = settings.images.artifacts or stack.enter_context(temporary_folder("fgm-artifacts-"))
         application = _application(_shared(settings, folder), scale)
         stopped = threading.Event()
         for number in handled_signals():

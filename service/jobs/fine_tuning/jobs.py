@@ -3,7 +3,6 @@
 import logging
 import secrets
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from service.jobs.schemas import JobRequest
 from service.jobs.tables import CANCEL, DELETE, ENDED, PAUSE, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.setting_types import SHIPPED_TEACHER
 from service.settings import Settings
+from service.temporary_folders import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class FineTuningJobs:
         folder = self._workflow.folder(job)
         if not folder.has_run():
             raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
-        with tempfile.TemporaryDirectory(prefix="fgm-report-") as place:
+        with temporary_folder("fgm-report-") as place:
             page = Path(place) / "report.html"
             command = report_command(folder.run, page)
             ended = subprocess.run(
