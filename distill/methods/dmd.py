@@ -11,8 +11,12 @@ takes five steps per student step.
 DMD2's `gan` adds a critic D, a head on the fake's own features, on noised images. It learns with the fake, and the
 student is trained, through D, to make images that D takes for real:
 
-    fake:     softplus(D(x_t)) + softplus(-D(x*_t))
-    student:  softplus(-D(x_t))
+    fake:     softplus(D(x_t, c)) + softplus(-D(x*_t, c*)) + mismatched softplus(D(x*_t, c))
+    student:  softplus(-D(x_t, c))
+
+Here c are the prompts of the student's images x, and c* the captions of the real images x*. The last term is not
+DMD2's: real images that do not show their prompt count as the student's (Reed et al., arXiv 1605.05396; GigaGAN,
+2303.05511), so that the critic learns to compare image and prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Gan(ConfigGroup):
-    """Weights of the adversarial losses of fake and student; the defaults are DMD2's for SDXL.
+    """Weights of the adversarial losses of fake and student, and of mismatched pairs; the defaults are DMD2's for SDXL.
 
     DMD's gradient is a mean over the C h w elements of a latent, and the adversarial one is not. So `student` counts
     more the larger the latents are: 5e-3 for SDXL's 4 x 128 x 128 is as strong as 0.32 for 4 x 16 x 16.
@@ -40,6 +44,7 @@ class Gan(ConfigGroup):
 
     fake: Annotated[float, Field(gt=0)] = 1e-2
     student: Annotated[float, Field(gt=0)] = 5e-3
+    mismatched: Annotated[float, Field(ge=0)] = 0.0
 
 
 class DMDConfig(ConfigGroup):
@@ -74,6 +79,8 @@ class DMDConfig(ConfigGroup):
 
         softplus = torch.nn.functional.softplus
         critic = softplus(logits(matched.x_0, batch.cond)) + softplus(-logits(real.x_0, real.cond))
+        if self.gan.mismatched:
+            critic = critic + self.gan.mismatched * softplus(logits(real.x_0, batch.cond))
         loss = matched.value + self.gan.fake * critic.mean()
         return Loss(loss, {**matched.metrics, "critic": critic.detach()}, matched.x_0)
 

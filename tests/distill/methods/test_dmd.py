@@ -88,6 +88,21 @@ def test_the_critic_learns_how_likely_an_image_is_real_and_the_student_follows_i
     assert torch.nn.functional.cosine_similarity(-found, center, dim=0) > 0.99
 
 
+def test_real_images_with_the_student_s_prompts_count_as_the_student_s():
+    center, t = torch.tensor([1.0, -0.5]), torch.full((16,), 0.4)
+    made, other, eps, prompts, captions = torch.randn(5, 16, 2, generator=torch.Generator().manual_seed(0))
+    field = gaussian_field(0.0, 1.0)
+    nets = Velocities(affine_student(0.0, 1.0), field, field, None, lambda x_t, t, cond: (x_t * cond).sum(1))
+    batch = TrainingBatch(made, prompts, FixedDraw(t, eps), Real(center + other, captions))
+
+    def loss(mismatched: float) -> Tensor:
+        gan = Gan(fake=0.5, mismatched=mismatched)
+        return DMDConfig(guidance=Guidance(scale=1, caption_dropout=0), gan=gan).fake_loss(nets, batch).value
+
+    real_t = 0.6 * (center + other) + 0.4 * eps
+    torch.testing.assert_close(loss(2) - loss(0), 0.5 * 2 * softplus((real_t * prompts).sum(1)).mean())
+
+
 def test_a_file_in_the_folder_is_all_that_a_method_needs():
     """No other module of the package names a method but for the default of a configuration."""
     package = Path(methods.__file__).parents[1]
