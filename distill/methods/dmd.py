@@ -39,7 +39,8 @@ class Gan(ConfigGroup):
     """Weights of the adversarial losses of fake and student, and of mismatched pairs; the defaults are DMD2's for SDXL.
 
     DMD's gradient is a mean over the C h w elements of a latent, and the adversarial one is not. So `student` counts
-    more the larger the latents are: 5e-3 for SDXL's 4 x 128 x 128 is as strong as 0.32 for 4 x 16 x 16.
+    more the larger the latents are: 5e-3 for SDXL's 4 x 128 x 128 is as strong as 0.32 for 4 x 16 x 16, and as 1.25e-3
+    for SD3's 16 x 128 x 128.
     """
 
     fake: Annotated[float, Field(gt=0)] = 1e-2

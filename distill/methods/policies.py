@@ -120,9 +120,11 @@ def _inside(interval: tuple[float, float], t: Tensor) -> Tensor:
 
 
 class Guidance(TeacherGuidance):
-    """Guidance of methods with a fake: DMD leaves it unguided; `guide_fake` guides it too, as in SiD-DiT.
+    """Guidance of methods with a fake. DMD leaves it unguided; with `guide_fake` it has the teacher's scale (SiD-DiT).
 
-    The fake never has the skip-layer term, which corrects the teacher: on both sides it would cancel out.
+    A guided fake is guided in its own loss too: its guided velocity, not its plain one, learns the field of the
+    student's images. If only the student's loss guided it, teacher and fake would agree for a student of the unguided
+    teacher. The skip-layer term belongs to the teacher alone.
     """
 
     guide_fake: bool = False
@@ -221,9 +223,11 @@ def fake_error(
 ) -> tuple[Tensor, Tensor]:
     """Times t (B,) and |v - factor w|^2 (B,) on images x_0. A fake that is guided loses some of its captions."""
     x_t, t, eps = add_noise(times, x_0, draw)
+    scale = None
     if guidance.guide_fake:
         dropped = (draw.uniform() < guidance.caption_dropout).to(x_0.device)
         cond = cond.where(dropped, nets.null)
+        scale = guidance.scale_at(t, guidance.sample_scale(draw))
     target = factor * (eps - x_0)
-    v = nets.fake(x_t, t, cond)
+    v = guided_velocity(nets.fake, nets.null, x_t, t, cond, scale)
     return t, dot(v - target, v - target)

@@ -10,6 +10,7 @@ from torch import nn
 
 from distill.flow import interpolate
 from distill.methods.base import Real, TrainingBatch, Velocities
+from distill.methods.dmd import DMDConfig
 from distill.methods.fgm import FGMConfig, RealUID
 from distill.methods.policies import WEIGHTS, Guidance, Times
 from distill.models.text import TextCondition
@@ -274,6 +275,40 @@ def test_guided_fields_are_null_plus_scale_times_the_difference():
         u, v = (1 + 3 * (2 - 1)) * x_t, (4 if guided else 2) * x_t
         expected = ((u - v) * (u - w)).mean(1) - (u - v).square().mean(1)
         torch.testing.assert_close(loss.value, expected.mean())
+
+
+@pytest.mark.parametrize("method", [FGMConfig(weight="velocity-uniform"), DMDConfig(normalize=False)])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_student_is_that_of_the_guided_teacher_whether_or_not_the_fake_is_guided(method, guided):
+    """Teacher N(m c, s^2) and student N(theta c, s^2) of a caption c; c = 0 is the empty prompt. Guided: N(g m c, s^2).
+
+    Velocities of Gaussians of one width are affine in the mean, so all guided fields are exact too.
+    """
+    m, s, scale, count = 0.5, 0.6, 3.0, 128
+    theta, mean_of_fake = (torch.tensor(m, requires_grad=True) for _ in range(2))  # both start as the teacher
+    cond = TextCondition(torch.zeros(count, 1, 1), torch.tensor([-1.0, 1.0]).repeat(count // 2).view(-1, 1))
+    null = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+
+    def teacher(x_t, t, cond):
+        return gaussian_field(m * cond.pooled, s)(x_t, t)
+
+    def fake(x_t, t, cond):
+        return gaussian_field(mean_of_fake * cond.pooled, s)(x_t, t)
+
+    def student(z, t, cond):
+        return affine_student(theta * cond.pooled, s)(z, t)
+
+    config = method.model_copy(update={"guidance": Guidance(scale=scale, guide_fake=guided)})
+    nets, draw = Velocities(student, teacher, fake, null), BatchDraw(count)
+    fake_adam, student_adam = torch.optim.Adam([mean_of_fake], 0.1), torch.optim.Adam([theta], 0.05)
+    for _ in range(120):
+        for adam, loss in ((fake_adam, config.fake_loss), (student_adam, config.student_loss)):
+            adam.param_groups[0]["lr"] *= 0.98
+            adam.zero_grad()
+            loss(nets, TrainingBatch(draw.normal((1,)), cond, draw)).value.backward()
+            adam.step()
+    assert theta.item() == pytest.approx(scale * m, rel=0.1)
+    assert mean_of_fake.item() == pytest.approx(m if guided else scale * m, rel=0.1)
 
 
 def test_a_mixture_of_gaussians_is_distilled_end_to_end():
