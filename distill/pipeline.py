@@ -7,6 +7,7 @@ images = pipeline(["a red circle", "a blue star"], seeds=[1, 2])  # uint8 (2, H,
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
@@ -84,8 +85,8 @@ class OneStepPipeline:
 
     def _compute_as(self, options: RuntimeOptions) -> None:
         attention.use(options.attention, self._transformer)
-        self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self._vae.to(memory_format=self._memory_format)
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self._vae.to(memory_format=memory_format)
         if options.cudnn_benchmark:
             torch.backends.cudnn.benchmark = True
         # Blocks of one kind share their compiled forms, so a deep transformer starts as fast as a shallow one.
@@ -95,9 +96,11 @@ class OneStepPipeline:
                 torch._dynamo.config.recompile_limit = COMPILED_FORMS
                 # Without timing kernels: results would differ between two starts.
                 module.forward = torch.compile(module.forward, dynamic=False, options={"deterministic": True})
-        self._network, self._decoder = self._velocity, self._pixels
+        # They do not refer to the pipeline, so that its memory is free as soon as nothing else refers to it.
+        self._network = partial(_velocity, self._transformer)
+        self._decoder = partial(_pixels, self._vae, memory_format)
         if options.cuda_graphs:
-            self._network, self._decoder = CudaGraphed(self._velocity), CudaGraphed(self._pixels)
+            self._network, self._decoder = CudaGraphed(self._network), CudaGraphed(self._decoder)
 
     @classmethod
     def load(
@@ -250,11 +253,13 @@ class OneStepPipeline:
         factor = self.spec.vae_scale_factor
         return self.choice.of(self.size(width * factor, height * factor))
 
-    def _velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        return velocity(self._transformer, x_t, t, TextCondition(embeds, pooled))
 
-    def _pixels(self, latents: Tensor) -> Tensor:
-        return decode_latents(self._vae, latents.contiguous(memory_format=self._memory_format))
+def _velocity(transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    return velocity(transformer, x_t, t, TextCondition(embeds, pooled))
+
+
+def _pixels(vae: AutoencoderKL | AutoencoderTiny, memory_format: torch.memory_format, latents: Tensor) -> Tensor:
+    return decode_latents(vae, latents.contiguous(memory_format=memory_format))
 
 
 def _batches(count: int, buckets: Sequence[int]) -> Iterator[Tensor]:

@@ -100,6 +100,7 @@ class Comparison:
         for name, model in self._students.items():
             generate_student = student_sampler(model.load(self._device), self._student_steps)
             students[name] = evaluate(prompts, generate_student, self._student_steps, encode, seed, report)
+            del generate_student  # frees the student before the next one is loaded
         return SideBySide(prompts, teachers, students)
 
 

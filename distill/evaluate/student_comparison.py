@@ -59,5 +59,6 @@ def compare_students(
     for name, model in students.items():
         generate = student_sampler(model.load(device), steps, size)
         models[name] = evaluator.evaluate(generate, encode, report)
+        del generate  # frees the student before the next one is loaded
     models |= {name: evaluator.evaluate(generate, encode, report) for name, generate in (others or {}).items()}
     return StudentComparison(models)

@@ -1,7 +1,9 @@
 """`OneStepPipeline`: shapes, seeds, truncated prompts, and records that it refuses."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,19 @@ def test_images_are_uint8_one_for_each_prompt_and_seed(count: int, student: Path
 def test_seeds_that_differ_in_their_high_bits_alone_give_other_images(student: Path) -> None:
     images = OneStepPipeline.load(student)(PROMPTS[:1] * 2, [7, 7 + 2**32])
     assert not torch.equal(images[0], images[1])
+
+
+def test_a_pipeline_s_memory_is_free_as_soon_as_nothing_refers_to_it(student: Path) -> None:
+    """A published student takes tens of gigabytes, and the garbage collector does not know of a GPU's memory."""
+    pipeline = OneStepPipeline.load(student)
+    pipeline(PROMPTS[:1], [0])
+    parts = [weakref.ref(part) for part in (pipeline._transformer, pipeline._vae, pipeline._text.t5)]
+    gc.disable()
+    try:
+        del pipeline
+        assert [part() for part in parts] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_several_batch_buckets_keep_their_tolerance_in_any_batch() -> None:
