@@ -7,6 +7,7 @@ evaluation), `metrics.jsonl`, `evaluations.jsonl`, `evaluations/`, `alarms.jsonl
 the end `student/`. The same call resumes a run.
 """
 
+import gc
 import shutil
 import time
 from collections.abc import Generator
@@ -94,7 +95,7 @@ def run(
         if main:
             resumed = has_checkpoint(out)
             if not finished:
-                estimate = estimate_run(config, out, teacher, prompts, device, machine.num_processes)
+                estimate = estimate_run(config, out, teacher, prompts, device, machine.num_processes, reals)
                 estimate.check_disk(out)
                 yield estimate
             prepare(config, out, pins)
@@ -229,6 +230,8 @@ def _measure_speed(config: RunConfig, out: Path) -> float:
             torch.cuda.synchronize(machine.device)
         times.append(time.perf_counter())
     steps.close()
+    del steps, rounds
+    gc.collect()  # the networks refer to themselves, and the run's own are loaded next
     speed = _from_main(TIMED * config.batch / (times[1] - times[0]))  # one number of images for all
     if machine.is_main_process:
         shutil.rmtree(scratch)

@@ -129,6 +129,14 @@ class Geometry:
                 for name, config in self.text.items()
             )
 
+    @property
+    def t5_matrix_parameters(self) -> int:
+        """Parameters of T5's matrices, which can be stored in 8 bits; 0 without T5."""
+        if (config := self.text.get("text_encoder_3")) is None:
+            return 0
+        width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        return int(config["num_layers"] * (4 * width * inner + 3 * width * config["d_ff"]))
+
     def check_size(self, size: int) -> None:
         """Raise SizeError unless images of `size` x `size` pixels can be made."""
         unit = self.pixels_per_latent * int(self.transformer["patch_size"])

@@ -83,6 +83,8 @@ class PlanInput:
     method: Any
     optimizer: Literal["adam", "adam-8bit"] = "adam"
     online: bool = False  # whether prompts are encoded during training
+    encoders_apart: bool = False  # whether the text encoders are then on another device
+    t5: Literal["full", "int8"] = "full"  # precision of T5 then
 
     @property
     def prompt_bytes(self) -> int:
@@ -90,6 +92,14 @@ class PlanInput:
         config = self.geometry.transformer
         numbers = self.geometry.tokens * config["joint_attention_dim"] + config["pooled_projection_dim"]
         return int(self.dtype.itemsize * numbers)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text encoders on the training device during training."""
+        if not self.online or self.encoders_apart:
+            return 0
+        spared = self.dtype.itemsize - 1 if self.t5 == "int8" else 0
+        return self.dtype.itemsize * self.geometry.text_parameters - spared * self.geometry.t5_matrix_parameters
 
     def plan(self) -> Plan:
         """Compute the cost; takes seconds and little memory. Raises SizeError."""
@@ -106,7 +116,7 @@ class PlanInput:
             "averaged student": own["student"],
             "optimizer states": states[self.optimizer],
             "autoencoder for grids": counts["autoencoder"],
-            "text encoders": self.dtype.itemsize * self.geometry.text_parameters if self.online else 0,
+            "text encoders": self.text_bytes,
         }
         always = sum(resident.values())
         heaviest = max(costs.values(), key=lambda cost: cost.peak)

@@ -53,7 +53,9 @@ def run_input(geometry: Geometry, config: RunConfig, batch: int | None = None, s
     )
     encoded = config.prompts.max_count * made.prompt_bytes * torch.bfloat16.itemsize // precision.itemsize
     encoding = config.prompts.encoding
-    return replace(made, online=encoding == "online" or (encoding == "auto" and encoded > RESIDENT_BYTES))
+    online = encoding == "online" or (encoding == "auto" and encoded > RESIDENT_BYTES)
+    apart = config.prompts.encoder_device is not None
+    return replace(made, online=online, encoders_apart=apart, t5=config.prompts.t5)
 
 
 def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
@@ -71,10 +73,16 @@ def changes_that_fit(made: PlanInput, plan: Plan, available: int) -> list[str]:
     saved = plan.optimizer_states[made.optimizer] - plan.optimizer_states["adam-8bit"]
     if saved and max(plan.stages["start"], plan.peak - saved) <= available:
         found.append("--optimizer adam-8bit")
-    # Without encoding during training there are no text encoders beside the networks.
-    encoders = plan.resident["text encoders"]
-    if encoders and max(plan.stages["start"], plan.peak - encoders) <= available:
-        found.append("prompts.encoding=cached")
+    # At the start, the text encoders are whole and on the device in any case.
+    others = {
+        "prompts.t5=int8": replace(made, t5="int8"),
+        "prompts.encoder_device=cpu": replace(made, encoders_apart=True),
+        "prompts.encoding=cached": replace(made, online=False),
+    }
+    for change, other in others.items():
+        saved = plan.resident["text encoders"] - other.text_bytes
+        if saved and max(plan.stages["start"], plan.peak - saved) <= available:
+            found.append(change)
     if isinstance(kind, Full):
         lora = Lora(gradient_checkpointing=kind.gradient_checkpointing)
         if replace(made, kind=lora).plan().peak <= available:

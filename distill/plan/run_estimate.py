@@ -33,7 +33,7 @@ from distill.training.run_evaluator import (
     run_references,
     teacher_sampling,
 )
-from distill.training.run_sources import RunPrompts
+from distill.training.run_sources import RunImages, RunPrompts
 from distill.training.speed import read_speed
 
 SMALL = 1e12  # FLOP per image below which a device mostly waits, and training takes longer than its arithmetic
@@ -47,7 +47,8 @@ class RunEstimate:
     prompts: int  # distinct
     prompt_bytes: int
     is_online: bool
-    cache: int  # that is still to be written
+    cache: int  # of prompts that is still to be written
+    image_cache: int  # of real images that is still to be written
     checkpoints: int
     student: int
     references: int  # the teacher's images that evaluations compare with, in the run folder
@@ -61,7 +62,7 @@ class RunEstimate:
     @property
     def disk(self) -> int:
         """Bytes of all that the run writes."""
-        return self.cache + self.checkpoints + self.student + self.references
+        return self.cache + self.image_cache + self.checkpoints + self.student + self.references
 
     def lines(self) -> list[str]:
         """Sentences for people."""
@@ -73,7 +74,8 @@ class RunEstimate:
             how = f"encoded before training, into a cache of {together}, {each} each"
         else:
             how = f"read from a cache of {together}"
-        sizes = {"cache": self.cache, "checkpoints": self.checkpoints, "student": self.student}
+        sizes = {"cache": self.cache, "real images": self.image_cache}
+        sizes |= {"checkpoints": self.checkpoints, "student": self.student}
         sizes["the teacher's images"] = self.references
         disk = ", ".join(f"{name} {si(size, 'B')}" for name, size in sizes.items() if size)
         works = {
@@ -109,11 +111,18 @@ class RunEstimate:
 
 
 def estimate_run(
-    config: RunConfig, out: Path, teacher: SD3Folder, prompts: RunPrompts, device: torch.device, processes: int = 1
+    config: RunConfig,
+    out: Path,
+    teacher: SD3Folder,
+    prompts: RunPrompts,
+    device: torch.device,
+    processes: int = 1,
+    reals: RunImages | None = None,
 ) -> RunEstimate:
     """Estimate a run by formulas and a measurement of the device's matrix products, or by the speed it once had.
 
-    The prompts are counted, so a source that is not encoded yet is read.
+    Prompts and real images are counted, so a source that is not encoded yet is read. The time of encoding is that of
+    the prompts.
     """
     geometry = read_geometry(str(teacher.path)).with_text(teacher.clip_length, teacher.max_sequence_length)
     sizes = config.sizes or [(teacher.image_size, teacher.image_size)]
@@ -156,6 +165,7 @@ def estimate_run(
         prompt_bytes=row,
         is_online=online,
         cache=count * row * encodes,
+        image_cache=0 if reals is None else reals.to_encode() * _image_bytes(row, teacher.latent_shape),
         checkpoints=kept * state + 2 * 4 * trainable,  # and the best student
         student=2 * teacher.parameters + sum(path.stat().st_size for path in files),
         references=reference_bytes(settings.images, size) * own,
@@ -177,6 +187,8 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
     prompts, images = config.prompts.max_count, config.images
     geometry = setting.geometry
     row, online = setting.prompt_bytes, setting.online
+    reals = 0 if config.real is None else config.real.max_count or 0  # a run counts its source
+    channels, side = (int(geometry.transformer[name]) for name in ("in_channels", "sample_size"))
     prompt_flop = encoding_flop(geometry)
     size = (setting.size, setting.size)
     by_clip, made = evaluation.evaluator == "clip", evaluation.evaluator not in ("clip", "none")
@@ -192,6 +204,7 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
         prompt_bytes=row,
         is_online=online,
         cache=0 if online else prompts * row,
+        image_cache=reals * _image_bytes(row, (channels, side, side)),
         checkpoints=(cadence.keep_checkpoints + 1) * state + 2 * average,
         student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
         references=reference_bytes(evaluation.images, size) * made,
@@ -207,6 +220,11 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
 def reference_bytes(images: int, size: tuple[int, int]) -> int:
     """Bytes of the teacher's images for so many prompts, of (width, height) pixels that PNG does not compress."""
     return image_count(images) * 3 * size[0] * size[1]
+
+
+def _image_bytes(caption: int, latent_shape: tuple[int, int, int]) -> int:
+    """Bytes of a real image in a cache: its latents in fp32, and its caption."""
+    return caption + torch.float32.itemsize * math.prod(latent_shape)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -29,7 +29,7 @@ from distill.data.prompt_files import EMBEDDED
 from distill.data.prompt_texts import PromptTexts, write_texts
 from distill.data.prompts import DistinctPrompts, read_prompts
 from distill.data.shard_reader import RESIDENT_BYTES
-from distill.data.sources import PROMPT_SOURCES
+from distill.data.sources import IMAGE_SOURCES, PROMPT_SOURCES
 from distill.errors import CacheError, CheckpointError, ConfigError
 from distill.files import atomic_write_text
 from distill.models.device import resolve_device
@@ -215,6 +215,14 @@ class RunImages(RunSource[Reals]):
     manifest, folder = ENCODED, "images"
     _cache, _read = ImageCache, staticmethod(read_examples)
     _encode, _compare = staticmethod(encode_examples), staticmethod(check_examples)
+
+    def to_encode(self) -> int:
+        """The number of images that are still to be encoded; those of a source that is not built in are read for it."""
+        if self.is_encoded:
+            return 0
+        if self.config.source in IMAGE_SOURCES and self.config.max_count is not None:
+            return self.config.max_count
+        return sum(1 for _ in self._read_source())
 
 
 def run_sources(config: RunConfig, out: Path) -> tuple[RunPrompts, RunImages | None]:

@@ -42,6 +42,14 @@ def test_a_teacher_is_planned_with_the_defaults_of_the_command_and_not_with_thos
         assert (config.evaluation, config.cadence) == (EvaluationSettings(), Cadence())
 
 
+def test_text_encoders_take_less_memory_in_8_bits_and_none_on_another_device():
+    sets = ([], ["prompts.t5=int8"], ["prompts.encoder_device=cpu"], ["prompts.encoding=cached"])
+    geometry = read_geometry("sd3-medium")
+    whole, int8, *none = (run_input(geometry, load_config("sd3-medium-lora", each)).text_bytes for each in sets)
+    assert [round(size / 1e9, 1) for size in (whole, int8)] == [11.2, 6.5]
+    assert none == [0, 0]
+
+
 def test_settings_of_the_method_can_be_planned(teacher):
     geometry = read_geometry(str(teacher))
     sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[0]"]

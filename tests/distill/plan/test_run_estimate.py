@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from distill.config import Cadence, EvaluationSettings, load_config
+from distill.config import Cadence, EvaluationSettings, RealImages, load_config
 from distill.data.embedding_cache import text_dtype
 from distill.errors import OutputError
 from distill.models.geometry import read_geometry
@@ -15,18 +16,18 @@ from distill.models.sd3_folder import SD3Folder
 from distill.plan.options import run_input, teacher_config
 from distill.plan.run_estimate import estimate_plan, estimate_run
 from distill.training.run_evaluator import evaluated_images
-from distill.training.run_sources import RunPrompts
+from distill.training.run_sources import RunImages, RunPrompts
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
 
 CPU = torch.device("cpu")
 
 
-def estimated(teacher, tmp_path, *overrides):
+def estimated(teacher, tmp_path, *overrides, reals=None):
     (tmp_path / "prompts.txt").write_text("a\nred\nred\nblue\n")
     words = [f"teacher={teacher}", f"prompts.source={tmp_path / 'prompts.txt'}", "prompts.max_sequence_length=9"]
     config, out = load_config("scenes-debug", [*words, *overrides]), tmp_path / "run"
     folder = SD3Folder.read(teacher).with_sequence_length(9)
-    return estimate_run(config, out, folder, RunPrompts(config.prompts, out), CPU)
+    return estimate_run(config, out, folder, RunPrompts(config.prompts, out), CPU, reals=reals)
 
 
 def test_a_million_prompts_of_sd3_are_encoded_online():
@@ -48,6 +49,21 @@ def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
     assert "online" in online.lines()[0]
     assert 0 < online.encoding_share < 1
     assert min(cached.encoding_seconds, cached.training_seconds, online.training_seconds) > 0
+
+
+def test_real_images_need_room_for_their_latents_and_captions(teacher_t5, tmp_path):
+    """Of Stable Diffusion 3 3.8 MB each, so that 100 000 take 380 GB."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 16)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a red circle")
+    sources = RealImages(source=str(folder)), RealImages(source="scenes", max_count=5)
+    needs = [estimated(teacher_t5, tmp_path, reals=RunImages(source, tmp_path / "run")) for source in sources]
+    row = ((8 + 9) * 48 + 40) * text_dtype(CPU).itemsize + 4 * 4 * 8 * 8
+    assert [need.image_cache for need in needs] == [3 * row, 5 * row]
+    assert needs[1].disk - needs[0].disk == 2 * row
+    assert "real images" in needs[0].lines()[1]
 
 
 def test_a_run_that_keeps_the_teachers_images_needs_room_for_them(teacher_t5, tmp_path):
