@@ -53,7 +53,11 @@ def _not_blank(prompt: str) -> str:
 
 Prompt = Annotated[
     str,
-    Field(max_length=32_000, examples=["a red circle left of a blue star"], json_schema_extra={"pattern": r"\S"}),
+    Field(
+        max_length=32_000,
+        examples=["a red circle left of a blue star"],
+        json_schema_extra={"minLength": 1, "pattern": r"\S"},
+    ),
     AfterValidator(_not_blank),
 ]
 
