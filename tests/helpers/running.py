@@ -14,7 +14,11 @@ from service.http.protocol import HttpProtocol
 
 @contextlib.contextmanager
 def serving(app, protocol: type[HttpProtocol] = HttpProtocol, port: int = 0) -> Iterator[str]:
-    """The app behind uvicorn, on a free port if none is given; yields its base URL, and drains it at the end."""
+    """The app behind uvicorn, on a free port if none is given; yields its base URL, and drains it at the end.
+
+    The end waits longer than the server drains. A server that outlived its test would leave its errors, such as open
+    connections, to whatever test runs by then.
+    """
     listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn_config(app, app.state.settings, protocol))
     started = threading.Event()
@@ -32,8 +36,9 @@ def serving(app, protocol: type[HttpProtocol] = HttpProtocol, port: int = 0) -> 
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(app.state.settings.http.drain_seconds + 90)
         listener.close()
+        assert not thread.is_alive()
 
 
 def generate(url: str, headers=None, **body) -> httpx.Response:

@@ -4,7 +4,7 @@ import base64
 import contextlib
 import io
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
@@ -21,7 +21,7 @@ from service.http.keys import KeyFile
 
 @contextlib.contextmanager
 def session(url: str, **options):
-    with dial(url.replace("http", "ws") + "/v1/realtime/images", max_size=None, **options) as socket:
+    with dial(f"{url.replace('http', 'ws')}/v1/realtime/images", max_size=None, open_timeout=60, **options) as socket:
         yield socket
 
 
@@ -91,18 +91,17 @@ def test_the_latest_request_supersedes_waiting_ones_but_not_the_running_one(serv
 def test_a_queued_request_is_superseded(serve, connect):
     gate = Gate()
     url = serve(gate, engine={"max_batch": 1})
-    posting = threading.Thread(target=lambda: connect(url).images.generate(prompt="other", n=3))
-    posting.start()
-    assert gate.entered.wait(30)
-    until(lambda: metric(url, "queued_images") == 1)  # one runs, one is ready behind it
-    with session(url) as socket:
+    with ThreadPoolExecutor(1) as pool, session(url) as socket:
+        posted = pool.submit(connect(url).images.generate, prompt="other", n=3)
+        assert gate.entered.wait(30)
+        until(lambda: metric(url, "queued_images") == 1)  # one runs, one is ready behind it
         ask(socket, id="old", prompt="old")
         until(lambda: metric(url, "queued_images") == 2)
         ask(socket, id="new", prompt="new")
         assert hear(socket) == {"type": "images.superseded", "id": "old"}
         gate.open.set()
         assert hear(socket)["id"] == "new"
-    posting.join(30)
+        assert len(posted.result(60).data) == 3
     assert "old" not in gate.prompts
 
 
@@ -155,7 +154,7 @@ def test_keys_are_checked_for_every_message(serve, tmp_path):
 
 
 def test_the_path_may_end_with_a_slash(serve):
-    with dial(serve(Simulator(0, 0)).replace("http", "ws") + "/v1/realtime/images/") as socket:
+    with dial(serve(Simulator(0, 0)).replace("http", "ws") + "/v1/realtime/images/", open_timeout=60) as socket:
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
 
