@@ -420,6 +420,7 @@ def served_seconds(setting: Setting, device: "torch.device", size: int, small: b
 
     from distill.models.small_decoder import make_small_decoder
     from distill.pipeline import OneStepPipeline, OneStepSpec, RuntimeOptions
+    from distill.student.runtime import unmeasured
     from distill.student.tuner import Tuner
 
     geometry = geometry_of(setting.tiny)
@@ -433,14 +434,16 @@ def served_seconds(setting: Setting, device: "torch.device", size: int, small: b
     spec = OneStepSpec(
         name="random", digest="", sizes=((size, size),), latent_channels=transformer.config.in_channels,
         vae_scale_factor=factor, patch_size=transformer.config.patch_size, token_limit=77,
-        max_sequence_length=256, teacher="", method="", images_seen=0, created=0,
+        max_sequence_length=256, teacher="", method="", images_seen=0, created=0, decoder="small" if small else "full",
     )  # fmt: skip
     options = RuntimeOptions()
     text: Any = None  # conditions are given
-    ours: Any = OneStepPipeline(spec, text, transformer, vae, options, "random" if small else None)
+    digest = "random" if small else None
+    ours: Any = OneStepPipeline(spec, text, transformer, vae, unmeasured(options, device, spec), digest)
     ours.encode = lambda prompts: conditions_of(setting, transformer, len(prompts))
     cond, noise = conditions_of(setting, transformer, 1), ours.noise([0])
-    single = OneStepPipeline(spec, text, transformer, vae, RuntimeOptions(batch_buckets=(1,)))
+    choice = unmeasured(RuntimeOptions(batch_buckets=(1,)), device, spec)
+    single = OneStepPipeline(spec, text, transformer, vae, choice)
     with FlopCounterMode(display=False) as counter:
         single.decode(single.latents(cond, noise))
     flop = counter.get_total_flops()

@@ -25,6 +25,7 @@ from distill.models.sd3 import decode_latents, load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.two_times import load_second_time
+from distill.models.vae import to_bytes
 from distill.options import SHIPPED_STUDENT as SHIPPED_STUDENT
 from distill.options import RuntimeOptions as RuntimeOptions
 from distill.student import runtime
@@ -56,7 +57,7 @@ class OneStepPipeline:
         text: SD3TextEncoder,
         transformer: SD3Transformer2DModel,
         vae: AutoencoderKL | AutoencoderTiny,
-        choice: RuntimeOptions | runtime.RuntimeChoice,
+        choice: runtime.RuntimeChoice,
         small_decoder: str | None = None,
     ) -> None:
         """Wrap loaded networks; `load` does so for a folder. `small_decoder` is the digest of `vae` if it is one."""
@@ -69,9 +70,6 @@ class OneStepPipeline:
         self._computed_as: RuntimeOptions | None = None
         self._network: Callable[..., Tensor]
         self._decoder: Callable[..., Tensor]
-        if isinstance(choice, RuntimeOptions):
-            small = small_decoder is not None
-            choice = runtime.unmeasured(choice, transformer.device, spec.sizes, spec.image_tokens, small)
         self.use(choice)
 
     def use(self, choice: runtime.RuntimeChoice) -> None:
@@ -119,8 +117,7 @@ class OneStepPipeline:
         spec = read_record(read)
         device = torch.device(device)
         if isinstance(options, RuntimeOptions):
-            small = spec.is_small(options.decoder)
-            choice = runtime.unmeasured(options, device, spec.sizes, spec.image_tokens, small)
+            choice = runtime.unmeasured(options, device, spec)
         else:
             choice, options = options, options.options
         runtime.check(options, device, spec.has_t5)
@@ -209,8 +206,7 @@ class OneStepPipeline:
         parts, finite = [], []
         for pixels in self.pixels(latents):
             finite.append(pixels.isfinite().all())
-            # Rounded on the device: a quarter of the bytes to copy.
-            parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+            parts.append(to_bytes(pixels))  # on the device: a quarter of the bytes to copy
         if not torch.stack(finite).all():
             raise DivergedError(
                 f"{self.spec.name} in {self._vae.dtype} gave an image that is not finite: its VAE overflows, or "

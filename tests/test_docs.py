@@ -22,13 +22,11 @@ import typer
 from cards import run_card
 from commands import invoke, until
 from PIL import Image
+from tiny import undistilled
 from typer.testing import CliRunner
 
 from distill import cli as distill_cli
 from distill.config import load_config
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
-from distill.student.export import export_student
 from distill.variants import read_variants
 from service import cli as service_cli
 from service.schemas import ImageRequest
@@ -160,10 +158,7 @@ def test_every_block_of_the_readme_is_run_here():
 
 def test_the_python_block_of_the_readme_runs(teacher_t5, tmp_path, monkeypatch):
     """As printed, with a student of fp16 files, but without a GPU."""
-    read = SD3Folder.read(teacher_t5)
-    weights = load_transformer(read).state_dict()
-    recipe = {"name": "tiny", "method": "fgm", "images_seen": 1}
-    export_student(read, weights, tmp_path / "runs" / "sd3.5-medium-lora" / "student", recipe)
+    undistilled(teacher_t5, tmp_path / "runs" / "sd3.5-medium-lora" / "student")
     monkeypatch.chdir(tmp_path)
     (block,) = blocks(README, "python")
     here = block.replace('"cuda", torch.bfloat16', "torch.float32")

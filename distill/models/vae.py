@@ -11,7 +11,11 @@ def to_pixels(images: NDArray[np.uint8], device: torch.device | None = None) -> 
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Convert float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3), on the same device."""
+    return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
-    """Convert float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
-    scaled = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.asarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
+    """Convert float (N, 3, H, W) in [-1, 1] to uint8 (N, H, W, 3), on the CPU."""
+    return np.asarray(to_bytes(pixels).cpu().numpy())

@@ -1,6 +1,5 @@
 """What `RuntimeOptions` mean on a device: the check, the values of `auto`, and the fingerprint of images."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from distill.errors import ConfigError
 from distill.models import attention, quantize
 from distill.options import RuntimeOptions
+from distill.student.spec import OneStepSpec
 
 FULL_LOAD_TOKENS = 1024  # one image of this many tokens keeps a device busy; smaller ones are batched by default
 DEFAULT_BATCH = 4  # images in a batch of smaller ones
@@ -90,15 +90,14 @@ def check(options: RuntimeOptions, device: torch.device, has_t5: bool) -> None:
         raise ConfigError(f"cuda_graphs needs a CUDA device, not {device.type}; set it to false")
 
 
-def unmeasured(
-    options: RuntimeOptions, device: torch.device, sizes: Sequence[Size], tokens: int, small_decoder: bool = False
-) -> RuntimeChoice:
-    """Choose without measurement, so that the same options give the same images everywhere.
+def unmeasured(options: RuntimeOptions, device: torch.device, spec: OneStepSpec) -> RuntimeChoice:
+    """Choose for a student without measurement, so that the same options give the same images everywhere.
 
-    `tokens` is the transformer's number of tokens for an image of the native size. On CPUs, batches and the memory
-    format channels_last save little of a VAE's time, but about half of a small decoder's.
+    On CPUs, batches and the memory format channels_last save little of a VAE's time, but about half of a small
+    decoder's.
     """
-    cpu = device.type == "cpu"
+    cpu, tokens = device.type == "cpu", spec.image_tokens
+    small_decoder = spec.is_small(options.decoder)
     values = {name: value for name, value in _WITHOUT_MEASUREMENT.items() if getattr(options, name) == "auto"}
     if small_decoder and cpu and "channels_last" in values:
         values["channels_last"] = True
@@ -106,7 +105,7 @@ def unmeasured(
     network = options.batch_buckets or ((DEFAULT_BATCH,) if tokens < FULL_LOAD_TOKENS else (1,))
     on_cpu = (SMALL_DECODER_BATCH,) if small_decoder and tokens < FULL_LOAD_TOKENS else (1,)
     decoder = options.batch_buckets or (on_cpu if cpu else network)
-    batches = tuple(SizeBatches(size=size, network=network, decoder=decoder) for size in sizes)
+    batches = tuple(SizeBatches(size=size, network=network, decoder=decoder) for size in spec.sizes)
     return RuntimeChoice(options=resolved, text=network, sizes=batches)
 
 

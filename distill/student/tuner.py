@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.models.device import fast_bfloat16
 from distill.options import RuntimeOptions
-from distill.pipeline import OneStepPipeline, OneStepSpec, read_student
+from distill.pipeline import OneStepPipeline, read_student
 from distill.student.runtime import BatchSizes, RuntimeChoice, Size, SizeBatches, unmeasured
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class Tuner:
     def choose(self) -> RuntimeChoice:
         """Return the fastest choice that was found in the time."""
         spec = read_student(self.student)
-        best, least = self._start(spec, self.options), math.inf
+        best, least = unmeasured(self.options, self.device, spec), math.inf
         for precision in self._precisions():
             options = self.options.model_copy(update={"precision": precision})
-            start = self._start(spec, options)
+            start = unmeasured(options, self.device, spec)
             if start != best and self.time_left() <= 0:
                 break
             pipeline = OneStepPipeline.load(self.student, self.device, start)
@@ -64,10 +64,6 @@ class Tuner:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return best
-
-    def _start(self, spec: OneStepSpec, options: RuntimeOptions) -> RuntimeChoice:
-        small = spec.is_small(options.decoder)
-        return unmeasured(options, self.device, spec.sizes, spec.image_tokens, small)
 
     def tune(self, pipeline: OneStepPipeline) -> tuple[RuntimeChoice, float]:
         """Leave a pipeline computing as is fastest in its precision; the choice, and its seconds for each image."""

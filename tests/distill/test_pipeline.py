@@ -8,20 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CLIP_LENGTH, PROMPTS
+from tiny import CLIP_LENGTH, PROMPTS, undistilled
 
 from distill.errors import TeacherError
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, RuntimeOptions, read_student
-from distill.student.export import export_student
 
 
 @pytest.fixture(scope="module")
 def student(teacher_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = {"name": "tiny-t5-one-step", "method": "fgm", "images_seen": 0}
-    weights = dict(load_transformer(SD3Folder.read(teacher_t5)).named_parameters())
-    return export_student(SD3Folder.read(teacher_t5), weights, tmp_path_factory.mktemp("students") / "t5", recipe)
+    return undistilled(teacher_t5, tmp_path_factory.mktemp("students") / "t5", "tiny-t5-one-step")
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])

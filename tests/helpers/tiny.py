@@ -24,6 +24,9 @@ from transformers import (
 
 from distill import run
 from distill.config import load_config
+from distill.models.sd3 import load_transformer
+from distill.models.sd3_folder import SD3Folder
+from distill.student.export import export_student
 from distill.worlds.tokenizer import build_clip_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "square", "and", "left", "of")
@@ -148,6 +151,13 @@ def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -1.0) for word in WORDS] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def undistilled(teacher: Path, folder: Path, name: str = "tiny", images_seen: int = 0) -> Path:
+    """Export a student with the weights of its teacher."""
+    read = SD3Folder.read(teacher)
+    weights = dict(load_transformer(read).named_parameters())
+    return export_student(read, weights, folder, {"name": name, "method": "fgm", "images_seen": images_seen})
 
 
 def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scenes-debug") -> Path:

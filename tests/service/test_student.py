@@ -17,6 +17,7 @@ from engines import make, make_all, run
 from PIL import Image
 from running import metric, serving, until
 from safetensors.torch import load_file, save_file
+from tiny import undistilled
 from worker_threads import worker_threads
 
 from distill.models.sd3 import load_transformer
@@ -41,8 +42,7 @@ RECIPE = {"name": "tiny-student", "method": "fgm", "images_seen": 0}
 
 @pytest.fixture(scope="module")
 def student(teacher, tmp_path_factory):
-    weights = load_transformer(SD3Folder.read(teacher)).state_dict()
-    return export_student(SD3Folder.read(teacher), weights, tmp_path_factory.mktemp("students") / "tiny", RECIPE)
+    return undistilled(teacher, tmp_path_factory.mktemp("students") / "tiny", "tiny-student")
 
 
 @pytest.fixture(scope="module")

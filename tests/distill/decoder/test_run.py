@@ -14,7 +14,7 @@ from commands import invoke
 from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import PROMPTS
+from tiny import PROMPTS, undistilled
 
 from distill.decoder.recipe import DecoderRecipe
 from distill.decoder.run import DecoderRun, distill_decoder, resolve
@@ -22,12 +22,10 @@ from distill.errors import CheckpointError, ConfigError, OutputError
 from distill.evaluate.sampler import Sampling
 from distill.flow import noise
 from distill.methods.policies import TeacherGuidance
-from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, RuntimeOptions, read_student
 from distill.report.html import render_report
 from distill.report.run_folder import read_run
-from distill.student.export import export_student
 from distill.training.state import TrainingProgress
 
 CPU = torch.device("cpu")
@@ -47,10 +45,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = SD3Folder.read(teacher)
-    weights = dict(load_transformer(folder).named_parameters())
-    out = tmp_path_factory.mktemp("students") / "student"
-    return export_student(folder, weights, out, {"name": "tiny", "method": "fgm", "images_seen": 0})
+    return undistilled(teacher, tmp_path_factory.mktemp("students") / "student")
 
 
 @pytest.fixture
@@ -116,9 +111,7 @@ def test_the_command_trains_a_decoder_that_the_student_and_stock_diffusers_use_a
     assert np.abs(made - np.asarray(full(PROMPTS, range(4))).astype(int)).max() > 1
 
     # Another export of the student keeps it.
-    folder = SD3Folder.read(teacher)
-    weights = dict(load_transformer(folder).named_parameters())
-    export_student(folder, weights, student, {"name": "tiny", "method": "fgm", "images_seen": 8})
+    undistilled(teacher, student, images_seen=8)
     assert (read_student(student).images_seen, read_student(student).small_decoder) == (8, after.small_decoder)
     assert OneStepPipeline.load(student).decoder == "small"
 

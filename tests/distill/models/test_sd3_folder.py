@@ -9,7 +9,7 @@ import pytest
 import torch
 from cards import run_card
 from safetensors.torch import load_file, save_file
-from tiny import PROMPTS, make_teacher, stock_pipeline
+from tiny import PROMPTS, make_teacher, stock_pipeline, undistilled
 
 from distill.errors import TeacherError
 from distill.models.sd3 import (
@@ -195,9 +195,7 @@ def test_the_card_of_a_student_runs_if_its_files_are_fp16(teacher_t5: Path, tmp_
         save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
         config = path.with_name("config.json")
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
-    read = SD3Folder.read(folder)
-    weights = load_transformer(read).state_dict()
-    out = export_student(read, weights, tmp_path / "out", {"name": "tiny", "method": "fgm", "images_seen": 1})
+    out = undistilled(folder, tmp_path / "out")
     ours, stock = run_card(out)
     assert ours["images"].shape == (1, 16, 16, 3)
     assert stock["image"].size == (16, 16)

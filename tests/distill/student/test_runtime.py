@@ -7,33 +7,26 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from tiny import PROMPTS, stock_pipeline
+from tiny import PROMPTS, stock_pipeline, undistilled
 
 from distill.errors import ConfigError
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
 from distill.models.small_decoder import LATENT_SCALE, make_small_decoder
-from distill.pipeline import OneStepPipeline, RuntimeOptions
-from distill.student.export import export_student
+from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline, RuntimeOptions, read_student
 from distill.student.runtime import fingerprint, unmeasured
 
 CPU = torch.device("cpu")
+SPEC = read_student(SHIPPED_STUDENT)
 SEEDS = range(4)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def named(options: RuntimeOptions, vae: str | None = None) -> str:
-    return fingerprint(unmeasured(options, CPU, [(16, 16)], 16), vae)
-
-
-def exported(teacher: Path, folder: Path) -> Path:
-    weights = dict(load_transformer(SD3Folder.read(teacher)).named_parameters())
-    return export_student(SD3Folder.read(teacher), weights, folder, {"name": "tiny", "method": "fgm", "images_seen": 0})
+    return fingerprint(unmeasured(options, CPU, SPEC), vae)
 
 
 @pytest.fixture(scope="module")
 def student(teacher_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(teacher_t5, tmp_path_factory.mktemp("students") / "t5")
+    return undistilled(teacher_t5, tmp_path_factory.mktemp("students") / "t5")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +119,7 @@ def test_a_package_that_is_missing_is_named(name: str, student: Path) -> None:
 
 
 def test_a_choice_of_t5_for_a_student_without_one_is_refused(teacher: Path, tmp_path: Path) -> None:
-    student = exported(teacher, tmp_path / "student")
+    student = undistilled(teacher, tmp_path / "student")
     with pytest.raises(ConfigError, match="t5 none: the student has no T5"):
         OneStepPipeline.load(student, options=RuntimeOptions(t5="none"))
 
@@ -150,7 +143,7 @@ def test_every_option_changes_the_fingerprint() -> None:
     ]
     found = {named(each) for each in others} | {named(base, vae) for vae in ("0123", "4567")}
     assert len(found) == len(others) + 2
-    assert named(base) == "fp32-text-4-16x16-network-4-decoder-4-attention-sdpa"
+    assert named(base) == "fp32-text-4-64x64-network-4-decoder-4-attention-sdpa"
 
 
 def test_eight_bits_stay_near_and_an_image_does_not_depend_on_its_company(student: Path, plain: torch.Tensor) -> None:

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PROMPTS
+from tiny import PROMPTS, undistilled
 
 from distill.errors import OutputError
-from distill.models.sd3 import load_transformer
-from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import OneStepPipeline, RuntimeOptions, read_student
-from distill.student.export import export_student
 from distill.student.runtime import RuntimeChoice, unmeasured
 from distill.student.tuner import WASTE, Tuner
 from distill.student.tuning import tuned_choice
@@ -23,10 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = SD3Folder.read(teacher)
-    weights = dict(load_transformer(folder).named_parameters())
-    recipe = {"name": "tiny", "method": "fgm", "images_seen": 0}
-    return export_student(folder, weights, tmp_path_factory.mktemp("students") / "student", recipe)
+    return undistilled(teacher, tmp_path_factory.mktemp("students") / "student")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +36,7 @@ def kept(folder: Path) -> list[Path]:
 
 
 def without_measurement(student: Path, options: RuntimeOptions) -> RuntimeChoice:
-    spec = read_student(student)
-    return unmeasured(options, CPU, spec.sizes, spec.image_tokens)
+    return unmeasured(options, CPU, read_student(student))
 
 
 def test_an_image_of_a_measured_choice_has_the_same_bits_alone_and_in_any_batch(student: Path, choices: Path) -> None:
