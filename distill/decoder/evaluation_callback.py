@@ -8,7 +8,7 @@ from distill.decoder.evaluation import DecoderEvaluator
 from distill.decoder.recipe import DecoderConfig
 from distill.files import append_line
 from distill.report.alarm_log import AlarmLog
-from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES
+from distill.report.alarms import SMALL_DECODER
 from distill.report.grid import save_png
 from distill.report.run_folder import ALARMS, EVALUATIONS, METRICS, read_run
 from distill.training import checkpoint
@@ -33,7 +33,7 @@ class DecoderEvaluationCallback:
         last = run.evaluations[-1] if run.evaluations else {}
         ended = last.get("images") == images
         self.metrics = {name: value for name, value in last.items() if name != "images"} if ended else {}
-        self._alarms = AlarmLog(run, DECODER_RULES, DECODER_EVALUATION_RULES)
+        self._alarms = AlarmLog(run, SMALL_DECODER)
 
     def __call__(self, progress: TrainingProgress) -> None:
         """Do what is due after a step, and add the metrics of an evaluation to its progress."""

@@ -1,25 +1,19 @@
 """`AlarmLog`: the alarms of a run, in its `alarms.jsonl`."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 
 from distill.files import append_line
-from distill.report.alarms import EVALUATION_RULES, RULES, Alarm, Alarms, Metrics, Rule
+from distill.report.alarms import DISTILLATION, Alarm, Alarms, Metrics, Rules
 from distill.report.run_folder import ALARMS, RunFolder
 
 
 class AlarmLog:
     """Applies rules to the lines of a run's logs, and writes the alarms that they raise."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        rules: Mapping[str, Rule] = RULES,
-        evaluation_rules: Mapping[str, Rule] = EVALUATION_RULES,
-    ) -> None:
+    def __init__(self, run: RunFolder, rules: Rules = DISTILLATION) -> None:
         """Go on after what the run logged so far; alarms that a kill left out are written."""
         self._path = run.folder / ALARMS
-        self._alarms = Alarms((alarm.name for alarm in run.alarms), rules, evaluation_rules)
+        self._alarms = Alarms((alarm.name for alarm in run.alarms), rules)
         for line in run.metrics:
             self.add(line)
 

@@ -22,6 +22,7 @@ PSNR_FALL = 3.0  # dB below the highest mean so far
 BLURRED = 0.9  # share of the VAE's differences between neighboring pixels
 COLOR_SHIFT = 2.0  # levels of 255
 TOO_FAST = 0.05  # |update| / |weights| of a round; healthy runs stay below 0.01
+_FAKE = "flow_matching/relative"
 
 
 @dataclass(frozen=True)
@@ -31,50 +32,6 @@ class Alarm:
     name: str
     images: int
     message: str
-
-
-class Alarms:
-    """Applies the rules to a log, line by line."""
-
-    def __init__(
-        self,
-        raised: Iterable[str] = (),
-        rules: "Mapping[str, Rule] | None" = None,
-        evaluation_rules: "Mapping[str, Rule] | None" = None,
-    ) -> None:
-        """`raised` are names of alarms that are not raised again. The rules are a distillation's unless given."""
-        self._rules = RULES if rules is None else rules
-        self._evaluation_rules = EVALUATION_RULES if evaluation_rules is None else evaluation_rules
-        self._recent: deque[Metrics] = deque(maxlen=WINDOW)
-        self._lowest: Metrics = {}
-        self._highest: Metrics = {}
-        self._raised = set(raised)
-
-    def add(self, line: Metrics) -> list[Alarm]:
-        """Add the next line of the log and return the alarms that it raises."""
-        self._recent.append(line)
-        if len(self._recent) < WINDOW:
-            return []
-        names = {name for each in self._recent for name in each}
-        now = {name: fmean(each[name] for each in self._recent if name in each) for name in names}
-        now |= _relative_error(now)
-        for name, value in now.items():
-            self._lowest[name] = min(value, self._lowest.get(name, value))
-            self._highest[name] = max(value, self._highest.get(name, value))
-        return self._apply(self._rules, int(line["images"]), now)
-
-    def add_evaluation(self, line: Metrics) -> list[Alarm]:
-        """Add the metrics of an evaluation and return the alarms that they raise."""
-        return self._apply(self._evaluation_rules, int(line["images"]), line)
-
-    def _apply(self, rules: Mapping[str, Rule], images: int, now: Metrics) -> list[Alarm]:
-        raised = []
-        for name, rule in rules.items():
-            message = None if name in self._raised else rule(now, self._lowest, self._highest)
-            if message is not None:
-                self._raised.add(name)
-                raised.append(Alarm(name, images, message))
-        return raised
 
 
 def collapse(now: Metrics, lowest: Metrics, highest: Metrics) -> str | None:
@@ -190,18 +147,66 @@ def decoder_shifts_colors(now: Metrics, lowest: Metrics, highest: Metrics) -> st
     )
 
 
-RULES: dict[str, Rule] = {
-    "collapse": collapse,
-    "oversaturation": oversaturation,
-    "stalled-fake": stalled_fake,
-    "too-fast": too_fast,
-    "not-finite": not_finite,
-}
-DECODER_RULES: dict[str, Rule] = {"not-finite": decoder_skipped, "diverging": decoder_diverges}
-DECODER_EVALUATION_RULES: dict[str, Rule] = {"blurred": decoder_blurs, "color-shift": decoder_shifts_colors}
-EVALUATION_RULES: dict[str, Rule] = {"lost-diversity": lost_diversity, "grid-artifacts": grid_artifacts}
+@dataclass(frozen=True)
+class Rules:
+    """Rules by name: those of the log of metrics, and those of evaluations."""
 
-_FAKE = "flow_matching/relative"
+    log: Mapping[str, Rule]
+    evaluations: Mapping[str, Rule]
+
+
+DISTILLATION = Rules(
+    log={
+        "collapse": collapse,
+        "oversaturation": oversaturation,
+        "stalled-fake": stalled_fake,
+        "too-fast": too_fast,
+        "not-finite": not_finite,
+    },
+    evaluations={"lost-diversity": lost_diversity, "grid-artifacts": grid_artifacts},
+)
+SMALL_DECODER = Rules(
+    log={"not-finite": decoder_skipped, "diverging": decoder_diverges},
+    evaluations={"blurred": decoder_blurs, "color-shift": decoder_shifts_colors},
+)
+
+
+class Alarms:
+    """Applies rules to a log, line by line."""
+
+    def __init__(self, raised: Iterable[str] = (), rules: Rules = DISTILLATION) -> None:
+        """`raised` are names of alarms that are not raised again."""
+        self._rules = rules
+        self._recent: deque[Metrics] = deque(maxlen=WINDOW)
+        self._lowest: Metrics = {}
+        self._highest: Metrics = {}
+        self._raised = set(raised)
+
+    def add(self, line: Metrics) -> list[Alarm]:
+        """Add the next line of the log and return the alarms that it raises."""
+        self._recent.append(line)
+        if len(self._recent) < WINDOW:
+            return []
+        names = {name for each in self._recent for name in each}
+        now = {name: fmean(each[name] for each in self._recent if name in each) for name in names}
+        now |= _relative_error(now)
+        for name, value in now.items():
+            self._lowest[name] = min(value, self._lowest.get(name, value))
+            self._highest[name] = max(value, self._highest.get(name, value))
+        return self._apply(self._rules.log, int(line["images"]), now)
+
+    def add_evaluation(self, line: Metrics) -> list[Alarm]:
+        """Add the metrics of an evaluation and return the alarms that they raise."""
+        return self._apply(self._rules.evaluations, int(line["images"]), line)
+
+    def _apply(self, rules: Mapping[str, Rule], images: int, now: Metrics) -> list[Alarm]:
+        raised = []
+        for name, rule in rules.items():
+            message = None if name in self._raised else rule(now, self._lowest, self._highest)
+            if message is not None:
+                self._raised.add(name)
+                raised.append(Alarm(name, images, message))
+        return raised
 
 
 def _relative_error(now: Metrics) -> Metrics:

@@ -18,6 +18,7 @@ from distill.models.sd3_files import DECODER, DECODER_CONFIG, RECORD
 from distill.report.alarms import Alarm, Metrics
 from distill.report.run_state import read_state
 from distill.training.run_lock import is_locked
+from distill.training.state_folders import states
 
 State = Literal["running", "finished", "stopped", "never started"]
 METRICS = "metrics.jsonl"
@@ -88,7 +89,7 @@ def read_run(folder: Path) -> RunFolder:
     best = _metrics(records[-1].read_text(encoding="utf-8", errors="replace")) if records else {}
     if config.get("kind") == "decoder" and evaluations:
         best = evaluations[-1]  # its last decoder is the one that is exported
-    checkpoints = _checkpoints(folder)
+    checkpoints = states(folder / "checkpoints")
     # A stop between two lines of the log is saved in a checkpoint; a kill between two checkpoints is in the log.
     images = int(max([0, *(int(path.name) for path in checkpoints), *(line["images"] for line in metrics)]))
     recorded = read_state(folder)
@@ -119,11 +120,7 @@ def holds_student(folder: Path, budget: int) -> bool:
         )
     ):
         return False
-    return all(int(path.name) <= state.images for path in _checkpoints(folder))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+    return all(int(path.name) <= state.images for path in states(folder / "checkpoints"))
 
 
 def ended_early(config: Mapping[str, Any], evaluations: Sequence[Metrics], best: Metrics) -> bool:

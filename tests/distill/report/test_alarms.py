@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.report.alarms import DECODER_EVALUATION_RULES, DECODER_RULES, WINDOW, Alarm, Alarms
+from distill.report.alarms import SMALL_DECODER, WINDOW, Alarm, Alarms
 
 # The start of a healthy run: a blurred student gains contrast, so error, spread and gap triple and settle.
 STD = [0.39, 0.45, 0.65, 0.90, 1.01, 1.11, 1.13, 1.14, 1.15, 1.18, 1.18, 1.17]
@@ -101,14 +101,14 @@ def test_line_by_line_is_the_whole_log() -> None:
     ],
 )
 def test_a_small_decoders_log_raises_its_own_alarms(last: dict[str, float], names: list[str]) -> None:
-    rules = Alarms(rules=DECODER_RULES, evaluation_rules=DECODER_EVALUATION_RULES)
+    rules = Alarms(rules=SMALL_DECODER)
     lines = [{"psnr": psnr, "skipped": 0.0} for psnr in (20.0, 28.0, 32.0, 33.0, 33.0)] + [last] * WINDOW
     found = [alarm for i, line in enumerate(lines) for alarm in rules.add({"images": 800.0 * i, **line})]
     assert [alarm.name for alarm in found] == names
 
 
 def test_blurred_images_and_other_colors_of_a_small_decoder_are_named_once() -> None:
-    rules = Alarms(rules=DECODER_RULES, evaluation_rules=DECODER_EVALUATION_RULES)
+    rules = Alarms(rules=SMALL_DECODER)
     assert rules.add_evaluation({"images": 8.0, "sharpness": 0.95, "color_shift": 1.0}) == []
     bad = {"images": 16.0, "sharpness": 0.5, "color_shift": 4.0}
     blurred, shifted = rules.add_evaluation(bad)
