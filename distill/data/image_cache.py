@@ -78,30 +78,23 @@ def encode_examples(
     vae = load_vae(teacher, device=device)
     row = {"latents": torch.empty(1, *teacher.latent_shape), **tensors(text.encode([""]))}
     shard_rows = rows_of_shard(shard_rows, row)
-    batch = max(1, min(BATCH, BATCH_PIXELS // teacher.image_size**2))
-    decode = partial(decode_example, side=teacher.image_size)
     faults: list[dict[str, str]] = []
     with ThreadPoolExecutor() as pool:
+        batches = PixelBatches(source, teacher.image_size, pool, counts["skipped"])
         more = True
         while more:
             latents, conds = [], []
             rows: list[dict[str, str]] = []
-            while len(rows) < shard_rows and (taken := list(islice(source, min(batch, shard_rows - len(rows))))):
+            while len(rows) < shard_rows and (taken := batches.take(shard_rows - len(rows))):
                 usable = []
-                for example, decoded in zip(taken, pool.map(decode, taken), strict=True):
+                for example, decoded in taken:
                     faults += [{"name": name, "reason": UNUSED} for name in example.unused]
                     counts["unused"] += len(example.unused)
                     if isinstance(decoded, str):
-                        fault = {"name": example.name, "reason": decoded}
-                        faults.append(fault)
+                        faults.append({"name": example.name, "reason": decoded})
                     else:
                         usable.append((example, decoded))
-                counts["skipped"] += len(taken) - len(usable)
-                if counts["skipped"] > max(SKIPPED_IMAGES, SKIPPED_SHARE * source.read):
-                    raise ImageError(
-                        f"{counts['skipped']} of {source.read} images cannot be used, the last of them "
-                        f"{fault['name']}: {fault['reason']}; correct them or leave them out"
-                    )
+                counts["skipped"] = batches.skipped
                 if usable:
                     captions = [example.caption for example, _ in usable]
                     with torch.no_grad():
@@ -184,6 +177,33 @@ class ReadExamples:
     def sha256(self) -> str:
         """The digest of the names, captions, sizes and edges read so far, in order."""
         return self._digest.hexdigest()
+
+
+class PixelBatches:
+    """Batches of examples with their pixels, decoded by a pool of threads; `skipped` counts those that are unusable."""
+
+    def __init__(self, source: ReadExamples, side: int, pool: ThreadPoolExecutor, skipped: int) -> None:
+        """Decode to squares of `side` pixels. `skipped` are those of an earlier call."""
+        self.skipped = skipped
+        self._source, self._pool = source, pool
+        self._batch = max(1, min(BATCH, BATCH_PIXELS // side**2))
+        self._decode = partial(decode_example, side=side)
+
+    def take(self, count: int) -> list[tuple[Example, NDArray[np.uint8] | str]]:
+        """Read a batch of at most `count` examples, each with its pixels (side, side, 3) or why it cannot be used.
+
+        Empty at the end. Raises ImageError when more than SKIPPED_IMAGES and SKIPPED_SHARE of those read are skipped.
+        """
+        taken = list(islice(self._source, min(self._batch, count)))
+        decoded = list(zip(taken, self._pool.map(self._decode, taken), strict=True))
+        faults = [f"{example.name}: {pixels}" for example, pixels in decoded if isinstance(pixels, str)]
+        self.skipped += len(faults)
+        if faults and self.skipped > max(SKIPPED_IMAGES, SKIPPED_SHARE * self._source.read):
+            raise ImageError(
+                f"{self.skipped} of {self._source.read} images cannot be used, the last of them {faults[-1]}; correct "
+                "them or leave them out"
+            )
+        return decoded
 
 
 def decode_example(example: Example, side: int) -> NDArray[np.uint8] | str:

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.image_cache import BATCH, BATCH_PIXELS, SKIPPED_IMAGES, SKIPPED_SHARE, ReadExamples, decode_example
+from distill.data.image_cache import PixelBatches, ReadExamples
 from distill.data.images import NO_CAPTION
 from distill.data.shard_reader import ShardReader
 from distill.data.shard_writer import ShardWriter, check_source
@@ -53,7 +51,26 @@ def latent_maker(model: SD3Folder, sampling: Sampling | None, device: torch.devi
     return lambda prompts, seeds: pipeline.latents(pipeline.encode(prompts), pipeline.noise(seeds))
 
 
-class PromptLatents:
+class LatentCache:
+    """A cache of latents in a folder."""
+
+    def __init__(self, folder: Path, model: SD3Folder, source: str) -> None:
+        """`source` names what the latents are of, for messages."""
+        self.folder = folder
+        self.layout = Layout(
+            "latent", "run `distill decoder`", source, "latents.json", {"latents": model.latent_shape}, model
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / self.layout.manifest).exists()
+
+    def open(self, device: torch.device | None = None) -> ShardReader:
+        """Open the complete cache."""
+        return ShardReader(self.folder, self.layout, device)
+
+
+class PromptLatents(LatentCache):
     """A cache of `count` latents of prompts, which repeat in order, with seeds that count up from `first_seed`."""
 
     def __init__(
@@ -65,14 +82,9 @@ class PromptLatents:
         count: int,
         first_seed: int = FIRST_SEED,
     ) -> None:
-        self.folder = folder
-        self.layout = _layout(model, "prompts")
+        super().__init__(folder, model, "prompts")
         self._sampling = None if sampling is None else sampling.as_dict()
         self._prompts, self._count, self._first_seed = prompts, count, first_seed
-
-    @property
-    def is_complete(self) -> bool:
-        return (self.folder / self.layout.manifest).exists()
 
     def make(self, maker: Callable[[], MakeLatents], what: str = "latents") -> Iterator[LatentProgress]:
         """Make what is missing; `maker` loads the model. Raises CacheError for a cache of other prompts or sampling."""
@@ -97,47 +109,35 @@ class PromptLatents:
             writer.add({"latents": torch.cat(parts)}, {}, images=source.read)
         writer.finish({}, {})
 
-    def open(self, device: torch.device | None = None) -> ShardReader:
-        """Open the complete cache."""
-        return ShardReader(self.folder, self.layout, device)
 
-
-class RealLatents:
+class RealLatents(LatentCache):
     """A cache of the latents of real images. Captions are not needed."""
 
     def __init__(self, folder: Path, model: SD3Folder, examples: Callable[[], Iterator[Example]]) -> None:
-        self.folder, self._model, self._examples = folder, model, examples
-        self.layout = _layout(model, "images")
+        super().__init__(folder, model, "images")
+        self._model, self._examples = model, examples
 
     def make(self, device: torch.device) -> Iterator[LatentProgress]:
         """Encode what is missing. Raises ImageError for too many images that cannot be decoded, or none that can."""
-        source = ReadExamples(self._examples())
-        if (self.folder / self.layout.manifest).exists():
+        source = ReadExamples(
+            replace(each, fault="") if each.fault == NO_CAPTION else each for each in self._examples()
+        )
+        if self.is_complete:
             check_source(self.folder, self.layout, source)
             return
         writer = ShardWriter(self.folder, self.layout, DTYPE, source, {"images", "skipped"})
-        images, skipped = writer.count("images"), writer.count("skipped")
+        images = writer.count("images")
         yield LatentProgress("real images", images, None)
-        side = self._model.image_size
         vae = load_vae(self._model, device=device)
-        batch = max(1, min(BATCH, BATCH_PIXELS // side**2))
         shard_rows = rows_of_shard(SHARD_ROWS, {"latents": torch.empty(self._model.latent_shape, dtype=DTYPE)})
-        decode = partial(_decode, side=side)
         with ThreadPoolExecutor() as pool:
+            batches = PixelBatches(source, self._model.image_size, pool, writer.count("skipped"))
             more = True
             while more:
                 parts: list[Tensor] = []
                 rows = 0
-                while rows < shard_rows and (taken := list(islice(source, min(batch, shard_rows - rows)))):
-                    decoded = list(pool.map(decode, taken))
-                    usable = [image for image in decoded if not isinstance(image, str)]
-                    skipped += len(taken) - len(usable)
-                    if skipped > max(SKIPPED_IMAGES, SKIPPED_SHARE * source.read):
-                        name, why = next((e.name, d) for e, d in zip(taken, decoded, strict=True) if isinstance(d, str))
-                        raise ImageError(
-                            f"{skipped} of {source.read} images cannot be used, among them {name}: {why}; correct "
-                            "them or leave them out"
-                        )
+                while rows < shard_rows and (taken := batches.take(shard_rows - rows)):
+                    usable = [pixels for _, pixels in taken if not isinstance(pixels, str)]
                     if usable:
                         parts.append(encode_in_parts(vae, np.stack(usable)).cpu().to(DTYPE))
                         rows += len(usable)
@@ -145,17 +145,13 @@ class RealLatents:
                     yield LatentProgress("real images", images, None)
                 more = rows == shard_rows
                 if rows:
-                    writer.add({"latents": torch.cat(parts)}, {}, images=images, skipped=skipped)
+                    writer.add({"latents": torch.cat(parts)}, {}, images=images, skipped=batches.skipped)
         if not images:
             raise ImageError("no real image can be used; give a folder of jpg, png or webp files")
-        writer.finish({}, {}, images=images, skipped=skipped)
-
-    def open(self, device: torch.device | None = None) -> ShardReader:
-        """Open the complete cache."""
-        return ShardReader(self.folder, self.layout, device)
+        writer.finish({}, {}, images=images, skipped=batches.skipped)
 
 
-class Pool:
+class LatentSet:
     """The latents of several caches as one sequence, from which training draws."""
 
     def __init__(self, readers: Sequence[ShardReader]) -> None:
@@ -202,12 +198,3 @@ class _PromptSource:
     def sha256(self) -> str:
         """The digest of the prompts, seeds and sampling read so far."""
         return self._digest.hexdigest()
-
-
-def _layout(model: SD3Folder, source: str) -> Layout:
-    shapes = {"latents": model.latent_shape}
-    return Layout("latent", "run `distill decoder`", source, "latents.json", shapes, model)
-
-
-def _decode(example: Example, side: int) -> NDArray[np.uint8] | str:
-    return decode_example(replace(example, fault="") if example.fault == NO_CAPTION else example, side)

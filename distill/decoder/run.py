@@ -23,7 +23,7 @@ from distill.data.sources import PROMPT_SOURCES, Example
 from distill.decoder.evaluation import DecoderEvaluator, meets_score
 from distill.decoder.evaluation_callback import DecoderEvaluationCallback
 from distill.decoder.export import export_decoder
-from distill.decoder.latents import LatentProgress, MakeLatents, Pool, PromptLatents, RealLatents, latent_maker
+from distill.decoder.latents import LatentProgress, LatentSet, MakeLatents, PromptLatents, RealLatents, latent_maker
 from distill.decoder.recipe import DecoderConfig, DecoderRecipe
 from distill.decoder.train import CHECKPOINTS, DecoderTraining
 from distill.errors import CheckpointError, ConfigError, OutputError
@@ -129,7 +129,7 @@ def distill_decoder(
                 real = RealLatents(run.out / REAL, run.model, lambda: _real_images(run.config))
                 yield from real.make(device)
                 readers.append(real.open(device))
-            pool = Pool(readers)
+            training_latents = LatentSet(readers)
         vae = load_vae(run.model, device=device)
 
         # 2. turn seconds into images
@@ -137,7 +137,7 @@ def distill_decoder(
         if seconds is not None:
             speed = read_speed(run.out)
             if speed is None:
-                speed = DecoderTraining(config, vae, _untrained(config, run.model), pool).speed()
+                speed = DecoderTraining(config, vae, _untrained(config, run.model), training_latents).speed()
                 write_speed(run.out, speed)
             state.budget = images_within(seconds, speed, config.batch)
             config = config.model_copy(update={"images": state.budget})
@@ -145,7 +145,7 @@ def distill_decoder(
 
         # 3. train
         with state.phase("training"):
-            trained = DecoderTraining(config, vae, _untrained(config, run.model), pool)
+            trained = DecoderTraining(config, vae, _untrained(config, run.model), training_latents)
             latents = evaluation.open()
             rows = latents.rows(torch.arange(len(latents)))["latents"]
             evaluator = DecoderEvaluator(vae, rows, texts, scored)

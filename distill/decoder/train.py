@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.decoder.latents import Pool
+from distill.decoder.latents import LatentSet
 from distill.decoder.losses import feature_distance, gradient_l1, multiscale_l1
 from distill.decoder.recipe import SCALES, DecoderConfig, DecoderRecipe
 from distill.errors import DivergedError
@@ -30,7 +30,7 @@ from distill.philox import Draw
 from distill.report.run_folder import METRICS
 from distill.training import checkpoint
 from distill.training.ema import average_into, new_share
-from distill.training.metrics import peak_memory
+from distill.training.metrics import RoundMetrics, peak_memory
 from distill.training.optimizers import set_rate, step
 from distill.training.state import TrainingProgress, load_state, save_state
 
@@ -43,13 +43,13 @@ WARM, TIMED = 3, 6  # steps of the measurement of the speed
 class DecoderTraining:
     """A small decoder with its average and its optimizer. `average` (an AutoencoderTiny) is what is exported."""
 
-    def __init__(self, config: DecoderConfig, vae: AutoencoderKL, small: AutoencoderTiny, pool: Pool) -> None:
+    def __init__(self, config: DecoderConfig, vae: AutoencoderKL, small: AutoencoderTiny, latents: LatentSet) -> None:
         """`vae` is frozen and on the device of the training; `small` is untrained."""
         self.config = config
         self.device = vae.device
-        self._vae, self._pool = vae, pool
+        self._vae, self._latents = vae, latents
         self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._targets: dict[int, Tensor] = {}  # by row of the pool, in fp16
+        self._targets: dict[int, Tensor] = {}  # by row of the latents, in fp16
         if self.device.type == "cpu":  # where convolutions are faster in this format
             vae.to(memory_format=torch.channels_last)
             small.to(memory_format=torch.channels_last)
@@ -98,8 +98,8 @@ class DecoderTraining:
 
     def _examples(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Draw square parts (B, C, c, c) of latents; return them and the pixels (B, 3, H, W) that the VAE decodes."""
-        rows = draw.integers(len(self._pool))
-        latents = self._pool.rows(rows).cpu()
+        rows = draw.integers(len(self._latents))
+        latents = self._latents.rows(rows).cpu()
         height, width = latents.shape[-2:]
         side = max(1, min(height, width, self.config.crop // self._factor))
         tops, lefts = draw.integers(height - side + 1).tolist(), draw.integers(width - side + 1).tolist()
@@ -108,7 +108,7 @@ class DecoderTraining:
         z = to_device(z, self.device).float()
         if self.device.type == "cpu":
             z = z.contiguous(memory_format=torch.channels_last)
-        if side == height == width and len(self._pool) * 2 * 3 * (side * self._factor) ** 2 <= TARGET_BYTES:
+        if side == height == width and len(self._latents) * 2 * 3 * (side * self._factor) ** 2 <= TARGET_BYTES:
             return z, self._kept_targets(z, rows.tolist())
         return z, self._decode(z)
 
@@ -188,24 +188,22 @@ class _Log:
         self._path, self._device = path, device
         lines = path.read_text().splitlines() if path.exists() else []
         self._seconds = float(json.loads(lines[-1]).get("wall_seconds", 0)) if lines else 0.0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._steps = RoundMetrics()
 
     def add(self, metrics: dict[str, Tensor], seconds: float) -> None:
-        """Add the metrics of a step; values that are not finite are left out."""
+        """Add the metrics of a step and the seconds that it took; values that are not finite are left out."""
         self._seconds += seconds
         for name, value in metrics.items():
-            if bool(value.isfinite()):
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
+            self._steps.add(name, value)
 
     def write(self, images: int) -> dict[str, float]:
         """Write a line, and return its metrics."""
-        metrics: dict[str, float] = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        sums = zip(self._steps.names(), self._steps.sums().tolist(), strict=True)
+        metrics: dict[str, float] = {name: total / count for name, (total, count) in sums if count}
         metrics["wall_seconds"] = self._seconds
         metrics["memory/peak"] = peak_memory(self._device)
         append_line(self._path, {"images": images, **dict(sorted(metrics.items()))})
-        self._sums, self._counts = {}, {}
+        self._steps = RoundMetrics()
         return metrics
 
 

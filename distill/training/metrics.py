@@ -23,7 +23,7 @@ _LOG10 = "log10_"  # prefix of metrics whose mean is logged as its logarithm
 
 
 class RoundMetrics:
-    """Sums and counts of one round's metrics, as tensors on the device, without synchronization.
+    """Sums and counts of the metrics of one or more rounds, as tensors on the device, without synchronization.
 
     The losses oscillate around zero. More informative are `gap` (|u - v|^2, and its log10 by t), the fake's flow
     matching error, gradient norms, and the latents' standard deviation, diversity and saturation.
