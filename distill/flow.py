@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 Cond = TypeVar("Cond")
 
 
-def _expand(t: Tensor, x: Tensor) -> Tensor:
+def expand(t: Tensor, x: Tensor) -> Tensor:
     """Reshape times (B,) to multiply a batch (B, ...)."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def interpolate(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x_0 + t eps."""
-    t = _expand(t, x_0)
+    t = expand(t, x_0)
     return (1 - t) * x_0 + t * eps
 
 
 def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_0 = x_t - t v."""
-    return x_t - _expand(t, x_t) * v
+    return x_t - expand(t, x_t) * v
 
 
 def shift_time(t: Tensor, s: float) -> Tensor:
@@ -92,7 +92,7 @@ def guided_velocity(
 
 
 def _scaled(scale: Tensor | float, x: Tensor) -> Tensor:
-    return (_expand(scale, x) if isinstance(scale, torch.Tensor) else scale) * x
+    return (expand(scale, x) if isinstance(scale, torch.Tensor) else scale) * x
 
 
 def between(t: Tensor, s: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def between(t: Tensor, s: Tensor) -> Tensor:
 
 def jump(velocity: Callable[[Tensor, Tensor, Cond], Tensor], x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """X_{t,s}(x_t) = x_t + (s - t) v(x_t, t, s): the flow map of a velocity that takes times (B, 2)."""
-    return x_t + _expand(s - t, x_t) * velocity(x_t, between(t, s), cond)
+    return x_t + expand(s - t, x_t) * velocity(x_t, between(t, s), cond)
 
 
 def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from distill.config_group import ConfigGroup
-from distill.flow import between, derivative, jump, x_0_from_velocity
+from distill.flow import between, derivative, expand, jump, x_0_from_velocity
 from distill.lazy_torch import torch
 from distill.methods.base import Loss, TrainingBatch, Turn, Velocities, Velocity
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
@@ -80,14 +80,14 @@ class FlowMapConfig(ConfigGroup):
 
 def _lagrangian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
     """u(X_{t,s}, s) - (s - t) dv/ds."""
-    duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
+    duration = expand(s - t, x_t)
     mean, slope = derivative(lambda s: v(x_t, between(t, s), cond), (s,), (torch.ones_like(s),))
     return u(x_t + duration * mean, s, cond) - duration * slope
 
 
 def _eulerian(v: Velocity, u: Velocity, x_t: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
     """u(x_t, t) + (s - t) (dv/dt + grad v u)."""
-    duration = (s - t).view(-1, *[1] * (x_t.ndim - 1))
+    duration = expand(s - t, x_t)
     w = u(x_t, t, cond)
     _, slope = derivative(lambda x, t: v(x, between(t, s), cond), (x_t, t), (w, torch.ones_like(t)))
     return w + duration * slope

@@ -22,6 +22,7 @@ from distill.flow import interpolate
 from distill.models import attention
 from distill.models.cuda_graphs import CudaGraphed
 from distill.models.device import autocast, fast_bfloat16
+from distill.models.sd3 import velocity
 from distill.models.text import TextCondition
 from distill.models.weights import check_finite
 from distill.philox import Draw
@@ -92,8 +93,7 @@ class Denoiser(nn.Module):
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: TextCondition) -> Tensor:
         """Return the velocity (B, C, h, w) in fp32 at x_t and t in [0, 1]."""
-        out: Tensor = self.transformer(x_t, cond.embeds, cond.pooled, 1000 * t, return_dict=False)[0]
-        return out.float()
+        return velocity(self.transformer, x_t, t, cond)
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """Return the velocity for token ids."""
