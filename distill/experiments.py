@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -109,14 +108,17 @@ class Measurements:
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """Commands, costs, metrics and a picture of the runs; `diverged` and `failed` say why others have no student."""
+    """Commands, costs, metrics and a picture of the runs that have a student.
+
+    `diverged` and `failed` say why the others, by name, have none.
+    """
 
     commands: dict[str, str]
     costs: dict[str, Cost]
     measured: Measurements
     picture: Image
-    diverged: Mapping[str, str]
-    failed: Mapping[str, str]
+    diverged: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `teacher`, `runs`, and `diverged` and `failed` if there are any."""
@@ -166,8 +168,6 @@ def evaluate_variants(
     seed: int,
     device: torch.device,
     report: Report,
-    diverged: Mapping[str, str] = MappingProxyType({}),
-    failed: Mapping[str, str] = MappingProxyType({}),
     decoder: DecoderChoice = "auto",
 ) -> ExperimentResult:
     """Evaluate all students by the first variant's evaluator; its `per_task` and `seed` are those of a dataset.
@@ -186,14 +186,14 @@ def evaluate_variants(
         sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
         comparison = Comparison(teacher, students, [sampling], dataset, device)
         found = comparison.run(dataset.prompts(per_task, seed), seed, report)
-        return ExperimentResult(commands, costs, _of_dataset(found), found.picture(), diverged, failed)
+        return ExperimentResult(commands, costs, _of_dataset(found), found.picture())
 
     settings = config.evaluation.model_copy(update={"teacher_steps": steps})
     prompts = RunPrompts(config.prompts, first).first(max(SHOWN, settings.images))
     config = config.model_copy(update={"evaluation": settings})
     measured = _measure(config, first, teacher, prompts, students, device, report)
     picture = _draw(config, teacher, students, list(islice(cycle(prompts), SHOWN)), seed, device)
-    return ExperimentResult(commands, costs, measured, picture, diverged, failed)
+    return ExperimentResult(commands, costs, measured, picture)
 
 
 def _of_dataset(found: SideBySide) -> Measurements:

@@ -85,9 +85,8 @@ def compare(
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
     with image_bar("images", None) as bar:
-        result = evaluate_variants(
-            finished, out, per_task, steps, seed, where, bar.advance, diverged, failed, decoder_choice(decoder)
-        )
+        result = evaluate_variants(finished, out, per_task, steps, seed, where, bar.advance, decoder_choice(decoder))
+    result = replace(result, diverged=diverged, failed=failed)
     result.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *result.table()))
     console.print(f"The table is {out / 'compare.md'}, the picture {out / 'compare.png'}.")

@@ -17,7 +17,7 @@ from distill.cli.options import (
     TeacherBase,
     teacher_guidance,
 )
-from distill.cli.stopping import stop_signals, stopped
+from distill.cli.stopping import stop_signals, stopped, stopped_between_files
 
 if TYPE_CHECKING:
     import torch
@@ -141,8 +141,7 @@ def _train_with_bars(run: "DecoderRun", device: "torch.device", seconds: float |
             if isinstance(progress, LatentProgress):
                 bar.update(progress.images)
                 if signals:
-                    typer.echo("Stopped. Complete files are kept. Run the same command again to resume.")
-                    raise typer.Exit(128 + signals[0])
+                    raise stopped_between_files(signals)
                 continue
             bar.update(progress.images, {name: progress.metrics[name] for name in _SHOWN if name in progress.metrics})
             for note in progress.notes:

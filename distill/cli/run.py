@@ -11,7 +11,7 @@ import typer
 
 from distill.cli.imports import collector_paused
 from distill.cli.options import Overrides, Seconds, TeacherBase, open_given_teacher
-from distill.cli.stopping import agreed, stop_signals, stopped
+from distill.cli.stopping import agreed, stop_signals, stopped, stopped_between_files
 from distill.errors import ConfigError
 from distill.files import check_replaceable
 
@@ -128,8 +128,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
             bar.update(seen, metrics)
             if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
                 if signals:
-                    typer.echo("Stopped. Complete files are kept. Run the same command again to resume.")
-                    raise typer.Exit(128 + signals[0])
+                    raise stopped_between_files(signals)
                 continue
             for note in progress.notes:
                 bar.print(note)

@@ -51,6 +51,12 @@ def stopped(images: int, signals: list[int]) -> typer.Exit:
     return typer.Exit(128 + signals[0])
 
 
+def stopped_between_files(signals: list[int]) -> typer.Exit:
+    """Print that a cache is not complete, and return the exit status."""
+    typer.echo("Stopped. Complete files are kept. Run the same command again to resume.")
+    return typer.Exit(128 + signals[0])
+
+
 def train_with_bar(name: str, images: int, training: "Iterable[TrainingProgress]") -> None:
     """Train a teacher with a progress bar. Exit the command after a stop signal."""
     from distill.cli.console import image_bar
