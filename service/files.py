@@ -1,7 +1,7 @@
 """Atomic writes: a file is complete or absent, also after a crash.
 
-`distill.files` has its own writer, which also writes folders; neither package imports the other. Of the libraries for
-this, atomicwrites is archived, and boltons does not flush the folder.
+`distill.files` has its own writer, which also writes folders, and which the service does not import. Of the libraries
+for this, atomicwrites is archived, and boltons does not flush the folder.
 """
 
 import contextlib

@@ -260,11 +260,11 @@ class Dispatcher:
     def dispatch(self) -> None:
         """Send batches to the workers that have room, the least busy first."""
         while free := [worker for worker in self.workers if worker.free]:
-            worker = min(free, key=lambda worker: worker.load_factor)
-            now = time.monotonic()
-            batch = self._batcher.take(now, worker.batches_ahead())
+            worker = min(free, key=lambda worker: len(worker.batches_ahead()))
+            ahead, now = worker.batches_ahead(), time.monotonic()
+            batch = self._batcher.take(now, ahead)
             if batch is None:
-                if len(self._batcher) and worker.load_factor == 0 and self._lingering is None:
+                if len(self._batcher) and not ahead and self._lingering is None:
                     delay = self._settings.engine.batching_window_seconds
                     self._lingering = asyncio.get_running_loop().call_later(delay, self._stop_lingering)
                 break

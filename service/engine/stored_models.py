@@ -55,11 +55,11 @@ class StoredModels:
         """Remove a model and its adapters, or one adapter of it."""
         self._change(lambda each: each.model == model and adapter in (None, each.adapter))
 
-    async def restore(self, catalog: ModelCatalog, students: Path | None) -> None:
+    async def restore(self, catalog: ModelCatalog, models_folder: Path | None) -> None:
         """Load everything stored. Failures are logged and left to `retry`."""
-        self._failed = [each for each in self.read() if not await self._load(catalog, students, each)]
+        self._failed = [each for each in self.read() if not await self._load(catalog, models_folder, each)]
 
-    async def retry(self, catalog: ModelCatalog, students: Path | None, pause: float = FIRST_PAUSE) -> None:
+    async def retry(self, catalog: ModelCatalog, models_folder: Path | None, pause: float = FIRST_PAUSE) -> None:
         """Retry what could not be restored, after increasing pauses, unless it was loaded or unloaded meanwhile."""
         while self._failed:
             await asyncio.sleep(pause)
@@ -70,13 +70,13 @@ class StoredModels:
                 log.error("%s", error)
                 continue
             missing = [each for each in self._failed if each in stored and not _is_loaded(catalog, each)]
-            self._failed = [each for each in missing if not await self._load(catalog, students, each)]
+            self._failed = [each for each in missing if not await self._load(catalog, models_folder, each)]
 
-    async def _load(self, catalog: ModelCatalog, students: Path | None, stored: StoredModel) -> bool:
+    async def _load(self, catalog: ModelCatalog, models_folder: Path | None, stored: StoredModel) -> bool:
         """Load a student or an adapter. Returns whether this succeeded."""
         kind, list_models = ("adapter", adapters_in) if stored.adapter else ("student", students_in)
         try:
-            path = find(kind, await asyncio.to_thread(list_models, students), stored.folder)
+            path = find(kind, await asyncio.to_thread(list_models, models_folder), stored.folder)
             if stored.adapter:
                 await catalog.load_adapter(stored.model, path, stored.adapter)
             else:

@@ -52,11 +52,6 @@ class WorkerHandle:
         self._last_answer = 0.0
         self._loading: deque[tuple[LoadModel | LoadAdapter, asyncio.Future[ModelLoaded]]] = deque()  # oldest first
 
-    @property
-    def load_factor(self) -> int:
-        """Batches before its VAE."""
-        return len(self._ahead)
-
     def batches_ahead(self) -> list[ImageBatch]:
         """Return its batches before its VAE."""
         return [self._sent[number].batch for number in self._ahead]

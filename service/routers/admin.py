@@ -1,6 +1,6 @@
 """`/v1/admin/models` and `/v1/admin/adapters`: load and unload models at run time. For keys with the scope `admin`.
 
-A client names a folder that the server has found in its `students` folder; no text of a client becomes a path. Models
+A client names a folder that the server has found in `models_folder`; no text of a client becomes a path. Models
 that were loaded here are loaded again when the server restarts.
 """
 
