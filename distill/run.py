@@ -1,10 +1,6 @@
 """One distillation from configuration to student folder: what `distill run`, `distill compare` and jobs call.
 
-The run folder: `config.yaml` (resolved), `state.json` (its phase), `embeddings/` and `images/` (encoded prompts and
-real images) or `online-prompts.jsonl` (prompts that are encoded online), `references/` (the teacher's images for
-evaluations), `sources.json` (digests of what it trains on), `checkpoints/`, `best/` (the averaged student of the best
-evaluation), `metrics.jsonl`, `evaluations.jsonl`, `evaluations/`, `alarms.jsonl`, `tensorboard/`, `samples/`, and at
-the end `student/`. The same call resumes a run.
+The same call resumes a run. docs/distill.md lists the files of the run folder.
 """
 
 import gc
