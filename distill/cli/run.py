@@ -156,6 +156,15 @@ def export(
             "several numbers, such as 10240,20480, the students are averaged."
         ),
     ] = "best",
+    average_with: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of another student of the teacher, such as an earlier stage: the mean of both is written. Can "
+            "be repeated; each student counts as much as the run's.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="Precision of the transformer.")] = "fp16",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, such as 5GB or 500MB.")] = "5GB",
     license: Annotated[
@@ -211,7 +220,7 @@ def export(
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     if text_encoders:
         check_projection(moved or read_teacher(settings, run))  # before the folder is written
-    folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved)
+    folder = export_run(run, out, checkpoint, kind, max_shard_size, license, moved, average_with or ())
     record = json.loads((folder / "onestep.json").read_text())
     typer.echo(f"The student after {record['images_seen']} images is in {folder}.")
     if single_file is not None:

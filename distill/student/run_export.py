@@ -1,14 +1,20 @@
 """The student of a run folder, finished or not."""
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from distill.config import Lora
-from distill.errors import RunError, TeacherError
+from distill.config import Lora, RunConfig
+from distill.errors import ConfigError, RunError, TeacherError
+from distill.models.sd3 import load_transformer
+from distill.models.sd3_files import RECORD, read_json
 from distill.models.sd3_folder import SD3Folder
 from distill.report.run_folder import read_run
 from distill.student.export import SHARD_SIZE, export_student
+from distill.student.spec import read_record
 from distill.training import checkpoint
 from distill.training.ema import average_into
 from distill.training.run_sources import RunPrompts
@@ -23,13 +29,15 @@ def export_run(
     max_shard_size: str = SHARD_SIZE,
     license: str | None = None,
     teacher: SD3Folder | None = None,
+    average_with: Sequence[Path] = (),
 ) -> Path:
     """Export a student of the run in `out` to `student`, or to `out/student`.
 
     `which` is `best`, the averaged student of the best evaluation, or the last where there is none; `last`; the images
-    of a checkpoint; or those of several with commas between them, whose students are averaged. `teacher` is the run's
+    of a checkpoint; or those of several with commas between them, whose students are averaged. The result is averaged
+    with the students in the folders `average_with`, each of which counts as much as the run's. `teacher` is the run's
     teacher, if it was read already or was moved. Raises RunError when there is no such checkpoint, CheckpointError for
-    another teacher.
+    another teacher, ConfigError for students that cannot be averaged with the run's.
     """
     run, config = read_run(out), read_config(out)
     if teacher is None:
@@ -41,11 +49,13 @@ def export_run(
             raise TeacherError(f"{error}; if it was moved, name its new place with --teacher") from None
     check_teacher(out, teacher)
     teacher = teacher.with_sequence_length(config.prompts.max_sequence_length)
+    others = [_read_other(folder, config, teacher) for folder in average_with]
     states = _find_states(out, which)
-    weights = _mean_weights(states)
+    weights = _mean(map(_weights, states))
+    weights = _mean(chain([weights], (load_transformer(other).state_dict() for other in others)))
     seen = [int(state.name) for state in states]
     # Evaluations are of one checkpoint; a mean has none.
-    evaluation = next((line for line in run.evaluations if [line["images"]] == seen), {})
+    evaluation = next((line for line in run.evaluations if [line["images"]] == seen and not others), {})
     # A published record needs no paths of this machine.
     values, source = config.as_dict(), Path(config.prompts.source).name
     if config.teacher_base is not None:
@@ -59,6 +69,7 @@ def export_run(
         "method": config.method.name,
         "images_seen": seen[-1],
         **({"mean_of": seen} if len(seen) > 1 else {}),
+        **({"averaged_with": [other.digest for other in others]} if others else {}),
         "prompts": {"source": source, "count": RunPrompts(config.prompts, out).count()},
         **({"sizes": config.sizes} if config.sizes else {}),
         "metrics": {name: value for name, value in evaluation.items() if name != "images"},
@@ -85,14 +96,24 @@ def _find_states(out: Path, which: str) -> list[Path]:
     return [states[images] for images in sorted(set(map(int, names)))]
 
 
-def _mean_weights(states: list[Path]) -> dict[str, torch.Tensor]:
-    """The mean of the averaged students of `states`."""
-    weights = _weights(states[0])
-    for count, state in enumerate(states[1:], start=2):
-        further = _weights(state)
-        average_into(weights.values(), [further[name] for name in weights], 1 / count)
-    return weights
+def _read_other(folder: Path, config: RunConfig, teacher: SD3Folder) -> SD3Folder:
+    """Read a student folder to average with. Raises ConfigError if its weights are not those of a run like this."""
+    other = SD3Folder.read(folder)
+    two_times = any(turn.two_times for turn in config.method.turns())
+    if isinstance(config.networks, Lora) or two_times or read_record(other).any_step:
+        raise ConfigError(f"--average-with {folder}: only one-step students of full copies can be averaged")
+    if read_json(folder / RECORD).get("teacher_digest") != teacher.digest:
+        raise ConfigError(f"--average-with {folder}: it is the student of another teacher than {teacher.reference}")
+    return other
 
 
-def _weights(state: Path) -> dict[str, torch.Tensor]:
+def _mean(students: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average the weights of students, of which two are in memory at a time."""
+    average = next(students)
+    for count, weights in enumerate(students, start=2):
+        average_into(average.values(), [weights[name] for name in average], 1 / count)
+    return average
+
+
+def _weights(state: Path) -> dict[str, Tensor]:
     return checkpoint.load(state, "" if state.parent.name == "best" else "average")[0]

@@ -308,6 +308,27 @@ def test_students_of_several_checkpoints_are_averaged(whole, tmp_path):
         export_run(out, tmp_path / "none", "80,8")
 
 
+def test_a_student_is_averaged_with_others_of_its_teacher(whole, tmp_path):
+    kind, out = whole
+    others = [export_run(out, tmp_path / str(images), str(images), torch.float32) for images in (80, 96)]
+    if kind == "lora":
+        with pytest.raises(ConfigError, match="only one-step students of full copies"):
+            export_run(out, tmp_path / "mean", average_with=others)
+        return
+    student = export_run(out, tmp_path / "mean", "96", torch.float32, average_with=others)
+    record = json.loads((student / "onestep.json").read_text())
+    assert record["averaged_with"] == [SD3Folder.read(other).digest for other in others]
+    assert "averaged with 2 other students of the teacher." in (student / "README.md").read_text()
+    file = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    first, second, average = (load_file(folder / file) for folder in (*others, student))
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, (first[name] + 2 * second[name]) / 3)
+    of_another = json.loads((others[0] / "onestep.json").read_text()) | {"teacher_digest": "another"}
+    (others[0] / "onestep.json").write_text(json.dumps(of_another))
+    with pytest.raises(ConfigError, match=r"--average-with .* is the student of another teacher"):
+        export_run(out, tmp_path / "none", average_with=others)
+
+
 def test_a_single_file_of_another_program_is_kept(whole, tmp_path):
     single = tmp_path / "single.safetensors"
     single.write_text("of another program")
