@@ -102,7 +102,8 @@ def test_an_adapter_is_merged_and_also_loads_into_the_teacher(adapted, teacher):
 def test_an_adapter_file_is_what_comfyui_loads(adapted, teacher):
     """Its SD3 loader takes diffusers' module names after `transformer.`, adds B A, and scales by `.alpha` tensors."""
     _, out = adapted
-    block = r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
+    attention = r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+    block = rf"{attention}|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
     other = r"context_embedder|proj_out|norm_out\.linear|time_text_embed\.(timestep|text)_embedder\.linear_[12]"
     known = re.compile(rf"transformer\.(transformer_blocks\.\d+\.({block})|{other})\.lora_[AB]\.weight")
     with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
