@@ -18,7 +18,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import split
 from distill.models.weights import tensor_shapes
 from distill.training import checkpoint
-from distill.training.networks import CRITIC, ROLES
+from distill.training.networks import CRITIC
 
 _Shapes = dict[str, tuple[int, ...]]
 _Weights = dict[str, Tensor]
@@ -41,7 +41,7 @@ def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
 
 
 def read_initial_weights(config: RunConfig, teacher: SD3Folder, device: torch.device | str) -> dict[str, _Weights]:
-    """Read the weights of `init_from`, which are checked: "student", its "average", and from a run also "fake".
+    """Read the weights of `init_from`, which are checked: "student", its "average", and "fake" if it is trained.
 
     They are those of a run's newest checkpoint, or the transformer of a student folder. Adapters that start from full
     weights are computed on `device`, and then the student starts from the average. Raises CheckpointError or
@@ -49,11 +49,12 @@ def read_initial_weights(config: RunConfig, teacher: SD3Folder, device: torch.de
     """
     start, kind = config.init_from, config.networks
     assert start is not None
+    parts = {"average", *(turn.role for turn in config.method.turns())}
     if isinstance(kind, Full) or _are_adapters(_given_shapes(start)):
-        return {part: _read(start, part) for part in ("average", *ROLES)}
+        return {part: _read(start, part) for part in parts}
     base = load_transformer(teacher).state_dict()
-    average, fake = (_nearest_adapter(kind, _read(start, part), base, device) for part in ("average", "fake"))
-    return {"average": average, "student": average, "fake": fake}
+    adapters = {part: _nearest_adapter(kind, _read(start, part), base, device) for part in parts - {"student"}}
+    return {**adapters, "student": adapters["average"]}
 
 
 def _read(start: Path, part: str) -> _Weights:

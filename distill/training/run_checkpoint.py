@@ -60,7 +60,10 @@ class RunCheckpoint:
             critic = {name for name in given.keys() ^ own.keys() if name.startswith(CRITIC)}
             own, given = ({name: x for name, x in of.items() if name not in critic} for of in (own, given))
             if {name: tensor.shape for name, tensor in given.items()} != {name: own[name].shape for name in own}:
-                raise ConfigError(f"init_from: other weights for the {part}; networks and teacher must be alike")
+                raise ConfigError(
+                    f"init_from: {self.config.init_from} has other weights for the {part}; networks and teacher must "
+                    "be alike"
+                )
             copy_tensors(given, own)
 
 
