@@ -12,9 +12,10 @@ DMD2's `gan` adds a critic D, a head on the fake's own features, on noised image
 student is trained, through D, to make images that D takes for real:
 
     fake:     softplus(D(x_t, c)) + softplus(-D(x*_t, c*)) + mismatched softplus(D(x*_t, c))
-    student:  softplus(-D(x_t, c))
+    student:  1024 / (C h w) softplus(-D(x_t, c))
 
-Here c are the prompts of the student's images x, and c* the captions of the real images x*. The last term is not
+The factor makes the term as strong for latents of any size: DMD's gradient is a mean over the C h w elements of a
+latent, and that of D is not. Here c are the prompts of the student's images x, and c* the captions of the real images x*. The last term is not
 DMD2's: real images that do not show their prompt count as the student's (Reed et al., arXiv 1605.05396; GigaGAN,
 2303.05511), so that the critic learns to compare image and prompt.
 """
@@ -38,13 +39,11 @@ if TYPE_CHECKING:
 class Gan(ConfigGroup):
     """Weights of the adversarial losses of fake and student, and of mismatched pairs; the defaults are DMD2's for SDXL.
 
-    DMD's gradient is a mean over the C h w elements of a latent, and the adversarial one is not. So `student` counts
-    more the larger the latents are: 5e-3 for SDXL's 4 x 128 x 128 is as strong as 0.32 for 4 x 16 x 16, and as 1.25e-3
-    for SD3's 16 x 128 x 128.
+    `student` is the weight for a latent of 1024 elements. DMD2's 0.005 for SDXL's 4 x 128 x 128 elements is 0.32 here.
     """
 
     fake: Annotated[float, Field(gt=0)] = 1e-2
-    student: Annotated[float, Field(gt=0)] = 5e-3
+    student: Annotated[float, Field(gt=0)] = 0.32
     mismatched: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -98,6 +97,6 @@ class DMDConfig(ConfigGroup):
         metrics = {"t": t, "gap": dot(u - v, u - v)}
         if self.gan is not None:
             doubt = torch.nn.functional.softplus(-nets.critic(x_t, t, batch.cond))
-            loss = loss + self.gan.student * doubt
+            loss = loss + self.gan.student * 1024 / x_0[0].numel() * doubt
             metrics["doubt"] = doubt.detach()
         return Loss(loss.mean(), metrics, x_0.detach())
