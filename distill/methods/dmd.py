@@ -15,9 +15,9 @@ student is trained, through D, to make images that D takes for real:
     student:  1024 / (C h w) softplus(-D(x_t, c))
 
 The factor makes the term as strong for latents of any size: DMD's gradient is a mean over the C h w elements of a
-latent, and that of D is not. Here c are the prompts of the student's images x, and c* the captions of the real images x*. The last term is not
-DMD2's: real images that do not show their prompt count as the student's (Reed et al., arXiv 1605.05396; GigaGAN,
-2303.05511), so that the critic learns to compare image and prompt.
+latent, and that of D is not. Here c are the prompts of the student's images x, and c* the captions of the real images
+x*. The last term is not DMD2's: real images that do not show their prompt count as the student's (Reed et al., arXiv
+1605.05396; GigaGAN, 2303.05511), so that the critic learns to compare image and prompt.
 """
 
 from __future__ import annotations
