@@ -204,7 +204,7 @@ def _compare_with_teacher(
     evaluator = ReferenceEvaluator(references, scorer)
     sampled = {}
     if others:
-        sampler = TeacherSampler(teacher, device, references.texts)
+        sampler = TeacherSampler(teacher, device, references.texts, references.folder)
         shape = teacher.latent_shape_of(*references.size)
         sampled = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in others}
     with image_bar("images", (len(models.students) + len(others)) * evaluator.count) as bar:

@@ -8,9 +8,10 @@ import numpy as np
 
 from distill.evaluate import metrics
 from distill.evaluate.base import Encode, Generate, Report
-from distill.evaluate.evaluator import PICTURED, Evaluation, digest_of
+from distill.evaluate.evaluator import Evaluation, digest_of
 from distill.evaluate.references import BATCH
-from distill.report.grid import labeled_grid, tile
+from distill.evaluate.top_tiles import TopTiles
+from distill.report.grid import labeled_grid
 
 if TYPE_CHECKING:
     from distill.evaluate.clip import Clip
@@ -29,16 +30,15 @@ class ClipEvaluator:
         self.digest = digest_of({"clip": clip.digest, "prompts": self.prompts})
 
     def evaluate(self, generate: Generate, encode: Encode, report: Report = lambda n: None) -> Evaluation:
-        scores, saturation, tiles = [], [], []
+        scores, saturation, lowest = [], [], TopTiles()
         for start in range(0, self.count, BATCH):
             texts = self.prompts[start : start + BATCH]
             images = generate(texts, range(start, start + len(texts)))
             report(len(images))
             scores.append(self._clip.scores(images, texts))
             saturation += [metrics.saturation(image) for image in images]
-            tiles += [tile(image) for image in images]
-        every = np.concatenate(scores)
-        lowest = np.argsort(every, kind="stable")[:PICTURED]
-        picture = labeled_grid([("student", np.stack([tiles[i] for i in lowest]))], [self.prompts[i] for i in lowest])
-        found = {"clip_score": float(every.mean()), "saturation": float(np.mean(saturation))}
+            lowest.add(start, -scores[-1], images)
+        indices, tiles = lowest.ordered()
+        picture = labeled_grid([("student", tiles)], [self.prompts[i] for i in indices])
+        found = {"clip_score": float(np.concatenate(scores).mean()), "saturation": float(np.mean(saturation))}
         return Evaluation(found, picture=picture)

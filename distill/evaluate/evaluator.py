@@ -10,8 +10,6 @@ from PIL.Image import Image
 
 from distill.evaluate.base import Encode, Generate, Report
 
-PICTURED = 8  # prompts in an evaluation's picture
-
 
 @dataclass(frozen=True)
 class Evaluation:

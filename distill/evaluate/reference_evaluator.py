@@ -9,6 +9,7 @@ Features are standardized by mean and standard deviation of the teacher's, so th
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +19,11 @@ from torch.nn import functional as F
 
 from distill.evaluate import metrics
 from distill.evaluate.base import Encode, Generate, Images, Report
-from distill.evaluate.evaluator import PICTURED, Evaluation, digest_of
+from distill.evaluate.evaluator import Evaluation, digest_of
 from distill.evaluate.grid_artifacts import grid_energy
 from distill.evaluate.metrics import Features
 from distill.evaluate.references import REPEAT_SEEDS, References
+from distill.evaluate.top_tiles import TopTiles
 from distill.report.grid import labeled_grid, tile
 
 if TYPE_CHECKING:
@@ -40,7 +42,16 @@ class _Measured:
     saturation: NDArray[np.float64]
     grid: NDArray[np.float64]
     clip: NDArray[np.float64]  # empty without a CLIP model
-    tiles: Images
+
+    def standardize(self, features: Features) -> Features:
+        """Subtract the mean of these images' features, and divide by their standard deviation: (N, D)."""
+        center, scale = self._center_and_scale
+        return np.asarray((features - center) / scale)
+
+    @cached_property
+    def _center_and_scale(self) -> tuple[Features, Features]:
+        spread = self.features.std(axis=0)
+        return self.features.mean(axis=0), np.where(spread > 1e-6, spread, 1)
 
 
 class ReferenceEvaluator:
@@ -63,8 +74,9 @@ class ReferenceEvaluator:
         if self._teacher is None:
             batches = self._references.batches()
             self._teacher = self._measure(map(self._references.read, batches), encode)
-        student = self._measure(self._generated(generate, report), encode)
-        return self._compare(student, self._teacher)
+        worst = TopTiles()
+        student = self._measure(self._generated(generate, report), encode, worst)
+        return self._compare(student, self._teacher, worst)
 
     def _generated(self, generate: Generate, report: Report) -> Iterator[Images]:
         for batch in self._references.batches():
@@ -72,9 +84,9 @@ class ReferenceEvaluator:
             report(len(images))
             yield images
 
-    def _measure(self, batches: Iterator[Images], encode: Encode) -> _Measured:
-        """Measure batches one by one, so that the memory does not grow with the number of images."""
-        parts = []
+    def _measure(self, batches: Iterator[Images], encode: Encode, worst: TopTiles | None = None) -> _Measured:
+        """Measure batches one by one: of each image, only the numbers are kept. A student's also go to `worst`."""
+        parts: list[_Measured] = []
         for images, batch in zip(batches, self._references.batches(), strict=True):
             texts = self._references.texts[batch]
             scores = np.zeros(0) if self._clip is None else self._clip.scores(images, texts)
@@ -84,17 +96,24 @@ class ReferenceEvaluator:
                     np.array([metrics.saturation(image) for image in images]),
                     grid_energy(images, self._references.period),
                     scores,
-                    np.stack([tile(image) for image in images]),
                 )
             )
-        names = ("features", "saturation", "grid", "clip", "tiles")
+            if worst is not None:
+                worst.add(batch.start, self._distances(parts[-1].features, batch.start), images)
+        names = ("features", "saturation", "grid", "clip")
         return _Measured(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    def _compare(self, student: _Measured, teacher: _Measured) -> Evaluation:
+    def _distances(self, features: Features, first: int) -> NDArray[np.float64]:
+        """Distances to the teacher's images of the same prompts and seeds, without those for diversity: (N,)."""
+        assert self._teacher is not None  # it is measured before a student
+        count = max(0, min(len(features), self._references.images - first))
+        pair = features[:count], self._teacher.features[first : first + count]
+        made, real = map(self._teacher.standardize, pair)
+        return np.asarray(np.linalg.norm(made - real, axis=1))
+
+    def _compare(self, student: _Measured, teacher: _Measured, worst: TopTiles) -> Evaluation:
         images = self._references.images
-        center, spread = teacher.features.mean(axis=0), teacher.features.std(axis=0)
-        scale = np.where(spread > 1e-6, spread, 1)
-        made, real = ((each.features - center) / scale for each in (student, teacher))
+        made, real = (teacher.standardize(each.features) for each in (student, teacher))
         spreads = [metrics.diversity(each[images:].reshape(-1, REPEAT_SEEDS, each.shape[1])) for each in (made, real)]
         found = {
             "kernel": metrics.paired_kernel(made[:images], real[:images]),
@@ -108,10 +127,10 @@ class ReferenceEvaluator:
         if self._clip is not None:
             found["clip_score"], own["clip_score"] = (float(each.clip[:images].mean()) for each in (student, teacher))
 
-        distances = np.linalg.norm(made[:images] - real[:images], axis=1)
-        worst = np.argsort(-distances, kind="stable")[:PICTURED]
-        rows = [("teacher", teacher.tiles[worst]), ("student", student.tiles[worst])]
-        return Evaluation(found, own, labeled_grid(rows, [self._references.texts[i] for i in worst]))
+        indices, tiles = worst.ordered()
+        teacher_tiles = np.stack([tile(self._references.read(slice(i, i + 1))[0]) for i in indices])
+        rows = [("teacher", teacher_tiles), ("student", tiles)]
+        return Evaluation(found, own, labeled_grid(rows, [self._references.texts[i] for i in indices]))
 
 
 def cell_features(latents: torch.Tensor) -> Features:

@@ -97,7 +97,8 @@ class References:
         done = total - sum(len(self.texts[batch]) for batch in missing)
         yield ReferenceProgress(done, total)
         atomic_write_text(self.folder / RECORD, json.dumps(self._record, indent=2) + "\n")
-        sampler = TeacherSampler(self.teacher, device, [text for batch in missing for text in self.texts[batch]])
+        texts = [text for batch in missing for text in self.texts[batch]]
+        sampler = TeacherSampler(self.teacher, device, texts, self.folder)
         shape = self.teacher.latent_shape_of(*self.size)
         for batch in missing:
             texts, seeds = self.texts[batch], self.seeds[batch]

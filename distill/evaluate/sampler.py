@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import torch
@@ -84,12 +85,17 @@ def student_sampler(pipeline: OneStepPipeline, steps: int = 1, size: tuple[int, 
 class TeacherSampler:
     """A teacher on a device. On GPUs text encoders and transformer are in bf16; the autoencoder is always in fp32."""
 
-    def __init__(self, folder: SD3Folder, device: torch.device, prompts: Iterable[str] | None = None) -> None:
-        """Load a teacher. With `prompts`, only these can be generated: the text encoders are freed first."""
+    def __init__(
+        self, folder: SD3Folder, device: torch.device, prompts: Iterable[str] | None = None, scratch: Path | None = None
+    ) -> None:
+        """Load a teacher. With `prompts`, only these can be generated: the text encoders are freed first.
+
+        The encoded prompts are then on the disk of the folder `scratch`; None is the system's folder for such files.
+        """
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.folder = folder
         text = SD3TextEncoder.load(folder, device, dtype)
-        self._text = text if prompts is None else KnownPrompts(text, ["", *prompts])
+        self._text = text if prompts is None else KnownPrompts(text, ["", *prompts], scratch or Path(gettempdir()))
         del text
         self._vae = load_vae(folder, device=device)
         self._transformer = load_transformer(folder, dtype, device)

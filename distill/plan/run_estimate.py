@@ -23,6 +23,7 @@ from distill.plan.evaluation import evaluation_cost
 from distill.plan.flop import encoding_flop, training_flop
 from distill.report.units import duration, si
 from distill.training import checkpoint
+from distill.training.evaluation import GRID
 from distill.training.initial_weights import trained_shapes
 from distill.training.networks import compiles
 from distill.training.run_evaluator import (
@@ -52,6 +53,7 @@ class RunEstimate:
     checkpoints: int
     student: int
     references: int  # the teacher's images that evaluations compare with, in the run folder
+    known_prompts: int  # encoded prompts of evaluations and sample grids, at most, while the run lasts
     prompt_flop: float
     image_flop: float
     encoding_seconds: float
@@ -62,7 +64,7 @@ class RunEstimate:
     @property
     def disk(self) -> int:
         """Bytes of all that the run writes."""
-        return self.cache + self.image_cache + self.checkpoints + self.student + self.references
+        return sum((self.cache, self.image_cache, self.checkpoints, self.student, self.references, self.known_prompts))
 
     def lines(self) -> list[str]:
         """Sentences for people."""
@@ -76,7 +78,7 @@ class RunEstimate:
             how = f"read from a cache of {together}"
         sizes = {"cache": self.cache, "real images": self.image_cache}
         sizes |= {"checkpoints": self.checkpoints, "student": self.student}
-        sizes["the teacher's images"] = self.references
+        sizes |= {"the teacher's images": self.references, "prompts of evaluations": self.known_prompts}
         disk = ", ".join(f"{name} {si(size, 'B')}" for name, size in sizes.items() if size)
         works = {
             "encoding": self.encoding_seconds,
@@ -150,7 +152,7 @@ def estimate_run(
     encodes = not (online or prompts.is_encoded)
     settings, size = config.evaluation, evaluated_size(config, teacher)
     references = evaluations = 0.0
-    kind = evaluator_kind(config, teacher)
+    images, kind = 0, evaluator_kind(config, teacher)
     if kind != "none":
         images = evaluated_images(config, kind)
         cost = evaluation_cost(geometry, size, teacher_sampling(config), images, encodes=kind != "clip")
@@ -169,6 +171,7 @@ def estimate_run(
         checkpoints=kept * state + 2 * 4 * trainable,  # and the best student
         student=2 * teacher.parameters + sum(path.stat().st_size for path in files),
         references=reference_bytes(settings.images, size) * own,
+        known_prompts=row * (GRID + images),
         prompt_flop=prompt_flop,
         image_flop=image_flop,
         encoding_seconds=count * prompt_flop / rate * encodes,
@@ -208,6 +211,7 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
         checkpoints=(cadence.keep_checkpoints + 1) * state + 2 * average,
         student=2 * (plan.parameters + geometry.text_parameters) + plan.resident["autoencoder for grids"],
         references=reference_bytes(evaluation.images, size) * made,
+        known_prompts=row * (GRID + (0 if evaluation.evaluator == "none" else count)),
         prompt_flop=prompt_flop,
         image_flop=plan.flop_per_image,
         encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,

@@ -72,7 +72,7 @@ class EvaluationCallback:
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
         self._texts = list(islice(cycle(prompts), GRID))
         text = SD3TextEncoder.load(teacher, machine.device, network_dtype(machine))
-        self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())])
+        self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())], out)
 
     def due(self, progress: Progress) -> list[str]:
         """Name what is due after a round besides logs: `sampling` and `evaluating`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from memory import rows_in_memory
 from PIL import Image
 
 from distill.errors import ScorerError
@@ -13,6 +14,7 @@ from distill.evaluate.references import BATCH, REPEAT_SEEDS, References
 from distill.evaluate.sampler import Sampling, TeacherSampler
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
+from distill.models.text import SD3TextEncoder, TextCondition
 
 PROMPTS = ["a red circle", "a blue square"]
 CPU = torch.device("cpu")
@@ -83,3 +85,25 @@ def test_a_damaged_image_is_named(teacher, tmp_path) -> None:
     (found.folder / "00001.png").write_bytes(b"")
     with pytest.raises(ScorerError, match=r"00001\.png cannot be decoded .*; replace or remove it"):
         found.read(next(found.batches()))
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(teacher, tmp_path) -> None:
+    """The encoded prompts are on disk; each is encoded once, alone, and read once, with its batch."""
+    prompts = [f"red {number}" for number in range(3 * BATCH)]
+    found = references(tmp_path, teacher, prompts=prompts, images=len(prompts))
+    encoded: list[tuple[int, int]] = []  # prompts of a call, and all in memory
+    shape = found.teacher.text_shape
+    before, encode = rows_in_memory(shape), SD3TextEncoder.encode
+
+    def watched(self: SD3TextEncoder, texts: list[str]) -> TextCondition:
+        encoded.append((len(texts), rows_in_memory(shape) - before if len(encoded) % BATCH == 0 else 0))
+        return encode(self, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SD3TextEncoder, "encode", watched)
+        sampling = [rows_in_memory(shape) - before for _ in found.make(CPU)]
+    assert [count for count, _ in encoded] == [1] * (len(prompts) + 1)  # and the empty prompt
+    assert max(held for _, held in encoded) <= 1
+    assert max(sampling) <= 1
+    assert [path.suffix for path in found.folder.iterdir()].count(".png") == len(found.texts)
+    assert len(list(found.folder.iterdir())) == len(found.texts) + 1  # and the record

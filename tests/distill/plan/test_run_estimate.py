@@ -15,6 +15,7 @@ from distill.models.geometry import read_geometry
 from distill.models.sd3_folder import SD3Folder
 from distill.plan.options import run_input, teacher_config
 from distill.plan.run_estimate import estimate_plan, estimate_run
+from distill.training.evaluation import GRID
 from distill.training.run_evaluator import evaluated_images
 from distill.training.run_sources import RunImages, RunPrompts
 from distill.worlds.scenes.eval_dataset import ScenesEvalDataset
@@ -72,6 +73,14 @@ def test_a_run_that_keeps_the_teachers_images_needs_room_for_them(teacher_t5, tm
     assert own.disk - shared.disk == own.references == (32 + 2 * 4) * 3 * 16 * 16
     assert "the teacher's images" in own.lines()[1]
     assert "the teacher's images" not in shared.lines()[1]
+
+
+def test_a_run_needs_room_for_the_encoded_prompts_of_its_evaluations(teacher_t5, tmp_path):
+    words = ("evaluation.evaluator=clip", "evaluation.clip=folder")
+    few, more = (estimated(teacher_t5, tmp_path, *words, f"evaluation.images={count}") for count in (32, 64))
+    assert more.disk - few.disk == more.known_prompts - few.known_prompts == 32 * few.prompt_bytes
+    assert few.known_prompts == (GRID + 32) * few.prompt_bytes
+    assert "prompts of evaluations" in few.lines()[1]
 
 
 def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import invoke
+from memory import rows_in_memory
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS
 
@@ -15,11 +16,12 @@ from distill.errors import ConfigError, PromptError, ScorerError
 from distill.evaluate.references import ReferenceProgress
 from distill.report.run_folder import read_run
 from distill.report.run_state import read_state
-from distill.run import accelerator, run
+from distill.run import Activity, accelerator, run
 from distill.training import checkpoint
 from distill.training.preparation import check_run
 from distill.training.run_evaluator import check_evaluator, evaluator_kind, run_evaluator, run_references
 from distill.training.run_teacher import read_teacher
+from distill.training.trainer import Progress
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,20 @@ def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_again(whole,
     assert (out / "evaluations.jsonl").read_text() == evaluations
     assert read_run(out).best == read_run(undisturbed).best
     assert all((out / path).read_bytes() == (undisturbed / path).read_bytes() for path in pictures)
+
+
+def test_a_run_holds_no_encoded_prompt_of_its_evaluations(settings, clip_folder, tmp_path) -> None:
+    """Two update phases of 8 images each, and the null condition, are all that training holds."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"red {number}" for number in range(40)))
+    words = ["evaluation.evaluator=clip", f"evaluation.clip={clip_folder}", "evaluation.images=40", "images=8"]
+    config = load_config("scenes-debug", [*settings, f"evaluation.prompts={prompts}", *words])
+    teacher = read_teacher(config, tmp_path)
+    before = rows_in_memory(teacher.text_shape)
+    steps = run(config, tmp_path / "run", accelerator(config, tmp_path / "run"), teacher=teacher)
+    held = [rows_in_memory(teacher.text_shape) - before for each in steps if isinstance(each, Activity | Progress)]
+    assert len(held) >= 2
+    assert max(held) <= 2 * 8 + 4
 
 
 def test_another_metric_chooses_the_best_student_anew(whole, settings, clip_folder, tmp_path) -> None:
