@@ -137,7 +137,8 @@ def profile(
     settings = read_settings(nested(given, setting), config)
     settings.students()
     settings.check_paths()
-    workers = worker_processes(settings).start()
+    pool = worker_processes(settings)
+    workers = pool.start()
     print("device      model                     size       batch   text ms  model ms    vae ms  images/s  memory MB")
     for worker in workers:
         for t in (timing for loaded in worker.ready.models for timing in loaded.timings):
@@ -145,7 +146,7 @@ def profile(
             size = f"{t.width}x{t.height}"
             rate, memory = t.batch / t.total(), t.memory_bytes / 1e6
             print(f"{worker.name:11} {t.model:25} {size:10} {t.batch:5}{stages}{rate:10.1f}{memory:11.0f}")
-        worker.end()
+    pool.end()
 
 
 @app.command()

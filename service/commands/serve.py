@@ -47,16 +47,21 @@ def run_server(settings: Settings, sockets: list[socket.socket], names: str, key
     for line in settings.lines():
         log.info("setting %s", line)
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(workers.start)  # before the server, so that an invalid folder gives a one-line error
-        from uvicorn.config import STARTUP_FAILURE
+        try:
+            workers.launch()
+            starting = pool.submit(workers.start)  # first: an invalid folder gives a one-line error
+            from uvicorn.config import STARTUP_FAILURE
 
-        from service.app import create_app  # takes a second, while the workers load their models
-        from service.http.graceful_server import GracefulServer, uvicorn_config
+            from service.app import create_app  # takes a second, while the workers load their models
+            from service.http.graceful_server import GracefulServer, uvicorn_config
 
-        served = create_app(settings, workers)
-        if served.state.jobs:
-            served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
-        started = starting.result()
+            served = create_app(settings, workers)
+            if served.state.jobs:
+                served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
+            started = starting.result()
+        except BaseException:  # Ctrl-C too
+            workers.end()  # or the pool would wait until their models are loaded and measured
+            raise
     settings.check_aliases([loaded.info.name for loaded in started[0].ready.models])
 
     def announce() -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -145,21 +145,32 @@ class WorkerPool:
         self.launches = launches
         self.models = models
         self.devices = devices
-        self._started: Sequence[Worker] = ()
+        self._workers: list[Worker] = []
+        self._ready = False  # whether all have loaded their models
 
     def start(self) -> Sequence[Worker]:
-        """Start all workers side by side, once. Slow. Raises StartError when one cannot start."""
-        if not self._started:
-            workers = [launch(self.models) for launch in self.launches]
-            with ThreadPoolExecutor(len(workers)) as pool:
-                waiting = [pool.submit(worker.wait) for worker in workers]
-            errors = [error for done in waiting if (error := done.exception())]
-            if errors:
-                for each in workers:
-                    each.end()
-                raise errors[0]
-            self._started = workers
-        return self._started
+        """Start all workers side by side, once. Slow. As soon as one cannot start, ends all and raises StartError."""
+        if not self._ready:
+            with ThreadPoolExecutor(len(self.launches)) as pool:
+                try:
+                    self.launch()
+                    for done in as_completed([pool.submit(worker.wait) for worker in self._workers]):
+                        done.result()
+                except BaseException:
+                    self.end()  # or the pool would wait for the others
+                    raise
+            self._ready = True
+        return self._workers
+
+    def launch(self) -> None:
+        """Start the processes of `start` without waiting for their models. Raises StartError."""
+        for launch in self.launches[len(self._workers) :]:
+            self._workers.append(launch(self.models))
+
+    def end(self) -> None:
+        """End the workers at once. Safe while another thread is in `start`."""
+        while self._workers:
+            self._workers.pop().end()
 
 
 def worker_processes(settings: Settings) -> WorkerPool:

@@ -54,8 +54,16 @@ class Supervisor:
         return [process.pid for process in processes if process is not None]
 
     async def start(self) -> Sequence[ModelLoaded]:
-        """Start every worker and return their first models. Raises StartError when one cannot start."""
-        workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.start)
+        """Start every worker and return their first models. Raises StartError when one cannot start.
+
+        Cancelling ends them at once.
+        """
+        self._pool.launch()
+        try:
+            workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.start)
+        except asyncio.CancelledError:
+            self._pool.end()
+            raise
         models = workers[0].ready.models
         for command, loaded in zip(self._pool.models, models, strict=True):
             # By its current name, because the folder may hold another student later.

@@ -2,7 +2,7 @@
 
 Three threads pass batches on, so that the text encoders, the network and the VAE each work on a different batch; a
 fourth loads and unloads models. A batch that raises is reported and forgotten; the server decides what is retried. The
-worker ends when the server closes the connection.
+process ends as soon as the server closes the connection or dies, also while a model is loaded or measured.
 
     python -m service.engine.worker SOCKET PIXELS EMBEDDINGS '{"device": "cpu", ...}'
 """
@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -288,11 +289,21 @@ def _simulate(command: LoadModel, profile_path: str | None) -> Backend:
     return simulator
 
 
+def _end_with_server(connection: socket.socket) -> None:
+    """End this process when the other side of the connection is closed."""
+    hang_up = select.poll()
+    hang_up.register(connection, 0)  # POLLHUP is reported in any case
+    hang_up.poll()
+    os._exit(0)
+
+
 def main() -> None:
     for number in EXIT_SIGNALS:  # the terminal sends them to the whole group; the server first finishes its work
         signal.signal(number, signal.SIG_IGN)
     descriptor, pixels, embeddings, start = sys.argv[1:]
-    channel = Channel(socket.socket(fileno=int(descriptor)))
+    connection = socket.socket(fileno=int(descriptor))
+    threading.Thread(target=_end_with_server, args=(connection,), name="end", daemon=True).start()
+    channel = Channel(connection)
     config = msgspec.json.decode(start, type=WorkerConfig)
     configure(config.log_format, config.log_level)
     memory = Memory(int(pixels), int(embeddings))

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -126,6 +127,20 @@ def test_sigterm_ends_process_1_that_still_starts():
         (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(first), signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_worker_that_loads_a_model_ends_with_its_server(number, tmp_path):
+    profile = tmp_path / "profile.json"
+    os.mkfifo(profile)  # reading it takes forever
+    command = [*SERVE, "--device", "simulator", "--port", "0", "--data", "none"]
+    command += ["--set", f"engine.simulated_profile={profile}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, profile.open("wb") as written:
+        process.send_signal(number)
+        assert process.wait(60)
+        gone = select.poll()
+        gone.register(written, 0)
+        assert gone.poll(20_000), "the worker still reads"
 
 
 def test_a_second_signal_ends_it_at_once_and_leaves_no_folder(tmp_path):
