@@ -137,11 +137,7 @@ def run(
             callback = EvaluationCallback(config, out, teacher, texts, evaluator, machine)
         wait_for_main(machine)
         torch.manual_seed(key_of(config.seed, "weights"))
-        turns = config.method.turns()
-        roles = tuple(sorted({turn.role for turn in turns}))
-        two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-        dtype = network_dtype(machine)
-        networks = build(teacher, config.networks, dtype, device, roles, two_times, critic, mesh(machine))
+        networks = build(teacher, config.networks, network_dtype(machine), device, config.trained, mesh(machine))
 
         state.images = checkpoint.images_in(out / "checkpoints")
         shapes = latent_shapes(config, teacher)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, field_validator, model_va
 from distill import methods
 from distill.config_group import ConfigGroup
 from distill.errors import CheckpointError
+from distill.methods.base import TrainedNetworks
 
 
 def _check_name(name: str) -> str:
@@ -214,6 +215,11 @@ class RunConfig(ConfigGroup):
                 "take sdpa or math"
             )
         return self
+
+    @property
+    def trained(self) -> TrainedNetworks:
+        """The networks that the run trains."""
+        return TrainedNetworks.of(self.method.turns())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML."""

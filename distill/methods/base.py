@@ -1,4 +1,4 @@
-"""Types that distillation methods share: velocities, batches, losses and turns.
+"""Types that distillation methods share: velocities, batches, losses, turns, and what these train.
 
 Times t are (B,). A student of two times also takes (B, 2), t and s, and returns its mean velocity from t to s. With one
 time, s is 0.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from distill.philox import Draw
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Velocity = Callable[["Tensor", "Tensor", Any], "Tensor"]  # x_t (B, C, h, w), t (B,), conditions -> (B, C, h, w)
 Critic = Callable[["Tensor", "Tensor", Any], "Tensor"]  # the same -> logits (B,)
+ROLES = ("fake", "student")  # that can be trained
 
 
 class NetworkVelocity(Protocol):
@@ -93,3 +94,21 @@ class Turn:
     real: bool = False
     critic: bool = False
     forward_mode: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedNetworks:
+    """What a method trains: the networks of `roles`.
+
+    With `two_times` the student takes a second time; with a `critic` the fake has its head.
+    """
+
+    roles: tuple[str, ...] = ROLES
+    two_times: bool = False
+    critic: bool = False
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn]) -> Self:
+        """What the turns of a method train."""
+        roles = tuple(sorted({turn.role for turn in turns}))
+        return cls(roles, any(turn.two_times for turn in turns), any(turn.critic for turn in turns))

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.config import Full, Lora
 from distill.flow import one_step
+from distill.methods.base import TrainedNetworks
 from distill.models.geometry import Geometry
 from distill.models.sd3 import decode_in_parts
 from distill.models.text import TextCondition
 from distill.plan.meter import Meter, without_data
 from distill.plan.step_cost import StepCost, autocast, network_calls, simulate_step, skip_share
 from distill.training.evaluation import GRID
-from distill.training.networks import ROLES, FullCopies, Networks, SharedBase
+from distill.training.networks import FullCopies, Networks, SharedBase
 
 _STEP_PARTS = ("activations", "peak", "flop")  # of a StepCost
 _QUANTIZED, _BLOCK = 4096, 256  # elements of the smallest tensor that bitsandbytes quantizes, and per scale
@@ -105,7 +106,7 @@ class PlanInput:
         """Compute the cost; takes seconds and little memory. Raises SizeError."""
         self.geometry.check_size(self.size)
         counts, turns = self._counts_of_all_blocks(), self.method.turns()
-        roles = sorted({turn.role for turn in turns})
+        roles = TrainedNetworks.of(turns).roles
         own = {role: counts[f"{role} weights"] for role in roles}
         states = {kind: counts[f"{kind} states"] for kind in ("adam", "adam-8bit")}
         costs = {role: StepCost(*(counts[f"{role} {part}"] for part in _STEP_PARTS)) for role in roles}
@@ -169,7 +170,7 @@ class PlanInput:
                 less = self._counts(geometry, skip=(1,)) if left_out else more  # the second block is of this kind
                 for name in base:
                     counts[name] += further * (more[name] - base[name]) + left_out * (less[name] - more[name])
-        for role in {turn.role for turn in self.method.turns()}:
+        for role in TrainedNetworks.of(self.method.turns()).roles:
             grown = (counts[f"{role} {part}"] - base[f"{role} {part}"] for part in ("activations", "weights"))
             counts[f"{role} peak"] = base[f"{role} peak"] + max(grown)
         return counts
@@ -190,8 +191,7 @@ class PlanInput:
                 role: [replace(call, skip_layers=skip) if call.skip_layers else call for call in called]
                 for role, called in calls.items()
             }
-        two_times, critic = any(turn.two_times for turn in turns), any(turn.critic for turn in turns)
-        networks = build(geometry, kind, dtype, tuple(sorted(calls)), two_times=two_times, critic=critic)
+        networks = build(geometry, kind, dtype, TrainedNetworks.of(turns))
         models = networks.modules()
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)
@@ -233,10 +233,8 @@ def build(
     geometry: Geometry,
     kind: Full | Lora,
     dtype: torch.dtype,
-    roles: tuple[str, ...] = ROLES,
+    trained: TrainedNetworks = TrainedNetworks(),
     device: str = "meta",
-    two_times: bool = False,
-    critic: bool = False,
 ) -> Networks:
     """Build a run's networks as `networks.build` does, without loading weights."""
     with torch.device(device):
@@ -246,8 +244,8 @@ def build(
                 # Autocast on CUDA normalizes in fp32. The CPU's rules, which apply to tensors without data, do not.
                 module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
         if isinstance(kind, Lora):
-            return SharedBase(model.to(dtype), kind, roles, two_times, critic)
-        return FullCopies(model, kind, dtype, roles, two_times, critic)
+            return SharedBase(model.to(dtype), kind, trained)
+        return FullCopies(model, kind, dtype, trained)
 
 
 def _inputs(geometry: Geometry, batch: int, size: int) -> tuple[Tensor, TextCondition]:

@@ -144,8 +144,7 @@ def estimate_run(
             training = left / speed
 
     trainable = sum(map(math.prod, trained_shapes(config, teacher).values()))
-    roles = len({turn.role for turn in turns})
-    state = trainable * (4 + roles * (4 + _MOMENTS[config.optimizer.kind]))
+    state = trainable * (4 + len(config.trained.roles) * (4 + _MOMENTS[config.optimizer.kind]))
     kept = config.cadence.keep_checkpoints + 1  # the oldest is removed after the newest was written
     others = [name for name in MODELS if name != "transformer" and (name != "text_encoder_3" or teacher.has_t5)]
     files = [path for name in others for path in find_weights(teacher.path / name).files]

@@ -99,8 +99,7 @@ def _find_states(out: Path, which: str) -> list[Path]:
 def _read_other(folder: Path, config: RunConfig, teacher: SD3Folder) -> SD3Folder:
     """Read a student folder to average with. Raises ConfigError if its weights are not those of a run like this."""
     other = SD3Folder.read(folder)
-    two_times = any(turn.two_times for turn in config.method.turns())
-    if isinstance(config.networks, Lora) or two_times or read_record(other).any_step:
+    if isinstance(config.networks, Lora) or config.trained.two_times or read_record(other).any_step:
         raise ConfigError(f"--average-with {folder}: only one-step students of full copies can be averaged")
     if read_json(folder / RECORD).get("teacher_digest") != teacher.digest:
         raise ConfigError(f"--average-with {folder}: it is the student of another teacher than {teacher.reference}")

@@ -30,9 +30,9 @@ def check_initial_weights(config: RunConfig, teacher: SD3Folder) -> None:
     start = config.init_from
     if start is None:
         return
-    two_times = any(turn.two_times for turn in config.method.turns())
     given, second = split(_given_shapes(start))
-    if given not in (trained_shapes(config, teacher), _shapes_of(teacher)) or bool(second) is not two_times:
+    fitting = (trained_shapes(config, teacher), _shapes_of(teacher))
+    if given not in fitting or bool(second) is not config.trained.two_times:
         raise ConfigError(f"init_from: {start} has other weights for the student; networks and teacher must be alike")
     if isinstance(config.networks, Lora) and _are_adapters(given):
         alpha = checkpoint.load_record(_newest(start)).get("config", {}).get("networks.alpha", config.networks.alpha)
@@ -49,7 +49,7 @@ def read_initial_weights(config: RunConfig, teacher: SD3Folder, device: torch.de
     """
     start, kind = config.init_from, config.networks
     assert start is not None
-    parts = {"average", *(turn.role for turn in config.method.turns())}
+    parts = {"average", *config.trained.roles}
     if isinstance(kind, Full) or _are_adapters(_given_shapes(start)):
         return {part: _read(start, part) for part in parts}
     base = load_transformer(teacher).state_dict()

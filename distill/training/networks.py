@@ -31,14 +31,13 @@ from torch.distributed.fsdp import fully_shard
 
 from distill.config import Full, Lora
 from distill.errors import ConfigError
-from distill.methods.base import Critic, NetworkVelocity
+from distill.methods.base import Critic, NetworkVelocity, TrainedNetworks
 from distill.models import attention
 from distill.models.critic import Head, logits
 from distill.models.sd3 import load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import add_second_time
 
-ROLES = ("fake", "student")
 CRITIC = "critic."  # before the names of a critic's tensors, which are the fake's to train
 COMPILED_FORMS = 128  # of a block: by role, gradient, kind of block, and shape; beyond them compilation is an error
 
@@ -48,9 +47,9 @@ class Networks(ABC):
 
     _weights: dict[str, dict[str, torch.nn.Parameter]]  # by role and name
 
-    def __init__(self, teacher: SD3Transformer2DModel, roles: tuple[str, ...], critic: bool) -> None:
-        self.roles = roles
-        self._head = Head.of(teacher) if critic else None
+    def __init__(self, teacher: SD3Transformer2DModel, trained: TrainedNetworks) -> None:
+        self.roles = trained.roles
+        self._head = Head.of(teacher) if trained.critic else None
 
     @abstractmethod
     def _model(self, role: str) -> SD3Transformer2DModel: ...
@@ -126,13 +125,11 @@ class FullCopies(Networks):
         teacher: SD3Transformer2DModel,
         kind: Full,
         dtype: torch.dtype,
-        roles: tuple[str, ...] = ROLES,
-        two_times: bool = False,
-        critic: bool = False,
+        trained: TrainedNetworks = TrainedNetworks(),
     ) -> None:
-        super().__init__(teacher, roles, critic)
-        self._models = {role: deepcopy(teacher).requires_grad_(True) for role in roles}
-        if two_times:
+        super().__init__(teacher, trained)
+        self._models = {role: deepcopy(teacher).requires_grad_(True) for role in trained.roles}
+        if trained.two_times:
             add_second_time(self._models["student"])
         self._weights = {role: dict(model.named_parameters()) for role, model in self._models.items()}
         self._models["teacher"] = teacher.to(dtype).requires_grad_(False)
@@ -156,11 +153,9 @@ class SharedBase(Networks):
         self,
         teacher: SD3Transformer2DModel,
         kind: Lora,
-        roles: tuple[str, ...] = ROLES,
-        two_times: bool = False,
-        critic: bool = False,
+        trained: TrainedNetworks = TrainedNetworks(),
     ) -> None:
-        super().__init__(teacher, roles, critic)
+        super().__init__(teacher, trained)
         config = LoraConfig(
             r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.targets), init_lora_weights="gaussian"
         )
@@ -172,19 +167,19 @@ class SharedBase(Networks):
         self._base = teacher.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are two adapters on purpose
-            for role in roles:
+            for role in trained.roles:
                 self._base.add_adapter(config, adapter_name=role)
         self._layers = [module for module in self._base.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             # Under autocast, peft's copy of each input in fp32, the dtype of adapters, would be cast back at once.
             layer.cast_input_dtype_enabled = False
-        self._weights = {role: {} for role in roles}
+        self._weights = {role: {} for role in trained.roles}
         for name, parameter in self._base.named_parameters():
-            for role in roles:
+            for role in trained.roles:
                 if f".{role}." in name:
                     parameter.data = parameter.data.float()
                     self._weights[role][name.replace(f".{role}.", ".")] = parameter  # as peft names them in files
-        if two_times:  # with one time, the base ignores it
+        if trained.two_times:  # with one time, the base ignores it
             self._weights["student"] |= add_second_time(self._base)
         self._active: str | None = ""
         self._activate("student")
@@ -279,15 +274,13 @@ def build(
     kind: Full | Lora,
     dtype: torch.dtype,
     device: torch.device,
-    roles: tuple[str, ...] = ROLES,
-    two_times: bool = False,
-    critic: bool = False,
+    trained: TrainedNetworks = TrainedNetworks(),
     mesh: DeviceMesh | None = None,
 ) -> Networks:
-    """Build the networks of a run from a teacher folder; `roles` are trained, frozen weights are in `dtype`.
+    """Build the networks of a run from a teacher folder; frozen weights are in `dtype`.
 
-    With `two_times` the student takes a second time, whose weights are trained in full beside an adapter; with a
-    `critic` the fake gets its head. With a mesh the shared base is sharded over it, and full copies raise ConfigError.
+    A second time and a critic are trained in full beside adapters. With a mesh the shared base is sharded over it, and
+    full copies raise ConfigError.
     """
     if mesh is not None and isinstance(kind, Full):
         raise ConfigError(
@@ -296,8 +289,8 @@ def build(
     model = load_transformer(folder, torch.float32 if isinstance(kind, Full) else dtype, device)
     attention.use(attention.resolve(kind.attention, dtype, device), model)
     if isinstance(kind, Full):
-        return FullCopies(model, kind, dtype, roles, two_times, critic)
-    base = SharedBase(model, kind, roles, two_times, critic)
+        return FullCopies(model, kind, dtype, trained)
+    base = SharedBase(model, kind, trained)
     if mesh is not None:
         base.shard(mesh)
     return base

@@ -8,13 +8,13 @@ import torch
 from tiny import distilled
 
 from distill.config import load_config
+from distill.methods.base import ROLES
 from distill.models.geometry import NAMES, read_geometry
 from distill.models.text import TextCondition
 from distill.pipeline import OneStepPipeline
 from distill.plan.devices import GIB
 from distill.plan.estimate import PlanInput, build
 from distill.run import accelerator
-from distill.training.networks import ROLES
 from distill.training.trainer import train
 
 PRESETS = [*(f"{name}-lora" for name in NAMES), "sd3-medium-full"]

@@ -23,7 +23,7 @@ from distill import run as runs
 from distill.cli.run import run_with_bars
 from distill.config import Lora, RunConfig, load_config
 from distill.errors import ConfigError
-from distill.methods.base import TrainingBatch, Velocities
+from distill.methods.base import ROLES, TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.sd3_folder import SD3Folder
@@ -31,7 +31,7 @@ from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.training import trainer
 from distill.training.accelerator import check
-from distill.training.networks import ROLES, SharedBase, build
+from distill.training.networks import SharedBase, build
 from distill.training.processes import wait_for_main
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class Prompts:
 def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
     """A base with adapters that matter, and differ: they would start as zero maps."""
     torch.manual_seed(0)
-    networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=8, **kind), torch.float32, CPU, ROLES, mesh=mesh)
+    networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=8, **kind), torch.float32, CPU, mesh=mesh)
     for role in ROLES:
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)

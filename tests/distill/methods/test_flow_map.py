@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.config import Full, Lora, load_config
 from distill.errors import ConfigError, TeacherError
 from distill.flow import between, jump, noise, one_step
-from distill.methods.base import Loss, TrainingBatch, Velocities
+from distill.methods.base import Loss, TrainedNetworks, TrainingBatch, Velocities
 from distill.methods.flow_map import OBJECTIVES, FlowMapConfig
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3 import load_transformer, velocity
@@ -102,7 +102,7 @@ def cond(teacher: Path):
 def moved(teacher: Path, kind: Full | Lora):
     """Networks whose student of two times is no longer its teacher, in any of its weights."""
     torch.manual_seed(3)
-    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, ("student",), two_times=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, TrainedNetworks(("student",), two_times=True))
     weights = networks.trainable("student")
     for tensor in weights.values():
         tensor.data += 0.05 * torch.randn(tensor.shape)
@@ -111,7 +111,7 @@ def moved(teacher: Path, kind: Full | Lora):
 
 @pytest.mark.parametrize("kind", [Full(), Lora(rank=4, alpha=8, gradient_checkpointing=True)])
 def test_it_starts_as_the_teacher_for_every_s_and_the_second_time_learns(kind, teacher, cond):
-    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, ("student",), two_times=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, TrainedNetworks(("student",), two_times=True))
     student, x = networks.velocity("student"), noise(range(4), SHAPE)
     t, s = torch.tensor([1.0, 1.0, 0.6, 0.3]), torch.tensor([0.0, 0.7, 0.5, 0.1])
     expected = networks.velocity("teacher")(x, t, cond)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.config import Full, Lora
-from distill.methods.base import Real, TrainingBatch, Velocities
+from distill.methods.base import Real, TrainedNetworks, TrainingBatch, Velocities
 from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.policies import Guidance
 from distill.models.sd3 import load_transformer
@@ -28,7 +28,7 @@ def cond(teacher: Path) -> TextCondition:
 
 def made(teacher: Path, kind: Full | Lora) -> Networks:
     torch.manual_seed(0)
-    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, critic=True)
+    networks = build(SD3Folder.read(teacher), kind, torch.float32, CPU, TrainedNetworks(critic=True))
     for role in networks.roles:  # adapters and the critic start as zero maps; make them matter, and differ
         for tensor in networks.trainable(role).values():
             tensor.data += 0.05 * torch.randn(tensor.shape)
@@ -89,7 +89,7 @@ _LAYERS = ("norm", "token", "logit")
 
 
 def test_a_fresh_critic_moves_nobody_and_is_the_fake_s_alone(teacher, cond):
-    networks = build(SD3Folder.read(teacher), Full(), torch.float32, CPU, critic=True)
+    networks = build(SD3Folder.read(teacher), Full(), torch.float32, CPU, TrainedNetworks(critic=True))
     x_t = torch.randn(3, *SHAPE, requires_grad=True)
     logits = networks.critic(False)(x_t, torch.full((3,), 0.5), cond)
     assert torch.equal(logits, torch.zeros(3))

@@ -15,7 +15,7 @@ from distill.config import Full, Lora
 from distill.errors import ConfigError, SizeError, TeacherError
 from distill.flow import one_step
 from distill.methods import dmd, flow_map, reflow
-from distill.methods.base import TrainingBatch, Velocities
+from distill.methods.base import ROLES, TrainedNetworks, TrainingBatch, Velocities
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.models.geometry import NAMES, read_geometry
@@ -28,7 +28,7 @@ from distill.plan.estimate import Plan, PlanInput
 from distill.plan.meter import Meter
 from distill.plan.options import changes_that_fit
 from distill.plan.step_cost import network_calls, simulate_step, skip_share
-from distill.training.networks import ROLES, build
+from distill.training.networks import build
 
 # torch's forward mode scripts some of its own derivatives when it is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -177,13 +177,11 @@ def test_arithmetic_is_that_of_the_layers_by_hand(tmp_path):
     ids=lambda method: method.name,
 )
 def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
-    turns = method.turns()
-    roles, critic = tuple(sorted({turn.role for turn in turns})), any(turn.critic for turn in turns)
-    two_times = any(turn.two_times for turn in turns)
+    trained = TrainedNetworks.of(method.turns())
     made = setting(teacher, Full(), method=method)
-    plan, networks = made.plan(), build(SD3Folder.read(teacher), Full(), made.dtype, CPU, roles, two_times, critic)
-    own = {role: nbytes(networks.trainable(role).values()) for role in roles}
-    assert [plan.resident[f"{role} weights"] for role in roles] == list(own.values())
+    plan, networks = made.plan(), build(SD3Folder.read(teacher), Full(), made.dtype, CPU, trained)
+    own = {role: nbytes(networks.trainable(role).values()) for role in trained.roles}
+    assert [plan.resident[f"{role} weights"] for role in trained.roles] == list(own.values())
     assert plan.resident["fake weights"] == own.get("fake", 0)
     assert plan.resident["optimizer states"] == 2 * sum(own.values())
     assert plan.gradients == max(own.values())
@@ -192,7 +190,7 @@ def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
 def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teacher):
     one, three = (setting(teacher, Full(), method=method) for method in (PATH, reflow.ReflowConfig(teacher_steps=3)))
     assert three.plan().activations == pytest.approx(one.plan().activations, rel=0.02)
-    networks = plans.build(three.geometry, three.kind, torch.float32, ("student",), "cpu")
+    networks = plans.build(three.geometry, three.kind, torch.float32, TrainedNetworks(("student",)), "cpu")
     z, cond = inputs(three)
     nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
     (turn,) = three.method.turns()

@@ -23,6 +23,7 @@ from distill.errors import (
     TeacherError,
 )
 from distill.flow import noise, one_step
+from distill.methods.base import ROLES
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
@@ -31,7 +32,7 @@ from distill.student import parity
 from distill.student.card import license_of
 from distill.student.export import export_student
 from distill.student.parity import check_parity
-from distill.training.networks import ROLES, Lora, SharedBase, build
+from distill.training.networks import Lora, SharedBase, build
 
 CPU = torch.device("cpu")
 RECIPE = {"name": "tiny-one-step", "method": "fgm", "images_seen": 12}

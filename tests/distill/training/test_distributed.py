@@ -15,11 +15,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from parity import IMAGES, SHAPE, Prompts, assert_same, expected
 from safetensors.torch import load_file
 
+from distill.methods.base import ROLES
 from distill.pipeline import read_student
 from distill.report.run_folder import read_run
 from distill.run import accelerator, run
 from distill.training import checkpoint, trainer
-from distill.training.networks import ROLES
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "accelerate").glob("*.yaml"))
 

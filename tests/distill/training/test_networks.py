@@ -11,10 +11,10 @@ from torch._dynamo.utils import counters
 
 from distill.config import Full, Lora
 from distill.errors import ConfigError
-from distill.methods.base import Velocities
+from distill.methods.base import ROLES, Velocities
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
-from distill.training.networks import ROLES, FullCopies, SharedBase, build, compiles
+from distill.training.networks import FullCopies, SharedBase, build, compiles
 
 
 @pytest.mark.parametrize("role", ROLES)

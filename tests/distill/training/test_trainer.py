@@ -14,7 +14,7 @@ from tiny import make_teacher
 from distill.config import Optimizer
 from distill.data import batches
 from distill.errors import CacheError, ConfigError, DivergedError, RunError
-from distill.methods.base import Real
+from distill.methods.base import Real, TrainedNetworks
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import TextCondition
@@ -135,7 +135,9 @@ def test_a_critic_begins_anew_or_is_left_behind_where_only_one_of_two_runs_has_o
 
     def end(out, critic, **more):
         config = parity.run(images=IMAGES, **{"networks.kind": "full", "optimizer.warmup_images": 10**12, **more})
-        networks = build(SD3Folder.read(teacher), config.networks, torch.float32, parity.CPU, critic=critic)
+        networks = build(
+            SD3Folder.read(teacher), config.networks, torch.float32, parity.CPU, TrainedNetworks(critic=critic)
+        )
         reals = Reals() if critic else None
         start = starting(config, teacher)
         list(trainer.train(config, out, networks, Prompts(), [SHAPE], Accelerator(cpu=True), reals, start=start))
