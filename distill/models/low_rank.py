@@ -1,8 +1,13 @@
-"""Products of low rank, which a LoRA adapter adds to the weights of a layer."""
+"""Products of low rank, which a LoRA adapter adds to the weights of a layer, and the layers that have one."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+def is_target(layer: str, target: str) -> bool:
+    """Whether a target of an adapter names a layer: it is the layer's name or its end after a dot, as peft has it."""
+    return layer == target or layer.endswith(f".{target}")
 
 
 def nearest_product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.config import Full, Lora, RunConfig
 from distill.errors import ConfigError
-from distill.models.low_rank import nearest_product
+from distill.models.low_rank import is_target, nearest_product
 from distill.models.sd3 import load_transformer
 from distill.models.sd3_files import find_weights
 from distill.models.sd3_folder import SD3Folder
@@ -101,7 +101,7 @@ def trained_shapes(config: RunConfig, teacher: SD3Folder) -> _Shapes:
 def _adapted(kind: Lora, names: Iterable[str]) -> list[str]:
     """The layers that get an adapter, of a network whose weights have these names."""
     layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    return [layer for layer in layers if any(f".{layer}".endswith(f".{target}") for target in kind.targets)]
+    return [layer for layer in layers if any(is_target(layer, target) for target in kind.targets)]
 
 
 def _are_adapters(names: Iterable[str]) -> bool:

@@ -34,6 +34,7 @@ from distill.errors import ConfigError
 from distill.methods.base import Critic, NetworkVelocity, TrainedNetworks
 from distill.models import attention
 from distill.models.critic import Head, logits
+from distill.models.low_rank import is_target
 from distill.models.sd3 import load_transformer, velocity
 from distill.models.sd3_folder import SD3Folder
 from distill.models.two_times import add_second_time
@@ -162,7 +163,7 @@ class SharedBase(Networks):
         names = [name for name, _ in teacher.named_modules()]
         known = set(Lora.model_fields["targets"].default)  # a teacher may lack some of the default targets
         for target in kind.targets:
-            if target not in known and not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in known and not any(is_target(name, target) for name in names):
                 raise ConfigError(f"networks.targets: the teacher has no layer {target!r}; take names as to_q or net.2")
         self._base = teacher.requires_grad_(False)
         with warnings.catch_warnings():
