@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from distill.decoder.latents import LatentSet
 from distill.decoder.losses import feature_distance, gradient_l1, multiscale_l1
-from distill.decoder.recipe import SCALES, DecoderConfig, DecoderRecipe
+from distill.decoder.recipe import SCALES, DecoderConfig
 from distill.errors import DivergedError
 from distill.files import append_line
 from distill.models.device import autocast, to_device
@@ -32,6 +32,7 @@ from distill.training import checkpoint
 from distill.training.ema import average_into, new_share
 from distill.training.metrics import RoundMetrics, peak_memory
 from distill.training.optimizers import set_rate, step
+from distill.training.rate_schedule import RateSchedule
 from distill.training.state import TrainingProgress, load_state, save_state
 
 CHECKPOINTS = "checkpoints"
@@ -49,6 +50,7 @@ class DecoderTraining:
         self.device = vae.device
         self._vae, self._latents = vae, latents
         self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._schedule = RateSchedule(config.images, config.batch, config.warmup, decay=config.images)
         self._targets: dict[int, Tensor] = {}  # by row of the latents, in fp16
         if self.device.type == "cpu":  # where convolutions are faster in this format
             vae.to(memory_format=torch.channels_last)
@@ -82,7 +84,7 @@ class DecoderTraining:
         loss = torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
 
         # 4. step
-        set_rate(self._optimizer, self.config.learning_rate * rate_factor(self.config, images))
+        set_rate(self._optimizer, self.config.learning_rate * self._schedule.factor(images))
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self._small.decoder.parameters(), 1.0)
@@ -171,12 +173,6 @@ class DecoderTraining:
                     bool(self.step(number * self.config.batch)[1])
                 times.append(time.perf_counter())
         return TIMED * self.config.batch / (times[1] - times[0])
-
-
-def rate_factor(recipe: DecoderRecipe, images: int) -> float:
-    """The share of the learning rate after so many images: a linear warm-up, and half a cosine over the budget."""
-    warm = min(1.0, (images + recipe.batch) / max(recipe.warmup, 1))
-    return warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, images / recipe.images)))
 
 
 class _Log:

@@ -7,7 +7,6 @@ A step sums the gradients of its micro-batches, which are this process's share o
 processes once. On a GPU without a CUDA graph, a thread reads or encodes the next micro-batches meanwhile.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -35,6 +34,7 @@ from distill.training.ema import average_into, new_share
 from distill.training.metrics import MetricsLog, RoundMetrics, sample_of
 from distill.training.networks import Networks
 from distill.training.processes import wait_for_main
+from distill.training.rate_schedule import RateSchedule
 from distill.training.run_checkpoint import RunCheckpoint, copy_tensors
 from distill.training.state import TrainingProgress
 
@@ -78,6 +78,7 @@ def train(
 
     # 1. state
     rates = {"fake": config.optimizer.fake_lr, "student": config.optimizer.student_lr}
+    schedule = RateSchedule(config.images, config.batch, config.optimizer.warmup_images, config.optimizer.decay_images)
     weights = {role: networks.trainable(role) for role in networks.roles}
     adams = {role: optimizers.adam(weights[role].values(), config.optimizer, rates[role]) for role in networks.roles}
     average = {name: tensor.detach().clone() for name, tensor in weights["student"].items()}
@@ -166,7 +167,7 @@ def train(
                 for every in (config.cadence.log, config.cadence.checkpoint)
             )
             for role, optimizer in adams.items():
-                optimizers.set_rate(optimizer, rates[role] * _rate(config, images))
+                optimizers.set_rate(optimizer, rates[role] * schedule.factor(images))
             share.fill_(new_share(config.ema_half_life, after, config.batch))
             before = {role: sample_of(list(weights[role].values())) for role in weights} if logged else {}
             log.add_round(names, run_round(fed))
@@ -236,15 +237,6 @@ def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: floa
     if turn.critic:
         fields["critic"] = networks.critic(turn.role == "fake")
     return Velocities(**fields, null=null, shift=shift, conditional_calls=conditional)
-
-
-def _rate(config: RunConfig, images: int) -> float:
-    """Factor of the learning rate: linear warm-up, constant, and half a cosine over the last `decay_images`."""
-    warm = min(1.0, (images + config.batch) / max(config.optimizer.warmup_images, 1))
-    start = max(0, config.images - config.optimizer.decay_images)
-    if images <= start:
-        return warm
-    return warm * (0.5 + 0.5 * math.cos(math.pi * (images - start) / (config.images - start)))
 
 
 def _average_gradients(tensors: list[Tensor], accelerator: Accelerator) -> None:

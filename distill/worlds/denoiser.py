@@ -28,6 +28,7 @@ from distill.models.weights import check_finite
 from distill.philox import Draw
 from distill.training.ema import average_into, new_share
 from distill.training.optimizers import set_rate
+from distill.training.rate_schedule import RateSchedule
 from distill.training.state import TrainingProgress, load_state, save_state
 from distill.worlds.recipe import TrainingRecipe
 
@@ -195,13 +196,14 @@ def fit(
     if compiled:
         for block in model.transformer.transformer_blocks:
             block.compile(fullgraph=True)
+    schedule = RateSchedule(last - first, recipe.batch, recipe.warmup, recipe.decay, "linear", FINAL_LR)
     share = torch.zeros((), device=device)
     step = training_step(model, average, share, optimizer, sample, null, recipe)
     run_step = CudaGraphed(step, effects=True) if cuda else step
 
     sums, steps = torch.zeros(2, device=device), 0
     while images < last:
-        set_rate(optimizer, recipe.learning_rate * lr_factor(recipe, images - first, last - first))
+        set_rate(optimizer, recipe.learning_rate * schedule.factor(images - first))
         share.fill_(new_share(recipe.ema_half_life, images - first + recipe.batch, recipe.batch))
         sums += run_step(torch.arange(images, images + recipe.batch, device=device))
         before, images, steps = images, images + recipe.batch, steps + 1
@@ -216,13 +218,6 @@ def fit(
         if finished or progress.crosses(recipe.checkpoint_every):
             save()
         yield progress
-
-
-def lr_factor(recipe: TrainingRecipe, seen: int, budget: int) -> float:
-    """Return the share of the peak learning rate after `seen` images: linear warm-up, plateau, linear decay."""
-    warmup = min(1.0, (seen + recipe.batch) / max(recipe.warmup, 1))
-    left = min(1.0, (budget - seen) / max(min(recipe.decay, budget), 1))
-    return warmup * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

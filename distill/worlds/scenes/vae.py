@@ -21,6 +21,8 @@ from distill.models.device import autocast
 from distill.models.vae import to_images, to_pixels
 from distill.philox import key_of
 from distill.training.ema import average_into, new_share
+from distill.training.optimizers import set_rate
+from distill.training.rate_schedule import RateSchedule
 from distill.training.state import TrainingProgress, load_state, save_state
 from distill.worlds.scenes.captions import Prompt, Thing, sample_prompt
 from distill.worlds.scenes.render import SIZE, place, render
@@ -32,7 +34,7 @@ STATE = "vae-state"  # in the teacher's folder: the training state
 
 
 class VaeRecipe(ConfigGroup):
-    """How the autoencoder is trained; the learning rate decays over the budget of `images`."""
+    """How the autoencoder is trained; the learning rate decays over the whole budget of `images`."""
 
     images: int
     seed: int
@@ -85,6 +87,7 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
     average = deepcopy(vae)
     modules = {"vae": vae, "ema": average}
     images = load_state(folder / STATE, modules, optimizer, recipe)
+    schedule = RateSchedule(recipe.images, recipe.batch, recipe.warmup, decay=recipe.images)
 
     while images < recipe.images:
         # 1. data: each step has its own seed, so that a resumed run draws the same scenes
@@ -100,10 +103,8 @@ def train_vae(recipe: VaeRecipe, folder: Path, device: torch.device) -> Iterator
         error = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
         loss = error + recipe.kl_weight * posterior.kl().mean()
 
-        # 4. step: learning rate warm-up, then cosine decay
-        warm = min(1.0, (images + recipe.batch) / recipe.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * np.cos(np.pi * images / recipe.images))
+        # 4. step
+        set_rate(optimizer, recipe.learning_rate * schedule.factor(images))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

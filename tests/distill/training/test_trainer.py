@@ -210,22 +210,6 @@ def test_a_run_takes_sizes_that_are_not_square(teacher, tmp_path):
     assert [progress.images for progress in steps] == [IMAGES, 2 * IMAGES, 3 * IMAGES, 4 * IMAGES]
 
 
-def test_rates_are_a_function_of_the_images_seen_whatever_the_batch():
-    def rates(batch):
-        config = parity.run(
-            batch=batch, images=8000, **{"optimizer.warmup_images": 1000, "optimizer.decay_images": 4000}
-        )
-        return [trainer._rate(config, images) for images in (992, 2000, 4000, 6000, 7992)]
-
-    for batch in (4, 8):
-        risen, *plateau, middle, last = rates(batch)
-        assert risen == pytest.approx(1, abs=0.01)
-        assert plateau == [1, 1]
-        assert (middle, last) == (pytest.approx(0.5), pytest.approx(0, abs=1e-4))
-    short = parity.run(images=1000, **{"optimizer.warmup_images": 0, "optimizer.decay_images": 4000})
-    assert trainer._rate(short, 500) == pytest.approx(0.5)  # a decay that is longer than the run takes all of it
-
-
 def test_seeds_have_64_bits(teacher, tmp_path):
     def gaps(seed):
         config = parity.run(images=IMAGES, seed=seed)

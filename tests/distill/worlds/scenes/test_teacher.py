@@ -22,7 +22,7 @@ from distill.errors import CacheError, CheckpointError, OutputError, TeacherErro
 from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.state import TrainingProgress
-from distill.worlds.denoiser import FINAL_LR, lr_factor, tokenize, training_step
+from distill.worlds.denoiser import tokenize, training_step
 from distill.worlds.scenes.captions import TASKS, training_prompts, vocabulary
 from distill.worlds.scenes.data import CHUNK, make_chunks
 from distill.worlds.scenes.latents import SCENES, TOKENS, Scenes, encode_scenes
@@ -229,19 +229,6 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
     assert len(list(progress)) == 5
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_the_rate_rises_holds_and_falls_and_the_average_follows() -> None:
-    recipe = RECIPE.model_copy(update={"batch": 10, "warmup": 100, "decay": 500})
-    assert lr_factor(recipe, 0, 1000) == pytest.approx(0.1)
-    assert lr_factor(recipe, 90, 1000) == lr_factor(recipe, 500, 1000) == 1
-    assert lr_factor(recipe, 750, 1000) == pytest.approx((1 + FINAL_LR) / 2)
-    assert lr_factor(recipe, 990, 1000) == pytest.approx(FINAL_LR, abs=0.02)
-    assert (
-        lr_factor(recipe.model_copy(update={"warmup": 0, "decay": 0}), 0, 1000)
-        == lr_factor(recipe.model_copy(update={"decay": 0}), 990, 1000)
-        == 1
-    )
 
 
 def test_a_fine_denoiser_starts_from_the_mean_of_the_coarse_ones_quadrants() -> None:
