@@ -30,6 +30,7 @@ FIELD_ADVICE = {
 }  # by field: the fix, if pydantic's message does not name it
 MAX_NAMED_FIELDS = 16  # maximum number of unsupported fields that a warning names
 MAX_NAME_CHARACTERS = 64  # of each
+MAX_ID_CHARACTERS = 64  # of the id that a client gives a message of a realtime session
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["interactive", "batch"]
 Decoder = Literal["full", "small"]
@@ -239,7 +240,7 @@ class RealtimeRequest(ImageRequest):
     """A request of a realtime session. Links, streams and partial images have no meaning here."""
 
     type: Literal["images.generate"]
-    id: Annotated[str, Field(max_length=64, description="Returned in the answer.")] | None = None
+    id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS, description="Returned in the answer.")] | None = None
     response_format: Literal["b64_json"] | None = None
     stream: Literal[False] | None = None
     partial_images: Annotated[int, Field(ge=0, le=0)] | None = None

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from service.errors import (
     BodyTooLarge,
@@ -35,6 +36,7 @@ _UNSUPPORTED_TYPES = ("extra_forbidden", "none_required")  # pydantic's names fo
 
 def install(app: FastAPI) -> None:
     """Add the handlers of our own errors, of validation and routing errors, and of disk errors."""
+    app.router.default = _no_route  # also of WebSockets, which Starlette's own one closes without an answer
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
@@ -44,6 +46,10 @@ def install(app: FastAPI) -> None:
 def error_response(error: ServiceError) -> JSONResponse:
     status, body, headers = to_openai(error)
     return JSONResponse(body, status, headers)
+
+
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HTTPException(404)
 
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,21 +11,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
 from service.errors import InvalidRequest, ServiceError
 from service.http.error_handlers import error_response
 from service.http.origins import host_of
 from service.observability.metrics import Metrics
+from service.request_id import new_request_id
 
 if TYPE_CHECKING:
-    from service.observability.tracing import Tracing
+    from service.observability.tracing import RequestTrace, Tracing
 
 log = logging.getLogger(__name__)
 PROBE_PATHS = ("/healthz", "/readyz", "/metrics")  # polled every few seconds; logged at debug level
 
 
 BODY_SECONDS = 30.0  # within which a body must arrive that is no upload
+_INVALID_HOST = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
 
 
 class BodyLimit(NamedTuple):
@@ -58,7 +58,7 @@ class RequestMiddleware:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Process a request. For a WebSocket, only path and host are checked."""
+        """Process a request, or the handshake of a WebSocket."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -68,13 +68,14 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         one_host = not hosts or (len(hosts) == 1 and host_of(hosts[0]) is not None)
+        app = self._app if one_host else error_response(_INVALID_HOST)
         if scope["type"] == "websocket":
-            await (self._app if one_host else WebSocketClose())(scope, receive, send)
+            await self._shake_hands(app, scope, receive, send)
             return
         method = scope["method"]
         if method == "HEAD":
             scope["method"] = "GET"  # the server sends the headers alone
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id = scope.get("state", {}).get("request_id") or new_request_id()  # Ray's proxy gives none
         began = time.monotonic()
         status: int | None = None
         limit = self._uploads.get(path, self._body)
@@ -112,11 +113,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if one_host:
-                await self._app(scope, receive_within_limits, send_with_id)
-            else:
-                error = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
-                await error_response(error)(scope, receive, send_with_id)
+            await app(scope, receive_within_limits, send_with_id)
         except Exception:
             log.exception("%s failed", request_id, extra={"request_id": request_id})
             if status is not None:
@@ -124,18 +121,40 @@ class RequestMiddleware:
             failed = ServiceError(f"the server failed; its log has the error under {request_id}")
             await error_response(failed)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
-            seconds = time.monotonic() - began
-            self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.request_seconds.labels(route).observe(seconds)
-            extra = {
-                name: scope["state"][name] for name in ("owner", "user", "prompt") if scope.get("state", {}).get(name)
-            }
-            extra |= {"request_id": request_id, "seconds": round(seconds, 4)}
-            if trace:
-                trace.finish(route, status, request_id)
-            level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
-            log.log(level, "%s %s %s", method, route, status, extra=extra)
+            self._record(request_id, method, scope, status, began, trace)
+
+    async def _shake_hands(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Open a WebSocket. A refused one is recorded like a request; in a session, each request has its own id."""
+        request_id, began = new_request_id(), time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "websocket.http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._record(request_id, "GET", scope, message["status"], began)
+            await send(message)
+
+        await app(scope, receive, send_with_id)
+
+    def _record(
+        self,
+        request_id: str,
+        method: str,
+        scope: Scope,
+        status: int | None,
+        began: float,
+        trace: "RequestTrace | None" = None,
+    ) -> None:
+        """Count a request that has ended, log it, and end its trace."""
+        route = getattr(scope.get("route"), "path", "none")
+        seconds = time.monotonic() - began
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        extra = {name: scope["state"][name] for name in ("owner", "user", "prompt") if scope.get("state", {}).get(name)}
+        extra |= {"request_id": request_id, "seconds": round(seconds, 4)}
+        if trace:
+            trace.finish(route, status, request_id)
+        level = logging.DEBUG if route in PROBE_PATHS else logging.INFO
+        log.log(level, "%s %s %s", method, route, status, extra=extra)
 
 
 class CorsMiddleware(CORSMiddleware):

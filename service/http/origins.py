@@ -10,11 +10,18 @@ from service.settings import Settings
 _HOST = re.compile(r"(\[[\w:.%~-]+\]|[\w.~%!$&'()*+,;=-]*)(?::\d{0,5})?", re.ASCII)  # RFC 3986, 3.2.2
 
 
-def allowed(origin: str, host: str, settings: Settings) -> bool:
-    """Whether a page of this origin may call: the server's own, which `host` names, or one of `cors_origins`."""
+def check_origin(origin: str | None, host: str, settings: Settings) -> None:
+    """Raise Forbidden for a page that is neither the server's own, which `host` names, nor one of `cors_origins`."""
+    if origin is None:
+        return
     own = {host, urlsplit(settings.http.public_url or "").netloc}
     page = origin.partition("://")[2]  # none in the origin "null"
-    return bool(page and page in own) or any(re.fullmatch(pattern(each), origin) for each in settings.http.cors_origins)
+    if page and page in own:
+        return
+    if not any(re.fullmatch(pattern(each), origin) for each in settings.http.cors_origins):
+        raise Forbidden(
+            f"pages of {excerpt(origin)} may not call; add them to the setting cors_origins", code="origin_not_allowed"
+        )
 
 
 def pattern(origin: str) -> str:
@@ -50,10 +57,7 @@ def check_open(origin: str | None, host: str, settings: Settings) -> None:
     Such a page can send requests that need no preflight. A page whose name was rebound to the loopback (DNS rebinding)
     has the server's own origin, but a foreign `Host`.
     """
-    if origin is not None and not allowed(origin, host, settings):
-        raise Forbidden(
-            f"pages of {excerpt(origin)} may not call; add them to the setting cors_origins", code="origin_not_allowed"
-        )
+    check_origin(origin, host, settings)
     name = host_of(host) or ""
     known = {settings.http.host, urlsplit(settings.http.public_url or "").hostname}
     if not (settings.http.open_to_all or name in known or is_loopback(name)):

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import secrets
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -10,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow, Unavailable
 from service.http.error_handlers import error_response
 from service.observability.metrics import Metrics
+from service.request_id import new_request_id
 
 log = logging.getLogger(__name__)
 _BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has a body
@@ -61,6 +61,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._head_begun, self._head_bytes = True, 0
         super().on_message_begin()
+        self.scope["state"]["request_id"] = new_request_id()  # the middleware's too, should the body be refused here
 
     def on_url(self, url: bytes) -> None:
         self._count_head(url)
@@ -186,10 +187,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ServiceError, reason: str) -> None:
         response = error_response(error)
-        response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
+        unfinished = self._head_begun or (self.cycle is not None and not self.cycle.response_complete)
+        request_id = self.scope["state"]["request_id"] if unfinished else new_request_id()
+        response.headers["x-request-id"] = request_id
         response.headers["connection"] = "close"
         lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
-        log.info("%s refused: %s", response.headers["x-request-id"], error.message)
+        log.info("%s refused: %s", request_id, error.message, extra={"request_id": request_id})
         self._count_closed(reason)
         self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
         self.transport.close()

@@ -8,9 +8,8 @@ types faster than images are generated still gets some; a request that only wait
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,14 +25,16 @@ from service.http.middleware import BODY_SECONDS
 from service.http.rate_limiter import RateLimiter
 from service.images.service import ImageService
 from service.observability.metrics import Metrics
-from service.schemas import RealtimeRequest, SessionStart
+from service.request_id import new_request_id
+from service.schemas import MAX_ID_CHARACTERS, RealtimeRequest, SessionStart
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.observability.tracing import Tracing
+    from service.observability.tracing import RequestTrace, Tracing
 
 log = logging.getLogger(__name__)
 
+ROUTE = "/v1/realtime/images"  # in metrics and traces
 _messages: TypeAdapter[SessionStart | RealtimeRequest] = TypeAdapter(
     Annotated[SessionStart | RealtimeRequest, Field(discriminator="type")]
 )
@@ -52,9 +53,12 @@ class RealtimeSessions:
     tracing: "Tracing | None" = None
     count: int = 0
 
-    @property
-    def full(self) -> bool:
-        return self.count >= self.settings.http.max_realtime_sessions
+    def check_room(self) -> None:
+        """Raise Forbidden if the server takes no further session."""
+        most = self.settings.http.max_realtime_sessions
+        if self.count >= most:
+            message = f"the server takes {most} realtime sessions at a time; close one, or try again later"
+            raise Forbidden(message, code="too_many_sessions")
 
     async def serve(self, socket: WebSocket, token: str) -> None:
         """Serve an accepted connection until it is closed. `token` is the API key of its headers, or empty."""
@@ -86,17 +90,19 @@ class RealtimeSession:
         working: asyncio.Task[None] | None = None
         try:
             while (text := await self._receive()) is not None:
+                began = time.monotonic()
                 try:
                     message = self._parse(text)
                     if isinstance(message, SessionStart):
                         self._token = message.api_key or self._token
                     self._owner = await self._identify()
-                except (Unauthorized, Forbidden) as error:
-                    await self._send(_error_message(error, None, None))
-                    await self._close(1008, error.message)
-                    return
-                except (InvalidRequest, Unavailable) as error:
-                    await self._send(_error_message(error, None, None))
+                except (Unauthorized, Forbidden, InvalidRequest, Unavailable) as error:
+                    request_id = new_request_id()
+                    self._record(request_id, to_openai(error)[0], began, self._trace())
+                    await self._send(_error_message(error, _id_of(text), request_id))
+                    if isinstance(error, Unauthorized | Forbidden):
+                        await self._close(1008, error.message)
+                        return
                     continue
                 if isinstance(message, SessionStart):
                     self._binary = message.frames == "binary"
@@ -171,9 +177,8 @@ class RealtimeSession:
     async def _answer(self, request: RealtimeRequest) -> _Messages:
         """Return a request's images or its error. It is counted and logged like an HTTP request."""
         server, began = self._server, time.monotonic()
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id, trace = new_request_id(), self._trace()
         owner, status = self._owner, 200
-        trace = server.tracing.request("GET", self._socket.headers) if server.tracing else None
         try:
             server.images.engine.check_open()
             async with server.images.engine.catalog.use(request.model, request.lora.name if request.lora else None):
@@ -195,15 +200,29 @@ class RealtimeSession:
             status = 499
             raise
         finally:
-            seconds = time.monotonic() - began
-            server.metrics.requests.labels("/v1/realtime/images", str(status)).inc()
-            server.metrics.request_seconds.labels("/v1/realtime/images").observe(seconds)
-            if trace:
-                trace.finish("/v1/realtime/images", status, request_id)
-            extra: dict[str, object] = {"request_id": request_id, "owner": owner, "user": request.user}
+            extra: dict[str, object] = {"owner": owner, "user": request.user}
             if server.settings.observability.log_prompts:
                 extra["prompt"] = request.prompt
-            log.info("realtime %s", status, extra=extra | {"seconds": round(seconds, 4)})
+            self._record(request_id, status, began, trace, extra)
+
+    def _trace(self) -> "RequestTrace | None":
+        return self._server.tracing.request("GET", self._socket.headers) if self._server.tracing else None
+
+    def _record(
+        self,
+        request_id: str,
+        status: int,
+        began: float,
+        trace: "RequestTrace | None",
+        extra: Mapping[str, object] = {},
+    ) -> None:
+        """Count a message that is answered, log it, and end its trace."""
+        seconds = time.monotonic() - began
+        self._server.metrics.requests.labels(ROUTE, str(status)).inc()
+        self._server.metrics.request_seconds.labels(ROUTE).observe(seconds)
+        if trace:
+            trace.finish(ROUTE, status, request_id)
+        log.info("realtime %s", status, extra={"request_id": request_id, **extra, "seconds": round(seconds, 4)})
 
     async def _send(self, message: dict[str, Any], frames: Sequence[bytes] = ()) -> None:
         """Send a message and its frames. The receiving side notices a client that has disconnected."""
@@ -220,6 +239,16 @@ class RealtimeSession:
 
 def _superseded(request: RealtimeRequest) -> dict[str, Any]:
     return {"type": "images.superseded", "id": request.id}
+
+
+def _id_of(text: str) -> str | None:
+    """Return the valid `id` of a message that may be invalid otherwise; None if it has none."""
+    with contextlib.suppress(ValueError):
+        content = from_json(text)
+        given = content.get("id") if isinstance(content, dict) else None
+        if isinstance(given, str) and len(given) <= MAX_ID_CHARACTERS:
+            return given
+    return None
 
 
 def _error_message(error: ServiceError, answered: str | None, request_id: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, WebSocket
 from fastapi.security.utils import get_authorization_scheme_param
 
 from service.http.dependencies import RealtimeDep, SettingsDep
-from service.http.origins import allowed
+from service.http.origins import check_origin
 
 router = APIRouter(prefix="/v1/realtime")
 
@@ -23,9 +23,8 @@ async def images(
     x_api_key: Annotated[str, Header()] = "",
 ) -> None:
     """Serve one session. Pages of other origins are refused before the connection is accepted, like by CORS."""
-    if sessions.full or not (origin is None or allowed(origin, host, settings)):
-        await socket.close()  # before it is accepted, this is status 403
-        return
+    sessions.check_room()
+    check_origin(origin, host, settings)
     await socket.accept()
     scheme, bearer = get_authorization_scheme_param(authorization)
     token = bearer if scheme.lower() == "bearer" and bearer else api_key or x_api_key

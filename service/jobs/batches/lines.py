@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import secrets
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ class LineAnswer:
     @classmethod
     def of(
         cls,
+        request_id: str,
         batch_id: str,
         number: int,
         custom_id: str,
@@ -48,7 +48,7 @@ class LineAnswer:
         usage: Usage | None = None,
     ) -> "LineAnswer":
         """Return the answer that the same request would get outside a batch."""
-        response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
+        response = {"status_code": status, "request_id": request_id, "body": body}
         text = _text(batch_id, number, custom_id, response, None)
         tokens = (usage.input_tokens, usage.output_tokens) if usage else (0, 0)
         return cls(number, status != 200, text, *tokens)

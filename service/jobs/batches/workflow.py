@@ -23,6 +23,7 @@ from service.jobs.batches.line_parser import LineRequest, parse
 from service.jobs.batches.lines import LineAnswer, LineError, Outcome, custom_id_of, numbered_lines, unanswered
 from service.jobs.jobs import Jobs
 from service.jobs.tables import ENDED, BatchRow
+from service.request_id import new_request_id
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class BatchWorkflow:
 
     async def _generate(self, batch: BatchRow, request: LineRequest) -> LineAnswer:
         """Return the answer to one line, which may be an error, however long it waits for a device."""
-        attempts = 0
+        request_id, attempts = new_request_id(), 0
         images: GeneratedImages | None = None  # generated, but not stored yet
         while True:
             try:
@@ -159,17 +160,18 @@ class BatchWorkflow:
             except ServiceError as error:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:
-                    return _error_answer(batch, request.number, request.custom_id, error)
+                    return _error_answer(request_id, batch, request.number, request.custom_id, error)
             except Exception:  # of a safety check or a signature, for example; the other lines continue
-                log.exception("line %d of %s failed", request.number, batch.id)
+                named = {"request_id": request_id}
+                log.exception("%s, line %d of %s, failed", request_id, request.number, batch.id, extra=named)
                 attempts += 1
                 if attempts == ATTEMPTS:
-                    message = f"the server failed on this request; its log has the error under {batch.id}"
-                    return _error_answer(batch, request.number, request.custom_id, ServiceError(message))
+                    failed = ServiceError(f"the server failed; its log has the error under {request_id}")
+                    return _error_answer(request_id, batch, request.number, request.custom_id, failed)
                 await asyncio.sleep(random.uniform(0.5, 1.5))
             else:
                 body = answer.model_dump(mode="json", exclude_none=True)
-                return LineAnswer.of(batch.id, request.number, request.custom_id, 200, body, images.usage)
+                return LineAnswer.of(request_id, batch.id, request.number, request.custom_id, 200, body, images.usage)
 
     def _requests(self, batch: BatchRow, answered: set[int]) -> Iterator[LineRequest | LineAnswer]:
         """Yield the lines without an answer in order. A line that became invalid is answered with its error."""
@@ -179,7 +181,7 @@ class BatchWorkflow:
             try:
                 yield parse(self._images, self._settings, batch, number, line)
             except ServiceError as error:
-                yield _error_answer(batch, number, custom_id_of(line), error)
+                yield _error_answer(new_request_id(), batch, number, custom_id_of(line), error)
 
     # Output files
 
@@ -229,6 +231,6 @@ class BatchWorkflow:
             raise InputFileGone from None
 
 
-def _error_answer(batch: BatchRow, number: int, custom_id: str, error: ServiceError) -> LineAnswer:
+def _error_answer(request_id: str, batch: BatchRow, number: int, custom_id: str, error: ServiceError) -> LineAnswer:
     status, body, _ = to_openai(error)
-    return LineAnswer.of(batch.id, number, custom_id, status, body)
+    return LineAnswer.of(request_id, batch.id, number, custom_id, status, body)

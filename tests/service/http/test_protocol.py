@@ -58,7 +58,7 @@ def refused(said: bytes, status: int) -> dict:
     head, _, body = said.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"x-request-id: req_" in head
-    assert b"connection: close" in head
+    assert b"connection: close" in head.lower()
     return json.loads(body)["error"]
 
 
@@ -162,21 +162,33 @@ SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PE
 
 
 @pytest.mark.parametrize(
-    "headers",
+    ("path", "headers", "status"),
     [
-        b"host: [::1",
-        b"host: [zz]:1",
-        b"host: localhost\r\nhost: localhost",
-        b"host: localhost\r\norigin: http://[::1",
-        b"host: localhost\r\norigin: http://[zz]",
-        b"host: localhost\r\norigin: \xff",
-        b"host: localhost\r\norigin: ",
+        (b"/v1/realtime/images", b"host: [::1", 400),
+        (b"/v1/realtime/images", b"host: [zz]:1", 400),
+        (b"/v1/realtime/images", b"host: localhost\r\nhost: localhost", 400),
+        (b"/v1/realtime/images", b"host: localhost\r\norigin: http://[::1", 403),
+        (b"/v1/realtime/images", b"host: localhost\r\norigin: http://[zz]", 403),
+        (b"/v1/realtime/images", b"host: localhost\r\norigin: \xff", 403),
+        (b"/v1/realtime/images", b"host: localhost\r\norigin: ", 403),
+        (b"/v1/nothing", b"host: localhost", 404),
     ],
 )
-def test_a_websocket_with_an_invalid_host_or_origin_is_refused(patient, headers):
+def test_a_websocket_with_an_invalid_path_host_or_origin_is_refused(patient, path, headers, status):
     with dial(patient) as line:
-        line.sendall(b"GET /v1/realtime/images HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (headers, SHAKE))
-        assert rest(line).startswith(b"HTTP/1.1 403 ")
+        line.sendall(b"GET %s HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (path, headers, SHAKE))
+        assert refused(rest(line), status)["message"]
+
+
+def test_a_request_whose_body_is_invalid_has_one_id(patient, caplog):
+    caplog.set_level("INFO")
+    with dial(patient) as line:
+        line.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\nthis is no number\r\n")
+        said = rest(line)
+    assert refused(said, 400)["code"] == "invalid_http"
+    request_id = said.partition(b"x-request-id: ")[2].partition(b"\r\n")[0].decode()
+    until(lambda: "generations 499" in caplog.text)
+    assert {record.request_id for record in caplog.records if hasattr(record, "request_id")} == {request_id}
 
 
 @pytest.mark.parametrize("origin", ["http://[::1", "http://[zz]:1", "http://a:b", "\xff", "", "null"])

@@ -113,17 +113,21 @@ def test_a_queued_request_is_superseded(serve, connect):
         ("{}", "type"),
         ('{"type": "other"}', "type"),
         ('{"type": "images.generate"}', "prompt"),
-        ('{"type": "images.generate", "prompt": "a", "size": "64x65"}', "size"),
+        ('{"type": "images.generate", "id": "7", "prompt": "a", "size": "64x65"}', "size"),
+        ('{"type": "images.generate", "id": "7"}', "prompt"),
         ('{"type": "images.generate", "prompt": "a", "stream": true}', "stream"),
         ('{"type": "images.generate", "prompt": "a", "steps": 2}', "steps"),
         ('{"type": "images.generate", "prompt": "a", "model": "other"}', "model"),
     ],
 )
-def test_an_invalid_message_gets_an_error_and_the_session_continues(serve, text, param):
+def test_an_invalid_message_gets_an_error_and_the_session_continues(serve, text, param, caplog):
+    caplog.set_level("INFO")
     with session(serve(Simulator(0, 0))) as socket:
         socket.send(text)
         answer = hear(socket)
         assert (answer["type"], answer["error"]["param"]) == ("error", param)
+        assert answer["id"] == ("7" if '"id"' in text else None)
+        assert answer["request_id"] in [getattr(record, "request_id", None) for record in caplog.records]
         assert set(answer["error"]) == {"message", "type", "param", "code"}
         ask(socket, prompt="a")
         assert hear(socket)["type"] == "images.completed"
@@ -176,18 +180,25 @@ def test_with_warnings_an_unsupported_field_is_ignored_and_named(serve):
         assert hear(socket)["error"]["param"] == "response_format"
 
 
-def test_other_origins_and_sessions_over_the_limit_are_refused(serve):
+def test_other_origins_and_sessions_over_the_limit_are_refused(serve, caplog):
+    caplog.set_level("INFO")
     url = serve(Simulator(0, 0), http={"cors_origins": ["https://friend.example"], "max_realtime_sessions": 1})
     own = httpx.URL(url)
-    for origin in ("https://evil.example", "null", f"http://{own.host}:1"):
-        with pytest.raises(InvalidStatus, match="403"), session(url, origin=origin):
+
+    def refusal(**options) -> str:
+        with pytest.raises(InvalidStatus, match="403") as caught, session(url, **options):
             pass
+        response = caught.value.response
+        assert response.headers["x-request-id"] in [getattr(record, "request_id", None) for record in caplog.records]
+        return json.loads(response.body)["error"]["code"]
+
+    for origin in ("https://evil.example", "null", f"http://{own.host}:1"):
+        assert refusal(origin=origin) == "origin_not_allowed"
     for origin in (url, "https://friend.example"):
         with session(url, origin=origin) as socket:
             ask(socket, prompt="a")
             assert hear(socket)["type"] == "images.completed"
-            with pytest.raises(InvalidStatus, match="403"), session(url):
-                pass
+            assert refusal() == "too_many_sessions"
         until(lambda: metric(url, "realtime_sessions") == 0)
 
 

@@ -15,12 +15,14 @@ def test_lines_are_numbered_from_one_and_a_long_one_is_cut_and_the_last(tmp_path
 
 
 def test_each_line_of_each_batch_has_an_id_of_its_own():
-    answers = [LineAnswer.of(batch, number, "a", 200, {}) for batch in ("batch_1", "batch_2") for number in (1, 2)]
+    answers = [
+        LineAnswer.of("req_1", batch, number, "a", 200, {}) for batch in ("batch_1", "batch_2") for number in (1, 2)
+    ]
     assert len({json.loads(answer.text)["id"] for answer in answers}) == 4
     assert not any(answer.failed for answer in answers)
 
 
 def test_a_line_without_an_answer_has_its_id_and_the_reason():
     line = json.loads(unanswered("batch_1", 1, b'{"custom_id": "a"}', "expired"))
-    assert line["id"] == json.loads(LineAnswer.of("batch_1", 1, "a", 500, {}).text)["id"]
+    assert line["id"] == json.loads(LineAnswer.of("req_1", "batch_1", 1, "a", 500, {}).text)["id"]
     assert (line["custom_id"], line["response"], line["error"]["code"]) == ("a", None, "batch_expired")

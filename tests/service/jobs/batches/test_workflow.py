@@ -66,7 +66,7 @@ def test_lines_of_an_any_step_model_take_steps(serve, connect, tmp_path):
     assert (error.line, error.param) == (1, "steps")
 
 
-def test_a_batch_is_answered_with_links_to_images(serve, connect, tmp_path, receiver):
+def test_a_batch_is_answered_with_links_to_images(serve, connect, tmp_path, receiver, caplog):
     url = serve(
         Simulator(0, 0, fails_on="bad"),
         data=tmp_path,
@@ -104,7 +104,9 @@ def test_a_batch_is_answered_with_links_to_images(serve, connect, tmp_path, rece
     for error in errors.values():
         assert error["response"]["status_code"] == 500
         assert error["response"]["body"]["error"]["type"] == "server_error"
-    assert batch.id in errors["unchecked"]["response"]["body"]["error"]["message"]
+    response = errors["unchecked"]["response"]
+    assert response["request_id"] in response["body"]["error"]["message"]
+    assert f"{response['request_id']}, line 4 of {batch.id}, failed" in caplog.text
     assert told(receiver, 1) == [("batch.completed", batch.id)]
 
     file = ann.files.retrieve(batch.output_file_id)
