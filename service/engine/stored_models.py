@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock
 
+from service.backoff import backoff
 from service.engine.catalog import ModelCatalog, adapters_in, find, students_in
 from service.errors import ServiceError, StartError
 from service.files import atomic_write
@@ -59,11 +60,11 @@ class StoredModels:
         """Load everything stored. Failures are logged and left to `retry`."""
         self._failed = [each for each in self.read() if not await self._load(catalog, models_folder, each)]
 
-    async def retry(self, catalog: ModelCatalog, models_folder: Path | None, pause: float = FIRST_PAUSE) -> None:
+    async def retry(self, catalog: ModelCatalog, models_folder: Path | None, first_pause: float = FIRST_PAUSE) -> None:
         """Retry what could not be restored, after increasing pauses, unless it was loaded or unloaded meanwhile."""
+        pauses = backoff(first_pause, LONGEST_PAUSE)
         while self._failed:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            await asyncio.sleep(next(pauses))
             try:
                 stored = await asyncio.to_thread(self.read)
             except StartError as error:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from service.backoff import backoff
 from service.engine.dispatcher import Dispatcher
 from service.engine.embeddings import EmbeddingAllocator
 from service.engine.launch import Launch, WorkerPool
@@ -29,7 +30,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_PAUSE = 30.0  # seconds between two attempts to start a worker
+LONGEST_PAUSE = 30.0  # seconds between two attempts to start a worker
 THREADS = 3  # for each worker: one starts it, one ends it, one copies its images
 
 
@@ -124,15 +125,15 @@ class Supervisor:
 
     async def _restart(self, launch: Launch) -> WorkerHandle:
         """Start a worker with the current models, with growing pauses between failed attempts."""
-        pause = 1.0
+        pauses = backoff(1.0, LONGEST_PAUSE)
         while True:
             models = list(self.models.values())
             try:
                 worker = await self._start(launch, models)
             except StartError as error:
+                pause = next(pauses)
                 log.error("a worker could not be restarted; next attempt in %.0f s: %s", pause, error)
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE)
                 continue
             if models == list(self.models.values()):
                 return worker

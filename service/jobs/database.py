@@ -1,7 +1,6 @@
 """`Database`: transactions on SQLite in one file, or on PostgreSQL by URL."""
 
 import logging
-import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.backoff import backoff
 from service.errors import StartError, Unavailable
 from service.jobs import sqlite
 
@@ -98,15 +98,14 @@ class Database:
         This is for workflows, which can wait. `work` may run again after a commit whose confirmation was lost, so it
         must tolerate its own traces. `read` is for work that only reads.
         """
-        pause = 0.1
+        pauses = backoff(0.1, LONGEST_PAUSE, jitter=0.5)
         while True:
             try:
                 with self.read() if read else self.begin() as session:
                     return work(session)
             except Unavailable:
-                if stopping.wait(pause * random.uniform(0.5, 1.5)):
+                if stopping.wait(next(pauses)):
                     raise Stopping from None
-                pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
         self._engine.dispose()

@@ -18,6 +18,7 @@ from typing import TypeVar
 from sqlalchemy import URL, delete, select, update
 from sqlalchemy.exc import OperationalError
 
+from service.backoff import backoff
 from service.errors import StartError, Unavailable
 from service.jobs.database import LONGEST_PAUSE, Database, Stopping
 from service.jobs.tables import ExecutorRow
@@ -119,14 +120,13 @@ class Workflows:
             raise Interrupted from error
 
     def _retry(self, name: str, work: Callable[[], T]) -> T:
-        pause = 0.2
+        pauses = backoff(0.2, LONGEST_PAUSE)
         while True:
             try:
                 return work()
             except (Unavailable, OSError):
                 log.exception("%s is retried", name)
-                self.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                self.wait(next(pauses))
 
     def beat(self) -> None:
         """Increment this process's counter, and remove processes that are dead. Called every few seconds."""

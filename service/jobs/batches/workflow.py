@@ -13,10 +13,10 @@ import asyncio
 import concurrent.futures
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from service.backoff import backoff
 from service.errors import GenerationFailed, ServiceError, TimedOut, Unavailable, quoted, to_openai
 from service.images.service import GeneratedImages, ImageService
 from service.jobs.batches.line_parser import LineRequest, parse
@@ -148,7 +148,7 @@ class BatchWorkflow:
 
     async def _generate(self, batch: BatchRow, request: LineRequest) -> LineAnswer:
         """Return the answer to one line, which may be an error, however long it waits for a device."""
-        request_id, attempts = new_request_id(), 0
+        request_id, attempts, pauses = new_request_id(), 0, backoff(1.0, 1.0, jitter=0.5)
         images: GeneratedImages | None = None  # generated, but not stored yet
         while True:
             try:
@@ -156,7 +156,7 @@ class BatchWorkflow:
                 answer = await self._images.links(images, batch.links, self._settings.jobs.batch_link_seconds)
             except (TimedOut, Unavailable):
                 # Other requests came first, the server is draining, or the store of images is unavailable.
-                await asyncio.sleep(random.uniform(0.5, 1.5))
+                await asyncio.sleep(next(pauses))
             except ServiceError as error:
                 attempts += 1
                 if not isinstance(error, GenerationFailed) or attempts == ATTEMPTS:
@@ -168,7 +168,7 @@ class BatchWorkflow:
                 if attempts == ATTEMPTS:
                     failed = ServiceError(f"the server failed; its log has the error under {request_id}")
                     return _error_answer(request_id, batch, request.number, request.custom_id, failed)
-                await asyncio.sleep(random.uniform(0.5, 1.5))
+                await asyncio.sleep(next(pauses))
             else:
                 body = answer.model_dump(mode="json", exclude_none=True)
                 return LineAnswer.of(request_id, batch.id, request.number, request.custom_id, 200, body, images.usage)

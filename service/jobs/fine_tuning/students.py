@@ -5,13 +5,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import select
 
+from service.backoff import backoff
 from service.engine.catalog import ModelCatalog
 from service.engine.stored_models import FIRST_PAUSE, LONGEST_PAUSE
 from service.errors import NotFound, ServiceError
@@ -29,7 +30,7 @@ class _Failure(NamedTuple):
     """Why a student could not be loaded, and when the next attempt is due."""
 
     reason: str
-    pause: float  # seconds
+    pauses: Iterator[float]  # in seconds, before further attempts
     due: float  # on the clock
 
 
@@ -108,8 +109,9 @@ class Students:
         try:
             await self._catalog.load(folder, name)
         except ServiceError as error:
-            pause = FIRST_PAUSE if failed is None else min(2 * failed.pause, LONGEST_PAUSE)
-            self._failures[name] = _Failure(error.message, pause, self._clock() + pause)
+            pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE) if failed is None else failed.pauses
+            pause = next(pauses)
+            self._failures[name] = _Failure(error.message, pauses, self._clock() + pause)
             log.warning("%s could not be loaded; next attempt in %.0f s: %s", name, pause, error.message)
             if failed is None or failed.reason != error.message:
                 reason = error.message.replace(str(folder), "its folder")

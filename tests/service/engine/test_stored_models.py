@@ -56,7 +56,7 @@ def test_what_could_not_be_restored_is_tried_again(students, tmp_path):
     async def test(engine: Engine) -> None:
         await stored_models.restore(engine.catalog, students)
         assert [*engine.catalog.models] == ["simulator", "one"]
-        trying = asyncio.create_task(stored_models.retry(engine.catalog, students, pause=0.01))
+        trying = asyncio.create_task(stored_models.retry(engine.catalog, students, first_pause=0.01))
         stored_models.remove("unloaded")
         (students / "one").rename(students / "late")
         await trying
