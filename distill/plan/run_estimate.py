@@ -14,9 +14,10 @@ from distill.data.embedding_cache import row_bytes, text_dtype
 from distill.errors import OutputError, RunError
 from distill.evaluate.references import image_count
 from distill.evaluate.sampler import Sampling
-from distill.models.geometry import read_geometry
+from distill.models.geometry import Geometry, read_geometry
 from distill.models.sd3_files import MODELS, find_weights
 from distill.models.sd3_folder import SD3Folder
+from distill.plan.autoencoder import autoencoder_cost
 from distill.plan.devices import MATRIX_SHARE, UTILIZATION
 from distill.plan.estimate import Plan, PlanInput
 from distill.plan.evaluation import evaluation_cost
@@ -46,6 +47,7 @@ class RunEstimate:
     """Disk in bytes and time in seconds of what a run has left to do; `prompt_flop` and `image_flop` are FLOP."""
 
     prompts: int  # distinct
+    real_images: int  # that are still to be encoded
     prompt_bytes: int
     is_online: bool
     cache: int  # of prompts that is still to be written
@@ -56,7 +58,7 @@ class RunEstimate:
     known_prompts: int  # encoded prompts of evaluations and sample grids, at most, while the run lasts
     prompt_flop: float
     image_flop: float
-    encoding_seconds: float
+    encoding_seconds: float  # of prompts, and of real images with their captions
     training_seconds: float
     reference_seconds: float
     evaluation_seconds: float  # of all evaluations with them
@@ -123,8 +125,7 @@ def estimate_run(
 ) -> RunEstimate:
     """Estimate a run by formulas and a measurement of the device's matrix products, or by the speed it once had.
 
-    Prompts and real images are counted, so a source that is not encoded yet is read. The time of encoding is that of
-    the prompts.
+    Prompts and real images are counted, so a source that is not encoded yet is read.
     """
     geometry = read_geometry(str(teacher.path)).with_text(teacher.clip_length, teacher.max_sequence_length)
     sizes = config.sizes or [(teacher.image_size, teacher.image_size)]
@@ -149,6 +150,7 @@ def estimate_run(
     others = [name for name in MODELS if name != "transformer" and (name != "text_encoder_3" or teacher.has_t5)]
     files = [path for name in others for path in find_weights(teacher.path / name).files]
     encodes = not (online or prompts.is_encoded)
+    to_encode = 0 if reals is None else reals.to_encode()
     settings, size = config.evaluation, evaluated_size(config, teacher)
     references = evaluations = 0.0
     images, kind = 0, evaluator_kind(config, teacher)
@@ -163,17 +165,18 @@ def estimate_run(
     own = references_folder(config, out).parent == out and kind == "reference"
     return RunEstimate(
         prompts=count,
+        real_images=to_encode,
         prompt_bytes=row,
         is_online=online,
         cache=count * row * encodes,
-        image_cache=0 if reals is None else reals.to_encode() * _image_bytes(row, teacher.latent_shape),
+        image_cache=to_encode * _image_bytes(row, teacher.latent_shape),
         checkpoints=kept * state + 2 * 4 * trainable,  # and the best student
         student=2 * teacher.parameters + sum(path.stat().st_size for path in files),
         references=reference_bytes(settings.images, size) * own,
         known_prompts=row * (GRID + images),
         prompt_flop=prompt_flop,
         image_flop=image_flop,
-        encoding_seconds=count * prompt_flop / rate * encodes,
+        encoding_seconds=(count * prompt_flop * encodes + _images_flop(geometry, to_encode)) / rate,
         training_seconds=training,
         reference_seconds=references,
         evaluation_seconds=evaluations,
@@ -203,6 +206,7 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
     state = average + weights + plan.optimizer_states[setting.optimizer]
     return RunEstimate(
         prompts=prompts,
+        real_images=reals,
         prompt_bytes=row,
         is_online=online,
         cache=0 if online else prompts * row,
@@ -213,7 +217,7 @@ def estimate_plan(config: RunConfig, setting: PlanInput, plan: Plan, flop_rate: 
         known_prompts=row * (GRID + (0 if evaluation.evaluator == "none" else count)),
         prompt_flop=prompt_flop,
         image_flop=plan.flop_per_image,
-        encoding_seconds=0 if online else prompts * prompt_flop / flop_rate,
+        encoding_seconds=(prompts * prompt_flop * (not online) + _images_flop(geometry, reals)) / flop_rate,
         training_seconds=images * (plan.flop_per_image + prompt_flop * online) / flop_rate,
         reference_seconds=cost.references / flop_rate * made,
         evaluation_seconds=evaluations * cost.evaluation / flop_rate,
@@ -228,6 +232,12 @@ def reference_bytes(images: int, size: tuple[int, int]) -> int:
 def _image_bytes(caption: int, latent_shape: tuple[int, int, int]) -> int:
     """Bytes of a real image in a cache: its latents in fp32, and its caption."""
     return caption + torch.float32.itemsize * math.prod(latent_shape)
+
+
+def _images_flop(geometry: Geometry, count: int) -> float:
+    """FLOP of encoding `count` real images, at the teacher's native size, and their captions."""
+    size = geometry.image_size, geometry.image_size
+    return count * (encoding_flop(geometry) + autoencoder_cost(geometry, size).encoding) if count else 0.0
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

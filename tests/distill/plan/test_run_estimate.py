@@ -52,7 +52,7 @@ def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
     assert min(cached.encoding_seconds, cached.training_seconds, online.training_seconds) > 0
 
 
-def test_real_images_need_room_for_their_latents_and_captions(teacher_t5, tmp_path):
+def test_real_images_need_room_and_time_for_their_latents_and_captions(teacher_t5, tmp_path):
     """Of Stable Diffusion 3 3.8 MB each, so that 100 000 take 380 GB."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -65,6 +65,12 @@ def test_real_images_need_room_for_their_latents_and_captions(teacher_t5, tmp_pa
     assert [need.image_cache for need in needs] == [3 * row, 5 * row]
     assert needs[1].disk - needs[0].disk == 2 * row
     assert "real images" in needs[0].lines()[1]
+    assert [need.real_images for need in needs] == [3, 5]
+    three, five = (need.encoding_seconds / need.training_seconds for need in needs)  # at any measured speed
+    none = estimated(teacher_t5, tmp_path)
+    prompts = none.encoding_seconds / none.training_seconds
+    assert five - prompts == pytest.approx((three - prompts) * 5 / 3)
+    assert three > 2 * prompts  # an image and its caption take more than a prompt
 
 
 def test_a_run_that_keeps_the_teachers_images_needs_room_for_them(teacher_t5, tmp_path):
@@ -98,7 +104,7 @@ def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
     assert evaluated_images(config, "reference") == 16 + 4
 
 
-def test_a_plan_counts_the_evaluations_of_its_run(teacher):
+def test_a_plan_counts_the_evaluations_and_the_real_images_of_its_run(teacher):
     """Every evaluator takes its own images; a run is evaluated at its end too."""
     geometry = read_geometry(str(teacher))
     config = teacher_config(geometry, ["method=reflow", "precision=fp32", "prompts.max_count=8", "images=35"])
@@ -116,6 +122,11 @@ def test_a_plan_counts_the_evaluations_of_its_run(teacher):
     assert (none.evaluation_seconds, none.reference_seconds, none.references) == (0, 0, 0)
     assert (clip.reference_seconds, clip.references) == (0, 0)
     assert reference.references == (32 + 2 * 4) * 3 * 16 * 16
+
+    real = [config.model_copy(update={"real": RealImages(source="scenes", max_count=n)}) for n in (1, 3)]
+    one, three = (estimate_plan(each, made, plan, 1e12).encoding_seconds for each in real)
+    assert three - reference.encoding_seconds == pytest.approx(3 * (one - reference.encoding_seconds))
+    assert one > reference.encoding_seconds
 
 
 def test_the_time_of_a_small_model_is_stated_as_less_than_it_takes(teacher_t5, tmp_path):
