@@ -64,7 +64,8 @@ def embed(
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})
-    assert encoded is not None  # a source without prompts raises an error
+        assert encoded is not None  # a source without prompts raises an error
+        bar.update(read := encoded.prompts + encoded.repeated, total=read)  # a source may hold fewer than --count
     if encoded.truncated:
         typer.echo(f"{encoded.truncated} prompts are longer than the token limit and were cut.")
     repeated = f"; {encoded.repeated} repeated prompts were skipped" if encoded.repeated else ""
@@ -108,8 +109,9 @@ def encode(
     where = resolve_device(device)
     with run_lock(out), image_bar("images", count) as bar:
         for encoded in encode_examples(folder, read_examples(images, count, seed, column), out, where, shard_rows):
-            bar.update(encoded.images, {"skipped": encoded.skipped})
-    assert encoded is not None  # a source without images raises an error
+            bar.update(encoded.images + encoded.skipped, {"skipped": encoded.skipped})
+        assert encoded is not None  # a source without images raises an error
+        bar.update(read := encoded.images + encoded.skipped, total=read)  # a source may hold fewer than --count
     if encoded.truncated:
         typer.echo(f"{encoded.truncated} captions are longer than the token limit and were cut.")
     if encoded.skipped:

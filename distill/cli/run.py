@@ -84,7 +84,6 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
         from distill.cli.console import SHOWN, image_bar
         from distill.data.embedding_cache import EmbedProgress
         from distill.data.image_cache import EncodeProgress
-        from distill.data.sources import PROMPT_SOURCES
         from distill.evaluate.references import ReferenceProgress
         from distill.plan.run_estimate import RunEstimate
         from distill.training.processes import wait_for_main
@@ -93,10 +92,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     console.quiet(not machine.is_main_process)
     precision = "bf16" if machine.mixed_precision == "bf16" else "fp32"
     heading += f"\nProcesses: {machine.num_processes}, on {machine.device.type} in {precision}."
-    built_in = config.prompts.source in PROMPT_SOURCES  # a file may hold fewer
-    totals = {"prompts": config.prompts.max_count if built_in else None}
-    if config.real is not None:
-        totals["real images"] = config.real.max_count
+    totals: dict[str, int] = {}
     bar, shown = None, ""
     running = runs.run(config, folder, machine, seconds, teacher)
     with ExitStack() as bars, stop_signals() as signals, closing(running) as steps:
@@ -109,12 +105,14 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 continue
             if isinstance(progress, RunEstimate):
                 shown = "estimate"
+                totals |= {"prompts": progress.prompts, "real images": progress.real_images}
                 typer.echo("\n".join(progress.lines()))
                 continue
             if isinstance(progress, EmbedProgress):
                 phase, seen, metrics = "prompts", progress.prompts, {"truncated": float(progress.truncated)}
             elif isinstance(progress, EncodeProgress):
-                phase, seen, metrics = "real images", progress.images, {"skipped": float(progress.skipped)}
+                phase, seen = "real images", progress.images + progress.skipped
+                metrics = {"skipped": float(progress.skipped)}
             elif isinstance(progress, ReferenceProgress):
                 phase, seen, metrics = "teacher's images", progress.images, {}
                 totals[phase] = progress.total
@@ -124,7 +122,7 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 totals[phase] = progress.total
             if bar is None or phase != shown:
                 bars.close()
-                bar, shown = bars.enter_context(image_bar(phase, totals[phase])), phase
+                bar, shown = bars.enter_context(image_bar(phase, totals.get(phase))), phase
             bar.update(seen, metrics)
             if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
                 if signals:

@@ -402,10 +402,13 @@ def test_a_run_that_stops_while_it_encodes_records_so(error, phase, teacher, pro
     assert read_state(tmp_path / "run").phase == phase
 
 
-def test_a_budget_is_shown_in_whole_batches(teacher, prompts, tmp_path):
-    done = invoke(*command(teacher, prompts, tmp_path, "images=13", "cadence.sample=100000"))
+def test_a_budget_is_shown_in_whole_batches_and_prompts_as_the_distinct_ones(teacher, prompts, tmp_path):
+    (tmp_path / "prompts.txt").write_text(2 * prompts.read_text())
+    out = tmp_path / "run"
+    done = invoke(*command(teacher, tmp_path / "prompts.txt", out, "images=13", "cadence.sample=100000"))
+    assert "prompts 5/5" in done.output
     assert "distilling 16/16" in done.output
-    assert read_run(tmp_path).budget == 16
+    assert read_run(out).budget == 16
 
 
 def test_patience_that_nothing_can_end_is_told_at_the_start(teacher, tmp_path, caplog):

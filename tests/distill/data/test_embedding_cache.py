@@ -236,8 +236,9 @@ def test_the_command_continues_a_killed_call_to_the_same_bytes(teacher, tmp_path
 
     for folder in (out, whole):
         words = ["embed", str(teacher), str(prompts), "--out", str(folder), "--shard-rows", "8", "--device", "cpu"]
-        done = invoke(*words)
+        done = invoke(*words, "--count", str(2 * len(TEXTS)))
         assert done.exit_code == 0, done.output
+        assert f"prompts {len(TEXTS)}/{len(TEXTS)}" in done.output
         repeated = len(TEXTS) - DIFFERENT
         assert f"{DIFFERENT} prompts are in {folder}; {repeated} repeated prompts were skipped." in done.output
     assert kept.stat().st_mtime_ns == written
