@@ -49,7 +49,7 @@ def test_a_student_that_cannot_be_loaded_is_retried_and_its_job_has_events(jobs)
         folder = JobFolder.of(jobs.folder, "ftjob-1").student
         pauses = []
         for _ in range(9):  # each pause is twice the one before, up to the longest
-            pauses.append(students._failures["student 1"].pause)
+            pauses.append(students._failures["student 1"].due - now)
             now += pauses[-1]
             await students._sync()
         assert pauses == [5, 10, 20, 40, 80, 160, 320, 600, 600]
