@@ -6,6 +6,7 @@ logit-normal t, caption dropout for classifier-free guidance, and an exponential
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,17 @@ from distill.worlds.recipe import TrainingRecipe
 LOG_EVERY = 12_800  # images between two log lines; metrics are means over them
 FINAL_LR = 0.02  # final learning rate, as a share of the peak
 
-Sample = Callable[[Draw], tuple[Tensor, Tensor]]  # latents x_0 (B, C, h, w) and token ids (B, L) of their captions
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a denoiser is trained on, on its device.
+
+    `sample` draws latents x_0 (B, C, h, w) and the token ids (B, L) of their captions; `null` (L,) holds the token ids
+    of the empty caption.
+    """
+
+    sample: Callable[[Draw], tuple[Tensor, Tensor]]
+    null: Tensor
 
 
 class Denoiser(nn.Module):
@@ -124,22 +135,21 @@ def training_step(
     average: Denoiser,
     share: Tensor,
     optimizer: torch.optim.Optimizer,
-    sample: Sample,
-    null: Tensor,
+    data: TrainingData,
     recipe: TrainingRecipe,
 ) -> Callable[[Tensor], Tensor]:
     """Build a training step: from image indices (B,) to loss and gradient norm (2,).
 
-    `share` () is the weight of the new weights in the EMA, `null` (L,) holds the token ids of the empty caption. The
-    step never synchronizes the host with the device, so that one CUDA graph serves every step.
+    `share` () is the weight of the new weights in the EMA. The step never synchronizes the host with the device, so
+    that one CUDA graph serves every step.
     """
 
     def step(images: Tensor) -> Tensor:
         # 1. data
         draw = Draw(recipe.seed, "teacher", images)
-        x_0, ids = sample(draw)
+        x_0, ids = data.sample(draw)
         dropped = draw.uniform() < recipe.caption_dropout
-        ids = torch.where(dropped[:, None], null, ids)
+        ids = torch.where(dropped[:, None], data.null, ids)
         t = torch.sigmoid(recipe.time_mean + recipe.time_std * draw.normal(()))
         eps = draw.normal(x_0.shape[1:])
 
@@ -162,21 +172,18 @@ def training_step(
 def fit(
     model: Denoiser,
     average: Denoiser,
-    sample: Sample,
-    null: Tensor,
+    data: TrainingData,
     recipe: TrainingRecipe,
     state: Path,
-    device: torch.device,
+    stage: range,
     compiled: bool,
-    first: int = 0,
-    last: int | None = None,
 ) -> Iterator[TrainingProgress]:
-    """Train from `first` images seen to `last` (default: the recipe's budget), continuing from the newest state.
+    """Train on the images of a stage of the recipe, by their indices, continuing from the newest state.
 
     `average` is a copy of the model and receives the EMA. A step depends only on weights, optimizer state and image
     indices, so that a resumed training is bit-identical to an uninterrupted one. On a GPU a step is one CUDA graph.
     """
-    last = recipe.images if last is None else last
+    device = data.null.device
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -187,7 +194,7 @@ def fit(
         capturable=cuda,
     )
     modules = {"model": model, "ema": average}
-    images = max(first, load_state(state, modules, optimizer, recipe))
+    images = max(stage.start, load_state(state, modules, optimizer, recipe))
     kernel = attention.resolve("auto", torch.bfloat16 if fast_bfloat16(device) else torch.float32, device)
     attention.use(kernel, model.transformer)
     if kernel == "math":  # transformers' name for the same kernel
@@ -196,21 +203,21 @@ def fit(
     if compiled:
         for block in model.transformer.transformer_blocks:
             block.compile(fullgraph=True)
-    schedule = RateSchedule(last - first, recipe.batch, recipe.warmup, recipe.decay, "linear", FINAL_LR)
+    schedule = RateSchedule(len(stage), recipe.batch, recipe.warmup, recipe.decay, "linear", FINAL_LR)
     share = torch.zeros((), device=device)
-    step = training_step(model, average, share, optimizer, sample, null, recipe)
+    step = training_step(model, average, share, optimizer, data, recipe)
     run_step = CudaGraphed(step, effects=True) if cuda else step
 
     sums, steps = torch.zeros(2, device=device), 0
-    while images < last:
-        set_rate(optimizer, recipe.learning_rate * schedule.factor(images - first))
-        share.fill_(new_share(recipe.ema_half_life, images - first + recipe.batch, recipe.batch))
+    while images < stage.stop:
+        set_rate(optimizer, recipe.learning_rate * schedule.factor(images - stage.start))
+        share.fill_(new_share(recipe.ema_half_life, images - stage.start + recipe.batch, recipe.batch))
         sums += run_step(torch.arange(images, images + recipe.batch, device=device))
         before, images, steps = images, images + recipe.batch, steps + 1
 
         save = partial(save_state, state, modules, optimizer, images, recipe)
         progress = TrainingProgress(before, images, recipe.images, {}, save)
-        finished = images >= last
+        finished = images >= stage.stop
         if finished or progress.crosses(LOG_EVERY):
             loss, norm = (sums / steps).tolist()
             progress.metrics.update(loss=loss, gradient=norm)

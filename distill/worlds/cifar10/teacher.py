@@ -19,7 +19,7 @@ from distill.philox import Draw, key_of
 from distill.training.state import TrainingProgress, check_folder
 from distill.worlds.cifar10.data import ANY, CLASSES, SIDE, captions, read_images
 from distill.worlds.cifar10.recipe import Cifar10Recipe
-from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
+from distill.worlds.denoiser import Denoiser, TrainingData, fit, save_pipeline, tokenize
 from distill.worlds.identity import identity_autoencoder
 from distill.worlds.tokenizer import build_clip_tokenizer
 
@@ -62,7 +62,7 @@ def train_teacher(
         mirrored = (draw.uniform() < 0.5).view(-1, 1, 1, 1)
         return torch.where(mirrored, x_0.flip(3), x_0), ids.index_select(0, rows)
 
-    yield from fit(model, average, sample, null, recipe, folder / STATE, device, compiled)
+    yield from fit(model, average, TrainingData(sample, null), recipe, folder / STATE, range(recipe.images), compiled)
     save_pipeline(average, vae, tokenizer, folder)
     atomic_write_text(folder / PROMPTS, "".join(f"{word}\n" for word in (CLASSES if recipe.conditional else (ANY,))))
     record = {"max_sequence_length": 0, "guidance": 1.0, "recipe": recipe.model_dump()}

@@ -32,7 +32,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.models.vae import to_images
 from distill.philox import key_of
 from distill.training.state import TrainingProgress, check_folder, check_state
-from distill.worlds.denoiser import Denoiser, fit, save_pipeline, tokenize
+from distill.worlds.denoiser import Denoiser, TrainingData, fit, save_pipeline, tokenize
 from distill.worlds.scenes.captions import Prompt, evaluation_prompts, vocabulary, wording
 from distill.worlds.scenes.latents import SCENES, TOKENS, key_in, load_vae, read_scenes
 from distill.worlds.scenes.recipe import ScenesRecipe
@@ -125,8 +125,9 @@ def train_teacher(
         return score(prompts, generate(average, vae, ids, null, guidance, steps))
 
     average: Any = None
-    stages = [(COARSE, 0, recipe.coarse_images), (FINE, recipe.coarse_images, recipe.images)]
-    for patch, first, last in stages if recipe.coarse_images else stages[1:]:
+    data = TrainingData(scenes.sample, null)
+    stages = [(COARSE, range(recipe.coarse_images)), (FINE, range(recipe.coarse_images, recipe.images))]
+    for patch, stage in stages if recipe.coarse_images else stages[1:]:
         model = make_denoiser(tokenizer, patch)
         if average is not None:
             refine(average, model)
@@ -134,9 +135,8 @@ def train_teacher(
             model.start_from(Path(recipe.start))
         model.to(device)
         average = deepcopy(model)
-        state = _state_folder(folder, patch)
-        for progress in fit(model, average, scenes.sample, null, recipe, state, device, compiled, first, last):
-            if progress.images >= last or progress.crosses(recipe.evaluate_every):
+        for progress in fit(model, average, data, recipe, _state_folder(folder, patch), stage, compiled):
+            if progress.images >= stage.stop or progress.crosses(recipe.evaluate_every):
                 progress.metrics.update(evaluate(held_out, 2.5, 16))
             yield progress
 

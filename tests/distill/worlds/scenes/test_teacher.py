@@ -22,7 +22,7 @@ from distill.errors import CacheError, CheckpointError, OutputError, TeacherErro
 from distill.models.sd3_folder import SD3Folder
 from distill.training import checkpoint
 from distill.training.state import TrainingProgress
-from distill.worlds.denoiser import tokenize, training_step
+from distill.worlds.denoiser import TrainingData, tokenize, training_step
 from distill.worlds.scenes.captions import TASKS, training_prompts, vocabulary
 from distill.worlds.scenes.data import CHUNK, make_chunks
 from distill.worlds.scenes.latents import SCENES, TOKENS, Scenes, encode_scenes
@@ -182,7 +182,7 @@ def test_a_step_never_makes_the_host_wait_for_the_device() -> None:
     model, scenes, null = denoiser()
     average, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), fused=True)
     share = torch.tensor(0.5)
-    step = training_step(model, average, share, optimizer, scenes.sample, null, RECIPE)
+    step = training_step(model, average, share, optimizer, TrainingData(scenes.sample, null), RECIPE)
     step(torch.arange(4))  # the optimizer's first step makes its state
     with HostReads() as reads:
         loss, norm = step(torch.arange(4, 8))
@@ -198,7 +198,7 @@ def test_a_step_draws_by_image_index_and_follows_its_rate_and_share() -> None:
         model, scenes, null = denoiser()
         average, optimizer = deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         share = torch.tensor(0.25)
-        step = training_step(model, average, share, optimizer, scenes.sample, null, RECIPE)
+        step = training_step(model, average, share, optimizer, TrainingData(scenes.sample, null), RECIPE)
         before = model.transformer.proj_out.weight.detach().clone()
         metrics.append(step(torch.tensor(images)))
         moved = model.transformer.proj_out.weight - before
@@ -219,7 +219,8 @@ def test_a_training_on_a_gpu_continues_with_the_same_bits(tmp_path: Path) -> Non
     def training(folder: Path) -> tuple[Any, Iterator[TrainingProgress]]:
         model, scenes, null = denoiser(cuda)
         average = deepcopy(model)
-        return average, fit(model, average, scenes.sample, null, recipe, folder, cuda, compiled=False)
+        data = TrainingData(scenes.sample, null)
+        return average, fit(model, average, data, recipe, folder, range(recipe.images), compiled=False)
 
     whole, progress = training(tmp_path / "whole")
     list(progress)
