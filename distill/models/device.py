@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from distill.errors import ConfigError
+from distill.models.allocator import keep_freed_memory
 
 
 def resolve_device(name: str) -> torch.device:
-    """The named device; `auto` is the first GPU, else the CPU. Raises ConfigError if this machine lacks it."""
+    """The named device; `auto` is the first GPU, else the CPU, for which the process keeps freed memory.
+
+    Raises ConfigError if this machine lacks the device.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -20,6 +24,8 @@ def resolve_device(name: str) -> torch.device:
     there = (device.index or 0) < gpus if device.type == "cuda" else device.type in ("cpu", "mps")
     if not there:
         raise ConfigError(f"there is no device {name!r}: this machine has {gpus} GPUs; give auto, cpu, cuda or cuda:0")
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 
