@@ -1,4 +1,12 @@
-"""PNG files of RGB images, in a third of Pillow's time for a few percent more bytes (W3C's PNG specification)."""
+"""PNG files of RGB images (W3C's PNG specification), in half of Pillow's CPU time or less.
+
+Pillow compares five filters in each row and has no option for one filter, which is why the server does not use it. Its
+fastest settings, `compress_level=1` with `compress_type=Z_RLE`, take 2.0 times the CPU time of this encoder for images
+of 64x64 pixels and 2.3 to 2.7 times for images of 1024x1024 (15 to 54 ms, and 6 to 24 ms here); their files have 0.90
+and 0.75 to 0.79 of the bytes. Levels 1 to 6 without that strategy take 2.2 to 11 times, for 0.73 to 1.06 of the bytes.
+Measured with metadata on a busy core: Pillow 13.0 on zlib-ng, zlib 1.2.13 here, images of the shipped student and
+photographs. `benchmarks/formats.py` repeats it.
+"""
 
 import struct
 import zlib
