@@ -19,11 +19,11 @@ from PIL.Image import Image
 from distill.config import RunConfig
 from distill.errors import ConfigError, RunError
 from distill.evaluate.base import FEATURES, Report
+from distill.evaluate.dataset_comparison import DatasetComparer, DatasetComparison, cell, metric_names
 from distill.evaluate.datasets import EVAL_DATASETS
+from distill.evaluate.evaluator_comparison import compare_by_evaluator
 from distill.evaluate.reference_evaluator import FEATURES as REFERENCE_FEATURES
 from distill.evaluate.sampler import Sampling, StudentModel, TeacherSampler
-from distill.evaluate.side_by_side import Comparison, SideBySide, cell, metric_names
-from distill.evaluate.student_comparison import compare_students
 from distill.files import atomic_write_text
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
@@ -184,7 +184,7 @@ def evaluate_variants(
     if kind in EVAL_DATASETS:
         dataset = EVAL_DATASETS[kind]()
         sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
-        comparison = Comparison(teacher, students, [sampling], dataset, device)
+        comparison = DatasetComparer(teacher, students, [sampling], dataset, device)
         found = comparison.run(dataset.prompts(per_task, seed), seed, report)
         return ExperimentResult(commands, costs, _of_dataset(found), found.picture())
 
@@ -196,7 +196,7 @@ def evaluate_variants(
     return ExperimentResult(commands, costs, measured, picture)
 
 
-def _of_dataset(found: SideBySide) -> Measurements:
+def _of_dataset(found: DatasetComparison) -> Measurements:
     """Scores of teacher and students on a dataset."""
     results = {"teacher": found.teacher, **{name: result for name, (result, _) in found.students.items()}}
     cells = {name: {each: cell(result, each) for each in metric_names(result)} for name, result in results.items()}
@@ -223,7 +223,7 @@ def _measure(
     evaluator = run_evaluator(config, teacher, folder, prompts, device)
     if evaluator is None:
         return Measurements()
-    found = compare_students(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
+    found = compare_by_evaluator(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
     metrics: dict[str, dict[str, Any]] = {**found.as_dict()}
     cells = {model: {name: rounded(value) for name, value in values.items()} for model, values in metrics.items()}
     return Measurements(metrics, cells, features, note)

@@ -39,7 +39,7 @@ LONG = (
     "test_browser",
     "test_drills",
     "test_sources",
-    "test_side_by_side",
+    "test_dataset_comparison",
 )
 
 

@@ -151,12 +151,12 @@ def _score_on_toy_dataset(
     """Score all models on prompts of each split, and show the results; the picture is of the first split."""
     from distill.cli.console import image_bar, metric_table, out, table
     from distill.evaluate.base import FEATURES
+    from distill.evaluate.dataset_comparison import DatasetComparer, ratio_table
     from distill.evaluate.datasets import EVAL_DATASETS
-    from distill.evaluate.side_by_side import Comparison, ratio_table
     from distill.report.grid import save_png
 
     dataset = EVAL_DATASETS["scenes"]()
-    comparison = Comparison(
+    comparison = DatasetComparer(
         models.teacher, models.students, models.samplings, dataset, models.device, models.student_steps
     )
     drawn = {name: dataset.prompts(per_task, seed, name == "held-out") for name in splits}
@@ -188,10 +188,10 @@ def _compare_with_teacher(
     from distill.cli.console import image_bar, out, table
     from distill.data.prompts import DistinctPrompts, read_prompts
     from distill.evaluate.clip import Clip
+    from distill.evaluate.evaluator_comparison import compare_by_evaluator
     from distill.evaluate.reference_evaluator import FEATURES, ReferenceEvaluator
     from distill.evaluate.references import References
     from distill.evaluate.sampler import TeacherSampler
-    from distill.evaluate.student_comparison import compare_students
     from distill.report.grid import save_png
 
     teacher, device, (reference, *others) = models.teacher, models.device, models.samplings
@@ -208,7 +208,7 @@ def _compare_with_teacher(
         shape = teacher.latent_shape_of(*references.size)
         sampled = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in others}
     with image_bar("images", (len(models.students) + len(others)) * evaluator.count) as bar:
-        found = compare_students(
+        found = compare_by_evaluator(
             evaluator, teacher, models.students, references.size, device, bar.advance, models.student_steps, sampled
         )
     assert found.picture is not None

@@ -54,8 +54,8 @@ def run(
 
 def next_steps(config: "RunConfig", folder: Path) -> str:
     """Commands for the student of a run: look at it, evaluate it, export it, serve it."""
+    from distill.report.evaluation_output import PICTURE, evaluate_command
     from distill.report.run_folder import read_run
-    from distill.report.teacher_comparison import PICTURE, evaluate_command
 
     student = folder / "student"
     commands = {

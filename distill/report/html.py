@@ -20,8 +20,7 @@ from distill.files import MARK, atomic_write_text, check_replaceable
 from distill.report import charts
 from distill.report.alarms import Metrics
 from distill.report.charts import Chart, Curve, Panel, chart
-from distill.report.run_folder import EVALUATED, RunFolder
-from distill.report.teacher_comparison import (
+from distill.report.evaluation_output import (
     EVALUATION,
     PICTURE,
     evaluate_command,
@@ -29,6 +28,7 @@ from distill.report.teacher_comparison import (
     read_evaluation,
     teacher_metrics,
 )
+from distill.report.run_folder import EVALUATED, RunFolder
 from distill.report.units import duration, si
 
 POINTS = 200  # maximum of a curve; longer logs are averaged

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.errors import SizeError
 from distill.evaluate.base import FEATURES
+from distill.evaluate.dataset_comparison import DatasetComparer
 from distill.evaluate.sampler import Sampling, StudentModel
-from distill.evaluate.side_by_side import Comparison
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT
@@ -52,7 +52,7 @@ def test_both_splits_are_tables_with_intervals(tmp_path: Path) -> None:
 def test_a_teacher_of_another_size_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     small = make_teacher(tmp_path / "small")
     with pytest.raises(SizeError, match="give --prompts FILE"):
-        Comparison(
+        DatasetComparer(
             SD3Folder.read(small),
             {"student": StudentModel(SHIPPED_STUDENT)},
             [UNGUIDED],

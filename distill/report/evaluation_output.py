@@ -1,4 +1,4 @@
-"""The comparison of a run's student with its teacher: the command that makes it, and the file that it writes."""
+"""The output of `distill evaluate` for a run's student: the command that makes it, and the file that holds it."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Students and samplings of a teacher, measured by one evaluator: one table with a metric per row."""
+"""Comparison of students and samplings of a teacher by one evaluator: one table with a metric per row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from distill.report.units import rounded
 
 
 @dataclass(frozen=True)
-class StudentComparison:
+class EvaluatorComparison:
     """The evaluation of each model by name. `teacher` has the metrics of the teacher's images, where they are known."""
 
     models: dict[str, Evaluation]
@@ -43,7 +43,7 @@ class StudentComparison:
         return teacher | {name: evaluation.metrics for name, evaluation in self.models.items()}
 
 
-def compare_students(
+def compare_by_evaluator(
     evaluator: Evaluator,
     teacher: SD3Folder,
     students: Mapping[str, StudentModel],
@@ -52,7 +52,7 @@ def compare_students(
     report: Report,
     steps: int = 1,
     others: Mapping[str, Generate] | None = None,
-) -> StudentComparison:
+) -> EvaluatorComparison:
     """Evaluate students of a (width, height), one in memory at a time, and then `others`. Raises SizeError."""
     encode = partial(encode_in_parts, load_vae(teacher, device=device))
     models = {}
@@ -61,4 +61,4 @@ def compare_students(
         models[name] = evaluator.evaluate(generate, encode, report)
         del generate  # frees the student before the next one is loaded
     models |= {name: evaluator.evaluate(generate, encode, report) for name, generate in (others or {}).items()}
-    return StudentComparison(models)
+    return EvaluatorComparison(models)

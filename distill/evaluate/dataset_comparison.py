@@ -1,4 +1,4 @@
-"""A teacher and its students on the same prompts and seeds of a dataset with a scorer."""
+"""Comparison of a teacher and its students on the prompts and seeds of a dataset with a scorer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ COST = ("nfe", "seconds_per_image")
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class DatasetComparison:
     """Results and images of a teacher's samplings and of students by name, which are compared with the first."""
 
     prompts: EvalPrompts
@@ -60,7 +60,7 @@ class SideBySide:
         return labeled_grid(rows, [self.prompts.texts[i] for i in shown], columns=2 * PICTURED)
 
 
-class Comparison:
+class DatasetComparer:
     """Evaluates a teacher, sampled in several ways, and students by name. One student is in memory at a time."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Comparison:
         """Images that all models generate together."""
         return (len(self.samplings) + len(self._students)) * prompts.count
 
-    def run(self, prompts: EvalPrompts, seed: int, report: Report) -> SideBySide:
+    def run(self, prompts: EvalPrompts, seed: int, report: Report) -> DatasetComparison:
         """Evaluate the teacher, then the students; `report` is called after every batch."""
         encode = self._teacher.encode
         teachers = {}
@@ -101,7 +101,7 @@ class Comparison:
             generate_student = student_sampler(model.load(self._device), self._student_steps)
             students[name] = evaluate(prompts, generate_student, self._student_steps, encode, seed, report)
             del generate_student  # frees the student before the next one is loaded
-        return SideBySide(prompts, teachers, students)
+        return DatasetComparison(prompts, teachers, students)
 
 
 def _check_size(folder: Path, size: tuple[int, int], dataset: EvalDataset) -> None:
