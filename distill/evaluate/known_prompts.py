@@ -25,11 +25,12 @@ class KnownPrompts:
         """Encode the distinct prompts, on the disk of `folder`. Raises DistillError if it has no room."""
         known = list(dict.fromkeys(prompts))
         self._rows = {prompt: row for row, prompt in enumerate(known)}
-        self._truncated = text.truncated(known)
+        self._truncated: list[bool] = []
         try:
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115  open as long as this object exists
             weakref.finalize(self, self._file.close)
             for prompt in known:
+                self._truncated += text.truncated([prompt])
                 self._form = text.encode([prompt]).to("cpu")
                 for tensor in (self._form.embeds, self._form.pooled):
                     self._file.write(_bytes(tensor))

@@ -1,9 +1,12 @@
 """Distances agree with closed forms and independent implementations."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import linalg, stats
 
+from distill.evaluate import metrics
 from distill.evaluate.metrics import (
     density_coverage,
     diversity,
@@ -11,6 +14,7 @@ from distill.evaluate.metrics import (
     interval,
     kernel,
     kernel_interval,
+    paired_kernel,
     precision_recall,
     saturation,
 )
@@ -109,3 +113,24 @@ def test_intervals_agree_with_scipy_and_need_no_spread() -> None:
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.03)
     assert ours == interval(groups, seed=0) != interval(groups, seed=1)
     assert interval([np.ones(1)], seed=0) == (1, 1)
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+def test_the_paired_kernel_distance_leaves_out_pairs_of_one_prompt_in_blocks_of_any_size(block, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    a, b = gaussian(30, seed=1), gaussian(30, mean=0.2, seed=2)
+    k = [[(x @ y / 4 + 1) ** 3 for y in (*a, *b)] for x in (*a, *b)]
+    pairs = [(i, j) for i in range(30) for j in range(30) if i != j]
+    expected = np.mean([k[i][j] + k[30 + i][30 + j] - k[i][30 + j] - k[j][30 + i] for i, j in pairs])
+    assert paired_kernel(a, b) == pytest.approx(expected)
+    assert paired_kernel(a, a) == 0
+
+
+def test_the_memory_of_the_paired_kernel_distance_is_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", 10_000)
+    a, b = gaussian(2000, seed=1), gaussian(2000, seed=2)
+    tracemalloc.start()
+    paired_kernel(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 8 * 10_000  # bytes; all pairs take 400 times as much
