@@ -60,7 +60,7 @@ def embed(
 
     encoded = None
     where = resolve_device(device)
-    with run_lock(out), image_bar("prompts", count) as bar:
+    with run_lock(out), image_bar("prompts", count, "prompts") as bar:
         texts = read_prompts(prompts, count, column=column)
         for encoded in embed_prompts(folder, texts, out, where, shard_rows, processes):
             bar.update(encoded.prompts + encoded.repeated, {"truncated": encoded.truncated})

@@ -48,13 +48,13 @@ def results_to(file: TextIO) -> Iterator[None]:
 
 
 @contextmanager
-def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]":
-    """Show progress in images, images/s and remaining time; `total` is None if it is unknown.
+def image_bar(what: str, total: int | None, unit: str = "images") -> "Iterator[ImageBar | ImageLines]":
+    """Show progress in images (or another `unit`), their speed and the remaining time; `total` None is unknown.
 
     On a terminal it is a bar; otherwise (nohup, container logs, schedulers) a line every EVERY seconds and at the end.
     """
     if not _bars.is_terminal:
-        lines = ImageLines(what, total, note, time.monotonic)
+        lines = ImageLines(what, total, note, time.monotonic, unit)
         yield lines
         lines.end()
         return
@@ -62,7 +62,7 @@ def image_bar(what: str, total: int | None) -> "Iterator[ImageBar | ImageLines]"
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        _Speed(),
+        _Speed(unit),
         TimeRemainingColumn(),
         TextColumn("left"),
         TextColumn("{task.fields[activity]}"),
@@ -83,11 +83,15 @@ def note(line: str) -> None:
 
 
 class _Speed(ProgressColumn):
-    """Images per second."""
+    """Images, or another unit, per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} images/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{speed:.0f} {self._unit}/s", style="progress.data.speed")
 
 
 class ImageBar:
@@ -123,8 +127,15 @@ class ImageLines:
     Speed counts from the first update, because earlier images belong to an earlier start of the run.
     """
 
-    def __init__(self, what: str, total: int | None, write: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self._what, self._total, self._seen = what, total, 0
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        write: Callable[[str], None],
+        clock: Callable[[], float],
+        unit: str = "images",
+    ) -> None:
+        self._what, self._total, self._seen, self._unit = what, total, 0, unit
         self._clock, self.print = clock, write
         self._metrics = ""
         self._start: tuple[float, int] | None = None
@@ -157,7 +168,7 @@ class ImageLines:
         parts = [f"{self._what} {self._seen}" + ("" if self._total is None else f"/{self._total}")]
         if images > 0 and now > since[0]:
             speed = images / (now - since[0])
-            parts.append(f"{speed:.3g} images/s")
+            parts.append(f"{speed:.3g} {self._unit}/s")
             if self._total is not None and self._seen < self._total:
                 parts.append(f"{timedelta(seconds=round((self._total - self._seen) / speed))} left")
         self.print("  ".join([*parts, self._metrics]).rstrip())

@@ -122,7 +122,8 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 totals[phase] = progress.total
             if bar is None or phase != shown:
                 bars.close()
-                bar, shown = bars.enter_context(image_bar(phase, totals.get(phase))), phase
+                unit = "prompts" if phase == "prompts" else "images"
+                bar, shown = bars.enter_context(image_bar(phase, totals.get(phase), unit)), phase
             bar.update(seen, metrics)
             if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
                 if signals:
