@@ -16,7 +16,7 @@ from service.errors import InvalidRequest, ServiceError
 from service.http.error_handlers import error_response
 from service.http.origins import host_of
 from service.observability.metrics import Metrics
-from service.request_id import new_request_id
+from service.observability.request_id import new_request_id
 
 if TYPE_CHECKING:
     from service.observability.tracing import RequestTrace, Tracing

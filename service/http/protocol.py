@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.errors import HeadTooLarge, InvalidRequest, ServiceError, TooSlow, Unavailable
 from service.http.error_handlers import error_response
 from service.observability.metrics import Metrics
-from service.request_id import new_request_id
+from service.observability.request_id import new_request_id
 
 log = logging.getLogger(__name__)
 _BODY = (b"content-length", b"transfer-encoding")  # headers of a request that has a body

@@ -25,7 +25,7 @@ from service.http.middleware import BODY_SECONDS
 from service.http.rate_limiter import RateLimiter
 from service.images.service import ImageService
 from service.observability.metrics import Metrics
-from service.request_id import new_request_id
+from service.observability.request_id import new_request_id
 from service.schemas import MAX_ID_CHARACTERS, RealtimeRequest, SessionStart
 from service.settings import Settings
 

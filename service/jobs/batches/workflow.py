@@ -23,7 +23,7 @@ from service.jobs.batches.line_parser import LineRequest, parse
 from service.jobs.batches.lines import LineAnswer, LineError, Outcome, custom_id_of, numbered_lines, unanswered
 from service.jobs.jobs import Jobs
 from service.jobs.tables import ENDED, BatchRow
-from service.request_id import new_request_id
+from service.observability.request_id import new_request_id
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
