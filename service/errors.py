@@ -130,7 +130,7 @@ def no_model(name: str) -> NotFound:
 
 def no_adapter(model: str, adapter: str, known: Iterable[str]) -> InvalidRequest:
     """Return the error for a name that no adapter of a model has."""
-    message = f"{model} has no adapter {quoted(adapter)}; it has {[*known]}"
+    message = f"{model} has no adapter {quoted(adapter)}; it has {', '.join(known) or 'none: leave lora out'}"
     return InvalidRequest(message, "lora.name", "adapter_not_found")
 
 

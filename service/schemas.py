@@ -25,6 +25,7 @@ FIELD_ADVICE = {
     "extra_body": "put the fields in it at the top level of the request",
     "seed": "leave seed out for a random one",
     "size": "give auto or WIDTHxHEIGHT, or leave size out",
+    "suffix": "give 1 to 64 letters, digits, dots, hyphens or underscores, or leave suffix out",
     "steps": "leave steps out for one step",
     "style": "the model has no choice of styles",
 }  # by field: the fix, if pydantic's message does not name it

@@ -32,6 +32,12 @@ from service.schemas import FIELD_ADVICE, IGNORABLE_FIELDS
 log = logging.getLogger(__name__)
 
 _UNSUPPORTED_TYPES = ("extra_forbidden", "none_required")  # pydantic's names for an unsupported field
+# Messages in place of pydantic's, which speak of Python's types or repeat a pattern.
+_MESSAGES = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "Input should be a JSON object"),
+    "list_type": "Input should be a JSON array",
+    "string_pattern_mismatch": "Input has characters or a form that are not allowed",
+}
 
 
 def install(app: FastAPI) -> None:
@@ -83,6 +89,7 @@ def field_error(kind: str, field: Sequence[str | int], message: str) -> InvalidR
     """Return the error for pydantic's error of a field."""
     param = excerpt(".".join(map(str, field)))
     name = str(field[-1])
+    message = _MESSAGES.get(kind, message.removeprefix("Value error, ").replace(" after validation", ""))
     advice = FIELD_ADVICE.get(name, "or leave it out" if name in IGNORABLE_FIELDS else None)
     if kind in _UNSUPPORTED_TYPES:
         return InvalidRequest(f"{param} is not supported; {advice or 'leave it out'}", param, "unknown_parameter")
@@ -108,7 +115,7 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
         case _ if error.__cause__ is not None:  # FastAPI failed to read a JSON body
             return await _undecodable(request, error.__cause__)
         case _:
-            return _unreadable(request, error.detail, code=None)
+            return _unreadable(request, f"the form cannot be read: {error.detail}", code="invalid_form")
 
 
 async def _undecodable(request: Request, cause: BaseException) -> JSONResponse:

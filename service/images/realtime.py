@@ -154,9 +154,12 @@ class RealtimeSession:
             return _messages.validate_python(from_json(text), context=context)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
-            if first["type"] == "union_tag_invalid":  # pydantic's message repeats the tag
-                raise InvalidRequest(f"type must be {first['ctx']['expected_tags']}", "type", "invalid_value") from None
-            raise field_error(first["type"], first["loc"][1:] or ["type"], first["msg"]) from None
+            if first["type"] in ("union_tag_invalid", "union_tag_not_found"):  # pydantic's message repeats the tag
+                message = "type must be 'session.start' or 'images.generate'"
+                raise InvalidRequest(message, "type", "invalid_value") from None
+            if not first["loc"]:
+                raise InvalidRequest("the message must be a JSON object", code="invalid_json") from None
+            raise field_error(first["type"], first["loc"][1:], first["msg"]) from None
         except ValueError as error:
             raise InvalidRequest(f"the message is not JSON: {error}", code="invalid_json") from None
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from starlette.datastructures import UploadFile
 
-from service.jobs.fine_tuning.options import DistillationOptions
+from service.jobs.fine_tuning.options import MAX_COUNT, Count, DistillationOptions
 from service.jobs.tables import Table
 from service.schemas import ImageRequest, RequestModel
 
@@ -146,10 +146,18 @@ class BatchObject(RowObject):
     metadata: dict[str, Any] | None = None
 
 
+BATCH_SIZE = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_COUNT}, {"enum": ["auto", None]}]}
+
+
+def _none_if_auto(given: object) -> object:
+    return None if given == "auto" else given
+
+
 class Hyperparameters(RequestModel):
     """OpenAI's hyperparameters; `distillation` has more."""
 
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    # No union with "auto", whose errors would name the part of the union beside the field.
+    batch_size: Annotated[Count | None, BeforeValidator(_none_if_auto), WithJsonSchema(BATCH_SIZE)] = None
     n_epochs: Annotated[Literal["auto"] | None, Field(description="The budget is `distillation.images`.")] = None
     learning_rate_multiplier: Annotated[
         Literal["auto"] | None, Field(description="See `distillation.student_lr` and `fake_lr`.")

@@ -29,6 +29,11 @@ class JsonFormatter(logging.Formatter):
         return _ENCODER.encode(line)
 
 
+def is_server_fault(record: logging.LogRecord) -> bool:
+    """Whether a record is not uvicorn's traceback for a client's WebSocket message that is not UTF-8."""
+    return record.msg != "Invalid UTF-8 sequence received from client."
+
+
 def configure(log_format: LogFormat | Literal["auto"], level: str) -> None:
     """Send all logs and Python's warnings to standard error; `auto` is text on a terminal, else JSON.
 
@@ -45,3 +50,5 @@ def configure(log_format: LogFormat | Literal["auto"], level: str) -> None:
     logging.captureWarnings(True)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of malformed forms, which get an error
+    logging.getLogger("uvicorn.error").addFilter(is_server_fault)

@@ -132,7 +132,7 @@ def _options_of(body: JobRequest) -> DistillationOptions:
         message = "hyperparameters and method.supervised.hyperparameters are both given; give one"
         raise InvalidRequest(message, "hyperparameters")
     given = body.hyperparameters or supervised
-    if given is None or not isinstance(given.batch_size, int):
+    if given is None or given.batch_size is None:
         return options
     if options.batch is not None:
         raise InvalidRequest("batch_size and distillation.batch are both given; give one", "batch_size")

@@ -3,7 +3,7 @@
 from functools import cache
 
 from distill import methods, presets
-from service.errors import NotFound
+from service.errors import InvalidRequest, NotFound, quoted
 from service.jobs.fine_tuning.commands import find_teacher
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.schemas import JobChoices, MethodChoice, PresetChoice, TeacherChoice
@@ -28,6 +28,15 @@ def job_choices(settings: Settings) -> JobChoices:
         max_seconds=settings.jobs.max_seconds_per_job,
         min_steps=MIN_STEPS,
     )
+
+
+def check_names(options: DistillationOptions) -> None:
+    """Raise InvalidRequest for a preset or method that `distill run` does not have."""
+    chosen = (("preset", options.preset, presets.names()), ("method", options.method, methods.names()))
+    for kind, name, known in chosen:
+        if name is not None and name not in known:
+            message = f"distillation.{kind}: there is no {kind} {quoted(name)}; there are {', '.join(known)}"
+            raise InvalidRequest(message, f"distillation.{kind}", "invalid_value")
 
 
 def budget_warning(options: DistillationOptions) -> str | None:

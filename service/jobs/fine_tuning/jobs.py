@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from service.errors import Forbidden, InvalidRequest, NotFound, ServiceError, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
-from service.jobs.fine_tuning.choices import budget_warning
+from service.jobs.fine_tuning.choices import budget_warning, check_names
 from service.jobs.fine_tuning.commands import check_fetched, find_teacher, report_command
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
@@ -58,6 +58,7 @@ class FineTuningJobs:
                 "distillation.preset",
                 "missing_required_parameter",
             )
+        check_names(options)
         _check_budget(options, self._settings)
         _check_file(self._files.get(owner, body.training_file, int(time.time()), "training_file"))
         check_fetched(teacher, body.model)

@@ -14,6 +14,7 @@ from worker_threads import worker_threads
 from service.app import create_app
 from service.engine.simulator import Simulator
 from service.http.protocol import HttpProtocol
+from service.observability.logs import is_server_fault
 from service.settings import Settings
 
 LINE = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
@@ -178,6 +179,16 @@ def test_a_websocket_with_an_invalid_path_host_or_origin_is_refused(patient, pat
     with dial(patient) as line:
         line.sendall(b"GET %s HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (path, headers, SHAKE))
         assert refused(rest(line), status)["message"]
+
+
+def test_a_message_that_is_not_utf8_closes_the_websocket_and_leaves_no_traceback(patient, caplog):
+    with dial(patient) as line:
+        line.sendall(b"GET /v1/realtime/images HTTP/1.1\r\nhost: localhost\r\n%s\r\n\r\n" % SHAKE)
+        assert line.recv(1 << 16).startswith(b"HTTP/1.1 101 ")
+        line.sendall(b"\x81\x81\0\0\0\0\xff")
+        assert rest(line) == b"\x88\x02" + (1007).to_bytes(2)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert not is_server_fault(record)  # so the log of a server does not have it
 
 
 def test_a_request_whose_body_is_invalid_has_one_id(patient, caplog):

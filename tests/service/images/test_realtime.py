@@ -109,7 +109,7 @@ def test_a_queued_request_is_superseded(serve, connect):
     ("text", "param"),
     [
         ("{", None),
-        ("[]", "type"),
+        ("[]", None),
         ("{}", "type"),
         ('{"type": "other"}', "type"),
         ('{"type": "images.generate"}', "prompt"),
