@@ -61,6 +61,14 @@ class BodyTooLarge(ServiceError):
     """A body over the size limit."""
 
 
+class RangeNotSatisfiable(ServiceError):
+    """A `Range` beyond the end of a file of `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"the Range header begins beyond the end of the file, which has {size} bytes", "Range")
+        self.size = size
+
+
 class HeadTooLarge(ServiceError):
     """A path and headers over the size limit."""
 
@@ -113,6 +121,7 @@ HTTP_STATUS: dict[type[ServiceError], tuple[int, str]] = {
     MethodNotAllowed: (405, "invalid_request_error"),
     TooSlow: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
+    RangeNotSatisfiable: (416, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
     HeadTooLarge: (431, "invalid_request_error"),
     ClientGone: (499, "client_closed_request"),
@@ -150,6 +159,8 @@ def to_openai(error: ServiceError) -> tuple[int, dict[str, Any], dict[str, str]]
             headers = {"www-authenticate": "Bearer"}
         case BodyTooLarge() | TooSlow():
             headers = {"connection": "close"}  # the rest of the body is never read
+        case RangeNotSatisfiable():
+            headers = {"content-range": f"bytes */{error.size}"}
         case _:
             headers = {}
     return status, {"error": body}, headers

@@ -25,10 +25,15 @@ FIELD_ADVICE = {
     "extra_body": "put the fields in it at the top level of the request",
     "seed": "leave seed out for a random one",
     "size": "give auto or WIDTHxHEIGHT, or leave size out",
-    "suffix": "give 1 to 64 letters, digits, dots, hyphens or underscores, or leave suffix out",
     "steps": "leave steps out for one step",
     "style": "the model has no choice of styles",
 }  # by field: the fix, if pydantic's message does not name it
+PATTERN_ADVICE = {
+    "suffix": "give 1 to 64 letters, digits, dots, hyphens or underscores",
+    "name": "give 1 to 128 letters, digits, dots, hyphens, underscores or colons, and begin with a letter or digit",
+    "preset": "GET /v1/fine_tuning/choices lists them",
+    "method": "GET /v1/fine_tuning/choices lists them",
+}  # by field: what its pattern allows
 MAX_NAMED_FIELDS = 16  # maximum number of unsupported fields that a warning names
 MAX_NAME_CHARACTERS = 64  # of each
 MAX_ID_CHARACTERS = 64  # of the id that a client gives a message of a realtime session

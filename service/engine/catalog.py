@@ -294,7 +294,9 @@ def _changed_at(path: Path) -> int:
 def find(kind: str, found: Mapping[str, Path], name: str) -> Path:
     """Return the path of a name. Raises InvalidRequest where there is none; `kind` is student or adapter."""
     if name not in found:
-        raise InvalidRequest(f"models_folder has no {kind} {quoted(name)}; it has {sorted(found)}", "folder")
+        raise InvalidRequest(
+            f"models_folder has no {kind} {quoted(name)}; it has {', '.join(sorted(found)) or 'none'}", "folder"
+        )
     return found[name]
 
 

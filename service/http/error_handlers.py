@@ -27,7 +27,7 @@ from service.errors import (
     to_openai,
 )
 from service.files import DISK_FULL, NOT_WRITABLE
-from service.schemas import FIELD_ADVICE, IGNORABLE_FIELDS
+from service.schemas import FIELD_ADVICE, IGNORABLE_FIELDS, PATTERN_ADVICE
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ def field_error(kind: str, field: Sequence[str | int], message: str) -> InvalidR
     name = str(field[-1])
     message = _MESSAGES.get(kind, message.removeprefix("Value error, ").replace(" after validation", ""))
     advice = FIELD_ADVICE.get(name, "or leave it out" if name in IGNORABLE_FIELDS else None)
+    if kind == "string_pattern_mismatch":
+        advice = PATTERN_ADVICE.get(name, advice)
     if kind in _UNSUPPORTED_TYPES:
         return InvalidRequest(f"{param} is not supported; {advice or 'leave it out'}", param, "unknown_parameter")
     return InvalidRequest(f"{param}: {message}" + (f"; {advice}" if advice else ""), param, "invalid_value")

@@ -4,13 +4,13 @@ import time
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from service.errors import InvalidRequest, NotFound
 from service.http.dependencies import JobsDep, JobsOwner
 from service.http.error_handlers import request_error
+from service.http.file_response import StoredFileResponse
 from service.jobs.schemas import FileObject, Page, Purpose, Upload
 from service.schemas import Deleted, ErrorResponse
 
@@ -84,16 +84,16 @@ async def remove(file_id: str, jobs: JobsDep, owner: JobsOwner) -> Deleted:
 
 @router.get(
     "/{file_id}/content",
-    response_class=FileResponse,
+    response_class=StoredFileResponse,
     responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
 )
-def content(file_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
+def content(file_id: str, jobs: JobsDep, owner: JobsOwner) -> StoredFileResponse:
     """The bytes of a file."""
     file = jobs.files.get(owner, file_id, int(time.time()))
     path = jobs.files.path(file.id)
     if not path.exists():  # deleted after the look-up
         raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", code="file_not_found")
-    return FileResponse(
+    return StoredFileResponse(
         path,
         media_type="application/octet-stream",
         filename=file.filename,

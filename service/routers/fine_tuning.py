@@ -4,10 +4,11 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 
 from service.errors import InvalidRequest
 from service.http.dependencies import JobsDep, JobsOwner, SettingsDep
+from service.http.file_response import StoredFileResponse
 from service.jobs import tables
 from service.jobs.fine_tuning.choices import job_choices
 from service.jobs.fine_tuning.options import DistillationOptions
@@ -115,10 +116,10 @@ def report(job_id: str, jobs: JobsDep, owner: JobsOwner) -> Response:
     return Response(jobs.fine_tuning.report(owner, job_id), media_type="text/html", headers=NOSNIFF | REPORT_POLICY)
 
 
-@router.get("/jobs/{job_id}/sample", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
-def sample(job_id: str, jobs: JobsDep, owner: JobsOwner) -> FileResponse:
+@router.get("/jobs/{job_id}/sample", response_class=StoredFileResponse, responses={200: {"content": {"image/png": {}}}})
+def sample(job_id: str, jobs: JobsDep, owner: JobsOwner) -> StoredFileResponse:
     """The newest grid of the student's images, always of the same prompts and seeds (extension)."""
-    return FileResponse(jobs.fine_tuning.sample(owner, job_id), media_type="image/png")
+    return StoredFileResponse(jobs.fine_tuning.sample(owner, job_id), media_type="image/png")
 
 
 def _options_of(body: JobRequest) -> DistillationOptions:

@@ -130,7 +130,7 @@ def test_models_are_loaded_and_unloaded_from_the_command_line(serve, connect, st
 def test_an_error_of_the_server_is_one_sentence_on_the_command_line(serve, students):
     url = serve(models_folder=students)
     for said, *words in (
-        (r"no student 'other'; it has \['one', 'two'\]", "load", "other"),
+        ("no student 'other'; it has one, two", "load", "other"),
         ("no model 'other'", "unload", "other"),
         ("the only model", "unload", "simulator"),
         ("no adapter 'one'", "load-adapter", "one", "--model", "simulator"),

@@ -396,6 +396,14 @@ def test_a_body_that_is_not_an_upload_is_refused(api, content):
     refused(api.post("/v1/files", **content), 400)
 
 
+@pytest.mark.parametrize(("part", "status"), [("bytes=9-", 416), ("bytes=b", 400), ("lines=0-1", 400)])
+def test_a_part_that_a_file_does_not_have_is_refused(api, part, status):
+    file = api.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}\n")}).json()
+    answer = api.get(f"/v1/files/{file['id']}/content", headers={"range": part})
+    assert refused(answer, status)["param"] == "Range"
+    assert answer.headers.get("content-range") == ("bytes */3" if status == 416 else None)
+
+
 @pytest.mark.parametrize(("path", "status"), GETS)
 def test_unknown_resources_and_invalid_queries_are_refused(api, path, status):
     refused(api.get(path), status)
