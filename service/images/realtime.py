@@ -98,7 +98,8 @@ class RealtimeSession:
                     self._owner = await self._identify()
                 except (Unauthorized, Forbidden, InvalidRequest, Unavailable) as error:
                     request_id = new_request_id()
-                    self._record(request_id, to_openai(error)[0], began, self._trace())
+                    known = {"owner": self._owner} if self._owner else {}
+                    self._record(request_id, to_openai(error)[0], began, self._trace(), known)
                     await self._send(_error_message(error, _id_of(text), request_id))
                     if isinstance(error, Unauthorized | Forbidden):
                         await self._close(1008, error.message)
