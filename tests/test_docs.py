@@ -19,6 +19,7 @@ import click
 import httpx
 import pytest
 import typer
+import yaml
 from cards import run_card
 from commands import invoke, until
 from PIL import Image
@@ -26,7 +27,11 @@ from tiny import undistilled
 from typer.testing import CliRunner
 
 from distill import cli as distill_cli
-from distill.config import load_config
+from distill import methods
+from distill.config import RunConfig, load_config, make_config
+from distill.config.run_config import flat
+from distill.methods.dmd import Gan
+from distill.methods.policies import Guidance, Times
 from distill.variants import read_variants
 from service import cli as service_cli
 from service.schemas import ImageRequest
@@ -148,6 +153,37 @@ def test_toml_and_json_can_be_read(page):
     for block in blocks(page, "json"):
         for line in block.splitlines() if block.count("\n{") else [block]:
             json.loads(line)
+
+
+def test_the_defaults_of_a_run_are_those_of_the_code():
+    (block,) = blocks(ROOT / "docs" / "distill.md", "yaml")
+    defaults = RunConfig().as_dict()
+    del defaults["method"]
+    assert make_config(yaml.safe_load(block)) == RunConfig()
+    assert dict(flat(yaml.safe_load(block))).keys() == dict(flat(defaults)).keys()
+
+
+def test_the_defaults_of_methods_are_those_of_the_code():
+    """Each table of settings has all of them, with their defaults."""
+    shared = {**Times().model_dump(mode="json"), **Guidance().model_dump(mode="json")}
+    own = {name: methods.config_class(name)().model_dump(mode="json") for name in methods.names()}
+    named: dict[str, set[str]] = {}
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        known = own.get(title, shared)
+        if title == "dmd":
+            known |= {f"gan.{name}": value for name, value in Gan().model_dump().items()}
+        for table in re.findall(r"^\| setting \| default .*\n\|---.*\n((?:\|.*\n)+)", section, re.MULTILINE):
+            for row in table.splitlines():
+                names, defaults = row.strip("| ").split(" | ")[:2]
+                values = yaml.safe_load("[" + defaults.replace("`", "") + "]")
+                for name, value in zip(re.findall(r"`(.+?)`", names), values, strict=True):
+                    assert value == known[name], (title, name)
+                    named.setdefault(title, set()).add(name)
+    assert named["Settings that methods share"] == shared.keys()
+    for name, settings in own.items():
+        assert settings.keys() - {"name", "times", "guidance", "realuid", "gan"} <= named[name], name
 
 
 def test_every_block_of_the_readme_is_run_here():
