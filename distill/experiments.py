@@ -43,7 +43,7 @@ from distill.training.run_evaluator import (
 )
 from distill.training.run_sources import RunPrompts
 from distill.training.run_teacher import read_teacher
-from distill.variants import Variant
+from distill.variants import NOTE, Variant
 
 SHOWN = 8  # prompts in the picture, except of a dataset with a scorer
 
@@ -150,7 +150,7 @@ class ExperimentResult:
         header, lines = self.table()
         rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
         text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        text += "\n`exported`: images seen by the exported student.\n"
+        text += f"\n{NOTE}\n"
         text += f"{self.measured.note}\n" if self.measured.note else ""
         for state, reasons in (("diverged", self.diverged), ("failed", self.failed)):
             text += "".join(f"\n{name} {state}: {reason}.\n" for name, reason in reasons.items())

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,8 +13,14 @@ from typing import Any
 
 from distill.errors import OutputError
 
-MARK = "Flow Generator Matching"  # in pictures and pages that this program writes; a file with it may be replaced
-_MARKED_BYTES = 1 << 20  # how much of a file is searched for a mark
+MARK = "Flow Generator Matching"  # the name of this program in the metadata of files that it writes
+# How pictures, pages and single files hold it; a text that only names the program is not ours.
+_OURS = re.compile(
+    rf'\x89PNG\r\n.*?Software\0{{5}}{MARK}|<!doctype html>.*?<meta name="generator" content="{MARK}">'
+    rf'|.{{8}}{{"__metadata__": {{"format": "pt", "software": "{MARK}"'.encode(),
+    re.DOTALL,
+)
+_MARKED_BYTES = 1 << 20  # how much of a file is searched
 NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that cannot flush folders
 
 
@@ -73,8 +80,8 @@ def reason(error: Exception) -> object:
     return getattr(error, "strerror", None) or error
 
 
-def check_replaceable(path: Path, mark: str = MARK) -> None:
-    """Raise OutputError unless `path` is writable, and is absent or has the mark of this program's files."""
+def check_replaceable(path: Path, ours: re.Pattern[bytes] = _OURS) -> None:
+    """Raise OutputError unless `path` is writable, and is absent or begins as this program's files do."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: {parent} is not a writable folder; name another file")
@@ -82,7 +89,7 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
         raise OutputError(f"{path} is a folder; name a file")
     if path.exists():
         with path.open("rb") as file:
-            if mark.encode() not in file.read(_MARKED_BYTES):
+            if not ours.match(file.read(_MARKED_BYTES)):
                 raise OutputError(f"{path} exists and was not written by this program; name another file, or move it")
 
 

@@ -12,6 +12,10 @@ from distill.errors import ConfigError
 from distill.files import check_replaceable
 from distill.training.run_teacher import PINS, pin_teachers, write_pins
 
+NOTE = "`exported`: images seen by the exported student."  # below the table
+_COMPARED = re.compile(rb'\{\s*"command": "distill compare ')  # the beginning of compare.json
+_TABLE = re.compile(rb"\|  \|.*\n\n" + re.escape(NOTE.encode()), re.DOTALL)  # that of compare.md
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -79,6 +83,6 @@ def pin_variants(variants: Sequence[Variant], out: Path) -> list[Variant]:
 
 def check_folder(out: Path) -> None:
     """Raise OutputError if the output would replace a file of another program."""
-    for name in ("compare.json", "compare.md"):
-        check_replaceable(out / name, "distill compare")
+    check_replaceable(out / "compare.json", _COMPARED)
+    check_replaceable(out / "compare.md", _TABLE)
     check_replaceable(out / "compare.png")

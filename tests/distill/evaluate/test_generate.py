@@ -13,6 +13,7 @@ from distill.cli import app
 from distill.errors import ConfigError, DistillError, OutputError, PromptError
 from distill.evaluate.generate import generate_images
 from distill.evaluate.sampler import Sampling, TeacherSampler, student_sampler
+from distill.files import MARK
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
 from distill.pipeline import SHIPPED_STUDENT, OneStepPipeline
@@ -69,11 +70,12 @@ def test_pictures_replace_pictures_of_ours_alone(place: str, tmp_path: Path) -> 
     command = (*TEXTS[:2], "--out", tmp_path / "out", "--grid", tmp_path / "grid.png")
     assert generate(*command).exit_code == 0
     assert generate(*reversed(TEXTS[:2]), *command[2:]).exit_code == 0
-    Image.new("RGB", (8, 8)).save(tmp_path / place)
-    before = files(tmp_path / "out")
-    with pytest.raises(OutputError, match=f"{place} exists and was not written by this program"):
-        generate(*command)
-    assert files(tmp_path / "out") == before
+    for others in (lambda path: Image.new("RGB", (8, 8)).save(path), lambda path: path.write_text(f"{MARK}\n")):
+        others(tmp_path / place)
+        before = files(tmp_path / "out"), (tmp_path / place).read_bytes()
+        with pytest.raises(OutputError, match=f"{place} exists and was not written by this program"):
+            generate(*command)
+        assert (files(tmp_path / "out"), (tmp_path / place).read_bytes()) == before
 
 
 def test_a_file_in_the_place_of_a_folder_and_a_folder_in_that_of_a_file_are_refused(tmp_path: Path) -> None:
