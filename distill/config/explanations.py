@@ -1,6 +1,7 @@
 """Errors of pydantic as sentences that name the key of a configuration."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -8,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from distill import methods
 from distill.config.run_config import Full, Lora, RunConfig
+
+_short = reprlib.Repr()  # a wrong value may hold millions of others
+_short.maxlevel, _short.maxstring, _short.maxother = 3, 200, 200
 
 
 def explain(error: ValidationError) -> str:
@@ -31,8 +35,9 @@ def explain(error: ValidationError) -> str:
 
 def sentence(error: Any, where: Sequence[str]) -> str:
     """One of pydantic's errors as a sentence about a key."""
-    given = f", not {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
-    return f"{'.'.join(where) or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{given}"
+    given = f", not {_short.repr(error['input'])}" if where and not isinstance(error["input"], dict) else ""
+    message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list in brackets")
+    return f"{'.'.join(where) or 'configuration'}: {message}{given}"
 
 
 def _keys_of(place: Sequence[int | str]) -> list[str]:

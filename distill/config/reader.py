@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from yaml.composer import ComposerError
 
 from distill import methods, presets
 from distill.config.explanations import explain, nearest, sentence
@@ -16,6 +17,25 @@ from distill.errors import ConfigError
 
 _Group = TypeVar("_Group", bound=ConfigGroup)
 _KINDS = {"method": "name", "networks": "kind"}  # groups with several kinds, and the key that names the kind
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, but refuses a key that is set twice; PyYAML takes the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ComposerError(None, None, f"{key.value!r} is set twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    """Read a document of YAML; None for an empty one. Raises YAMLError and RecursionError."""
+    return yaml.load(text, _Loader)
 
 
 def is_preset(name: str) -> bool:
@@ -32,11 +52,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"{name} is not named as YAML; let its name end in .yaml, or give a preset")
         raise ConfigError(f"no preset or file {name!r}{nearest(name, known)}; presets are {', '.join(known)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a preset or a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_fault(error)}; correct it there") from error
+    if values is None:
+        raise ConfigError(f"{path} holds no keys; write them like those of the presets")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(values).__name__}; write it like the presets")
     return make_config(values, overrides)
@@ -84,9 +106,11 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--set {override}: write it as key=value, for example --set optimizer.student_lr=1e-4")
     try:
-        value = text if text in ("", "-") else yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise ConfigError(f"--set {override}: the value is not YAML; put quotes around a text") from None
+        value = text if text in ("", "-") else _read_yaml(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"--set {override}: the value is not YAML ({_fault(error)}); put quotes around a text"
+        ) from None
     if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
             return key, float(value)

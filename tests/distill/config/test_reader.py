@@ -53,6 +53,8 @@ def test_overrides_reach_nested_keys():
         ("scenes", "method={name: dmd, gan: {fkae: 1}}", ["unknown key 'method.gan.fkae'", "did you mean 'fake'"]),
         ("scenes", "prompts=scenes", ["prompts holds keys of its own", "source"]),
         ("scenes", "batch", ["key=value"]),
+        ("scenes", "cadence={log: 64, log: 128}", ["--set cadence", "column 11: 'log' is set twice"]),
+        ("scenes", "trackers=wandb", ["trackers", "a list in brackets, not 'wandb'"]),
         ("scenes", "micro_batch=7", ["micro_batch", "divide"]),
         ("scens", "batch=1", ["scens", "did you mean 'scenes'"]),
         ("missing.yaml", "batch=1", ["missing.yaml"]),
@@ -144,11 +146,29 @@ def test_kernels_without_a_forward_derivative_are_refused_where_one_is_taken(ker
 
 
 def test_broken_files_are_named(tmp_path):
-    for text in ("a: [", "- 1\n- 2\n"):
-        path = tmp_path / "broken.yaml"
+    path = tmp_path / "broken.yaml"
+    for text, fault in [
+        ("a: [", "line 1"),
+        ("- 1\n- 2\n", "keys and values"),
+        ("", "holds no keys"),
+        ("# images: 64\n", "holds no keys"),
+        ("images: 64\nbatch: 16\nimages: 320\n", "line 3, column 1: 'images' is set twice"),
+        ("images: 64\0\n", "not YAML"),
+    ]:
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        with pytest.raises(ConfigError, match=rf"broken\.yaml.*{fault}"):
             load_config(str(path))
+    path.write_text("cadence: &a {log: 64}\noptimizer: {<<: &b {student_lr: 1.0}, student_lr: 2.0}\n")
+    assert load_config(str(path)).optimizer.student_lr == 2
+
+
+def test_a_wrong_value_of_any_size_is_shown_in_short(tmp_path):
+    path = tmp_path / "large.yaml"
+    levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    path.write_text(f"l0: &l0 [x]\n{levels}images: *l8\n")
+    with pytest.raises(ConfigError, match=r"images.*\.\.\.") as caught:
+        load_config(str(path))
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_budget_of_less_than_a_step_is_refused():
