@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The path is written as a file or a folder. A link is followed. An older file or folder is replaced: code that takes
     `path` from a user checks first that it may be. A folder cannot be renamed over another, so an older one is renamed
-    first; if the process is killed between the two renames, `recover` restores it. Raises OSError with a path, and
+    first; if the process is killed between the two renames, `recover` restores it. Processes that write the same path
+    at once have temporary paths of their own: one of them wins as a whole. Raises OSError with a path, and
     FileExistsError if a file is in the folder's place.
     """
     path = path.resolve()
-    made, old = _hidden(path, "partial"), _hidden(path, "old")
+    made, old = _hidden(path, f"{os.getpid()}.distill-partial"), _hidden(path, "distill-old")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(made)
+    _remove_partial(path)
     try:
         yield made
         for each in (*made.rglob("*"), made):
@@ -95,7 +97,7 @@ def check_replaceable(path: Path, ours: re.Pattern[bytes] = _OURS) -> None:
 
 def recover(folder: Path) -> None:
     """Restore what a killed process left between two renames, in a folder of this process or directly below it."""
-    pattern = _hidden(Path("*"), "old").name
+    pattern = _hidden(Path("*"), "distill-old").name
     for old in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
         path = old.with_name(old.name.removeprefix(".").removesuffix(".distill-old"))
         if path.exists():
@@ -130,7 +132,33 @@ def make_readable(path: Path) -> None:
 
 def _hidden(path: Path, what: str) -> Path:
     """A name beside `path` that only this program uses, so that a file with it may be removed."""
-    return path.with_name(f".{path.name}.distill-{what}")
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what this process, or one that was killed, left of `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.distill-partial")
+    for other in (*_left(path.parent), _hidden(path, f"{os.getpid()}.distill-partial")):
+        found = name.fullmatch(other.name)
+        if found and (int(found[1]) == os.getpid() or not _lives(int(found[1]))):
+            _remove(other)
+
+
+@lru_cache(64)
+def _left(folder: Path) -> tuple[Path, ...]:
+    """The temporary paths in a folder, listed once, because it may hold a hundred thousand images."""
+    return tuple(folder.glob(".*.distill-partial"))
+
+
+def _lives(process: int) -> bool:
+    """Whether a process with this id runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):  # of another user
+        return True
+    return True
 
 
 def _name(error: BaseException, path: Path) -> None:

@@ -1,12 +1,14 @@
 """Atomic writes of files and folders, and the recovery after a kill."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from distill.errors import CheckpointError
-from distill.files import append_line, atomic_write, atomic_write_text, flush, reason
+from distill.files import _left, append_line, atomic_write, atomic_write_text, flush, reason
 from distill.training import checkpoint
 from distill.training.run_lock import run_lock
 
@@ -49,6 +51,29 @@ def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_p
     with pytest.raises(FileExistsError), atomic_write(tmp_path / "target") as made:
         made.mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+def test_two_processes_that_write_one_folder_at_once_do_not_mix_their_files(tmp_path):
+    """Of which the first was killed later, and the second replaces a complete folder."""
+    text = """import sys, pathlib, distill.files
+with distill.files.atomic_write(pathlib.Path(sys.argv[1])) as made:
+    made.mkdir(); (made / "theirs").touch(); print(flush=True); input()"""
+    path = tmp_path / "student"
+    with subprocess.Popen([sys.executable, "-c", text, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for name in ("first", "second"):
+            with atomic_write(path) as made:
+                made.mkdir()
+                (made / name).touch()
+            assert [each.name for each in path.iterdir()] == [name]
+        left = next(tmp_path.glob(".*"))
+        assert [each.name for each in left.iterdir()] == ["theirs"]
+        process.kill()
+    _left.cache_clear()  # as in a new process
+    with atomic_write(path) as made:
+        made.mkdir()
+    assert [each.name for each in tmp_path.iterdir()] == ["student"]
 
 
 def test_a_file_system_that_cannot_flush_folders_is_no_error():

@@ -13,6 +13,7 @@ from distill.data.embedding_cache import EmbeddingCache, embed_prompts, text_dty
 from distill.data.prompt_files import EMBEDDED
 from distill.data.prompts import read_prompts
 from distill.errors import CacheError, OutputError, PromptError, TeacherError
+from distill.files import _left
 from distill.models.sd3_folder import SD3Folder
 from distill.models.text import SD3TextEncoder
 
@@ -252,7 +253,8 @@ def test_what_a_kill_leaves_half_written_changes_no_byte(teacher, tmp_path):
     with (out / "prompts.jsonl").open("a") as file:
         file.write('"a prompt of the next sh')
     (out / ".shard-00001.safetensors.partial").write_bytes(b"half")
-    (out / f".{UNFINISHED}.distill-partial").write_text("{")
+    (out / f".{UNFINISHED}.99999999.distill-partial").write_text("{")
+    _left.cache_clear()  # as in a new process
     (out / "shard-00001.safetensors").write_bytes(b"renamed, but not in the index")
     list(embed_prompts(SD3Folder.read(teacher), TEXTS, out, shard_rows=8))
     list(embed_prompts(SD3Folder.read(teacher), TEXTS, tmp_path / "whole", shard_rows=8))

@@ -11,6 +11,7 @@ from tiny import SD3_KINDS, make_transformer, stock_pipeline
 
 from distill.config import load_config
 from distill.errors import OutputError, TeacherError
+from distill.files import _left
 from distill.models.sd3_folder import SD3Folder
 from distill.models.single_file import write_single_file
 from distill.models.teacher import open_teacher
@@ -109,7 +110,8 @@ def test_a_run_opens_its_teacher_with_its_base(single_file, base, tmp_path):
 
 def test_a_conversion_that_was_killed_begins_anew(single_file, base, cache):
     opened = open_teacher(single_file, str(base))
-    left = opened.path.rename(cache / f".{opened.path.name}.distill-partial")
+    left = opened.path.rename(cache / f".{opened.path.name}.99999999.distill-partial")
+    _left.cache_clear()  # as in a new process
     (left / "model_index.json").unlink()
     assert open_teacher(single_file, str(base)) == opened
     assert not left.exists()
