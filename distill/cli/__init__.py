@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 
 import typer
 
@@ -25,7 +26,7 @@ from distill.cli import (
     score,
 )
 from distill.cli.options import Version
-from distill.errors import ClaimedError, DistillError
+from distill.errors import ClaimedError, ConfigError, DistillError
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
@@ -88,6 +89,7 @@ def main(words: Sequence[str] | None = None) -> None:
     files or memory, and invalid Unicode text. Status 75 means that the command can be tried again later.
     """
     try:
+        _check_out(sys.argv[1:] if words is None else words)
         app(words)
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,6 +113,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_out(words: Sequence[str]) -> None:
+    """Raise ConfigError for an empty --out, as of an unset variable; a path reads it as the current folder."""
+    if "--out=" in words or ("--out", "") in pairwise(words):
+        raise ConfigError("--out is empty; name a folder or file, and check the variables of the shell")
 
 
 def _of_memory(error: Exception) -> bool:

@@ -22,8 +22,15 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _expand_path(path: str) -> str:
+    """Return a path without ~. Raises ValueError for an empty one, which is read as the current folder."""
+    if not path:
+        raise ValueError("must name a file, a folder or a model")
+    return os.path.expanduser(path)
+
+
 _Positive = Annotated[float, Field(gt=0)]
-_Path = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, where ~ is the home folder, or another name
+_Path = Annotated[str, AfterValidator(_expand_path)]  # a path, where ~ is the home folder, or another name
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
 _Name = Annotated[str, AfterValidator(_check_name)]

@@ -116,7 +116,7 @@ def latest(folder: Path) -> Path | None:
             _check(path)
             return path
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            _log.warning("%s cannot be read (%s); the one before it is taken", path, error)
+            _log.warning("%s cannot be read (%s); an older one is taken if there is one", path, error)
     return None
 
 

@@ -80,6 +80,13 @@ def test_recipes_out_of_range_are_refused_by_the_name_of_the_key(words, message,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [("run", "scenes-debug", "--out", ""), ("embed", "scenes", "a.txt", "--out=")])
+def test_an_empty_out_is_not_the_current_folder(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert said(monkeypatch, capsys, *words).startswith("error: --out is empty")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "words",
     [

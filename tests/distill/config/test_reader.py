@@ -54,6 +54,7 @@ def test_overrides_reach_nested_keys():
         ("scenes", "prompts=scenes", ["prompts holds keys of its own", "source"]),
         ("scenes", "batch", ["key=value"]),
         ("scenes", "cadence={log: 64, log: 128}", ["--set cadence", "column 11: 'log' is set twice"]),
+        ("scenes", "prompts.source=", ["prompts.source: must name a file"]),
         ("scenes", "trackers=wandb", ["trackers", "a list in brackets, not 'wandb'"]),
         ("scenes", "micro_batch=7", ["micro_batch", "divide"]),
         ("scens", "batch=1", ["scens", "did you mean 'scenes'"]),
