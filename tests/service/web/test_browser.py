@@ -141,7 +141,9 @@ def test_an_adapter_and_its_scale_are_chosen_and_copied(page, tmp_path):
         assert len(set(shown)) == len(shown)
         page.find("#history li:last-child button")[0].click()
         assert "lora" not in page.driver.execute_script(BODY)
+        kept = len(page.find("#history li"))
         page.find("#model option[value=second]")[0].click()
+        page.until(lambda: len(page.find("#history li")) > kept)  # so that the next request alone finds no model
         assert httpx.delete(f"{url}/v1/admin/models/second").status_code == 200
         page.find("#prompt")[0].send_keys("b")
         page.until(lambda: "this server has no model second" in page.text("#status"))  # and draws by the other
