@@ -142,12 +142,13 @@ class WorkerHandle:
         return max((now - max(sent.time, self._last_answer) for sent in self._sent.values()), default=0.0)
 
     async def close(self) -> None:
+        """End the worker. Its process also ends if this is cancelled, as by the end of the server."""
         for _, waiting in self._loading:
             if not waiting.cancelled():
                 waiting.set_exception(Unavailable("a worker ended while it loaded the model; try again"))
         self._loading.clear()
         self._writer.transport.abort()
-        await asyncio.get_running_loop().run_in_executor(self._threads, self.worker.end)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._threads, self.worker.end))
         for sent in self._sent.values():  # only now, because a live worker may still write to them
             self._release(sent)
         self._sent.clear()

@@ -6,16 +6,20 @@ import random
 import signal
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from engines import is_of, is_whole, make, run, value
 from worker_threads import start_thread, worker_threads
 
 from service.engine.backend import DeviceLost
+from service.engine.embeddings import EmbeddingAllocator
 from service.engine.engine import Engine
 from service.engine.launch import SharedMemory, Worker, WorkerPool, worker_processes
 from service.engine.simulator import Simulator
 from service.engine.worker import SLOT_BYTES
+from service.engine.worker_handle import connect
 from service.settings import Settings
 
 IMAGE_BYTES = 64 * 64 * 3
@@ -59,6 +63,25 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
 
     metrics = run(pool, test)
     assert value(metrics, "worker_restarts_total", reason="died") == 3
+
+
+def test_a_worker_ends_also_if_its_server_ends_while_it_is_closed():
+    pool, gate = worker_processes(Settings(engine={"devices": "simulator"})), threading.Event()
+    (worker,) = pool.start()
+
+    async def close_and_cancel() -> None:
+        handle = await connect(worker, EmbeddingAllocator(0), threads)
+        closing = asyncio.create_task(handle.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with suppress(asyncio.CancelledError):
+            await closing
+        gate.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gate.wait)  # so that the end of the worker has not begun when it is cancelled
+        asyncio.run(close_and_cancel())
+    assert worker.process.returncode == -signal.SIGKILL
 
 
 def test_a_worker_that_goes_silent_is_replaced():
