@@ -147,6 +147,7 @@ class WorkerPool:
         self.devices = devices
         self._workers: list[Worker] = []
         self._ready = False  # whether all have loaded their models
+        self._ended = False
 
     def start(self) -> Sequence[Worker]:
         """Start all workers side by side, once. Slow. As soon as one cannot start, ends all and raises StartError."""
@@ -163,12 +164,15 @@ class WorkerPool:
         return self._workers
 
     def launch(self) -> None:
-        """Start the processes of `start` without waiting for their models. Raises StartError."""
+        """Start the processes of `start` without waiting for their models. Raises StartError, also after `end`."""
+        if self._ended:
+            raise StartError("the workers were ended while they started")
         for launch in self.launches[len(self._workers) :]:
             self._workers.append(launch(self.models))
 
     def end(self) -> None:
-        """End the workers at once. Safe while another thread is in `start`."""
+        """End the workers at once, for good. Safe while another thread is in `start`, or about to be."""
+        self._ended = True
         while self._workers:
             self._workers.pop().end()
 

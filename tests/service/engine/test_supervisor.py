@@ -20,6 +20,7 @@ from service.engine.launch import SharedMemory, Worker, WorkerPool, worker_proce
 from service.engine.simulator import Simulator
 from service.engine.worker import SLOT_BYTES
 from service.engine.worker_handle import connect
+from service.errors import StartError
 from service.settings import Settings
 
 IMAGE_BYTES = 64 * 64 * 3
@@ -63,6 +64,15 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
 
     metrics = run(pool, test)
     assert value(metrics, "worker_restarts_total", reason="died") == 3
+
+
+def test_a_pool_that_has_ended_starts_no_workers():
+    """As where a start is cancelled before its thread begins."""
+    pool = worker_processes(Settings(engine={"devices": "simulator"}))
+    pool.launch()
+    pool.end()
+    with pytest.raises(StartError, match="ended while they started"):
+        pool.start()
 
 
 def test_a_worker_ends_also_if_its_server_ends_while_it_is_closed():
