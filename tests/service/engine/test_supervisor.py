@@ -91,7 +91,7 @@ def test_a_worker_ends_also_if_its_server_ends_while_it_is_closed():
     with ThreadPoolExecutor(1) as threads:
         threads.submit(gate.wait)  # so that the end of the worker has not begun when it is cancelled
         asyncio.run(close_and_cancel())
-    assert worker.process.returncode == -signal.SIGKILL
+    assert worker.process.returncode in (0, -signal.SIGKILL)  # 0 if it noticed first that the connection is closed
 
 
 def test_a_worker_that_goes_silent_is_replaced():
