@@ -3,12 +3,13 @@
     python benchmarks/presets.py [sd3-medium-lora] [--size 256] [--batch 1] [--set key=value ...] [--layers N]
 
 The teacher has the transformer and the autoencoder of the preset's model, text encoders of one layer and their true
-widths, and no T5, whose tokens are zeros then. The run is the preset's but for size, batch and what `--set` says: a
-turn of each role, the average, a checkpoint, a grid and the exported student. Its peak up to the end of the turns
-stands beside what `distill plan` says of the same setting; on a CPU it is the process's own, with its libraries.
+widths, and no T5: its tokens are zeros. The run is the preset's, apart from size, batch and the settings of `--set`. It
+makes an update of each role, the average, a checkpoint, a grid and the exported student. The output compares the peak
+memory of the updates with the estimate of `distill plan` for the same settings. On a CPU the peak is that of the
+process, libraries included.
 
-All files go to a temporary folder (TMPDIR), which takes up to three times the transformer's weights, and away again.
-`--layers` takes fewer blocks: a trial of this script itself.
+All files are in a temporary folder (TMPDIR), which is deleted at the end. It holds up to three times the transformer's
+weights. `--layers` uses fewer blocks, to try this script.
 """
 
 import argparse

@@ -208,7 +208,7 @@ class RunConfig(ConfigGroup):
             )
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; take a divisor")
-        used = any(turn.real for turn in self.method.turns())
+        used = any(phase.real for phase in self.method.update_phases())
         if used and self.real is None:
             raise ValueError(f"real.source: this {self.method.name} needs real images; give their source")
         if self.real is not None and not used:
@@ -216,7 +216,9 @@ class RunConfig(ConfigGroup):
         if self.real is not None and self.sizes:
             raise ValueError("sizes: real images have the teacher's native size only; leave sizes or real out")
         kernel = self.networks.attention
-        if kernel in ("flash", "cudnn", "xformers") and any(turn.forward_mode for turn in self.method.turns()):
+        if kernel in ("flash", "cudnn", "xformers") and any(
+            phase.forward_mode for phase in self.method.update_phases()
+        ):
             raise ValueError(
                 f"networks.attention {kernel} has no forward-mode derivative, which {self.method.name} takes; "
                 "take sdpa or math"
@@ -226,7 +228,7 @@ class RunConfig(ConfigGroup):
     @property
     def trained(self) -> TrainedNetworks:
         """The networks that the run trains."""
-        return TrainedNetworks.of(self.method.turns())
+        return TrainedNetworks.of(self.method.update_phases())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for YAML."""

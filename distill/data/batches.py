@@ -80,19 +80,19 @@ def batches(
     pinned: bool,
     reals: Reals | None = None,
 ) -> Generator[MicroBatch]:
-    """Yield the micro-batches of all turns to come; a process has the `local` images from `offset` of each batch."""
+    """Yield the micro-batches of the coming rounds; a process has the `local` images from `offset` of each batch."""
     prompts = _Shuffled(conditions, config.seed, "prompts")
     examples = None if reals is None else _Shuffled(reals, config.seed, "real images")
     for first in range(images, config.images, config.batch):
-        for turn in config.method.turns():
-            for step in range(turn.steps):
-                purpose = f"{turn.role} {step}"
+        for phase in config.method.update_phases():
+            for step in range(phase.steps):
+                purpose = f"{phase.role} {step}"
                 shape = shapes[int(Draw(config.seed, f"{purpose} size", [first]).integers(len(shapes)))]
                 start, stop = first + offset, first + offset + local
                 for row in range(start, stop, micro_batch_size(config, local)):
                     rows = range(row, min(row + micro_batch_size(config, local), stop))
                     cond = prompts.rows(rows)
-                    real = examples.rows(rows) if turn.real and examples is not None else None
+                    real = examples.rows(rows) if phase.real and examples is not None else None
                     part = MicroBatch(purpose, shape, torch.arange(rows.start, rows.stop), cond, real)
                     yield part.pin_memory() if pinned else part
 

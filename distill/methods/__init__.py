@@ -1,8 +1,8 @@
 """Distillation methods, one file each; the file's name is the name that a configuration gives.
 
-A method is stateless: its typed configuration has `turns()`, which say which network learns, for how many steps, from
-which loss. It never sees an optimizer, a device, an accelerator or a step number. A loss sees networks as functions
-`velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B parameters are the same to it.
+A method is stateless: its typed configuration has `update_phases()`, which say which network learns, for how many
+steps, from which loss. It never sees an optimizer, a device, an accelerator or a step number. A loss sees networks as
+functions `velocity(x_t, t, cond) -> v`, so a closed form and a model of 8 B parameters are the same to it.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Types that distillation methods share: velocities, batches, losses, turns, and what these train.
+"""Types that distillation methods share: velocities, batches, losses, update phases, and what these train.
 
 Times t are (B,). A student of two times also takes (B, 2), t and s, and returns its mean velocity from t to s. With one
 time, s is 0.
@@ -27,7 +27,7 @@ class NetworkVelocity(Protocol):
 
 
 def _no_critic(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-    raise TypeError("a turn whose loss calls the critic must declare it: Turn(..., critic=True)")
+    raise TypeError("an update phase whose loss calls the critic must declare it: UpdatePhase(..., critic=True)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Real:
 class TrainingBatch:
     """Input of a loss: noise `z` (B, C, h, w) in fp32, conditions of the prompts, and the random numbers `draw`.
 
-    A turn that declares `real` also gets as many real images.
+    An update phase that declares `real` also gets as many real images.
     """
 
     z: Tensor
@@ -80,8 +80,8 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One update phase: `role` ("fake" or "student") takes `steps` optimizer steps on `loss(velocities, batch)`.
+class UpdatePhase:
+    """A part of a round: `role` ("fake" or "student") takes `steps` optimizer steps on `loss(velocities, batch)`.
 
     The flags declare what the loss needs: `two_times`, a student that takes two times; `real`, real images in the
     batch; `critic`, the critic; `forward_mode`, forward-mode derivatives of a network.
@@ -108,7 +108,7 @@ class TrainedNetworks:
     critic: bool = False
 
     @classmethod
-    def of(cls, turns: Sequence[Turn]) -> Self:
-        """What the turns of a method train."""
-        roles = tuple(sorted({turn.role for turn in turns}))
-        return cls(roles, any(turn.two_times for turn in turns), any(turn.critic for turn in turns))
+    def of(cls, phases: Sequence[UpdatePhase]) -> Self:
+        """What the update phases of a method train."""
+        roles = tuple(sorted({phase.role for phase in phases}))
+        return cls(roles, any(phase.two_times for phase in phases), any(phase.critic for phase in phases))

@@ -29,7 +29,7 @@ from pydantic import Field
 from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
 from distill.lazy_torch import torch
-from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
+from distill.methods.base import Loss, TrainingBatch, UpdatePhase, Velocities
 from distill.methods.policies import Guidance, Times, add_noise, dot, fake_loss, generate_x0, guided_velocities
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ class DMDConfig(ConfigGroup):
     fake_steps: Annotated[int, Field(ge=1)] = 5
     gan: Gan | None = None
 
-    def turns(self) -> tuple[Turn, ...]:
+    def update_phases(self) -> tuple[UpdatePhase, ...]:
         """The fake is updated first, then the student."""
         gan = self.gan is not None
         return (
-            Turn("fake", self.fake_steps, self.fake_loss, real=gan, critic=gan),
-            Turn("student", 1, self.student_loss, critic=gan),
+            UpdatePhase("fake", self.fake_steps, self.fake_loss, real=gan, critic=gan),
+            UpdatePhase("student", 1, self.student_loss, critic=gan),
         )
 
     def fake_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
@@ -70,7 +70,7 @@ class DMDConfig(ConfigGroup):
         matched = fake_loss(self.times, self.guidance, nets, batch)
         if self.gan is None:
             return matched
-        assert batch.real is not None  # the turn declares it
+        assert batch.real is not None  # the update phase declares it
         t, real = matched.metrics["t"], batch.real
 
         def logits(x_0: Tensor, cond: Any) -> Tensor:

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from distill.config_group import ConfigGroup
 from distill.lazy_torch import torch
-from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
+from distill.methods.base import Loss, TrainingBatch, UpdatePhase, Velocities
 from distill.methods.policies import (
     WEIGHTS,
     Guidance,
@@ -86,16 +86,19 @@ class FGMConfig(ConfigGroup):
             )
         return self
 
-    def turns(self) -> tuple[Turn, ...]:
+    def update_phases(self) -> tuple[UpdatePhase, ...]:
         """The fake is updated first, then the student."""
         real = self.realuid is not None and self.realuid.a < 1
-        return (Turn("fake", self.fake_steps, self.fake_loss, real=real), Turn("student", 1, self.student_loss))
+        return (
+            UpdatePhase("fake", self.fake_steps, self.fake_loss, real=real),
+            UpdatePhase("student", 1, self.student_loss),
+        )
 
     def fake_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
         """|v - w|^2 on the student's images; with RealUID, its loss on these and on real images."""
         if self.realuid is None or self.realuid.a == 1:
             return fake_loss(self.times, self.guidance, nets, batch)
-        assert batch.real is not None  # the turn declares it
+        assert batch.real is not None  # the update phase declares it
         a, b, real = self.realuid.a, self.realuid.b, batch.real
         with torch.no_grad():
             x_0 = generate_x0(nets, batch)

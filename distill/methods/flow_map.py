@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from distill.config_group import ConfigGroup
 from distill.flow import between, derivative, expand, jump, x_0_from_velocity
 from distill.lazy_torch import torch
-from distill.methods.base import Loss, TrainingBatch, Turn, Velocities, Velocity
+from distill.methods.base import Loss, TrainingBatch, UpdatePhase, Velocities, Velocity
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_teacher
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class FlowMapConfig(ConfigGroup):
             raise ValueError("the eulerian objective is not complete from noise alone; set from_noise below 1")
         return self
 
-    def turns(self) -> tuple[Turn, ...]:
+    def update_phases(self) -> tuple[UpdatePhase, ...]:
         """Only the student is updated."""
-        return (Turn("student", 1, self.student_loss, two_times=True, forward_mode=True),)
+        return (UpdatePhase("student", 1, self.student_loss, two_times=True, forward_mode=True),)
 
     def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
         """The weighted squared residual of the objective; the logged images continue v from x_t to t = 0."""

@@ -160,7 +160,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def generate_x0(nets: Velocities, batch: TrainingBatch) -> Tensor:
-    """x_0 = z - v(z, 1), the student's images (B, C, h, w) in fp32; with gradient in the student's turn."""
+    """x_0 = z - v(z, 1), the student's images (B, C, h, w) in fp32; with gradient in the student's update phase."""
     return one_step(nets.student, batch.z, batch.cond).float()
 
 

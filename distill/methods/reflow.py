@@ -16,7 +16,7 @@ from pydantic import Field
 from distill.config_group import ConfigGroup
 from distill.flow import interpolate, x_0_from_velocity
 from distill.lazy_torch import torch
-from distill.methods.base import Loss, TrainingBatch, Turn, Velocities
+from distill.methods.base import Loss, TrainingBatch, UpdatePhase, Velocities
 from distill.methods.policies import TeacherGuidance, Times, dot, guided_at
 
 
@@ -33,9 +33,9 @@ class ReflowConfig(ConfigGroup):
     teacher_steps: Annotated[int, Field(ge=1)] = 28
     teacher_shift: Annotated[float, Field(gt=0)] | None = None
 
-    def turns(self) -> tuple[Turn, ...]:
+    def update_phases(self) -> tuple[UpdatePhase, ...]:
         """Only the student is updated."""
-        return (Turn("student", 1, self.student_loss),)
+        return (UpdatePhase("student", 1, self.student_loss),)
 
     def student_loss(self, nets: Velocities, batch: TrainingBatch) -> Loss:
         """|v - w|^2 on pairs of the teacher, which carry no gradient."""

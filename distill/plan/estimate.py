@@ -105,8 +105,8 @@ class PlanInput:
     def plan(self) -> Plan:
         """Compute the cost; takes seconds and little memory. Raises SizeError."""
         self.geometry.check_size(self.size)
-        counts, turns = self._counts_of_all_blocks(), self.method.turns()
-        roles = TrainedNetworks.of(turns).roles
+        counts, phases = self._counts_of_all_blocks(), self.method.update_phases()
+        roles = TrainedNetworks.of(phases).roles
         own = {role: counts[f"{role} weights"] for role in roles}
         states = {kind: counts[f"{kind} states"] for kind in ("adam", "adam-8bit")}
         costs = {role: StepCost(*(counts[f"{role} {part}"] for part in _STEP_PARTS)) for role in roles}
@@ -130,9 +130,9 @@ class PlanInput:
             "sample grid": always + own["student"] + counts["grid"],
         }
         flop = 0.0
-        for turn in turns:
-            spared = (1 - skip_share(turn, self.batch)) * counts[f"{turn.role} skip flop"]
-            flop += turn.steps * (costs[turn.role].flop - spared)
+        for phase in phases:
+            spared = (1 - skip_share(phase, self.batch)) * counts[f"{phase.role} skip flop"]
+            flop += phase.steps * (costs[phase.role].flop - spared)
         return Plan(
             parameters=counts["parameters"],
             trainable=counts["trainable"],
@@ -170,7 +170,7 @@ class PlanInput:
                 less = self._counts(geometry, skip=(1,)) if left_out else more  # the second block is of this kind
                 for name in base:
                     counts[name] += further * (more[name] - base[name]) + left_out * (less[name] - more[name])
-        for role in TrainedNetworks.of(self.method.turns()).roles:
+        for role in TrainedNetworks.of(self.method.update_phases()).roles:
             grown = (counts[f"{role} {part}"] - base[f"{role} {part}"] for part in ("activations", "weights"))
             counts[f"{role} peak"] = base[f"{role} peak"] + max(grown)
         return counts
@@ -183,15 +183,15 @@ class PlanInput:
         dtype = self.dtype
         # Compiled code cannot run on tensors without data; its fused operations keep no more memory than these.
         kind = self.kind.model_copy(update={"compile": False})
-        turns = self.method.turns()
-        calls = {turn.role: network_calls(turn) for turn in turns}
+        phases = self.method.update_phases()
+        calls = {phase.role: network_calls(phase) for phase in phases}
         others = {role: [call for call in called if not call.skip_layers] for role, called in calls.items()}
         if skip is not None:
             calls = {
                 role: [replace(call, skip_layers=skip) if call.skip_layers else call for call in called]
                 for role, called in calls.items()
             }
-        networks = build(geometry, kind, dtype, TrainedNetworks.of(turns))
+        networks = build(geometry, kind, dtype, TrainedNetworks.of(phases))
         models = networks.modules()
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(geometry.vae).eval().requires_grad_(False)

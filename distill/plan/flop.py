@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from distill.config import Full, Lora
-from distill.methods.base import Turn
+from distill.methods.base import UpdatePhase
 from distill.models.geometry import Geometry
 from distill.plan.step_cost import network_calls, skip_share
 
@@ -21,7 +21,11 @@ def encoding_flop(geometry: Geometry) -> float:
 
 
 def training_flop(
-    geometry: Geometry, networks: Full | Lora, turns: Iterable[Turn], sizes: Iterable[tuple[int, int]], batch: int
+    geometry: Geometry,
+    networks: Full | Lora,
+    phases: Iterable[UpdatePhase],
+    sizes: Iterable[tuple[int, int]],
+    batch: int,
 ) -> float:
     """FLOP per image of one round of updates, averaged over image sizes (width, height) in pixels.
 
@@ -30,16 +34,16 @@ def training_flop(
     costs = [_network_flop(geometry, *size) for size in sizes]
     matrices, attention = (sum(parts) / len(costs) for parts in zip(*costs, strict=True))
     total = 0.0
-    for turn in turns:
-        share = skip_share(turn, batch)
-        for call in network_calls(turn):
+    for phase in phases:
+        share = skip_share(phase, batch)
+        for call in network_calls(phase):
             passes = (2 if call.forward_mode else 1) * (matrices + attention)
             if call.backward:
-                learns = call.role == turn.role and isinstance(networks, Full)
+                learns = call.role == phase.role and isinstance(networks, Full)
                 passes += (2 if learns else 1) * matrices + _ATTENTION_BACKWARD * attention
                 passes += (matrices + attention) * networks.gradient_checkpointing
             kept = 1 - len(call.skip_layers) / geometry.transformer["num_layers"]
-            total += turn.steps * call.rows * passes * kept * (share if call.skip_layers else 1)
+            total += phase.steps * call.rows * passes * kept * (share if call.skip_layers else 1)
     return total
 
 

@@ -129,8 +129,8 @@ def estimate_run(
     """
     geometry = read_geometry(str(teacher.path)).with_text(teacher.clip_length, teacher.max_sequence_length)
     sizes = config.sizes or [(teacher.image_size, teacher.image_size)]
-    turns = config.method.turns()
-    image_flop = training_flop(geometry, config.networks, turns, sizes, config.micro_batch or config.batch)
+    phases = config.method.update_phases()
+    image_flop = training_flop(geometry, config.networks, phases, sizes, config.micro_batch or config.batch)
     prompt_flop = encoding_flop(geometry)
     count, online = prompts.distinct(), prompts.is_online(teacher)
     row = row_bytes(teacher) * text_dtype(device).itemsize // torch.bfloat16.itemsize

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from distill.flow import derivative
-from distill.methods.base import NetworkVelocity, Real, TrainingBatch, Turn, Velocities, Velocity
+from distill.methods.base import NetworkVelocity, Real, TrainingBatch, UpdatePhase, Velocities, Velocity
 from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.plan.meter import Meter
@@ -42,19 +42,19 @@ class NetworkCall:
     skip_layers: tuple[int, ...] = ()
 
 
-def skip_share(turn: Turn, batch: int) -> float:
+def skip_share(phase: UpdatePhase, batch: int) -> float:
     """The share of the calls with skip-layer guidance in [0, 1] that a loss makes, for micro-batches of `batch` images.
 
     It leaves them out if all times of a micro-batch are outside of the interval. Estimated by running the loss.
     """
-    if not (full := sum(bool(call.skip_layers) for call in network_calls(turn))):
+    if not (full := sum(bool(call.skip_layers) for call in network_calls(phase))):
         return 1.0
-    calls = (call for draw in range(_DRAWS) for call in network_calls(turn, range(draw * batch, (draw + 1) * batch)))
+    calls = (call for draw in range(_DRAWS) for call in network_calls(phase, range(draw * batch, (draw + 1) * batch)))
     return sum(bool(call.skip_layers) for call in calls) / (full * _DRAWS)
 
 
-def network_calls(turn: Turn, images: range | None = None) -> list[NetworkCall]:
-    """List the network calls of a turn's loss in order, by running it.
+def network_calls(phase: UpdatePhase, images: range | None = None) -> list[NetworkCall]:
+    """List the network calls of an update phase's loss in order, by running it.
 
     With indices of `images`, only those that a micro-batch of their random numbers needs; otherwise all that there are.
     """
@@ -73,7 +73,7 @@ def network_calls(turn: Turn, images: range | None = None) -> list[NetworkCall]:
     fields = (recorder("student"), recorder("teacher"), recorder("fake"))
     nets = Velocities(*fields, null, recorder("critic"), SHIFT, conditional_calls=images is not None)
     x, cond = torch.zeros(len(drawn), 1, 2, 2), null.expand(len(drawn))
-    turn.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", drawn), Real(x, cond)))
+    phase.loss(nets, TrainingBatch(x, cond, Draw(0, "plan", drawn), Real(x, cond)))
     return calls
 
 

@@ -18,14 +18,14 @@ from distill.models.device import resolve_device
 from distill.training import optimizers
 from distill.training.processes import COLLECTIVE_TIMEOUT
 
-_ENGINES = "cannot train roles in turns; launch with DDP, or FSDP with fsdp_version 2"
+_ENGINES = "cannot train two networks alternately; launch with DDP, or FSDP with fsdp_version 2"
 
 
 def accelerator_for(precision: str, out: Path, trackers: Sequence[str] = ("tensorboard",)) -> Accelerator:
     """Start accelerate for one process or many; trackers that write files do so under `out/tensorboard`.
 
     Raises ConfigError for a tracker that is unknown or not installed, for an environment in which accelerate cannot
-    start, and for an engine that cannot train roles in turns.
+    start, and for an engine that cannot train two networks alternately.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM", "SAGEMAKER"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":

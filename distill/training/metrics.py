@@ -70,7 +70,7 @@ class RoundMetrics:
 class MetricsLog:
     """Collects the metrics of rounds, and writes their means over rounds and processes to metrics.jsonl and trackers.
 
-    `seconds/` are sums of the time of the roles' turns, or of whole rounds as CUDA graphs, and of waiting for data.
+    `seconds/` are sums of the time of the update phases, or of whole rounds as CUDA graphs, and of waiting for data.
     `memory/peak` is that of the main process, in bytes.
     """
 

@@ -84,7 +84,7 @@ class Networks(ABC):
     def critic(self, learns: bool) -> Critic:
         """The critic on the fake's features, with gradient to both weights if it `learns`, else to `x_t` only."""
         head = self._head
-        assert head is not None  # a turn with a critic has one
+        assert head is not None  # an update phase with a critic has one
 
         def critic_logits(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             with self.using("fake"):

@@ -1,4 +1,4 @@
-"""The training loop: for each step of each turn of the method: loss, backward, average over devices, clip, step.
+"""The training loop: for each step of each update phase: loss, backward, average over devices, clip, step.
 
 The trainer owns optimizers and checkpoints, and yields progress to its caller. Every random number is a function of
 (seed, purpose, image index), so a run resumes without generator state, and devices share one global batch.
@@ -25,7 +25,7 @@ from distill.data.batches import MicroBatch, batches, micro_batch_size, prefetch
 from distill.data.conditions import Conditions, Reals
 from distill.errors import DivergedError, RunError
 from distill.flow import one_step
-from distill.methods.base import Turn, Velocities
+from distill.methods.base import UpdatePhase, Velocities
 from distill.models.cuda_graphs import CudaGraphed
 from distill.models.text import TextCondition
 from distill.training import checkpoint, optimizers
@@ -44,7 +44,7 @@ GRAPHED = 50_000_000  # numbers in a network's weights, from which on kernels ta
 
 @dataclass(frozen=True)
 class Progress(TrainingProgress):
-    """The state of a run after a round of turns; valid until the next round begins.
+    """The state of a run after a round; valid until the next round begins.
 
     `seconds` is the time of all rounds so far, without checkpoints and without what the caller does between rounds.
     `generate(cond, z)` is the averaged student, `average` its weights. A caller may add metrics and notes.
@@ -88,7 +88,8 @@ def train(
         state.begin(start())
     log = MetricsLog(out, accelerator, images, config)
 
-    turns = [turn for turn in config.method.turns() for _ in range(turn.steps)]
+    phases = config.method.update_phases()
+    steps = [phase for phase in phases for _ in range(phase.steps)]  # of a round
     parts = -(-local // micro_batch_size(config, local))  # micro-batches of a step
     skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # steps in a row
     most_skipped = {role: torch.zeros((), device=device) for role in networks.roles}  # the maximum in this process
@@ -100,34 +101,34 @@ def train(
     null = conditions.null.to(device)
     # A CUDA graph replays all its calls, and processes that share a sharded base must make the same ones.
     conditional = not graphed and not accelerator.is_fsdp2
-    velocities = {turn.role: _velocities(networks, turn, null, shift, conditional) for turn in config.method.turns()}
+    velocities = {phase.role: _velocities(networks, phase, null, shift, conditional) for phase in phases}
 
     def take_round(coming: Iterator[MicroBatch]) -> Tensor:
-        """Take the steps of all turns; return the sums and counts of metrics (names, 2)."""
+        """Take the steps of a round; return the sums and counts of metrics (names, 2)."""
         metrics = RoundMetrics()
-        for turn in turns:
-            with log.seconds(turn.role):
+        for phase in steps:
+            with log.seconds(phase.role):
                 # 2. loss and gradient, over this process's share of the global batch
                 for part in islice(coming, parts):
-                    with networks.using(turn.role):
+                    with networks.using(phase.role):
                         with accelerator.autocast():
-                            loss = turn.loss(velocities[turn.role], part.batch(config.seed))
+                            loss = phase.loss(velocities[phase.role], part.batch(config.seed))
                         (loss.value * (len(part.images) / local)).backward()
-                    metrics.add_loss(turn.role, loss)
+                    metrics.add_loss(phase.role, loss)
 
                 # 3. average over processes, clip, step
-                tensors = list(weights[turn.role].values())
+                tensors = list(weights[phase.role].values())
                 _average_gradients(tensors, accelerator)
                 norm = torch.nn.utils.clip_grad_norm_(tensors, config.optimizer.max_grad_norm)
                 sound = norm.isfinite()
-                optimizers.step(adams[turn.role], sound)
-                adams[turn.role].zero_grad()
-                skipped[turn.role].copy_(torch.where(sound, 0, skipped[turn.role] + 1))
-                most_skipped[turn.role].copy_(torch.maximum(most_skipped[turn.role], skipped[turn.role]))
-                metrics.add(f"gradient_norm/{turn.role}", norm)
-                metrics.add(f"skipped/{turn.role}", (~sound).float())
+                optimizers.step(adams[phase.role], sound)
+                adams[phase.role].zero_grad()
+                skipped[phase.role].copy_(torch.where(sound, 0, skipped[phase.role] + 1))
+                most_skipped[phase.role].copy_(torch.maximum(most_skipped[phase.role], skipped[phase.role]))
+                metrics.add(f"gradient_norm/{phase.role}", norm)
+                metrics.add(f"skipped/{phase.role}", (~sound).float())
                 if not graphed:
-                    check_soundness(turn.role)  # waits for the device, so that the turn's seconds are its own
+                    check_soundness(phase.role)  # waits for the device, so that the phase's seconds are its own
 
         # 4. average the student
         average_into(average.values(), (weights["student"][name] for name in average), share)
@@ -154,7 +155,7 @@ def train(
 
     if images:
         yield progress_from(max(0, images - config.batch))
-    run_round = _graphed(take_round, parts * len(turns), log) if graphed else take_round
+    run_round = _graphed(take_round, parts * len(steps), log) if graphed else take_round
     coming = batches(config, images, rank * local, local, conditions, shapes, device.type == "cuda", reals)
     # On a CPU the thread would take cores from the step itself; a graph is recorded without other threads.
     with closing(coming if device.type == "cpu" or graphed else prefetch(coming)) as made:
@@ -228,14 +229,16 @@ def _graphed(
     return run_round
 
 
-def _velocities(networks: Networks, turn: Turn, null: TextCondition, shift: float, conditional: bool) -> Velocities:
-    """The networks of a turn: its role has gradient to its weights, the others to their input only."""
+def _velocities(
+    networks: Networks, phase: UpdatePhase, null: TextCondition, shift: float, conditional: bool
+) -> Velocities:
+    """The networks of an update phase: its role has gradient to its weights, the others to their input only."""
     fields: dict[str, Any] = {
-        name: networks.velocity(name) if name == turn.role else networks.field(name)
+        name: networks.velocity(name) if name == phase.role else networks.field(name)
         for name in ("student", "teacher", "fake")
     }
-    if turn.critic:
-        fields["critic"] = networks.critic(turn.role == "fake")
+    if phase.critic:
+        fields["critic"] = networks.critic(phase.role == "fake")
     return Velocities(**fields, null=null, shift=shift, conditional_calls=conditional)
 
 

@@ -70,7 +70,7 @@ def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
 
 
 def asked(networks, role: str) -> Velocities:
-    """As the trainer asks in a turn of `role`."""
+    """As the trainer asks in an update phase of `role`."""
     fields = {
         name: networks.velocity(name) if name == role else networks.field(name)
         for name in ("student", "teacher", "fake")
@@ -79,10 +79,10 @@ def asked(networks, role: str) -> Velocities:
 
 
 def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> dict[str, torch.Tensor]:
-    """Of the FGM loss of a turn of `role` over some images; what is left in place afterwards."""
-    turn = {turn.role: turn for turn in METHOD.turns()}[role]
+    """Of the FGM loss of an update phase of `role` over some images; what is left in place afterwards."""
+    phase = {phase.role: phase for phase in METHOD.update_phases()}[role]
     draw = Draw(0, role, images)
-    turn.loss(nets, TrainingBatch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
+    phase.loss(nets, TrainingBatch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
     return {name: tensor.grad for name, tensor in trainable.items()}
 
 

@@ -149,7 +149,7 @@ def test_realuid_without_real_images_is_fgm():
     nets, _ = small_networks()
     plain = FGMConfig(alpha=0.5, guidance=Guidance(scale=1))
     same = plain.model_copy(update={"realuid": RealUID(a=1, b=1)})
-    assert not any(turn.real for turn in same.turns())
+    assert not any(phase.real for phase in same.update_phases())
     z = torch.randn(8, 2)
     for name in ("student_loss", "fake_loss"):
         one, other = (
@@ -340,14 +340,14 @@ def test_a_mixture_of_gaussians_is_distilled_end_to_end():
     draw = BatchDraw(128)
     steps = 500
     for step in range(steps):
-        for turn in config.turns():
-            full = 3e-3 if turn.role == "student" else 6e-3
-            optimizers[turn.role].param_groups[0]["lr"] = full * (1 - step / steps)
-            for _ in range(turn.steps):
-                loss = turn.loss(nets, TrainingBatch(draw.normal((2,)), None, draw)).value
-                optimizers[turn.role].zero_grad()
+        for phase in config.update_phases():
+            full = 3e-3 if phase.role == "student" else 6e-3
+            optimizers[phase.role].param_groups[0]["lr"] = full * (1 - step / steps)
+            for _ in range(phase.steps):
+                loss = phase.loss(nets, TrainingBatch(draw.normal((2,)), None, draw)).value
+                optimizers[phase.role].zero_grad()
                 loss.backward()
-                optimizers[turn.role].step()
+                optimizers[phase.role].step()
     z = torch.randn(2000, 2)
     made = (z - student(z)).detach()
     distance, nearest = torch.cdist(made, centers).min(1)

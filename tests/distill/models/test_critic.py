@@ -38,7 +38,7 @@ def made(teacher: Path, kind: Full | Lora) -> Networks:
 def gradients(role: str, velocities: Velocities, networks: Networks, cond: TextCondition) -> dict[str, Tensor | None]:
     draw = Draw(0, role, range(3))
     batch = TrainingBatch(draw.normal(SHAPE), cond, draw, Real(draw.normal(SHAPE), cond[[2, 0, 1]]))
-    loss = {turn.role: turn.loss for turn in CONFIG.turns()}[role](velocities, batch)
+    loss = {phase.role: phase.loss for phase in CONFIG.update_phases()}[role](velocities, batch)
     loss.value.backward()
     return {name: tensor.grad for name, tensor in networks.trainable(role).items()}
 

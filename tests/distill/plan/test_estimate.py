@@ -94,23 +94,23 @@ def test_a_plan_is_what_a_real_step_leaves_and_takes(teacher, kind):
     networks = plans.build(made.geometry, kind, dtype, device="cpu")
     weights = {role: networks.trainable(role) for role in ROLES}
     optimizers = {role: torch.optim.Adam(weights[role].values(), betas=(0.0, 0.999)) for role in ROLES}
-    turned = []
-    for turn in made.method.turns():
-        turned.append(simulate_step(networks, turn.role, network_calls(turn), *inputs(made), dtype))
-        optimizers[turn.role].step()
-        assert plan.gradients == nbytes(x.grad for x in weights[turn.role].values())
-        optimizers[turn.role].zero_grad()
-        beside = plan.stages[f"{turn.role} update"] - sum(plan.resident.values())
-        assert beside == pytest.approx(turned[-1].peak, rel=0.01)
+    measured = []
+    for phase in made.method.update_phases():
+        measured.append(simulate_step(networks, phase.role, network_calls(phase), *inputs(made), dtype))
+        optimizers[phase.role].step()
+        assert plan.gradients == nbytes(x.grad for x in weights[phase.role].values())
+        optimizers[phase.role].zero_grad()
+        beside = plan.stages[f"{phase.role} update"] - sum(plan.resident.values())
+        assert beside == pytest.approx(measured[-1].peak, rel=0.01)
 
-    flop = sum(turn.steps * real.flop for turn, real in zip(made.method.turns(), turned, strict=True))
-    last = made.method.turns()[-1]
+    flop = sum(phase.steps * real.flop for phase, real in zip(made.method.update_phases(), measured, strict=True))
+    last = made.method.update_phases()[-1]
     without = [call for call in network_calls(last) if not call.skip_layers]
-    spared = turned[-1].flop - simulate_step(networks, last.role, without, *inputs(made), dtype).flop
+    spared = measured[-1].flop - simulate_step(networks, last.role, without, *inputs(made), dtype).flop
     share = skip_share(last, BATCH)
     assert 0.2 < share < 0.95
     assert plan.flop_per_image == pytest.approx((flop - (1 - share) * spared) / BATCH, rel=1e-9)
-    heaviest = max(turned, key=lambda real: real.peak)
+    heaviest = max(measured, key=lambda real: real.peak)
     assert plan.activations == pytest.approx(heaviest.activations, rel=0.01)
     moments = [x for adam in optimizers.values() for state in adam.state.values() for x in state.values() if x.ndim]
     assert plan.resident["optimizer states"] == nbytes(moments)
@@ -177,7 +177,7 @@ def test_arithmetic_is_that_of_the_layers_by_hand(tmp_path):
     ids=lambda method: method.name,
 )
 def test_every_role_of_a_method_is_counted_and_no_other(teacher, method):
-    trained = TrainedNetworks.of(method.turns())
+    trained = TrainedNetworks.of(method.update_phases())
     made = setting(teacher, Full(), method=method)
     plan, networks = made.plan(), build(SD3Folder.read(teacher), Full(), made.dtype, CPU, trained)
     own = {role: nbytes(networks.trainable(role).values()) for role in trained.roles}
@@ -193,9 +193,9 @@ def test_a_path_of_the_teacher_keeps_nothing_and_costs_what_it_really_costs(teac
     networks = plans.build(three.geometry, three.kind, torch.float32, TrainedNetworks(("student",)), "cpu")
     z, cond = inputs(three)
     nets = Velocities(networks.velocity("student"), networks.field("teacher"), networks.field("fake"), cond[:1])
-    (turn,) = three.method.turns()
+    (phase,) = three.method.update_phases()
     with Meter() as meter:
-        turn.loss(nets, TrainingBatch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
+        phase.loss(nets, TrainingBatch(z, cond, Draw(0, "x", range(BATCH)))).value.backward()
     assert three.plan().flop_per_image == meter.flop / BATCH
 
 

@@ -40,5 +40,7 @@ def test_an_image_costs_what_the_networks_do():
 def test_a_round_costs_what_its_plan_counts(preset, counted):
     """`distill plan` of the preset, which takes too long for a test."""
     config = load_config(preset)
-    found = flop.training_flop(read_geometry("sd3-medium"), config.networks, config.method.turns(), [(1024, 1024)], 4)
+    found = flop.training_flop(
+        read_geometry("sd3-medium"), config.networks, config.method.update_phases(), [(1024, 1024)], 4
+    )
     assert found == pytest.approx(counted, rel=0.03)

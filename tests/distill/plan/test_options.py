@@ -54,7 +54,7 @@ def test_settings_of_the_method_can_be_planned(teacher):
     geometry = read_geometry(str(teacher))
     sets = ["method.guidance.guide_fake=false", "method.guidance.skip_layers=[0]"]
     made = run_input(geometry, teacher_config(geometry, sets))
-    calls = [call for turn in made.method.turns() for call in network_calls(turn) if turn.role == "student"]
+    calls = [call for phase in made.method.update_phases() for call in network_calls(phase) if phase.role == "student"]
     assert [(call.role, call.rows, call.skip_layers) for call in calls] == [
         ("student", 1, ()),
         ("teacher", 2, ()),

@@ -16,23 +16,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 def test_a_derivative_is_taken_as_the_loss_takes_it(teacher):
-    (turn,) = flow_map.FlowMapConfig().turns()
+    (phase,) = flow_map.FlowMapConfig().update_phases()
     # A jump from noise, its derivative there, the teacher's field, and the forward that the student learns from.
-    found = [(each.role, each.backward, each.forward_mode) for each in network_calls(turn)]
+    found = [(each.role, each.backward, each.forward_mode) for each in network_calls(phase)]
     student = [("student", False, False), ("student", False, True), ("student", True, False)]
     assert [each for each in found if each[0] == "student"] == student
     assert {each for each in found if each[0] != "student"} == {("teacher", False, False)}
 
 
 def test_skip_layer_guidance_is_a_third_call_of_the_teacher_without_those_blocks():
-    role, (_, turn) = "teacher", FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,))).turns()
-    calls = [(call.rows, call.backward, call.skip_layers) for call in network_calls(turn) if call.role == role]
+    role, (_, phase) = "teacher", FGMConfig(guidance=Guidance(guide_fake=True, skip_layers=(0,))).update_phases()
+    calls = [(call.rows, call.backward, call.skip_layers) for call in network_calls(phase) if call.role == role]
     assert calls == [(2, True, ()), (1, True, (0,))]
 
 
 def test_skip_layer_calls_count_by_the_share_of_micro_batches_that_need_one():
     method = load_config("sd3.5-medium-lora").method
-    fake, student = method.turns()
+    fake, student = method.update_phases()
     low, times = method.guidance.skip_interval[0], method.times
     # Times are clamped to 0.98, which is inside of the interval, so only its low end decides.
     outside = NormalDist(times.mean, times.std).cdf(math.log(low / (1 - low)))

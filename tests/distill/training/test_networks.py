@@ -40,7 +40,7 @@ def traced() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it, unless it is an error
 def test_compiled_blocks_have_the_same_gradients_and_compile_once(traced):
-    """In the student's turn, which calls all three roles, with and without a block, under checkpointing."""
+    """In the student's update phase, which calls all three roles, with and without a block, under checkpointing."""
 
     def networks(**kind):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def test_compiled_blocks_have_the_same_gradients_and_compile_once(traced):
                 tensor.data += 0.05 * torch.randn(tensor.shape)
         return made
 
-    def turn(networks):
+    def update(networks):
         with networks.using("student"):
             found = gradients(asked(networks, "student"), networks.trainable("student"), "student")
         for tensor in networks.trainable("student").values():
@@ -59,10 +59,10 @@ def test_compiled_blocks_have_the_same_gradients_and_compile_once(traced):
         return found
 
     compiled = networks(compile=True)
-    assert_same(turn(compiled), turn(networks()))
+    assert_same(update(compiled), update(networks()))
     forms = counters["stats"]["unique_graphs"]
     assert 0 < forms <= 8  # two kinds of blocks for each role, and those of the teacher without a block
-    turn(compiled)
+    update(compiled)
     assert counters["stats"]["unique_graphs"] == forms  # roles alternate without compiling again
 
 
