@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import psycopg
 
 
 class Postgres:
@@ -55,6 +56,20 @@ class Postgres:
         finally:
             for process in processes:
                 process.resume()
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """Replaced by a replica: all connections are cut, and new ones cannot write, even after this is left."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+                "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+            )
+            try:
+                yield
+            finally:
+                connection.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
 
     def _processes(self) -> list[psutil.Process]:
         server = psutil.Process(int(Path(self._folder, "data", "postmaster.pid").read_text().split()[0]))

@@ -57,11 +57,11 @@ def nested(flags: Mapping[str, object], assignments: Sequence[str] | None) -> di
     for assignment in assignments or ():
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise StartError(f"--set {assignment}: write it as key=value, for example engine.max_batch=8")
+            raise StartError(f"--set {key}: write it as key=value, for example engine.max_batch=8")
         try:
             given[key] = json.loads(text) if text.startswith(("[", "{")) else text
         except ValueError as error:
-            raise StartError(f"--set {assignment}: {error}; lists are JSON") from None
+            raise StartError(f"--set {key}: {error}; lists are JSON") from None  # without the value, which may be a key
     groups: dict[str, Any] = {}
     for key, value in given.items():
         group, _, name = key.partition(".")

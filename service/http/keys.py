@@ -126,8 +126,8 @@ class KeyFile:
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> str:
         """Add a key and return its token, which cannot be shown again. Raises StartError for an invalid name."""
-        if not owner.strip():
-            raise StartError("a key needs a name, because logs and limits go by it")
+        if not owner.strip() or not owner.isprintable():
+            raise StartError("a key needs a name of printable characters, because logs and limits go by it")
         token = f"fgm-{secrets.token_urlsafe(32)}"
         with self._locked():
             keys = self.read_at_start()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sqlalchemy import make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError, TimeoutError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.backoff import backoff
@@ -116,6 +116,14 @@ class Database:
         try:
             with sessions.begin() as session:
                 yield session
-        except (OperationalError, TimeoutError) as error:  # TimeoutError: all connections of the pool are in use
-            log.warning("the database does not answer: %s", error)
+        except SQLAlchemyError as error:
+            if not _is_outage(error):
+                raise
+            log.warning("the database does not answer: %s", getattr(error, "orig", None) or error)
             raise Unavailable("the server's database does not answer; try again") from error
+
+
+def _is_outage(error: SQLAlchemyError) -> bool:
+    """Whether the database is at fault, and not the statement. TimeoutError: all connections of the pool are in use."""
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, OperationalError | TimeoutError)

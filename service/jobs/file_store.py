@@ -82,7 +82,7 @@ class FileStore:
 
     def remove(self, owner: str, file_id: str, now: int) -> None:
         """Delete a file. Raises NotFound, and InvalidRequest while an unfinished batch or job needs it."""
-        with self._database.begin() as session:
+        with self._database.begin(owner) as session:  # so that no batch is created meanwhile
             file = self.own(session, owner, file_id, now)
             if session.scalar(select(func.count()).where(FileRow.id == file_id, _needed())):
                 raise InvalidRequest("an unfinished batch or job needs this file; cancel it first", code="file_in_use")

@@ -8,10 +8,11 @@ from typing import Any
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.pq import TransactionStatus
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 
 ANSWER_SECONDS = 15.0  # deadline of a statement
 POOL_SECONDS = 10.0  # that a transaction waits for a connection while all are in use
+READ_ONLY = "25006"  # state of a statement that writes to a read-only database
 # Parameters of libpq, in its units; those of the URL win. Those of TCP are for DBOS, which sets no deadlines.
 PARAMETERS = {
     "connect_timeout": "5",
@@ -44,11 +45,21 @@ def with_keepalives(url: URL) -> URL:
 
 def engine(url: URL) -> Engine:
     """Return an engine for a URL of `with_keepalives`, with a deadline for every statement."""
-    made = create_engine(url, pool_pre_ping=True, pool_timeout=POOL_SECONDS)
+    made = create_engine(url, hide_parameters=True, pool_pre_ping=True, pool_timeout=POOL_SECONDS)
     event.listen(
         made, "do_connect", lambda dialect, record, args, options: DeadlineConnection.connect(*args, **options)
     )
     return made
+
+
+@event.listens_for(Engine, "handle_error")
+def _leave_read_only(context: ExceptionContext) -> None:
+    """Treat a read-only database as unavailable, also in the engine of DBOS, which retries lost connections.
+
+    A failover leaves connections to a server that has become a replica. Their successors find the new primary.
+    """
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def remove_deadline(connection: Connection) -> None:

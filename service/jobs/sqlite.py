@@ -73,7 +73,7 @@ def _lock(file: Path) -> FileLock:
 
 
 def _engine(url: URL, prepare: Any, begin: str) -> Engine:
-    made = create_engine(url, pool_pre_ping=True, connect_args={"timeout": BUSY_SECONDS})
+    made = create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args={"timeout": BUSY_SECONDS})
 
     def begun(connection: Connection) -> None:
         connection.exec_driver_sql(begin)

@@ -190,6 +190,7 @@ def test_what_keeps_it_from_starting_is_one_sentence(arguments, environment, nam
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert named in said
+    assert "oops" not in said  # a malformed list of keys
     assert len(said.strip().splitlines()) == 1
 
 

@@ -92,20 +92,28 @@ def test_a_batch_and_a_job_survive_an_outage_of_the_database(database, teacher, 
         job = until(client, job, lambda job: job.images_seen)
         batch = submit(client, [line(str(number), seed=number) for number in range(200)])
         ended(client, batch.id, "in_progress")
+
+        def refuses(ask: Callable[[], object]) -> None:
+            with pytest.raises(openai.InternalServerError, match="database does not answer") as away:
+                ask()
+            assert away.value.status_code == 503
+            assert int(away.value.response.headers["retry-after"]) > 0
+
+        writes = (
+            lambda: client.batches.create(
+                input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h"
+            ),
+            lambda: client.fine_tuning.jobs.cancel(job.id),
+            lambda: upload(client),
+        )
+        with database.read_only():
+            for write in writes:
+                refuses(write)
+            assert client.batches.retrieve(batch.id).status == "in_progress"
         database.stop()
         try:
-            for ask in (
-                lambda: client.batches.retrieve(batch.id),
-                lambda: client.batches.create(
-                    input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h"
-                ),
-                lambda: client.fine_tuning.jobs.cancel(job.id),
-                lambda: upload(client),
-            ):
-                with pytest.raises(openai.InternalServerError, match="database does not answer") as away:
-                    ask()
-                assert away.value.status_code == 503
-                assert int(away.value.response.headers["retry-after"]) > 0
+            for ask in (*writes, lambda: client.batches.retrieve(batch.id)):
+                refuses(ask)
             backend.open.set()  # so that answers arrive while the database is stopped
             assert client.images.generate(prompt="a red circle").data[0].b64_json
             assert httpx.get(f"{url}/readyz").status_code == 200
@@ -124,7 +132,7 @@ def test_a_batch_and_a_job_survive_an_outage_of_the_database(database, teacher, 
         until(client, job, lambda job: job.status == "cancelled")
 
 
-def test_reading_a_job_does_not_wait_for_a_writer(empty, tmp_path):
+def test_writers_wait_for_each_other_and_readers_for_nobody(empty, tmp_path):
     jobs = Jobs(tmp_path, Settings(jobs={"database": f"{empty}?options=-c%20lock_timeout%3D100"}))
     jobs.database.migrate()
     name = add_job(jobs, 1, "running")
@@ -136,6 +144,8 @@ def test_reading_a_job_does_not_wait_for_a_writer(empty, tmp_path):
             assert part("ann", name, None, 1) == ([], False)
         with pytest.raises(Unavailable):
             jobs.fine_tuning.pause("ann", name)
+    with jobs.database.begin("ann"), pytest.raises(Unavailable):  # while a batch is created
+        jobs.files.remove("ann", "file-1", 0)
     jobs.database.close()
 
 

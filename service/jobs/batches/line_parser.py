@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.engine.request import GenerationRequest
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, ServiceError
 from service.http.error_handlers import field_error
 from service.images.request import RANDOM_SEEDS, OutputOptions
 from service.images.service import ImageService
@@ -14,6 +14,8 @@ from service.jobs.batches.lines import WINDOW_SECONDS, line_digest
 from service.jobs.schemas import BatchLine
 from service.jobs.tables import BatchRow
 from service.settings import Settings
+
+BODY = "body."  # before the names of fields of the request in a line
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LineRequest:
 
 
 def parse(images: ImageService, settings: Settings, batch: BatchRow, number: int, line: bytes) -> LineRequest:
-    """Return the request of a line with all defaults applied. Raises the ServiceError that its client sees."""
+    """Return the request of a line with all defaults applied. Raises a ServiceError that names the line's field."""
     max_bytes = settings.http.max_body_bytes
     if len(line) > max_bytes:
         raise InvalidRequest(f"the line is over {max_bytes} bytes", code="line_too_long")
@@ -49,7 +51,11 @@ def parse(images: ImageService, settings: Settings, batch: BatchRow, number: int
     changes: dict[str, Any] = {"priority": "batch", "timeout": float(WINDOW_SECONDS)}
     if body.seed is None:
         changes["seed"] = int.from_bytes(line_digest(batch.id, number)) % (RANDOM_SEEDS - (body.n or 1))
-    generation, output = images.resolve(body.model_copy(update=changes), batch.owner)
+    try:
+        generation, output = images.resolve(body.model_copy(update=changes), batch.owner)
+    except ServiceError as error:
+        error.param = error.param and f"{BODY}{error.param}"
+        raise
     return LineRequest(number, read.custom_id, generation, output)
 
 

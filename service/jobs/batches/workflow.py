@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from service.backoff import backoff
 from service.errors import GenerationFailed, ServiceError, TimedOut, Unavailable, quoted, to_openai
 from service.images.service import GeneratedImages, ImageService
-from service.jobs.batches.line_parser import LineRequest, parse
+from service.jobs.batches.line_parser import BODY, LineRequest, parse
 from service.jobs.batches.lines import LineAnswer, LineError, Outcome, custom_id_of, numbered_lines, unanswered
 from service.jobs.jobs import Jobs
 from service.jobs.tables import ENDED, BatchRow
@@ -181,6 +181,7 @@ class BatchWorkflow:
             try:
                 yield parse(self._images, self._settings, batch, number, line)
             except ServiceError as error:
+                error.param = error.param and error.param.removeprefix(BODY)  # the answer to the request itself
                 yield _error_answer(new_request_id(), batch, number, custom_id_of(line), error)
 
     # Output files

@@ -48,7 +48,11 @@ class DistillationOptions(RequestModel):
     max_prompts: Annotated[Count, Field(description="Maximum number of prompts of the training file.")] = 1_000_000
     column: Annotated[
         str | None,
-        Field(max_length=256, description="Column of the prompts in the file, if it is not prompt, caption or text."),
+        Field(
+            max_length=256,
+            pattern=r"^[^\x00]*$",
+            description="Column of the prompts in the file, if it is not prompt, caption or text.",
+        ),
     ] = None
     batch: Annotated[Count | None, Field(description="Images of a step.")] = None
     micro_batch: Annotated[Count | None, Field(description="Images of one forward pass.")] = None

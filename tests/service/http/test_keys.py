@@ -141,9 +141,10 @@ def test_an_empty_key_file_refuses_every_request(serve, tmp_path):
     assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
 
 
-def test_a_key_needs_a_name(tmp_path):
+@pytest.mark.parametrize("name", [" ", "two\nlines", "not UTF-8 \udcff"])
+def test_a_key_needs_a_name(tmp_path, name):
     with pytest.raises(StartError, match="needs a name"):
-        KeyFile(tmp_path / "keys.json").create(" ", ["generate"])
+        KeyFile(tmp_path / "keys.json").create(name, ["generate"])
     assert not (tmp_path / "keys.json").exists()
 
 

@@ -97,11 +97,13 @@ def test_readers_do_not_wait_for_writers(database, tmp_path):
         assert len(session.scalars(select(ExecutorRow)).all()) == 20
 
 
-def test_a_read_transaction_cannot_write(database):
+def test_a_read_transaction_cannot_write_and_its_error_has_no_values(database, caplog):
     one = database()
     one.migrate()
-    with pytest.raises(Unavailable), one.read() as session:
-        session.add(ExecutorRow(id="one", beats=0))
+    with pytest.raises(Unavailable) as refused, one.read() as session:
+        session.add(ExecutorRow(id="private", beats=0))
+    assert "readonly" in caplog.text
+    assert "private" not in f"{caplog.text} {refused.value.__cause__}"
     with one.read() as session:
         assert session.scalars(select(ExecutorRow)).all() == []
 

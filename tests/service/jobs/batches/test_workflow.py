@@ -63,7 +63,7 @@ def test_lines_of_an_any_step_model_take_steps(serve, connect, tmp_path):
         assert linked == base64.b64decode(posted.data[0].b64_json)
     batch = submit(client, [line("five", steps=5)])
     (error,) = ended(client, batch.id, "completed", "failed").errors.data
-    assert (error.line, error.param) == (1, "steps")
+    assert (error.line, error.param) == (1, "body.steps")
 
 
 def test_a_batch_is_answered_with_links_to_images(serve, connect, tmp_path, receiver, caplog):
@@ -143,8 +143,8 @@ def test_invalid_lines_fail_the_batch_with_their_numbers(serve, connect, tmp_pat
         (2, "invalid_json_line", None),
         (3, "duplicate_custom_id", "custom_id"),
         (5, "invalid_request", "body.prompt"),
-        (6, "model_not_found", "model"),
-        (7, "invalid_value", "size"),
+        (6, "model_not_found", "body.model"),
+        (7, "invalid_value", "body.size"),
         (8, "invalid_value", "body.response_format"),
         (9, "invalid_method", "method"),
         (10, "invalid_url", "url"),

@@ -52,7 +52,9 @@ def test_every_option_is_a_key_of_a_run():
     assert load_config("sd3-medium-lora", DistillationOptions(networks="full").overrides()).networks.kind == "full"
 
 
-@pytest.mark.parametrize("given", [{"rnak": 3}, {"images": 8, "seconds": 9.0}, {"preset": "../x"}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "given", [{"rnak": 3}, {"images": 8, "seconds": 9.0}, {"preset": "../x"}, {"batch": 0}, {"column": "\0"}]
+)
 def test_an_unknown_or_invalid_option_is_refused(given):
     with pytest.raises(ValidationError):
         DistillationOptions(**given)
