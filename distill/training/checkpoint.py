@@ -5,7 +5,7 @@ A state is a folder, written by `files.atomic_write`, so a folder with a final n
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -126,9 +126,23 @@ def images_in(folder: Path) -> int:
     return 0 if newest is None else int(newest.name)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` states. Other files in their folders stay."""
-    for path in states(folder)[:-keep]:
+def prune(saved: Path, keep: int) -> None:
+    """Remove the states before `saved` in its folder, except the last `keep` - 1.
+
+    Later ones stay and do not count: a run that was resumed before them could not read them.
+    """
+    before = [path for path in states(saved.parent) if path.name < saved.name]
+    _remove(before[: max(0, len(before) - (keep - 1))])
+
+
+def keep_only(saved: Path) -> None:
+    """Remove all other states in the folder of `saved`, earlier and later ones."""
+    _remove(path for path in states(saved.parent) if path.name != saved.name)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Remove states. Other files in their folders stay."""
+    for path in folders:
         for name in (_RECORD, _TENSORS):
             (path / name).unlink(missing_ok=True)
         with suppress(OSError):  # not empty

@@ -128,7 +128,7 @@ class EvaluationCallback:
             made_with = {"metric": evaluator.metric, "evaluator": evaluator.digest}
             target = self._out / "best" / checkpoint.state_name(progress.images)
             checkpoint.save(target, progress.average, {**line, **made_with})
-            checkpoint.prune(self._out / "best", 1)
+            checkpoint.keep_only(target)  # also of an older student with more images, if the run was resumed before it
         append_line(self._out / EVALUATIONS, line)  # last, so that a killed evaluation is made again
         self._machine.log({f"evaluation/{name}": value for name, value in metrics.items()}, progress.images)
         run = read_run(self._out)

@@ -31,8 +31,9 @@ class RunCheckpoint:
             tensors |= checkpoint.pack(f"{role}-optimizer", checkpoint.optimizer_tensors(self.adams[role]))
         identity = self.config.identity()
         record = {"images": images, "seconds": seconds, "processes": processes, "config": identity}
-        checkpoint.save(self.folder / checkpoint.state_name(images), tensors, record)
-        checkpoint.prune(self.folder, self.config.cadence.keep_checkpoints)
+        saved = self.folder / checkpoint.state_name(images)
+        checkpoint.save(saved, tensors, record)
+        checkpoint.prune(saved, self.config.cadence.keep_checkpoints)
 
     def restore(self) -> tuple[int, float]:
         """Restore the newest checkpoint; return its images and its seconds of training, 0 without one."""

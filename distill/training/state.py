@@ -43,8 +43,9 @@ def save_state(
     tensors = checkpoint.pack("optimizer", checkpoint.optimizer_tensors(optimizer))
     for name, module in modules.items():
         tensors |= checkpoint.pack(name, module.state_dict())
-    checkpoint.save(folder / checkpoint.state_name(images), tensors, {"images": images, "recipe": recipe.model_dump()})
-    checkpoint.prune(folder, 1)
+    saved = folder / checkpoint.state_name(images)
+    checkpoint.save(saved, tensors, {"images": images, "recipe": recipe.model_dump()})
+    checkpoint.prune(saved, 1)
 
 
 def check_folder(folder: Path, states: Iterable[str], written: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path)
         atomic_write_text(tmp_path / "notes", "notes")
         for images in (2, 3, 4):
             checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(images), {}, {"images": images})
-        checkpoint.prune(tmp_path / "checkpoints", 1)
+        checkpoint.prune(tmp_path / "checkpoints" / checkpoint.state_name(4), 1)
     assert [path.read_text() for path in others] == [path.name for path in others]
     with pytest.raises(CheckpointError, match=r"a\.txt is in the place of a checkpoint"):
         checkpoint.save(tmp_path / "checkpoints" / checkpoint.state_name(1), {}, {"images": 1})

@@ -76,6 +76,29 @@ def test_a_damaged_newest_checkpoint_is_passed_over_said_and_written_anew(tmp_pa
     assert checkpoint.load(newest)[0]["x"][0] == 2
 
 
+def test_states_that_cannot_be_read_do_not_count_among_those_that_are_kept(tmp_path):
+    """A run whose two newest checkpoints are damaged goes on from the third one, and stops again before them."""
+
+    def save(images):
+        checkpoint.save(tmp_path / checkpoint.state_name(images), {"x": torch.ones(9)}, {"images": images})
+        return tmp_path / checkpoint.state_name(images)
+
+    def there():
+        return [int(path.name) for path in checkpoint.states(tmp_path)]
+
+    for images in (1, 2, 5, 6):
+        save(images)
+    for images in (5, 6):
+        (tmp_path / checkpoint.state_name(images) / "state.safetensors").write_text("cut off")
+    checkpoint.prune(save(3), 2)
+    assert there() == [2, 3, 5, 6]
+    checkpoint.prune(newest := save(4), 1)
+    assert there() == [4, 5, 6]
+    assert checkpoint.latest(tmp_path) == newest
+    checkpoint.keep_only(newest)
+    assert there() == [4]
+
+
 @pytest.mark.parametrize("at", [0.3, 0.9])
 @pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x01"])
 def test_a_checkpoint_with_other_bytes_than_were_written_is_passed_over(at, damage, tmp_path, caplog):

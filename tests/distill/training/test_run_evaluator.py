@@ -112,16 +112,23 @@ def test_a_run_holds_no_encoded_prompt_of_its_evaluations(settings, clip_folder,
 
 
 def test_another_metric_chooses_the_best_student_anew(whole, settings, clip_folder, tmp_path) -> None:
-    """Its values are not comparable with those of the best student so far. A higher CLIP score is better."""
+    """Its values are not comparable with those of the best student so far. A higher CLIP score is better.
+
+    The run has lost its last checkpoints, so the best student so far has more images than those that are evaluated.
+    """
     undisturbed, _ = whole
     out = shutil.copytree(undisturbed, tmp_path / "run")
+    for images in (16, 24):
+        shutil.rmtree(out / "checkpoints" / checkpoint.state_name(images))
+    next((out / "best").iterdir()).rename(out / "best" / checkpoint.state_name(40))
     changed = (f"evaluation.clip={clip_folder}", "evaluation.metric=clip_score", "evaluation.teacher_steps=1")
-    progress = distill(out, settings, "images=48", *changed)
+    progress = distill(out, settings, "images=32", *changed)
     assert any(isinstance(each, ReferenceProgress) for each in progress)
     assert len(list((out / "references").iterdir())) == 2
     found = read_run(out)
-    assert [line["images"] for line in found.evaluations] == [24, 32, 40, 48]
+    assert [line["images"] for line in found.evaluations] == [8, 16, 24, 32]
     assert found.best["clip_score"] == max(line["clip_score"] for line in found.evaluations)
+    assert [path.name for path in (out / "best").iterdir()] == [checkpoint.state_name(int(found.best["images"]))]
     assert (out / "evaluations-1.jsonl").read_text() == (undisturbed / "evaluations.jsonl").read_text()
 
 
