@@ -22,6 +22,7 @@ _OURS = re.compile(
     re.DOTALL,
 )
 _MARKED_BYTES = 1 << 20  # how much of a file is searched
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.distill-partial")
 NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that cannot flush folders
 
 
@@ -96,7 +97,13 @@ def check_replaceable(path: Path, ours: re.Pattern[bytes] = _OURS) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Restore what a killed process left between two renames, in a folder of this process or directly below it."""
+    """Clean up after killed processes, in a folder that only this process writes to and directly below it.
+
+    What was left between two renames gets its name again, and what was not written completely is removed.
+    """
+    for left in (*folder.glob(".*.distill-partial"), *folder.glob("*/.*.distill-partial")):
+        if _is_abandoned(left):
+            _remove(left)
     pattern = _hidden(Path("*"), "distill-old").name
     for old in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
         path = old.with_name(old.name.removeprefix(".").removesuffix(".distill-old"))
@@ -137,11 +144,18 @@ def _hidden(path: Path, what: str) -> Path:
 
 def _remove_partial(path: Path) -> None:
     """Remove what this process, or one that was killed, left of `path`."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.distill-partial")
     for other in (*_left(path.parent), _hidden(path, f"{os.getpid()}.distill-partial")):
-        found = name.fullmatch(other.name)
-        if found and (int(found[1]) == os.getpid() or not _lives(int(found[1]))):
+        if _is_abandoned(other, path.name):
             _remove(other)
+
+
+def _is_abandoned(path: Path, name: str | None = None) -> bool:
+    """Whether this is the temporary path of a file of this name, or of any, that no other live process writes."""
+    found = _PARTIAL.fullmatch(path.name)
+    if found is None or name not in (None, found["name"]):
+        return False
+    process = int(found["process"])
+    return process == os.getpid() or not _lives(process)
 
 
 @lru_cache(64)

@@ -1,5 +1,7 @@
 """Atomic writes of files and folders, and the recovery after a kill."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,25 @@ from distill.training.run_lock import run_lock
 
 
 def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
-    """Where `save` replaces a state of the same name; the next claim gives it its name again."""
+    """Where `save` replaces a state of the same name; the next claim gives it its name again.
+
+    The claim also removes the part that was written of a state of another name, but not that of a live process.
+    """
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
     checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
     folder.rename(folder.with_name(f".{folder.name}.distill-old"))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    partial, written = (
+        folder.with_name(f".{7:012d}.{process}.distill-partial") for process in (ended.pid, os.getppid())
+    )
+    for path in (partial, written):
+        path.mkdir()
+        (path / "state.safetensors").touch()
     with run_lock(tmp_path):
         assert checkpoint.latest(folder.parent) == folder
+    assert not partial.exists()
+    shutil.rmtree(written)
     checkpoint.save(folder, {"x": torch.ones(9)}, {"images": 1})
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert checkpoint.load(folder)[0]["x"][0] == 1
