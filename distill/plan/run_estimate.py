@@ -28,6 +28,7 @@ from distill.training.evaluation import GRID
 from distill.training.initial_weights import trained_shapes
 from distill.training.networks import compiles
 from distill.training.run_evaluator import (
+    REFERENCES,
     evaluated_images,
     evaluated_size,
     evaluator_kind,
@@ -105,8 +106,17 @@ class RunEstimate:
     def check_disk(self, out: Path) -> None:
         """Raise OutputError if the file system of the run folder has no room for what is still to be written."""
         folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-        there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
-        missing, disk = self.disk - there, shutil.disk_usage(folder)
+        resumed = {
+            (RunPrompts.folder,): self.cache,
+            (RunImages.folder,): self.image_cache,
+            ("checkpoints", "best"): self.checkpoints,
+            (REFERENCES,): self.references,
+        }
+        missing = self.student + self.known_prompts  # a student is written beside the older one
+        for parts, size in resumed.items():
+            files = (path for part in parts for path in (out / part).rglob("*") if path.is_file())
+            missing += max(0, size - sum(path.stat().st_size for path in files))
+        disk = shutil.disk_usage(folder)
         if missing > disk.free and disk.total > 0:  # some network file systems do not say
             ways = "free some, give another --out, or keep fewer checkpoints (cadence.keep_checkpoints)"
             online = "" if self.is_online or not self.cache else ", or set prompts.encoding to online"

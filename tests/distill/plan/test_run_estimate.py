@@ -141,6 +141,21 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(teacher_
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=found.disk - 1))
     with pytest.raises(OutputError, match=r"No space left for .*run: it needs .*, and its disk has .*; free some"):
         found.check_disk(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "kept").write_bytes(b"1")  # what a resumed run has already
+    for name in ("student", "samples", "checkpoints"):  # only the last one is continued by a resumed run
+        (tmp_path / "run" / name).mkdir(parents=True)
+        with pytest.raises(OutputError):
+            found.check_disk(tmp_path / "run")
+        (tmp_path / "run" / name / "file").write_bytes(b"1")
     found.check_disk(tmp_path / "run")
+
+
+def test_a_complete_cache_in_a_run_folder_makes_no_room_for_what_is_still_to_be_written(
+    teacher_t5, tmp_path, monkeypatch
+):
+    found = replace(estimated(teacher_t5, tmp_path), cache=0)
+    cache = tmp_path / "run" / "embeddings"
+    cache.mkdir(parents=True)
+    (cache / "shard-00000.safetensors").write_bytes(bytes(found.disk))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=found.disk - 1))
+    with pytest.raises(OutputError, match="No space left"):
+        found.check_disk(tmp_path / "run")
