@@ -8,6 +8,7 @@ from scipy import linalg, stats
 
 from distill.evaluate import metrics
 from distill.evaluate.metrics import (
+    cmmd,
     density_coverage,
     diversity,
     frechet,
@@ -45,9 +46,32 @@ def mmd(made: np.ndarray, real: np.ndarray) -> float:
     return within(made) + within(real) - 2 * np.mean([k(x, y) for x in made for y in real])
 
 
-def test_kernel_distance_is_the_mean_over_pairs_and_has_no_bias() -> None:
-    made, real = gaussian(9, seed=1), gaussian(7, mean=1, seed=2)
+blocks = pytest.mark.parametrize("block", [1, 100, 10**6])  # of 23 x 19 pairs: a row, several rows, all
+
+
+@blocks
+def test_distances_are_means_over_pairs_in_blocks_of_any_size(block, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    made, real = gaussian(23, mean=0.8, seed=1), gaussian(19, seed=2)
     assert kernel(made, real) == pytest.approx(mmd(made, real))
+
+    def k(x: np.ndarray, y: np.ndarray) -> float:
+        return np.mean([np.exp(-((a - b) ** 2).sum() / 200) for a in x for b in y])
+
+    assert cmmd(made, real) == pytest.approx(1000 * (k(made, made) + k(real, real) - 2 * k(made, real)))
+    assert cmmd(made, made) == 0
+    found = kernel_interval(made, real, 3)
+    monkeypatch.undo()
+    assert found == pytest.approx(kernel_interval(made, real, 3))
+
+
+def test_the_interval_of_a_few_images_is_one_of_numbers() -> None:
+    """Of 1000 samples of 3 images some repeat one image, which has no other to be paired with."""
+    low, high = kernel_interval(gaussian(3, seed=1), gaussian(3, seed=2), seed=0)
+    assert -np.inf < low < high < np.inf
+
+
+def test_kernel_distance_has_no_bias() -> None:
     equal = [kernel(gaussian(12, seed=i), gaussian(12, seed=1000 + i)) for i in range(400)]
     assert abs(np.mean(equal)) < 3 * stats.sem(equal)
 
@@ -71,7 +95,9 @@ def reached(point: np.ndarray, points: np.ndarray, k: int) -> list[bool]:
     return found
 
 
-def test_neighborhood_figures_are_their_definitions() -> None:
+@blocks
+def test_neighborhood_figures_are_their_definitions_in_blocks_of_any_size(block, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
     made, real = gaussian(23, mean=0.8, std=0.7, seed=1), gaussian(19, seed=2)
     precision = np.mean([any(reached(x, real, 3)) for x in made])
     recall = np.mean([any(reached(y, made, 3)) for y in real])
@@ -115,7 +141,7 @@ def test_intervals_agree_with_scipy_and_need_no_spread() -> None:
     assert interval([np.ones(1)], seed=0) == (1, 1)
 
 
-@pytest.mark.parametrize("block", [1, 100, 10**6])
+@blocks
 def test_the_paired_kernel_distance_leaves_out_pairs_of_one_prompt_in_blocks_of_any_size(block, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "BLOCK", block)
     a, b = gaussian(30, seed=1), gaussian(30, mean=0.2, seed=2)
@@ -126,11 +152,12 @@ def test_the_paired_kernel_distance_leaves_out_pairs_of_one_prompt_in_blocks_of_
     assert paired_kernel(a, a) == 0
 
 
-def test_the_memory_of_the_paired_kernel_distance_is_bounded(monkeypatch) -> None:
+@pytest.mark.parametrize("metric", [paired_kernel, kernel, cmmd, precision_recall, density_coverage])
+def test_the_memory_of_metrics_of_pairs_is_bounded(metric, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "BLOCK", 10_000)
     a, b = gaussian(2000, seed=1), gaussian(2000, seed=2)
     tracemalloc.start()
-    paired_kernel(a, b)
+    metric(a, b)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * 8 * 10_000  # bytes; all pairs take 400 times as much
+    assert peak < 8 * 8 * 10_000  # bytes; a matrix of all pairs takes 400 blocks
