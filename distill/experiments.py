@@ -241,7 +241,7 @@ def _draw(
     seeds, sampling = range(seed, seed + len(texts)), teacher_sampling(config)
     width, height = evaluated_size(config, teacher)
     shape = teacher.latent_shape_of(width, height)
-    sampler = TeacherSampler(teacher, device)
+    sampler = TeacherSampler(teacher, device, texts)  # without its text encoders in memory
     images = [sampler.generate(sampling, [text], [each], shape) for text, each in zip(texts, seeds, strict=True)]
     rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
     del sampler  # one model in memory at a time

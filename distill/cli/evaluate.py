@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -163,10 +163,11 @@ def _score_on_toy_dataset(
     with image_bar("images", sum(map(comparison.count, drawn.values()))) as bar:
         results = {name: comparison.run(prompts, seed, bar.advance) for name, prompts in drawn.items()}
     first, *rest = results
-    save_png(results[first].picture(), picture)
+    drawing = results[first].picture()
     if as_json:
         values = {"split": first, **results[first].as_dict(), **{name: results[name].as_dict() for name in rest}}
         typer.echo(json.dumps(values, indent=2))
+        save_png(drawing, picture)
         return
     for name, result in results.items():
         for model, (measured, _) in result.students.items():
@@ -175,6 +176,7 @@ def _score_on_toy_dataset(
         if len(models.samplings) > 1:
             out.print(metric_table(f"{name} prompts", *result.overview()))
     out.print(f"± is half of a 95 % interval over prompts; features: {FEATURES}.")
+    save_png(drawing, picture)
     out.print(f"The picture is {picture}.")
 
 
@@ -198,24 +200,27 @@ def _compare_with_teacher(
     texts = list(islice(DistinctPrompts(read_prompts(str(prompts))), images))
     references = References(kept_in, teacher, reference, models.student.sizes[0], texts, images)
     scorer = None if clip is None else Clip(clip, device)
+
+    @cache
+    def load_sampler() -> TeacherSampler:
+        return TeacherSampler(teacher, device, references.texts, references.folder)
+
     with image_bar("teacher's images", len(references.texts)) as bar:
-        for progress in references.make(device):
+        for progress in references.make(device, load_sampler if others else None):
             bar.update(progress.images)
     evaluator = ReferenceEvaluator(references, scorer)
-    sampled = {}
-    if others:
-        sampler = TeacherSampler(teacher, device, references.texts, references.folder)
-        shape = teacher.latent_shape_of(*references.size)
-        sampled = {f"teacher, {each.name}": partial(sampler.generate, each, shape=shape) for each in others}
+    shape = teacher.latent_shape_of(*references.size)
+    sampled = {f"teacher, {each.name}": partial(load_sampler().generate, each, shape=shape) for each in others}
     with image_bar("images", (len(models.students) + len(others)) * evaluator.count) as bar:
         found = compare_by_evaluator(
             evaluator, teacher, models.students, references.size, device, bar.advance, models.student_steps, sampled
         )
     assert found.picture is not None
-    save_png(found.picture, picture)
     if as_json:
         typer.echo(json.dumps({"features": FEATURES, **found.as_dict()}, indent=2))
+        save_png(found.picture, picture)
         return
     out.print(table(f"{models.student.name} and the teacher's images, {reference.name}", *found.table()))
     out.print(f"{images} images of {len(texts)} prompts; features: {FEATURES}.")
+    save_png(found.picture, picture)
     out.print(f"The picture of the largest differences is {picture}.")

@@ -107,7 +107,7 @@ def generate(
     with image_bar("images", len(texts)) as bar:
         for done in generate_images(generate_batch, texts, seed, batch, out, grid):
             bar.update(done)
-    cut = sum(truncated(texts))
+    cut = sum(truncated(list(dict.fromkeys(texts))))  # prompts repeat if there are more images
     if cut:
         typer.echo(f"{cut} prompts are longer than the token limit and were cut.")
     typer.echo(f"The images are in {out}." if grid is None else f"The images are in {out}, the grid is {grid}.")

@@ -89,7 +89,11 @@ class Clip:
 
     def scores(self, images: Iterable[NDArray[np.uint8]], texts: Sequence[str]) -> NDArray[np.float64]:
         """Compute the CLIP score 100 max(cos, 0) of each image and its text (Hessel et al., arXiv 2104.08718): (N,)."""
-        cosines = (self.images(images) * self.texts(texts)).sum(axis=1)
+        return self.scores_of(self.images(images), texts)
+
+    def scores_of(self, images: Features, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Compute the CLIP score of each embedded image (N, D) and its text: (N,)."""
+        cosines = (images * self.texts(texts)).sum(axis=1)
         return np.asarray(100 * np.clip(cosines, 0, None))
 
     def _load(self, kind: Any, **options: Any) -> Any:

@@ -54,7 +54,8 @@ class DatasetComparison:
     def picture(self) -> Image:
         """Draw the images of the first prompts of each task: the teacher above the students, captions below."""
         tasks = self.prompts.tasks
-        shown = [i for i, task in enumerate(tasks) if i - tasks.index(task) < PICTURED]
+        first = {task: tasks.index(task) for task in set(tasks)}
+        shown = [i for i, task in enumerate(tasks) if i - first[task] < PICTURED]
         models = {"teacher": next(iter(self.teachers.values())), **self.students}
         rows = [(f"{name}, {result.nfe} NFE", images[shown]) for name, (result, images) in models.items()]
         return labeled_grid(rows, [self.prompts.texts[i] for i in shown], columns=2 * PICTURED)

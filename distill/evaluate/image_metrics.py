@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -25,22 +26,22 @@ def score_images(
     real = None if reference is None else find_images(reference)
     metrics: dict[str, object] = {"images": len(made)}
     if clip is not None:
-        model = Clip(clip, device)
+        model, prompts = Clip(clip, device), [prompt_of(path) for path in made]
+        embedded = model.images(map(read_pixels, made))
         metrics["clip"] = model.name
-        metrics["clip_score"], metrics["clip_score_interval"] = clip_score(model, made)
+        metrics["clip_score"], metrics["clip_score_interval"] = clip_score(model.scores_of(embedded, prompts), prompts)
         if real is not None:
-            metrics["cmmd"] = cmmd(model.images(map(read_pixels, made)), model.images(map(read_pixels, real)))
+            metrics["cmmd"] = cmmd(embedded, model.images(map(read_pixels, real)))
     if inception is not None and real is not None:
         metrics["fid"] = fid(made, real, inception, device)
     return metrics
 
 
-def clip_score(clip: Clip, paths: Sequence[Path], seed: int = 0) -> tuple[float, Interval]:
-    """Compute the CLIP score, averaged per prompt and then over prompts, and its interval."""
-    prompts = [prompt_of(path) for path in paths]
+def clip_score(scores: NDArray[np.float64], prompts: Sequence[str], seed: int = 0) -> tuple[float, Interval]:
+    """Average the CLIP scores (N,) of images per prompt, and then over prompts; also return the mean's interval."""
     _, group = np.unique(prompts, return_inverse=True)
-    scores = np.bincount(group, clip.scores(map(read_pixels, paths), prompts)) / np.bincount(group)
-    return float(scores.mean()), interval([scores], seed)
+    means = np.bincount(group, scores) / np.bincount(group)
+    return float(means.mean()), interval([means], seed)
 
 
 def fid(made: Sequence[Path], real: Sequence[Path], inception: Path, device: torch.device) -> float:

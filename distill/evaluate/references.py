@@ -7,7 +7,7 @@ They are made once and kept. Other settings have another digest, so that runs ma
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -88,8 +88,13 @@ class References:
         """The batches of which an image does not exist. Whole batches are made, so that a resumed call is the same."""
         return [batch for batch in self.batches() if not all(path.exists() for path in self._paths(batch))]
 
-    def make(self, device: torch.device) -> Iterator[ReferenceProgress]:
-        """Generate what is missing; yield the progress. Raises TeacherError, DistillError if writing fails."""
+    def make(
+        self, device: torch.device, load: Callable[[], TeacherSampler] | None = None
+    ) -> Iterator[ReferenceProgress]:
+        """Generate what is missing; yield the progress. Raises TeacherError, DistillError if writing fails.
+
+        `load` loads a sampler that the caller uses too; without it the teacher is loaded with the missing texts alone.
+        """
         missing = self.missing()
         if not missing:
             return
@@ -97,8 +102,11 @@ class References:
         done = total - sum(len(self.texts[batch]) for batch in missing)
         yield ReferenceProgress(done, total)
         atomic_write_text(self.folder / RECORD, json.dumps(self._record, indent=2) + "\n")
-        texts = [text for batch in missing for text in self.texts[batch]]
-        sampler = TeacherSampler(self.teacher, device, texts, self.folder)
+        if load is None:
+            texts = [text for batch in missing for text in self.texts[batch]]
+            sampler = TeacherSampler(self.teacher, device, texts, self.folder)
+        else:
+            sampler = load()
         shape = self.teacher.latent_shape_of(*self.size)
         for batch in missing:
             texts, seeds = self.texts[batch], self.seeds[batch]

@@ -59,9 +59,16 @@ def test_a_stopped_call_continues_and_a_complete_one_does_nothing(made, teacher,
     steps.close()
     (stopped.folder / "00003.png").unlink()  # as if killed within the first batch
     assert [batch.start for batch in stopped.missing()] == [0, BATCH]
-    assert [each.images for each in stopped.make(CPU)][-1] == len(stopped.texts)
+    loaded = []
+
+    def load() -> TeacherSampler:
+        loaded.append(TeacherSampler(stopped.teacher, CPU, stopped.texts, tmp_path))
+        return loaded[0]
+
+    assert [each.images for each in stopped.make(CPU, load)][-1] == len(stopped.texts)
     assert contents(stopped) == contents(made)
-    assert list(stopped.make(CPU)) == []
+    assert list(stopped.make(CPU, load)) == []
+    assert len(loaded) == 1
 
 
 def test_other_settings_are_other_images(made, teacher, teacher_t5) -> None:
