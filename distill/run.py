@@ -13,11 +13,10 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from distill.config import Cadence, EvaluationSettings, RunConfig
 from distill.data.embedding_cache import EmbedProgress
@@ -36,7 +35,7 @@ from distill.training.evaluation import GRID, EvaluationCallback
 from distill.training.initial_weights import read_initial_weights
 from distill.training.networks import build
 from distill.training.preparation import check_run, prepare
-from distill.training.processes import wait_for_main
+from distill.training.processes import from_main, wait_for_main
 from distill.training.run_evaluator import run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
@@ -47,7 +46,6 @@ from distill.training.trainer import Progress, train
 
 WARM = 4  # rounds before the measurement of the speed; a CUDA graph is recorded in the fourth
 TIMED = 8  # rounds that are measured
-_Value = TypeVar("_Value")
 
 if find_spec("distill.worlds") is not None:  # the folder of toy datasets may be deleted
     from distill import worlds  # noqa: F401  registers their sources
@@ -80,7 +78,7 @@ def run(
     main, device, state = machine.is_main_process, machine.device, StateRecorder(out, config.images)
 
     # 1. check, before the folder is made
-    pins = _from_main(pin_teachers(config, out) if main else {})
+    pins = from_main(pin_teachers(config, out) if main else {})
     teacher = teacher or open_pinned(config, pins)
     if main:
         check_run(config, out, teacher)
@@ -110,7 +108,7 @@ def run(
 
         # 4. turn seconds into images
         if seconds is not None:
-            speed = _from_main(read_speed(out) if main else None) or _measure_speed(config, out)
+            speed = from_main(read_speed(out) if main else None) or _measure_speed(config, out)
             state.budget = images_within(seconds, speed, config.batch)
             config = config.model_copy(update={"images": state.budget})
             if main:
@@ -118,7 +116,7 @@ def run(
                 finished = is_finished(config, out)
 
         # 5. train, unless the run is finished
-        finished = _from_main(finished)
+        finished = from_main(finished)
         if finished and not all(source.is_encoded for source in (prompts, reals) if source is not None):
             return
         conditions = prompts.open(teacher, None if finished else device)
@@ -143,7 +141,7 @@ def run(
         shapes = latent_shapes(config, teacher)
         start = None if config.init_from is None else partial(read_initial_weights, config, teacher, device)
         rounds = train(config, out, networks, conditions, shapes, machine, images, teacher.shift, start)
-        stops = _from_main(callback is not None and callback.stops)
+        stops = from_main(callback is not None and callback.stops)
         with state.phase("training") if main else nullcontext():
             for progress in () if stops else rounds:
                 state.images = progress.images
@@ -155,7 +153,7 @@ def run(
                 if main and progress.metrics:
                     state.record("training")
                 yield progress
-                if progress.crosses(config.cadence.evaluate) and _from_main(callback is not None and callback.stops):
+                if progress.crosses(config.cadence.evaluate) and from_main(callback is not None and callback.stops):
                     stops = True
                     break
 
@@ -224,15 +222,9 @@ def _measure_speed(config: RunConfig, out: Path) -> float:
     steps.close()
     del steps, rounds
     gc.collect()  # the networks refer to themselves, and the run's own are loaded next
-    speed = _from_main(TIMED * config.batch / (times[1] - times[0]))  # one number of images for all
+    speed = from_main(TIMED * config.batch / (times[1] - times[0]))  # one number of images for all
     if machine.is_main_process:
         shutil.rmtree(scratch)
         write_speed(out, speed)
     wait_for_main(machine)
     return speed
-
-
-def _from_main(value: _Value) -> _Value:
-    """The main process's value, in every process."""
-    (found,) = broadcast_object_list([value])
-    return cast(_Value, found)

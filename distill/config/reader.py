@@ -150,7 +150,7 @@ def _choose(values: dict[str, Any], group: str, kind: Any) -> None:
     if kind not in methods.names():
         near = nearest(str(kind), methods.names())
         raise ConfigError(f"no method {kind!r}{near}; there are {', '.join(methods.names())}")
-    if own.get("name", "fgm") != kind:
+    if own.get("name", presets.METHOD) != kind:
         guidance = own.get("guidance")
         if isinstance(guidance, dict):  # a method without a fake has no guidance of one
             known = methods.config_class(kind).model_fields["guidance"].annotation.model_fields

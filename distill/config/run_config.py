@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from distill import methods
+from distill import methods, presets
 from distill.config_group import ConfigGroup
 from distill.errors import CheckpointError
 from distill.methods.base import TrainedNetworks
@@ -173,11 +173,11 @@ class RunConfig(ConfigGroup):
     init_from: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))] | None = None
     prompts: Prompts = Prompts()
     real: RealImages | None = None
-    method: Any = Field(default_factory=lambda: methods.config_class("fgm")())
+    method: Any = Field(default_factory=lambda: methods.config_class(presets.METHOD)())
     networks: Annotated[Full | Lora, Field(discriminator="kind")] = Full()
     optimizer: Optimizer = Optimizer()
-    images: _Count = 100_000
-    batch: _Count = 128
+    images: _Count = presets.IMAGES
+    batch: _Count = presets.BATCH
     micro_batch: _Count | None = None  # images in one forward pass; a step sums the gradients of a batch
     sizes: tuple[tuple[_Count, _Count], ...] = ()  # (width, height), sampled per step; empty is the teacher's size
     ema_half_life: Annotated[float, Field(ge=0)] = 20_000  # images after which weights count half in the EMA
@@ -195,7 +195,7 @@ class RunConfig(ConfigGroup):
             return value
         if not isinstance(value, dict):
             raise ValueError("must be a method's name or its settings, such as {name: fgm, alpha: 1}")
-        name = value.get("name", "fgm")
+        name = value.get("name", presets.METHOD)
         if name not in methods.names():
             raise ValueError(f"no method {name!r}; there are {', '.join(methods.names())}")
         return methods.config_class(name).model_validate(value)

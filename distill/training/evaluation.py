@@ -17,13 +17,14 @@ from distill.files import append_line, atomic_write_text
 from distill.flow import noise
 from distill.models.sd3 import decode_in_parts, encode_in_parts, load_vae
 from distill.models.sd3_folder import SD3Folder
-from distill.models.text import SD3TextEncoder
+from distill.models.text import SD3TextEncoder, TextCondition
 from distill.models.vae import to_images
 from distill.report.alarm_log import AlarmLog
 from distill.report.grid import labeled_grid, save_png
 from distill.report.run_folder import ALARMS, EVALUATED, EVALUATIONS, METRICS, TEACHER_METRICS, ended_early, read_run
 from distill.training import checkpoint
 from distill.training.accelerator import network_dtype
+from distill.training.processes import from_main
 from distill.training.run_teacher import latent_shapes
 from distill.training.trainer import Progress
 
@@ -47,7 +48,10 @@ class EvaluationCallback:
         evaluator: Evaluator | None,
         machine: Accelerator,
     ) -> None:
-        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards."""
+        """Load the autoencoder and encode all prompts; the text encoders are freed afterwards.
+
+        Only the main process encodes. The others take the conditions of a batch from it.
+        """
         self._config = config
         self._out = out
         self._machine = machine
@@ -71,8 +75,10 @@ class EvaluationCallback:
         self._vae = load_vae(teacher, device=machine.device)
         # If there are fewer prompts than places in the grid, they repeat with other seeds.
         self._texts = list(islice(cycle(prompts), GRID))
-        text = SD3TextEncoder.load(teacher, machine.device, network_dtype(machine))
-        self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())], out)
+        self._conditions: KnownPrompts | None = None
+        if machine.is_main_process:
+            text = SD3TextEncoder.load(teacher, machine.device, network_dtype(machine))
+            self._conditions = KnownPrompts(text, [*self._texts, *(evaluator.prompts if evaluator else ())], out)
 
     def due(self, progress: Progress) -> list[str]:
         """Name what is due after a round besides logs: `sampling` and `evaluating`."""
@@ -91,7 +97,7 @@ class EvaluationCallback:
 
         @torch.no_grad()
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-            cond = self._conditions.encode(prompts)
+            cond = self._encode(prompts)
             return to_images(decode_in_parts(self._vae, progress.generate(cond, noise(seeds, self._shape))))
 
         if "sampling" in due:
@@ -108,6 +114,14 @@ class EvaluationCallback:
                     (self._out / EVALUATED).mkdir(exist_ok=True)
                     atomic_write_text(self._out / TEACHER_METRICS, json.dumps(evaluation.teacher) + "\n")
                 self._keep(progress, self._evaluator, evaluation.metrics)
+
+    def _encode(self, prompts: Sequence[str]) -> TextCondition:
+        """The conditions of known prompts, in every process that generates their images."""
+        cond = None if self._conditions is None else self._conditions.encode(prompts)
+        if self._machine.is_fsdp2:
+            cond = from_main(cond)
+        assert cond is not None  # without a sharded base, the main process alone has a callback
+        return cond
 
     def _is_due(self, progress: Progress, every: int, done: bool) -> bool:
         """Whether something is due: at its cadence and at the end, unless it was `done` before the run was resumed."""

@@ -1,13 +1,16 @@
-"""The processes of a run, while one of them works alone."""
+"""The processes of a run: waiting for the main one, and taking values from it."""
 
 import time
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which a collective operation fails, because a process has died
 _FIRST, _LONGEST = 0.001, 1.0  # seconds between two looks at the store, each pause twice the one before
+_Value = TypeVar("_Value")
 
 
 def wait_for_main(machine: Accelerator) -> None:
@@ -31,3 +34,9 @@ def wait_for_main(machine: Accelerator) -> None:
     machine.wait_for_everyone()
     if machine.is_main_process:
         store.delete_key(done)
+
+
+def from_main(value: _Value) -> _Value:
+    """Return the main process's value in every process; all processes call this."""
+    (found,) = broadcast_object_list([value])
+    return cast(_Value, found)

@@ -31,7 +31,9 @@ from distill.models.text import TextCondition
 from distill.philox import Draw
 from distill.training import trainer
 from distill.training.accelerator import check
+from distill.training.evaluation import EvaluationCallback
 from distill.training.networks import SharedBase, build
+from distill.training.preparation import prepare
 from distill.training.processes import wait_for_main
 
 CPU = torch.device("cpu")
@@ -104,6 +106,23 @@ def whole(teacher: Path, prompts: Path, *more: str) -> RunConfig:
     return load_config("scenes-debug", [*sets, "precision=fp32", "cadence.log=8", "cadence.checkpoint=96", *more])
 
 
+class Sharding(Accelerator):
+    """Says that the base is sharded, as accelerate does on GPUs alone."""
+
+    is_fsdp2 = True
+
+
+def sample_sharded(teacher: Path, out: Path, progress: trainer.Progress) -> int:
+    """Save the grid of a run's end, which both processes generate; return how many encoded prompts this one holds."""
+    config, machine = run(teacher=teacher), Sharding(cpu=True)
+    if machine.is_main_process:
+        prepare(config, out, {})
+    machine.wait_for_everyone()
+    callback = EvaluationCallback(config, out, SD3Folder.read(teacher), ["a red circle", "red"], None, machine)
+    callback(progress)
+    return 0 if callback._conditions is None else len(callback._conditions._rows)
+
+
 def stop(teacher: Path, out: Path, rank: int) -> int:
     """The exit status of a run by the command, whose second process receives SIGTERM."""
     original = runs.run
@@ -157,6 +176,7 @@ def main(teacher: Path, out: Path) -> None:
         steps = trainer.train(run(), out / form, networks, Prompts(), [SHAPE], accelerator)
         for progress in islice(steps, rounds):
             progress.generate(Prompts().null, torch.zeros(1, *SHAPE))
+    (out / f"prompts-{rank}").write_text(str(sample_sharded(teacher, out / "sharded", progress)))
     config = whole(teacher, out / "prompts.txt", "prompts.encoding=online")  # each process of its own rows only
     list(runs.run(config, out / "full", accelerator))
     with (out / f"said-{rank}").open("w") as file, redirect_stdout(file):

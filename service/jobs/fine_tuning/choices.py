@@ -10,8 +10,6 @@ from service.jobs.schemas import JobChoices, MethodChoice, PresetChoice, Teacher
 from service.settings import Settings
 
 MIN_STEPS = 200  # after so many, no method on the toy dataset had converged; docs/results.md, "Methods with few images"
-# Defaults of `distill run` for keys that a preset leaves out.
-_IMAGES, _BATCH = 100_000, 128
 
 
 def job_choices(settings: Settings) -> JobChoices:
@@ -58,8 +56,8 @@ def _presets() -> tuple[tuple[PresetChoice, str], ...]:
     found = []
     for name in presets.names():
         values = presets.read(name)
-        images, batch = int(values.get("images", _IMAGES)), int(values.get("batch", _BATCH))
-        method = values.get("method", {}).get("name", "fgm")
+        images, batch = int(values.get("images", presets.IMAGES)), int(values.get("batch", presets.BATCH))
+        method = values.get("method", {}).get("name", presets.METHOD)
         choice = PresetChoice(
             name=name, description=presets.summary(name), method=method, images=images, batch=batch, teachers=[]
         )

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
 from parity import IMAGES, SHAPE, Prompts, assert_same, expected
+from PIL import Image
 from safetensors.torch import load_file
 
 from distill.methods.base import ROLES
@@ -80,6 +81,12 @@ def test_a_run_ends_alike_on_any_number_of_processes(teacher, two, alone, form, 
     for name, tensor in alone.items():
         if name.startswith("average/"):
             torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_processes_of_a_sharded_base_sample_together_and_one_of_them_encodes(two):
+    assert [int((two / f"prompts-{rank}").read_text()) for rank in range(2)] == [2, 0]
+    with Image.open(two / "sharded" / "samples" / f"{4 * IMAGES:012d}.png") as grid:
+        grid.load()
 
 
 def test_processes_wait_for_work_of_the_main_one(two):
