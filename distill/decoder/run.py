@@ -10,7 +10,8 @@ import gc
 import hashlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -64,6 +65,15 @@ class DecoderRun:
     out: Path
     students: tuple[SD3Folder, ...] = ()
     default: Default | None = None
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The first distinct prompts, as many as training or evaluation takes; a source that is a stream is read once.
+
+        Raises PromptError.
+        """
+        count = max(self.config.latents, self.config.evaluation_images)
+        return list(islice(DistinctPrompts(read_prompts(self.config.prompts)), count))
 
 
 def resolve(
@@ -121,7 +131,7 @@ def distill_decoder(
         # 1. latents of prompts, and of real images
         with state.phase("sampling"):
             _write_config(run.out, run.config)
-            texts, scored = _evaluation_prompts(run.config, run.model)
+            texts, scored = _evaluation_prompts(run)
             training, evaluation = _prompt_latents(run, texts)
             yield from _make(run, (training, evaluation), device)
             readers = [training.open(device)]
@@ -196,7 +206,7 @@ def check(run: DecoderRun) -> None:
                 raise OutputError(f"{out} holds {name}, but no {CONFIG} of a decoder; give another --out")
     check_state(out / CHECKPOINTS, config)
     check_decoder_files(out / DECODER)
-    next(iter(read_prompts(config.prompts, 1)))
+    assert run.prompts  # it reads them, and raises PromptError
     if config.real is not None:
         next(_real_images(config))
     for student in run.students:
@@ -218,26 +228,25 @@ def _untrained(config: DecoderConfig, model: SD3Folder) -> AutoencoderTiny:
     return make_small_decoder(model.latent_channels, model.vae_scale_factor, config.width or 0, config.blocks or ())
 
 
-def _evaluation_prompts(config: DecoderConfig, model: SD3Folder) -> tuple[list[str], EvalPrompts | None]:
+def _evaluation_prompts(run: DecoderRun) -> tuple[list[str], EvalPrompts | None]:
     """The prompts of the evaluation: held-out ones of a dataset with a scorer, else the first ones of the source.
 
     Those of a dataset are, with their seeds, the ones of `distill evaluate`.
     """
-    dataset = find_eval_dataset((config.prompts, model.name), (model.image_size, model.image_size))
+    config, side = run.config, run.model.image_size
+    dataset = find_eval_dataset((config.prompts, run.model.name), (side, side))
     if dataset is not None:
         scored = dataset.prompts(config.per_task, 0)
         return list(scored.texts), scored
-    texts = list(islice(DistinctPrompts(read_prompts(config.prompts)), config.evaluation_images))
-    return [texts[i % len(texts)] for i in range(config.evaluation_images)], None
+    return list(islice(cycle(run.prompts), config.evaluation_images)), None
 
 
 def _prompt_latents(run: DecoderRun, texts: list[str]) -> tuple[PromptLatents, PromptLatents]:
     """The caches of the training and of the evaluation; their seeds differ."""
     config = run.config
-    prompts = list(islice(DistinctPrompts(read_prompts(config.prompts)), config.latents))
     source = run.model, run.sampling
     return (
-        PromptLatents(run.out / LATENTS, *source, prompts, config.latents),
+        PromptLatents(run.out / LATENTS, *source, run.prompts[: config.latents], config.latents),
         PromptLatents(run.out / EVALUATION, *source, texts, len(texts), first_seed=0),
     )
 

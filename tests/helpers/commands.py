@@ -15,8 +15,8 @@ from distill.cli import app
 GARBAGE = b'\xff\xfe\n5\nnull\n[1]\n{}\n{"images": "x"}\n{"images": 1e999}\n{"images": -8}\n' + b"[" * 100_000 + b"\n"
 
 
-def invoke(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
+def invoke(*words: str, input: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(words), input)
 
 
 @contextmanager

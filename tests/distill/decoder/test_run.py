@@ -74,8 +74,8 @@ def test_the_command_trains_a_decoder_that_the_student_and_stock_diffusers_use_a
     settings = RECIPE.model_dump(exclude={"images", "weights", "feature_share"}, exclude_unset=True)
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     done = invoke(
-        "decoder", str(student), "--images", "32", "--prompts", str(prompts), "--default", "small",
-        "--out", str(out), "--device", "cpu", *words,
+        "decoder", str(student), "--images", "32", "--prompts", "-", "--default", "small",
+        "--out", str(out), "--device", "cpu", *words, input=prompts.read_text(),
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
     assert f"It was added to {student}" in done.output
