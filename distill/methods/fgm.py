@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 class RealUID(ConfigGroup):
     """How much real images count: `a` is the student's share in the fake's loss, `b` its share in the fake's target.
 
-    b / a near 0.94 or 1.06 matters most. Take three or more fake steps per student step.
+    The ratio b / a matters most. The authors' code takes 0.98 or 1.02 from the teacher on, 0.94 or 1.06 to fine-tune a
+    finished student, and five fake steps per student step.
     """
 
     a: _Share
@@ -58,7 +59,7 @@ class RealUID(ConfigGroup):
         if self.a == 1 and self.b != 1:
             raise ValueError(f"a = 1 takes no real images, so b must be 1 too, not {self.b}")
         if self.a == self.b < 1:
-            _log.warning("realuid: a = b = %s adds nothing to plain FGM; take b / a near 0.94 or 1.06", self.a)
+            _log.warning("realuid: a = b = %s adds nothing to plain FGM; take b / a near 0.98 or 1.02", self.a)
         return self
 
 
