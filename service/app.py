@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import logging
 import pkgutil
 import secrets
 from collections.abc import AsyncIterator
@@ -37,6 +38,8 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from service.observability.tracing import Tracing
 
+log = logging.getLogger(__name__)
+
 EXPOSED = [
     "x-request-id",
     "server-timing",
@@ -48,6 +51,7 @@ EXPOSED = [
     "idempotent-replayed",
 ]
 FORM_BYTES = 64 << 10  # of an upload besides its file
+JOBS_SECONDS = 30.0  # that a shutdown waits for batches and jobs, which may themselves wait for the database
 
 
 def create_app(
@@ -92,7 +96,9 @@ def create_app(
         await asyncio.wait([retrying])
         if jobs:
             await jobs.students.stop()
-            await asyncio.to_thread(jobs.stop)
+            stopping = asyncio.create_task(asyncio.to_thread(jobs.stop))
+            if not (await asyncio.wait([stopping], timeout=JOBS_SECONDS))[0]:
+                log.warning("batches and jobs do not stop within %g s; they will be resumed", JOBS_SECONDS)
         await engine.drain()
         images.close()
         if tracing:

@@ -64,8 +64,9 @@ class Database:
         try:
             with sqlite.prepared(self._file) if self.is_sqlite else nullcontext(), self._engine.begin() as connection:
                 if not self.is_sqlite:
-                    from service.jobs.postgres import remove_deadline
+                    from service.jobs.postgres import check_writable, remove_deadline
 
+                    check_writable(connection)
                     remove_deadline(connection)
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
                 config.attributes["connection"] = connection

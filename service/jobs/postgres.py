@@ -8,7 +8,9 @@ from typing import Any
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.pq import TransactionStatus
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, text
+
+from service.errors import StartError
 
 ANSWER_SECONDS = 15.0  # deadline of a statement
 POOL_SECONDS = 10.0  # that a transaction waits for a connection while all are in use
@@ -60,6 +62,12 @@ def _leave_read_only(context: ExceptionContext) -> None:
     """
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
+
+
+def check_writable(connection: Connection) -> None:
+    """Raise StartError for a database that refuses to write, such as a replica's."""
+    if connection.scalar(text("SHOW transaction_read_only")) == "on":
+        raise StartError(f"the database {connection.engine.url!r} is read-only; name the primary server")
 
 
 def remove_deadline(connection: Connection) -> None:

@@ -27,10 +27,12 @@ from sqlalchemy import create_engine, select, text
 from worker_threads import worker_threads
 
 from benchmarks import postgres
+from service import app
 from service.app import create_app
 from service.engine.simulator import Simulator
 from service.errors import StartError, Unavailable
 from service.images.artifacts import THREADS
+from service.jobs import workflows
 from service.jobs.database import Database
 from service.jobs.jobs import Jobs
 from service.jobs.postgres import DeadlineConnection
@@ -110,6 +112,8 @@ def test_a_batch_and_a_job_survive_an_outage_of_the_database(database, teacher, 
             for write in writes:
                 refuses(write)
             assert client.batches.retrieve(batch.id).status == "in_progress"
+            with pytest.raises(StartError, match="read-only"):
+                Database(database.url).migrate()
         database.stop()
         try:
             for ask in (*writes, lambda: client.batches.retrieve(batch.id)):
@@ -172,6 +176,17 @@ def test_a_server_is_dead_only_after_several_looks_without_a_heartbeat(database,
     assert counted() == before + 1
     for each in databases:
         each.close()
+
+
+def test_a_shutdown_does_not_wait_for_a_suspended_database(database, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(app, "JOBS_SECONDS", 0.1)
+    with contextlib.ExitStack() as silence:
+        settings = Settings(data=tmp_path, jobs={"database": database.url, "takeover_seconds": 1})
+        with serving(create_app(settings, worker_threads(Simulator(0, 0)))):
+            silence.enter_context(database.silent())
+        assert "do not stop within 0.1 s" in caplog.text
+    assert workflows._ONE.acquire(timeout=60)  # until the thread that was left behind has stopped them
+    workflows._ONE.release()
 
 
 @pytest.mark.parametrize("begun", [True, False])
