@@ -74,9 +74,8 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     """Run with progress bars; False in all processes but the first. `seconds` are a budget in place of images."""
     from distill.training.preflight import preflight
 
-    teacher = None
-    if os.environ.get("RANK", "0") == "0":  # a launcher ends the other processes when the first one exits
-        teacher = preflight(config, folder)
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+    teacher = None if several else preflight(config, folder)
 
     with collector_paused():
         from distill import run as runs
@@ -89,6 +88,9 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
         from distill.training.processes import wait_for_main
 
     machine = runs.accelerator(config, folder)
+    if several:  # the first process may fetch a teacher; a launcher ends the others when it exits
+        teacher = preflight(config, folder) if machine.is_main_process else None
+        wait_for_main(machine)
     console.quiet(not machine.is_main_process)
     precision = "bf16" if machine.mixed_precision == "bf16" else "fp32"
     heading += f"\nProcesses: {machine.num_processes}, on {machine.device.type} in {precision}."
