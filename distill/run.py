@@ -36,7 +36,7 @@ from distill.training.initial_weights import read_initial_weights
 from distill.training.networks import build
 from distill.training.preparation import check_run, prepare
 from distill.training.processes import from_main, wait_for_main
-from distill.training.run_evaluator import run_evaluator, run_references
+from distill.training.run_evaluator import evaluator_kind, run_evaluator, run_references
 from distill.training.run_lock import run_lock
 from distill.training.run_sources import RunPrompts, check_digests, run_sources, write_digests
 from distill.training.run_teacher import latent_shapes, open_pinned, pin_teachers
@@ -159,7 +159,10 @@ def run(
 
             # 6. export
             if main:
-                export_run(out, teacher=teacher)
+                which = (
+                    "last" if evaluator_kind(config, teacher) == "none" else "best"
+                )  # also if earlier sessions had one
+                export_run(out, which=which, teacher=teacher)
                 state.record("ended early" if stops and state.images < config.images else "finished")
         wait_for_main(machine)
 

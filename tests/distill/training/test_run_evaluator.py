@@ -70,6 +70,13 @@ def test_an_evaluation_does_not_change_what_a_student_learns(whole, settings, tm
     assert read_run(tmp_path).evaluations == []
 
 
+def test_without_an_evaluator_a_resumed_run_exports_its_last_student(whole, settings, tmp_path) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    distill(out, settings, "images=32", "evaluation.evaluator=none")
+    assert read_run(out).best["images"] < 32
+    assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == 32
+
+
 def test_a_resumed_run_reuses_its_references_and_ends_alike(whole, settings, clip_folder, tmp_path) -> None:
     undisturbed, _ = whole
     out = shutil.copytree(undisturbed, tmp_path / "run")
