@@ -27,7 +27,7 @@ from distill.models.sd3_folder import SD3Folder
 from distill.philox import key_of
 from distill.plan.run_estimate import RunEstimate, estimate_run
 from distill.report.run_folder import ended_early, holds_student, read_run
-from distill.report.run_state import StateRecorder
+from distill.report.run_state import StateRecorder, read_state
 from distill.student.run_export import export_run
 from distill.training import checkpoint
 from distill.training.accelerator import accelerator_for, check, mesh, network_dtype
@@ -177,11 +177,14 @@ def accelerator(config: RunConfig, out: Path) -> Accelerator:
 
 
 def is_finished(config: RunConfig, out: Path) -> bool:
-    """Whether the run in `out` has exported its student and needs no more training, so that no model need be loaded."""
-    newest = checkpoint.latest(out / "checkpoints")
-    if newest is None or not holds_student(out, config.images):
+    """Whether the run in `out` has exported its student and needs no more training, so that no model need be loaded.
+
+    Its checkpoints may have been removed to save disk space.
+    """
+    state, checkpoints = read_state(out), out / "checkpoints"
+    if state is None or not holds_student(out, config.images):
         return False
-    found, images = read_run(out), int(newest.name)
+    found, images = read_run(out), checkpoint.images_in(checkpoints) if checkpoint.states(checkpoints) else state.images
     kept = [line for line in found.evaluations if line["images"] <= images]  # a killed run resumes from its checkpoint
     evaluation = config.as_dict()["evaluation"]  # of another evaluator, it may find a better student yet
     return images >= config.images or (

@@ -597,8 +597,11 @@ def test_a_run_ends_early_with_its_best_student_and_the_same_command_leaves_it(t
     assert json.loads((out / "student" / "onestep.json").read_text())["images_seen"] == run.best["images"]
     before = (out / "student" / "onestep.json").stat().st_mtime_ns
     assert invoke(*arguments).exit_code == 0
+    (out / "checkpoints").rename(tmp_path / "checkpoints")  # as if they were removed for their size
+    assert invoke(*arguments).exit_code == 0
     assert (out / "student" / "onestep.json").stat().st_mtime_ns == before
     assert read_run(out).images == run.images
+    (tmp_path / "checkpoints").rename(out / "checkpoints")
     log = (out / "evaluations.jsonl").read_text()
     other = command(teacher, prompts, out, *values, "evaluation.teacher_steps=1")  # it may find a better student yet
     assert invoke(*other).exit_code == 0
