@@ -160,39 +160,42 @@ class ExperimentResult:
         save_png(self.picture, out / "compare.png")
 
 
-def evaluate_variants(
-    variants: Sequence[Variant],
-    out: Path,
-    per_task: int,
-    steps: int,
-    seed: int,
-    device: torch.device,
-    report: Report,
-    decoder: DecoderChoice = "auto",
-) -> ExperimentResult:
-    """Evaluate all students by the first variant's evaluator; its `per_task` and `seed` are those of a dataset.
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How the students of an experiment are evaluated.
 
-    `decoder` is that of `RuntimeOptions`; a folder of a small decoder serves all, because they share the VAE. With the
-    evaluator `none` only the picture is drawn.
+    `per_task` prompts of each task and `seed` are those of a dataset with a scorer; `steps` sample the teacher.
+    `decoder` is that of `RuntimeOptions`; a folder of a small decoder serves all, because they share the VAE.
     """
+
+    per_task: int
+    steps: int
+    seed: int
+    decoder: DecoderChoice = "auto"
+
+
+def evaluate_variants(
+    variants: Sequence[Variant], out: Path, options: ComparisonOptions, device: torch.device, report: Report
+) -> ExperimentResult:
+    """Evaluate all students by the first variant's evaluator. With the evaluator `none` only the picture is drawn."""
     config, first = variants[0].config, out / variants[0].name
     teacher = read_teacher(config, first)
-    students = {variant.name: StudentModel(out / variant.name / "student", decoder) for variant in variants}
+    students = {variant.name: StudentModel(out / variant.name / "student", options.decoder) for variant in variants}
     commands = {variant.name: variant.command(out) for variant in variants}
     costs = {variant.name: read_cost(out / variant.name) for variant in variants}
     kind = evaluator_kind(config, teacher)
     if kind in EVAL_DATASETS:
         dataset = EVAL_DATASETS[kind]()
-        sampling = Sampling(steps, TeacherGuidance(scale=teacher.guidance))
+        sampling = Sampling(options.steps, TeacherGuidance(scale=teacher.guidance))
         comparison = DatasetComparer(teacher, students, [sampling], dataset, device)
-        found = comparison.run(dataset.prompts(per_task, seed), seed, report)
+        found = comparison.run(dataset.prompts(options.per_task, options.seed), options.seed, report)
         return ExperimentResult(commands, costs, _of_dataset(found), found.picture())
 
-    settings = config.evaluation.model_copy(update={"teacher_steps": steps})
+    settings = config.evaluation.model_copy(update={"teacher_steps": options.steps})
     prompts = RunPrompts(config.prompts, first).first(max(SHOWN, settings.images))
-    config = config.model_copy(update={"evaluation": settings})
-    measured = _measure(config, first, teacher, prompts, students, device, report)
-    picture = _draw(config, teacher, students, list(islice(cycle(prompts), SHOWN)), seed, device)
+    models = _Models(config.model_copy(update={"evaluation": settings}), teacher, students, device)
+    measured = models.measure(first, prompts, report)
+    picture = models.draw(list(islice(cycle(prompts), SHOWN)), options.seed)
     return ExperimentResult(commands, costs, measured, picture)
 
 
@@ -204,48 +207,45 @@ def _of_dataset(found: DatasetComparison) -> Measurements:
     return Measurements({name: result.as_dict() for name, result in results.items()}, cells, FEATURES, note)
 
 
-def _measure(
-    config: RunConfig,
-    folder: Path,
-    teacher: SD3Folder,
-    prompts: Sequence[str],
-    students: Mapping[str, StudentModel],
-    device: torch.device,
-    report: Report,
-) -> Measurements:
-    """Evaluate students by the evaluator of the run in `folder`."""
-    features = note = ""
-    if references := run_references(config, teacher, folder, prompts):
-        features = REFERENCE_FEATURES
-        note = f"Distances: to the teacher's images ({references.sampling.name}), on features {features}."
-        for _ in references.make(device):
-            pass
-    evaluator = run_evaluator(config, teacher, folder, prompts, device)
-    if evaluator is None:
-        return Measurements()
-    found = compare_by_evaluator(evaluator, teacher, students, evaluated_size(config, teacher), device, report)
-    metrics: dict[str, dict[str, Any]] = {**found.as_dict()}
-    cells = {model: {name: rounded(value) for name, value in values.items()} for model, values in metrics.items()}
-    return Measurements(metrics, cells, features, note)
+@dataclass(frozen=True)
+class _Models:
+    """A teacher and its students by name, which are evaluated as `config`, that of the first run, says."""
 
+    config: RunConfig
+    teacher: SD3Folder
+    students: Mapping[str, StudentModel]
+    device: torch.device
 
-def _draw(
-    config: RunConfig,
-    teacher: SD3Folder,
-    students: Mapping[str, StudentModel],
-    texts: Sequence[str],
-    seed: int,
-    device: torch.device,
-) -> Image:
-    """Draw a row of the teacher's images and a row of each student's, sampled as in the evaluations of a run."""
-    seeds, sampling = range(seed, seed + len(texts)), teacher_sampling(config)
-    width, height = evaluated_size(config, teacher)
-    shape = teacher.latent_shape_of(width, height)
-    sampler = TeacherSampler(teacher, device, texts)  # without its text encoders in memory
-    images = [sampler.generate(sampling, [text], [each], shape) for text, each in zip(texts, seeds, strict=True)]
-    rows = [(f"teacher, {sampling.nfe(teacher.shift)} NFE", np.concatenate(images))]
-    del sampler  # one model in memory at a time
-    for name, model in students.items():
-        made = model.load(device)(texts, seeds, width, height)
-        rows.append((f"{name}, 1 NFE", np.asarray(made)))
-    return labeled_grid(rows, texts)
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the images."""
+        return evaluated_size(self.config, self.teacher)
+
+    def measure(self, folder: Path, prompts: Sequence[str], report: Report) -> Measurements:
+        """Evaluate the students by the evaluator of the run in `folder`."""
+        features = note = ""
+        if references := run_references(self.config, self.teacher, folder, prompts):
+            features = REFERENCE_FEATURES
+            note = f"Distances: to the teacher's images ({references.sampling.name}), on features {features}."
+            for _ in references.make(self.device):
+                pass
+        evaluator = run_evaluator(self.config, self.teacher, folder, prompts, self.device)
+        if evaluator is None:
+            return Measurements()
+        found = compare_by_evaluator(evaluator, self.teacher, self.students, self.size, self.device, report)
+        metrics: dict[str, dict[str, Any]] = {**found.as_dict()}
+        cells = {model: {name: rounded(value) for name, value in values.items()} for model, values in metrics.items()}
+        return Measurements(metrics, cells, features, note)
+
+    def draw(self, texts: Sequence[str], seed: int) -> Image:
+        """Draw a row of the teacher's images and a row of each student's, sampled as in the evaluations of a run."""
+        seeds, sampling = range(seed, seed + len(texts)), teacher_sampling(self.config)
+        shape = self.teacher.latent_shape_of(*self.size)
+        sampler = TeacherSampler(self.teacher, self.device, texts)  # without its text encoders in memory
+        images = [sampler.generate(sampling, [text], [each], shape) for text, each in zip(texts, seeds, strict=True)]
+        rows = [(f"teacher, {sampling.nfe(self.teacher.shift)} NFE", np.concatenate(images))]
+        del sampler  # one model in memory at a time
+        for name, model in self.students.items():
+            made = model.load(self.device)(texts, seeds, *self.size)
+            rows.append((f"{name}, 1 NFE", np.asarray(made)))
+        return labeled_grid(rows, texts)

@@ -59,7 +59,7 @@ def compare(
 
     from distill.cli.console import image_bar, table
     from distill.cli.console import out as console
-    from distill.experiments import check_budget, evaluate_variants, share_caches
+    from distill.experiments import ComparisonOptions, check_budget, evaluate_variants, share_caches
     from distill.models.device import resolve_device
 
     where = resolve_device("auto")
@@ -84,8 +84,9 @@ def compare(
     if not finished:
         kind, how = (RunError, "failed") if failed else (DivergedError, "diverged")
         raise kind(f"every run of the comparison {how}; the first: {next(iter((failed or diverged).values()))}")
+    options = ComparisonOptions(per_task, steps, seed, decoder_choice(decoder))
     with image_bar("images", None) as bar:
-        result = evaluate_variants(finished, out, per_task, steps, seed, where, bar.advance, decoder_choice(decoder))
+        result = evaluate_variants(finished, out, options, where, bar.advance)
     result = replace(result, diverged=diverged, failed=failed)
     result.save(out, {"command": shlex.join(["distill", "compare", *words]), "images": images, "seconds": seconds})
     console.print(table(f"students of {planned[0].config.teacher}", *result.table()))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from distill.cli import app
 from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.experiments import Cost, check_budget, evaluate_variants
+from distill.experiments import ComparisonOptions, Cost, check_budget, evaluate_variants
 from distill.pipeline import SHIPPED_STUDENT
 from distill.report.grid import GAP, TILE
 from distill.training import checkpoint
@@ -208,7 +208,7 @@ def test_students_of_the_toy_dataset_are_evaluated_in_one_table(tmp_path) -> Non
         )
         (folder / "student").symlink_to(SHIPPED_STUDENT)
     counts: list[int] = []
-    outcome = evaluate_variants(variants, tmp_path, 1, 1, 0, torch.device("cpu"), counts.append)
+    outcome = evaluate_variants(variants, tmp_path, ComparisonOptions(1, 1, 0), torch.device("cpu"), counts.append)
     assert sum(counts) == 3 * ScenesEvalDataset().prompts(1, 0).count
     first, second = (outcome.measured.metrics[name] for name in ("fgm", "dmd"))
     assert first["frechet"] == second["frechet"]  # the same student on the same prompts
