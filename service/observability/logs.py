@@ -8,6 +8,10 @@ from typing import Literal
 
 LogFormat = Literal["json", "text"]
 _LIBRARIES = ("alembic", "dbos", "httpx2", "uvicorn")  # their notices say nothing about this server
+_CLIENT_FAULTS = (
+    "Invalid UTF-8 sequence received from client.",  # a WebSocket message
+    "ASGI callable returned without completing handshake.",  # a WebSocket that is refused, which has its own line
+)
 _ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 _KNOWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -30,8 +34,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def is_server_fault(record: logging.LogRecord) -> bool:
-    """Whether a record is not uvicorn's traceback for a client's WebSocket message that is not UTF-8."""
-    return record.msg != "Invalid UTF-8 sequence received from client."
+    """Whether a record of uvicorn is not an error for what a client did."""
+    return record.msg not in _CLIENT_FAULTS
 
 
 def configure(log_format: LogFormat | Literal["auto"], level: str) -> None:

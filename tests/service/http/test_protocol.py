@@ -175,10 +175,12 @@ SHAKE += b"sec-websocket-version: 13\r\nsec-websocket-key: AQIDBAUGBwgJCgsMDQ4PE
         (b"/v1/nothing", b"host: localhost", 404),
     ],
 )
-def test_a_websocket_with_an_invalid_path_host_or_origin_is_refused(patient, path, headers, status):
+def test_a_websocket_with_an_invalid_path_host_or_origin_is_refused(patient, path, headers, status, caplog):
     with dial(patient) as line:
         line.sendall(b"GET %s HTTP/1.1\r\n%s\r\n%s\r\n\r\n" % (path, headers, SHAKE))
         assert refused(rest(line), status)["message"]
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert not any(map(is_server_fault, errors))
 
 
 def test_a_message_that_is_not_utf8_closes_the_websocket_and_leaves_no_traceback(patient, caplog):
