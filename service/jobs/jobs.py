@@ -66,6 +66,8 @@ class Jobs:
             self.batches.begin_lost,
             workflow.begin_waiting,
             workflow.remove_deleted,
+            _hourly(self.workflows.sweep),
+            _hourly(self.webhooks.sweep),
         ]  # each may run again, and in several servers at once
         self._period = settings.jobs.takeover_seconds / LOOKS
         self._ended = threading.Event()
@@ -150,3 +152,16 @@ class Jobs:
                     log.exception("a periodic task failed; it is tried again")
             if self._ended.wait(self._period):
                 return
+
+
+def _hourly(task: PeriodicTask) -> PeriodicTask:
+    """Return a task that runs once an hour, however often it is called. A failed one runs again at the next call."""
+    due = time.monotonic()
+
+    def run(now: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            task(now)
+            due = time.monotonic() + 3600
+
+    return run

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import httpx2
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
 from service.jobs.database import Database
 from service.jobs.rows import new_id
 from service.jobs.tables import DeliveryRow
-from service.jobs.workflows import Workflows
+from service.jobs.workflows import KEPT_SECONDS, Workflows
 from service.settings import WebhookEndpoint
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,12 @@ class Webhooks:
             due = session.execute(rows.limit(AT_ONCE)).all()
         for event, attempts in due:
             self._workflows.begin("webhook", f"{event}.{attempts}")
+
+    def sweep(self, now: int) -> None:
+        """Delete events whose delivery has ended, when their workflows are deleted."""
+        with self._database.begin() as session:
+            ended = DeliveryRow.next_at.is_(None), DeliveryRow.created_at <= now - KEPT_SECONDS
+            session.execute(delete(DeliveryRow).where(*ended))
 
     def _attempt(self, key: str) -> None:
         """The workflow of one attempt."""

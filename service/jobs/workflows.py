@@ -12,6 +12,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 VERSION = "1"  # of the workflows; a server does not resume workflows of another version
 POLL_SECONDS = 1.0  # each queue takes 3 ms of CPU time for it
+KEPT_SECONDS = 7 * 86_400  # for which the records of workflows that have ended are kept
+SWEPT_AT_ONCE = 1000
 LOOKS = 5  # in a row with an unchanged counter, after which a server is considered dead
 _ONE = threading.Lock()  # a process has one DBOS
 
@@ -163,6 +166,20 @@ class Workflows:
         if dead := {each.executor_id for each in pending if each.executor_id} - alive:
             # Takes workflows only from dead executors, so that two concurrent calls resume each workflow once.
             DBOS._recover_pending_workflows(sorted(dead))
+
+    def sweep(self, now: int) -> None:
+        """Delete the records of workflows that ended long ago. What they worked on has ended too, or begins others."""
+        from dbos import DBOS
+
+        before = datetime.fromtimestamp(now - KEPT_SECONDS, UTC).isoformat()
+        ended = DBOS.list_workflows(
+            status=["SUCCESS", "ERROR"],
+            completed_before=before,
+            limit=SWEPT_AT_ONCE,
+            load_input=False,
+            load_output=False,
+        )
+        DBOS.delete_workflows([each.workflow_id for each in ended])
 
     def stop(self) -> None:
         """Stop running workflows. The next start, or another server, resumes them."""

@@ -14,6 +14,7 @@ from service.errors import StartError
 from service.jobs.jobs import Jobs
 from service.jobs.tables import DeliveryRow
 from service.jobs.webhooks import GONE, PAUSES
+from service.jobs.workflows import KEPT_SECONDS
 from service.settings import Settings
 from service.settings_reader import read_settings
 
@@ -90,6 +91,9 @@ def test_delivery_ends_after_the_last_attempt_or_410(tmp_path, attempts):
         jobs.webhooks.begin_due(1_000)
         until(lambda: deliveries(jobs)[0].next_at is None)
         assert deliveries(jobs)[0].delivered_at is None
+        for now, kept in ((KEPT_SECONDS + 999, 1), (KEPT_SECONDS + 1_000, 0)):
+            jobs.webhooks.sweep(now)
+            assert len(deliveries(jobs)) == kept
 
 
 @pytest.mark.parametrize(

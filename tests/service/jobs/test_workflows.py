@@ -4,11 +4,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from dbos import DBOS
 
 from service.jobs.jobs import Jobs
+from service.jobs.workflows import KEPT_SECONDS
 from service.settings import Settings
 
 KILLED = """
@@ -116,5 +119,10 @@ def test_a_server_only_runs_the_workflows_that_it_is_set_up_for(jobs_of):
     done.clear()
     jobs = start(runs=True)
     assert done.wait(30)
-    jobs.stop()
     assert ran[3:] == ["one"]
+    jobs.workflows.sweep(int(time.time()))
+    assert len(DBOS.list_workflows()) == 4
+    later = int(time.time()) + KEPT_SECONDS + 60
+    while DBOS.list_workflows():  # the end of the last one is recorded after it has returned
+        jobs.workflows.sweep(later)
+    jobs.stop()
