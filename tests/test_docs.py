@@ -28,12 +28,13 @@ from typer.testing import CliRunner
 
 from distill import cli as distill_cli
 from distill import methods
-from distill.config import RunConfig, load_config, make_config
+from distill.config import RunConfig, load_config, make_config, parse_override
 from distill.config.run_config import flat
 from distill.methods.dmd import Gan
 from distill.methods.policies import Guidance, Times
 from distill.variants import read_variants
 from service import cli as service_cli
+from service.jobs.fine_tuning.options import DistillationOptions
 from service.schemas import ImageRequest
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +112,14 @@ def test_what_is_run_and_compared_is_a_configuration(page):
     for words in commands(page):
         if words[0] == "accelerate":
             words = ["distill", *words[words.index("distill.cli") + 1 :]]
-        if words[:2] not in (["distill", "run"], ["distill", "compare"]) or len(words) == 2:  # a name in prose
+        if words[0] != "distill" or words[1] not in ("run", "compare", "submit") or len(words) == 2:  # a name in prose
             continue
         given = typer.main.get_command(distill_cli.app).commands[words[1]].make_context(words[1], words[2:]).params
         sets = given["overrides"] or []
-        if words[1] == "run" and not given["config"].endswith(".yaml"):
+        if words[1] == "submit":
+            fields = dict(parse_override(text) for text in sets)
+            load_config(given["preset"] or given["teacher"], DistillationOptions(**fields).overrides())
+        elif words[1] == "run" and not given["config"].endswith(".yaml"):
             load_config(given["config"], sets)
         elif words[1] == "compare":
             ours = [text for text in given["variants"] if not text.endswith(".yaml")]

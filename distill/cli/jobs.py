@@ -26,7 +26,7 @@ def submit(
     images: Annotated[int | None, typer.Option(help="Budget in training images. Default: the preset's.", min=1)] = None,
     seconds: Seconds = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, such as rank=16.")
+        list[str] | None, typer.Option("--set", help="name=value of the job's distillation object, such as batch=64.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the student's name, ft:TEACHER:SUFFIX:ID.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run. Default: random.", min=0)] = None,

@@ -75,7 +75,7 @@ def load_adapter(
 
     fgm-service models load-adapter sketches --model new --name sketch
 
-    curl http://127.0.0.1:8000/v1/images/generations --json '{"prompt": "a cat", "lora": {"name": "sketch"}}'
+    curl 127.0.0.1:8000/v1/images/generations --json '{"model": "new", "prompt": "a cat", "lora": {"name": "sketch"}}'
     """
     with _server(url, key) as server:
         given = {"model": model, "folder": folder, "name": name or folder}
