@@ -74,22 +74,23 @@ def decoder(
 
     Example: distill decoder runs/mine/student --seconds 600 --out runs/mine-decoder
     """
-    from distill.config import read_group
+    from distill.config import Prompts, RealImages, read_group
     from distill.data.images import read_examples
     from distill.data.prompts import read_prompts
-    from distill.data.sources import PROMPT_SOURCES
     from distill.decoder.recipe import DecoderRecipe
     from distill.errors import ConfigError
     from distill.models.sd3_folder import SD3Folder
     from distill.models.teacher import open_teacher
     from distill.student.spec import is_student
+    from distill.training.preflight import check_source
 
     if images is not None and seconds is not None:
         raise ConfigError("--images and --seconds are both given; give one of them")
     recipe = read_group(DecoderRecipe, [*(overrides or []), *([f"images={images}"] if images is not None else [])])
-    for path, read in ((prompts, read_prompts), (images_from, read_examples)):
-        if path is not None and path not in ("-", *PROMPT_SOURCES):
-            next(read(path), None)
+    if prompts is not None:
+        check_source(Prompts(source=prompts), read_prompts)
+    if images_from is not None:
+        check_source(RealImages(source=images_from), read_examples)
     source = open_teacher(model, teacher_base)
     given = is_student(source)
     if given and (guidance is not None or skip_layers):

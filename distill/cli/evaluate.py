@@ -75,6 +75,7 @@ def evaluate(
     """
     counts = _step_counts(teacher_steps)
 
+    from distill.config import Prompts
     from distill.data.prompts import read_prompts
     from distill.errors import ConfigError
     from distill.evaluate.datasets import EVAL_DATASETS
@@ -83,6 +84,7 @@ def evaluate(
     from distill.models.teacher import open_teacher
     from distill.options import SHIPPED_STUDENT
     from distill.student.spec import read_student
+    from distill.training.preflight import check_source
 
     check_replaceable(picture)
     opened = open_teacher(teacher, teacher_base)
@@ -94,7 +96,7 @@ def evaluate(
     for name in decoders:
         check_decoder_choice(name, spec)
     if prompts is not None:
-        next(read_prompts(str(prompts)), None)
+        check_source(Prompts(source=str(prompts)), read_prompts)
     elif clip is not None:
         raise ConfigError("--clip is given without --prompts; give the file of prompts that are scored")
     elif "scenes" not in EVAL_DATASETS:

@@ -41,8 +41,7 @@ def preflight(config: RunConfig, out: Path) -> SD3Folder | None:
     """
     check_named(config.teacher)  # first, because the other sources may be files that its training writes
     check_evaluator_name(config.evaluation.evaluator)
-    if config.evaluation.prompts is not None:
-        next(read_prompts(config.evaluation.prompts), None)
+    check_evaluation_prompts(config.evaluation.prompts)
     if is_locked(out):
         raise ClaimedError(f"another run is writing to {out}; wait for it, or give another --out")
     if not has_checkpoint(out):
@@ -86,10 +85,27 @@ def check_evaluator_name(name: str) -> None:
         raise ConfigError(f"evaluation.evaluator: there is no {name!r}; there are {', '.join(known)}")
 
 
+def check_evaluation_prompts(source: str | None) -> None:
+    """Read the first prompt of `evaluation.prompts`. Raises PromptError, and ConfigError for a stream."""
+    if source is None:
+        return
+    if is_stream(source):
+        raise ConfigError(
+            f"evaluation.prompts: {source} is a stream, and a run reads these prompts at every start; name a file"
+        )
+    next(read_prompts(source), None)
+
+
 def check_source(config: Prompts | RealImages, read: Callable[..., Iterator[Any]]) -> None:
     """Read the first row of a source, unless it is built in, a stream or a cache. Raises PromptError or ImageError."""
     path = Path(config.source)
-    if config.source in ("-", *PROMPT_SOURCES) or any((path / name).exists() for name in (EMBEDDED, ENCODED)):
+    if config.source in PROMPT_SOURCES or any((path / name).exists() for name in (EMBEDDED, ENCODED)):
         return
-    if path.is_dir() or path.is_file() or not path.exists():
+    if not is_stream(config.source):
         next(read(config.source, config.max_count, config.seed, config.column), None)
+
+
+def is_stream(source: str) -> bool:
+    """Whether a source can be read only once: standard input, or a pipe as in `<(zcat prompts.gz)`."""
+    path = Path(source)
+    return source == "-" or (path.exists() and not path.is_dir() and not path.is_file())

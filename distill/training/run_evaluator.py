@@ -19,7 +19,7 @@ from distill.evaluate.references import References, image_count
 from distill.evaluate.sampler import Sampling
 from distill.methods.policies import TeacherGuidance
 from distill.models.sd3_folder import SD3Folder
-from distill.training.preflight import check_evaluator_name
+from distill.training.preflight import check_evaluation_prompts, check_evaluator_name
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ def evaluator_kind(config: RunConfig, teacher: SD3Folder) -> str:
 def check_evaluator(config: RunConfig, teacher: SD3Folder) -> None:
     """Check what an evaluator needs before anything is computed; nothing is written. Warn of too few images.
 
-    Raises what `evaluator_kind` raises, PromptError for a file of prompts, ScorerError for a CLIP model, and
-    ConfigError for `early_stopping_patience` without evaluations and for `references` that is a file.
+    Raises what `evaluator_kind` and `check_evaluation_prompts` raise, ScorerError for a CLIP model, and ConfigError for
+    `early_stopping_patience` without evaluations and for `references` that is a file.
     """
     if evaluator_kind(config, teacher) == "none" and config.early_stopping_patience is not None:
         raise ConfigError("early_stopping_patience counts evaluations; set evaluation.evaluator, or set it to null")
-    evaluation_prompts(config, ())
+    check_evaluation_prompts(config.evaluation.prompts)
     images = config.evaluation.images
     if evaluator_kind(config, teacher) == "reference" and config.evaluation.metric != "clip_score" and images < ENOUGH:
         _log.warning(

@@ -154,11 +154,13 @@ def test_a_run_that_stops_while_the_teacher_is_sampled_goes_on(settings, tmp_pat
 
 
 def test_a_student_is_evaluated_with_the_images_of_its_run(whole, teacher, settings, clip_folder, tmp_path) -> None:
+    """Its prompts are given as a stream, which is read once and from its beginning."""
     out, _ = whole
-    words = ["--student", str(out / "student"), "--teacher", str(teacher), "--prompts", settings[1].partition("=")[2]]
+    prompts = Path(settings[1].partition("=")[2]).read_text()
+    words = ["--student", str(out / "student"), "--teacher", str(teacher), "--prompts", "-"]
     words += ["--images", "8", "--steps", "2", "--guidance", "2.5", "--references", str(out / "references")]
     words += ["--clip", str(clip_folder), "--teacher-steps", "1", "--picture", str(tmp_path / "worst.png")]
-    done = invoke("evaluate", *words, "--device", "cpu", "--json")
+    done = invoke("evaluate", *words, "--device", "cpu", "--json", input=prompts)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     others = ["teacher, 1 step, guidance 2.5", "teacher, 1 step, unguided"]
@@ -233,6 +235,7 @@ def test_references_follow_the_run_and_its_file_of_prompts(settings, tmp_path) -
         (["evaluation.evaluator=fid"], ConfigError, "there is no 'fid'; there are auto, reference, clip, none, scenes"),
         (["evaluation.evaluator=scenes"], ConfigError, "scenes does not score images of 16x16 pixels; take reference"),
         (["evaluation.prompts=nowhere.txt"], PromptError, "nowhere.txt"),
+        (["evaluation.prompts=-"], ConfigError, "evaluation.prompts: - is a stream"),
         (["evaluation.clip=nowhere"], ScorerError, "nowhere is not a CLIP model .* no such folder"),
         ([f"evaluation.references={__file__}"], ConfigError, "evaluation.references: .* is no folder"),
         (["evaluation.evaluator=none", "early_stopping_patience=1"], ConfigError, "early_stopping_patience"),
