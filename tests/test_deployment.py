@@ -93,6 +93,9 @@ def test_proxies_suit_the_servers_times_and_port():
     assert "127.0.0.1" in settings.http.trusted_proxies
     for name in ("Host", "X-Forwarded-For", "X-Forwarded-Proto", "Upgrade", "Connection"):
         assert f"proxy_set_header {name} $" in nginx
+    # Not /metrics alone, because the server answers /metrics/ too.
+    assert "location /metrics {" in nginx
+    assert "respond /metrics* 404" in caddy
 
 
 def test_the_systemd_unit_runs_the_command_with_time_to_drain():
