@@ -1,4 +1,4 @@
-"""What image formats cost: milliseconds on one core and bytes, for the server's own encoder and its alternatives.
+"""Measure the cost of image formats: milliseconds on one core and bytes, of the server's encoder and its alternatives.
 
 The image is the shipped student's, enlarged; OpenCV's PNG is measured where it is installed.
 
@@ -20,14 +20,14 @@ from service.images.png import encode_png
 
 
 def save(image: Image.Image, kind: str, **options: object) -> bytes:
-    """Bytes by Pillow."""
+    """Encode with Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def encoders() -> dict[str, Callable[[Image.Image], bytes]]:
-    """By name."""
+    """Return the encoders by name."""
     known: dict[str, Callable[[Image.Image], bytes]] = {
         "PNG, the server's": lambda image: encode_png(np.asarray(image), {}),
         "PNG level 1, RLE": lambda image: save(image, "PNG", compress_level=1, compress_type=zlib.Z_RLE),
@@ -54,7 +54,7 @@ def encoders() -> dict[str, Callable[[Image.Image], bytes]]:
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure all encoders and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512, 1024])
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, in ten minutes: the tests marked gpu, training steps, serving, the toy dataset.
+"""Run everything that needs a GPU in ten minutes: the tests marked gpu, training steps, serving, the toy dataset.
 
     python benchmarks/gpu.py [--minutes 8] [--only tests,train,serve,scenes] [--json FILE]
 
 The script runs from a bare checkout, without network and without model weights: models of the true geometry get random
-weights on the device, which cost what trained ones cost. Each part runs in its own process with its own share of the
-time, so a part that fails or hangs leaves the others alone, and what it measured before is kept. At the end a table
+weights on the device, which take as long as trained ones. Each part runs in its own process with its own share of the
+time, so a part that fails or hangs does not affect the others, and its earlier figures are kept. At the end a table
 shows the figures beside their targets. The exit status is 1 if a target is missed or a part fails.
 
 `--device cpu --tiny` tries the script itself on any machine: tiny models, no targets.
@@ -90,7 +90,7 @@ class Setting:
 
 
 def tests(setting: Setting) -> Iterator[Figure]:
-    """The tests that need a GPU."""
+    """Run the tests that need a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
@@ -107,7 +107,7 @@ def tests(setting: Setting) -> Iterator[Figure]:
 
 
 def train(setting: Setting) -> Iterator[Figure]:
-    """A LoRA step of SD3-medium, in images/s, share of the matrix rate, and memory beside the plan's."""
+    """Measure a LoRA step of SD3-medium: images/s, share of the matrix rate, and memory relative to the plan."""
     import torch
 
     from distill.plan.devices import DEVICES, UTILIZATION
@@ -154,13 +154,13 @@ def train(setting: Setting) -> Iterator[Figure]:
 
 
 def serve(setting: Setting) -> Iterator[Figure]:
-    """The stages of an image, then the server under load."""
+    """Measure the stages of an image, then the server under load."""
     yield from stages(setting)
     yield from load(setting)
 
 
 def stages(setting: Setting) -> Iterator[Figure]:
-    """Network and decoder as a server computes them, with both decoders, beside stock diffusers in the same process."""
+    """Measure network and decoder as a server computes them, with both decoders, and stock diffusers for comparison."""
     import torch
 
     device = torch.device(setting.device)
@@ -188,7 +188,7 @@ def stages(setting: Setting) -> Iterator[Figure]:
 
 
 def load(setting: Setting) -> Iterator[Figure]:
-    """Requests/s of the server, of its engine alone and of a naive server, which serve the shipped student."""
+    """Measure requests/s of the server, of its engine alone and of a naive server, with the shipped student."""
     seconds = "0.5" if setting.tiny else "8"
     clients = "2" if setting.tiny else str(CLIENTS)
     command = [sys.executable, "benchmarks/serve.py", "--clients", clients, "--seconds", seconds, "--json"]
@@ -206,7 +206,7 @@ def load(setting: Setting) -> Iterator[Figure]:
 
 
 def scenes(setting: Setting) -> Iterator[Figure]:
-    """Images/s of `distill teacher` and `distill run scenes`, over some seconds of training each."""
+    """Measure images/s of `distill teacher` and `distill run scenes`, over some seconds of training each."""
     window = 0.2 if setting.tiny else max(5.0, setting.left() / 4)
     with tempfile.TemporaryDirectory() as folder:
         speed = teacher_speed(setting, Path(folder), window)
@@ -224,7 +224,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
 
 
 def synchronized(device: "torch.device") -> float:
-    """The clock, once the device has ended its work."""
+    """Return the time after the device has finished its work."""
     import torch
 
     if device.type == "cuda":
@@ -233,7 +233,7 @@ def synchronized(device: "torch.device") -> float:
 
 
 def seconds_of(call: Callable[[], Any], device: "torch.device", repeats: int = 5) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """Return the median seconds of a call, after one that is not counted."""
     call()
     times = []
     for _ in range(repeats):
@@ -272,7 +272,7 @@ def attention_rates(device: "torch.device") -> Iterator[Figure]:
 
 
 def run_config(size: int, compiled: bool, setting: Setting) -> "RunConfig":
-    """The preset with a batch of its micro-batch, one size, and nothing written on the way."""
+    """Return the preset with a batch of one micro-batch and one size, without samples, checkpoints and evaluations."""
     from distill.config import load_config
 
     never = 10**12
@@ -315,7 +315,7 @@ def planned(plan: "Plan") -> int:
 
 
 def train_steps(setting: Setting, size: int, compiled: bool, online: bool = False) -> tuple[float, int]:
-    """Images/s of the trainer's own rounds, and the most bytes that the device held meanwhile.
+    """Images/s of the trainer's own rounds, and the peak memory of the device in bytes.
 
     With `online`, text encoders with random weights encode the prompts of each step.
     """
@@ -380,7 +380,7 @@ def random_networks(setting: Setting, device: "torch.device") -> tuple[Any, Any]
 
 
 def conditions_of(setting: Setting, transformer: Any, batch: int) -> Any:
-    """Random conditions of so many prompts."""
+    """Return random conditions of `count` prompts."""
     import torch
 
     from distill.models.text import TextCondition
@@ -415,7 +415,7 @@ def stock_seconds(setting: Setting, device: "torch.device", size: int) -> dict[i
 
 
 def served_seconds(setting: Setting, device: "torch.device", size: int, small: bool, seconds: float) -> Served:
-    """Let a pipeline choose how it computes, in about so many seconds, and time it."""
+    """Tune a pipeline for about this many seconds, and measure it."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from distill.models.small_decoder import make_small_decoder
@@ -459,7 +459,7 @@ def served_seconds(setting: Setting, device: "torch.device", size: int, small: b
 
 
 def rate_over(rounds: Iterator[Any], seconds: float, warm_up: int) -> float:
-    """Images/s of a training over so many seconds, after some rounds to warm up."""
+    """Return images/s of a training over this many seconds, after some rounds to warm up."""
     for progress in islice(rounds, warm_up):
         first = progress.images
     began, images = time.perf_counter(), first
@@ -510,13 +510,13 @@ def student_speed(setting: Setting, folder: Path, seconds: float) -> float:
 
 
 def environment() -> dict[str, str]:
-    """The variables of a process that imports this checkout, and needs no network."""
+    """Return the environment of a process that imports this checkout and uses no network."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 def run_part(command: list[str], seconds: float) -> tuple[list[Figure], str]:
-    """Run a part in its own process; the figures that it printed, and what went wrong, if anything."""
+    """Run a part in its own process; return the figures that it printed, and its error if it failed."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, env=environment(), start_new_session=True)
         try:
@@ -533,14 +533,14 @@ def run_part(command: list[str], seconds: float) -> tuple[list[Figure], str]:
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """End a part and the processes it started."""
+    """Kill a part and the processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def show(figures: list[Figure], faults: dict[str, str]) -> None:
-    """Print a table of figures and targets, and what went wrong."""
+    """Print a table of figures and targets, and the errors."""
     words = {True: "met", False: "MISSED", None: ""}
     print("\n| part | figure | value | target | |\n|---|---|---:|---|---|")
     for each in figures:

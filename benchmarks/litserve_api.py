@@ -1,4 +1,4 @@
-"""Stock diffusers as LitServe wants a model: for `serve.py`."""
+"""Stock diffusers as a LitServe API, for `serve.py`."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ from stock import Stock
 
 
 class Api(litserve.LitAPI):
-    """A student whose requests are answered in batches."""
+    """Answers requests with a student, in batches."""
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(**options)
         self._model = model
 
     def setup(self, device: str) -> None:
-        """Load the student, in the worker."""
+        """Load the student in the worker."""
         self._stock = Stock(self._model)
 
     def batch(self, inputs: list[dict]) -> list[dict]:
-        """As they are."""
+        """Return the requests unchanged."""
         return inputs
 
     def predict(self, x: list[dict]) -> list[dict]:
-        """Images of requests."""
+        """Generate the images of the requests."""
         return self._stock.answer(x)
 
     def unbatch(self, output: list[dict]) -> list[dict]:
-        """As they are."""
+        """Return the answers unchanged."""
         return output

@@ -16,7 +16,7 @@ import psycopg
 
 
 class Postgres:
-    """A server of its own on a free port of the loopback. It refuses to be root, so root steps down."""
+    """A PostgreSQL server on a free port of the loopback. It does not run as root, so root switches to another user."""
 
     def __init__(self, binaries: Path, folder: str) -> None:
         self._user = next((each for each in ("postgres", "nobody") if os.geteuid() == 0 and _exists(each)), None)
@@ -29,16 +29,16 @@ class Postgres:
         self._run("initdb", "-D", f"{folder}/data", "-U", "postgres", "-A", "trust", "--no-sync")
 
     def start(self) -> None:
-        """Until it takes connections."""
+        """Start the server and wait until it accepts connections."""
         settings = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
         self._run("pg_ctl", "-D", f"{self._folder}/data", "-w", "-o", settings, "-l", f"{self._folder}/log", "start")
 
     def stop(self) -> None:
-        """At once, as a crash would: what is not committed is gone, and every connection with it."""
+        """Stop immediately, as in a crash: uncommitted data and all connections are lost."""
         self._run("pg_ctl", "-D", f"{self._folder}/data", "-w", "-m", "immediate", "stop")
 
     def kill(self) -> None:
-        """By SIGKILL, all of its processes."""
+        """Kill all of its processes by SIGKILL."""
         processes = self._processes()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # they leave when the first is gone
@@ -47,7 +47,7 @@ class Postgres:
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
-        """Stopped by SIGSTOP, all of its processes: connections stay, and nobody answers."""
+        """Stop all of its processes by SIGSTOP for the block: connections stay open without an answer."""
         processes = self._processes()
         for process in processes:
             process.suspend()
@@ -59,7 +59,7 @@ class Postgres:
 
     @contextlib.contextmanager
     def read_only(self) -> Iterator[None]:
-        """Replaced by a replica: all connections are cut, and new ones cannot write, even after this is left."""
+        """Make the database read-only: connections are closed, and those that are opened in the block cannot write."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
             connection.execute(
@@ -82,7 +82,7 @@ class Postgres:
 
 
 def programs() -> Path | None:
-    """Where `initdb` and `postgres` are, the newest version first; None where they are not."""
+    """Find the folder of `initdb` and `postgres`, of the newest version; None if they are not installed."""
     found = shutil.which("initdb")
     debian = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), key=lambda path: int(path.split("/")[4]))
     paths = [Path(path) for path in [found, *reversed(debian)] if path]
@@ -91,7 +91,7 @@ def programs() -> Path | None:
 
 @contextlib.contextmanager
 def running(binaries: Path) -> Iterator[Postgres]:
-    """A server that runs, and has to run when this is left."""
+    """Run a server for the duration of the block; it must still run at the end."""
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
         server = Postgres(binaries, folder)
         server.start()

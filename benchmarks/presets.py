@@ -40,7 +40,7 @@ SHARD = "1GB"
 
 
 def main() -> None:
-    """Make a teacher, distill it for one step, say what it took."""
+    """Make a teacher, distill it for one step, and print its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="sd3-medium-lora")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")

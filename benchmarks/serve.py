@@ -65,7 +65,7 @@ OTHERS = {"naive": naive, "litserve": litserve}
 
 
 def cpu_seconds() -> float:
-    """CPU time of all running processes below this one."""
+    """Return the CPU time of all running child processes, including their own children."""
     ticks: dict[int, int] = {}
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -113,7 +113,7 @@ def medians(rounds: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Measure all, and print the ratios."""
+    """Measure all servers, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])

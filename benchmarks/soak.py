@@ -1,4 +1,4 @@
-"""Kill a distillation at random moments, let it go on each time, and compare its weights with an undisturbed run's.
+"""Kill a distillation at random moments, resume it each time, and compare its weights with an uninterrupted run's.
 
 python benchmarks/soak.py [--kills 20] [--config scenes-debug] [--set key=value ...] [--out runs/soak] [--seed 0]
 
@@ -25,7 +25,7 @@ DEBUG = ("images=320", "cadence.checkpoint=16", "cadence.evaluate=100000", "cade
 
 
 def main() -> None:
-    """Run both, compare, say so."""
+    """Run both, compare them and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--config", default="scenes-debug", help="preset or YAML file")
@@ -77,14 +77,14 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def _saved(process: subprocess.Popen[str], run: Path) -> None:
-    """Wait until a run keeps one more checkpoint, or ends."""
+    """Wait until a run has one more checkpoint, or ends."""
     before = checkpoint.latest(run / "checkpoints")
     while process.poll() is None and checkpoint.latest(run / "checkpoints") == before:
         time.sleep(0.05)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Wait for a run's end; end with what it said where that is an error."""
+    """Wait for a run's end; exit with its output if it failed."""
     said = process.communicate()[1]
     if process.returncode:
         sys.exit(f"status {process.returncode}: {said.strip()}")

@@ -24,7 +24,7 @@ class Stock:
         self._pipeline.set_progress_bar_config(disable=True)
 
     def answer(self, bodies: Sequence[dict]) -> list[dict]:
-        """Images of requests, as PNG in the Images format."""
+        """Generate the images of requests, as PNG in the format of the Images API."""
         import torch
 
         size = self._record["image_size"]

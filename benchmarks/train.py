@@ -1,8 +1,8 @@
-"""Our distillation against the way it is usually written, in the same run: images/s, peak memory, and their ratios.
+"""Compare our distillation with the usual way to write one, in the same run: images/s, peak memory, and their ratios.
 
 The baseline holds whole copies of the model for every role, encodes prompts in every step, evaluates the
 guided teacher in two calls, and compiles nothing. Ours is the trainer of `distill run`. Both train the same geometry
-with random weights, which cost what trained ones cost, with the same method, batch and precision. The two alternate,
+with random weights, which take as long as trained ones, with the same method, batch and precision. The two alternate,
 and each measurement has its own process, so that its peak memory is its own.
 
     python benchmarks/train.py [--teacher FOLDER_OR_NAME] [--kind full|lora] [--batch 64] [--steps 8] [--json]
@@ -99,7 +99,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def random_conditions(geometry: "Geometry") -> "Conditions":
-    """Random text conditions, which cost what real ones cost."""
+    """Random text conditions, which take as long as real ones."""
     import torch
 
     from distill.models.text import TextCondition
@@ -134,7 +134,7 @@ def online_conditions(geometry: "Geometry", device: "torch.device", dtype: "torc
     from distill.models.text import SD3TextEncoder
 
     class Tokenizer:
-        """Token ids of the right shape; their values change no cost."""
+        """Token ids of the right shape; their values do not affect the time."""
 
         model_max_length = geometry.clip_tokens
 
@@ -175,7 +175,7 @@ def _tell(
     images_per_second: float,
     device: "torch.device",
 ) -> None:
-    """Tables of where the time went: by what the loop did, by operation, and beside what matrix products would take."""
+    """Print where the time went: by part of the loop, by operation, and relative to the time of the matrix products."""
     import torch
 
     seconds: dict[str, float] = {}
@@ -203,7 +203,7 @@ def _tell(
 
 
 def baseline(arguments: argparse.Namespace) -> dict[str, float]:
-    """The straightforward script: three modules, encoders online, one field at a time."""
+    """Train as a straightforward script does: three modules, online encoders, one velocity at a time."""
     import torch
     from diffusers import SD3Transformer2DModel
     from torch.nn import functional as F
@@ -311,7 +311,7 @@ def _clock(device) -> float:
 
 
 def _metrics(started: float, device, arguments: argparse.Namespace) -> dict[str, float]:
-    """Images/s since `started`, and the most bytes held: of the device's allocator, or of the process on a CPU."""
+    """Images/s since `started`, and the peak memory in bytes: of the device's allocator, or of the process on a CPU."""
     import torch
 
     seconds = _clock(device) - started
@@ -327,7 +327,7 @@ MODELS = {"ours": ours, "baseline": baseline}
 
 
 def main() -> None:
-    """Measure two sides by turns and print the medians and their ratios, or profile ours."""
+    """Measure both sides alternately and print the medians and their ratios, or profile ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default=str(SHIPPED), help="folder, sd3-medium, sd3.5-medium or sd3.5-large")
     parser.add_argument("--kind", choices=("full", "lora"), default="full", help="what our side trains")

@@ -1,4 +1,4 @@
-"""Tiny teachers that the tests share, made once a run and only read; and what holds for every test."""
+"""Tiny teachers that all tests share and only read, and fixtures that apply to every test."""
 
 import gc
 import os
@@ -62,13 +62,13 @@ def _own_precision() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without T5 and without its slots, shift 3, 16x16 images."""
+    """A teacher without T5 and without its tokens, with shift 3 and images of 16x16 pixels."""
     return make_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def teacher_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With all three text encoders and 6 T5 tokens."""
+    """A teacher with all three text encoders and 6 T5 tokens."""
     return make_teacher(tmp_path_factory.mktemp("teachers") / "tiny-t5", t5=True, max_sequence_length=6)
 
 

@@ -1,4 +1,4 @@
-"""The documentation: commands, options, paths and links exist, the README's blocks run, and terms are the field's."""
+"""The documentation is correct: commands, options, paths and links exist, and the README's blocks run."""
 
 import ast
 import builtins
@@ -197,7 +197,7 @@ def test_every_block_of_the_readme_is_run_here():
 
 
 def test_the_python_block_of_the_readme_runs(teacher_t5, tmp_path, monkeypatch):
-    """As printed, with a student of fp16 files, but without a GPU."""
+    """It runs unchanged with a student of fp16 files, but without a GPU."""
     undistilled(teacher_t5, tmp_path / "runs" / "sd3.5-medium-lora" / "student")
     monkeypatch.chdir(tmp_path)
     (block,) = blocks(README, "python")
@@ -218,7 +218,7 @@ def test_the_examples_of_the_shipped_students_cards_run():
 
 
 def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
-    """As printed, in order, but with a tiny teacher, batches and evaluations of two images, and a free port."""
+    """They run in order, with a tiny teacher, batches and evaluations of two images, and a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -259,7 +259,7 @@ def test_the_shell_blocks_of_the_readme_run(teacher, tmp_path, monkeypatch):
 
 @contextmanager
 def serving(*words: str, port: int) -> Iterator[None]:
-    """`fgm-service` with these words, from its first ready answer until SIGTERM, which ends it with status 0."""
+    """Run `fgm-service` with these words until the end of the block; SIGTERM must end it with status 0."""
 
     def ready() -> bool:
         try:
@@ -285,7 +285,7 @@ def serving(*words: str, port: int) -> Iterator[None]:
 
 @by_page
 def test_every_path_that_is_named_exists(page):
-    """From the root, or, for Python files, from one of the packages."""
+    """Paths are relative to the root or, for Python files, to one of the packages."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(
         r"(?<![\w./:-])(?:distill|service|tests|benchmarks|configs|deploy|docs|docker)/[\w./*-]*[\w*]", text
@@ -342,7 +342,7 @@ def helps(command: click.Command, *names: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_pages_use_the_terms_of_the_field(page):
-    """But the changelog, which has old names."""
+    """The changelog may have old names."""
     assert HOUSE_WORDS.findall(page.read_text(encoding="utf-8")) == []
 
 

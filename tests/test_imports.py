@@ -1,4 +1,4 @@
-"""The halves meet in one file, and nothing heavy is imported before it is needed."""
+"""The two packages meet in few files, and no heavy library is imported before it is needed."""
 
 import ast
 import os

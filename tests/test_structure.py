@@ -1,4 +1,4 @@
-"""The tree explains itself: names are unique, classes and folders are small, and tests stand beside what they test."""
+"""The structure of the tree: names are unique, classes and folders are small, and tests mirror the code."""
 
 import ast
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The drills of benchmarks/drills.py in their short forms: what they promise whatever the machine's speed."""
+"""Short forms of benchmarks/drills.py pass on a machine of any speed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py in its short form: parts measure on any machine, and a part that fails loses nothing."""
+"""A short form of benchmarks/gpu.py runs on any machine, and keeps the results of other parts if one fails."""
 
 import json
 import math

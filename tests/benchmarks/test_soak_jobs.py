@@ -1,4 +1,4 @@
-"""The soak script in its short form: servers killed while they work on a batch, and every line once in its output."""
+"""A short form of the soak script: servers are killed during a batch, and each line is in the output once."""
 
 import subprocess
 import sys

@@ -191,7 +191,7 @@ def test_a_speed_that_is_none_is_named(text, tmp_path) -> None:
 
 
 def test_equal_seconds_are_as_many_images_as_each_run_makes_in_them(teacher, prompts, tmp_path) -> None:
-    """At speeds that were measured before; test_run.py measures one."""
+    """The speeds are given; test_run.py measures one."""
     for name, speed in (("fgm", 5.0), ("dmd", 3.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "speed.json").write_text(json.dumps({"images_per_second": speed}))

@@ -16,9 +16,9 @@ from distill.training.run_lock import run_lock
 
 
 def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
-    """Where `save` replaces a state of the same name; the next claim gives it its name again.
+    """`save` replaces a state of the same name; the next lock of the folder restores the older state.
 
-    The claim also removes the part that was written of a state of another name, but not that of a live process.
+    It also removes a partly written state of another name, unless its process lives.
     """
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
     checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
@@ -69,7 +69,7 @@ def test_a_file_that_is_a_link_is_written_through_and_a_folder_takes_no_file_s_p
 
 
 def test_two_processes_that_write_one_folder_at_once_do_not_mix_their_files(tmp_path):
-    """Of which the first was killed later, and the second replaces a complete folder."""
+    """The first process is killed later, and the second one replaces a complete folder."""
     text = """import sys, pathlib, distill.files
 with distill.files.atomic_write(pathlib.Path(sys.argv[1])) as made:
     made.mkdir(); (made / "theirs").touch(); print(flush=True); input()"""

@@ -1,4 +1,4 @@
-"""The flow's maths against diffusers' scheduler and against itself."""
+"""The math of rectified flow, compared with diffusers' scheduler."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ def test_a_preset_distils_a_teacher_of_any_size(preset, teacher, tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_role_of_a_preset_learns_at_its_model_s_widths(preset):
-    """Forward and backward on tensors without data, of a block of each kind there is; the others are alike."""
+    """Forward and backward on tensors without data, with one block of each kind."""
     config, geometry = load_config(preset), read_geometry(preset.rpartition("-")[0])
     dual = {"dual_attention_layers": (0,)} if "dual_attention_layers" in geometry.transformer else {}
     geometry = replace(geometry, transformer={**geometry.transformer, "num_layers": 2, **dual})
@@ -59,7 +59,7 @@ def test_every_role_of_a_preset_learns_at_its_model_s_widths(preset):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_step_of_the_whole_model_takes_the_memory_that_is_planned(preset, tmp_path):
-    """Random weights of the true geometry, an image to a step: the second, when the optimizers have their states."""
+    """Random weights of the true geometry, one image per step; the second step is measured."""
     geometry = read_geometry(preset.rpartition("-")[0])
     config = load_config(preset, ["batch=1", "micro_batch=1", "sizes=[]", "trackers=[]", "networks.compile=false"])
     kind, size = config.optimizer.kind, geometry.image_size

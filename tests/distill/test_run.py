@@ -1,4 +1,4 @@
-"""The real command on a tiny teacher: a whole run, a killed one, another configuration, a full disk."""
+"""The real command on a tiny teacher: a complete run, a killed one, another configuration, a full disk."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def weights(student: Path) -> list[Path]:
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
-    """The log's lines, but for what the clock says, and the machine."""
+    """Return the log's lines without times and memory."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
 
@@ -105,7 +105,7 @@ def assert_same_end(out: Path, undisturbed: Path) -> None:
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def whole(request, teacher, prompts, tmp_path_factory) -> tuple[str, Path]:
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / request.param
     done = invoke(*command(teacher, prompts, out, f"networks.kind={request.param}"))
     assert done.exit_code == 0, done.output
@@ -228,7 +228,7 @@ def test_a_run_of_another_version_is_named_and_left_alone(teacher, prompts, tmp_
 
 @pytest.mark.parametrize("older", ["budget", "phase"])
 def test_a_run_that_was_killed_before_its_export_does_not_keep_an_older_student(whole, teacher, prompts, older):
-    """Of a smaller budget, or exported on the way."""
+    """The older student is of a smaller budget, or was exported during the run."""
     kind, out = whole
     record = out / "student" / "onestep.json"
     after = record.read_text()

@@ -16,32 +16,32 @@ needed = pytest.mark.skipif(not available, reason=NEEDED)
 
 
 class Browser:
-    """A browser, with waiting instead of sleeping."""
+    """A browser; its methods wait for conditions instead of sleeping."""
 
     def __init__(self, driver) -> None:
         self.driver = driver
 
     def find(self, selector: str) -> list:
-        """Elements by CSS selector, maybe none."""
+        """Find elements by CSS selector; there may be none."""
         return self.driver.find_elements("css selector", selector)
 
     def until(self, condition) -> None:
-        """Wait until something has come true on the page."""
+        """Wait until a condition holds on the page."""
         wait = WebDriverWait(self.driver, 60, 0.05, [StaleElementReferenceException])
         wait.until(lambda _: condition())
 
     def text(self, selector: str) -> str:
-        """What is read in the first such element."""
+        """Return the text of the first element of a selector."""
         return self.find(selector)[0].text
 
     def errors(self) -> list:
-        """What the console has complained of since this was last asked."""
+        """Return the errors in the console since the last call."""
         return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
-    """A browser for a while."""
+    """Run a browser for the duration of the block."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):

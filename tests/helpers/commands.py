@@ -21,7 +21,7 @@ def invoke(*words: str, input: str | None = None) -> Result:
 
 @contextmanager
 def signal_once(reached: Callable[[], bool], number: int) -> Iterator[None]:
-    """Send a signal to this process as soon as the block has got there."""
+    """Send a signal to this process as soon as `reached` returns true during the block."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -40,7 +40,7 @@ def signal_once(reached: Callable[[], bool], number: int) -> Iterator[None]:
 
 
 def until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """Wait for a running process to get there; its end is a failure."""
+    """Wait until a condition holds while a process runs; fail if the process ends."""
     while not reached():
         with suppress(subprocess.TimeoutExpired):
             pytest.fail(f"ended early with status {process.wait(0.05)}")

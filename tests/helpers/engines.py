@@ -1,4 +1,4 @@
-"""An engine without HTTP, over workers that simulate."""
+"""An engine without HTTP, with simulated workers."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from service.settings import Settings
 
 
 def run(pool: WorkerPool, test: Callable[[Engine], Awaitable[None]], **settings) -> Metrics:
-    """Run a test over an engine that is drained at the end; what it has counted."""
+    """Run a test with an engine that is drained at the end; return its counts."""
     metrics = Metrics()
 
     async def whole() -> None:
@@ -50,12 +50,12 @@ def is_of(image, seed: int) -> bool:
 
 
 def is_whole(image, seed: int) -> bool:
-    """Whether every pixel is that of the seed."""
+    """Whether every pixel has the color of the seed."""
     return is_of(image, seed) and bool((image.pixels == image.pixels[0, 0]).all())
 
 
 class Gate(Simulator):
-    """Lets nothing but the warm-up through until it is opened, and keeps what it was asked for."""
+    """Blocks all batches but the warm-up until it is opened, and records them."""
 
     def __init__(self, **options):
         super().__init__(0, 0, **options)

@@ -1,4 +1,4 @@
-"""Gaussians in one dimension, whose velocity fields are exact; what the methods' closed forms are made of."""
+"""Gaussians in one dimension, whose velocity fields are exact, for the closed forms of methods."""
 
 from collections.abc import Callable, Sequence
 

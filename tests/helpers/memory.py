@@ -1,4 +1,4 @@
-"""What is in memory."""
+"""Tensors in memory."""
 
 import gc
 
@@ -6,6 +6,6 @@ import torch
 
 
 def rows_in_memory(shape: tuple[int, ...]) -> int:
-    """Rows of all tensors (N, *shape) that exist in this process."""
+    """Count the rows of all tensors (N, *shape) in this process."""
     gc.collect()
     return sum(len(each) for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[1:] == shape)

@@ -14,7 +14,7 @@ BEFORE = "0003"  # the revision before requested actions and options were rename
 
 
 def add_old_job(url: str) -> None:
-    """Create the tables of the earlier version, and a running job that shall be paused, with an event."""
+    """Create the tables of the earlier version, and a running job with a request to pause, with an event."""
     config = Config(cmd_opts=Namespace(x=[f"database={url}"]))
     config.set_main_option("script_location", str(MIGRATIONS))
     command.upgrade(config, BEFORE)

@@ -1,7 +1,7 @@
-"""Gradients of one base with adapters, as one process or two find them.
+"""Gradients of one base with adapters, computed by one process or by two.
 
-As a script it is two processes: `parity.py TEACHER OUT` leaves in OUT what each form finds on its half of the images,
-averaged, two runs of the trainer, a whole run, and one that is stopped.
+As a script it starts two processes: `parity.py TEACHER OUT` writes to OUT the averaged gradients of each form, two runs
+of the trainer, a whole run, and one that is stopped.
 """
 
 import os
@@ -62,7 +62,7 @@ class Prompts:
 
 
 def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
-    """A base with adapters that matter, and differ: they would start as zero maps."""
+    """A base with different adapters that are not zero, as new ones are."""
     torch.manual_seed(0)
     networks = build(SD3Folder.read(teacher), Lora(rank=4, alpha=8, **kind), torch.float32, CPU, mesh=mesh)
     for role in ROLES:
@@ -72,7 +72,7 @@ def shared(teacher: Path, mesh=None, **kind) -> SharedBase:
 
 
 def asked(networks, role: str) -> Velocities:
-    """As the trainer asks in an update phase of `role`."""
+    """Return the velocities that the trainer passes to a loss in an update phase of `role`."""
     fields = {
         name: networks.velocity(name) if name == role else networks.field(name)
         for name in ("student", "teacher", "fake")
@@ -81,7 +81,7 @@ def asked(networks, role: str) -> Velocities:
 
 
 def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> dict[str, torch.Tensor]:
-    """Of the FGM loss of an update phase of `role` over some images; what is left in place afterwards."""
+    """Return the gradients of the FGM loss of an update phase of `role` over some images."""
     phase = {phase.role: phase for phase in METHOD.update_phases()}[role]
     draw = Draw(0, role, images)
     phase.loss(nets, TrainingBatch(draw.normal(SHAPE), Prompts().rows(images), draw)).value.backward()
@@ -89,7 +89,7 @@ def gradients(nets: Velocities, trainable, role: str, images=range(IMAGES)) -> d
 
 
 def run(**more) -> RunConfig:
-    """Four rounds of the trainer, a checkpoint after each second one."""
+    """The configuration of four rounds, with a checkpoint after every second one."""
     sets = {
         "batch": IMAGES,
         "images": 4 * IMAGES,
@@ -101,7 +101,7 @@ def run(**more) -> RunConfig:
 
 
 def whole(teacher: Path, prompts: Path, *more: str) -> RunConfig:
-    """A run of full copies with all that belongs to it: encoded prompts, samples, an export."""
+    """The configuration of a complete run of full copies, with encoded prompts, samples and an export."""
     sets = (f"teacher={teacher}", f"prompts.source={prompts}", "batch=8", "images=96", "optimizer.warmup_images=0")
     return load_config("scenes-debug", [*sets, "precision=fp32", "cadence.log=8", "cadence.checkpoint=96", *more])
 
@@ -124,7 +124,7 @@ def sample_sharded(teacher: Path, out: Path, progress: trainer.Progress) -> int:
 
 
 def stop(teacher: Path, out: Path, rank: int) -> int:
-    """The exit status of a run by the command, whose second process receives SIGTERM."""
+    """Run the command, send SIGTERM to the second process, and return the exit status."""
     original = runs.run
 
     def signaled(*arguments):
@@ -142,7 +142,7 @@ def stop(teacher: Path, out: Path, rank: int) -> int:
 
 
 def main(teacher: Path, out: Path) -> None:
-    """One of two processes."""
+    """Run one of the two processes."""
     accelerator = Accelerator(cpu=True)
     rank, world = accelerator.process_index, accelerator.num_processes
     mesh = init_device_mesh("cpu", (world,))
@@ -185,7 +185,7 @@ def main(teacher: Path, out: Path) -> None:
 
 
 def expected(teacher, role):
-    """Of three models with storage of their own, each asked for one role only."""
+    """Return the gradients of three separate models, one for each role."""
     a, b, c = (shared(teacher) for _ in range(3))
     nets = Velocities(c.velocity("student"), a.velocity("teacher"), b.velocity("fake"), Prompts().null)
     return gradients(nets, {"fake": b, "student": c}[role].trainable(role), role)
@@ -199,7 +199,7 @@ def assert_same(found, gradients):
 
 
 def process(rank: int, port: int, teacher: Path, out: Path) -> None:
-    """What a launcher starts, with the variables that it sets."""
+    """Run as a process of a launcher, with the variables that it sets."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
     main(teacher, out)

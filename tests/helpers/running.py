@@ -1,4 +1,4 @@
-"""A real server on a free port of the loopback, in a thread of its own, and what its metrics say."""
+"""A real server on a free port of the loopback, in its own thread, and its metrics."""
 
 import contextlib
 import socket
@@ -42,12 +42,12 @@ def serving(app, protocol: type[HttpProtocol] = HttpProtocol, port: int = 0) -> 
 
 
 def generate(url: str, headers=None, **body) -> httpx.Response:
-    """Ask for images of a prompt, which is "a" unless the body has another one."""
+    """Request images of a prompt, by default "a"."""
     return httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", **body}, headers=headers)
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """A metric's value, summed over the labels that are not given."""
+    """Return a metric's value, summed over the labels that are not given."""
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     total = 0.0
     for line in httpx.get(f"{url}/metrics").text.splitlines():
@@ -58,6 +58,6 @@ def metric(url: str, name: str, **labels: str) -> float:
 
 
 def until(condition) -> None:
-    """Poll a server until something has come true in it; fails after many tries."""
+    """Poll a server until a condition holds; fail after many tries."""
     pause = threading.Event()
     assert any(condition() or pause.wait(0.02) for _ in range(3000))

@@ -1,4 +1,4 @@
-"""Tiny SD3 folders with random weights, made offline: every component is the real class, only small."""
+"""Tiny SD3 folders with random weights, made offline. Every component is of the real class."""
 
 import json
 from pathlib import Path
@@ -117,7 +117,7 @@ def make_clip(folder: Path) -> Path:
 
 
 def stock_pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    """The pipeline as a stranger loads it; stock wants to be told when T5 is absent."""
+    """Load a folder in stock diffusers, which needs explicit arguments if T5 is absent."""
     absent = {} if (folder / "text_encoder_3").exists() else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, **absent)
     pipeline.set_progress_bar_config(disable=True)
@@ -161,7 +161,7 @@ def undistilled(teacher: Path, folder: Path, name: str = "tiny", images_seen: in
 
 
 def distilled(teacher: Path, folder: Path, *overrides: str, preset: str = "scenes-debug") -> Path:
-    """A whole run over 16 images of a teacher, in this process."""
+    """Run a complete distillation of a teacher over 16 images in this process."""
     folder.mkdir(exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]))

@@ -1,4 +1,4 @@
-"""Workers as threads of the test's process, with backends that the test holds."""
+"""Workers as threads of the test's process, with backends of the test."""
 
 import os
 import threading

@@ -30,7 +30,7 @@ def serve() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., openai.OpenAI]]:
-    """The real client for a base URL; retries off, so that every answer is seen."""
+    """Create the real client for a base URL. It does not retry, so that tests see every answer."""
     with contextlib.ExitStack() as stack:
 
         def client(url: str, key: str = "none") -> openai.OpenAI:
@@ -41,7 +41,7 @@ def connect() -> Iterator[Callable[..., openai.OpenAI]]:
 
 @pytest.fixture
 def file_limit() -> Iterator[Callable[[int], None]]:
-    """Sets the size to which any file of this process may grow, shared memory too."""
+    """Set the maximum size of files of this process, including shared memory."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

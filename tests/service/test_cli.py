@@ -31,7 +31,7 @@ FOLDERS = ["fgm-artifacts", "fgm-choices"]  # temporary ones, of a server withou
 
 
 def with_folders(place):
-    """The environment of a server that makes all its temporary folders in a place."""
+    """Return the environment of a server whose temporary folders are all in one place."""
     return {"TMPDIR": str(place), "SERVICE_ENGINE__TUNING_SECONDS": "1"}
 
 

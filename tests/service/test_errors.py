@@ -1,4 +1,4 @@
-"""What clients read in errors."""
+"""The content of errors."""
 
 import pytest
 

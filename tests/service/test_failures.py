@@ -302,7 +302,7 @@ def test_an_unavailable_image_store_is_named_at_the_start(tmp_path):
 
 
 def test_a_full_disk_refuses_uploads_and_delays_batches(tmp_path, teacher, connect):
-    """On disks of a few megabytes that only the server sees."""
+    """The server has disks of a few megabytes."""
     mount = "mount -t tmpfs -o size="
     script = f'{mount}24m disk "$0" && mkdir "$0"/distillations && {mount}300k disk "$0"/distillations && exec "$@"'
     confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Where settings come from, which wins, and what a wrong one says."""
+"""Sources of settings, their precedence, and the errors of wrong ones."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(autouse=True)
 def _without_the_suites_group(monkeypatch):
-    """A group in the environment hides a file that has a value in the group's place."""
+    """A group in the environment would hide a file that sets a value in its place."""
     monkeypatch.delenv("SERVICE_ENGINE__TUNING_SECONDS")
 
 

@@ -1,4 +1,4 @@
-"""The server over a real, tiny student: two worker processes, and the pixels that the pipeline makes."""
+"""The server with a real, tiny student and two worker processes gives the pixels of the pipeline."""
 
 import asyncio
 import base64
@@ -68,7 +68,7 @@ def pixels(answer) -> np.ndarray:
 
 
 def named(info: ModelInfo) -> dict:
-    """The model and its native size, as fields of a request."""
+    """Return the model and its native size as fields of a request."""
     width, height = info.sizes[0]
     return {"model": info.name, "width": width, "height": height}
 
@@ -269,7 +269,7 @@ def test_an_image_that_is_not_finite_after_the_vae_fails_alone(student):
     decode = backend._pipeline._vae.decode
 
     def overflowing(latents, **options):
-        """Overflows, as fp16 does, where the latents are large."""
+        """Overflows for large latents, as fp16 does."""
         (pixels,) = decode(latents, **options)
         return (torch.where(latents.abs().amax((1, 2, 3), keepdim=True) > 1e4, torch.inf, pixels),)
 

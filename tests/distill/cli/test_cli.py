@@ -1,4 +1,4 @@
-"""Wrong input to any command is one sentence and status 2, before anything is computed."""
+"""Wrong input to any command gives one sentence and exit status 2, before anything is computed."""
 
 import sys
 
@@ -18,7 +18,7 @@ RUN = ("run", "scenes-debug")
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What the command, which ends with status 2, prints as its error."""
+    """Run a command that must exit with status 2, and return its error message."""
     monkeypatch.setattr(sys, "argv", ["distill", *words])
     with pytest.raises(SystemExit) as ended:
         main()

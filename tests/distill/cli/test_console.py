@@ -10,7 +10,7 @@ from distill.cli.console import ImageLines
 
 
 class Recorder:
-    """A clock that is set, and the lines written."""
+    """A clock that the test sets, and the lines that were written."""
 
     def __init__(self, total: int | None) -> None:
         self.now = 0.0
@@ -58,7 +58,7 @@ def test_without_a_terminal_progress_is_lines(monkeypatch) -> None:
 
 
 def test_a_table_that_is_too_wide_has_its_columns_as_rows(monkeypatch) -> None:
-    """No name and no number of it is cut."""
+    """No name and no number is cut."""
     narrow = Console(width=60, record=True, file=io.StringIO())
     monkeypatch.setattr(console, "out", narrow)
     names = ["", *(f"metric_number_{i}" for i in range(9))]

@@ -1,4 +1,4 @@
-"""`make demo` with a budget of seconds: what it promises to leave, to continue, and not to do twice."""
+"""`make demo` with a budget in seconds: what it writes, that it resumes, and that it repeats no finished step."""
 
 import signal
 import socket
@@ -32,7 +32,7 @@ def _own_handler() -> Iterator[None]:
 
 
 def invoke(*words: str) -> Result:
-    """The demo in this process, which has its libraries loaded."""
+    """Run the demo in this process, which has its libraries loaded."""
     app = typer.Typer()
     app.command()(demo)
     return CliRunner().invoke(app, words)

@@ -1,4 +1,4 @@
-"""The garbage collector rests during imports, and only then."""
+"""The garbage collector is paused during imports only."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""A run ends with the commands for its student."""
+"""A run prints the next commands for its student."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from distill.config import load_config
 
 
 def commands(folder: Path, *overrides: str) -> str:
-    """What a run in the folder with these overrides prints at its end."""
+    """Return what a run in the folder with these overrides prints at its end."""
     config = load_config("scenes-debug", overrides)
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))

@@ -1,4 +1,4 @@
-"""The embedding cache: what comes out is what the encoder makes, and what is not whole or not ours is refused."""
+"""The embedding cache returns the encoder's results, and is refused if it is incomplete or of another teacher."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ DIFFERENT = len(set(TEXTS))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The cache byte for byte; the empty lock beside it is no part of it."""
+    """Return the bytes of the cache's files, without the empty lock file."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def begin(teacher: Path, out: Path, texts: list[str]) -> None:
-    """A call that ends without warning after its first shard of 8."""
+    """Start a call that is killed after its first shard of 8."""
     killed = embed_prompts(SD3Folder.read(teacher), texts, out, shard_rows=8)
     while not (out / UNFINISHED).exists():
         next(killed)

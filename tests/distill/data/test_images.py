@@ -1,4 +1,4 @@
-"""The cache of real images: rows are what the autoencoder and the text encoders make, whatever the source's form."""
+"""The cache of real images holds the results of autoencoder and text encoders, for every form of source."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def shards_folder(folder: Path) -> None:
 
 
 def tar(path: Path, files: list[tuple[str, bytes | str]]) -> Path:
-    """A shard of files in this order; text is a link to another one."""
+    """Write a shard of files in this order; text is a link to another file."""
     with tarfile.open(path, "w") as shard:
         for name, data in files:
             member = tarfile.TarInfo(name)
@@ -104,7 +104,7 @@ def test_rows_are_what_the_encoders_make(write, teacher, tmp_path):
 
 
 def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
-    """A wide image whose middle is red, a see-through one, and one that its EXIF turns upside down."""
+    """A wide image whose middle is red, a transparent one, and one that EXIF turns upside down."""
     wide = Image.new("RGB", (5 * SIDE, SIDE), "blue")
     wide.paste("red", (2 * SIDE, 0, 3 * SIDE, SIDE))
     clear = Image.new("RGBA", (SIDE, SIDE), (255, 0, 0, 0))
@@ -148,7 +148,7 @@ def test_the_middle_is_cut_out_upright_and_on_white(teacher, tmp_path):
     ],
 )
 def test_a_sample_of_a_shard_is_an_image_and_a_caption_of_one_name(names, captions, passed, unused, teacher, tmp_path):
-    """Captions are the names of their files; whatever is not encoded is named."""
+    """Captions are the names of their files; everything that is not encoded is listed."""
     files = []
     for name, _, target in (each.partition(" -> ") for each in names):
         data = png(picture(0)) if name.lower().endswith((".png", ".jpg")) else name.encode()
@@ -205,7 +205,7 @@ def test_texts_without_an_image_are_named_and_hidden_files_are_not_read(teacher,
 
 @pytest.mark.parametrize("write", [captioned_folder, listed_folder, shards_folder])
 def test_images_that_were_changed_in_place_are_known(write, teacher, tmp_path):
-    """Also where another image has the name and the size of the one before."""
+    """Even if the new image has the name and the size of the old one."""
     source = tmp_path / "source"
     source.mkdir()
     write(source)

@@ -1,4 +1,4 @@
-"""Prompts encoded online are those of a cache, in whatever batches they are asked for."""
+"""Prompts encoded online have the conditions of a cache, in batches of any size."""
 
 import threading
 
@@ -66,7 +66,7 @@ def test_a_prompt_is_encoded_once_while_its_condition_is_kept(teacher, texts, mo
 
 
 def test_prompts_are_encoded_while_the_step_before_is_computed(teacher, texts):
-    """A few batches ahead; the thread ends with its reader, and its error reaches the reader with its place."""
+    """The thread prepares a few batches, ends with its reader, and raises its errors in the reader."""
     online, events, made = encoded_online(texts, SD3Folder.read(teacher)), [], threading.Semaphore(0)
 
     def batches():

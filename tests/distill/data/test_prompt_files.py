@@ -1,4 +1,4 @@
-"""Every kind of source gives the same prompts; what is not one is refused by its file, and line where it has one."""
+"""Every kind of source gives the same prompts; others are refused, with the file and the line."""
 
 import bz2
 import gzip
@@ -27,7 +27,7 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
 
 
 def write(path: Path) -> None:
-    """The prompts in the format that the file's name says."""
+    """Write the prompts in the format of the file's name."""
     match path.suffix.lower():
         case packed if packed in COMPRESS:
             write(path.with_suffix(""))
@@ -51,7 +51,7 @@ def write(path: Path) -> None:
 
 
 def save_to_disk(folder: Path, parts: list[list[str | None]]) -> None:
-    """What `datasets.Dataset.save_to_disk` writes: Arrow streams, and the state that names them in order."""
+    """Write what `datasets.Dataset.save_to_disk` does: Arrow streams, and the state that names them in order."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
     for name, texts in zip(names, parts, strict=True):

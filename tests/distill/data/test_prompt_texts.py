@@ -1,4 +1,4 @@
-"""Prompts that a run keeps come back as they were."""
+"""Prompts that a run writes are read unchanged."""
 
 import pytest
 

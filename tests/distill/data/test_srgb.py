@@ -1,4 +1,4 @@
-"""Images of every mode and color profile become the sRGB that a viewer shows."""
+"""Images of every mode and color profile are converted to the sRGB that a viewer shows."""
 
 import io
 import struct
@@ -67,7 +67,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Ima
 
 
 def png(depth: int, kind: int, row: bytes, clear: bytes = b"") -> Image.Image:
-    """Two pixels, in depths that Pillow does not write."""
+    """A PNG of two pixels, in depths that Pillow does not write."""
     chunks = {b"IHDR": struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0), b"tRNS": clear}
     chunks |= {b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
     file = b"\x89PNG\r\n\x1a\n"

@@ -1,4 +1,4 @@
-"""`distill generate`: files that say what they were made of, the same bytes for the same prompt and seed."""
+"""`distill generate`: files hold prompt and seed, and the same prompt and seed give the same bytes."""
 
 import resource
 from pathlib import Path

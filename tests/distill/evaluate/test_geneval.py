@@ -1,4 +1,4 @@
-"""Images of GenEval's prompts: the folders are complete, resumed, and never mixed."""
+"""Images of GenEval's prompts: folders are complete, calls are resumed, and models are not mixed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A grid of a known period and strength is found, and nothing else is taken for one."""
+"""A grid of a known period and strength is found; other images have none."""
 
 import numpy as np
 import pytest

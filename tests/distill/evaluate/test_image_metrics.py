@@ -113,7 +113,7 @@ def test_fid_without_its_package_says_what_to_install(tmp_path) -> None:
 
 
 def test_fid_is_a_distance_of_the_given_network_s_features(tmp_path) -> None:
-    """A stand-in of random weights in the real one's form; two sets without spread are as far apart as their means."""
+    """A network of random weights in the form of the real one; the FID of two constant sets is that of their means."""
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
 
     class Random(inception):

@@ -35,7 +35,7 @@ def test_frechet_distance_is_the_textbook_formula() -> None:
 
 
 def mmd(made: np.ndarray, real: np.ndarray) -> float:
-    """The unbiased estimate as it is defined, pair by pair."""
+    """Compute the unbiased estimate by its definition, pair by pair."""
 
     def k(x: np.ndarray, y: np.ndarray) -> float:
         return (float(x @ y) / len(x) + 1) ** 3

@@ -1,4 +1,4 @@
-"""The teacher itself scores as the teacher; blur, a grid, lost contrast and one image for all prompts are found."""
+"""The teacher's own images have the best values; blur, a grid, lost contrast and mode collapse have worse ones."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def generate(texts, seeds) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluator(teacher, tmp_path_factory) -> ReferenceEvaluator:
-    """Compares with images of `generate` for other seeds, as another sample of the same distribution."""
+    """Make an evaluator that compares with images of `generate` for other seeds."""
     folder = tmp_path_factory.mktemp("references")
     found = References(folder, SD3Folder.read(teacher), Sampling(1, TeacherGuidance(scale=1)), (SIZE, SIZE), WORDS, 64)
     for index, text in enumerate(found.texts):

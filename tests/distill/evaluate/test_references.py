@@ -1,4 +1,4 @@
-"""The teacher's images are made once, resumed where they are missing, and made anew for other settings."""
+"""The teacher's images are made once; missing ones are added, and other settings have other images."""
 
 import json
 from pathlib import Path

@@ -104,7 +104,7 @@ def test_real_images_with_the_student_s_prompts_count_as_the_student_s():
 
 
 def test_a_file_in_the_folder_is_all_that_a_method_needs():
-    """No other module of the package names a method but for the default of a configuration."""
+    """No other module names a method, except the default of the configuration."""
     package = Path(methods.__file__).parents[1]
     assert set(methods.names()) == {path.stem for path in (package / "methods").glob("[!_]*.py")} - {"base", "policies"}
     for path in package.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Flow maps: exact ones of Gaussians, derivatives of the real network, and students of one step and of any."""
+"""Flow maps: exact maps of Gaussians, derivatives of the real network, and students of one or several steps."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Reflow against Gaussians, whose teacher pairs are an affine map; and a whole run of it."""
+"""Reflow against Gaussians, whose teacher's pairs are an affine map, and a complete run."""
 
 from pathlib import Path
 

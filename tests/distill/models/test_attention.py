@@ -1,4 +1,4 @@
-"""Attention kernels of a transformer: all compute the same, and `auto` is one of them."""
+"""All attention kernels of a transformer compute the same, and `auto` is one of them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from distill.models import attention
 
 
 def step(model: SD3Transformer2DModel, precision: torch.dtype) -> dict[str, torch.Tensor]:
-    """Output and gradients."""
+    """Return the output and the gradients of a step."""
     generator = torch.Generator().manual_seed(1)
     x, text, pooled = (torch.randn(shape, generator=generator) for shape in ((3, 4, 8, 8), (3, 5, 48), (3, 40)))
     model.zero_grad()

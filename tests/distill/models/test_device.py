@@ -1,4 +1,4 @@
-"""Where bf16 is fast by what the processor says of itself, memory of tensors on the CPU, and copies between devices."""
+"""Devices with fast bf16, memory of tensors on the CPU, and copies between devices."""
 
 import platform
 import resource
@@ -27,7 +27,7 @@ def test_bf16_is_fast_with_matrix_units_and_only_used_there():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_process_that_computes_on_the_cpu_keeps_the_memory_of_freed_tensors():
-    """A page fault is the system's, which gives a page to the process."""
+    """Each page fault takes a page from the system."""
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

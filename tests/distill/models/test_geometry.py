@@ -1,4 +1,4 @@
-"""A geometry says what the models themselves are: of published ones, and of a folder."""
+"""A geometry has the sizes of the models themselves: of published ones, and of a folder."""
 
 from dataclasses import replace
 

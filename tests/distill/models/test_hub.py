@@ -1,4 +1,4 @@
-"""Models of the hub are fetched as far as they are loaded, kept in its cache, and refused with the fix."""
+"""Models of the hub: only files that are loaded are fetched, and errors name the fix."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CARD = "---\nlicense: other\nlicense_name: acme-community\n---\nA tiny model.\n"
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub, and an empty cache; the library reads the environment only once, so its constants are set."""
+    """A hub and an empty cache. The library reads the environment only once, so its constants are set."""
     with hub_server() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")  # fmt: skip # noqa: E501
@@ -49,7 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def crowded(teacher_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as people publish it: shards, variants, and many files that are not loaded."""
+    """A model as it is published: shards, variants, and many files that are not loaded."""
     folder = shutil.copytree(teacher_t5, tmp_path_factory.mktemp("published") / "crowded")
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
     transformer.save_pretrained(folder / "transformer", max_shard_size="150KB")

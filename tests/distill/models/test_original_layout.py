@@ -1,4 +1,4 @@
-"""The original's layout, read back by diffusers' own conversion: the same tensors for each kind of SD3."""
+"""The original layout gives the same tensors after diffusers' own conversion, for each kind of SD3."""
 
 import pytest
 import torch

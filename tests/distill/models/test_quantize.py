@@ -1,4 +1,4 @@
-"""Which matrices become 8 bits: those of a block that multiply tokens, as a call of the network shows."""
+"""The matrices that are quantized are those that multiply tokens in a block."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints in one file: what is written is read again, by diffusers and by this package, to the same images."""
+"""Checkpoints in one file are read by diffusers and by this package, and give the same images."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ def models(teacher_t5, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(models, tmp_path_factory):
-    """sd3.5-medium with other weights and none of the transformer: what is in the file must not come from here."""
+    """A base of sd3.5-medium with other weights, without a transformer: the weights must come from the file."""
     folder = shutil.copytree(models["sd3.5-medium"], tmp_path_factory.mktemp("bases") / "base")
     for path in folder.rglob("*.safetensors"):
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path, {"format": "pt"})

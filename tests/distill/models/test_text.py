@@ -1,4 +1,4 @@
-"""The tokenizer keeps its promise of one token a word; our encoding is the stock pipeline's."""
+"""The toy tokenizer has one token per word; our encoding equals the stock pipeline's."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The second time: its formula written out, and a file that is whole or refused."""
+"""The second time follows its formula, and a damaged file is refused."""
 
 import math
 
@@ -13,7 +13,7 @@ from distill.models.two_times import FILE, add_second_time, load_second_time, sa
 
 @pytest.fixture
 def moved():
-    """A transformer of two times whose second time matters."""
+    """A transformer of two times whose second time has an effect."""
     torch.manual_seed(0)
     transformer = make_transformer()
     for parameter in add_second_time(transformer).values():

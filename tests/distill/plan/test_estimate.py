@@ -1,4 +1,4 @@
-"""A plan made from configurations alone says what a real training step of the real networks leaves and takes."""
+"""A plan from configurations alone agrees with the memory and FLOP of a real training step."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ BATCH, SIZE = 3, 16
 
 @pytest.fixture(scope="module")
 def teacher(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With one block, because a plan takes its time for each operation."""
+    """A teacher of one block, because a plan takes time for each operation."""
     folder = shutil.copytree(teacher, tmp_path_factory.mktemp("teachers") / "one-block")
     make_transformer(num_layers=1).save_pretrained(folder / "transformer")
     return folder
@@ -53,7 +53,7 @@ def label(kind) -> str:
 
 
 class Remembered(PlanInput):
-    """A setting that is planned once for all tests."""
+    """A plan's input whose plan is computed once for all tests."""
 
     def plan(self) -> Plan:
         key = (self.geometry.name, self.kind, self.dtype, self.batch, self.method, self.optimizer)
@@ -82,7 +82,7 @@ def held(networks) -> list[torch.Tensor]:
 
 
 def nbytes(tensors) -> int:
-    """Of all storages, each once."""
+    """Count the bytes of all storages, each once."""
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
 
 
@@ -130,7 +130,7 @@ def test_the_networks_of_a_plan_are_those_of_a_run(teacher, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
 def test_what_is_kept_is_what_autograd_saves(kind, tmp_path):
-    """In fp32, where the networks that a run builds and those of a plan compute alike; autograd is asked itself."""
+    """In fp32, in which the networks of a run and of a plan compute alike; autograd's hooks count the bytes."""
     teacher = make_teacher(tmp_path)
     made = setting(teacher, kind)
     z, cond = inputs(made)

@@ -38,7 +38,7 @@ def test_an_image_costs_what_the_networks_do():
 
 @pytest.mark.parametrize(("preset", "counted"), [("sd3-medium-lora", 233.3e12), ("sd3-medium-full", 244.2e12)])
 def test_a_round_costs_what_its_plan_counts(preset, counted):
-    """`distill plan` of the preset, which takes too long for a test."""
+    """The expected values are those of `distill plan`, which takes too long for a test."""
     config = load_config(preset)
     found = flop.training_flop(
         read_geometry("sd3-medium"), config.networks, config.method.update_phases(), [(1024, 1024)], 4

@@ -1,4 +1,4 @@
-"""What the meter counts is what storages take, and what matrix products cost by hand."""
+"""The meter counts the bytes of storages and the FLOP of matrix products."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a run is said to need, before it begins."""
+"""The estimate of what a run needs."""
 
 import shutil
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_encoding_disk_and_time_are_stated(teacher_t5, tmp_path):
 
 
 def test_real_images_need_room_and_time_for_their_latents_and_captions(teacher_t5, tmp_path):
-    """Of Stable Diffusion 3 3.8 MB each, so that 100 000 take 380 GB."""
+    """Those of Stable Diffusion 3 take 3.8 MB each, 100 000 of them 380 GB."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
@@ -90,7 +90,7 @@ def test_a_run_needs_room_for_the_encoded_prompts_of_its_evaluations(teacher_t5,
 
 
 def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
-    """That of a CLIP model alone takes no images of the teacher, and half as many student's images half the time."""
+    """The evaluator `clip` needs no images of the teacher; half as many images take half the time."""
     words = ("evaluation.evaluator=clip", "evaluation.clip=folder")
     clip, half = (estimated(teacher_t5, tmp_path, *words, f"evaluation.images={count}") for count in (64, 32))
     shares = [each.evaluation_seconds / each.training_seconds for each in (clip, half)]  # at any measured speed
@@ -105,7 +105,7 @@ def test_the_time_of_every_evaluator_is_stated(teacher_t5, tmp_path):
 
 
 def test_a_plan_counts_the_evaluations_and_the_real_images_of_its_run(teacher):
-    """Every evaluator takes its own images; a run is evaluated at its end too."""
+    """Each evaluator has its own number of images; a run is also evaluated at its end."""
     geometry = read_geometry(str(teacher))
     config = teacher_config(geometry, ["method=reflow", "precision=fp32", "prompts.max_count=8", "images=35"])
     made = run_input(geometry, config)

@@ -1,4 +1,4 @@
-"""The report and the list of runs say what lies in the run folders, and the report stands alone."""
+"""The report and the list of runs show the content of run folders; a report needs no other file."""
 
 import html
 import json
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder: Path, seen: int, budget: int = 6400, teacher: str = "scenes", **series: float) -> Path:
-    """A run as `distill run` leaves it, with the given last metrics."""
+    """Write a run folder as `distill run` does, with the given last metrics."""
     folder.mkdir(parents=True)
     config = {"teacher": teacher, "images": budget, "method": {"name": "fgm", "guidance": {"scale": 4.0}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -81,7 +81,7 @@ def write_lines(path: Path, lines: list[dict[str, float]]) -> None:
 
 
 def add_results(folder: Path) -> None:
-    """Evaluations, the best student's record, sample grids and the exported student."""
+    """Add evaluations, the best student's record, sample grids and the exported student."""
     write_lines(
         folder / "evaluations.jsonl",
         [
@@ -133,7 +133,7 @@ def test_the_newest_picture_of_differences_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_command_that_compares_takes_the_settings_of_the_run(tmp_path: Path) -> None:
-    """Its guidance and sampling decide which images of the teacher are used; those of the run exist."""
+    """Guidance and sampling decide which images of the teacher are used; those of the run exist."""
     folder = make_run(tmp_path / "run", 6400, teacher="sd3")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["method"] = {"guidance": {"scale": [2, 6], "skip_layers": [7, 8], "skip_scale": 2.8}}
@@ -181,7 +181,7 @@ def test_every_logged_series_is_drawn_and_stands_in_a_table(tmp_path: Path) -> N
 
 
 def test_buckets_of_time_are_named_by_their_ranges(tmp_path: Path) -> None:
-    """In the order of time, also if a log's first line lacks a bucket, and without those that no line has."""
+    """They are in the order of time, even if the log's first line lacks a bucket; empty ones are left out."""
     folder = make_run(tmp_path / "run", 0)
     logged = [("t0.4", "t0.8"), ("t0.0", "t0.4", "t0.8"), ("t0.0", "t0.8")]
     lines = [{"images": 640 * i, **{f"log10_gap/{name}": 0.5 for name in names}} for i, names in enumerate(logged, 1)]
@@ -333,7 +333,7 @@ def test_a_run_that_stopped_early_is_finished(tmp_path: Path) -> None:
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal in which no table is folded."""
+    """Set a terminal so wide that no table is folded."""
     monkeypatch.setattr(console.out, "_width", 200)
 
 

@@ -1,4 +1,4 @@
-"""Adapters merged in place: what diffusers makes of the same file, and nothing of it left afterwards."""
+"""Merged adapters give the images of diffusers with the same file, and are removed without a trace."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a card says of its model."""
+"""The content of a model card."""
 
 import pytest
 

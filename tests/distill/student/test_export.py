@@ -1,4 +1,4 @@
-"""The student folder: stock diffusers and our pipeline make the same of it."""
+"""The student folder: stock diffusers and our pipeline give the same images."""
 
 import json
 import re
@@ -40,7 +40,7 @@ RECIPE = {"name": "tiny-one-step", "method": "fgm", "images_seen": 12}
 
 @pytest.fixture(scope="module")
 def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every weight of the teacher moved a little."""
+    """A student whose weights all differ a little from the teacher's."""
     torch.manual_seed(1)
     weights = {
         name: p + 0.02 * torch.randn_like(p) for name, p in load_transformer(SD3Folder.read(teacher)).named_parameters()

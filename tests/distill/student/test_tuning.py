@@ -1,4 +1,4 @@
-"""What is fastest is measured once, kept, and used; what the caller chose stays."""
+"""The fastest options are measured once, kept and used; the caller's own choices are not changed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What this machine or launch does not support is refused before training."""
+"""Settings that the machine or the launch does not support are refused before training."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Two processes learn what one does: gradients of three copies, whole and sharded, and a run that changes hands."""
+"""Two processes learn what one does: gradients of three copies, whole and sharded, and runs on either number."""
 
 import shutil
 import signal
@@ -27,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "accelerate").glob("*.
 
 @pytest.fixture(scope="module")
 def two(teacher, tmp_path_factory) -> Path:
-    """What two processes left."""
+    """The output folder of two processes."""
     out = tmp_path_factory.mktemp("two")
     (out / "prompts.txt").write_text("a red circle\na blue square\ncircle and square\nred\nleft of a circle\n")
     done = subprocess.run([sys.executable, parity.__file__, str(teacher), str(out)], capture_output=True, text=True)
@@ -37,12 +37,12 @@ def two(teacher, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(teacher, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The end of a run by one process."""
+    """The last state of a run by one process."""
     return finished(teacher, tmp_path_factory.mktemp("alone"))
 
 
 def finished(teacher: Path, out: Path) -> dict[str, torch.Tensor]:
-    """The last state of a run that this process continues to its end."""
+    """Continue a run to its end in this process, and return its last state."""
     list(trainer.train(parity.run(), out, parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True)))
     return last(out)
 

@@ -20,7 +20,7 @@ KIND = {"networks.kind": "lora", "networks.rank": 64, "networks.alpha": 16}
 
 @pytest.fixture(scope="module")
 def changed(teacher, tmp_path_factory):
-    """The teacher with other weights in all its linear layers, as a folder."""
+    """A folder of the teacher with other weights in all linear layers."""
     folder = make_teacher(tmp_path_factory.mktemp("changed"))
     transformer = load_transformer(SD3Folder.read(teacher))
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ def test_one_base_has_the_gradients_of_three_copies(teacher, kind, role):
 
 @pytest.fixture
 def traced() -> Iterator[None]:
-    """Compiled forms as torch traces them, without the minutes that code generation takes."""
+    """Compile with a backend that only traces, because code generation takes minutes."""
     torch.compiler.reset()
     torch.compiler.set_default_backend("eager")
     yield
@@ -40,7 +40,7 @@ def traced() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it, unless it is an error
 def test_compiled_blocks_have_the_same_gradients_and_compile_once(traced):
-    """In the student's update phase, which calls all three roles, with and without a block, under checkpointing."""
+    """The student's update phase calls all three roles, with and without a skipped block, under checkpointing."""
 
     def networks(**kind):
         torch.manual_seed(0)

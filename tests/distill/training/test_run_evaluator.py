@@ -43,7 +43,7 @@ def distill(out: Path, settings: list[str], *more: str) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(settings, clip_folder, tmp_path_factory) -> tuple[Path, list[object]]:
-    """A run that nothing disturbed, and its progress."""
+    """An uninterrupted run, and its progress."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, distill(out, settings, f"evaluation.clip={clip_folder}")
 
@@ -105,7 +105,7 @@ def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_again(whole,
 
 
 def test_a_run_holds_no_encoded_prompt_of_its_evaluations(settings, clip_folder, tmp_path) -> None:
-    """Two update phases of 8 images each, and the null condition, are all that training holds."""
+    """Training holds the conditions of two update phases of 8 images each, and the null condition."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"red {number}" for number in range(40)))
     words = ["evaluation.evaluator=clip", f"evaluation.clip={clip_folder}", "evaluation.images=40", "images=8"]

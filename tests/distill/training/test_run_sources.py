@@ -1,4 +1,4 @@
-"""The prompts of a run are encoded as its configuration says, or as their size suggests."""
+"""The prompts of a run are encoded as configured or, by default, by the size of their cache."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The promises of the training loop: what a step sums, what it draws, and what it reads ahead."""
+"""The training loop: sums of gradients, random numbers, and prefetching."""
 
 import threading
 from functools import partial
@@ -25,7 +25,7 @@ from distill.training.optimizers import adam
 
 
 def metrics(teacher, out, **more):
-    """Of a single round."""
+    """Return the metrics of one round."""
     config = parity.run(images=IMAGES, **more)
     (progress,) = trainer.train(config, out, parity.shared(teacher), Prompts(), [SHAPE], Accelerator(cpu=True))
     return progress.metrics
@@ -41,7 +41,7 @@ def test_micro_batches_add_up_to_the_whole_batch_s_gradient(teacher, tmp_path):
 
 
 class Damaged(Prompts):
-    """The first conditions that are asked for, those of the fake's first step, are no numbers."""
+    """Conditions whose first batch, that of the fake's first step, is NaN."""
 
     asked = 0
 
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_o
 
 
 def test_steps_that_were_skipped_in_a_row_end_the_run_also_if_the_next_is_sound(teacher, tmp_path):
-    """As a CUDA graph has it, which is only looked at on lines of the log."""
+    """As with a CUDA graph, whose counts are read at lines of the log only."""
     config = parity.run(images=2 * IMAGES, **{"cadence.log": IMAGES, "optimizer.max_skipped_steps": 0})
     rounds = trainer.train(config, tmp_path, parity.shared(teacher), Damaged(), [SHAPE], Accelerator(cpu=True))
     with pytest.raises(DivergedError, match="the fake's gradient was not finite 1 times in a row after 0 images"):
@@ -91,7 +91,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_goes_on_where_it_went(teacher
 
 
 def starting(config, teacher):
-    """What `distill run` gives the trainer as the start of a run."""
+    """Return the initial weights that `distill run` passes to the trainer."""
     if config.init_from is None:
         return None
     return partial(read_initial_weights, config, SD3Folder.read(teacher), parity.CPU)

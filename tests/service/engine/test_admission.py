@@ -1,4 +1,4 @@
-"""Bulk work in front of a full queue: who enters next."""
+"""Bulk work in front of a full queue: which owner enters next."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from service.observability.metrics import Metrics
 
 
 class Queue:
-    """A queue of ten images that is full at first, and keeps each owner to its own limit."""
+    """A queue of ten images that is full at first and limits each owner."""
 
     def __init__(self, **limits: int) -> None:
         self.room, self.limits = 0, limits
@@ -30,7 +30,7 @@ class Queue:
         self.entered.append(owner)
 
     async def leave(self, images: int) -> None:
-        """So many images leave, one at a time."""
+        """Let this many images leave, one at a time."""
         for _ in range(images):
             self.room += 1
             self.admission.admit()

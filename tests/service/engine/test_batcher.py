@@ -20,7 +20,7 @@ def batcher(max_batch=8, limit=100, owner_limit=100, limits=LIMITS, linger=0.0) 
 
 
 def behind(images: int, key: BatchKey = A) -> list[ImageBatch]:
-    """A batch that is in the network."""
+    """Return a batch that the network computes."""
     return [ImageBatch(key, [image(key)] * images, "full")]
 
 
@@ -29,7 +29,7 @@ def seeds(batch: ImageBatch | None) -> list[int]:
 
 
 def drain(queue: Batcher) -> list[list[int]]:
-    """The seeds of all batches that an idle device is given."""
+    """Return the seeds of all batches for an idle device."""
     batches = []
     while batch := queue.take(1e9):
         assert {w.key for w in batch.images} == {batch.key}

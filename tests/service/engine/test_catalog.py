@@ -1,4 +1,4 @@
-"""Models that come and go while the engine serves. Workers are simulators; test_student has the real thing."""
+"""Models that are loaded and unloaded while the engine serves. Workers are simulators; test_student has real ones."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from service.settings import Settings
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a simulator takes for a student's folder."""
+    """Create a folder that a simulator accepts as a student."""
     (tmp_path / "onestep.json").write_text(json.dumps({"name": "second"}))
     return tmp_path
 
@@ -411,7 +411,7 @@ def test_what_an_administrator_loads_stays_and_what_one_unloads_is_loaded_again(
 
 
 class SlowLoader(Simulator):
-    """Waits with the load of an adapter until it is opened. Like a student, removes only an adapter that it has."""
+    """Delays the load of an adapter until it is opened. Like a student, it removes only an adapter that it has."""
 
     def __init__(self):
         super().__init__(0, 0)

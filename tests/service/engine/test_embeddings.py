@@ -1,4 +1,4 @@
-"""Where the embeddings of prompts belong in memory that is bounded; test_student has the workers that share it."""
+"""The places of prompt embeddings in bounded memory; test_student has the workers that share it."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Times per size and batch: measured, kept, believed, and played by the simulator."""
+"""Times per size and batch: measured, stored, used for estimates, and replayed by the simulator."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from service.errors import StartError
 
 
 class Blocks(Simulator):
-    """A model that computes two images together, and has memory for four."""
+    """A model that computes two images at once and has memory for four."""
 
     def __init__(self):
         info = ModelInfo(

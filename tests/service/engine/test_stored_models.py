@@ -1,4 +1,4 @@
-"""What an administrator loaded comes back when the server starts again, and nothing that was unloaded does."""
+"""Models that an administrator loaded are loaded again when the server restarts, and unloaded ones are not."""
 
 import asyncio
 import json

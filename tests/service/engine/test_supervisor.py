@@ -1,4 +1,4 @@
-"""Workers that die, go silent, or return incomplete pixels. They are simulators."""
+"""Simulated workers that die, stop answering, or return incomplete pixels."""
 
 import asyncio
 import os
@@ -67,7 +67,7 @@ def test_workers_killed_at_random_lose_nothing_and_change_nothing():
 
 
 def test_a_pool_that_has_ended_starts_no_workers():
-    """As where a start is cancelled before its thread begins."""
+    """This happens if a start is cancelled before its thread begins."""
     pool = worker_processes(Settings(engine={"devices": "simulator"}))
     pool.launch()
     pool.end()

@@ -1,4 +1,4 @@
-"""Connections: heads that are too large or slow, data that is not HTTP, clients that read nothing."""
+"""Connections: headers that are too large or slow, data that is not HTTP, clients that do not read."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Linked images: how they expire, and who can read them."""
+"""Linked images: their expiry, and who can read them."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Rows of owners: each sees its own, in pages."""
+"""Rows of owners: each owner sees its own rows, in pages."""
 
 import pytest
 

@@ -35,7 +35,7 @@ class Anything:
 
 
 class Spans:
-    """The spans of a server; complete after it is drained."""
+    """The spans of a server. They are complete after it is drained."""
 
     def __init__(self):
         self.exporter = InMemorySpanExporter()
@@ -47,7 +47,7 @@ class Spans:
         return [span for span in self.all() if span.name == name]
 
     def below(self, parent):
-        """Children, the earliest first."""
+        """Return the child spans, the earliest first."""
         children = [span for span in self.all() if span.parent and span.parent.span_id == parent.context.span_id]
         return sorted(children, key=lambda span: span.start_time)
 

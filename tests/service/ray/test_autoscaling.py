@@ -1,4 +1,4 @@
-"""How many replicas are wanted, from their metrics alone."""
+"""The desired number of replicas, computed from their metrics."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ray Serve for real, by the command that users type. A minute and a half, most of it for Ray's processes to start."""
+"""A real Ray Serve, started by the user's command. Ray's processes take most of the minute and a half."""
 
 import base64
 import importlib.util
@@ -34,7 +34,7 @@ PATIENT = {  # Ray's own limits, for a machine that others use too
 
 @pytest.fixture
 def students(tmp_path):
-    """Two students and two adapters, as simulators take them."""
+    """Two students and two adapters in the form that simulators accept."""
     for name in ("second", "third", "sketch", "ink"):
         (tmp_path / name).mkdir()
     for name in ("second", "third"):
@@ -46,7 +46,7 @@ def students(tmp_path):
 
 @contextmanager
 def serving(*arguments: str, said="serving on", **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server under Ray that has said so: its URL and its process, which has ended when this is left."""
+    """Run a server under Ray for the duration of the block. Yields its URL and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         settings["http__port"] = str(free.getsockname()[1])
     environment = os.environ | PATIENT | {f"SERVICE_{name.upper()}": value for name, value in settings.items()}
@@ -68,7 +68,7 @@ def serving(*arguments: str, said="serving on", **settings: str) -> Iterator[tup
 
 
 def generate(url: str, seed: int, n: int = 1, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
-    """An answer; every one of them must be an image."""
+    """Request an image; every answer must be one."""
     body = {"prompt": "a red circle", "seed": seed, "n": n, **more}
     answer = httpx.post(ROUTE.format(url), json=body, headers=headers, timeout=600)
     assert answer.status_code == 200, answer.text
@@ -81,13 +81,13 @@ def replica(answer: httpx.Response) -> str:
 
 
 def color(answer: httpx.Response) -> tuple[int, ...]:
-    """Of a simulator's image."""
+    """Return the color of a simulator's image."""
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     return image.getpixel((0, 0))
 
 
 def of_both(ask) -> list[httpx.Response]:
-    """The same question's answers, by each of two replicas."""
+    """Return the answers of two replicas to the same request."""
     answers: dict[str, httpx.Response] = {}
     for _ in range(1000):
         answer = ask()

@@ -1,4 +1,4 @@
-"""What keeps replicas from starting is one sentence, before Ray is imported."""
+"""Settings with which replicas cannot start give one sentence, before Ray is imported."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""The pages over HTTP: what they load and what they may load."""
+"""The pages over HTTP: the files that they load, and those that they may load."""
 
 import re
 

@@ -46,12 +46,12 @@ MANY_LINES = """const area = document.getElementById("prompts");
 
 
 def button(page, text: str):
-    """The first button with a text."""
+    """Return the first button with a text."""
     return next(each for each in page.find("button") if each.text == text)
 
 
 def alt(page, selector: str = "#images img") -> str:
-    """The alternative text of the first image, or nothing."""
+    """Return the alternative text of the first image, if there is one."""
     images = page.find(selector)
     return images[0].get_attribute("alt") if images else ""
 
@@ -379,7 +379,7 @@ def test_prompts_become_a_batch_a_gallery_and_a_zip_file(page, tmp_path):
 
 
 def accessible(page, url: str) -> None:
-    """Check every page with axe-core: on a wide light screen, and on a narrow dark one."""
+    """Check every page with axe-core, on a wide light screen and on a narrow dark one."""
     axe = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
     shown = {"": "#model option", "batches": "#batches li", "jobs": "#preset option", "docs": "#reference details"}
     for width, theme in ((1280, "light"), (390, "dark")):

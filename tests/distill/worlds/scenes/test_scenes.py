@@ -1,4 +1,4 @@
-"""The toy dataset: what is drawn is what was asked, and the scorer sees exactly what is there."""
+"""The toy dataset: images show their prompts, and the scorer finds exactly the objects that they show."""
 
 from itertools import combinations
 

@@ -162,7 +162,7 @@ def test_each_sentence_is_tokenized_once() -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Names of operations that make the host wait for a device, or send it numbers, or whose result has any length."""
+    """Records operations that make the host wait for a device, send it numbers, or have results of unknown size."""
 
     FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 

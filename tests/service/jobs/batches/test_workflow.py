@@ -29,12 +29,12 @@ def receiver() -> Iterator[Receiver]:
 
 
 def telling(receiver: Receiver, **jobs) -> dict:
-    """Settings of a server that calls a receiver as soon as something has ended."""
+    """Return settings of a server that sends webhooks to a receiver."""
     return {"jobs": {"webhooks": [{"url": receiver.url, "secret": SECRET}], "takeover_seconds": 0.5, **jobs}}
 
 
 def told(receiver: Receiver, count: int) -> list[tuple[str, str]]:
-    """Wait for so many events, and return their types and subjects as the real client reads them."""
+    """Wait for this many events, and return their types and subjects as the real client reads them."""
     receiver.wait(count)
     unwrap = openai.OpenAI(api_key="none").webhooks.unwrap
     events = [unwrap(body, headers, secret=SECRET) for headers, body in receiver.received]
@@ -168,7 +168,7 @@ def test_invalid_lines_fail_the_batch_with_their_numbers(serve, connect, tmp_pat
 
 
 class OnlyOne(Gate):
-    """Generates one image, and others only after it is opened."""
+    """Generates one image, and further ones only after it is opened."""
 
     def holds(self, prompts, seeds):
         return super().holds(prompts, seeds) and 1 not in seeds

@@ -1,4 +1,4 @@
-"""What a job is chosen from, without a server."""
+"""The choices for a job, without a server."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a job may set, and how it reaches the configuration of a run."""
+"""The options of a job, and the configuration of its run."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""A process of a job, its supervisor, and how they end."""
+"""The process of a job and its supervisor, and how they end."""
 
 import signal
 import subprocess
