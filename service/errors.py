@@ -1,11 +1,13 @@
 """The exceptions of the service, and the table from exception to HTTP status and OpenAI error type."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 MIN_RETRY_SECONDS = 0.1  # with 0, clients would retry at once, without end
 MAX_EXCERPT_CHARACTERS = 100  # of a client's text that an error repeats
+_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
 
 def excerpt(text: str) -> str:
@@ -21,6 +23,11 @@ def shortened(sentence: str) -> str:
 def quoted(text: str) -> str:
     """Return an excerpt in quotes, special characters escaped."""
     return repr(excerpt(text))
+
+
+def without_credentials(text: str) -> str:
+    """Return a text without the user and password of the URLs in it, for logs and errors of the operator."""
+    return _CREDENTIALS.sub("**********@", text)
 
 
 class ServiceError(Exception):

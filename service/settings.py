@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill.options import SHIPPED_STUDENT, RuntimeOptions
-from service.errors import StartError
+from service.errors import StartError, without_credentials
 from service.files import prepare_data_folder
 from service.observability.logs import LogFormat
 from service.setting_types import (
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
         for key in keys():
             value, default = (reduce(getitem, key.split("."), values) for values in (own, defaults))
             if value != default:
-                found.append(f"{key} = {value}")
+                found.append(without_credentials(f"{key} = {value}"))
         return found
 
 

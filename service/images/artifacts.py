@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import fsspec
 
-from service.errors import StartError, Unavailable
+from service.errors import StartError, Unavailable, without_credentials
 from service.temporary_folders import make_folder, remove_folder
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ class ArtifactStore:
             self._files, self._root = fsspec.url_to_fs(place, use_listings_cache=False)  # other servers write there too
             self._files.makedirs(self._root, exist_ok=True)
         except Exception as error:  # every store has exceptions of its own
-            raise StartError(
-                f"artifacts: {place} cannot be used ({error}); name a folder or a URL of fsspec's"
-            ) from error
+            message = f"artifacts: {place} cannot be used ({error}); name a folder or a URL of fsspec's"
+            raise StartError(without_credentials(message)) from error
 
     async def save(self, data: bytes, output_format: str, lifetime: int | None = None) -> str:
         """Store an image for `lifetime` seconds, by default for those of the store; returns its name."""
@@ -115,5 +114,5 @@ class ArtifactStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **options))
         except Exception as error:  # each kind of store has exceptions of its own
-            log.warning("the store of linked images does not answer: %r", error)
+            log.warning("the store of linked images does not answer: %s", without_credentials(repr(error)))
             raise Unavailable("the store of linked images does not answer; try again") from error

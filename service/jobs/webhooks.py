@@ -16,6 +16,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
+from service.errors import without_credentials
 from service.jobs.database import Database
 from service.jobs.rows import new_id
 from service.jobs.tables import DeliveryRow
@@ -102,11 +103,12 @@ class Webhooks:
         now = int(time.time())
         row.attempts += 1
         row.last_error = failure
+        endpoint = without_credentials(row.url)
         if failure is None:
             row.delivered_at, row.next_at = now, None
         elif failure == str(GONE) or row.attempts > len(PAUSES):
             row.next_at = None
-            log.error("delivery to %s ended without success: %s %s: %s", row.url, row.type, row.subject, failure)
+            log.error("delivery to %s ended without success: %s %s: %s", endpoint, row.type, row.subject, failure)
         else:
             row.next_at = now + PAUSES[row.attempts - 1]
-            log.warning("%s did not accept %s of %s: %s", row.url, row.type, row.subject, failure)
+            log.warning("%s did not accept %s of %s: %s", endpoint, row.type, row.subject, failure)

@@ -229,12 +229,13 @@ def test_printed_settings_hide_secrets():
     settings = read_settings(
         {
             "http": {"api_keys": ("hunter2hunter2hunter2",)},
-            "images": {"artifact_secret": "hunter2hunter2hunter2"},
+            "images": {"artifact_secret": "hunter2hunter2hunter2", "artifacts": "ftp://ann:hunter2@host/images"},
             "engine": {"max_batch": 5},
         }
     )
     lines = settings.lines()
     assert "engine.max_batch = 5" in lines
+    assert "images.artifacts = ftp://**********@host/images" in lines
     assert not any(line.startswith("engine.devices") for line in lines)  # a default
     assert "hunter2" not in "".join(lines)
 
