@@ -41,7 +41,7 @@ from distill.training.run_evaluator import (
     run_references,
     teacher_sampling,
 )
-from distill.training.run_sources import RunPrompts
+from distill.training.run_sources import RunPrompts, run_sources
 from distill.training.run_teacher import read_teacher
 from distill.variants import NOTE, Variant
 
@@ -49,11 +49,20 @@ SHOWN = 8  # prompts in the picture, except of a dataset with a scorer
 
 
 def share_caches(variant: Variant, variants: Sequence[Variant], out: Path) -> None:
-    """Link a run to the embeddings of the first variant with the same prompts, and to the same teacher's images."""
-    alike = (each.name for each in variants if each.config.prompts == variant.config.prompts)
-    owner = next((name for name in alike if not (out / name).is_file()), variant.name)
-    encodes = not RunPrompts(variant.config.prompts, out / variant.name).is_cache
-    for folder in ("embeddings", REFERENCES) if encodes else (REFERENCES,):
+    """Link a run to what the first variant with the same sources has in its folder.
+
+    These are the caches of prompts and of real images, and the teacher's images of the prompts.
+    """
+    prompts, reals = run_sources(variant.config, out / variant.name)
+    folders = {REFERENCES: {"prompts"}}  # and the settings that their content depends on
+    if not prompts.is_cache:
+        folders[prompts.folder] = {"prompts"}
+    if reals is not None and not reals.is_cache:
+        folders[reals.folder] = {"prompts", "real"}  # captions have the length of prompts
+    for folder, keys in folders.items():
+        sources = variant.config.model_dump(include=keys)
+        alike = (each.name for each in variants if each.config.model_dump(include=keys) == sources)
+        owner = next((name for name in alike if not (out / name).is_file()), variant.name)
         link = out / variant.name / folder
         if owner != variant.name and not os.path.lexists(link):
             link.parent.mkdir(parents=True, exist_ok=True)

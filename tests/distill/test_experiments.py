@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from distill.cli import app
 from distill.config import load_config
 from distill.errors import ConfigError, DivergedError, RunError
-from distill.experiments import ComparisonOptions, Cost, check_budget, evaluate_variants
+from distill.experiments import ComparisonOptions, Cost, check_budget, evaluate_variants, share_caches
 from distill.pipeline import SHIPPED_STUDENT
 from distill.report.grid import GAP, TILE
 from distill.training import checkpoint
@@ -115,6 +115,17 @@ def test_runs_get_equal_images_share_embeddings_and_are_not_repeated(teacher, pr
     prompts.write_text("other prompts\nat the same place\n")
     refused = invoke(teacher, prompts, tmp_path, "fgm", "dmd", "--images", "8")
     assert "was made of other prompts than the source holds now" in str(refused.exception)
+
+
+def test_runs_share_caches_of_the_same_sources(tmp_path) -> None:
+    gan = ["method.name=dmd", "method.gan={}", "real.source=scenes", "real.max_count=4"]
+    given = {"plain": [], "first": gan, "second": [*gan, "batch=8"], "more": [*gan, "real.max_count=5"]}
+    variants = [Variant(name, load_config("scenes-debug", sets), "scenes-debug", ()) for name, sets in given.items()]
+    for variant in variants:
+        share_caches(variant, variants, tmp_path)
+    assert all((tmp_path / name / "embeddings").samefile(tmp_path / "plain" / "embeddings") for name in given)
+    assert (tmp_path / "second" / "images").samefile(tmp_path / "first" / "images")
+    assert not any((tmp_path / name / "images").exists() for name in ("plain", "more"))
 
 
 def test_a_run_that_diverges_is_a_column_that_says_so_and_the_others_go_on(teacher, prompts, tmp_path) -> None:
