@@ -1,9 +1,9 @@
 #!/bin/bash
-# Brings the profiles `cpu` and `full` of docker-compose.yml up and asks them everything, where no registry is reached.
+# Starts the profiles `cpu` and `full` of docker-compose.yml without a registry, and sends requests of all kinds.
 #
-# Stand-ins: podman and podman-compose for Docker; docker/check/Containerfile for the images of PostgreSQL, Prometheus
-# and the object store; no Grafana. Real: the compose file with its networks, volumes, ports, users and settings, and
-# the image, which docker/check/image.sh has built before. Ports 8000 and 9090 must be free.
+# Replaced: Docker by podman and podman-compose; the images of PostgreSQL, Prometheus and the object store by those of
+# docker/check/Containerfile. There is no Grafana. Real: the compose file with its networks, volumes, ports, users and
+# settings, and the image, which docker/check/image.sh builds first. Ports 8000 and 9090 must be free.
 #
 #   docker/check/compose.sh [option of `podman build` ...]     as root; needs podman, podman-compose and catatonit
 set -euo pipefail
@@ -14,12 +14,12 @@ trap '"${whole[@]}" down --volumes > /dev/null 2>&1; rm -f "$secrets"' EXIT
 for name in POSTGRES_PASSWORD OBJECTS_SECRET ARTIFACT_SECRET GRAFANA_PASSWORD; do
     echo "$name=$(openssl rand -hex 24)"
 done > "$secrets"
-mkdir -p students # that compose mounts
+mkdir -p students # mounted by the compose file
 service=flow-generator-matching_service-full_1
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "stand-ins"
+say "replacements of images"
 for target in database objects prometheus; do
     podman build --quiet --network host "$@" --target $target --tag localhost/stand-in:$target \
         --file docker/check/Containerfile docker/check
@@ -34,11 +34,11 @@ say "profile full, without Grafana"
 "${whole[@]}" up --no-build --detach service-full jobs database objects prometheus
 python3 docker/check/smoke.py http://127.0.0.1:8000 --batch 50
 
-say "a batch while one of the two servers is killed, and started again"
+say "a batch while one of the two servers is killed and restarted"
 (sleep 5; podman kill $service > /dev/null; sleep 5; podman start $service > /dev/null) &
 killer=$!
 python3 docker/check/smoke.py http://127.0.0.1:8000 --batch 400
 wait $killer
 
-say "what Prometheus has seen of both"
+say "queries of the dashboard on Prometheus"
 python3 docker/check/dashboard.py http://127.0.0.1:9090

@@ -1,4 +1,4 @@
-"""Ask a Prometheus every query of the dashboard and of the adapter's rule; prints how many series each has.
+"""Send every query of the dashboard and of the adapter's rule to Prometheus, and print their numbers of series.
 
 python docker/check/dashboard.py http://127.0.0.1:9090
 """
@@ -15,14 +15,14 @@ DOCKER = Path(__file__).parents[1]
 
 
 def series(prometheus: str, query: str) -> int:
-    """How many series a query has. Raises HTTPError for one that is none."""
+    """Return the number of series of a query. Raises HTTPError for an invalid one."""
     parameters = urllib.parse.urlencode({"query": query})
     with urllib.request.urlopen(f"{prometheus}/api/v1/query?{parameters}", timeout=10) as answer:
         return len(json.load(answer)["data"]["result"])
 
 
 def main() -> None:
-    """What Grafana and the adapter put in for their own names is put in here."""
+    """Replace the variables of Grafana and of the adapter in each query, and send it."""
     prometheus = sys.argv[1].rstrip("/")
     panels = json.loads((DOCKER / "grafana" / "dashboards" / "service.json").read_text())["panels"]
     queries = [(panel["title"], target["expr"]) for panel in panels for target in panel["targets"]]

