@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from service.errors import InvalidRequest, NotFound
+from service.errors import InvalidRequest
 from service.http.dependencies import JobsDep, JobsOwner
 from service.http.error_handlers import request_error
 from service.http.file_response import StoredFileResponse
@@ -90,11 +90,8 @@ async def remove(file_id: str, jobs: JobsDep, owner: JobsOwner) -> Deleted:
 def content(file_id: str, jobs: JobsDep, owner: JobsOwner) -> StoredFileResponse:
     """The bytes of a file."""
     file = jobs.files.get(owner, file_id, int(time.time()))
-    path = jobs.files.path(file.id)
-    if not path.exists():  # deleted after the look-up
-        raise NotFound(f"there is no file {file_id!r}; GET /v1/files lists yours", code="file_not_found")
     return StoredFileResponse(
-        path,
+        jobs.files.path(file.id),
         media_type="application/octet-stream",
         filename=file.filename,
         headers={"x-content-type-options": "nosniff"},
