@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from distill.data.prompt_files import columns_of, text_of
@@ -47,21 +47,23 @@ def _examples(path: Path, column: str | None) -> Iterator[Example]:
         raise ImageError(f"no images at {path}; give a folder, an uncompressed .tar shard, or `scenes`")
     elif (path / METADATA).is_file():
         yield from _listed(path, column)
-    elif shards := sorted(file for file in path.iterdir() if file.suffix.lower() == ".tar" and not _is_hidden(file)):
+    elif shards := sorted(
+        file for file in path.iterdir() if file.suffix.lower() == ".tar" and not is_hidden(Path(file.name))
+    ):
         for shard in shards:
             yield from _shard(shard, column)
     else:
         yield from _captioned(path)
 
 
-def _is_hidden(path: PurePosixPath | Path) -> bool:
-    """Whether a file is hidden, like those that macOS adds."""
-    return path.name.startswith(".")
+def is_hidden(path: PurePath) -> bool:
+    """Whether a file or a folder above it in this relative path is hidden, like those of macOS and Jupyter."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _captioned(folder: Path) -> Iterator[Example]:
     """Images of a folder with text files of the same name, and text files without an image."""
-    files = sorted(file for file in folder.rglob("*") if not _is_hidden(file))
+    files = sorted(file for file in folder.rglob("*") if not is_hidden(file.relative_to(folder)))
     images = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt" and file.is_file()}
     for file in files:
@@ -104,7 +106,7 @@ def _shard(path: Path, column: str | None) -> Iterator[Example]:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
                 name = PurePosixPath(member.name)
-                if member.isfile() and not member.issparse() and name.name and not _is_hidden(name):
+                if member.isfile() and not member.issparse() and name.name and not is_hidden(name):
                     groups.setdefault(str(name.with_suffix("")), []).append(member)
                 elif not member.isdir():
                     unused.append(member.name)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -195,6 +196,9 @@ def test_texts_without_an_image_are_named_and_hidden_files_are_not_read(teacher,
     source.mkdir()
     captioned_folder(source)
     (source / "._0.png").write_bytes(b"what macOS leaves")
+    (source / ".ipynb_checkpoints").mkdir()
+    for suffix in ("png", "txt"):  # a copy that Jupyter leaves
+        shutil.copy(source / f"0.{suffix}", source / ".ipynb_checkpoints" / f"0-checkpoint.{suffix}")
     (source / "2.5 b.JPG").write_bytes(png(picture(0)))
     (source / "2.5 b.TXT").write_text("a circle")
     (source / "3.bmp").write_bytes(b"BM")

@@ -38,7 +38,8 @@ def make_images(folder: Path, count: int, seed: int, bright: int = 255) -> Path:
 
 def test_clip_score_is_the_models_cosine_and_cmmd_is_its_formula(clip_folder, tmp_path) -> None:
     made, real = make_images(tmp_path / "made", 6, 1), make_images(tmp_path / "real", 5, 2, bright=90)
-    (made / "grid.png").write_bytes((made / "0.png").read_bytes())  # no image of the set
+    make_images(made / ".ipynb_checkpoints", 1, 3)
+    (made / "grid.png").write_bytes((made / "0.png").read_bytes())  # neither is an image of the set
     result = invoke("score", made, "--clip", clip_folder, "--reference", real, "--json")
     found = json.loads(result.stdout)
 
