@@ -65,7 +65,7 @@ def network_calls(phase: UpdatePhase, images: range | None = None) -> list[Netwo
         def record(x_t: Tensor, t: Tensor, cond: TextCondition, skip_layers: Sequence[int] = ()) -> Tensor:
             dual = any(unpack_dual(x).tangent is not None for x in (x_t, t))  # type: ignore[no-untyped-call]
             calls.append(NetworkCall(role, len(x_t) // len(drawn), torch.is_grad_enabled(), dual, tuple(skip_layers)))
-            return x_t
+            return x_t.flatten(1).mean(1) if role == "critic" else x_t
 
         return record
 

@@ -7,6 +7,7 @@ import pytest
 
 from distill.config import load_config
 from distill.methods import flow_map
+from distill.methods.dmd import DMDConfig, Gan
 from distill.methods.fgm import FGMConfig
 from distill.methods.policies import Guidance
 from distill.plan.step_cost import network_calls, skip_share
@@ -39,5 +40,7 @@ def test_skip_layer_calls_count_by_the_share_of_micro_batches_that_need_one():
     assert skip_share(student, 1) == pytest.approx(1 - outside, abs=0.06)
     assert skip_share(student, 4) == pytest.approx(1 - outside**4, abs=0.09)
     assert skip_share(fake, 4) == 1.0  # it has none
+    _, with_critic = DMDConfig(gan=Gan(), times=times, guidance=method.guidance).update_phases()
+    assert skip_share(with_critic, 4) == skip_share(student, 4)
     calls = network_calls(student, range(4))
     assert {call.rows for call in calls} <= {1, 2}
