@@ -143,7 +143,7 @@ def _hidden(path: Path, what: str) -> Path:
 
 
 def _remove_partial(path: Path) -> None:
-    """Remove what this process, or one that was killed, left of `path`."""
+    """Remove temporary paths of `path` that this process or a killed one left."""
     for other in (*_left(path.parent), _hidden(path, f"{os.getpid()}.distill-partial")):
         if _is_abandoned(other, path.name):
             _remove(other)
@@ -176,7 +176,7 @@ def _lives(process: int) -> bool:
 
 
 def _name(error: BaseException, path: Path) -> None:
-    """Give a system error its path, which errors of writing and flushing, unlike those of opening, do not have."""
+    """Add the path to a system error. Errors of opening have one; those of writing and flushing do not."""
     if isinstance(error, OSError) and error.strerror is not None and error.filename is None:
         error.filename = str(path)
 

@@ -1,1 +1,1 @@
-"""What a training step is fed with: prompts, images, text conditions and noise."""
+"""The input of training steps: prompts, images, text conditions and noise."""

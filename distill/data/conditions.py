@@ -1,4 +1,4 @@
-"""What training reads by row: the conditions of prompts, cached or encoded online, and real images."""
+"""Data that training reads by row: the conditions of prompts, cached or encoded online, and real images."""
 
 from typing import Protocol, TypeVar
 

@@ -1,4 +1,4 @@
-"""What happens to the averaged decoder on the way: alarms, evaluations and grids."""
+"""Alarms, evaluations and grids of the averaged decoder during its training."""
 
 from pathlib import Path
 

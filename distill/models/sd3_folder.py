@@ -1,6 +1,6 @@
-"""The Stable Diffusion 3 folder, read without torch: is it whole, is it what we take it for, and what are its numbers.
+"""Reads and checks a Stable Diffusion 3 folder without torch: its files, its kind and its numbers.
 
-Weights are only ever safetensors; a header says how long its file must be, so a cut-off download is found here and not
+Weights are always safetensors. Their header has the length of the file, so a truncated download is found here and not
 in the middle of a run.
 """
 

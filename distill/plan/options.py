@@ -1,4 +1,4 @@
-"""What `distill plan` plans: a run's configuration, or that of a teacher without one; and the options that fit."""
+"""The input of `distill plan`: the configuration of a run or of a teacher alone; and options that fit a device."""
 
 import math
 from collections.abc import Sequence

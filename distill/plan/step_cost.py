@@ -32,7 +32,7 @@ class StepCost:
 class NetworkCall:
     """A call by a loss, with `rows` batch rows per image, without the blocks `skip_layers`.
 
-    Is there gradient through it, or a directional derivative?
+    `backward` and `forward_mode` tell whether there is a gradient through it, or a directional derivative.
     """
 
     role: str

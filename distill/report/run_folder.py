@@ -1,4 +1,4 @@
-"""Run folders as they lie on disk, read without torch: what `distill runs` lists and `distill report` shows.
+"""Run folders on disk, read without torch, for `distill runs` and `distill report`.
 
 The configuration is taken as it stands, not validated, so that runs of older versions stay readable.
 """

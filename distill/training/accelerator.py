@@ -1,4 +1,4 @@
-"""Accelerate, started and checked for a run: processes, precision, trackers, and what this machine supports."""
+"""Starts and checks accelerate for a run: processes, precision, trackers, and what this machine supports."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What happens to the averaged student on the way: samples, alarms, evaluations, the best student, early stopping."""
+"""Samples, alarms and evaluations of the averaged student during a run; the best student, and early stopping."""
 
 import json
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ class EvaluationCallback:
         return due
 
     def __call__(self, progress: Progress) -> None:
-        """Do what is due after a round, and at the start of a resumed run what a kill left out at its checkpoint."""
+        """Do what is due after a round; at the start of a resumed run, also what was not done at its checkpoint."""
         due, main = self.due(progress), self._machine.is_main_process
         if progress.metrics and main:
             progress.notes.extend(self._alarms.add({"images": progress.images, **progress.metrics}))

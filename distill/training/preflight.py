@@ -1,4 +1,4 @@
-"""What a run is refused for before PyTorch is imported: its teacher, its folder, and sources that cannot be read."""
+"""Checks of a run before PyTorch is imported: its teacher, its folder, and sources that cannot be read."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

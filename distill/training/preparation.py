@@ -1,4 +1,4 @@
-"""What a run checks and writes before it computes anything."""
+"""Checks of a run, and the files that it writes before it computes anything."""
 
 import logging
 from collections.abc import Mapping

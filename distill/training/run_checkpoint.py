@@ -1,4 +1,4 @@
-"""`RunCheckpoint`: saves and restores what the training of a run goes on from."""
+"""`RunCheckpoint`: saves and restores the state from which the training of a run resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

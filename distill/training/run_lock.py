@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process, and recover what a killed process left in it. The lock ends with the process.
+    """Lock a folder for this process, and clean up what killed processes left in it. The lock ends with the process.
 
     Raises ClaimedError if another process holds the lock, and OutputError if the folder cannot be written.
     """
