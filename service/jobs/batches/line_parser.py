@@ -1,5 +1,6 @@
 """Parses a line of a batch's input file into a request."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ def parse(images: ImageService, settings: Settings, batch: BatchRow, number: int
     if len(line) > max_bytes:
         raise InvalidRequest(f"the line is over {max_bytes} bytes", code="line_too_long")
     try:
-        read = BatchLine.model_validate_json(line, context={"unsupported": settings.images.unsupported_fields})
+        read = BatchLine.model_validate_json(line.rstrip(), context={"unsupported": settings.images.unsupported_fields})
     except ValidationError as error:
         raise _line_error(error) from None
     body = read.body
@@ -62,7 +63,9 @@ def parse(images: ImageService, settings: Settings, batch: BatchRow, number: int
 def _line_error(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_input=False, include_url=False)[0]
     if first["type"] == "json_invalid":
-        return InvalidRequest(f"the line is not JSON: {first['ctx']['error']}", code="invalid_json_line")
+        # Without its number of the line, which is always 1 here.
+        reason = re.sub(r" at line \d+ column (\d+)$", r" (character \1)", first["ctx"]["error"])
+        return InvalidRequest(f"the line is not JSON: {reason}", code="invalid_json_line")
     if not first["loc"]:
         return InvalidRequest(f"the line: {first['msg']}", code="invalid_request")
     wrong = field_error(first["type"], first["loc"], first["msg"])

@@ -154,6 +154,7 @@ def test_invalid_lines_fail_the_batch_with_their_numbers(serve, connect, tmp_pat
         (14, "line_too_long", None),
     ]
     assert "x" * 201 not in batch.errors.to_json()
+    assert batch.errors.data[0].message == "the line is not JSON: key must be a string (character 2)"
     assert "number out of range" in batch.errors.data[10].message
     assert (batch.failed_at is not None, batch.output_file_id, batch.error_file_id) == (True, None, None)
     assert told(receiver, 1) == [("batch.failed", batch.id)]
