@@ -18,7 +18,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from service.engine.admission import Admission
-from service.engine.backend import ModelInfo, Pixels, Timing
+from service.engine.backend import ModelInfo, Timing
 from service.engine.batcher import Batcher, BatchKey, ImageBatch, Priority, QueuedImage
 from service.engine.latency_model import LatencyModel
 from service.engine.messages import BatchDone, BatchFailed, ModelLoaded
@@ -278,9 +278,8 @@ class Dispatcher:
         self._lingering = None
         self.dispatch()
 
-    def batch_done(self, worker: WorkerHandle, done: BatchDone, pixels: Pixels) -> None:
-        """Answer the requests that wait for the images of a batch."""
-        pixels.flags.writeable = False
+    def batch_done(self, worker: WorkerHandle, done: BatchDone, pixels: Sequence[NDArray[np.uint8]]) -> None:
+        """Answer the requests that wait for the images (H, W, 3) of a batch."""
         now = time.monotonic()
         batch, sent, seconds = worker.answered(done.batch, now)
         if self._tracing:
@@ -293,6 +292,7 @@ class Dispatcher:
             self._metrics.stages.labels(stage).observe(stage_seconds)
         queue_seconds = self._metrics.stages.labels("queue")
         for i, image in enumerate(batch.images):
+            pixels[i].flags.writeable = False
             queued = sent - image.arrived
             queue_seconds.observe(queued)
             result = GeneratedImage(pixels[i], done.tokens[i], done.truncated[i], {"queue": queued, **done.seconds})

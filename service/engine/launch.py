@@ -15,8 +15,8 @@ from importlib.metadata import version
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from service.engine.backend import Pixels
 from service.engine.messages import Channel, LoadFailed, LoadModel, Profiling, Ready, Tuning, WorkerConfig
 from service.engine.profile import growing_sizes
 from service.engine.shared_memory import read
@@ -63,11 +63,15 @@ class Worker:
             return self.name
         return "cpu" if self.ready.models[0].environment.startswith("cpu-") else "cuda"
 
-    def read(self, slot: int, shape: tuple[int, int, int, int]) -> Pixels:
-        """Copy the pixels of a slot. Raises EOFError or OSError if they are incomplete."""
-        pixels = np.empty(shape, np.uint8)
-        read(self.memory, pixels.data.cast("B"), slot * SLOT_BYTES)
-        return pixels
+    def read(self, slot: int, count: int, shape: tuple[int, int, int]) -> list[NDArray[np.uint8]]:
+        """Copy images of one shape from a slot. Raises EOFError or OSError if they are incomplete.
+
+        Each has memory of its own, so that a cached image does not keep the others of its batch.
+        """
+        images = [np.empty(shape, np.uint8) for _ in range(count)]
+        for i, image in enumerate(images):
+            read(self.memory, image.data.cast("B"), slot * SLOT_BYTES + i * image.nbytes)
+        return images
 
     def end(self) -> None:
         """Kill the process and close everything. Slow. Safe while another thread waits."""

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.engine import messages
-from service.engine.backend import Pixels
 from service.engine.batcher import ImageBatch
 from service.engine.embeddings import Allocation, EmbeddingAllocator
 from service.engine.launch import Worker
@@ -118,14 +120,14 @@ class WorkerHandle:
         """Note that a batch has left the network."""
         self._ahead.discard(number)
 
-    def pixels(self, number: int) -> Pixels:
-        """Copy the images (B, H, W, 3) of a finished batch. Safe from any thread.
+    def pixels(self, number: int) -> list[NDArray[np.uint8]]:
+        """Copy the images (H, W, 3) of a finished batch. Safe from any thread.
 
         Raises EOFError or OSError if they are incomplete.
         """
         sent = self._sent[number]
         key = sent.batch.key
-        return self.worker.read(sent.slot, (len(sent.batch.images), key.height, key.width, 3))
+        return self.worker.read(sent.slot, len(sent.batch.images), (key.height, key.width, 3))
 
     def answered(self, number: int, now: float) -> tuple[ImageBatch, float, float]:
         """Forget a batch. Returns it, the time it was sent, and the worker's seconds for it after the one before."""
