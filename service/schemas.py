@@ -54,7 +54,7 @@ class RequestModel(BaseModel):
 
 def _not_blank(prompt: str) -> str:
     if not prompt.strip():
-        raise PydanticCustomError("blank_prompt", "there is no text in it; describe an image")
+        raise PydanticCustomError("blank_prompt", "Input is blank; describe an image")
     return prompt
 
 

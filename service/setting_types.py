@@ -50,7 +50,7 @@ def _student(given: Any) -> Any:
         return Student(Path(given).absolute())
     if not re.fullmatch(MODEL_NAME, name) or not folder:
         raise ValueError(
-            f"{given!s} is no NAME=FOLDER: a name has at most 128 letters, digits and . _ : -, and begins with a "
+            f"{given!s} is not NAME=FOLDER: a name has at most 128 letters, digits and . _ : -, and begins with a "
             "letter or digit"
         )
     return Student(Path(folder).absolute(), name)
@@ -80,7 +80,7 @@ def _job_devices(devices: str) -> None:
 
 def _origin(origin: str) -> str:
     if origin != "null" and not _ORIGIN.fullmatch(origin):
-        raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, with * for any host")
+        raise ValueError(f"{origin!r} is not an origin; write scheme://host or scheme://host:port, with * for any host")
     return origin.lower()  # as browsers send it
 
 

@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     def students(self) -> list[str]:
         """Return the names of `models`, or of the shipped student. Reads no weights.
 
-        Raises StartError for a folder that is no student, and for two students of one name.
+        Raises StartError for a folder that is not a student, and for two students of one name.
         """
         found: dict[str, Student] = {}
         for student in self.models or (Student(SHIPPED_STUDENT),):
@@ -225,7 +225,7 @@ def _own_name(folder: Path) -> str:
     except FileNotFoundError:
         raise StartError(f"model {folder}: it has no onestep.json; give the folder of a student") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StartError(f"{folder / 'onestep.json'} is no student's record ({error}); export it again") from None
+        raise StartError(f"{folder / 'onestep.json'} is not a student's record ({error}); export it again") from None
 
 
 def keys(kind: type[BaseModel] | None = None, prefix: str = "") -> list[str]:

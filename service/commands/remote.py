@@ -22,7 +22,7 @@ class RemoteServer:
         try:
             self._http = httpx2.Client(base_url=f"{url.rstrip('/')}/v1/admin/", headers=headers, timeout=timeout)
         except httpx2.InvalidURL as error:
-            raise StartError(f"{url} is no valid URL ({error}); write it as http://127.0.0.1:8000") from None
+            raise StartError(f"{url} is not a valid URL ({error}); write it as http://127.0.0.1:8000") from None
         self._url = url
 
     def __enter__(self) -> Self:

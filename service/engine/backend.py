@@ -15,9 +15,9 @@ Pixels = NDArray[np.uint8]  # (B, H, W, 3)
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How a model computes the images of one size: in parts of these sizes, ascending; the last part is padded.
+    """The batch sizes in which a model computes images of one size, ascending. A batch is computed in parts of them.
 
-    More images than `largest` gain nothing by being in one batch.
+    The last part is padded to one of the sizes. Batches of more than `largest` images are not faster per image.
     """
 
     sizes: tuple[int, ...]
@@ -36,7 +36,7 @@ class BatchLimits:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server knows of a loaded model. Sizes are (width, height), the native one first."""
+    """Facts about a loaded model. Sizes are (width, height), the native one first."""
 
     name: str
     owner: str
@@ -49,7 +49,7 @@ class ModelInfo:
     adapters: dict[str, str] = field(default_factory=dict)  # digests by name; equal digests give equal images
     max_steps: int = 1  # largest number of network evaluations per image; 1 for a one-step student
     runtime_fingerprint: str = ""  # what images depend on besides the files, such as precision and batch buckets
-    decoder: Literal["full", "small"] = "full"  # what makes pixels of latents: the VAE, or a small decoder
+    decoder: Literal["full", "small"] = "full"  # what decodes latents: the VAE, or a small decoder
     decoder_digest: str | None = None  # of a small decoder's files
     description: str = ""  # of the model's card
     examples: tuple[str, ...] = ()  # prompts that the card names
@@ -60,7 +60,7 @@ class ModelInfo:
 
     @property
     def cache_key(self) -> str:
-        """Everything of the model that an image depends on to the bit."""
+        """A key of everything in the model that determines the bits of an image."""
         return f"{self.digest} {self.runtime_fingerprint}"
 
     def without(self, adapter: str) -> "ModelInfo":

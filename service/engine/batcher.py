@@ -5,7 +5,7 @@ Interactive images go before bulk images. Owners (API keys) take turns, and an o
 rest of the batch is filled with images of the same key, one of each owner in turn.
 
 Models pad a batch to one of the sizes in `batch_limits[size]`, so a busy worker is only given batches that need no
-padding. The other images wait until the worker is idle. Then they are sent at once, or after the lingering time.
+padding. The other images wait until the worker is idle. Then they are sent at once, or after the batching window.
 """
 
 from collections import deque
@@ -85,17 +85,17 @@ class Batcher:
         limit: int,
         owner_limit: int,
         batch_limits: Mapping[BatchKey, BatchLimits],
-        linger_seconds: float = 0.0,
+        window_seconds: float = 0.0,
     ) -> None:
         """`batch_limits`, by model and size, is read at every batch.
 
-        `linger_seconds` is how long an idle worker waits for a full batch. Both limits are in images.
+        `window_seconds` is how long an idle worker waits for a full batch. Both limits are in images.
         """
         self._max_batch = max_batch
         self._limit = limit
         self._owner_limit = owner_limit
         self._batch_limits = batch_limits
-        self._linger_seconds = linger_seconds
+        self._window_seconds = window_seconds
         self._caps: dict[BatchKey, int] = {}
         self._lines: dict[_Line, deque[QueuedImage]] = {}
         self._turns: dict[str, None] = {}  # owners with queued images, the next to lead first
@@ -192,7 +192,7 @@ class Batcher:
             alike = sum(len(batch.images) for batch in ahead if batch.key == lead.key)
             if ahead and (count < alike or limits.padded(count) > count):
                 return None
-            if not ahead and now < lead.arrived + self._linger_seconds:
+            if not ahead and now < lead.arrived + self._window_seconds:
                 return None
         reason = "full" if count == cap else "drained" if count == queued else "unpadded"
         self._turns[lead.owner] = self._turns.pop(lead.owner)  # to the end

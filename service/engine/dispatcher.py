@@ -84,7 +84,7 @@ class Dispatcher:
             engine.result_cache_bytes, getsizeof=lambda image: image.pixels.nbytes
         )
         self._batch_numbers = itertools.count()
-        self._lingering: asyncio.TimerHandle | None = None
+        self._window: asyncio.TimerHandle | None = None  # the end of the batching window
         self._finishing: list[tuple[Callable[[BatchKey], bool], asyncio.Event]] = []
 
     @property
@@ -264,9 +264,9 @@ class Dispatcher:
             ahead, now = worker.batches_ahead(), time.monotonic()
             batch = self._batcher.take(now, ahead)
             if batch is None:
-                if len(self._batcher) and not ahead and self._lingering is None:
+                if len(self._batcher) and not ahead and self._window is None:
                     delay = self._settings.engine.batching_window_seconds
-                    self._lingering = asyncio.get_running_loop().call_later(delay, self._stop_lingering)
+                    self._window = asyncio.get_running_loop().call_later(delay, self._end_window)
                 break
             self._metrics.closed.labels(batch.reason).inc()
             worker.send(next(self._batch_numbers), batch, now)
@@ -274,8 +274,8 @@ class Dispatcher:
         self._metrics.queue.set(len(self._batcher))
         self._check_finished()
 
-    def _stop_lingering(self) -> None:
-        self._lingering = None
+    def _end_window(self) -> None:
+        self._window = None
         self.dispatch()
 
     def batch_done(self, worker: WorkerHandle, done: BatchDone, pixels: Sequence[NDArray[np.uint8]]) -> None:

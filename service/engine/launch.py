@@ -216,7 +216,7 @@ def worker_processes(settings: Settings) -> WorkerPool:
 
 
 def profiling(settings: Settings) -> Profiling:
-    """Which batch sizes workers time before they take work."""
+    """Return the batch sizes that workers time before they take work."""
     engine = settings.engine
     timed = engine.profiles_folder is not None or engine.target_p95_seconds is not None
     return Profiling(
@@ -226,10 +226,10 @@ def profiling(settings: Settings) -> Profiling:
 
 
 def serving_devices(settings: Settings, gpus: int | None) -> list[str]:
-    """Devices that get a worker where CUDA's driver shows so many GPUs: `auto` is every one that is not for jobs.
+    """Return the devices that get a worker. `auto` is every GPU that is not for jobs.
 
-    Where it shows none, `auto` is left to torch; None is unknown. Raises StartError for a GPU that it does not show,
-    and where jobs would share a GPU that serves, or have all of them.
+    `gpus` is the number of GPUs by CUDA's driver, None if unknown. Without GPUs, `auto` is left to torch. Raises
+    StartError for a GPU that does not exist, for one that both serves and runs jobs, and if jobs have all GPUs.
     """
     for_jobs = settings.jobs.devices.split(",")
     _check_gpus("jobs.devices", for_jobs, gpus)

@@ -95,7 +95,7 @@ class StudentBackend:
         """Read an adapter while batches run. Only `adapt` changes the weights."""
         try:
             adapter = self._pipeline.read_adapter(path)
-        except Exception as error:  # a foreign file, too little memory: none is the server's end
+        except Exception as error:  # such as another file format or too little memory; it must not end the server
             raise StartError(f"adapter {path}: {error}") from error
         self._adapters[name] = adapter
         self.info = replace(self.info, adapters=self.info.adapters | {name: adapter.digest})
@@ -171,5 +171,5 @@ def load_backend(
     try:
         options = RuntimeOptions(**runtime)
         return StudentBackend(Path(folder or SHIPPED_STUDENT), name, torch.device(device), options, tuning)
-    except Exception as error:  # a foreign folder, no such device, too little memory: none is the server's end
+    except Exception as error:  # such as no such device or too little memory; it must not end the server
         raise StartError(f"model {folder or SHIPPED_STUDENT} on {device}: {error}") from error

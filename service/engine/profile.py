@@ -32,11 +32,11 @@ def growing_sizes(max_batch: int) -> list[int]:
 
 
 def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEATS) -> list[Timing]:
-    """Time every size with each batch size, with its padding. This also warms the device up.
+    """Time every image size with each batch size, with its padding. This also warms up the device.
 
-    The smallest batch of each size and one of its largest part are timed in any case, and none above the largest that
-    gains. Larger batches than fit into the device's memory are left out. Raises StartError when a run fails otherwise,
-    or when not even the smallest batch fits.
+    The smallest batch and a batch of the largest part are always timed, and no batch over `BatchLimits.largest`.
+    Batches that do not fit into the device's memory are left out. Raises StartError if the smallest batch does not fit,
+    or if a run fails for another reason.
     """
     timings = []
     for (width, height), limits in zip(backend.info.sizes, backend.info.batches, strict=True):
@@ -54,7 +54,7 @@ def measure(backend: Backend, batches: Sequence[int] = (), repeats: int = REPEAT
 def recall(backend: Backend, batches: Sequence[int], folder: Path) -> list[Timing]:
     """Read the profile of a backend, or measure and write it.
 
-    Smallest batches, and those whose first run is slow, run in any case.
+    Batch sizes whose first run is slow, and the smallest ones, are run also if the profile exists.
     """
     path = profile_path(folder, backend)
     if path.exists():
@@ -63,7 +63,7 @@ def recall(backend: Backend, batches: Sequence[int], folder: Path) -> list[Timin
         return [replace(timing, model=backend.info.name) for timing in read_profile(path).timings]
     profile = Profile(FORMAT, backend.environment, backend.info, measure(backend, (*batches, *backend.slow_first_runs)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:  # workers that start side by side may write the same one
+    with atomic_write(path) as file:  # concurrent workers may write the same file
         file.write(msgspec.json.format(msgspec.json.encode(profile), indent=1))
     return list(profile.timings)
 
@@ -81,11 +81,11 @@ def profile_path(folder: Path, backend: Backend) -> Path:
 
 
 def read_profile(path: Path) -> Profile:
-    """Read a profile. Raises StartError for a file that is no profile."""
+    """Read a profile. Raises StartError for a file that is not a profile."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError) as error:
-        raise StartError(f"{path} is no profile ({error}); make one with `fgm-service profile`") from None
+        raise StartError(f"{path} is not a profile ({error}); make one with `fgm-service profile`") from None
 
 
 def _time(backend: Backend, width: int, height: int, batch: int, repeats: int) -> Timing:

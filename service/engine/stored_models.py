@@ -46,7 +46,7 @@ class StoredModels:
         try:
             return msgspec.json.decode(self._path.read_text(encoding="utf-8-sig"), type=list[StoredModel])
         except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
-            raise StartError(f"{self._path} is no list of loaded models ({error}); repair or delete it") from None
+            raise StartError(f"{self._path} is not a list of loaded models ({error}); repair or delete it") from None
 
     def add(self, new: StoredModel) -> None:
         """Store what was loaded, and replace an entry of the same name."""

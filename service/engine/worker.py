@@ -183,7 +183,7 @@ def _work(channel: Channel, memory: Memory, backends: dict[str, Backend], load: 
                 encoding.put(_Job(command, backends[command.key.model]))
             case _:
                 changes.put(command)
-    changes.put(None)  # nobody waits for what still loads
+    changes.put(None)  # models that are still loading are not needed any more
     for jobs, stage in zip((encoding, denoising, decoding), stages, strict=True):
         jobs.put(None)
         stage.join()
@@ -252,7 +252,7 @@ def loader(start: WorkerConfig) -> ModelLoader:
         if command.folder is not None and not Path(command.folder).is_dir():  # refused before imports that take seconds
             raise StartError(f"model {command.folder}: there is no such folder; give the folder of a student")
         collects = gc.isenabled()
-        gc.disable()  # of a million new objects none is garbage; looking for it takes a fifth of the time
+        gc.disable()  # the import creates a million objects and no garbage; searching them takes a fifth of the time
         try:
             from service.engine.model_loader import load_backend
         finally:
@@ -284,7 +284,7 @@ def _simulate(command: LoadModel, profile_path: str | None) -> Backend:
         try:
             name = str(json.loads((Path(command.folder) / "onestep.json").read_text(encoding="utf-8"))["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StartError(f"{command.folder} is no student folder: {error}") from None
+            raise StartError(f"{command.folder} is not a student folder: {error}") from None
         simulator.info = replace(simulator.info, name=command.name or name, digest=f"simulator of {command.folder}")
     return simulator
 
@@ -308,7 +308,7 @@ def main() -> None:
     configure(config.log_format, config.log_level)
     memory = Memory(int(pixels), int(embeddings))
     serve(channel, memory, config.models, loader(config), make_timer(config.profiling))
-    os._exit(0)  # a thread may still be in the device; nothing is left to tidy up
+    os._exit(0)  # without waiting for threads that use the device
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PROBE_PATHS = ("/healthz", "/readyz", "/metrics")  # polled every few seconds; logged at debug level
 
 
-BODY_SECONDS = 30.0  # within which a body must arrive that is no upload
+BODY_SECONDS = 30.0  # within which a body must arrive, unless it is an upload
 _INVALID_HOST = InvalidRequest("the Host header must be one host, with a port or without", code="invalid_host")
 
 

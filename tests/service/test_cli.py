@@ -167,7 +167,7 @@ def test_a_second_signal_ends_it_at_once_and_leaves_no_folder(tmp_path):
     [
         (["--model", "nowhere"], {}, "nowhere"),
         (["--model", "mine=nowhere"], {}, "nowhere: there is no such folder"),
-        (["--model", "-mine=nowhere"], {}, "-mine=nowhere is no NAME=FOLDER: a name has"),
+        (["--model", "-mine=nowhere"], {}, "-mine=nowhere is not NAME=FOLDER: a name has"),
         (["--model", str(SHIPPED_STUDENT), "--model", str(SHIPPED_STUDENT)], {}, "--model NAME=FOLDER"),
         ([], {"SERVICE_ENGINE__MAX_BATCH": "none"}, "SERVICE_ENGINE__MAX_BATCH"),
         ([], {"SERVICE_HTTP__API_KEYS": "not json"}, "SERVICE_HTTP__API_KEYS"),

@@ -203,7 +203,7 @@ def test_an_empty_database_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a.example/page", "", "https://"])
 def test_what_no_page_can_have_for_its_origin_is_refused(origin):
-    with pytest.raises(StartError, match=r"cors_origins.*is no origin; write scheme://host"):
+    with pytest.raises(StartError, match=r"cors_origins.*is not an origin; write scheme://host"):
         read_settings({"http": {"cors_origins": (origin,)}})
 
 

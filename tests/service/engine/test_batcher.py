@@ -15,8 +15,8 @@ def image(key, seed=0, owner="", priority=Priority.INTERACTIVE) -> QueuedImage:
     return QueuedImage(key, "prompt", seed, Future(), owner, priority)
 
 
-def batcher(max_batch=8, limit=100, owner_limit=100, limits=LIMITS, linger=0.0) -> Batcher:
-    return Batcher(max_batch, limit, owner_limit, limits, linger)
+def batcher(max_batch=8, limit=100, owner_limit=100, limits=LIMITS, window=0.0) -> Batcher:
+    return Batcher(max_batch, limit, owner_limit, limits, window)
 
 
 def behind(images: int, key: BatchKey = A) -> list[ImageBatch]:
@@ -134,8 +134,8 @@ def test_numbers_of_images_with_and_without_padding(sizes, images, padded, unpad
     assert (limits.padded(images), limits.unpadded(images)) == (padded, unpadded)
 
 
-def test_only_a_batcher_that_is_told_to_lingers_on_an_idle_device():
-    queue = batcher(max_batch=2, linger=0.5)
+def test_an_idle_worker_waits_for_a_full_batch_within_the_window_only():
+    queue = batcher(max_batch=2, window=0.5)
     queue.add(image(A, 0), 10.0)
     assert queue.take(10.4) is None
     assert seeds(queue.take(10.5)) == [0]

@@ -90,7 +90,7 @@ def test_batches_hold_one_adapter_at_one_scale_and_a_replaced_worker_has_them(fo
 
 def test_what_cannot_be_loaded_is_said_and_changes_nothing(folder, tmp_path):
     async def test(engine: Engine) -> None:
-        with pytest.raises(InvalidRequest, match="nowhere is no student folder"):
+        with pytest.raises(InvalidRequest, match="nowhere is not a student folder"):
             await engine.catalog.load(tmp_path / "nowhere")
         for name in ("simulator", "alias"):
             with pytest.raises(InvalidRequest, match=f"'{name}' is taken"):
@@ -348,7 +348,7 @@ def test_of_what_cannot_be_loaded_on_demand_nothing_stays_and_no_path_is_shown(s
             await used(engine, "simulator", "ink")
         assert caught.value.param == "lora.name"
         (students / "one" / "onestep.json").write_text("{}")
-        with pytest.raises(InvalidRequest, match="one is no student folder") as caught:
+        with pytest.raises(InvalidRequest, match="one is not a student folder") as caught:
             await used(engine, "one")
         assert caught.value.param == "model"
         assert loaded(engine) == {"simulator": []}

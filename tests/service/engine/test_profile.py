@@ -99,7 +99,7 @@ def test_batches_whose_first_run_is_slow_run_before_a_request_also_where_a_profi
 def test_a_file_that_is_no_profile_is_named(tmp_path):
     path = profile_path(tmp_path, Blocks())
     path.write_text('{"format": 2}')
-    with pytest.raises(StartError, match=r"simulator\.0123456789abcdef\.3\.json is no profile"):
+    with pytest.raises(StartError, match=r"simulator\.0123456789abcdef\.3\.json is not a profile"):
         read_profile(path)
 
 

@@ -87,7 +87,7 @@ def test_a_model_takes_its_adapters_along(tmp_path):
 
 def test_a_file_that_is_no_list_of_models_is_named(tmp_path):
     (tmp_path / "models.json").write_text('{"students": 3}')
-    with pytest.raises(StartError, match=r"models\.json is no list of loaded models"):
+    with pytest.raises(StartError, match=r"models\.json is not a list of loaded models"):
         StoredModels(tmp_path)
 
 
