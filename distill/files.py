@@ -99,18 +99,19 @@ def check_replaceable(path: Path, ours: re.Pattern[bytes] = _OURS) -> None:
 def recover(folder: Path) -> None:
     """Clean up after killed processes, in a folder that only this process writes to and directly below it.
 
-    What was left between two renames gets its name again, and what was not written completely is removed.
+    What was left between two renames gets its name again, and what was not written completely is removed. Links to
+    folders that others may write to are left alone.
     """
-    for left in (*folder.glob(".*.distill-partial"), *folder.glob("*/.*.distill-partial")):
-        if _is_abandoned(left):
-            _remove(left)
-    pattern = _hidden(Path("*"), "distill-old").name
-    for old in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(".distill-old"))
-        if path.exists():
-            _remove(old)
-        else:
-            old.rename(path)
+    for parent in (folder, *(each for each in folder.iterdir() if each.is_dir() and not each.is_symlink())):
+        for left in parent.glob(".*.distill-partial"):
+            if _is_abandoned(left):
+                _remove(left)
+        for old in parent.glob(_hidden(Path("*"), "distill-old").name):
+            path = old.with_name(old.name.removeprefix(".").removesuffix(".distill-old"))
+            if path.exists():
+                _remove(old)
+            else:
+                old.rename(path)
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,8 @@ from distill.files import _left, append_line, atomic_write, atomic_write_text, f
 from distill.training import checkpoint
 from distill.training.run_lock import run_lock
 
+ENDED = 2**22 + 1  # the id of no process: Linux has none above 2^22
+
 
 def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     """`save` replaces a state of the same name; the next lock of the folder restores the older state.
@@ -23,11 +25,7 @@ def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     folder = tmp_path / "checkpoints" / checkpoint.state_name(1)
     checkpoint.save(folder, {"x": torch.zeros(9)}, {"images": 1})
     folder.rename(folder.with_name(f".{folder.name}.distill-old"))
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    partial, written = (
-        folder.with_name(f".{7:012d}.{process}.distill-partial") for process in (ended.pid, os.getppid())
-    )
+    partial, written = (folder.with_name(f".{7:012d}.{process}.distill-partial") for process in (ENDED, os.getppid()))
     for path in (partial, written):
         path.mkdir()
         (path / "state.safetensors").touch()
@@ -40,8 +38,10 @@ def test_a_kill_between_two_renames_leaves_the_older_state(tmp_path):
     assert checkpoint.load(folder)[0]["x"][0] == 1
 
 
-def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path):
+def test_nothing_of_anyone_elses_is_renamed_or_removed_in_a_run_folder(tmp_path, tmp_path_factory):
     others = [tmp_path / name for name in (".notes.old", "notes", ".notes.partial", "sub/.x.old", "sub/x")]
+    (tmp_path / "embeddings").symlink_to(tmp_path_factory.mktemp("shared"))
+    others += [tmp_path / "embeddings" / f".index.json.{ENDED}.distill-partial"]
     others += [tmp_path / "checkpoints" / name for name in ("0001-mine/a.txt", "2024/a.txt", f"{1:012d}/a.txt")]
     for path in others:
         path.parent.mkdir(parents=True, exist_ok=True)
