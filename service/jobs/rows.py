@@ -21,6 +21,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
+def may_be_id(text: str) -> bool:
+    """Whether a text of a client may be an id. PostgreSQL cannot compare one with the character U+0000."""
+    return text.isascii() and text.isprintable()
+
+
 def file_row(
     file_id: str, owner: str, purpose: str, filename: str, size: int, now: int, lifetime: int | None = None
 ) -> FileRow:
@@ -42,8 +47,7 @@ def owned(
 ) -> Owned:
     """Return a row of this owner, with a lock on it if it will be changed. Raises NotFound."""
     rows = select(kind).where(kind.id == row_id, kind.owner == owner, *conditions)
-    known = row_id.isascii() and row_id.isprintable()  # PostgreSQL takes no NUL
-    row = session.scalar(rows.with_for_update() if lock else rows) if known else None
+    row = session.scalar(rows.with_for_update() if lock else rows) if may_be_id(row_id) else None
     if row is None:
         message = f"there is no {kind.noun} {quoted(row_id)}; GET {kind.path} lists yours"
         raise NotFound(message, param, f"{kind.noun}_not_found")

@@ -112,8 +112,8 @@ def test_a_batch_and_a_job_survive_an_outage_of_the_database(database, teacher, 
             for write in writes:
                 refuses(write)
             assert client.batches.retrieve(batch.id).status == "in_progress"
-            with pytest.raises(StartError, match="read-only"):
-                Database(database.url).migrate()
+            with contextlib.closing(Database(database.url)) as other, pytest.raises(StartError, match="read-only"):
+                other.migrate()
         database.stop()
         try:
             for ask in (*writes, lambda: client.batches.retrieve(batch.id)):

@@ -21,7 +21,7 @@ from service.jobs.fine_tuning.job_folder import READABLE
 from service.jobs.fine_tuning.options import DistillationOptions
 from service.jobs.fine_tuning.run_process import environment
 from service.jobs.fine_tuning.workflow import FineTuningWorkflow
-from service.jobs.rows import check_unfinished, index, new_id, owned, page
+from service.jobs.rows import check_unfinished, index, may_be_id, new_id, owned, page
 from service.jobs.schemas import JobRequest
 from service.jobs.tables import CANCEL, DELETE, ENDED, PAUSE, FileRow, JobCheckpointRow, JobEventRow, JobRow
 from service.setting_types import SHIPPED_TEACHER
@@ -133,8 +133,7 @@ class FineTuningJobs:
             parts = select(kind).where(kind.job_id == job.id)
             start = None
             if after is not None:
-                printable = after.isascii() and after.isprintable()
-                start = session.scalar(parts.where(kind.id == after)) if printable else None
+                start = session.scalar(parts.where(kind.id == after)) if may_be_id(after) else None
                 if start is None:
                     raise NotFound(f"there is no {quoted(after)} in this job", "after")
             return page(session, parts, [number], start, limit)
