@@ -17,6 +17,10 @@ from distill.files import check_replaceable
 
 if TYPE_CHECKING:
     from distill.config import RunConfig
+    from distill.data.embedding_cache import EmbedProgress
+    from distill.data.image_cache import EncodeProgress
+    from distill.evaluate.references import ReferenceProgress
+    from distill.training.trainer import Progress
 
 
 def run(
@@ -80,12 +84,10 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
     with collector_paused():
         from distill import run as runs
         from distill.cli import console
-        from distill.cli.console import SHOWN, image_bar
-        from distill.data.embedding_cache import EmbedProgress
-        from distill.data.image_cache import EncodeProgress
-        from distill.evaluate.references import ReferenceProgress
+        from distill.cli.console import image_bar
         from distill.plan.run_estimate import RunEstimate
         from distill.training.processes import wait_for_main
+        from distill.training.trainer import Progress
 
     machine = runs.accelerator(config, folder)
     if several:  # the first process may fetch a teacher; a launcher ends the others when it exits
@@ -110,24 +112,14 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
                 totals |= {"prompts": progress.prompts, "real images": progress.real_images}
                 typer.echo("\n".join(progress.lines()))
                 continue
-            if isinstance(progress, EmbedProgress):
-                phase, seen, metrics = "prompts", progress.prompts, {"truncated": float(progress.truncated)}
-            elif isinstance(progress, EncodeProgress):
-                phase, seen = "real images", progress.images + progress.skipped
-                metrics = {"skipped": float(progress.skipped)}
-            elif isinstance(progress, ReferenceProgress):
-                phase, seen, metrics = "teacher's images", progress.images, {}
-                totals[phase] = progress.total
-            else:
-                phase, seen = "distilling", progress.images
-                metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
-                totals[phase] = progress.total
+            phase, seen, metrics, total = _phase_of(progress)
+            total = totals.get(phase) if total is None else total
             if bar is None or phase != shown:
                 bars.close()
                 unit = "prompts" if phase == "prompts" else "images"
-                bar, shown = bars.enter_context(image_bar(phase, totals.get(phase), unit)), phase
+                bar, shown = bars.enter_context(image_bar(phase, total, unit)), phase
             bar.update(seen, metrics)
-            if isinstance(progress, EmbedProgress | EncodeProgress | ReferenceProgress):
+            if not isinstance(progress, Progress):
                 if signals:
                     raise stopped_between_files(signals)
                 continue
@@ -143,6 +135,25 @@ def run_with_bars(config: "RunConfig", folder: Path, heading: str, seconds: floa
         typer.echo(heading)
     machine.end_training()
     return bool(machine.is_main_process)
+
+
+def _phase_of(
+    progress: "EmbedProgress | EncodeProgress | ReferenceProgress | Progress",
+) -> tuple[str, int, dict[str, float], int | None]:
+    """The phase of a run, what was done in it, the metrics that are shown, and the total if the progress has it."""
+    from distill.cli.console import SHOWN
+    from distill.data.embedding_cache import EmbedProgress
+    from distill.data.image_cache import EncodeProgress
+    from distill.evaluate.references import ReferenceProgress
+
+    if isinstance(progress, EmbedProgress):
+        return "prompts", progress.prompts, {"truncated": progress.truncated}, None
+    if isinstance(progress, EncodeProgress):
+        return "real images", progress.images + progress.skipped, {"skipped": progress.skipped}, None
+    if isinstance(progress, ReferenceProgress):
+        return "teacher's images", progress.images, {}, progress.total
+    metrics = {name: progress.metrics[name] for name in SHOWN if name in progress.metrics}
+    return "distilling", progress.images, metrics, progress.total
 
 
 def export(
