@@ -34,6 +34,7 @@ from service.jobs.batches.workflow import BatchWorkflow
 from service.jobs.jobs import Jobs
 from service.observability.metrics import Metrics
 from service.settings import Settings
+from service.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from service.observability.tracing import Tracing
@@ -96,7 +97,7 @@ def create_app(
         await asyncio.wait([retrying])
         if jobs:
             await jobs.students.stop()
-            stopping = asyncio.create_task(asyncio.to_thread(jobs.stop))
+            stopping = asyncio.wrap_future(in_daemon_thread(jobs.stop, "jobs-stop"))
             if not (await asyncio.wait([stopping], timeout=JOBS_SECONDS))[0]:
                 log.warning("batches and jobs do not stop within %g s; they will be resumed", JOBS_SECONDS)
         await engine.drain()

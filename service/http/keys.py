@@ -10,21 +10,18 @@ import logging
 import re
 import secrets
 import shlex
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 from filelock import FileLock
 
 from service.errors import StartError, Unavailable
 from service.files import PRIVATE, atomic_write
-
-T = TypeVar("T")
+from service.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ class KeyFile:
     def read_at_start(self) -> tuple[ApiKey, ...]:
         """Like `read`, for commands. Also raises StartError if the file's mount does not answer in time."""
         try:
-            return _in_thread(self.read).result(START_SECONDS)
+            return in_daemon_thread(self.read, "keys").result(START_SECONDS)
         except OSError as error:  # TimeoutError is one
             raise StartError(f"{self._path} cannot be read: its file system does not answer ({error!r})") from None
 
@@ -194,7 +191,7 @@ class KeyReader:
         Raises Unavailable if no keys were read yet or the file is invalid, so that no caller is accepted by mistake.
         """
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.wrap_future(_in_thread(self._attempt))
+            self._reading = asyncio.wrap_future(in_daemon_thread(self._attempt, "keys"))
             self._since = time.monotonic()
         reading = self._reading
         limit = READ_SECONDS if self._last is not None else START_SECONDS
@@ -219,20 +216,6 @@ class KeyReader:
             return self._file.read()
         except (StartError, OSError) as error:
             return error
-
-
-def _in_thread(work: Callable[[], T]) -> Future[T]:
-    """Run `work` in a daemon thread, for which the process does not wait at exit."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="keys", daemon=True).start()
-    return future
 
 
 def _digest(token: str) -> str:

@@ -32,7 +32,6 @@ from service.app import create_app
 from service.engine.simulator import Simulator
 from service.errors import StartError, Unavailable
 from service.images.artifacts import THREADS
-from service.jobs import workflows
 from service.jobs.database import Database
 from service.jobs.jobs import Jobs
 from service.jobs.postgres import DeadlineConnection
@@ -178,15 +177,25 @@ def test_a_server_is_dead_only_after_several_looks_without_a_heartbeat(database,
         each.close()
 
 
-def test_a_shutdown_does_not_wait_for_a_suspended_database(database, tmp_path, monkeypatch, caplog):
+def test_a_shutdown_does_not_wait_for_a_workflow_that_hangs(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(app, "JOBS_SECONDS", 0.1)
-    with contextlib.ExitStack() as silence:
-        settings = Settings(data=tmp_path, jobs={"database": database.url, "takeover_seconds": 1})
-        with serving(create_app(settings, worker_threads(Simulator(0, 0)))):
-            silence.enter_context(database.silent())
-        assert "do not stop within 0.1 s" in caplog.text
-    assert workflows._ONE.acquire(timeout=60)  # until the thread that was left behind has stopped them
-    workflows._ONE.release()
+    began, ended = threading.Event(), threading.Event()
+
+    def hang(key: str) -> None:
+        began.set()
+        assert ended.wait(60)
+
+    made = create_app(Settings(data=tmp_path), worker_threads(Simulator(0, 0)))
+    workflows = made.state.jobs.workflows
+    workflows.define("hang", hang, 1)
+    with serving(made):
+        workflows.begin("hang", "one")
+        assert began.wait(60)
+    assert "do not stop within 0.1 s" in caplog.text
+    (stopping,) = [thread for thread in threading.enumerate() if thread.name == "jobs-stop"]
+    ended.set()
+    stopping.join(60)
+    assert not stopping.is_alive()
 
 
 @pytest.mark.parametrize("begun", [True, False])
