@@ -20,6 +20,7 @@ from service.engine.stored_models import StoredModels
 from service.errors import StartError
 from service.http import error_handlers
 from service.http.authentication import Authenticator
+from service.http.daemon_thread import in_daemon_thread
 from service.http.forwarded_headers import ForwardedHeaders
 from service.http.idempotency import IDEMPOTENCY_SECONDS, IdempotencyStore
 from service.http.middleware import BODY_SECONDS, BodyLimit, CorsMiddleware, RequestMiddleware
@@ -34,7 +35,6 @@ from service.jobs.batches.workflow import BatchWorkflow
 from service.jobs.jobs import Jobs
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from service.observability.tracing import Tracing

@@ -41,9 +41,10 @@ def test_the_service_imports_the_pipeline_and_its_tuning_in_one_file_and_each_li
     assert importers("service", "distill.options") == {"service/settings.py"}
     assert importers("service", "distill.presets") == {"service/jobs/fine_tuning/choices.py"}
     assert importers("service", "distill.methods") == {"service/jobs/fine_tuning/choices.py"}
+    assert importers("service", "distill.config") == {"service/jobs/fine_tuning/choices.py"}
     names = {name for file, name in imports("service") if name.startswith("distill")}
-    known = ("distill.pipeline.", "distill.student.tuning.", "distill.options.", "distill.presets", "distill.methods")
-    assert all(name.startswith(known) for name in names)
+    light = ("distill.options.", "distill.presets", "distill.methods", "distill.config.", "distill.errors.")
+    assert all(name.startswith(("distill.pipeline.", "distill.student.tuning.", *light)) for name in names)
 
 
 def test_peft_and_accelerate_have_their_places() -> None:

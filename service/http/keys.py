@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from service.errors import StartError, Unavailable
 from service.files import PRIVATE, atomic_write
-from service.threads import in_daemon_thread
+from service.http.daemon_thread import in_daemon_thread
 
 log = logging.getLogger(__name__)
 

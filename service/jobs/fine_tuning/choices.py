@@ -5,7 +5,7 @@ from functools import cache
 from distill import methods, presets
 from service.errors import InvalidRequest, NotFound, quoted
 from service.jobs.fine_tuning.commands import find_teacher
-from service.jobs.fine_tuning.options import DistillationOptions
+from service.jobs.fine_tuning.options import KEYS, DistillationOptions
 from service.jobs.schemas import JobChoices, MethodChoice, PresetChoice, TeacherChoice
 from service.settings import Settings
 
@@ -35,6 +35,20 @@ def check_names(options: DistillationOptions) -> None:
         if name is not None and name not in known:
             message = f"distillation.{kind}: there is no {kind} {quoted(name)}; there are {', '.join(known)}"
             raise InvalidRequest(message, f"distillation.{kind}", "invalid_value")
+
+
+def check_configuration(options: DistillationOptions) -> None:
+    """Raise InvalidRequest for options that `distill run` refuses, such as a rank for full copies."""
+    from distill.config import load_config  # here, because most servers run no jobs
+    from distill.errors import ConfigError
+
+    assert options.preset is not None
+    try:
+        load_config(options.preset, options.overrides())
+    except ConfigError as error:
+        field = next((name for name, key in KEYS.items() if str(error).startswith(f"{key} ")), None)
+        param = "distillation" if field is None else f"distillation.{field}"
+        raise InvalidRequest(f"{param}: {error}", param, "invalid_value") from error
 
 
 def budget_warning(options: DistillationOptions) -> str | None:

@@ -58,8 +58,6 @@ def run_command(options: DistillationOptions, teacher: str, prompts: Path, seed:
     """Return the command of a run. The same command resumes it."""
     assert options.preset is not None
     words = [*DISTILL, "run", options.preset, "--out", str(folder)]
-    if options.method is not None:
-        words += ["--method", options.method]
     if options.seconds is not None:
         words += ["--seconds", str(options.seconds)]
     sets = [f"teacher={json.dumps(teacher)}", f"prompts.source={json.dumps(str(prompts))}", f"seed={seed}"]

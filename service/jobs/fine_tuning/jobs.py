@@ -3,6 +3,7 @@
 import logging
 import secrets
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any, TypeVar
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from service.errors import Forbidden, InvalidRequest, NotFound, ServiceError, excerpt, quoted
+from service.errors import Forbidden, InvalidRequest, NotFound, Overloaded, ServiceError, excerpt, quoted
 from service.jobs.database import Database
 from service.jobs.file_store import FileStore
-from service.jobs.fine_tuning.choices import budget_warning, check_names
+from service.jobs.fine_tuning.choices import budget_warning, check_configuration, check_names
 from service.jobs.fine_tuning.commands import check_fetched, find_teacher, report_command
 from service.jobs.fine_tuning.events import record_event
 from service.jobs.fine_tuning.job_folder import READABLE
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_PAIRS = 16  # of metadata
 REPORT_SECONDS = 120
+REPORT_RETRY_SECONDS = 5
 KEPT = JobRow.requested_action.is_distinct_from(DELETE)  # the condition of jobs that clients see
 
 Part = TypeVar("Part", JobEventRow, JobCheckpointRow)
@@ -45,6 +47,7 @@ class FineTuningJobs:
         self._files = files
         self._workflow = workflow
         self._settings = settings
+        self._reporting = threading.Lock()  # a report takes a process and a thread for seconds
 
     def create(self, owner: str, body: JobRequest, options: DistillationOptions) -> JobRow:
         """Add a job with options and start to validate its prompts.
@@ -61,8 +64,9 @@ class FineTuningJobs:
         check_names(options)
         _check_budget(options, self._settings)
         _check_file(self._files.get(owner, body.training_file, int(time.time()), "training_file"))
-        check_fetched(teacher, body.model)
         options = options.model_copy(update={"preset": options.preset or SHIPPED_TEACHER})
+        check_configuration(options)
+        check_fetched(teacher, body.model)
         job = JobRow(
             id=new_id("ftjob-"),
             owner=owner,
@@ -156,22 +160,39 @@ class FineTuningJobs:
     def report(self, owner: str, name: str) -> str:
         """Return the report of a job's run, an HTML page that is written for the call.
 
-        Raises NotFound before the run has started, and ServiceError if the report cannot be written.
+        Raises NotFound before the run has started, Overloaded while another report is written, and ServiceError if the
+        report cannot be written.
         """
         job = self.get(owner, name)
         folder = self._workflow.folder(job)
         if not folder.has_run():
             raise NotFound(f"the job {name!r} has no report yet: its run has not started", "job_id", "no_report")
+        if not self._reporting.acquire(blocking=False):
+            raise Overloaded("the server is writing another report", REPORT_RETRY_SECONDS, "report_in_progress")
+        try:
+            return self._without_teacher(job, folder.without_path(self._write_report(name, folder.run)))
+        finally:
+            self._reporting.release()
+
+    def _write_report(self, name: str, run: Path) -> str:
+        """Return the report of a run, written by `distill report`. Raises ServiceError."""
         with temporary_folder("fgm-report-") as place:
             page = Path(place) / "report.html"
-            command = report_command(folder.run, page)
-            ended = subprocess.run(
-                command, env=environment(["cpu"]), capture_output=True, text=True, timeout=REPORT_SECONDS
-            )
-            if ended.returncode:
-                log.warning("the report of %s cannot be written: %s", name, ended.stderr.strip())
-                raise ServiceError(f"the report of the job {name!r} cannot be written; the server's log says why")
-            return self._without_teacher(job, folder.without_path(page.read_text(encoding="utf-8")))
+            try:
+                subprocess.run(
+                    report_command(run, page),
+                    env=environment(["cpu"]),
+                    capture_output=True,
+                    text=True,
+                    timeout=REPORT_SECONDS,
+                    check=True,
+                )
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                log.warning("the report of %s cannot be written: %s %s", name, error, error.stderr or "")
+                raise ServiceError(
+                    f"the report of the job {name!r} cannot be written; the server's log says why"
+                ) from error
+            return page.read_text(encoding="utf-8")
 
     def _without_teacher(self, job: JobRow, text: str) -> str:
         """Return a text with the name of the job's teacher in place of its folder on this server."""

@@ -13,6 +13,7 @@ _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 KEYS = {
+    "method": "method.name",
     "max_prompts": "prompts.max_count",
     "column": "prompts.column",
     "guidance_scale": "method.guidance.scale",
@@ -28,7 +29,7 @@ KEYS = {
     "rank": "networks.rank",
     "gradient_checkpointing": "networks.gradient_checkpointing",
 }  # of fields whose key in the configuration of a run is another one
-FLAGS = {"preset", "method", "seconds"}  # fields that `distill run` takes as arguments of their own
+FLAGS = {"preset", "seconds"}  # fields that `distill run` takes as arguments of their own
 
 
 class DistillationOptions(RequestModel):

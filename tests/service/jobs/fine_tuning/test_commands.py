@@ -23,8 +23,9 @@ def test_the_command_of_a_run_is_accepted_by_distill(tmp_path):
     assert (*words[:3], words[3]) == (*DISTILL, "run")
     parsed = get_command(app).commands["run"].make_context("run", words[4:]).params
     assert parsed["config"] == "scenes"
-    assert (parsed["method"], parsed["seconds"], parsed["out"]) == ("dmd", 9.5, tmp_path / "run")
+    assert (parsed["seconds"], parsed["out"]) == (9.5, tmp_path / "run")
     run = load_config("scenes", parsed["overrides"])
+    assert run.method.name == "dmd"
     assert (run.teacher, run.prompts.source, run.seed) == ('a "teacher"', str(tmp_path / "prompts.txt"), 7)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import browser
@@ -141,10 +142,15 @@ def _pages_show(job, model: str, url: str, data: Path, teacher: Path) -> None:
         page.until(lambda: page.find("#grid img") and page.find("#grid img")[0].get_property("naturalWidth"))
         assert len(page.find("#curves svg")) >= 3
         assert "Kernel distance" in page.text("#scores")
-        log, report = (
-            httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/{part}", timeout=60) for part in ("log", "report")
-        )
-        assert (log.status_code, report.status_code) == (200, 200)
+        log = httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/log")
+        with ThreadPoolExecutor(4) as threads:  # a server writes one report at a time
+            reports = threads.map(lambda _: httpx.get(f"{url}/v1/fine_tuning/jobs/{job.id}/report", timeout=60), "four")
+            by_status = {response.status_code: response for response in reports}
+        assert set(by_status) == {200, 429}
+        report, refused = by_status[200], by_status[429]
+        assert refused.json()["error"]["code"] == "report_in_progress"
+        assert int(refused.headers["retry-after"]) == 5
+        assert log.status_code == 200
         assert "480" in report.text
         assert not [path for path in (str(data), str(teacher)) if path in log.text + report.text]
         assert report.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
@@ -287,6 +293,12 @@ def refusing(tmp_path_factory) -> Iterator[str]:
         ({"distillation": {"preset": "../../x"}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {"preset": "a.yaml"}}, openai.BadRequestError, "distillation.preset"),
         ({"distillation": {"preset": "scenes", "method": "gan"}}, openai.BadRequestError, "distillation.method"),
+        ({"distillation": {"preset": "scenes", "images": 999, "rank": 8}}, openai.BadRequestError, "distillation.rank"),
+        (
+            {"distillation": {"preset": "scenes", "images": 999, "batch": 8, "micro_batch": 3}},
+            openai.BadRequestError,
+            "distillation",
+        ),
         ({"hyperparameters": {"batch_size": 10**12}}, openai.BadRequestError, "hyperparameters.batch_size"),
         ({"hyperparameters": {"batch_size": "large"}}, openai.BadRequestError, "hyperparameters.batch_size"),
         ({"distillation": {}}, openai.BadRequestError, "distillation.preset"),

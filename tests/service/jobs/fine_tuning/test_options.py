@@ -7,6 +7,7 @@ from distill.config import load_config
 from service.jobs.fine_tuning.options import FLAGS, DistillationOptions
 
 EVERYTHING = {
+    "method": "dmd",
     "images": 64,
     "max_prompts": 8,
     "column": "words",
@@ -36,6 +37,7 @@ def test_every_option_is_a_key_of_a_run():
     run = load_config("scenes-debug", options.overrides())
     assert (run.images, run.batch, run.micro_batch, run.prompts.max_count) == (64, 4, 2, 8)
     assert run.prompts.column == "words"
+    assert run.method.name == "dmd"
     assert (run.method.guidance.scale, run.optimizer.student_lr, run.optimizer.fake_lr) == (3.5, 1e-5, 2e-5)
     assert (run.ema_half_life, run.precision, run.early_stopping_patience) == (900, "fp32", 2)
     assert (run.optimizer.warmup_images, run.optimizer.decay_images) == (0, 32)
