@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ from service.errors import StartError
 from service.http.keys import KeyFile
 from service.http.origins import is_loopback
 from service.settings import Settings
+from service.signals import exit_at_once
 from service.temporary_folders import remove_folders
 
 log = logging.getLogger("service")
@@ -42,6 +44,8 @@ def run_server(settings: Settings, sockets: list[socket.socket], names: str, key
     """
     from service.engine.launch import worker_processes  # which imports NumPy: refusals need none
 
+    # A KeyboardInterrupt could be lost in the imports below, because Python ignores exceptions of weakref callbacks.
+    signal.signal(signal.SIGINT, exit_at_once)
     workers = worker_processes(settings)
     log.info("loading %s on %s", names, ", ".join(workers.devices))
     for line in settings.lines():
@@ -59,7 +63,7 @@ def run_server(settings: Settings, sockets: list[socket.socket], names: str, key
             if served.state.jobs:
                 served.state.jobs.prepare()  # before the server, so that an unusable database gives a one-line error
             started = starting.result()
-        except BaseException:  # Ctrl-C too
+        except BaseException:
             workers.end()  # or the pool would wait until their models are loaded and measured
             raise
     settings.check_aliases([loaded.info.name for loaded in started[0].ready.models])

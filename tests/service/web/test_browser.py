@@ -430,7 +430,8 @@ def test_a_job_is_chosen_from_what_the_server_offers_and_deleted(page, tmp_path)
         jobs = app.state.jobs
         with jobs.database.read() as session:
             (kept,) = session.scalars(select(JobRow))  # until no server serves its student any more
-        jobs.periodic_tasks[-1](int(time.time()) + 61)
+        for task in jobs.periodic_tasks:
+            task(int(time.time()) + 61)
         with jobs.database.read() as session:
             assert list(session.scalars(select(JobRow))) == list(session.scalars(select(JobEventRow))) == []
         assert not (tmp_path / "distillations" / kept.id).exists()
