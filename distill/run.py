@@ -159,9 +159,8 @@ def run(
 
             # 6. export
             if main:
-                which = (
-                    "last" if evaluator_kind(config, teacher) == "none" else "best"
-                )  # also if earlier sessions had one
+                # Without an evaluator the last one, also if earlier sessions of the run had an evaluator.
+                which = "last" if evaluator_kind(config, teacher) == "none" else "best"
                 export_run(out, which=which, teacher=teacher)
                 state.record("ended early" if stops and state.images < config.images else "finished")
         wait_for_main(machine)
